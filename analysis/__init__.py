@@ -1,0 +1,1 @@
+"""Analysis of what the warehouse holds; runs no model and never imports the measuring side."""

@@ -1,0 +1,1 @@
+"""Measuring: models, datasets, capture, probes, and the run that ties them to storage."""

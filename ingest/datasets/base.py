@@ -1,0 +1,90 @@
+"""What a dataset is, and how its texts become prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text. Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic."""
+
+    text: str
+    label: int
+    group: str | None = None
+    category: str | None = None
+    relation: str | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in their source's order, and the template that turns a text into a prompt.
+
+    `source` says in one line where the texts came from, without a path of this machine, since it is stored.
+    """
+
+    name: str
+    source: str
+    template: str
+    examples: tuple[Example, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over text, label and group of every example: what a result depends on, and no more."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            # JSON in ASCII: the same bytes everywhere, and no two examples can run together.
+            digest.update(json.dumps([example.text, example.label, example.group]).encode("ascii") + b"\n")
+        return digest.hexdigest()
+
+    @property
+    def n_positive(self) -> int:
+        """How many examples have label 1."""
+        return sum(example.label for example in self.examples)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A line of `kdb datasets`.
+
+    `status` is 'built in', 'available', 'downloadable' or 'needs a file'; `where` is the folder of an
+    available file, else empty.
+    """
+
+    name: str
+    size: str
+    source: str
+    template: str
+    status: str
+    where: str = ""
+
+
+def prompts(dataset: Dataset, *, noise: bool = False, seed: int = 42) -> list[str]:
+    """Put every text, stripped at both ends, into the template; with noise, "aaa " or "bbb " before it."""
+    rng = random.Random(seed)
+    return [
+        dataset.template.replace("{text}", (_noise(rng) if noise else "") + example.text.strip())
+        for example in dataset.examples
+    ]
+
+
+def _noise(rng: random.Random) -> str:
+    # random() is the one method whose sequence Python promises to keep between versions.
+    return "aaa " if rng.random() < 0.5 else "bbb "
+
+
+def first_of_each_class(examples: Iterable[Example], n_negative: int, n_positive: int) -> tuple[Example, ...]:
+    """Keep the first `n_negative` examples with label 0 and `n_positive` with label 1, in the given order."""
+    room = [n_negative, n_positive]
+    kept = []
+    for example in examples:
+        if room[example.label] > 0:
+            room[example.label] -= 1
+            kept.append(example)
+    return tuple(kept)

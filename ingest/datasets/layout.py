@@ -1,0 +1,81 @@
+"""From a source's rows to examples: which column holds what, and which values are allowed in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from kdb.ingest.datasets.base import Example
+from kdb.ingest.datasets.rows import Row, complaint, excerpt
+
+ZERO_ONE: Mapping[str, int | None] = {"0": 0, "1": 1}
+YES_NO: Mapping[str, int | None] = {"yes": 1, "no": 0}
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a source, by what they hold; None where a source has no such column.
+
+    `labels` maps every value that the label column may have, in lower case, to its class; None marks rows
+    that belong to neither and are passed over.
+    """
+
+    text: str = "text"
+    label: str = "label"
+    labels: Mapping[str, int | None] = field(default_factory=lambda: ZERO_ONE)
+    group: str | None = None
+    category: str | None = None
+    relation: str | None = None
+    subject: str | None = None
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a source must have, each once."""
+        columns = (self.text, self.label, self.group, self.category, self.relation, self.subject)
+        return list(dict.fromkeys(column for column in columns if column is not None))
+
+
+def to_examples(rows: Iterable[Row], layout: Layout) -> Iterator[Example]:
+    """Turn rows into examples; raises DatasetError at the first value that a study cannot use."""
+    for row in rows:
+        label = _label(row, layout)
+        if label is not None:
+            yield Example(
+                text=text_of(row, layout.text),
+                label=label,
+                group=_value(row, layout.group),
+                category=_value(row, layout.category),
+                relation=_value(row, layout.relation),
+                subject=_value(row, layout.subject),
+            )
+
+
+def _label(row: Row, layout: Layout) -> int | None:
+    found = row.fields[layout.label]
+    value = str(found).strip().lower()
+    if value not in layout.labels:
+        *others, last = layout.labels
+        raise complaint(row.place, f"label {', '.join(others)} or {last}", excerpt(found))
+    return layout.labels[value]
+
+
+def text_of(row: Row, column: str) -> str:
+    """Return the text in a column; raises DatasetError if it is none, empty, or cannot be stored."""
+    found = row.fields[column]
+    if not isinstance(found, str) or not found.strip():
+        raise complaint(row.place, f"a text in column {column!r}", excerpt(found))
+    if _LONE_SURROGATE.search(found):  # JSON can spell half a character, which no file can then store
+        raise complaint(row.place, f"whole characters in column {column!r}", excerpt(found))
+    return found
+
+
+def _value(row: Row, column: str | None) -> str | None:
+    if column is None:
+        return None
+    found = row.fields[column]
+    if found is None or found == "":
+        raise complaint(row.place, f"a value in column {column!r}", "none")
+    return str(found)

@@ -1,0 +1,242 @@
+"""The nine datasets of the concept-depth paper (arXiv 2404.07066), read from their original files.
+
+The paper takes the first rows of each class in file order. Each dataset is declared once, below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kdb.errors import DatasetError
+from kdb.ingest.datasets import fetch
+from kdb.ingest.datasets.base import Dataset, DatasetInfo, Example, first_of_each_class
+from kdb.ingest.datasets.layout import YES_NO, Layout, text_of, to_examples
+from kdb.ingest.datasets.rows import (
+    Reader,
+    Row,
+    complaint,
+    excerpt,
+    read_csv,
+    read_json_examples,
+    read_jsonl,
+    read_label_first,
+    read_tsv,
+)
+
+
+def read_strategyqa(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read questions with their facts as columns `text` and `label`.
+
+    A `target` is "Yes." or "No." and then the facts; the answer is cut off, or the text would hold its label.
+    """
+    derived = {"text", "label"}
+    for row in read_json_examples(path, {"input", "target"} | set(needed) - derived):
+        target = text_of(row, "target")
+        answer = re.match(r"(Yes|No)\.", target)
+        if answer is None:
+            raise complaint(row.place, "a target that begins Yes. or No.", excerpt(target))
+        text = f"{text_of(row, 'input')} {target[answer.end() :].strip()}"
+        yield Row(row.place, {**row.fields, "text": text, "label": answer[1]})
+
+
+@dataclass(frozen=True)
+class PaperDataset:
+    """What there is to know about one of the paper's datasets.
+
+    `counts` and `classes` are the paper's numbers and our names of label 0 and label 1, in this order.
+    `url_path` is the file in its public repository, None where no repository holds it as one file.
+    """
+
+    name: str
+    file: str
+    origin: str
+    url_path: str | None
+    sha256: str
+    counts: tuple[int, int]
+    classes: tuple[str, str]
+    read: Reader
+    layout: Layout
+    template: str
+
+    @property
+    def size(self) -> str:
+        """The paper's counts in words, such as "748 true + 748 false"."""
+        (n_negative, n_positive), (negative, positive) = self.counts, self.classes
+        return f"{n_positive:,} {positive} + {n_negative:,} {negative}"
+
+    @property
+    def source(self) -> str:
+        """The file and where it is from."""
+        return f"{self.file}, from {self.origin}"
+
+
+_ALL = (
+    PaperDataset(
+        name="cities",
+        file="cities.csv",
+        origin="Luckfort/CD (Marks and Tegmark 2023)",
+        url_path="Luckfort/CD/HEAD/dataset/cities.csv",
+        sha256="f2560a0c1758c69935b50125111b574b71896bb75930dd87b1d8c973c1fa086e",
+        counts=(748, 748),
+        classes=("false", "true"),
+        read=read_csv,
+        layout=Layout(text="statement", group="city", subject="city"),
+        template="Statement: {text}\nTrue or false? Answer:",
+    ),
+    PaperDataset(
+        name="common_claim",
+        file="common_claim.csv",
+        origin="Luckfort/CD (Casper et al. 2023)",
+        url_path="Luckfort/CD/HEAD/dataset/common_claim.csv",
+        sha256="acc78556774ed0b5c3501bb4c254adebc692bab52cb5c6f39d91aad09cdf554f",
+        counts=(3000, 3000),
+        classes=("false", "true"),
+        read=read_csv,
+        layout=Layout(text="examples", labels={"true": 1, "false": 0, "neither": None}),
+        template="Claim: {text}\nIs the claim true or false? Answer:",
+    ),
+    PaperDataset(
+        name="counterfact",
+        file="counterfact.csv",
+        origin="Luckfort/CD (Meng et al. 2022)",
+        url_path="Luckfort/CD/HEAD/dataset/counterfact.csv",
+        sha256="5af51456d6dbd3a53d8e2ee6e4aadaca7eb02ff9136ad825866458e7283b5273",
+        counts=(2000, 2000),
+        classes=("false", "true"),
+        read=read_csv,
+        layout=Layout(text="statement", group="subject", relation="relation", subject="subject"),
+        template="Fact check: {text}\nVerdict, true or false:",
+    ),
+    PaperDataset(
+        name="hateeval",
+        file="hateeval.tsv",
+        origin="Luckfort/CD (SemEval-2019 task 5)",
+        url_path="Luckfort/CD/HEAD/dataset/hateeval.tsv",
+        sha256="fdd34bf56f0afa744ee7484774d259d83a756033cd8049ded81bd55d2fcb1272",
+        counts=(3000, 3000),
+        classes=("not hateful", "hateful"),
+        read=read_tsv,
+        layout=Layout(label="HS"),
+        template="Tweet: {text}\nDoes this tweet spread hate, yes or no? Answer:",
+    ),
+    PaperDataset(
+        name="stsa",
+        file="stsa.binary.train",
+        origin="Luckfort/CD (Stanford Sentiment Treebank, Socher et al. 2013)",
+        url_path="Luckfort/CD/HEAD/dataset/stsa.binary.train",
+        sha256="71c04bcc41291fa47454dd670df701b14ee9249156babeaac404cfe2c8d74338",
+        counts=(3310, 3610),
+        classes=("negative", "positive"),
+        read=read_label_first,
+        layout=Layout(),
+        template="A critic wrote: {text}\nWas the critic positive or negative? Answer:",
+    ),
+    PaperDataset(
+        name="imdb",
+        file="imdb_test_2048.jsonl",
+        origin="dax44/AMLM, data/aclImdb/test (Maas et al. 2011)",
+        url_path=None,
+        sha256="276499f0d6f8f542045bdc43dc5c0028b986324a6495a1deff8efc14ed421d96",
+        counts=(1000, 1000),
+        classes=("negative", "positive"),
+        read=read_jsonl,
+        layout=Layout(),
+        template="Film review: {text}\nDid the reviewer like the film, yes or no? Answer:",
+    ),
+    PaperDataset(
+        name="sarcasm",
+        file="sarcasm.json",
+        origin="hansonchan001/tf, 1.json (Misra and Arora 2023)",
+        url_path="hansonchan001/tf/HEAD/1.json",
+        sha256="9ca6098a3f55512619b3b4c1ac206b3b9a273a9268ba7c1a87b92f06529dcf9f",
+        counts=(3000, 3000),
+        classes=("not sarcastic", "sarcastic"),
+        read=read_jsonl,
+        layout=Layout(text="headline", label="is_sarcastic"),
+        template="Headline: {text}\nIs the headline sarcastic, yes or no? Answer:",
+    ),
+    PaperDataset(
+        name="strategyqa",
+        file="StrategyQA_task.json",
+        origin="Luckfort/CD (BIG-bench; Geva et al. 2021)",
+        url_path="Luckfort/CD/HEAD/dataset/StrategyQA_task.json",
+        sha256="60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803",
+        counts=(1219, 1071),
+        classes=("no", "yes"),
+        read=read_strategyqa,
+        layout=Layout(labels=YES_NO),
+        template="Question and facts: {text}\nYes or no? Answer:",
+    ),
+    PaperDataset(
+        name="coinflip",
+        file="coin_flip.json",
+        origin="Luckfort/CD (after Wei et al. 2022)",
+        url_path="Luckfort/CD/HEAD/dataset/coin_flip.json",
+        sha256="68cf201737a1463ef6bed5419622805a8934d92bff6a28a9dfbf83be3135ba5a",
+        counts=(247, 253),
+        classes=("no", "yes"),
+        read=read_json_examples,
+        layout=Layout(text="question", label="answer", labels=YES_NO),
+        template="Puzzle: {text}\nYes or no? Solution:",
+    ),
+)
+
+PAPER_DATASETS = {dataset.name: dataset for dataset in _ALL}
+
+
+def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None, download: bool) -> Dataset:
+    """Read the paper's subset of a dataset; raises DatasetError if its file is absent or damaged."""
+    path = locate(paper, data_dir, download)
+    layout = replace(paper.layout, group=group_by or paper.layout.group)
+    rows = paper.read(path, layout.needed)
+    examples = first_of_each_class(to_examples(rows, layout), *paper.counts)
+    _check_counts(paper, examples)
+    return Dataset(paper.name, paper.source, paper.template, examples)
+
+
+def paper_info(paper: PaperDataset, data_dir: Path | None) -> DatasetInfo:
+    """Describe a dataset and say whether its file is here."""
+    path = fetch.find_file(paper.file, data_dir)
+    missing = "downloadable" if paper.url_path else "needs a file"
+    status, where = (missing, "") if path is None else ("available", str(path.parent))
+    return DatasetInfo(paper.name, paper.size, paper.source, paper.template, status, where)
+
+
+def locate(paper: PaperDataset, data_dir: Path | None, download: bool) -> Path:
+    """Return the dataset's file, downloading it into the user's cache if it is nowhere else.
+
+    Raises DatasetError, naming every place tried, if it cannot be had.
+    """
+    found = fetch.find_file(paper.file, data_dir)
+    if found is not None:
+        return found
+    target = fetch.cache_dir() / paper.file
+    if paper.url_path is None:
+        raise _absent(paper, data_dir, "It cannot be downloaded as one file.")
+    if not download:
+        raise _absent(paper, data_dir, "Downloading is switched off.")
+    try:
+        fetch.download(paper.url_path, paper.sha256, target)
+    except DatasetError as error:
+        raise _absent(paper, data_dir, str(error)) from error
+    return target
+
+
+def _absent(paper: PaperDataset, data_dir: Path | None, why: str) -> DatasetError:
+    places = ", ".join(map(str, fetch.search_places(data_dir)))
+    return DatasetError(
+        f"Dataset {paper.name!r} needs the file {paper.file}, which is not in {places}. {why} "
+        "Put the file in a folder and name that with --data-dir."
+    )
+
+
+def _check_counts(paper: PaperDataset, examples: tuple[Example, ...]) -> None:
+    """Raise DatasetError unless the whole subset was there."""
+    # A file that was cut off at the end of a line reads well; only its counts tell.
+    n_positive = sum(example.label for example in examples)
+    found = (len(examples) - n_positive, n_positive)
+    if found != paper.counts:
+        raise complaint(paper.file, paper.size, replace(paper, counts=found).size)

@@ -1,0 +1,175 @@
+"""Readers, one a format: from a file to rows that know their place in it.
+
+A reader takes a path and the columns that are needed, and yields rows which all have them. Whatever it cannot
+read is a DatasetError that says file, line, what was expected and what was found. CSV is read by the standard
+library rather than polars, because only there does every row know its line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kdb.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record, and where it stands: "cities.csv, line 17"."""
+
+    place: str
+    fields: Mapping[str, object]
+
+
+Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
+Reader = Callable[[Path, Collection[str]], Iterator[Row]]
+
+
+def complaint(place: str, expected: str, found: str) -> DatasetError:
+    """Build the one form that every message about a file's content has."""
+    return DatasetError(f"{place}: expected {expected}, found {found}")
+
+
+def excerpt(value: object) -> str:
+    """Quote a value for a message, cut to a readable length."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def require(place: str, columns: Collection[str], needed: Collection[str]) -> None:
+    """Raise DatasetError unless each needed column is there exactly once."""
+    for name in needed:
+        if list(columns).count(name) != 1:
+            raise complaint(place, f"one column {name!r}", ", ".join(map(repr, columns)) or "no columns")
+
+
+def read_csv(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read comma-separated values with a header, cells quoted where needed."""
+    return _delimited(path, needed, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def read_tsv(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read tab-separated values with a header, where quotes are plain text."""
+    return _delimited(path, needed, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def read_jsonl(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read one JSON object a line."""
+    for place, line in _numbered_lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        yield _object_row(place, record, line, needed)
+
+
+def read_json_examples(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read one JSON object whose key "examples" holds a list of objects."""
+    text = _read_text(path)
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise complaint(f"{path.name}, line {error.lineno}", "valid JSON", error.msg) from error
+    start = re.search(r'"examples"\s*:\s*\[', text)
+    if start is None:
+        raise complaint(path.name, 'a list named "examples"', "none")
+    for line, element in _array_elements(text, start.end()):
+        yield _object_row(f"{path.name}, line {line}", element, element, needed)
+
+
+def read_label_first(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read lines of a label, a space and a text, as columns `label` and `text`."""
+    for place, line in _numbered_lines(path):
+        label, _, text = line.partition(" ")
+        fields = {"label": label, "text": text}
+        require(place, fields, needed)
+        yield Row(place, fields)
+
+
+def read_parquet(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read the needed columns of a Parquet file; a place in it is a row, counted from 1."""
+    import polars as pl  # a third of a second, which `kdb --help` must not pay
+
+    try:
+        with path.open("rb") as file:
+            require(path.name, list(pl.read_parquet_schema(file)), needed)
+            file.seek(0)
+            frame = pl.read_parquet(file, columns=list(needed))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DatasetError(f"Cannot read {str(path)!r} as Parquet: {error}") from error
+    for number, fields in enumerate(frame.iter_rows(named=True), start=1):
+        yield Row(f"{path.name}, row {number}", fields)
+
+
+def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: Quoting) -> Iterator[Row]:
+    rows = _numbered_cells(path, delimiter, quoting)
+    place, header = next(rows, (f"{path.name}, line 1", []))
+    require(place, header, needed)
+    for place, cells in rows:
+        if len(cells) != len(header):
+            raise complaint(place, f"{len(header)} cells", str(len(cells)))
+        yield Row(place, dict(zip(header, cells, strict=True)))
+
+
+def _numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
+    """Yield the cells of every row that is not blank, with the place where it begins."""
+    # newline="" leaves line ends to csv: one that stands inside quotes is part of a text.
+    source = io.StringIO(_read_text(path), newline="")
+    table = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
+    line = 1
+    try:
+        for cells in table:
+            if cells:
+                yield f"{path.name}, line {line}", cells
+            line = table.line_num + 1
+    except csv.Error as error:
+        found = f"one that cannot be split ({error})"
+        raise complaint(f"{path.name}, line {line}", "a row of whole cells", found) from error
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield every line that is not blank, with its place."""
+    # Not splitlines: it also splits at U+0085 and U+2028, which occur inside texts.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path.name}, line {number}", line.removesuffix("\r")
+
+
+def _array_elements(text: str, position: int) -> Iterator[tuple[int, object]]:
+    """Yield the elements of the array that opens before `position` in valid JSON, each with its line."""
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    while True:
+        while text[position] in " \t\r\n,":
+            position += 1
+        if text[position] == "]":
+            return
+        line += text.count("\n", counted, position)
+        counted = position
+        element, position = decoder.raw_decode(text, position)
+        yield line, element
+
+
+def _object_row(place: str, record: object, shown: object, needed: Collection[str]) -> Row:
+    if not isinstance(record, dict):
+        raise complaint(place, "a JSON object", excerpt(shown))
+    require(place, record, needed)
+    return Row(place, record)
+
+
+def _read_text(path: Path) -> str:
+    """Read a UTF-8 file whole; a byte order mark, which spreadsheets write, is dropped."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"Cannot read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        found = f"the byte 0x{error.object[error.start]:02x}"
+        raise complaint(f"{path.name}, line {line}", "UTF-8 text", found) from error

@@ -1,0 +1,1 @@
+"""kdb: where in a language model does what it knows live?"""

@@ -1,0 +1,1 @@
+"""The warehouse: schema, folders and DuckDB. The only package that imports duckdb."""
