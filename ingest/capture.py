@@ -1,0 +1,236 @@
+"""One batched forward pass records the last token's hidden state at every layer and site.
+
+Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
+padding cannot change a result and needs no mask. A prefix that all prompts share is run once. The unembedding,
+a third of a small model's work, is not run at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdb.errors import ModelError
+from kdb.ingest.anatomy import SITES, Anatomy, describe
+from kdb.ingest.models import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_TOKENS = {"cpu": 1536, "cuda": 16384}
+"""Tokens of a batch, padding included. On a CPU more would leave the cache, and cost speed and memory."""
+
+CHECK_PROMPTS = 8
+"""Prompts on which each run is compared with the untouched model."""
+
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
+"""Largest relative difference of a hidden state that rounding can explain, by the weights' dtype."""
+
+
+def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all prompts share, short of each one's last."""
+    first, last = min(token_ids), max(token_ids)
+    longest = min(len(ids) for ids in token_ids) - 1
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Split prompts, given by falling length, into batches of at most ``budget`` padded tokens.
+
+    Yields the prompts' places in ``lengths``.
+    """
+    start = 0
+    while start < len(lengths):
+        stop = start + max(1, budget // lengths[start])
+        yield list(range(start, min(stop, len(lengths))))
+        start = stop
+
+
+class Capture:
+    """Reads hidden states from a loaded model; nothing stays attached to it."""
+
+    def __init__(self, loaded: LoadedModel, *, batch_tokens: int | None = None) -> None:
+        self.loaded = loaded
+        self.anatomy: Anatomy = describe(loaded.model)
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(loaded.device.type, BATCH_TOKENS["cpu"])
+        self._prefix: tuple[int, ...] = ()
+        self._prefix_cache: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, sites and hidden size of one prompt's vectors."""
+        hidden = int(self.loaded.model.config.get_text_config().hidden_size)
+        return len(self.anatomy.blocks), len(SITES), hidden
+
+    def vectors(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        on_batch: Callable[[int], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
+
+        ``prefix`` is a run of tokens that every prompt begins with; it is run once and remembered.
+        ``on_batch`` is told after each batch how many tokens of prompts it had.
+        """
+        import torch
+
+        out = np.empty((len(token_ids), *self.shape), dtype=np.float32)
+        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+        lengths = [len(token_ids[i]) - len(prefix) for i in order]
+        with torch.inference_mode():
+            for batch in batches(lengths, self.batch_tokens):
+                rows = [order[i] for i in batch]
+                out[rows] = self._run([token_ids[row][len(prefix) :] for row in rows], tuple(prefix))
+                if on_batch is not None:
+                    on_batch(sum(len(token_ids[row]) for row in rows))
+        return out
+
+    def _run(self, token_ids: Sequence[Sequence[int]], prefix: tuple[int, ...]) -> NDArray[np.float32]:
+        import torch
+
+        device = self.loaded.device
+        ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
+        for row, tokens in enumerate(token_ids):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        last = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
+        states = torch.empty(len(token_ids), *self.shape, device=device)
+        cache = self._expanded(prefix, len(token_ids))
+        with self._recording(states, last):
+            self.anatomy.decoder(ids.to(device), past_key_values=cache, use_cache=cache is not None)
+        return states.cpu().numpy()
+
+    @contextlib.contextmanager
+    def _recording(self, states: torch.Tensor, last: torch.Tensor) -> Iterator[None]:
+        """Hooks that copy each row's last token into ``states`` (prompt, layer, site, hidden)."""
+        import torch
+
+        rows = torch.arange(len(last), device=last.device)
+
+        def keep(layer: int, site: int, hidden: torch.Tensor) -> None:
+            # OPT flattens batch and position before its FFN.
+            states[:, layer, site] = hidden.reshape(len(rows), -1, hidden.shape[-1])[rows, last].float()
+
+        handles = []
+        for layer, (block, ffn) in enumerate(zip(self.anatomy.blocks, self.anatomy.ffns, strict=True)):
+            handles.append(
+                block.register_forward_hook(lambda _m, _i, output, layer=layer: keep(layer, 0, _tensor(output)))
+            )
+            handles.append(ffn.register_forward_pre_hook(lambda _m, inputs, layer=layer: keep(layer, 1, inputs[0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _expanded(self, prefix: tuple[int, ...], n_rows: int) -> Any:
+        """A fresh cache that holds the prefix for each of ``n_rows`` prompts; None without a prefix."""
+        import torch
+        from transformers import DynamicCache
+
+        if not prefix:
+            return None
+        if prefix != self._prefix:
+            ids = torch.tensor([prefix], device=self.loaded.device)
+            cache = DynamicCache(config=self.loaded.model.config)
+            self.anatomy.decoder(ids, past_key_values=cache, use_cache=True)
+            self._prefix, self._prefix_cache = prefix, cache
+        fresh = DynamicCache(config=self.loaded.model.config)
+        for index, layer in enumerate(self._prefix_cache.layers):
+            keys, values = (t.expand(n_rows, -1, -1, -1) for t in (layer.keys, layer.values))
+            fresh.update(keys, values, index)
+        return fresh
+
+
+def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
+    """FLOP/s of a plain matrix product (512, k) × (k, n) on this device, measured for a moment."""
+    import torch
+
+    a = torch.randn(512, k, device=device, dtype=getattr(torch, dtype))
+    b = torch.randn(n, k, device=device, dtype=a.dtype)
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        torch.nn.functional.linear(a, b).sum().item()  # .item() waits for an asynchronous device
+        times.append(time.perf_counter() - begun)
+    return 2 * 512 * k * n / min(times)
+
+
+def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model itself says of one prompt, alone and without hooks: hidden states, logits.
+
+    The states (layer + 1, hidden) and logits (vocab) are those of the last token; transformers applies the
+    final norm to the last of the states.
+    """
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([list(token_ids)], device=loaded.device)
+        output = loaded.model(ids, output_hidden_states=True, use_cache=False)
+    states = torch.stack([state[0, -1].float() for state in output.hidden_states])
+    return states, output.logits[0, -1].float()
+
+
+def check_capture(
+    capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Compare batched capture and readout with the untouched model: rows of ``checks``.
+
+    Raises ModelError where a difference is more than the weights' dtype explains.
+    """
+    import torch
+
+    loaded = capture.loaded
+    vectors = torch.from_numpy(capture.vectors(token_ids, prefix)).to(loaded.device)
+    found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
+    for row, ids in enumerate(token_ids):
+        states, logits = untouched(loaded, ids)
+        resid = vectors[row, :, 0]
+        with torch.inference_mode():
+            weights_dtype = capture.anatomy.final_norm.weight.dtype
+            normed = capture.anatomy.final_norm(resid[-1].to(weights_dtype)).float()
+            read = capture.anatomy.readout(resid[-1].to(weights_dtype)).float()
+        found["resid_post"].append(max(map(_relative, resid[:-1], states[1:-1]), default=0.0))
+        found["final_norm"].append(_relative(normed, states[-1]))
+        found["readout"].append(_relative(read, logits))
+        found["readout_kl"].append(_kl(logits, read))
+    return [_check_row(name, max(values), loaded, len(token_ids)) for name, values in found.items()]
+
+
+_DETAIL = {
+    "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding and shared "
+    "prefix against one prompt at a time",
+    "final_norm": "the same for the last layer, after the final norm",
+    "readout": "the same for the logits that the last captured state gives",
+    "readout_kl": "KL divergence, in nats, of those logits from the model's own",
+}
+
+
+def _check_row(check: str, value: float, loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
+    tolerance = _TOLERANCE[loaded.dtype]
+    if not value <= tolerance:
+        raise ModelError(
+            f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "
+            f"explains {tolerance:.2g} ({_DETAIL[check]})."
+        )
+    detail = f"{_DETAIL[check]}; first {n_prompts} prompts, {loaded.dtype}"
+    return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
+    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum().abs())
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first

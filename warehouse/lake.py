@@ -1,0 +1,419 @@
+"""The warehouse's folders: parts in staging, one atomic rename to commit, checksums to verify by.
+
+    W/warehouse.json                                        marks the folder; schema version
+    W/lake/model=M/dataset=D/run=R/<table>/<part>.parquet   committed runs, with a manifest.json each
+    W/staging/R/<table>/<part>.parquet                      a run in progress
+
+A part counts once it has its final name; a run counts once its folder stands in ``lake``. Both appear by
+rename, so a reader sees all of it or nothing, whenever the writer is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from kdb.errors import UnknownNameError, WarehouseError
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, arrow_schema
+
+NOBODY = "__none__"
+"""Partition value of the empty typed files, which keep every view valid before the first run."""
+
+_MERGE_BELOW = 64 * 2**20
+"""A table whose parts hold fewer bytes than this is committed as one file: few files keep queries fast."""
+
+_SECONDS = b"kdb_seconds"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A committed run, as its path tells it."""
+
+    run: str
+    model: str
+    dataset: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest records of a file at commit; ``path`` is relative to the run's folder."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A committed file that is not what it was at commit."""
+
+    run: str
+    path: Path
+    problem: str
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """Sixteen hex digits derived from everything that determines a result, the schema version included."""
+    text = json.dumps({**identity, "schema_version": SCHEMA_VERSION}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Lake:
+    """The folders of one warehouse.
+
+    Raises WarehouseError if ``path`` is no warehouse, or one that a newer kdb wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.root = self.path / "lake"
+        self.staging = self.path / "staging"
+        self.marker = self.path / "warehouse.json"
+        self._check_marker()
+
+    @classmethod
+    def create(cls, path: Path) -> Lake:
+        """Open the warehouse at ``path``, making it first where the folder is missing or empty."""
+        if not (path / "warehouse.json").exists():
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+                raise WarehouseError(
+                    f"{str(path)!r} is not a kdb warehouse, and not empty: name a new or empty folder "
+                    "with --warehouse."
+                )
+            with storage_errors(path):
+                _write_empty_tables(path / "lake")
+                (path / "staging").mkdir(exist_ok=True)
+                write_json(path / "warehouse.json", {"schema_version": SCHEMA_VERSION})
+        return cls(path)
+
+    def _check_marker(self) -> None:
+        name = repr(str(self.path))
+        if not self.path.is_dir():
+            raise WarehouseError(
+                f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another."
+            )
+        try:
+            version = json.loads(self.marker.read_text())["schema_version"]
+        except FileNotFoundError:
+            raise WarehouseError(
+                f"{name} is not a kdb warehouse: it has no warehouse.json. --warehouse names another folder."
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise WarehouseError(
+                f'{str(self.marker)!r} is damaged: expected {{"schema_version": {SCHEMA_VERSION}}}.'
+            ) from error
+        if version > SCHEMA_VERSION:
+            raise WarehouseError(
+                f"The warehouse {name} was written by a newer kdb (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
+            )
+
+    def run_folders(self) -> list[RunFolder]:
+        """Every committed run, by model, dataset and run."""
+        found = []
+        for model in _subfolders(self.root, "model="):
+            for dataset in _subfolders(model, "dataset="):
+                for run in _subfolders(dataset, "run="):
+                    values = [unquote(folder.name.partition("=")[2]) for folder in (run, model, dataset)]
+                    if values[0] != NOBODY:
+                        found.append(RunFolder(*values, path=run))
+        return found
+
+    def find(self, run: str) -> RunFolder:
+        """The committed run with this id; raises UnknownNameError."""
+        folders = {folder.run: folder for folder in self.run_folders()}
+        if run not in folders:
+            raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
+        return folders[run]
+
+    def interrupted(self) -> list[dict[str, Any]]:
+        """What each run in staging said of itself when it was begun."""
+        files = sorted(self.staging.glob("*/run.json"))
+        return [json.loads(file.read_text()) for file in files]
+
+    def remove(self, run: str) -> None:
+        """Delete a committed run: one rename takes it out of every reader's sight."""
+        folder = self.find(run)
+        with storage_errors(self.path):
+            self.staging.mkdir(exist_ok=True)
+            grave = self.staging / f"removed-{run}-{uuid.uuid4().hex[:8]}"
+            folder.path.rename(grave)
+            shutil.rmtree(grave)
+            for parent in folder.path.parents[:2]:
+                with contextlib.suppress(OSError):  # another run lives there
+                    parent.rmdir()
+
+    def verify(self) -> Iterator[Damage]:
+        """Check every committed file against its manifest, naming what is damaged."""
+        for folder in self.run_folders():
+            yield from _verify_run(folder)
+
+    def stage(self, run: str, model: str, dataset: str) -> StagedRun:
+        """Begin or resume a run; use it in a ``with`` statement, which holds the run's lock."""
+        return StagedRun(self, run, model, dataset)
+
+
+class StagedRun:
+    """A run in progress: parts that are finished stay finished, whatever happens to the writer."""
+
+    def __init__(self, lake: Lake, run: str, model: str, dataset: str) -> None:
+        self.run, self.model, self.dataset = run, model, dataset
+        self.path = lake.staging / run
+        partitions = [f"model={quote(model, safe='')}", f"dataset={quote(dataset, safe='')}", f"run={run}"]
+        self.target = lake.root.joinpath(*partitions)
+        self._lock = FileLock(lake.staging / f"{run}.lock")
+
+    def __enter__(self) -> StagedRun:
+        """Take the run's lock; raises WarehouseError if another process has it."""
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise WarehouseError(
+                    f"Run {self.run} ({self.model} on {self.dataset}) is being measured by another process: "
+                    "wait for it to finish, then ask again."
+                ) from None
+            self._begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the lock; what is finished stays in staging."""
+        if self.path.is_dir() and not any(self.path.rglob("*.parquet")):
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self.committed:
+            # Whoever still waits on the removed file finds the run committed, and has nothing to write.
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _begin(self) -> None:
+        if self.committed:  # by the process that held the lock a moment ago
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        if not (self.path / "run.json").exists():
+            begun = datetime.now(UTC).isoformat()
+            names = {"run": self.run, "model": self.model, "dataset": self.dataset}
+            write_json(self.path / "run.json", {**names, "started_at": begun})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the run since it was begun: its names, ``started_at``, and what was remembered."""
+        facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        return facts
+
+    def remember(self, **facts: object) -> None:
+        """Keep facts of a run in progress that a resumed run could not know otherwise."""
+        write_json(self.path / "run.json", {**self.facts, **facts})
+
+    @property
+    def committed(self) -> bool:
+        """Whether the run already stands in the lake."""
+        return self.target.is_dir()
+
+    def part(self, table: str, name: str) -> Path:
+        """Where a part lies once it is finished."""
+        return self.path / table / f"{name}.parquet"
+
+    def has(self, table: str, name: str) -> bool:
+        """Whether a part is finished."""
+        return self.part(table, name).exists()
+
+    def parts(self, table: str) -> list[Path]:
+        """The finished parts of a table, in order of their names."""
+        return sorted(path for path in (self.path / table).glob("*.parquet") if path.stem != "all")
+
+    def write(self, table: str, name: str, groups: Iterable[pa.Table], *, seconds: float = 0.0) -> None:
+        """Write one part, each Arrow table a row group; it counts when it is whole.
+
+        ``seconds`` is the time spent measuring what it holds; the parts' sum is the run's.
+        """
+        with storage_errors(self.path):
+            write_parquet(self.part(table, name), groups, seconds=seconds)
+
+    def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write one part of a small table from dictionaries; absent columns are NULL."""
+        self.write(table, name, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))])
+
+    def commit(self, run_row: Mapping[str, Any]) -> None:
+        """Make the run visible, whole, in one rename.
+
+        ``run_row`` is the row of ``runs``; times and the list of tables are filled in here. The manifest is
+        written last: what it names is the run, and a commit that was cut off goes on from there.
+        """
+        with storage_errors(self.path):
+            if not (self.path / "manifest.json").exists():
+                self._seal(run_row)
+            self._drop_strays()
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.path.rename(self.target)
+            _sync(self.target.parent)
+
+    def _seal(self, run_row: Mapping[str, Any]) -> None:
+        tables = {folder.name for folder in self.path.iterdir() if folder.is_dir()} | {"runs"}
+        parts = {table: self.parts(table) for table in sorted(tables - {"runs"})}
+        row = {
+            **run_row,
+            "tables": sorted(tables),
+            "started_at": datetime.fromisoformat(self.facts["started_at"]),
+            "finished_at": datetime.now(UTC),
+            "seconds": sum(_seconds(path) for paths in parts.values() for path in paths),
+        }
+        self.write_rows("runs", "all", [row])
+        files = [self.part("runs", "all")]
+        for table, paths in parts.items():
+            files += self._merged(table, paths)
+        records = [asdict(_record(path, self.path)) for path in files]
+        write_json(self.path / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": records})
+
+    def _merged(self, table: str, paths: list[Path]) -> list[Path]:
+        if len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
+            return paths
+        whole = self.part(table, "all")
+        write_parquet(whole, [pa.concat_tables(pq.ParquetFile(path).read() for path in paths)])
+        return [whole]
+
+    def _drop_strays(self) -> None:
+        kept = {self.path / record.path for record in _manifest(self.path)} | {self.path / "manifest.json"}
+        for path in self.path.rglob("*"):
+            if path.is_file() and path not in kept:
+                path.unlink()
+
+
+def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.0) -> None:
+    """Write Arrow tables as the row groups of one Parquet file that appears whole or not at all.
+
+    Vectors of float32 are split by byte, which makes their exponents compress (DuckDB cannot read float16
+    so); everything is zstd.
+    """
+    groups = iter(groups)
+    first = next(groups)
+    schema = first.schema.with_metadata({_SECONDS: str(seconds)})
+    vectors = [f"{field.name}.list.element" for field in schema if _is_float32_vector(field.type)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    options: dict[str, Any] = {"compression": "zstd", "use_byte_stream_split": vectors or False}
+    options["use_dictionary"] = [f.name for f in schema if not pa.types.is_nested(f.type)]
+    with pq.ParquetWriter(partial, schema, **options) as writer:
+        writer.write_table(first, row_group_size=max(1, len(first)))
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, len(group)))
+    _sync(partial)
+    partial.replace(path)
+
+
+def _is_float32_vector(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    _sync(partial)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals into a WarehouseError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full. Free some space and give the same command again: what is "
+            "finished is kept",
+            errno.EDQUOT: "the disk quota is used up. Free some space and give the same command again: what "
+            "is finished is kept",
+            errno.EACCES: "permission denied. Name a folder that you can write to with --warehouse",
+            errno.EPERM: "permission denied. Name a folder that you can write to with --warehouse",
+            errno.EROFS: "the file system is read-only. Name another folder with --warehouse",
+        }
+        what = advice.get(error.errno or 0, str(error))
+        raise WarehouseError(f"Cannot write to the warehouse at {str(path)!r}: {what}.") from error
+
+
+def _subfolders(parent: Path, prefix: str) -> list[Path]:
+    # A folder can vanish between two looks, when another process removes a run.
+    try:
+        with os.scandir(parent) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.name.startswith(prefix))
+    except FileNotFoundError:
+        return []
+
+
+def _write_empty_tables(root: Path) -> None:
+    folder = root / f"model={NOBODY}/dataset={NOBODY}/run={NOBODY}"
+    for table in TABLES:
+        write_parquet(folder / table / "empty.parquet", [arrow_schema(table).empty_table()])
+
+
+def _seconds(path: Path) -> float:
+    return float(pq.read_schema(path).metadata[_SECONDS])
+
+
+def _record(path: Path, folder: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = pq.read_metadata(path).num_rows
+    return FileRecord(path.relative_to(folder).as_posix(), rows, path.stat().st_size, digest)
+
+
+def _manifest(folder: Path) -> list[FileRecord]:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return [FileRecord(**file) for file in files]
+
+
+def _verify_run(folder: RunFolder) -> Iterator[Damage]:
+    try:
+        records = _manifest(folder.path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Damage(folder.run, folder.path / "manifest.json", f"unreadable ({error})")
+        return
+    for record in records:
+        problem = _problem(folder.path, record)
+        if problem:
+            yield Damage(folder.run, folder.path / record.path, problem)
+    known = {folder.path / record.path for record in records}
+    for path in sorted(set(folder.path.rglob("*.parquet")) - known):
+        yield Damage(folder.run, path, "not part of the run: it was added after commit")
+
+
+def _problem(folder: Path, record: FileRecord) -> str:
+    path = folder / record.path
+    if not path.exists():
+        return "missing"
+    try:
+        found = _record(path, folder)
+    except (OSError, pa.ArrowException) as error:
+        return f"unreadable ({error})"
+    for what in ("bytes", "rows", "sha256"):
+        expected, actual = getattr(record, what), getattr(found, what)
+        if expected != actual:
+            return f"{what}: {expected} at commit, {actual} now"
+    return ""
+
+
+def _sync(path: Path) -> None:
+    # A rename must not reach the disk before what it makes visible.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,61 @@
+"""Activations on disk: row groups of one layer and site each, so that reading a layer skips all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdb.errors import WarehouseError
+from kdb.warehouse.schema import arrow_schema
+
+_PART_BYTES = 64 * 2**20
+
+
+def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int) -> int:
+    """Prompts whose float32 vectors fill one part: what a crash can cost, and what is held in memory."""
+    return max(1, _PART_BYTES // (4 * n_layers * n_sites * hidden_size))
+
+
+def activation_groups(
+    prompt_ids: Sequence[int], sites: Sequence[str], vectors: NDArray[np.float32], *, float16: bool = False
+) -> Iterator[pa.Table]:
+    """Turn vectors (prompt, layer, site, hidden) into Arrow tables, one per site and layer.
+
+    Raises WarehouseError where ``float16`` is asked for and a value does not fit into it (65,504).
+    """
+    order = np.argsort(prompt_ids)
+    ids = pa.array(np.asarray(prompt_ids, dtype=np.int32)[order])
+    schema = arrow_schema("activations", vector_size=vectors.shape[-1], float16=float16)
+    for s, site in enumerate(sites):
+        for layer in range(vectors.shape[1]):
+            rows = _narrow(vectors[order, layer, s], layer, site) if float16 else vectors[order, layer, s]
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[-1])
+            same = [pa.array([layer] * len(ids), pa.int16()), pa.array([site] * len(ids))]
+            yield pa.table([ids, *same, flat], schema=schema)
+
+
+def read_vectors(parts: Sequence[Path], layer: int, site: str) -> NDArray[np.float32]:
+    """The vectors (prompt, hidden) of one layer and site, in order of prompt_id."""
+    wanted = (pc.field("layer") == layer) & (pc.field("site") == site)
+    tables = [pq.read_table(part, columns=["prompt_id", "vector"], filters=wanted) for part in parts]
+    table = pa.concat_tables(tables).combine_chunks()
+    column = table["vector"].chunk(0)
+    rows = column.flatten().to_numpy().reshape(len(table), -1)
+    order = np.argsort(table["prompt_id"].to_numpy())
+    return np.ascontiguousarray(rows[order], dtype=np.float32)
+
+
+def _narrow(rows: NDArray[np.float32], layer: int, site: str) -> NDArray[np.float16]:
+    largest = float(np.abs(rows).max())
+    if largest > np.finfo(np.float16).max:
+        raise WarehouseError(
+            f"Layer {layer} ({site}) reaches {largest:,.0f}, and float16 ends at 65,504: "
+            "store these vectors with --store float32."
+        )
+    return rows.astype(np.float16)
