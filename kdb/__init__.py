@@ -1,1 +1,25 @@
-"""kdb: where in a language model does what it knows live?"""
+"""Measure where a language model keeps what it knows, and ask in SQL.
+
+import kdb
+kdb.open("kdb-warehouse").query("concept-depth")
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdb.warehouse.store import Warehouse
+
+
+def open(path: str | Path | None = None) -> Warehouse:  # noqa: A001  (kdb.open, as one opens a file)
+    """Open the warehouse at ``path``, else ``$KDB_WAREHOUSE``, else ``./kdb-warehouse``.
+
+    Raises kdb.errors.WarehouseError if there is none.
+    """
+    # Here and not above, so that `import kdb.errors` and `kdb --help` load neither DuckDB nor Polars.
+    from kdb.warehouse.store import Warehouse
+
+    return Warehouse(path or os.environ.get("KDB_WAREHOUSE") or "kdb-warehouse")

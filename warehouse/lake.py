@@ -125,6 +125,11 @@ class Lake:
                 f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
             )
 
+    def restore_empty_tables(self) -> None:
+        """Write the empty typed files again, without which a view over no run is an error."""
+        with storage_errors(self.path):
+            _write_empty_tables(self.root)
+
     def run_folders(self) -> list[RunFolder]:
         """Every committed run, by model, dataset and run."""
         found = []

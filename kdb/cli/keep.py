@@ -1,0 +1,77 @@
+"""Keeping: list, remove and verify runs, and rebuild the shell's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import kdb
+from kdb.cli.options import output_options, show, warehouse_option
+
+_RUNS = """
+SELECT run, model, dataset, variant, study, source_run, round(seconds, 1) AS seconds,
+       strftime(finished_at, '%Y-%m-%d %H:%M') AS finished_utc
+FROM runs ORDER BY finished_at, run
+"""
+
+
+@click.group(invoke_without_command=True)
+@warehouse_option
+@output_options
+@click.pass_context
+def runs(ctx: click.Context, warehouse: Path, format_: str | None, output: Path | None) -> None:
+    """List the runs in the warehouse, or remove one.
+
+    \b
+    kdb runs
+    kdb runs remove 1f0c9a3b5d7e2468
+    """
+    ctx.obj = warehouse
+    if ctx.invoked_subcommand is None:
+        opened = kdb.open(warehouse)
+        show(opened.sql(_RUNS), format_, output)
+        for begun in opened.lake.interrupted():
+            click.echo(
+                f"In progress or interrupted: {begun['model']} on {begun['dataset']} (run {begun['run']}).",
+                err=True,
+            )
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--warehouse", type=click.Path(file_okay=False, path_type=Path), help="Folder of the warehouse.")
+@click.pass_obj
+def remove(parent_warehouse: Path, run: str, warehouse: Path | None) -> None:
+    """Delete a run for good.
+
+    \b
+    kdb runs remove 1f0c9a3b5d7e2468
+    """
+    kdb.open(warehouse or parent_warehouse).lake.remove(run)
+    click.echo(f"Removed run {run}.")
+
+
+@click.command()
+@warehouse_option
+def verify(warehouse: Path) -> None:
+    """Check every committed file against the row counts and checksums recorded at commit.
+
+    Exits with 1 where something is damaged, and names it.
+    """
+    lake = kdb.open(warehouse).lake
+    damages = list(lake.verify())
+    for damage in damages:
+        click.echo(f"{damage.path}: {damage.problem}")
+    if damages:
+        damaged = " ".join(sorted({damage.run for damage in damages}))
+        click.echo(f"Damaged runs: {damaged}. Remove each (`kdb runs remove`) and measure it again.", err=True)
+        raise SystemExit(1)
+    click.echo(f"All files of {len(lake.run_folders())} runs are as they were committed.")
+
+
+@click.command()
+@warehouse_option
+def rebuild(warehouse: Path) -> None:
+    """Write kdb.duckdb anew, the file that the DuckDB shell opens; it holds views only."""
+    click.echo(f"Wrote {kdb.open(warehouse).rebuild()}.")

@@ -1,0 +1,246 @@
+"""Measuring: run a model on datasets, refit probes, and list what can be measured."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import kdb
+from kdb.cli.options import Command, warehouse_option
+from kdb.errors import UnknownNameError
+
+
+def _dataset_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option(
+                "--dataset",
+                "datasets_",
+                multiple=True,
+                help="Name or .csv, .jsonl or .parquet file; repeatable. Else every built-in one.",
+            ),
+            click.option("--dataset-name", help="Name to store a file of your own under; else its stem."),
+            click.option(
+                "--data-dir",
+                type=click.Path(path_type=Path),
+                envvar="KDB_DATA_DIR",
+                help="Folder with the papers' original files; else $KDB_DATA_DIR, else the cache.",
+            ),
+            click.option("--template", help="Prompt template, such as 'Is it true? {text}'."),
+            click.option("--limit", type=int, help="Take the first N of each class."),
+            click.option("--group-by", help="Column that a grouped split keeps on one side."),
+            click.option("--noise", is_flag=True, help="Put aaa or bbb before each text, by seed."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _probe_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option(
+                "--classifier",
+                "classifiers",
+                multiple=True,
+                type=click.Choice(["logistic", "logistic-paper", "random-forest"]),
+                help="Fit this too; logistic and logistic-paper always are.",
+            ),
+            click.option(
+                "--splits",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                help="Splits in all: the paper's, then seeded stratified ones.",
+            ),
+            click.option(
+                "--seed",
+                type=int,
+                default=42,
+                show_default=True,
+                help="Seed of noise and of all splits but the paper's.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _model_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option("--model", required=True, help="Name (`kdb models`), hub id, folder, or .gguf file."),
+            click.option("--name", help="Name to store the model under; else its own."),
+            click.option("--revision", help="Branch, tag or commit on the hub."),
+            click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                default="float32",
+                show_default=True,
+                help="Of the weights in the forward pass.",
+            ),
+            click.option("--quantize", type=click.Choice(["int8"]), help="Quantize the weights alone."),
+            click.option(
+                "--store",
+                type=click.Choice(["float32", "float16"]),
+                default="float32",
+                show_default=True,
+                help="Of the vectors on disk.",
+            ),
+            click.option(
+                "--batch-tokens",
+                type=click.IntRange(1),
+                help="Tokens per batch; changes speed and memory, not results.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_model_options
+@_dataset_options
+@_probe_options
+@click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
+@warehouse_option
+def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
+    """Run a model on datasets: store its hidden states and probe every layer.
+
+    \b
+    kdb ingest --model smollm2-135m
+    kdb ingest --model smollm2-135m --dataset cities --data-dir data/
+    kdb ingest --model ./my-model --dataset my.csv
+    """
+    from kdb.ingest import models as found
+    from kdb.ingest.run import ingest as measure
+    from kdb.ingest.run import plan
+
+    _log_to_stderr()
+    jobs = _jobs(options)
+    if dry_run:
+        for job in jobs:
+            click.echo(
+                f"{job.source.name} on {job.dataset.name}: {plan(job, found.pick_device(options['device']))}"
+            )
+        return
+    from kdb.warehouse.store import Warehouse
+
+    opened = Warehouse.create(warehouse)
+
+    @functools.cache
+    def load() -> found.LoadedModel:
+        device = found.pick_device(options["device"])
+        return found.load_model(jobs[0].source, device=device, dtype=options["dtype"], quantize=options["quantize"])
+
+    for job in jobs:
+        outcome = measure(opened.lake, job, load, batch_tokens=options["batch_tokens"])
+        _report(outcome, job.source.name, job.dataset.name)
+
+
+def _jobs(options: dict[str, Any]) -> list[Any]:
+    """Everything that was asked for, found and checked before any work."""
+    from kdb.ingest.datasets import available_datasets, load_dataset
+    from kdb.ingest.models import find_model
+    from kdb.ingest.run import Job, Measuring
+
+    built_in = [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
+    names = ("data_dir", "dataset_name", "template", "limit", "group_by")
+    texts = [load_dataset(name, **{n: options[n] for n in names}) for name in options["datasets_"] or built_in]
+    source = find_model(options["model"], name=options["name"], revision=options["revision"])
+    measuring = Measuring(**{n: options[n] for n in ("dtype", "quantize", "noise", "seed", "store", "limit")})
+    custom = options["template"] is not None
+    return [Job(source, dataset, measuring, _probing(options), custom) for dataset in texts]
+
+
+def _probing(options: dict[str, Any]) -> Any:
+    from kdb.ingest.run import ALWAYS_FITTED, Probing
+
+    return Probing(tuple(dict.fromkeys((*ALWAYS_FITTED, *options["classifiers"]))), options["splits"])
+
+
+def _report(outcome: Any, model: str, dataset: str) -> None:
+    done = "is stored already" if outcome.status == "exists" else "stored"
+    click.echo(f"{model} on {dataset}: {done} (run {outcome.run})")
+
+
+@click.command()
+@click.option("--model", required=True, help="Model, as stored.")
+@click.option("--dataset", required=True, help="Dataset, as stored.")
+@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@_probe_options
+@warehouse_option
+def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: Any) -> None:
+    """Fit probes on stored activations, without the model, as a run of its own.
+
+    \b
+    kdb probe --model smollm2-135m --dataset cities --splits 5 --classifier random-forest
+    """
+    from kdb.ingest.run import refit
+
+    _log_to_stderr()
+    opened = kdb.open(warehouse)
+    source = _stored_run(opened.sql, model, dataset, variant)
+    outcome = refit(opened.lake, opened.lake.find(source), _probing(options), seed=options["seed"])
+    _report(outcome, model, dataset)
+
+
+def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str) -> str:
+    """The newest run with activations of this model, dataset and variant."""
+    current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = 'activations'").rows()
+    runs = {row[:3]: row[3] for row in current}
+    hint = "`kdb runs` lists what is stored; `kdb ingest` measures more."
+    for kind, place, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
+        stored = {key[place] for key in runs if key[:place] == (model, dataset)[:place]}
+        if name not in stored:
+            raise UnknownNameError(f"stored {kind}", name, stored, hint)
+    return str(runs[model, dataset, variant])
+
+
+@click.command()
+def models() -> None:
+    """List the models that have a short name; any hub id, folder or .gguf file works too."""
+    from kdb.ingest.models import REGISTRY
+
+    _columns(
+        [(m.name, m.family, m.size, _weights(m)) for m in REGISTRY.values()], ("name", "family", "size", "source")
+    )
+
+
+def _weights(model: Any) -> str:
+    from importlib.util import find_spec
+
+    packaged = model.package is not None and find_spec(model.package) is not None
+    return f"{model.hub_id} (installed: {model.package})" if packaged else model.hub_id
+
+
+@click.command()
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    envvar="KDB_DATA_DIR",
+    help="Folder to look in; else $KDB_DATA_DIR.",
+)
+def datasets(data_dir: Path | None) -> None:
+    """List the datasets that have a name, where each comes from, and whether it can be had here."""
+    from kdb.ingest.datasets import available_datasets
+
+    rows = [(i.name, i.size, f"{i.status} {i.where}".strip(), i.source) for i in available_datasets(data_dir)]
+    _columns(rows, ("name", "prompts", "here", "source"))
+
+
+def _columns(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("kdb").setLevel(logging.INFO)

@@ -1,0 +1,100 @@
+"""Options and output that commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_WAREHOUSE = "kdb-warehouse"
+FORMATS = ("table", "csv", "json", "markdown", "parquet")
+_SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet"}
+
+
+def warehouse_option(command: Command) -> Command:
+    """``--warehouse DIR``, else $KDB_WAREHOUSE, else ./kdb-warehouse."""
+    return click.option(
+        "--warehouse",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="KDB_WAREHOUSE",
+        default=DEFAULT_WAREHOUSE,
+        show_default=True,
+        help="Folder of the warehouse; else $KDB_WAREHOUSE.",
+    )(command)
+
+
+def output_options(command: Command) -> Command:
+    """``--format`` and ``-o``."""
+    command = click.option(
+        "--format", "format_", type=click.Choice(FORMATS), help="Else by the ending of -o, else table."
+    )(command)
+    return click.option(
+        "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; else the terminal."
+    )(command)
+
+
+def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
+    """Write a frame as the user asked for it, and say on stderr if it has no rows."""
+    format_ = format_ or _SUFFIXES.get(output.suffix if output else "", "table")
+    if format_ == "parquet":
+        if output is None:
+            raise click.UsageError("--format parquet writes a file: name it with -o FILE.")
+        _write(output, lambda path: frame.write_parquet(path))
+    elif output is not None:
+        _write(output, lambda path: path.write_text(_text(frame, format_) + "\n"))
+    else:
+        click.echo(_text(frame, format_))
+    if frame.is_empty():
+        click.echo("No rows. `kdb runs` shows what was measured.", err=True)
+
+
+def _write(output: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(output)
+    except OSError as error:
+        raise click.UsageError(f"Cannot write {str(output)!r}: {error.strerror or error}.") from error
+
+
+def _text(frame: pl.DataFrame, format_: str) -> str:
+    if format_ == "csv":
+        return _flat(frame).write_csv().rstrip("\n")
+    if format_ == "json":
+        return frame.write_json()
+    return _drawn(frame, format_)
+
+
+def _drawn(frame: pl.DataFrame, format_: str) -> str:
+    import polars as pl
+
+    if format_ == "markdown":
+        frame = frame.with_columns(pl.col(pl.String).str.replace_all("|", r"\|", literal=True))
+    with pl.Config(
+        tbl_formatting="ASCII_MARKDOWN" if format_ == "markdown" else "UTF8_FULL_CONDENSED",
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=-1,
+        fmt_str_lengths=10_000,
+        fmt_table_cell_list_len=4,
+        tbl_hide_column_data_types=True,
+        tbl_hide_dataframe_shape=True,
+    ):
+        return str(frame.with_columns(pl.col(pl.Float64, pl.Float32).round(4)))
+
+
+def _flat(frame: pl.DataFrame) -> pl.DataFrame:
+    """Lists as JSON text, since CSV has no lists."""
+    import polars as pl
+
+    lists = [name for name, kind in frame.schema.items() if isinstance(kind, (pl.List, pl.Array))]
+    as_text = [
+        pl.Series(name, [None if v is None else json.dumps(v) for v in frame[name].to_list()]) for name in lists
+    ]
+    return frame.with_columns(as_text)

@@ -1,0 +1,181 @@
+"""The catalogue of saved queries: plain SQL files whose header comment says what they ask and take.
+
+A query is named after its file. Its header reads::
+
+    -- Title
+    -- Where in the paper it comes from
+    --
+    -- What one row is, and how to read it.
+    --
+    -- Parameters:
+    --   model    text = all        one model
+    --   limit    integer = 20      rows at most
+    --   prompt   integer required  prompt to show
+
+``= all`` is no restriction: the parameter is then NULL. The body reads each parameter with
+``getvariable('name')``; defaults stand in the header alone. Nothing here opens a database.
+
+Print it: ``kdb queries``, ``kdb queries concept-depth``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+
+from kdb.errors import QueryError, UnknownNameError
+
+Value = str | int | float | None
+"""What a parameter may be; None is SQL's NULL."""
+
+FOLDER = Path(__file__).parent
+ALL = "all"
+
+_PARAM = re.compile(
+    r"(?P<name>[a-z]\w*)\s+(?P<type>text|integer|number)\s+(?:=\s*(?P<default>\S+)|required)\s+(?P<meaning>\S.*)"
+)
+_VARIABLE = re.compile(r"getvariable\('(\w+)'\)")
+
+
+def literal(value: Value) -> str:
+    """A value as SQL text. The one place where kdb quotes; values of queries are bound instead."""
+    if value is None:
+        return "NULL"
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of a saved query. Where it is not required, a default of None means no restriction."""
+
+    name: str
+    type: str
+    default: Value
+    required: bool
+    meaning: str
+
+    def parse(self, given: object) -> Value:
+        """The value given, from Python or as text from a command line; QueryError if it is of another type."""
+        if given in (None, ALL) and self.default is None and not self.required:
+            return None
+        try:
+            return _CONVERT[self.type](given)
+        except (TypeError, ValueError):
+            article = "an" if self.type == "integer" else "a"
+            raise QueryError(f"parameter {self.name}: expected {article} {self.type}, found {given!r}") from None
+
+
+def _text(given: object) -> str:
+    if not isinstance(given, str):
+        raise TypeError
+    return given
+
+
+def _integer(given: object) -> int:
+    if isinstance(given, bool) or not isinstance(given, int | str):
+        raise TypeError
+    return int(given)
+
+
+def _number(given: object) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float | str):
+        raise TypeError
+    if not math.isfinite(number := float(given)):
+        raise ValueError
+    return number
+
+
+_CONVERT = {"text": _text, "integer": _integer, "number": _number}
+
+
+@dataclass(frozen=True)
+class SavedQuery:
+    """One saved query. `sql` is the whole file, header included."""
+
+    name: str
+    title: str
+    reference: str
+    description: str
+    params: tuple[Param, ...]
+    sql: str
+    path: Path
+
+    def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
+        """A value for every parameter: the one given, else the default.
+
+        Raises UnknownNameError for a parameter that the query does not take, and QueryError for one that is
+        missing or of the wrong type.
+        """
+        names = [param.name for param in self.params]
+        for name in given:
+            if name not in names:
+                raise UnknownNameError("parameter", name, names, f"{self.name} takes {', '.join(names)}.")
+        missing = [param for param in self.params if param.required and param.name not in given]
+        if missing:
+            needs = "; ".join(f"{param.name} ({param.type}: {param.meaning})" for param in missing)
+            raise QueryError(f"{self.name} needs {needs}")
+        return {p.name: p.parse(given[p.name]) if p.name in given else p.default for p in self.params}
+
+    def shell_script(self) -> str:
+        """What to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
+        lines = [f"SET VARIABLE {p.name} = {literal(p.default)};" + " -- required" * p.required for p in self.params]
+        return "\n".join([*lines, "", self.sql])
+
+
+@cache
+def load_catalogue(folder: Path = FOLDER) -> Mapping[str, SavedQuery]:
+    """Every saved query by name, a study's together; QueryError for a file whose header is wrong."""
+    return {path.stem: _read_query(path) for path in sorted(folder.glob("*/*.sql"))}
+
+
+def find_query(name: str) -> SavedQuery:
+    """The saved query of that name; UnknownNameError with the nearest names if there is none."""
+    catalogue = load_catalogue()
+    if name not in catalogue:
+        raise UnknownNameError("query", name, catalogue, "`kdb queries` lists them.")
+    return catalogue[name]
+
+
+def macros() -> str:
+    """The SQL of the views and macros that saved queries, and the shell, build on."""
+    return (FOLDER / "macros.sql").read_text(encoding="utf-8")
+
+
+def _read_query(path: Path) -> SavedQuery:
+    sql = path.read_text(encoding="utf-8")
+    header = [line[2:].strip() for line in takewhile(lambda line: line.startswith("--"), sql.splitlines())]
+    if "Parameters:" not in header or header.index("Parameters:") < 3 or not all(header[:2]):
+        raise QueryError(f"{path}: the header needs a title, a reference, a description and 'Parameters:'")
+    start = header.index("Parameters:")
+    params = tuple(_read_param(path, number, header[number]) for number in range(start + 1, len(header)))
+    body = "\n".join(sql.splitlines()[len(header) :])
+    _check_names(path, [param.name for param in params], set(_VARIABLE.findall(body)))
+    title, reference, *description = header[:start]
+    return SavedQuery(path.stem, title, reference, " ".join(description).strip(), params, sql, path)
+
+
+def _read_param(path: Path, number: int, line: str) -> Param:
+    """The parameter declared on a header line; `number` counts lines from 0."""
+    match = _PARAM.fullmatch(line)
+    if match is None:
+        expected = "expected 'name text|integer|number = default meaning' or '… required meaning'"
+        raise QueryError(f"{path}, line {number + 1}: {expected}, found {line!r}")
+    name, type_, default, meaning = match.group("name", "type", "default", "meaning")
+    param = Param(name, type_, None, default is None, meaning)
+    if param.required:
+        return param
+    return Param(name, type_, param.parse(default), False, meaning)
+
+
+def _check_names(path: Path, declared: list[str], used: set[str]) -> None:
+    """Header and body must name the same parameters, else one of them would be NULL unnoticed."""
+    problems = [f"{name!r} is declared twice" for name in sorted(set(declared)) if declared.count(name) > 1]
+    problems += [f"{name!r} is declared but not used" for name in sorted(set(declared) - used)]
+    problems += [f"{name!r} is used but not declared" for name in sorted(used - set(declared))]
+    if problems:
+        raise QueryError(f"{path}: " + "; ".join(problems))

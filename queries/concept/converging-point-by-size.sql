@@ -1,0 +1,26 @@
+-- How deep models of growing size must go
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 3, sizes within one family
+--
+-- One row per dataset, family and model, smallest first: jump point and converging point in percent of depth.
+--
+-- Parameters:
+--   model       text = all         one model
+--   dataset     text = all         one dataset
+--   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   classifier  text = logistic    logistic, logistic-paper or random-forest
+--   split       text = paper       paper, stratified-SEED or grouped
+--   variant     text = default     newest runs of this variant; `kdb runs` lists them
+--   run         text = all         this run alone, whatever its variant
+SELECT
+    dataset, family, round(n_params / 1e9, 3) AS size_billions, model,
+    100 * converging_point AS converging_percent,
+    100 * jump_point AS jump_percent
+FROM concept_depth()
+JOIN models USING (model, dataset, run)
+JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+WHERE (getvariable('model') IS NULL OR model = getvariable('model'))
+    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+    AND site = getvariable('site')
+    AND classifier = getvariable('classifier')
+    AND split = getvariable('split')
+ORDER BY dataset, family, n_params, model;

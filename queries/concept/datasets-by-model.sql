@@ -1,0 +1,35 @@
+-- Which concepts one model knows early, and which late
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 1, datasets within one model
+--
+-- One row per dataset, the best known first. accuracy_at_50_percent is that of the layer half way from the first
+-- to the last, and so on; best_layer is the first that reaches best_accuracy; J and C in percent of depth.
+--
+-- Parameters:
+--   model       text required      the model
+--   dataset     text = all         one dataset
+--   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   classifier  text = logistic    logistic, logistic-paper or random-forest
+--   split       text = paper       paper, stratified-SEED or grouped
+--   variant     text = default     newest runs of this variant; `kdb runs` lists them
+--   run         text = all         this run alone, whatever its variant
+SELECT
+    model, dataset, depths.n_layers,
+    max(accuracy) FILTER (layer = 0) AS accuracy_at_0_percent,
+    max(accuracy) FILTER (layer = round(0.25 * (n_layers - 1))) AS accuracy_at_25_percent,
+    max(accuracy) FILTER (layer = round(0.5 * (n_layers - 1))) AS accuracy_at_50_percent,
+    max(accuracy) FILTER (layer = round(0.75 * (n_layers - 1))) AS accuracy_at_75_percent,
+    max(accuracy) FILTER (layer = n_layers - 1) AS accuracy_at_100_percent,
+    max(accuracy) AS best_accuracy,
+    arg_max(layer, (accuracy, -layer)) AS best_layer,
+    100 * jump_point AS jump_percent,
+    100 * converging_point AS converging_percent
+FROM probe_scores
+JOIN concept_depth() AS depths USING (model, dataset, run, site, classifier, split)
+JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+WHERE model = getvariable('model')
+    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+    AND site = getvariable('site')
+    AND classifier = getvariable('classifier')
+    AND split = getvariable('split')
+GROUP BY model, dataset, n_layers, jump_point, converging_point
+ORDER BY best_accuracy DESC, dataset;

@@ -1,0 +1,23 @@
+-- How much accuracy changes from one layer to the next
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the variation rate β
+--
+-- One row per model, dataset and layer: β is the layer's accuracy over that of the layer before. There is
+-- none at layer 0.
+--
+-- Parameters:
+--   model       text = all         one model
+--   dataset     text = all         one dataset
+--   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   classifier  text = logistic    logistic, logistic-paper or random-forest
+--   split       text = paper       paper, stratified-SEED or grouped
+--   variant     text = default     newest runs of this variant; `kdb runs` lists them
+--   run         text = all         this run alone, whatever its variant
+SELECT model, dataset, site, layer, 100 * depth AS depth_percent, accuracy, variation_rate
+FROM variation_rates()
+JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+WHERE (getvariable('model') IS NULL OR model = getvariable('model'))
+    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+    AND site = getvariable('site')
+    AND classifier = getvariable('classifier')
+    AND split = getvariable('split')
+ORDER BY model, dataset, layer;

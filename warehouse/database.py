@@ -1,0 +1,247 @@
+"""DuckDB over the lake: views, saved queries and SQL that can only read, as Polars frames.
+
+Everything that kdb itself asks runs in an in-memory DuckDB whose views are globs over the lake, so that no lock
+on ``kdb.duckdb`` is ever taken; that file holds the same views for people's own shells.
+
+    with Database(lake, runs) as database:
+        database.query("concept-depth", dataset="cities")
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import duckdb
+import polars as pl
+
+from kdb.errors import QueryError, WarehouseError
+from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine, Table
+
+SHELL_FILE = "kdb.duckdb"
+
+_STORAGE_VERSION = "v1.0.0"
+"""Of the shell file: what DuckDB 1.0 wrote, so that every shell from 1.4 on opens it."""
+
+_REFUSED_FUNCTIONS = re.compile(r'"function_name":"(enable_\w+|query|json_execute_serialized_sql)"')
+"""Functions of a SELECT that write files (logs, profiles), and those that hide such a call in a text."""
+
+_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE)
+
+
+def view_statements(lake: Path) -> list[str]:
+    """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
+
+    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell.
+    """
+    return [_view(lake, table) for table in TABLES.values()] + [macros()]
+
+
+def write_shell_file(warehouse: Path) -> None:
+    """Write `kdb.duckdb`: views only, with absolute paths. Replaces it without opening it.
+
+    A shell that holds the old file keeps it. Raises OSError when the folder cannot be written.
+    """
+    target = warehouse / SHELL_FILE
+    staged = warehouse / f".{SHELL_FILE}.{secrets.token_hex(4)}"
+    # Built elsewhere: DuckDB cannot attach every path (a ? ends the name of its log file).
+    with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
+        built = Path(folder) / SHELL_FILE
+        _build_shell_file(built, view_statements(warehouse / "lake"))
+        try:
+            shutil.copyfile(built, staged)
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
+    # A log left by a shell that crashed belongs to the old file; DuckDB would replay it into this one.
+    target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
+
+
+def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyConnection:
+    """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
+
+    `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
+    table and not in the next; None shows every run. Raises WarehouseError when the lake cannot be read.
+    """
+    connection = duckdb.connect()
+    try:
+        # Views are created first: that reads files, and creating anything is refused by the time users ask.
+        for statement in view_statements(lake):
+            connection.execute(statement)
+        connection.execute("SET VARIABLE kdb_runs = ?::VARCHAR[]", [None if runs is None else list(runs)])
+        _lock(connection, lake)
+    except duckdb.Error as error:
+        connection.close()
+        raise WarehouseError(f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files.") from error
+    return connection
+
+
+class Database:
+    """The committed runs as they were when it was opened, to be asked in SQL."""
+
+    def __init__(self, lake: Path, runs: Sequence[str] | None = None) -> None:
+        self._connection = connect(lake, runs)
+
+    def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """The rows of one statement that reads.
+
+        `params` are the values of its `?` (a sequence) or `$name` (a mapping). Raises QueryError for a
+        statement that would change anything, and with DuckDB's words for one that fails.
+        """
+        statement = _check_reads(self._connection, text)
+        try:
+            return self._connection.execute(statement, params).pl()
+        except duckdb.Error as error:
+            raise QueryError(_message(error)) from error
+
+    def query(self, name: str, /, **params: object) -> pl.DataFrame:
+        """The rows of a saved query. Raises UnknownNameError and QueryError, see `SavedQuery.bind`."""
+        saved = find_query(name)
+        for variable, value in saved.bind(params).items():
+            self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
+        return self.sql(saved.sql)
+
+    def close(self) -> None:
+        """Give back memory and temporary files."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def engine(lake: Path, runs: Callable[[], Sequence[str] | None]) -> Engine:
+    """A SQLAlchemy engine that reads the lake, for pandas, notebooks and reflection.
+
+    Each connection is a DuckDB of its own, with the snapshot that `runs` returns when it is opened.
+    """
+    # Imported here: only who asks for an engine waits for it.
+    from duckdb_engine import ConnectionWrapper
+    from sqlalchemy import create_engine, event
+    from sqlalchemy.pool import NullPool
+
+    built = create_engine(
+        "duckdb:///:memory:", creator=lambda: ConnectionWrapper(connect(lake, runs())), poolclass=NullPool
+    )
+
+    @event.listens_for(built, "before_cursor_execute")
+    def check(connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        _check_reads(connection.connection.dbapi_connection, statement)
+
+    return built
+
+
+def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFrame:
+    """A table as a Polars LazyFrame, in the view's columns; of `runs` alone, where given.
+
+    Vectors come as lists of Float32, whatever their length and stored width.
+    """
+    columns = TABLES[table].columns
+    vectors = {column.name: pl.List(pl.Float32) for column in columns if isinstance(column.type, Vector)}
+    folders = [
+        folder
+        for folder in sorted(lake.glob(f"model=*/dataset=*/run=*/{table}"))
+        if runs is None or folder.parent.name.removeprefix("run=") in {*runs, "__none__"}
+    ]
+    # One scan per run: Polars reads fixed-size vectors as arrays, whose lengths differ between models.
+    frames = [_scan_files(sorted(folder.glob("*.parquet"))).cast(vectors) for folder in folders]
+    return pl.concat(frames).select(*PARTITIONS, *columns.keys())
+
+
+def _view(lake: Path, table: Table) -> str:
+    """CREATE VIEW for one table, with its comments."""
+    meanings = {**PARTITIONS, **{column.name: column.comment for column in table.columns}}
+    names = ", ".join(f'"{name}"' for name in meanings)
+    types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
+    files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
+    return "\n".join(
+        [
+            f"CREATE VIEW {table.name} AS SELECT {names}",
+            f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}})",
+            "WHERE getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run);",
+            f"COMMENT ON VIEW {table.name} IS {literal(table.comment)};",
+            *(f'COMMENT ON COLUMN {table.name}."{name}" IS {literal(text)};' for name, text in meanings.items()),
+        ]
+    )
+
+
+def _escape_glob(folder: Path) -> str:
+    """The folder's absolute path, as a DuckDB glob that matches it alone."""
+    return re.sub(r"[\[*?{\\]", r"[\g<0>]", str(folder.resolve()))
+
+
+def _build_shell_file(path: Path, statements: list[str]) -> None:
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH {literal(str(path))} AS kdb (STORAGE_VERSION '{_STORAGE_VERSION}')")
+        connection.execute("USE kdb")
+        for statement in statements:
+            connection.execute(statement)
+        # Detaching folds the log into the file.
+        connection.execute("USE memory; DETACH kdb")
+
+
+def _lock(connection: duckdb.DuckDBPyConnection, lake: Path) -> None:
+    """Leave the connection able to read the lake, and to change none of its settings."""
+    # The path check sees a view's glob as it is written, escapes included.
+    readable = f"[{literal(str(lake.resolve()))}, {literal(_escape_glob(lake))}]"
+    spill = Path(tempfile.gettempdir()) / f"kdb-{os.getpid()}-{secrets.token_hex(4)}"
+    connection.execute(
+        "SET TimeZone = 'UTC';"
+        "SET python_enable_replacements = false;"  # FROM name must not find a Python variable
+        f"SET temp_directory = {literal(str(spill))};"  # else .tmp in the current folder; made when memory is short
+        f"SET allowed_directories = {readable};"
+        "SET enable_external_access = false;"
+        "SET lock_configuration = true"
+    )
+
+
+def _check_reads(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
+    """The one statement in the text, if all it can do is read; else QueryError.
+
+    The locked connection still lets COPY write inside the lake, and lets SELECT call functions that write logs
+    there, so what a statement is must be known before it runs.
+    """
+    try:
+        statements = connection.extract_statements(text)
+    except duckdb.Error as error:
+        raise QueryError(_message(error)) from error
+    kinds = [statement.type.name for statement in statements]
+    if len(kinds) != 1:
+        hint = " Give PIVOT its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
+        raise QueryError(f"kdb sql runs one statement at a time, found {len(kinds)}.{hint}")
+    if kinds[0] not in ("SELECT", "EXPLAIN"):
+        raise QueryError(f"kdb sql only reads: {kinds[0]} is refused")
+    _check_tree(connection, _EXPLAIN.sub("", text, count=1) if kinds[0] == "EXPLAIN" else text)
+    return statements[0]
+
+
+def _check_tree(connection: duckdb.DuckDBPyConnection, select: str) -> None:
+    """Refuse what is no SELECT (EXPLAIN ANALYZE runs what it explains), and functions that are not for reading."""
+    row = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
+    tree = row[0] if row else ""
+    if not tree.startswith('{"error":false'):
+        raise QueryError("kdb sql only reads: what is not a SELECT is refused")
+    if match := _REFUSED_FUNCTIONS.search(tree):
+        raise QueryError(f"kdb sql only reads: the function {match[1]} is refused")
+
+
+def _message(error: duckdb.Error) -> str:
+    """DuckDB's message without the excerpt of the statement that follows it."""
+    return str(error).split("\n\nLINE ")[0].strip()
+
+
+def _scan_files(files: list[Path]) -> pl.LazyFrame:
+    # Without glob=False Polars would read [ in a folder's name as a pattern.
+    return pl.scan_parquet(files, glob=False, hive_partitioning=True, hive_schema=dict.fromkeys(PARTITIONS, pl.String))

@@ -1,0 +1,92 @@
+"""A warehouse as its users see it: folders and DuckDB under one handle."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdb.errors import UnknownNameError, WarehouseError
+from kdb.warehouse import database
+from kdb.warehouse.lake import Lake, storage_errors, write_json
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
+
+if TYPE_CHECKING:
+    import polars as pl
+    from sqlalchemy import Engine
+
+
+class Warehouse:
+    """Measurements that can be asked for; ``kdb.open`` makes one.
+
+    Every question sees the runs that were committed when it was asked, each of them whole.
+    Raises WarehouseError if ``path`` is no warehouse, or one that a newer kdb wrote.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.lake = Lake(Path(path))
+        with contextlib.suppress(WarehouseError):  # on a read-only disk there is nothing to mend, only to ask
+            self._mend()
+
+    @classmethod
+    def create(cls, path: str | Path) -> Warehouse:
+        """Open the warehouse at ``path``, making it first where the folder is missing or empty."""
+        Lake.create(Path(path))
+        return cls(path)
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables."""
+        return list(TABLES)
+
+    def query(self, name: str, /, **params: object) -> pl.DataFrame:
+        """Answer a saved query; ``kdb queries`` lists them with their parameters.
+
+        Raises UnknownNameError for a name that is none, QueryError for wrong parameters.
+        """
+        with self._database() as opened:
+            return opened.query(name, **params)
+
+    def sql(self, text: str, params: Sequence[object] | Mapping[str, object] | None = None) -> pl.DataFrame:
+        """Answer one SELECT; ``params`` fill ``?`` or ``$name``. Raises QueryError for anything else."""
+        with self._database() as opened:
+            return opened.sql(text, params)
+
+    def scan(self, table: str) -> pl.LazyFrame:
+        """A table as a Polars LazyFrame, over all runs. Raises UnknownNameError."""
+        if table not in TABLES:
+            raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
+        return database.scan(self.lake.root, table, self._runs())
+
+    def engine(self) -> Engine:
+        """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
+        return database.engine(self.lake.root, self._runs)
+
+    def rebuild(self) -> Path:
+        """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path."""
+        self.lake.restore_empty_tables()
+        with storage_errors(self.lake.path):
+            database.write_shell_file(self.lake.path)
+            write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
+        return self.lake.path / "kdb.duckdb"
+
+    def _mend(self) -> None:
+        """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""
+        marker = json.loads(self.lake.marker.read_text())
+        if marker.get("views") != self._views or not (self.lake.path / "kdb.duckdb").exists():
+            self.rebuild()
+
+    @functools.cached_property
+    def _views(self) -> str:
+        statements = "\n".join(database.view_statements(self.lake.root))
+        return hashlib.sha256(statements.encode()).hexdigest()
+
+    def _database(self) -> database.Database:
+        return database.Database(self.lake.root, self._runs())
+
+    def _runs(self) -> list[str]:
+        return [folder.run for folder in self.lake.run_folders()]
