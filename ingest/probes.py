@@ -244,7 +244,7 @@ CLASSIFIERS = tuple(_READERS)
 # the weights change. So: Newton steps by conjugate gradients, preconditioned with an old factor until it is stale.
 
 TOLERANCE = 1e-3  # logits: how far a converged decision value may be from the optimum's
-_CG_STEPS = 16  # about what one factorisation costs; a system that needs as many calls for a fresh factor
+_CG_STEPS = 8  # cost about half a factorisation; a system that needs as many calls for a fresh factor
 _CG_REDUCTION = 0.03  # of the residual, in the preconditioner's norm; smaller only makes the steps dearer
 
 

@@ -35,7 +35,7 @@ scales = pytest.mark.parametrize("massive", [1.0, 3000.0])
 
 
 def plain_optimum(X, y):
-    """Scikit-learn's own Newton method, on standardised features where C stays right: none are rescaled."""
+    """Scikit-learn's own Newton method, on centred rows, which the free intercept makes the same problem."""
     shift = X.mean(axis=0, dtype=np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it must not fall back to lbfgs unnoticed

@@ -44,7 +44,7 @@ def view_statements(lake: Path) -> list[str]:
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell.
     """
-    return [_view(lake, table) for table in TABLES.values()] + [macros()]
+    return [_create_view(lake, table) for table in TABLES.values()] + [macros()]
 
 
 def write_shell_file(warehouse: Path) -> None:
@@ -57,7 +57,7 @@ def write_shell_file(warehouse: Path) -> None:
     # Built elsewhere: DuckDB cannot attach every path (a ? ends the name of its log file).
     with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
         built = Path(folder) / SHELL_FILE
-        _build_shell_file(built, view_statements(warehouse / "lake"))
+        _build_shell_file(built, view_statements(warehouse / "lake") + list(map(_comments, TABLES.values())))
         try:
             shutil.copyfile(built, staged)
             staged.replace(target)
@@ -78,11 +78,15 @@ def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyCon
         # Views are created first: that reads files, and creating anything is refused by the time users ask.
         for statement in view_statements(lake):
             connection.execute(statement)
-        connection.execute("SET VARIABLE kdb_runs = ?::VARCHAR[]", [None if runs is None else list(runs)])
+        if runs is not None:
+            # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.
+            connection.execute(f"SET VARIABLE kdb_runs = [{', '.join(map(literal, runs))}]::VARCHAR[]")
         _lock(connection, lake)
     except duckdb.Error as error:
         connection.close()
-        raise WarehouseError(f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files.") from error
+        raise WarehouseError(
+            f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files."
+        ) from error
     return connection
 
 
@@ -98,18 +102,25 @@ class Database:
         `params` are the values of its `?` (a sequence) or `$name` (a mapping). Raises QueryError for a
         statement that would change anything, and with DuckDB's words for one that fails.
         """
-        statement = _check_reads(self._connection, text)
-        try:
-            return self._connection.execute(statement, params).pl()
-        except duckdb.Error as error:
-            raise QueryError(_message(error)) from error
+        return self._frame(_check_reads(self._connection, text), params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
         """The rows of a saved query. Raises UnknownNameError and QueryError, see `SavedQuery.bind`."""
         saved = find_query(name)
         for variable, value in saved.bind(params).items():
-            self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
-        return self.sql(saved.sql)
+            if variable in params:
+                self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
+            else:  # a default is our own text, and need not be bound: see connect
+                self._connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
+        return self._frame(saved.sql)
+
+    def _frame(self, statement: duckdb.Statement | str, params: Any = None) -> pl.DataFrame:
+        try:
+            return self._connection.execute(statement, params).pl()
+        except duckdb.Error as error:
+            raise QueryError(_message(error)) from error
+        except pl.exceptions.PolarsError as error:  # an INTERVAL, such as finished_at - started_at
+            raise QueryError(f"Polars cannot hold a column's type; cast it, such as to VARCHAR: {error}") from error
 
     def close(self) -> None:
         """Give back memory and temporary files."""
@@ -160,21 +171,22 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 
-def _view(lake: Path, table: Table) -> str:
-    """CREATE VIEW for one table, with its comments."""
-    meanings = {**PARTITIONS, **{column.name: column.comment for column in table.columns}}
-    names = ", ".join(f'"{name}"' for name in meanings)
+def _create_view(lake: Path, table: Table) -> str:
+    names = ", ".join(f'"{name}"' for name in (*PARTITIONS, *table.columns.keys()))
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
     files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
-    return "\n".join(
-        [
-            f"CREATE VIEW {table.name} AS SELECT {names}",
-            f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}})",
-            "WHERE getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run);",
-            f"COMMENT ON VIEW {table.name} IS {literal(table.comment)};",
-            *(f'COMMENT ON COLUMN {table.name}."{name}" IS {literal(text)};' for name, text in meanings.items()),
-        ]
+    return (
+        f"CREATE VIEW {table.name} AS SELECT {names} "
+        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}) "
+        "WHERE getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
     )
+
+
+def _comments(table: Table) -> str:
+    """What the table's rows and columns mean, for `duckdb_columns()` in a shell."""
+    meanings = {**PARTITIONS, **{column.name: column.comment for column in table.columns}}
+    lines = [f'COMMENT ON COLUMN {table.name}."{name}" IS {literal(text)};' for name, text in meanings.items()]
+    return "\n".join([f"COMMENT ON VIEW {table.name} IS {literal(table.comment)};", *lines])
 
 
 def _escape_glob(folder: Path) -> str:
@@ -244,4 +256,6 @@ def _message(error: duckdb.Error) -> str:
 
 def _scan_files(files: list[Path]) -> pl.LazyFrame:
     # Without glob=False Polars would read [ in a folder's name as a pattern.
-    return pl.scan_parquet(files, glob=False, hive_partitioning=True, hive_schema=dict.fromkeys(PARTITIONS, pl.String))
+    return pl.scan_parquet(
+        files, glob=False, hive_partitioning=True, hive_schema=dict.fromkeys(PARTITIONS, pl.String)
+    )

@@ -38,6 +38,7 @@ _MERGE_BELOW = 64 * 2**20
 """A table whose parts hold fewer bytes than this is committed as one file: few files keep queries fast."""
 
 _SECONDS = b"kdb_seconds"
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,17 @@ class Lake:
     @classmethod
     def create(cls, path: Path) -> Lake:
         """Open the warehouse at ``path``, making it first where the folder is missing or empty."""
-        if not (path / "warehouse.json").exists():
-            if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                raise WarehouseError(
-                    f"{str(path)!r} is not a kdb warehouse, and not empty: name a new or empty folder "
-                    "with --warehouse."
-                )
-            with storage_errors(path):
-                _write_empty_tables(path / "lake")
-                (path / "staging").mkdir(exist_ok=True)
+        with storage_errors(path):
+            if not (path / "warehouse.json").exists():
+                if path.is_file() or (path.is_dir() and not all(_is_partial(file) for file in path.iterdir())):
+                    raise WarehouseError(
+                        f"{str(path)!r} is not a kdb warehouse, and not empty: name a new or empty folder "
+                        "with --warehouse."
+                    )
+                # The marker comes first: if this is cut off, the folder is ours, and what it lacks is mended.
+                path.mkdir(parents=True, exist_ok=True)
                 write_json(path / "warehouse.json", {"schema_version": SCHEMA_VERSION})
+                _write_empty_tables(path / "lake")
         return cls(path)
 
     def _check_marker(self) -> None:
@@ -110,11 +112,13 @@ class Lake:
                 f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another."
             )
         try:
-            version = json.loads(self.marker.read_text())["schema_version"]
+            version = int(json.loads(self.marker.read_text())["schema_version"])
         except FileNotFoundError:
             raise WarehouseError(
                 f"{name} is not a kdb warehouse: it has no warehouse.json. --warehouse names another folder."
             ) from None
+        except OSError as error:
+            raise WarehouseError(f"The warehouse {name} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise WarehouseError(
                 f'{str(self.marker)!r} is damaged: expected {{"schema_version": {SCHEMA_VERSION}}}.'
@@ -150,8 +154,11 @@ class Lake:
 
     def interrupted(self) -> list[dict[str, Any]]:
         """What each run in staging said of itself when it was begun."""
-        files = sorted(self.staging.glob("*/run.json"))
-        return [json.loads(file.read_text()) for file in files]
+        said = []
+        for file in sorted(self.staging.glob("*/run.json")):
+            with contextlib.suppress(FileNotFoundError):  # committed a moment ago
+                said.append(json.loads(file.read_text()))
+        return said
 
     def remove(self, run: str) -> None:
         """Delete a committed run: one rename takes it out of every reader's sight."""
@@ -212,6 +219,11 @@ class StagedRun:
         if self.committed:  # by the process that held the lock a moment ago
             shutil.rmtree(self.path, ignore_errors=True)
             return
+        if (self.path / "manifest.json").exists():  # its commit was cut off
+            self._publish()
+            return
+        for stray in filter(_is_partial, self.path.rglob("*")):
+            stray.unlink()
         if not (self.path / "run.json").exists():
             begun = datetime.now(UTC).isoformat()
             names = {"run": self.run, "model": self.model, "dataset": self.dataset}
@@ -260,15 +272,17 @@ class StagedRun:
         """Make the run visible, whole, in one rename.
 
         ``run_row`` is the row of ``runs``; times and the list of tables are filled in here. The manifest is
-        written last: what it names is the run, and a commit that was cut off goes on from there.
+        written last: what it names is the run, and whoever next takes the lock ends a commit that was cut off.
         """
         with storage_errors(self.path):
-            if not (self.path / "manifest.json").exists():
-                self._seal(run_row)
-            self._drop_strays()
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.path.rename(self.target)
-            _sync(self.target.parent)
+            self._seal(run_row)
+            self._publish()
+
+    def _publish(self) -> None:
+        self._drop_strays()
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.path.rename(self.target)
+        _sync(self.target.parent)
 
     def _seal(self, run_row: Mapping[str, Any]) -> None:
         tables = {folder.name for folder in self.path.iterdir() if folder.is_dir()} | {"runs"}
@@ -312,15 +326,12 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
     schema = first.schema.with_metadata({_SECONDS: str(seconds)})
     vectors = [f"{field.name}.list.element" for field in schema if _is_float32_vector(field.type)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     options: dict[str, Any] = {"compression": "zstd", "use_byte_stream_split": vectors or False}
     options["use_dictionary"] = [f.name for f in schema if not pa.types.is_nested(f.type)]
-    with pq.ParquetWriter(partial, schema, **options) as writer:
+    with _appears_whole(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         writer.write_table(first, row_group_size=max(1, len(first)))
         for group in groups:
             writer.write_table(group, row_group_size=max(1, len(group)))
-    _sync(partial)
-    partial.replace(path)
 
 
 def _is_float32_vector(kind: pa.DataType) -> bool:
@@ -329,10 +340,25 @@ def _is_float32_vector(kind: pa.DataType) -> bool:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file that appears whole or not at all."""
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    _sync(partial)
-    partial.replace(path)
+    with _appears_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _appears_whole(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the name ``path`` once it is whole, and else leaves nothing behind."""
+    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}{_PARTIAL}")  # two processes may write the same file
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a file is what a killed writer left."""
+    return path.suffix == _PARTIAL
 
 
 @contextlib.contextmanager

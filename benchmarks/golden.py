@@ -1,0 +1,121 @@
+"""Compare kdb with the reference numbers of an independent implementation, on both real models.
+
+    python benchmarks/golden.py [--golden ../shared/golden] [--data ../shared/data/concept_depth] [--model gemma3]
+
+For every layer of both sites: accuracy of `logistic` within two test prompts, AUC within 0.003; J and C equal where
+no ratio that decides them is within 0.005 of its threshold; `logistic-paper` within the noise that unconverged fits
+show (0.075). Exits with 1 where a comparison fails. Takes about four minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdb.ingest.datasets import load_dataset
+from kdb.ingest.models import LoadedModel, find_model, load_model
+from kdb.ingest.run import Job, Measuring, Probing, ingest
+from kdb.warehouse.store import Warehouse
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
+LIMITS = {"cities": None, "coinflip": None, "stsa": 800}
+SITES = ("resid_post", "ffn_norm")
+PAPER_NOISE = 0.075
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far kdb is from the golden values of one model, dataset and site; ``problems`` is empty if near enough."""
+
+    model: str
+    dataset: str
+    site: str
+    prompts: float
+    auc: float
+    paper: float
+    depth: str
+    problems: tuple[str, ...]
+
+
+def compare(
+    warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, dataset: str, site: str
+) -> Difference:
+    """Compare a run's scores at one site with the golden file's entry for its dataset."""
+    expected = golden["datasets"][dataset]["sites"][site]
+    n_test = golden["datasets"][dataset]["n_test"]
+    found = {
+        name: warehouse.query("layer-accuracy", run=run, site=site, classifier=name).sort("layer")
+        for name in ("logistic", "logistic-paper")
+    }
+    optimum = expected["plain_optimum"]
+    prompts = n_test * _largest(found["logistic"]["accuracy"], optimum["accuracy"])
+    auc = _largest(found["logistic"]["auc"], optimum["auc"])
+    paper = _largest(found["logistic-paper"]["accuracy"], expected["plain"]["accuracy"])
+    depth = warehouse.query("concept-depth", run=run, site=site).row(0, named=True)
+    problems = [
+        f"accuracy off by {prompts:.1f} test prompts" if prompts > 2.01 else "",
+        f"AUC off by {auc:.4f}" if auc > 0.003 else "",
+        f"logistic-paper off by {paper:.3f}" if paper > PAPER_NOISE else "",
+        "a fit did not converge" if not found["logistic"]["converged"].all() else "",
+        *(_depth_problem(optimum, depth, *which) for which in (("J", "jump_layer"), ("C", "converging_layer"))),
+    ]
+    layers = f"J {depth['jump_layer']}, C {depth['converging_layer']}"
+    return Difference(model, dataset, site, prompts, auc, paper, layers, tuple(filter(None, problems)))
+
+
+def _largest(found: Any, expected: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
+
+
+def _depth_problem(optimum: dict[str, Any], depth: dict[str, Any], symbol: str, column: str) -> str:
+    near = optimum[f"margin_{symbol}_decisive"] <= 0.005
+    wanted = optimum[f"{symbol}_layer"]
+    return "" if near or depth[column] == wanted else f"{symbol} at layer {depth[column]}, expected {wanted}"
+
+
+def measure(warehouse: Warehouse, model: str, dataset: str, golden_dir: Path, data: Path) -> str:
+    """Ingest one model on one dataset as the golden values were made; returns the run."""
+    template = json.loads((golden_dir / "templates.json").read_text())[dataset]
+    texts = load_dataset(dataset, data_dir=data, template=template, limit=LIMITS[dataset])
+    job = Job(find_model(MODELS[model]), texts, Measuring(limit=LIMITS[dataset]), Probing(), custom_template=True)
+    return ingest(warehouse.lake, job, functools.partial(_load, model)).run
+
+
+@functools.lru_cache(maxsize=1)
+def _load(model: str) -> LoadedModel:
+    return load_model(find_model(MODELS[model]))
+
+
+def main() -> None:
+    """Measure everything, print a row per comparison, exit with 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared/golden")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/concept_depth")
+    parser.add_argument("--model", choices=list(MODELS), action="append")
+    options = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        warehouse = Warehouse.create(Path(folder) / "warehouse")
+        print(f"{'model':8} {'dataset':9} {'site':11} {'test prompts':>12} {'AUC':>8} {'paper':>7}  J and C")
+        for model in options.model or MODELS:
+            golden = json.loads((options.golden / f"concept_depth_{model}.json").read_text())
+            for dataset in LIMITS:
+                run = measure(warehouse, model, dataset, options.golden, options.data)
+                for site in SITES:
+                    d = compare(warehouse, run, golden, model, dataset, site)
+                    failed |= bool(d.problems)
+                    verdict = "; ".join(d.problems) or "ok"
+                    numbers = f"{d.prompts:12.1f} {d.auc:8.5f} {d.paper:7.4f}"
+                    print(f"{model:8} {dataset:9} {site:11} {numbers}  {d.depth}  {verdict}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
