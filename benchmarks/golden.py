@@ -44,9 +44,7 @@ class Difference:
     problems: tuple[str, ...]
 
 
-def compare(
-    warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, dataset: str, site: str
-) -> Difference:
+def compare(warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, dataset: str, site: str) -> Difference:
     """Compare a run's scores at one site with the golden file's entry for its dataset."""
     expected = golden["datasets"][dataset]["sites"][site]
     n_test = golden["datasets"][dataset]["n_test"]

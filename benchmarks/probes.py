@@ -1,4 +1,4 @@
-"""How long does probing take, against a plain scikit-learn loop over layers with the same scores?
+"""Time probing against a plain scikit-learn loop over layers that gets the same scores.
 
     python benchmarks/probes.py                                          # 40 layers × 4,096 × 6,000 prompts
     python benchmarks/probes.py --layers 4 --hidden 512 --prompts 1500   # seconds

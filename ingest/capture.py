@@ -8,6 +8,7 @@ a third of a small model's work, is not run at all.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -140,10 +141,9 @@ class Capture:
             cache = DynamicCache(config=self.loaded.model.config)
             self.anatomy.decoder(ids, past_key_values=cache, use_cache=True)
             self._prefix, self._prefix_cache = prefix, cache
-        fresh = DynamicCache(config=self.loaded.model.config)
-        for index, layer in enumerate(self._prefix_cache.layers):
-            keys, values = (t.expand(n_rows, -1, -1, -1) for t in (layer.keys, layer.values))
-            fresh.update(keys, values, index)
+        # Copied whole: a sliding layer holds the end of the prefix alone, but counts its positions from the start.
+        fresh = copy.deepcopy(self._prefix_cache)
+        fresh.batch_repeat_interleave(n_rows)
         return fresh
 
 
@@ -187,19 +187,20 @@ def check_capture(
 
     loaded = capture.loaded
     vectors = torch.from_numpy(capture.vectors(token_ids, prefix)).to(loaded.device)
+    dtype = getattr(torch, loaded.dtype)
     found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
     for row, ids in enumerate(token_ids):
         states, logits = untouched(loaded, ids)
         resid = vectors[row, :, 0]
         with torch.inference_mode():
-            weights_dtype = capture.anatomy.final_norm.weight.dtype
-            normed = capture.anatomy.final_norm(resid[-1].to(weights_dtype)).float()
-            read = capture.anatomy.readout(resid[-1].to(weights_dtype)).float()
-        found["resid_post"].append(max(map(_relative, resid[:-1], states[1:-1]), default=0.0))
+            normed = capture.anatomy.final_norm(resid[-1].to(dtype)).float()
+            read = capture.anatomy.readout(resid[-1].to(dtype)).float()
+        found["resid_post"].extend(map(_relative, resid[:-1], states[1:-1]))
         found["final_norm"].append(_relative(normed, states[-1]))
         found["readout"].append(_relative(read, logits))
         found["readout_kl"].append(_kl(logits, read))
-    return [_check_row(name, max(values), loaded, len(token_ids)) for name, values in found.items()]
+    # numpy's max, unlike Python's, does not lose a NaN.
+    return [_check_row(name, float(np.max(of, initial=0)), loaded, len(token_ids)) for name, of in found.items()]
 
 
 _DETAIL = {

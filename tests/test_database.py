@@ -35,6 +35,11 @@ def write_part(folder: Path, table: pa.Table) -> None:
     pq.write_table(table, folder / "0000.parquet")
 
 
+def encoded(name: str) -> str:
+    """A partition value as it stands in the path. DuckDB takes the word null for no value, if unencoded."""
+    return name.replace("n", "%6E", 1) if name == "null" else quote(name, safe="")
+
+
 def create_lake(warehouse: Path) -> Path:
     """A lake without runs: an empty typed file for each table."""
     for name in TABLES:
@@ -43,20 +48,13 @@ def create_lake(warehouse: Path) -> Path:
     return warehouse / "lake"
 
 
-def add_run(
-    lake: Path, model: str, dataset: str, run: str, schema: pa.Schema | None = None, **tables: Rows
-) -> None:
+def add_run(lake: Path, model: str, dataset: str, run: str, **tables: Rows) -> None:
     """Commit a run with these rows. `runs` gets its row, with what `runs=[…]` says."""
     info = {"study": "concept", "variant": "default", "tables": [*tables, "runs"], "finished_at": NOON}
     tables["runs"] = [info | dict(tables.get("runs", [{}])[0])]
     for name, rows in tables.items():
-        folder = lake / f"model={quote(model, safe='')}/dataset={quote(dataset, safe='')}/run={run}" / name
-        write_part(
-            folder,
-            pa.Table.from_pylist(rows, schema=schema or arrow_schema(name))
-            if name != "activations"
-            else pa.Table.from_pylist(rows, schema=schema),
-        )
+        folder = lake / f"model={encoded(model)}/dataset={encoded(dataset)}/run={run}" / name
+        write_part(folder, pa.Table.from_pylist(rows, schema=arrow_schema(name)))
 
 
 def add_vectors(lake: Path, run: str, size: int, value: float, float16: bool = False) -> None:
@@ -87,7 +85,7 @@ def lake(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lake, in a folder with an awkward name, that has a run for every awkward model and dataset name."""
-    lake = create_lake(tmp_path_factory.mktemp("odd [dir] it's *x? {a,b} \\ü") / "w")
+    lake = create_lake(tmp_path_factory.mktemp("odd [dir] it's *x? {a,b} ü") / "w")
     for number, name in enumerate(ODD_NAMES):
         add_run(lake, name, name, f"{number:016x}", checks=[{"check": "sum", "value": 0.5}])
     return lake
@@ -307,7 +305,7 @@ def test_engine_takes_parameters_and_refuses_writes(filled: Path) -> None:
         rows = connection.execute(text("SELECT model FROM checks WHERE model <> :name"), {"name": "true"}).all()
         assert [tuple(row) for row in rows] == [("007",)]
     with opened.connect() as connection, pytest.raises(QueryError, match="COPY is refused"):
-        connection.execute(text(f"COPY checks TO '{quote(str(filled))}/x'"))
+        connection.execute(text("COPY checks TO 'x'"))
 
 
 def test_engine_connections_see_runs_committed_since(lake: Path) -> None:

