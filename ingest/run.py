@@ -361,7 +361,7 @@ def _n_jobs(n_prompts: int, hidden_size: int) -> int:
     import joblib
 
     each = 8 * n_prompts * hidden_size * _MATRIX_COPIES
-    return max(1, min(joblib.cpu_count(), _PROBE_MEMORY // each))
+    return max(1, min(int(joblib.cpu_count()), _PROBE_MEMORY // each))
 
 
 _PROBE_MEMORY = 4 * 2**30

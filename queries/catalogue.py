@@ -123,9 +123,7 @@ class SavedQuery:
 
     def shell_script(self) -> str:
         """What to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
-        lines = [
-            f"SET VARIABLE {p.name} = {literal(p.default)};" + " -- required" * p.required for p in self.params
-        ]
+        lines = [f"SET VARIABLE {p.name} = {literal(p.default)};" + " -- required" * p.required for p in self.params]
         return "\n".join([*lines, "", self.sql])
 
 

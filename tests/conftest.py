@@ -6,7 +6,6 @@ prompts end in a full stop or an exclamation mark, and that is their label: ever
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import multiprocessing
 import os
@@ -105,7 +104,9 @@ def _installed(name: str) -> LoadedModel:
 
 
 def _weather(n: int) -> str:
-    rows = (f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n))
+    rows = (
+        f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n)
+    )
     return "\n".join(["text,label,town", *rows]) + "\n"
 
 
@@ -121,9 +122,7 @@ def user_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_job(tiny_model: Path, user_dataset: Path) -> Callable[..., Job]:
     """Make the job that ``kdb ingest --model tiny --dataset weather.csv`` makes; keywords change its settings."""
 
-    def make(
-        *, dataset: Path = user_dataset, group_by: str | None = None, splits: int = 1, **measuring: object
-    ) -> Job:
+    def make(*, dataset: Path = user_dataset, group_by: str | None = None, splits: int = 1, **measuring: object) -> Job:
         loaded = load_dataset(str(dataset), group_by=group_by, limit=measuring.get("limit"))
         return Job(find_model(str(tiny_model)), loaded, Measuring(**measuring), Probing(splits=splits))
 
@@ -162,8 +161,11 @@ def processes() -> ForkServerContext:
     """Starts processes in milliseconds, forked from one that has imported torch: to be killed at leisure."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"]
-        + ["torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"]
+        [
+            *("pytest", "hypothesis"),  # which the modules of the tests import
+            *("kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"),
+            *("torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
+        ]
     )
     return context
 
@@ -188,25 +190,35 @@ def warehouse(measured: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(measured, tmp_path / "warehouse"))
 
 
+class SmallDisk:
+    """A file system of 16 MiB at ``path``, to be filled up or made read-only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._filler = path / "filler"
+
+    def fill(self, *, leave: int = 0) -> None:
+        """Leave so many bytes free and no more."""
+        self.free()
+        free = os.statvfs(self.path).f_bavail * os.statvfs(self.path).f_frsize
+        self._filler.write_bytes(bytes(free - leave))
+
+    def free(self) -> None:
+        self._filler.unlink(missing_ok=True)
+
+    def make_read_only(self) -> None:
+        """Not by permissions, which do not bind root."""
+        assert _mount("-o", "remount,ro", str(self.path))
+
+
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB of its own, to be filled or made read-only."""
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    if not _mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)):
-        pytest.skip("mounting a small file system needs root on Linux")
-    yield folder
+    if not _mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)):
+        pytest.skip("needs root on Linux, to mount a small file system")
+    yield SmallDisk(folder)
     subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@pytest.fixture
-def make_read_only() -> Callable[[Path], bool]:
-    """Remount a file system read-only; permissions would not bind root."""
-    return functools.partial(_remount_read_only)
-
-
-def _remount_read_only(folder: Path) -> bool:
-    return _mount("-o", "remount,ro", str(folder))
 
 
 def _mount(*args: str) -> bool:

@@ -289,6 +289,7 @@ def test_a_missing_or_damaged_lake_is_a_warehouse_error(tmp_path: Path, lake: Pa
         Database(lake)
 
 
+@pytest.mark.filterwarnings("error")
 def test_engine_reflects_every_view(filled: Path, database: Database) -> None:
     opened = engine(filled, lambda: None)
     with opened.connect() as connection:

@@ -56,9 +56,7 @@ def world() -> Dataset:
 
 
 def cities_csv(n: int = 748) -> str:
-    rows = [
-        f"City {i} is in {c}.,{label},City {i},{c}" for i in range(n) for label, c in ((1, "A"), (0, "B"))
-    ]
+    rows = [f"City {i} is in {c}.,{label},City {i},{c}" for i in range(n) for label, c in ((1, "A"), (0, "B"))]
     return "\n".join(["statement,label,city,country", *rows]) + "\n"
 
 
@@ -138,9 +136,7 @@ def test_stsa_is_read_in_the_files_order() -> None:
 @needs_paper_data
 def test_imdb_keeps_texts_with_control_characters_whole() -> None:
     lines = (PAPER_DATA / "imdb_test_2048.jsonl").read_text(encoding="utf-8").split("\n")[:1000]
-    texts = [
-        example.text for example in load_dataset("imdb", data_dir=PAPER_DATA).examples if not example.label
-    ]
+    texts = [example.text for example in load_dataset("imdb", data_dir=PAPER_DATA).examples if not example.label]
     assert texts == [json.loads(line)["text"] for line in lines]
     assert any("\x85" in text for text in texts)
 
@@ -205,9 +201,7 @@ def test_coin_puzzles_are_solved_rightly() -> None:
 
 def test_built_in_datasets_are_the_same_in_another_process(world: Dataset) -> None:
     names = ("world-cities", "coinflip-synthetic")
-    code = (
-        f"from kdb.ingest.datasets import load_dataset as load; [print(load(n).fingerprint) for n in {names}]"
-    )
+    code = f"from kdb.ingest.datasets import load_dataset as load; [print(load(n).fingerprint) for n in {names}]"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [world.fingerprint, load_dataset("coinflip-synthetic").fingerprint]
 
@@ -294,8 +288,7 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
         (
             "a.csv",
             'text,label\nyes,1\n"no,0\n',
-            "a.csv, line 3: expected a row of whole cells, "
-            "found one that cannot be split (unexpected end of data)",
+            "a.csv, line 3: expected a row of whole cells, found one that cannot be split (unexpected end of data)",
         ),
         (
             "a.jsonl",
@@ -327,9 +320,7 @@ def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pl.DataFrame({"text": ["a", None], "label": [0, 1]}).write_parquet(file)
     assert message(str(file)) == "a.parquet, row 2: expected a text in column 'text', found None"
-    assert (
-        message(str(file), group_by="town") == "a.parquet: expected one column 'town', found 'text', 'label'"
-    )
+    assert message(str(file), group_by="town") == "a.parquet: expected one column 'town', found 'text', 'label'"
     assert message(write(file, "not Parquet")).startswith(f"Cannot read '{file}' as Parquet: ")
 
 
@@ -340,18 +331,14 @@ def test_missing_user_file_is_named(tmp_path: Path) -> None:
 
 def test_group_column_must_exist_and_be_filled(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,town\na,1,Bonn\nb,0,\n")
-    assert (
-        message(file, group_by="city")
-        == "a.csv, line 1: expected one column 'city', found 'text', 'label', 'town'"
-    )
+    assert message(file, group_by="city") == "a.csv, line 1: expected one column 'city', found 'text', 'label', 'town'"
     assert message(file, group_by="town") == "a.csv, line 3: expected a value in column 'town', found none"
 
 
 def test_dataset_without_one_class_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label\na,1\nb,1\n")
     assert (
-        message(file)
-        == "Dataset 'a' (a.csv, a user's file) has no example with label 0; a probe needs both classes."
+        message(file) == "Dataset 'a' (a.csv, a user's file) has no example with label 0; a probe needs both classes."
     )
 
 
@@ -359,18 +346,14 @@ def test_dataset_without_one_class_is_refused(tmp_path: Path) -> None:
 def test_user_file_may_not_shadow_a_dataset_of_kdb(tmp_path: Path, stem: str) -> None:
     file = write(tmp_path / f"{stem}.csv", GOOD_CSV)
     assert message(file) == (
-        f"{stem}.csv would be stored as {stem!r}, the name of one of kdb's own datasets: "
-        "give --dataset-name another."
+        f"{stem}.csv would be stored as {stem!r}, the name of one of kdb's own datasets: give --dataset-name another."
     )
     assert load_dataset(file, dataset_name="mine").name == "mine"
 
 
 def test_blank_name_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", GOOD_CSV)
-    assert (
-        message(file, dataset_name=" ")
-        == "a.csv would be stored under a blank name: give --dataset-name another."
-    )
+    assert message(file, dataset_name=" ") == "a.csv would be stored under a blank name: give --dataset-name another."
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
@@ -491,9 +474,7 @@ def test_without_a_network_every_place_tried_is_named(
     assert "Connection refused. Put the file" in said
 
 
-def test_cache_that_cannot_be_written_is_named(
-    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_that_cannot_be_written_is_named(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_cities(server, monkeypatch, hashlib.sha256(cities_csv().encode()).hexdigest())
     write(tmp_path / "file", "")
     monkeypatch.setattr(fetch, "cache_dir", lambda: tmp_path / "file" / "datasets")
@@ -576,9 +557,7 @@ def test_fingerprint_tells_contents_apart_and_nothing_else(
 
 @settings(max_examples=50)
 @given(EXAMPLES, st.data())
-def test_fingerprint_changes_with_any_text_or_label(
-    examples: tuple[Example, ...], data: st.DataObject
-) -> None:
+def test_fingerprint_changes_with_any_text_or_label(examples: tuple[Example, ...], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(examples) - 1))
     old = examples[place]
     for new in (replace(old, text=old.text + "."), replace(old, label=1 - old.label)):

@@ -33,7 +33,7 @@ SHELL_FILE = "kdb.duckdb"
 _STORAGE_VERSION = "v1.0.0"
 """Of the shell file: what DuckDB 1.0 wrote, so that every shell from 1.4 on opens it."""
 
-_REFUSED_FUNCTIONS = re.compile(r'"function_name":"(enable_\w+|query|json_execute_serialized_sql)"')
+_REFUSED_FUNCTIONS = re.compile(r'"function_name":"(enable_\w+|query|json_execute_serialized_sql)"', re.IGNORECASE)
 """Functions of a SELECT that write files (logs, profiles), and those that hide such a call in a text."""
 
 _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE)
@@ -84,9 +84,7 @@ def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyCon
         _lock(connection, lake)
     except duckdb.Error as error:
         connection.close()
-        raise WarehouseError(
-            f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files."
-        ) from error
+        raise WarehouseError(f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files.") from error
     return connection
 
 
@@ -142,10 +140,13 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None]) -> Engine:
     from duckdb_engine import ConnectionWrapper
     from sqlalchemy import create_engine, event
     from sqlalchemy.pool import NullPool
+    from sqlalchemy.types import NullType
 
     built = create_engine(
         "duckdb:///:memory:", creator=lambda: ConnectionWrapper(connect(lake, runs())), poolclass=NullPool
     )
+    dialect: Any = built.dialect
+    dialect.ischema_names = {**dialect.ischema_names, "list": NullType}  # else reflection warns of every list
 
     @event.listens_for(built, "before_cursor_execute")
     def check(connection: Connection, _cursor: object, statement: str, *_: object) -> None:
@@ -255,6 +256,4 @@ def _message(error: duckdb.Error) -> str:
 
 def _scan_files(files: list[Path]) -> pl.LazyFrame:
     # Without glob=False Polars would read [ in a folder's name as a pattern.
-    return pl.scan_parquet(
-        files, glob=False, hive_partitioning=True, hive_schema=dict.fromkeys(PARTITIONS, pl.String)
-    )
+    return pl.scan_parquet(files, glob=False, hive_partitioning=True, hive_schema=dict.fromkeys(PARTITIONS, pl.String))

@@ -140,9 +140,9 @@ class Lake:
         for model in _subfolders(self.root, "model="):
             for dataset in _subfolders(model, "dataset="):
                 for run in _subfolders(dataset, "run="):
-                    values = [unquote(folder.name.partition("=")[2]) for folder in (run, model, dataset)]
-                    if values[0] != NOBODY:
-                        found.append(RunFolder(*values, path=run))
+                    names = [unquote(folder.name.partition("=")[2]) for folder in (run, model, dataset)]
+                    if names[0] != NOBODY:
+                        found.append(RunFolder(names[0], names[1], names[2], run))
         return found
 
     def find(self, run: str) -> RunFolder:
@@ -335,7 +335,7 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
 
 
 def _is_float32_vector(kind: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type)
+    return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -11,7 +11,7 @@ import kdb
 from kdb.cli.options import output_options, show, warehouse_option
 from kdb.queries.catalogue import Param, SavedQuery, find_query, load_catalogue
 
-_CLICK_TYPES: dict[str, click.ParamType] = {"text": click.STRING, "integer": click.INT, "number": click.FLOAT}
+_CLICK_TYPES: dict[str, click.ParamType[Any]] = {"text": click.STRING, "integer": click.INT, "number": click.FLOAT}
 
 
 class _SavedQueries(click.Group):

