@@ -50,6 +50,8 @@ def describe(model: Any) -> Anatomy:
 
     config = model.config.get_text_config()
     name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder: kdb measures causal language models.")
     stack = _find_blocks(model.base_model, config.num_hidden_layers)
     if stack is None:
         raise ModelError(f"{name}: found no list of {config.num_hidden_layers} blocks; kdb cannot read it.")

@@ -13,6 +13,7 @@ import io
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_OTHER_FORMATS = ["*/*", "consolidated*"]  # exports in folders, and Mistral's second copy of its weights
 
 
 @dataclass(frozen=True)
@@ -137,32 +139,31 @@ def _find_local(path: Path, name: str | None, revision: str | None) -> ModelSour
 
 
 def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | None) -> ModelSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    import httpx
+    from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
-    except GatedRepoError as error:
+        folder = Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMATS)
+        )
+    except errors.GatedRepoError as error:
         raise ModelError(
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then log in with "
             "`hf auth login` or set HF_TOKEN."
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise ModelError(f"{hub_id} has no revision {revision!r}: look at its branches on the hub.") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise ModelError(
             f"The hub has no model {hub_id!r}, or it is private: check the name, or log in with `hf auth login`."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ModelError(
             f"{hub_id} is not on this machine and the hub cannot be reached: connect to the internet, or give "
             "--model the path of a folder or a .gguf file."
         ) from error
+    except (OSError, errors.HFValidationError, httpx.HTTPError) as error:
+        raise ModelError(f"Cannot download {hub_id!r}: {_first_line(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{hub_id} has no safetensors, the only weights on the hub that kdb reads.")
     return ModelSource(name, family, hub_id, folder.name, folder, pinned=revision)
@@ -210,10 +211,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     _quieten()
     folder = _folder(source)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"Cannot load the tokenizer of {source.name}: {_first_line(error)}") from error
+    with _told(f"Cannot load the tokenizer of {source.name}"):
+        return AutoTokenizer.from_pretrained(folder, **_OURS_ALONE)
 
 
 def load_config(source: ModelSource) -> Any:
@@ -221,10 +220,9 @@ def load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     _quieten()
-    try:
-        return AutoConfig.from_pretrained(_folder(source), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"Cannot read the config of {source.name}: {_first_line(error)}") from error
+    folder = _folder(source)
+    with _told(f"Cannot read the config of {source.name}"):
+        return AutoConfig.from_pretrained(folder, **_OURS_ALONE)
 
 
 def load_model(
@@ -237,22 +235,32 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    pick_device(device)
     tokenizer = load_tokenizer(source)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-    if quantize and device.startswith("cuda"):
+    on_cuda = device.startswith("cuda")
+    if quantize and on_cuda:
         options |= {"quantization_config": _bitsandbytes_config(), "device_map": device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            _folder(source), local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+    with _told(f"Cannot load {source.name}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            _folder(source), use_safetensors=True, output_loading_info=True, **_OURS_ALONE, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"Cannot load {source.name}: {_first_line(error)}") from error
-    if quantize and not device.startswith("cuda"):
-        _quantize_on_cpu(model)
+    _refuse_missing(source, info)
+    if quantize and not on_cuda:
+        _quantize_on_cpu(model, source.name)
     if "device_map" not in options:
         model.to(device)
     model.eval().requires_grad_(False)
     return LoadedModel(source, model, tokenizer, dtype, torch.device(device), quantize)
+
+
+def _refuse_missing(source: ModelSource, info: dict[str, Any]) -> None:
+    """Transformers makes up the weights that a file lacks, and says so only in a log."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source.name} is incomplete: its files lack {len(missing)} of its weights, such as {missing[0]!r}."
+        )
 
 
 def model_row(source: ModelSource, config: Any, n_params: int, dtype: str, quantize: str | None) -> dict[str, Any]:
@@ -283,7 +291,7 @@ def count_params(config: Any) -> int:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config).num_parameters())
+        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
 
 
 def _intermediate_size(text: Any) -> int:
@@ -325,33 +333,61 @@ def _unpack(source: ModelSource, folder: Path) -> None:
     _quieten()
     log.info("Unpacking %s into the cache; this happens once.", source.path.name)
     where = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    try:
+    with _told(f"Cannot read the GGUF file {source.path.name!r}"):
         with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers cannot be told to leave out
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"Cannot read the GGUF file {source.path.name!r}: {_first_line(error)}") from error
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.float32, output_loading_info=True, **_OURS_ALONE
+            )
+        tokenizer = AutoTokenizer.from_pretrained(**where, **_OURS_ALONE)
+    _refuse_missing(source, info)
     # The weights are plain float32 now; transformers would refuse to save what it still calls quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _told(f"Cannot unpack {source.path.name!r} into {str(folder.parent)!r}"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _bitsandbytes_config() -> Any:
     from transformers import BitsAndBytesConfig
 
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("--quantize int8 needs bitsandbytes on CUDA: `pip install 'kdb-lm[int8]'`.")
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
-def _quantize_on_cpu(model: Any) -> None:
+def _quantize_on_cpu(model: Any, name: str) -> None:
+    """Turn the matrices of all blocks into int8, a scale for each row.
+
+    Embedding and unembedding stay as they are, as with bitsandbytes.
+    """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ModelError("--quantize int8 needs torchao: `pip install 'kdb-lm[int8]'`.") from error
-    quantize_(model, Int8WeightOnlyConfig())
+        raise ModelError("--quantize int8 needs torchao on the CPU: `pip install 'kdb-lm[int8]'`.") from error
+    body = model.base_model
+    stacks = [of for of, weight in body.named_parameters() if weight.ndim > 2]
+    if stacks:
+        raise ModelError(
+            f"{name} cannot be quantized: {stacks[0]!r} is no matrix but a stack of them. Leave --quantize out."
+        )
+    _conv1d_to_linear(body)
+    quantize_(body, Int8WeightOnlyConfig())
+
+
+def _conv1d_to_linear(body: Any) -> None:
+    """GPT-2 keeps its matrices transposed in a class of its own, which torchao would pass over."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(body.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(child.nx, child.nf, device="meta")
+                linear.weight, linear.bias = nn.Parameter(child.weight.T.contiguous()), child.bias
+                setattr(parent, name, linear)
 
 
 def _quieten() -> None:
@@ -362,6 +398,19 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded behind the user's back, and no code that came with weights is run."""
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Make a ModelError of whatever a broken file brings transformers to raise, which can be anything."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"{what}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -90,7 +90,7 @@ def _number(given: object) -> float:
     return number
 
 
-_CONVERT = {"text": _text, "integer": _integer, "number": _number}
+_CONVERT: dict[str, Callable[[object], Value]] = {"text": _text, "integer": _integer, "number": _number}
 
 
 @dataclass(frozen=True)

@@ -217,11 +217,11 @@ def test_a_run_killed_at_any_step_is_whole_or_invisible_and_resumes(
 def test_a_warehouse_whose_creation_was_killed_at_any_step_can_be_used(
     tmp_path: Path, processes: ForkServerContext
 ) -> None:
-    for step in count(1):
+    for step in count(1, 4):  # of which a fourth will do: every table takes the same steps
         folder = tmp_path / f"killed-{step}"
         if not killed_at(processes, create_and_die, folder, step):
             break
-        Warehouse.create(folder)
+        assert all(Warehouse.create(folder).sql(f"SELECT * FROM {table}").is_empty() for table in ("runs", "models"))
         measure(Lake(folder))
         assert stored(folder) == MEASURED
         shutil.rmtree(folder)
@@ -507,7 +507,7 @@ def test_a_full_disk_is_told_wherever_it_strikes_and_the_run_goes_on_from_there(
 
 
 def test_a_warehouse_that_a_full_disk_cut_short_can_be_used_once_there_is_space(small_disk: Any) -> None:
-    for pages in range(12):
+    for pages in (0, 2, 4, 8, 16):
         small_disk.fill(leave=4096 * pages)
         with pytest.raises(WarehouseError, match="the disk is full"):
             Warehouse.create(small_disk.path / "new")

@@ -26,7 +26,7 @@ from kdb.queries.catalogue import find_query, literal, macros
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, Table
+    from sqlalchemy import Engine, Table
 
 SHELL_FILE = "kdb.duckdb"
 
@@ -84,7 +84,10 @@ def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyCon
         _lock(connection, lake)
     except duckdb.Error as error:
         connection.close()
-        raise WarehouseError(f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files.") from error
+        raise WarehouseError(
+            f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files, and `kdb rebuild` "
+            "writes again what every view needs."
+        ) from error
     return connection
 
 
@@ -149,8 +152,8 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None]) -> Engine:
     dialect.ischema_names = {**dialect.ischema_names, "list": NullType}  # else reflection warns of every list
 
     @event.listens_for(built, "before_cursor_execute")
-    def check(connection: Connection, _cursor: object, statement: str, *_: object) -> None:
-        _check_reads(connection.connection.dbapi_connection, statement)
+    def check(_connection: object, cursor: Any, statement: str, *_: object) -> None:
+        _check_reads(cursor.connection, statement)
 
     return built
 
@@ -161,14 +164,14 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     Vectors come as lists of Float32, whatever their length and stored width.
     """
     columns = TABLES[table].columns
-    vectors = {column.name: pl.List(pl.Float32) for column in columns if isinstance(column.type, Vector)}
+    vectors = [pl.col(c.name).cast(pl.List(pl.Float32)) for c in columns if isinstance(c.type, Vector)]
     folders = [
         folder
         for folder in sorted(lake.glob(f"model=*/dataset=*/run=*/{table}"))
         if runs is None or folder.parent.name.removeprefix("run=") in {*runs, "__none__"}
     ]
     # One scan per run: Polars reads fixed-size vectors as arrays, whose lengths differ between models.
-    frames = [_scan_files(sorted(folder.glob("*.parquet"))).cast(vectors) for folder in folders]
+    frames = [_scan_files(sorted(folder.glob("*.parquet"))).with_columns(vectors) for folder in folders]
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 

@@ -188,7 +188,7 @@ class StagedRun:
     def __init__(self, lake: Lake, run: str, model: str, dataset: str) -> None:
         self.run, self.model, self.dataset = run, model, dataset
         self.path = lake.staging / run
-        partitions = [f"model={quote(model, safe='')}", f"dataset={quote(dataset, safe='')}", f"run={run}"]
+        partitions = [f"model={_encoded(model)}", f"dataset={_encoded(dataset)}", f"run={run}"]
         self.target = lake.root.joinpath(*partitions)
         self._lock = FileLock(lake.staging / f"{run}.lock")
 
@@ -378,6 +378,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         }
         what = advice.get(error.errno or 0, str(error))
         raise WarehouseError(f"Cannot write to the warehouse at {str(path)!r}: {what}.") from error
+
+
+def _encoded(name: str) -> str:
+    """A model's or dataset's name as a partition value, which every engine reads back as this text."""
+    if name in (NOBODY, "__HIVE_DEFAULT_PARTITION__") or not name.strip():
+        raise WarehouseError(f"{name!r} cannot be stored as a name: give another with --name or --dataset-name.")
+    text = quote(name, safe="")
+    # DuckDB reads a bare null as NULL.
+    return f"%{ord(text[0]):02X}{text[1:]}" if text.lower() == "null" else text
 
 
 def _subfolders(parent: Path, prefix: str) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kdb.errors import UnknownNameError, WarehouseError
 from kdb.warehouse import database
 from kdb.warehouse.lake import Lake, storage_errors, write_json
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary
 
 if TYPE_CHECKING:
     import polars as pl
@@ -82,8 +82,8 @@ class Warehouse:
 
     @functools.cached_property
     def _views(self) -> str:
-        statements = "\n".join(database.view_statements(self.lake.root))
-        return hashlib.sha256(statements.encode()).hexdigest()
+        statements = [*database.view_statements(self.lake.root), data_dictionary()]  # comments on columns, too
+        return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
     def _database(self) -> database.Database:
         return database.Database(self.lake.root, self._runs())

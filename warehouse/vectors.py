@@ -53,7 +53,7 @@ def read_vectors(parts: Sequence[Path], layer: int, site: str) -> NDArray[np.flo
 
 def _narrow(rows: NDArray[np.float32], layer: int, site: str) -> NDArray[np.float16]:
     largest = float(np.abs(rows).max())
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         raise WarehouseError(
             f"Layer {layer} ({site}) reaches {largest:,.0f}, and float16 ends at 65,504: "
             "store these vectors with --store float32."
