@@ -88,6 +88,4 @@ def _find_blocks(base: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleLi
 
 def _logit_scale(config: Any) -> float:
     """Cohere multiplies its logits by ``logit_scale``, Granite divides them by ``logits_scaling``."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

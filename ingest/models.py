@@ -13,6 +13,7 @@ import io
 import logging
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,6 @@ def _find_local(path: Path, name: str | None, revision: str | None) -> ModelSour
 
 
 def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | None) -> ModelSource:
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -162,8 +162,8 @@ def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | Non
             f"{hub_id} is not on this machine and the hub cannot be reached: connect to the internet, or give "
             "--model the path of a folder or a .gguf file."
         ) from error
-    except (OSError, errors.HFValidationError, httpx.HTTPError) as error:
-        raise ModelError(f"Cannot download {hub_id!r}: {_first_line(error)}") from error
+    except Exception as error:  # a full disk, a name that is none, or the HTTP client that this version has
+        raise ModelError(f"Cannot download {hub_id!r}: {_brief(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{hub_id} has no safetensors, the only weights on the hub that kdb reads.")
     return ModelSource(name, family, hub_id, folder.name, folder, pinned=revision)
@@ -243,9 +243,9 @@ def load_model(
         options |= {"quantization_config": _bitsandbytes_config(), "device_map": device}
     with _told(f"Cannot load {source.name}"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            _folder(source), use_safetensors=True, output_loading_info=True, **_OURS_ALONE, **options
+            _folder(source), use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
         )
-    _refuse_missing(source, info)
+    _refuse_misfit(source, info)
     if quantize and not on_cuda:
         _quantize_on_cpu(model, source.name)
     if "device_map" not in options:
@@ -254,12 +254,13 @@ def load_model(
     return LoadedModel(source, model, tokenizer, dtype, torch.device(device), quantize)
 
 
-def _refuse_missing(source: ModelSource, info: dict[str, Any]) -> None:
+def _refuse_misfit(source: ModelSource, info: dict[str, Any]) -> None:
     """Transformers makes up the weights that a file lacks, and says so only in a log."""
-    missing = sorted(info["missing_keys"])
-    if missing:
+    made_up = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
+    if made_up:
         raise ModelError(
-            f"{source.name} is incomplete: its files lack {len(missing)} of its weights, such as {missing[0]!r}."
+            f"The files of {source.name} do not fit its config: {len(made_up)} of its weights are not there, or "
+            f"have another shape, such as {made_up[0]!r}."
         )
 
 
@@ -336,10 +337,10 @@ def _unpack(source: ModelSource, folder: Path) -> None:
     with _told(f"Cannot read the GGUF file {source.path.name!r}"):
         with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers cannot be told to leave out
             model, info = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, output_loading_info=True, **_OURS_ALONE
+                **where, dtype=torch.float32, **_TELL_MISFITS, **_OURS_ALONE
             )
         tokenizer = AutoTokenizer.from_pretrained(**where, **_OURS_ALONE)
-    _refuse_missing(source, info)
+    _refuse_misfit(source, info)
     # The weights are plain float32 now; transformers would refuse to save what it still calls quantized.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -403,6 +404,8 @@ def _quieten() -> None:
 _OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is downloaded behind the user's back, and no code that came with weights is run."""
 
+_TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
@@ -410,8 +413,12 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelError(f"{what}: {_first_line(error)}") from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{what}: it comes with code of its own, and kdb never runs that.") from error
+        raise ModelError(f"{what}: {_brief(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _brief(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__

@@ -64,9 +64,7 @@ def make_splits(
     _check_labels(y)
     order = np.argsort(y, kind="stable")  # the published code reads one class after the other, 0 first
     splits = [_random_split("paper", order, PAPER_SEED)]
-    splits += [
-        _random_split(f"stratified-{s}", order, s, stratify=y[order]) for s in range(seed + 1, seed + n_splits)
-    ]
+    splits += [_random_split(f"stratified-{s}", order, s, stratify=y[order]) for s in range(seed + 1, seed + n_splits)]
     if groups is not None:
         splits.append(_grouped_split(groups, seed))
     for split in splits:
@@ -167,8 +165,7 @@ def map_layers(
     """Yield each key with the scores of its matrix ``load(key)``, in the order of ``keys``, as they are ready.
 
     ``load`` runs inside the ``n_jobs`` worker processes, so that no more than ``n_jobs`` matrices are in memory;
-    it must be picklable. The workers share the cores evenly: one layer per core is 1.5 times as fast as every
-    core on one layer, because triangular solves and the published lbfgs hardly use a second thread.
+    it must be picklable. The workers share the cores evenly: a fit took 12 s of CPU on two threads, 8 on one.
     """
     threads = max(1, joblib.cpu_count() // n_jobs)
     with joblib.parallel_config(backend="loky", inner_max_num_threads=threads):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import kdb
 from kdb.cli import main
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.models import REGISTRY, LoadedModel, find_model, load_model
@@ -187,7 +188,9 @@ def measured(
 @pytest.fixture
 def warehouse(measured: Path, tmp_path: Path) -> Path:
     """A copy of that warehouse, to be damaged, moved and written to."""
-    return Path(shutil.copytree(measured, tmp_path / "warehouse"))
+    copy = Path(shutil.copytree(measured, tmp_path / "warehouse"))
+    kdb.open(copy)  # kdb.duckdb holds absolute paths, and is written anew here
+    return copy
 
 
 class SmallDisk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -259,6 +260,18 @@ def test_a_killed_process_leaves_no_lock(lake: Lake, processes: ForkServerContex
     other.kill()
     other.join()
     assert measure(lake) == ["part-00001", "part-00002"]
+
+
+def test_a_run_that_could_not_be_begun_is_not_locked(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake_module, "write_json", refuse)
+        with pytest.raises(WarehouseError, match="the disk is full") as caught:
+            measure(lake)
+    assert caught.tb  # it holds on to the failed attempt, as a notebook does
+    assert measure(lake) == ["part-00000", "part-00001", "part-00002"]
 
 
 def create_and_measure(folder: str, run: str, start: Any) -> None:

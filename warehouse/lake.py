@@ -203,7 +203,11 @@ class StagedRun:
                     f"Run {self.run} ({self.model} on {self.dataset}) is being measured by another process: "
                     "wait for it to finish, then ask again."
                 ) from None
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                self._lock.release()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -34,9 +34,11 @@ class Warehouse:
 
     @classmethod
     def create(cls, path: str | Path) -> Warehouse:
-        """Open the warehouse at ``path``, making it first where the folder is missing or empty."""
+        """Open the warehouse at ``path`` to write to it, making it first where the folder is missing or empty."""
         Lake.create(Path(path))
-        return cls(path)
+        opened = cls(path)
+        opened._mend()  # where that fails, so would whatever is to be written
+        return opened
 
     @property
     def tables(self) -> list[str]:

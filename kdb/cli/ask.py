@@ -62,7 +62,7 @@ def _option(param: Param) -> click.Option:
 @click.command()
 @click.argument("name", required=False)
 def queries(name: str | None) -> None:
-    """List the saved queries, or print one as SQL for the DuckDB shell.
+    """List the saved queries, or print one for the DuckDB shell.
 
     \b
     kdb queries
@@ -83,7 +83,7 @@ def queries(name: str | None) -> None:
 @warehouse_option
 @output_options
 def sql(text: str, warehouse: Path, format_: str | None, output: Path | None) -> None:
-    """Answer one SELECT over the warehouse's views; it can read the warehouse and nothing else.
+    """Answer one SELECT; it can read the warehouse and nothing else.
 
     \b
     kdb sql "SELECT layer, accuracy FROM probe_scores WHERE dataset = 'cities' ORDER BY layer"
@@ -93,7 +93,7 @@ def sql(text: str, warehouse: Path, format_: str | None, output: Path | None) ->
 
 @click.command()
 def schema() -> None:
-    """Print the data dictionary: every table and column with type, unit and meaning."""
+    """Print the data dictionary: tables, columns, units, meanings."""
     from kdb.warehouse.schema import data_dictionary
 
     click.echo(data_dictionary(), nl=False)

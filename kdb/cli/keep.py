@@ -55,7 +55,7 @@ def remove(parent_warehouse: Path, run: str, warehouse: Path | None) -> None:
 @click.command()
 @warehouse_option
 def verify(warehouse: Path) -> None:
-    """Check every committed file against the row counts and checksums recorded at commit.
+    """Check every file against the checksums of its commit.
 
     Exits with 1 where something is damaged, and names it.
     """
@@ -73,5 +73,5 @@ def verify(warehouse: Path) -> None:
 @click.command()
 @warehouse_option
 def rebuild(warehouse: Path) -> None:
-    """Write kdb.duckdb anew, the file that the DuckDB shell opens; it holds views only."""
+    """Write kdb.duckdb, the DuckDB shell's file, anew."""
     click.echo(f"Wrote {kdb.open(warehouse).rebuild()}.")

@@ -111,7 +111,10 @@ def _model_options(command: Command) -> Command:
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 @warehouse_option
 def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
-    """Run a model on datasets: store its hidden states and probe every layer.
+    """Run a model on datasets, and probe every layer.
+
+    Stores the last token's hidden state at every layer and two sites. The same command goes on from
+    where it was interrupted, and does nothing where the run is stored.
 
     \b
     kdb ingest --model smollm2-135m
@@ -126,9 +129,7 @@ def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
     jobs = _jobs(options)
     if dry_run:
         for job in jobs:
-            click.echo(
-                f"{job.source.name} on {job.dataset.name}: {plan(job, found.pick_device(options['device']))}"
-            )
+            click.echo(f"{job.source.name} on {job.dataset.name}: {plan(job, found.pick_device(options['device']))}")
         return
     from kdb.warehouse.store import Warehouse
 
@@ -151,6 +152,8 @@ def _jobs(options: dict[str, Any]) -> list[Any]:
     from kdb.ingest.run import Job, Measuring
 
     built_in = [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
+    if options["dataset_name"] and len(options["datasets_"]) != 1:
+        raise click.UsageError("--dataset-name names one dataset: give one --dataset with it.")
     names = ("data_dir", "dataset_name", "template", "limit", "group_by")
     texts = [load_dataset(name, **{n: options[n] for n in names}) for name in options["datasets_"] or built_in]
     source = find_model(options["model"], name=options["name"], revision=options["revision"])
@@ -177,7 +180,9 @@ def _report(outcome: Any, model: str, dataset: str) -> None:
 @_probe_options
 @warehouse_option
 def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: Any) -> None:
-    """Fit probes on stored activations, without the model, as a run of its own.
+    """Fit probes again on stored activations, without the model.
+
+    The scores are a run of their own that names its source.
 
     \b
     kdb probe --model smollm2-135m --dataset cities --splits 5 --classifier random-forest
@@ -205,12 +210,13 @@ def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str)
 
 @click.command()
 def models() -> None:
-    """List the models that have a short name; any hub id, folder or .gguf file works too."""
+    """List the models that have a short name.
+
+    Any hub id, folder or .gguf file works too.
+    """
     from kdb.ingest.models import REGISTRY
 
-    _columns(
-        [(m.name, m.family, m.size, _weights(m)) for m in REGISTRY.values()], ("name", "family", "size", "source")
-    )
+    _columns([(m.name, m.family, m.size, _weights(m)) for m in REGISTRY.values()], ("name", "family", "size", "source"))
 
 
 def _weights(model: Any) -> str:
@@ -228,7 +234,7 @@ def _weights(model: Any) -> str:
     help="Folder to look in; else $KDB_DATA_DIR.",
 )
 def datasets(data_dir: Path | None) -> None:
-    """List the datasets that have a name, where each comes from, and whether it can be had here."""
+    """List the datasets that have a name, and which can be had here."""
     from kdb.ingest.datasets import available_datasets
 
     rows = [(i.name, i.size, f"{i.status} {i.where}".strip(), i.source) for i in available_datasets(data_dir)]

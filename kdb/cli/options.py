@@ -94,7 +94,5 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     lists = [name for name, kind in frame.schema.items() if isinstance(kind, (pl.List, pl.Array))]
-    as_text = [
-        pl.Series(name, [None if v is None else json.dumps(v) for v in frame[name].to_list()]) for name in lists
-    ]
+    as_text = [pl.Series(name, [None if v is None else json.dumps(v) for v in frame[name].to_list()]) for name in lists]
     return frame.with_columns(as_text)

@@ -1,0 +1,297 @@
+"""Captured states are those of the plain model: one prompt, no padding, no cache, hooks of this file's own.
+
+The models are real and tiny: every architecture of transformers that the design names, with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+
+from kdb.errors import ModelError
+from kdb.ingest.anatomy import describe
+from kdb.ingest.capture import Capture, batches, check_capture, shared_prefix
+from kdb.ingest.models import LoadedModel, ModelSource
+
+VOCAB, LAYERS, HIDDEN, WINDOW = 64, 3, 32, 5
+
+GROUPED = {"num_key_value_heads": 2}
+SLIDING = {"sliding_window": WINDOW}
+NARROW = {"head_dim": 4}  # heads that do not add up to the hidden size
+
+# What each architecture is set to beyond the common sizes: whatever could trip a capture is switched on.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED | SLIDING,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | NARROW,
+    "gemma": GROUPED | NARROW,
+    "gemma2": GROUPED | NARROW | SLIDING | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
+    "gemma3_text": GROUPED | NARROW | SLIDING | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "gpt2": {},
+    "gpt_neox": {"use_parallel_residual": True},
+    "phi": GROUPED,
+    "phi3": GROUPED | SLIDING,
+    "olmo": GROUPED,
+    "olmo2": GROUPED,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN},
+    "starcoder2": GROUPED | SLIDING,
+    "cohere": GROUPED | {"logit_scale": 0.25},
+    "glm4": GROUPED | NARROW,
+    "granite": GROUPED | {"logits_scaling": 8.0, "residual_multiplier": 0.22},
+    "stablelm": GROUPED,
+}
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+# Where blocks and FFN sit, written down here and not asked of the code that is tested.
+BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+FFN = {"opt": "fc1"}
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if architecture != "gpt2":  # it has no such setting: its FFN is four times as wide as the model
+        sizes["intermediate_size"] = 48
+    return AutoConfig.for_model(architecture, **sizes | ARCHITECTURES.get(architecture, {}) | changes)
+
+
+def tiny_model(architecture: str, std: float = 0.3, **changes: Any) -> Any:
+    """A model whose attention and biases matter: the usual initial weights leave both next to nothing."""
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.normal_(0 if weight.ndim > 1 else 1, std, generator=generator)
+    return model
+
+
+def loaded(model: Any, dtype: str = "float32") -> LoadedModel:
+    source = ModelSource("tiny", None, "tiny", "0", Path())
+    model = model.to(getattr(torch, dtype))
+    return LoadedModel(source, model, None, dtype, torch.device("cpu"), None)
+
+
+@cache
+def capture_of(architecture: str) -> Capture:
+    return Capture(loaded(tiny_model(architecture)))
+
+
+def plain(model: Any, architecture: str, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """Block outputs and FFN inputs (layer, site, hidden) of the last token, the prompt being run alone."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def keep(layer: int, site: int, value: Any) -> None:
+        hidden = value[0] if isinstance(value, tuple) else value
+        found[layer, site] = hidden.reshape(len(token_ids), -1)[-1].float()
+
+    handles = []
+    blocks = model.get_submodule(BLOCKS.get(architecture, "model.layers"))
+    for layer, block in enumerate(blocks):
+        ffn = block.get_submodule(FFN.get(architecture, "mlp"))
+        handles += [
+            block.register_forward_hook(lambda _m, _i, output, layer=layer: keep(layer, 0, output)),
+            ffn.register_forward_pre_hook(lambda _m, inputs, layer=layer: keep(layer, 1, inputs)),
+        ]
+    with torch.no_grad():
+        model(torch.tensor([token_ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return np.stack([[found[layer, site].numpy() for site in (0, 1)] for layer in range(len(blocks))])
+
+
+def assert_same(vectors: NDArray[np.float32], expected: NDArray[np.float32], rtol: float = 1e-5) -> None:
+    """Every vector has the length and the direction it should have."""
+    lengths = np.linalg.norm(expected, axis=-1)
+    assert (np.linalg.norm(vectors - expected, axis=-1) / lengths).max() < rtol
+    cosines = (vectors * expected).sum(axis=-1, dtype=np.float64) / lengths / np.linalg.norm(vectors, axis=-1)
+    assert cosines.min() >= 0.99999
+
+
+def prompts(lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:
+    """Random prompts that begin with the same ``prefix`` tokens, which ``lengths`` do not count."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(VOCAB, size=prefix).tolist()
+    return [first + rng.integers(VOCAB, size=length).tolist() for length in lengths]
+
+
+# States of every architecture ------------------------------------------------------------------------------------
+
+
+@every_architecture
+@pytest.mark.parametrize("prefix", [0, WINDOW, 12])
+def test_states_equal_those_of_one_prompt_at_a_time(architecture: str, prefix: int) -> None:
+    capture = capture_of(architecture)
+    capture.batch_tokens = 20
+    ids = prompts([3, 1, 20, 9, WINDOW, WINDOW + 1], prefix)
+    expected = np.stack([plain(capture.loaded.model, architecture, row) for row in ids])
+    assert_same(capture.vectors(ids, ids[0][:prefix]), expected)
+
+
+@every_architecture
+def test_every_architecture_passes_the_checks(architecture: str) -> None:
+    ids = prompts([3, 1, 20, 9], prefix=7)
+    rows = check_capture(capture_of(architecture), ids, ids[0][:7])
+    assert [row["check"] for row in rows] == ["resid_post", "final_norm", "readout", "readout_kl"]
+    assert all(row["passed"] and row["value"] < 1e-5 for row in rows)
+
+
+@st.composite
+def prompt_sets(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    token = st.integers(0, VOCAB - 1)
+    prefix = draw(st.lists(token, max_size=12))
+    rest = draw(st.lists(st.lists(token, min_size=1, max_size=16), min_size=1, max_size=5))
+    return [prefix + ids for ids in rest], len(prefix)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt2", "opt"])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(prompt_sets(), st.integers(1, 80))
+def test_batches_order_padding_and_prefix_change_nothing(
+    architecture: str, drawn: tuple[list[list[int]], int], budget: int
+) -> None:
+    ids, n_prefix = drawn
+    capture = capture_of(architecture)
+    capture.batch_tokens = budget
+    expected = np.stack([plain(capture.loaded.model, architecture, row) for row in ids])
+    assert_same(capture.vectors(ids), expected)
+    assert_same(capture.vectors(ids, ids[0][:n_prefix]), expected)
+    assert_same(capture.vectors(ids[::-1], ids[0][:n_prefix]), expected[::-1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "gpt_neox", "opt"])
+def test_half_precision_is_off_by_its_rounding_alone(architecture: str, dtype: str) -> None:
+    ids = prompts([3, 1, 20, 9], prefix=7)
+    model = tiny_model(architecture, std=0.1)
+    exact = Capture(loaded(model)).vectors(ids)
+    capture = Capture(loaded(model, dtype))
+    assert all(row["passed"] for row in check_capture(capture, ids, ids[0][:7]))
+    off = np.linalg.norm(capture.vectors(ids) - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert 0 < off.max() < {"bfloat16": 0.1, "float16": 0.02}[dtype]
+
+
+def test_on_batch_is_told_every_token_once() -> None:
+    capture, told = capture_of("llama"), []
+    capture.batch_tokens = 8
+    capture.vectors(prompts([3, 1, 20, 9]), on_batch=told.append)
+    assert told == [20, 9, 4]
+
+
+def test_nothing_stays_attached_to_the_model() -> None:
+    capture = Capture(loaded(tiny_model("llama")))
+    capture.vectors(prompts([3, 1]))
+    with pytest.raises(IndexError):
+        capture.vectors([[VOCAB]])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in capture.loaded.model.modules())
+
+
+# Models that are refused -----------------------------------------------------------------------------------------
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": VOCAB}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    with pytest.raises(ModelError) as refused:
+        describe(BartForConditionalGeneration(BartConfig(**sizes, **layers)))
+    assert str(refused.value) == (
+        "BartForConditionalGeneration is an encoder-decoder: kdb measures causal language models."
+    )
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "bert"])
+def test_a_model_whose_blocks_have_no_known_ffn_is_refused(architecture: str) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture))
+    with pytest.raises(ModelError, match=r"^\w+: block 0 has no FFN called any of mlp, .*, fc1\.$"):
+        describe(model)
+
+
+def test_a_model_whose_blocks_are_not_found_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM: found no list of 7 blocks; kdb cannot read it\.$"):
+        describe(model)
+
+
+def test_a_model_without_final_norm_is_refused() -> None:
+    model = tiny_model("opt", do_layer_norm_before=False)  # as OPT-350m
+    with pytest.raises(ModelError, match=r"^OPTForCausalLM: found no norm after the last block"):
+        describe(model)
+
+
+def test_a_model_without_unembedding_is_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head = None
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM has no unembedding"):
+        describe(model)
+
+
+def test_a_readout_that_does_not_give_the_logits_is_refused_with_its_error() -> None:
+    capture = Capture(loaded(tiny_model("llama")))
+    capture.anatomy = replace(capture.anatomy, logit_scale=1.5)
+    with pytest.raises(ModelError, match=r"^tiny cannot be measured: readout is off by 0\.5, and float32 explains"):
+        check_capture(capture, prompts([3, 9]))
+
+
+def test_a_model_that_looks_ahead_is_refused_because_padding_changes_it() -> None:
+    capture = Capture(loaded(tiny_model("gemma3_text", use_bidirectional_attention=True)))
+    with pytest.raises(ModelError, match="resid_post is off by"):
+        check_capture(capture, prompts([3, 9]))
+
+
+def test_one_prompt_that_overflows_is_enough_to_be_refused() -> None:
+    model = tiny_model("llama")
+    model.get_input_embeddings().weight[7] = torch.inf
+    with pytest.raises(ModelError, match="resid_post is off by nan"):
+        check_capture(Capture(loaded(model)), [[1, 2, 3], [7]])
+
+
+# Prefix and batches ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=6))
+def test_shared_prefix_is_the_longest_that_leaves_every_prompt_a_token(ids: list[list[int]]) -> None:
+    n = shared_prefix(ids)
+    assert all(row[:n] == ids[0][:n] and len(row) > n for row in ids)
+    longer = {tuple(row[: n + 1]) for row in ids}
+    assert len(longer) > 1 or any(len(row) == n + 1 for row in ids)
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
+def test_batches_take_each_prompt_once_and_keep_to_the_budget(lengths: list[int], budget: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+    found = list(batches(lengths, budget))
+    assert [place for batch in found for place in batch] == list(range(len(lengths)))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget
+
+
+# A real model ----------------------------------------------------------------------------------------------------
+
+
+def test_smollm2_in_batches_is_smollm2_one_prompt_at_a_time(smollm2_135m: LoadedModel) -> None:
+    facts = ["Paris.", "The city of Paris is in France.", "Two and two are four, and two and four are six."]
+    texts = [f"Is it true? {fact * n}" for fact in facts for n in (1, 2, 3, 7)]
+    ids = smollm2_135m.tokenizer(texts)["input_ids"]
+    capture = Capture(smollm2_135m, batch_tokens=100)
+    vectors = capture.vectors(ids, ids[0][: shared_prefix(ids)])
+    assert vectors.shape == (12, 30, 2, 576)
+    assert_same(vectors, np.stack([plain(smollm2_135m.model, "llama", row) for row in ids]), rtol=1e-3)

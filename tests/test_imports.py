@@ -1,0 +1,116 @@
+"""Which way the arrows point (DESIGN.md), and what a command does not wait for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Each package, and the ones that it may import. The front doors, kdb itself and kdb.cli, may import all of them.
+MAY_IMPORT = {
+    "errors": {"errors"},
+    "queries": {"queries", "errors"},
+    "warehouse": {"warehouse", "queries", "errors"},
+    "ingest": {"ingest", "warehouse", "queries", "errors"},
+    "analysis": {"analysis", "warehouse", "queries", "errors"},
+    "front door": {"front door", "ingest", "analysis", "warehouse", "queries", "errors"},
+}
+FOLDERS = ("analysis", "ingest", "queries", "warehouse")
+
+
+def package_of(module: str) -> str:
+    """The package of a module of kdb: ``kdb.ingest.run`` is in ingest, ``kdb.cli.ask`` is a front door."""
+    second = module.split(".")[1:2]
+    return second[0] if second and second[0] in MAY_IMPORT else "front door"
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module with its package."""
+    for folder in FOLDERS:
+        yield from ((folder, path) for path in (REPOSITORY / folder).rglob("*.py"))
+    for path in (REPOSITORY / "kdb").rglob("*.py"):
+        yield "errors" if path.name == "errors.py" else "front door", path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every name that a file imports anywhere, inside functions and for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it points"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+IMPORTS = [(package, path.relative_to(REPOSITORY), name) for package, path in modules() for name in imports(path)]
+
+
+def test_every_package_is_looked_at() -> None:
+    assert {package for package, _ in modules()} == set(MAY_IMPORT)
+
+
+def test_modules_import_downwards_only() -> None:
+    ours = [(package, path, name) for package, path, name in IMPORTS if name.split(".")[0] == "kdb"]
+    assert len(ours) > 20
+    assert [(path, name) for package, path, name in ours if package_of(name) not in MAY_IMPORT[package]] == []
+
+
+def test_only_the_warehouse_imports_duckdb() -> None:
+    importers = {package for package, _, name in IMPORTS if name.split(".")[0] in ("duckdb", "duckdb_engine")}
+    assert importers == {"warehouse"}
+
+
+def test_nothing_but_the_command_line_imports_the_command_line() -> None:
+    importers = {path.parent for _, path, name in IMPORTS if name.startswith("kdb.cli")}
+    assert importers == {Path("kdb/cli")}
+
+
+# What a command loads --------------------------------------------------------------------------------------------
+
+MODEL_LIBRARIES = {"torch", "transformers"}
+MEASURING_LIBRARIES = MODEL_LIBRARIES | {"sklearn", "scipy"}
+TABLE_LIBRARIES = {"duckdb", "polars", "pyarrow", "pandas", "sqlalchemy"}
+
+COMMAND = """
+import sys
+from kdb.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("loaded:", *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def loaded_by(*args: str | Path) -> set[str]:
+    """Every library in memory when the command has ended."""
+    process = subprocess.run([sys.executable, "-c", COMMAND, *args], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return set(process.stdout.rpartition("loaded: ")[2].split())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["ingest", "--help"], ["query", "--help"], ["queries"], ["models"]])
+def test_help_and_catalogues_load_nothing_large(args: list[str]) -> None:
+    assert loaded_by(*args) & (MEASURING_LIBRARIES | TABLE_LIBRARIES) == set()
+
+
+@pytest.mark.parametrize("args", [["query", "concept-depth"], ["sql", "SELECT 1"], ["runs"], ["verify"]])
+def test_asking_loads_no_model_library_and_no_sklearn(measured: Path, args: list[str]) -> None:
+    assert loaded_by(*args, "--warehouse", measured) & MEASURING_LIBRARIES == set()
+
+
+def test_probing_stored_activations_loads_no_model_library(warehouse: Path) -> None:
+    args = ("probe", "--model", "tiny", "--dataset", "weather", "--splits", "2", "--warehouse", warehouse)
+    assert loaded_by(*args) & MODEL_LIBRARIES == set()
+
+
+def test_an_ingest_that_was_done_before_loads_no_model_library(
+    warehouse: Path, tiny_model: Path, user_dataset: Path
+) -> None:
+    args = ("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", warehouse)
+    assert loaded_by(*args) & MEASURING_LIBRARIES == set()

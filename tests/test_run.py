@@ -1,0 +1,406 @@
+"""One run, from prompts to commit: what it stores, what it repeats, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from kdb.errors import DatasetError, WarehouseError
+from kdb.ingest import probes, run
+from kdb.ingest.capture import Capture, untouched
+from kdb.ingest.datasets import Dataset, Example
+from kdb.ingest.models import LoadedModel, ModelSource
+from kdb.ingest.run import Job, Measuring, Outcome, Probing, ingest, refit
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.store import Warehouse
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Warehouse:
+    return Warehouse.create(tmp_path / "warehouse")
+
+
+@pytest.fixture
+def uninterrupted(
+    tmp_path: Path, tiny_job: MakeJob, tiny_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[tuple[Any, ...]]]:
+    """What a run stores in one go. It and every other has four parts of activations in this test, not one."""
+    monkeypatch.setattr(run, "prompts_per_part", lambda *_: 10)
+    plain = Warehouse.create(tmp_path / "uninterrupted")
+    ingest(plain.lake, tiny_job(), lambda: tiny_loaded)
+    return results(plain)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each call of the model was given, the checks' included."""
+    calls: list[int] = []
+    real = Capture.vectors
+
+    def counted(self: Capture, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(token_ids))
+        return real(self, token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Capture, "vectors", counted)
+    return calls
+
+
+def no_model() -> LoadedModel:
+    raise AssertionError("the model was loaded")
+
+
+RESULTS = {
+    "activations": "SELECT prompt_id, layer, site, vector FROM activations ORDER BY ALL",
+    "probe_scores": "SELECT * EXCLUDE (run) FROM probe_scores ORDER BY ALL",
+    "prompts": "SELECT * EXCLUDE (run) FROM prompts ORDER BY ALL",
+    "checks": "SELECT * EXCLUDE (run) FROM checks ORDER BY ALL",
+}
+
+
+def results(opened: Warehouse) -> dict[str, list[tuple[Any, ...]]]:
+    return {table: opened.sql(text).rows() for table, text in RESULTS.items()}
+
+
+# What a run stores -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def asked(measured: Path) -> Warehouse:
+    """The warehouse with one plain run, for reading."""
+    return Warehouse(measured)
+
+
+def test_every_prompt_has_a_vector_at_every_layer_and_site(asked: Warehouse) -> None:
+    shape = "SELECT layer, site, count(DISTINCT prompt_id) AS n, min(len(vector)), max(len(vector)) FROM activations"
+    assert asked.sql(f"{shape} GROUP BY layer, site ORDER BY layer, site").rows() == [
+        (0, "ffn_norm", 40, 16, 16),
+        (0, "resid_post", 40, 16, 16),
+        (1, "ffn_norm", 40, 16, 16),
+        (1, "resid_post", 40, 16, 16),
+    ]
+
+
+def test_a_stored_vector_is_the_models_own_hidden_state(asked: Warehouse, tiny_loaded: LoadedModel) -> None:
+    text = "SELECT p.text, a.vector FROM activations a JOIN prompts p USING (model, dataset, run, prompt_id)"
+    for prompt, vector in asked.sql(f"{text} WHERE layer = 0 AND site = 'resid_post' AND prompt_id < 5").rows():
+        states, _ = untouched(tiny_loaded, tiny_loaded.tokenizer(prompt)["input_ids"])
+        np.testing.assert_allclose(vector, states[1].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_stored_as_the_model_read_them(asked: Warehouse) -> None:
+    rows = asked.sql("SELECT prompt_id, text, label, group_id, n_tokens FROM prompts ORDER BY prompt_id").rows()
+    assert len(rows) == 40
+    assert rows[0] == (0, "Day 0: rain in Bonn.", 0, None, 20)
+    assert rows[11] == (11, "Day 11: rain in Jena!", 1, None, 21)
+
+
+def test_a_probe_learns_the_label_and_is_scored_on_every_layer(asked: Warehouse) -> None:
+    columns = "layer, depth, site, classifier, split, n_train, n_test, accuracy, auc"
+    rows = asked.sql(f"SELECT {columns} FROM probe_scores ORDER BY ALL").rows()
+    assert rows == [
+        (layer, layer / 2, site, classifier, "paper", 24, 16, 1.0, 1.0)
+        for layer in (0, 1)
+        for site in ("ffn_norm", "resid_post")
+        for classifier in ("logistic", "logistic-paper")
+    ]
+
+
+def test_a_run_carries_how_far_it_can_be_trusted(asked: Warehouse) -> None:
+    rows = asked.sql('SELECT "check", value <= tolerance, passed FROM checks ORDER BY 1').rows()
+    assert rows == [(name, True, True) for name in ("final_norm", "readout", "readout_kl", "resid_post")]
+
+
+def test_a_run_tells_its_model_dataset_and_settings(asked: Warehouse) -> None:
+    model = asked.sql("SELECT model, family, architecture, n_layers, hidden_size, vocab_size, dtype FROM models").row(0)
+    assert model == ("tiny", "llama", "LlamaForCausalLM", 2, 16, 256, "float32")
+    dataset = asked.sql("SELECT dataset, study, template, n_prompts, n_positive FROM datasets").row(0)
+    assert dataset == ("weather", "concept", "{text}", 40, 20)
+    (row,) = asked.sql("SELECT * FROM runs").rows(named=True)
+    assert (row["study"], row["variant"], row["source_run"], row["device"]) == ("concept", "default", None, "cpu")
+    assert row["tables"] == ["activations", "checks", "datasets", "models", "probe_scores", "prompts", "runs"]
+    assert json.loads(row["settings"])["classifiers"] == ["logistic", "logistic-paper"]
+    assert row["seconds"] > 0
+
+
+def test_only_a_dataset_with_groups_gets_the_grouped_split(
+    opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
+) -> None:
+    ingest(opened.lake, tiny_job(group_by="town"), lambda: tiny_loaded)
+    assert opened.sql("SELECT DISTINCT split FROM probe_scores ORDER BY 1").rows() == [("grouped",), ("paper",)]
+    assert opened.sql("SELECT DISTINCT group_id FROM prompts ORDER BY 1").rows() == [
+        *(("Bonn",), ("Jena",)),
+        *(("Kiel",), ("Ulm",)),
+    ]
+
+
+def test_noise_is_in_the_prompts_that_the_model_reads(
+    opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
+) -> None:
+    ingest(opened.lake, tiny_job(noise=True), lambda: tiny_loaded)
+    texts = opened.sql("SELECT text FROM prompts ORDER BY prompt_id")["text"].to_list()
+    assert {text[:7] for text in texts} == {"aaa Day", "bbb Day"}
+    assert opened.sql("SELECT noise, variant FROM runs").rows() == [("aaa or bbb", "noise")]
+
+
+def test_float16_storage_keeps_the_vectors_to_its_precision(
+    opened: Warehouse, asked: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
+) -> None:
+    ingest(opened.lake, tiny_job(store="float16"), lambda: tiny_loaded)
+    half, full = (np.array(w.sql(RESULTS["activations"])["vector"].to_list()) for w in (opened, asked))
+    np.testing.assert_array_equal(half, full.astype(np.float16))
+
+
+# What is done once -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
+    warehouse: Path, tiny_job: MakeJob, captured: list[int]
+) -> None:
+    opened = Warehouse(warehouse)
+    before = results(opened)
+    (folder,) = opened.lake.run_folders()
+    assert ingest(opened.lake, tiny_job(), no_model) == Outcome(folder.run, "exists")
+    assert results(opened) == before
+    assert captured == []
+
+
+def interrupt_after(n: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which gets a Ctrl-C in its n-th call."""
+    left = iter(range(n, -1, -1))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(left) == 1:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+def test_an_interrupted_capture_goes_on_from_its_last_finished_part(
+    opened: Warehouse,
+    uninterrupted: dict[str, list[tuple[Any, ...]]],
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    captured: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Capture, "vectors", interrupt_after(4, Capture.vectors))
+        with pytest.raises(KeyboardInterrupt):
+            ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+    assert captured == [8, 10, 10]  # the checks, and two parts
+    assert opened.lake.run_folders() == []
+    captured.clear()
+    assert ingest(opened.lake, tiny_job(), lambda: tiny_loaded).status == "committed"
+    assert captured == [10, 10]
+    assert results(opened) == uninterrupted
+
+
+def test_an_interrupted_probe_needs_no_model_to_go_on(
+    opened: Warehouse,
+    uninterrupted: dict[str, list[tuple[Any, ...]]],
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted: list[list[Any]] = []
+    map_layers = probes.map_layers
+
+    def stops_after_one(load: Any, keys: Any, *args: Any) -> Iterator[Any]:
+        fitted.append(list(keys))
+        yield next(iter(map_layers(load, keys[:1], *args)))
+        raise KeyboardInterrupt
+
+    def watched(load: Any, keys: Any, *args: Any) -> Iterator[Any]:
+        fitted.append(list(keys))
+        return map_layers(load, keys, *args)
+
+    monkeypatch.setattr(probes, "map_layers", stops_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+    monkeypatch.setattr(probes, "map_layers", watched)
+    assert ingest(opened.lake, tiny_job(), no_model).status == "committed"
+    assert fitted[1] == [(1, "resid_post"), (0, "ffn_norm"), (1, "ffn_norm")]
+    assert results(opened) == uninterrupted
+    assert opened.sql("SELECT device FROM runs").item() == "cpu"  # as the first part of the run remembered it
+
+
+def test_a_commit_that_was_cut_off_is_ended_without_the_model(
+    opened: Warehouse,
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupt_after(1, Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+    assert ingest(opened.lake, tiny_job(), no_model).status == "exists"
+    assert opened.sql("SELECT count(*) FROM activations").item() == 160
+
+
+# What sets runs apart --------------------------------------------------------------------------------------------
+
+SOURCE = ModelSource("tiny", None, "tiny", "cafe", Path("tiny"))
+DATASET = Dataset("weather", "a test", "{text}", (Example("Rain.", 0), Example("Rain!", 1)))
+PLAIN = Job(SOURCE, DATASET, Measuring(), Probing())
+
+
+def changed(job: Job = PLAIN, **settings: Any) -> Job:
+    return dataclasses.replace(job, **settings)
+
+
+OTHER_JOBS = {
+    "model": changed(source=dataclasses.replace(SOURCE, name="other")),
+    "revision": changed(source=dataclasses.replace(SOURCE, revision="beef")),
+    "dataset": changed(dataset=dataclasses.replace(DATASET, name="other")),
+    "text": changed(dataset=dataclasses.replace(DATASET, examples=(Example("Hail.", 0), Example("Rain!", 1)))),
+    "label": changed(dataset=dataclasses.replace(DATASET, examples=(Example("Rain.", 1), Example("Rain!", 1)))),
+    "group": changed(dataset=dataclasses.replace(DATASET, examples=(Example("Rain.", 0, "a"), Example("Rain!", 1)))),
+    "template": changed(dataset=dataclasses.replace(DATASET, template="Is it so? {text}")),
+    "dtype": changed(measuring=Measuring(dtype="bfloat16")),
+    "quantize": changed(measuring=Measuring(quantize="int8")),
+    "noise": changed(measuring=Measuring(noise=True)),
+    "seed": changed(measuring=Measuring(seed=7)),
+    "store": changed(measuring=Measuring(store="float16")),
+    "limit": changed(measuring=Measuring(limit=5)),
+    "classifiers": changed(probing=Probing(classifiers=("logistic", "logistic-paper", "random-forest"))),
+    "splits": changed(probing=Probing(splits=3)),
+}
+
+
+@pytest.mark.parametrize("setting", OTHER_JOBS)
+def test_every_setting_that_changes_a_result_changes_the_run_id(setting: str) -> None:
+    assert OTHER_JOBS[setting].run != PLAIN.run
+
+
+def test_where_things_lie_and_what_they_are_called_there_does_not_change_the_run_id() -> None:
+    source = dataclasses.replace(SOURCE, path=Path("/elsewhere"), source="elsewhere", family="llama")
+    dataset = dataclasses.replace(DATASET, source="another file")
+    assert changed(source=source, dataset=dataset, custom_template=True).run == PLAIN.run
+
+
+@pytest.mark.parametrize(
+    ("job", "variant"),
+    [
+        (PLAIN, "default"),
+        (changed(probing=Probing(splits=5)), "default"),
+        (changed(source=dataclasses.replace(SOURCE, pinned="v1.0")), "revision=v1.0"),
+        (changed(measuring=Measuring(limit=5)), "limit=5"),
+        (changed(measuring=Measuring(noise=True)), "noise"),
+        (changed(measuring=Measuring(noise=True, seed=7)), "noise=7"),
+        (changed(measuring=Measuring(seed=7)), "default"),
+        (changed(measuring=Measuring(dtype="bfloat16")), "bfloat16"),
+        (changed(measuring=Measuring(quantize="int8")), "int8"),
+        (changed(measuring=Measuring(store="float16")), "store=float16"),
+        (
+            changed(dataset=dataclasses.replace(DATASET, template="Is it so? {text}"), custom_template=True),
+            "template=551fc97a",
+        ),
+        (changed(measuring=Measuring(noise=True, dtype="float16", limit=5)), "limit=5 noise float16"),
+    ],
+)
+def test_a_variant_names_what_sets_a_run_apart(job: Job, variant: str) -> None:
+    assert job.variant == variant
+
+
+# Probing again ---------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> None:
+    opened = Warehouse(warehouse)
+    (source,) = opened.lake.run_folders()
+    outcome = refit(opened.lake, source, Probing(splits=2))
+    assert outcome.status == "committed"
+    (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
+    assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
+    assert row["tables"] == ["datasets", "models", "probe_scores", "runs"]
+    assert (row["torch_version"], row["transformers_version"], row["device"]) == (None, None, None)
+    settings = json.loads(row["settings"])
+    assert (settings["model"], settings["splits"]) == ("tiny", 2)
+
+
+def test_a_refit_is_what_queries_read_while_activations_stay_with_their_source(warehouse: Path) -> None:
+    opened = Warehouse(warehouse)
+    (source,) = opened.lake.run_folders()
+    outcome = refit(opened.lake, source, Probing(splits=2))
+    current = dict(opened.sql("SELECT table_name, run FROM current_runs").rows())
+    assert (current["probe_scores"], current["models"]) == (outcome.run, outcome.run)
+    assert (current["activations"], current["prompts"]) == (source.run, source.run)
+    splits = opened.query("layer-accuracy", split="stratified-43")
+    assert len(splits) > 0
+
+
+def test_a_refit_of_the_same_kind_scores_the_same(warehouse: Path) -> None:
+    opened = Warehouse(warehouse)
+    (source,) = opened.lake.run_folders()
+    outcome = refit(opened.lake, source, Probing())
+    scores = "SELECT * EXCLUDE (run) FROM probe_scores WHERE run = ? ORDER BY ALL"
+    assert opened.sql(scores, [outcome.run]).rows() == opened.sql(scores, [source.run]).rows()
+    assert refit(opened.lake, source, Probing()) == Outcome(outcome.run, "exists")
+
+
+def test_another_seed_is_another_refit(warehouse: Path) -> None:
+    opened = Warehouse(warehouse)
+    (source,) = opened.lake.run_folders()
+    runs = {refit(opened.lake, source, Probing(splits=2), seed=seed).run for seed in (42, 7)}
+    assert len(runs) == 2
+    assert opened.sql("SELECT DISTINCT split FROM probe_scores ORDER BY 1")["split"].to_list() == [
+        *("paper", "stratified-43", "stratified-8")
+    ]
+
+
+def test_a_run_without_activations_cannot_be_refitted(warehouse: Path) -> None:
+    lake = Lake(warehouse)
+    (source,) = lake.run_folders()
+    derived = lake.find(refit(lake, source, Probing(splits=2)).run)
+    with pytest.raises(WarehouseError, match=f"Run {derived.run} has no activations to fit probes on"):
+        refit(lake, derived, Probing(splits=3))
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+def csv(path: Path, rows: list[tuple[str, int]]) -> Path:
+    pl.DataFrame(rows, schema=["text", "label"], orient="row").write_csv(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("Rain.", 0), ("Rain!", 1)], "Probing needs at least two prompts of each label; label 0 has 1."),
+        (
+            [("Rain.", 0), ("Rain!", 1)] * 3 + [("x" * 129, 1)],
+            "Prompt 6 of 'few' has 129 tokens, and tiny reads at most 128: shorten the text, or take a model with a "
+            "longer context.",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_stored(
+    opened: Warehouse, tmp_path: Path, tiny_job: MakeJob, rows: list[tuple[str, int]], message: str
+) -> None:
+    job = tiny_job(dataset=csv(tmp_path / "few.csv", rows))
+    with pytest.raises(DatasetError) as caught:
+        ingest(opened.lake, job, no_model)
+    assert str(caught.value) == message
+    assert opened.lake.run_folders() == []
+    assert opened.lake.interrupted() == []
+
+
+def test_a_plan_says_what_a_run_will_cost_and_loads_no_weights(tiny_job: MakeJob) -> None:
+    said = run.plan(tiny_job(), "cpu")
+    # 40 prompts × 2 layers × 2 sites × 16 floats of 4 bytes; "Day " is run once for all.
+    assert (said.n_prompts, said.n_layers, said.disk_bytes) == (40, 2, 10_240)
+    n_tokens = sum(len(example.text) - len("Day ") for example in tiny_job().dataset.examples)
+    assert said.n_tokens == n_tokens
+    assert run.plan(tiny_job(store="float16"), "cpu").disk_bytes == 5_120
