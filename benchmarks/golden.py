@@ -104,7 +104,7 @@ def main() -> None:
         print(f"{'model':8} {'dataset':9} {'site':11} {'test prompts':>12} {'AUC':>8} {'paper':>7}  J and C")
         for model in options.model or MODELS:
             golden = json.loads((options.golden / f"concept_depth_{model}.json").read_text())
-            for dataset in LIMITS:
+            for dataset in golden["datasets"]:
                 run = measure(warehouse, model, dataset, options.golden, options.data)
                 for site in SITES:
                     d = compare(warehouse, run, golden, model, dataset, site)
