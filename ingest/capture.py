@@ -35,7 +35,7 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
 
 def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens that all prompts share, short of each one's last."""
-    first, last = min(token_ids), max(token_ids)
+    first, last = min(map(tuple, token_ids)), max(map(tuple, token_ids))
     longest = min(len(ids) for ids in token_ids) - 1
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 

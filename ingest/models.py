@@ -354,8 +354,10 @@ def _unpack(source: ModelSource, folder: Path) -> None:
 def _bitsandbytes_config() -> Any:
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("--quantize int8 needs bitsandbytes on CUDA: `pip install 'kdb-lm[int8]'`.")
+    try:
+        import bitsandbytes  # noqa: F401  (transformers would miss it later, in words of its own)
+    except ImportError as error:
+        raise ModelError("--quantize int8 needs bitsandbytes on CUDA: `pip install 'kdb-lm[int8]'`.") from error
     return BitsAndBytesConfig(load_in_8bit=True)
 
 

@@ -171,7 +171,13 @@ def map_layers(
     with joblib.parallel_config(backend="loky", inner_max_num_threads=threads):
         parallel = joblib.Parallel(n_jobs, return_as="generator", pre_dispatch="n_jobs", batch_size=1)
     task = joblib.delayed(_load_and_score)
-    yield from zip(keys, parallel(task(load, key, labels, splits, classifiers) for key in keys), strict=True)
+    results = parallel(task(load, key, labels, splits, classifiers) for key in keys)
+    try:
+        yield from zip(keys, results, strict=True)
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # joblib's, of layers that are given up when a caller stops
+            results.close()
 
 
 def _load_and_score(

@@ -5,7 +5,7 @@ The models are real and tiny: every architecture of transformers that the design
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,16 @@ from kdb.ingest.capture import Capture, batches, check_capture, shared_prefix
 from kdb.ingest.models import LoadedModel, ModelSource
 
 VOCAB, LAYERS, HIDDEN, WINDOW = 64, 3, 32, 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on matrices this small make the tests ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 GROUPED = {"num_key_value_heads": 2}
 SLIDING = {"sliding_window": WINDOW}

@@ -113,6 +113,10 @@ def test_a_run_that_stored_nothing_leaves_no_trace(lake: Lake) -> None:
     assert lake.interrupted() == []
 
 
+FILES = [*(f"activations/part-0000{i}.parquet" for i in range(3)), "manifest.json", "runs/all.parquet"]
+"""What a committed run has on disk."""
+
+
 def test_a_resumed_run_writes_only_the_parts_that_are_missing(lake: Lake) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00001")
@@ -132,21 +136,25 @@ def test_the_run_row_tells_its_tables_its_times_and_the_seconds_of_its_parts(lak
     assert row == [(["activations", "runs"], 1.5, True)]
 
 
-def test_small_parts_are_committed_as_one_file(lake: Lake) -> None:
-    measure(lake)
-    assert run_files(lake) == ["activations/all.parquet", "manifest.json", "runs/all.parquet"]
+def test_small_parts_are_committed_as_one_file(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_scores(run: str) -> list[str]:
+        with lake.stage(run, "tiny", "weather") as staged:
+            for layer in range(3):
+                staged.write_rows("probe_scores", f"resid_post-{layer:04}", [{"layer": layer}])
+            staged.commit({"variant": "default"})
+        return sorted(path.name for path in (lake.find(run).path / "probe_scores").iterdir())
 
-
-def test_large_parts_are_committed_as_they_are(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure_scores("0" * 16) == ["all.parquet"]
     monkeypatch.setattr(lake_module, "_MERGE_BELOW", 1)
+    assert measure_scores("1" * 16) == [f"resid_post-000{layer}.parquet" for layer in range(3)]
+
+
+def test_parts_of_vectors_keep_their_row_groups(lake: Lake) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
         before = staged.part("activations", "part-00000").stat()
     measure(lake)
-    assert run_files(lake) == [
-        *(f"activations/part-0000{i}.parquet" for i in range(3)),
-        *("manifest.json", "runs/all.parquet"),
-    ]
+    assert run_files(lake) == FILES
     after = (lake.find(RUN).path / "activations/part-00000.parquet").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -208,7 +216,7 @@ def test_a_run_killed_at_any_step_is_whole_or_invisible_and_resumes(
         assert measure(left) == ([] if sealed else sorted(PARTS.keys() - finished))
         assert stored(copy) == MEASURED
         assert list(left.verify()) == []
-        assert run_files(left) == ["activations/all.parquet", "manifest.json", "runs/all.parquet"]
+        assert run_files(left) == FILES
         shutil.rmtree(copy)
     assert len(visible_after) > 15
     assert visible_after == sorted(visible_after)
@@ -340,7 +348,7 @@ def test_verify_names_the_damaged_file_and_what_is_wrong_with_it(
 ) -> None:
     measure(lake)
     measure(lake, run="00000000000000bb")
-    path = lake.find(RUN).path / "activations/all.parquet"
+    path = lake.find(RUN).path / "activations/part-00000.parquet"
     damage(path)
     (found,) = lake.verify()
     assert (found.run, found.path) == (RUN, path)
@@ -350,7 +358,7 @@ def test_verify_names_the_damaged_file_and_what_is_wrong_with_it(
 def test_verify_names_a_file_that_was_added(lake: Lake) -> None:
     measure(lake)
     folder = lake.find(RUN).path
-    shutil.copy(folder / "activations/all.parquet", folder / "activations/more.parquet")
+    shutil.copy(folder / "activations/part-00000.parquet", folder / "activations/more.parquet")
     (found,) = lake.verify()
     assert found.path == folder / "activations/more.parquet"
     assert found.problem == "not part of the run: it was added after commit"
@@ -397,7 +405,10 @@ def test_removing_an_unknown_run_names_the_nearest(lake: Lake) -> None:
 # Names and places ------------------------------------------------------------------------------------------------
 
 
-@given(model=st.text(min_size=1, max_size=15), dataset=st.text(min_size=1, max_size=15))
+names = st.text(min_size=1, max_size=15).filter(str.strip)
+
+
+@given(model=names, dataset=names)
 @settings(max_examples=25, deadline=None)
 def test_any_name_of_a_model_or_dataset_is_stored_and_found(
     tmp_path_factory: pytest.TempPathFactory, model: str, dataset: str
@@ -406,8 +417,14 @@ def test_any_name_of_a_model_or_dataset_is_stored_and_found(
     measure(lake, model=model, dataset=dataset)
     (folder,) = lake.run_folders()
     assert (folder.model, folder.dataset) == (model, dataset)
-    names = Warehouse(lake.path).sql("SELECT DISTINCT model, dataset FROM activations").rows()
-    assert names == [(model, dataset)]
+    seen = Warehouse(lake.path).sql("SELECT DISTINCT model, dataset FROM activations").rows()
+    assert seen == [(model, dataset)]
+
+
+@pytest.mark.parametrize("name", ["", " ", "__none__", "__HIVE_DEFAULT_PARTITION__"])
+def test_a_name_that_would_not_come_back_is_refused(lake: Lake, name: str) -> None:
+    with pytest.raises(WarehouseError, match="cannot be stored as a name: give another with --name or --dataset-name"):
+        measure(lake, model=name)
 
 
 @pytest.mark.parametrize("name", ["a folder", "it's", "50 % [new] {x,y}", "Zoë*?"])
@@ -549,7 +566,7 @@ def test_a_read_only_disk_can_be_asked_and_not_written(small_disk: Any) -> None:
 
 def test_vectors_are_stored_as_float32_of_one_length(lake: Lake) -> None:
     measure(lake)
-    schema = pq.read_schema(lake.find(RUN).path / "activations/all.parquet")
+    schema = pq.read_schema(lake.find(RUN).path / "activations/part-00000.parquet")
     assert str(schema.field("vector").type) == "fixed_size_list<element: float>[3]"
 
 

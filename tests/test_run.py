@@ -18,7 +18,7 @@ from kdb.ingest.capture import Capture, untouched
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.models import LoadedModel, ModelSource
 from kdb.ingest.run import Job, Measuring, Outcome, Probing, ingest, refit
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.store import Warehouse
 
 MakeJob = Callable[..., Job]
@@ -232,6 +232,25 @@ def test_an_interrupted_probe_needs_no_model_to_go_on(
     assert fitted[1] == [(1, "resid_post"), (0, "ffn_norm"), (1, "ffn_norm")]
     assert results(opened) == uninterrupted
     assert opened.sql("SELECT device FROM runs").item() == "cpu"  # as the first part of the run remembered it
+
+
+def test_a_failure_while_probing_comes_without_warnings_from_the_workers(
+    opened: Warehouse,
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def fails(staged: StagedRun, table: str, *args: Any, **kwargs: Any) -> None:
+        if table == "probe_scores":
+            raise WarehouseError("the disk is full")
+        write(staged, table, *args, **kwargs)
+
+    write = StagedRun.write
+    monkeypatch.setattr(StagedRun, "write", fails)
+    with pytest.raises(WarehouseError):
+        ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_commit_that_was_cut_off_is_ended_without_the_model(

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, arrow_schema
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, Vector, arrow_schema
 
 NOBODY = "__none__"
 """Partition value of the empty typed files, which keep every view valid before the first run."""
@@ -92,25 +92,24 @@ class Lake:
     @classmethod
     def create(cls, path: Path) -> Lake:
         """Open the warehouse at ``path``, making it first where the folder is missing or empty."""
+        marker = path / "warehouse.json"
         with storage_errors(path):
-            if not (path / "warehouse.json").exists():
-                if path.is_file() or (path.is_dir() and not all(_is_partial(file) for file in path.iterdir())):
-                    raise WarehouseError(
-                        f"{str(path)!r} is not a kdb warehouse, and not empty: name a new or empty folder "
-                        "with --warehouse."
-                    )
+            # Looked for twice: another process may be making it too.
+            if not marker.exists() and not _is_vacant(path) and not marker.exists():
+                raise WarehouseError(
+                    f"{str(path)!r} is not a kdb warehouse, and not empty: name a new or empty folder with --warehouse."
+                )
+            if not marker.exists():
                 # The marker comes first: if this is cut off, the folder is ours, and what it lacks is mended.
                 path.mkdir(parents=True, exist_ok=True)
-                write_json(path / "warehouse.json", {"schema_version": SCHEMA_VERSION})
+                write_json(marker, {"schema_version": SCHEMA_VERSION})
                 _write_empty_tables(path / "lake")
         return cls(path)
 
     def _check_marker(self) -> None:
         name = repr(str(self.path))
         if not self.path.is_dir():
-            raise WarehouseError(
-                f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another."
-            )
+            raise WarehouseError(f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another.")
         try:
             version = int(json.loads(self.marker.read_text())["schema_version"])
         except FileNotFoundError:
@@ -306,7 +305,9 @@ class StagedRun:
         write_json(self.path / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": records})
 
     def _merged(self, table: str, paths: list[Path]) -> list[Path]:
-        if len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
+        # Vectors stay as they are: their row groups are what lets a reader skip all other layers.
+        vectors = any(isinstance(column.type, Vector) for column in TABLES[table].columns)
+        if vectors or len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
             return paths
         whole = self.part(table, "all")
         write_parquet(whole, [pa.concat_tables(pq.ParquetFile(path).read() for path in paths)])
@@ -372,8 +373,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = {
-            errno.ENOSPC: "the disk is full. Free some space and give the same command again: what is "
-            "finished is kept",
+            errno.ENOSPC: "the disk is full. Free some space and give the same command again: what is finished is kept",
             errno.EDQUOT: "the disk quota is used up. Free some space and give the same command again: what "
             "is finished is kept",
             errno.EACCES: "permission denied. Name a folder that you can write to with --warehouse",
@@ -391,6 +391,11 @@ def _encoded(name: str) -> str:
     text = quote(name, safe="")
     # DuckDB reads a bare null as NULL.
     return f"%{ord(text[0]):02X}{text[1:]}" if text.lower() == "null" else text
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether a warehouse can be made here: nothing is, or an empty folder, or what a killed kdb left of one."""
+    return not path.exists() or (path.is_dir() and all(map(_is_partial, path.iterdir())))
 
 
 def _subfolders(parent: Path, prefix: str) -> list[Path]:

@@ -198,7 +198,7 @@ probe_scores = _table(
     _site(),
     _column("classifier", Text(), "logistic, logistic-paper or random-forest"),
     _column("split", Text(), "paper, stratified-SEED or grouped"),
-    _column("converged", Boolean(), "the fit met its stopping rule; for logistic, proved within 0.001 logit of the optimum"),
+    _column("converged", Boolean(), "the fit met its stopping rule; logistic: proved to 0.001 logit"),
     _column("n_iter", Integer(), "iterations of the fit"),
     _column("n_train", Integer(), "prompts fitted on"),
     _column("n_test", Integer(), "prompts scored"),
