@@ -21,7 +21,6 @@ import pytest
 import kdb
 from kdb.cli import main
 from kdb.ingest import run
-from kdb.ingest.run import Job
 from kdb.warehouse.store import Warehouse
 
 KILLS = 12
@@ -92,17 +91,17 @@ def reader(warehouses: list[Path]) -> Iterator[list[object]]:
 
 
 def finished_parts(warehouse: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of every finished part of a run in progress."""
+    """Inode and time of every finished part of the run, in progress or committed."""
     parts = {}
-    for path in warehouse.glob("staging/*/*/*.parquet"):
-        if path.name != "all.parquet":
+    for path in [*warehouse.glob("staging/*/*/*.parquet"), *warehouse.glob("lake/model=tiny/*/*/*/*.parquet")]:
+        if path.stem != "all":
             stat = path.stat()
-            parts[path.relative_to(warehouse).as_posix()] = (stat.st_ino, stat.st_mtime_ns)
+            parts[f"{path.parent.name}/{path.stem}"] = (stat.st_ino, stat.st_mtime_ns)
     return parts
 
 
 def test_a_killed_ingest_resumes_to_the_same_rows_and_no_reader_notices(
-    tmp_path: Path, start: Callable[[Path], Any], tiny_job: Callable[..., Job]
+    tmp_path: Path, start: Callable[[Path], Any]
 ) -> None:
     plain = tmp_path / "uninterrupted"
     start(plain).join()
@@ -130,9 +129,11 @@ def test_a_killed_ingest_resumes_to_the_same_rows_and_no_reader_notices(
                 assert process.exitcode == -signal.SIGKILL
                 kills += 1
                 after = finished_parts(warehouse)
-                committed = (tiny_job().run,) in Warehouse(warehouse).sql("SELECT run FROM runs").rows()
-                assert committed or before.items() <= after.items()
-                resumed += bool(before)
+                resumed += "activations/part-00000" in before
+                changed = {part for part, stat in before.items() if after.get(part) != stat}
+                if any(warehouse.rglob("probe_scores/all.parquet")):  # a commit makes one file of these
+                    changed = {part for part in changed if not part.startswith("probe_scores/")}
+                assert changed == set()
             opened = Warehouse(warehouse)
             assert opened.sql(RESULTS).rows() == expected
             assert list(opened.lake.verify()) == []

@@ -34,7 +34,7 @@ PARTS = {"part-00000": [0, 3], "part-00001": [1, 2], "part-00002": [4]}
 
 
 def measure(lake: Lake, run: str = RUN, model: str = "tiny", dataset: str = "weather") -> list[str]:
-    """What an ingest does with its folders, with numbers for hidden states; returns the parts it wrote."""
+    """What an ingest does with its folders, with numbers for what a model says; returns the parts it wrote."""
     written = []
     with lake.stage(run, model, dataset) as staged:
         if not staged.committed:
@@ -42,6 +42,9 @@ def measure(lake: Lake, run: str = RUN, model: str = "tiny", dataset: str = "wea
                 if not staged.has("activations", name):
                     write_part(staged, name)
                     written.append(name)
+            for layer in (0, 1):
+                if not staged.has("probe_scores", f"resid_post-{layer}"):
+                    staged.write_rows("probe_scores", f"resid_post-{layer}", [{"layer": layer}])
             staged.commit({"study": "concept", "variant": "default"})
     return written
 
@@ -113,7 +116,8 @@ def test_a_run_that_stored_nothing_leaves_no_trace(lake: Lake) -> None:
     assert lake.interrupted() == []
 
 
-FILES = [*(f"activations/part-0000{i}.parquet" for i in range(3)), "manifest.json", "runs/all.parquet"]
+FILES = [*(f"activations/part-0000{i}.parquet" for i in range(3)), "manifest.json"]
+FILES += ["probe_scores/all.parquet", "runs/all.parquet"]
 """What a committed run has on disk."""
 
 
@@ -133,7 +137,7 @@ def test_a_committed_run_is_not_written_again(lake: Lake) -> None:
 def test_the_run_row_tells_its_tables_its_times_and_the_seconds_of_its_parts(lake: Lake) -> None:
     measure(lake)
     row = Warehouse(lake.path).sql("SELECT tables, seconds, started_at <= finished_at AS ordered FROM runs").rows()
-    assert row == [(["activations", "runs"], 1.5, True)]
+    assert row == [(["activations", "probe_scores", "runs"], 1.5, True)]
 
 
 def test_small_parts_are_committed_as_one_file(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:

