@@ -46,9 +46,7 @@ def load_dataset(
     return dataset
 
 
-def _load(
-    name: str, data_dir: Path | None, rename: str | None, group_by: str | None, download: bool
-) -> Dataset:
+def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | None, download: bool) -> Dataset:
     known = [*BUILT_IN, *PAPER_DATASETS]
     if is_user_file(name):
         return load_user_file(Path(name), rename, group_by, known)
@@ -63,9 +61,7 @@ def _load(
 
 def _check_options(template: str | None, limit: int | None) -> None:
     if template is not None and "{text}" not in template:
-        raise DatasetError(
-            f"The template {template!r} does not say where the text goes: write {{text}} there."
-        )
+        raise DatasetError(f"The template {template!r} does not say where the text goes: write {{text}} there.")
     if limit is not None and limit < 1:
         raise DatasetError(f"The limit counts examples of each class: expected 1 or more, found {limit}.")
 
