@@ -76,14 +76,16 @@ def compare(pair: str, data: Path, sample: int) -> None:
     loaded = load_model(find_model(name))
     capture = Capture(loaded)
     token_ids = loaded.tokenizer(prompts(load_dataset(dataset, data_dir=data)))["input_ids"]
-    chosen = random.Random(0).sample(token_ids, min(sample, len(token_ids)))
+    by_length = sorted(token_ids, key=len)  # every so many of these: as long, on average, as all of them
+    chosen = by_length[:: max(1, len(by_length) // sample)]
+    random.Random(0).shuffle(chosen)
     loop(capture, chosen[:5]), capture.vectors(token_ids[:32])  # warm
     with tempfile.TemporaryDirectory() as folder:
-        before = loop(capture, chosen[: sample // 2])
+        before = loop(capture, chosen[::2])
         rate = square_product()
         seconds, capturing = batched(capture, token_ids, Lake.create(Path(folder) / "w"))
         rate = (rate + square_product()) / 2
-        after = loop(capture, chosen[sample // 2 :])
+        after = loop(capture, chosen[1::2])
     plain, each = (before + after) / 2, seconds / len(token_ids)
     tokens = sum(len(ids) - shared_prefix(token_ids) for ids in token_ids)
     weights = sum(p.numel() for block in capture.anatomy.blocks for p in block.parameters())

@@ -168,7 +168,7 @@ _ALL = (
         name="coinflip-synthetic",
         source="puzzles made by kdb",
         size=f"{_N_PUZZLES // 2:,} yes + {_N_PUZZLES // 2:,} no",
-        template="Riddle: {text}\nYes or no? Answer:",
+        template="Answer this riddle with yes or no. {text}",
         layout=Layout(),
         rows=_coin_flips,
     ),

@@ -168,7 +168,7 @@ _ALL = (
         classes=("no", "yes"),
         read=read_strategyqa,
         layout=Layout(labels=YES_NO),
-        template="Question and facts: {text}\nYes or no? Answer:",
+        template="Answer yes or no. Question and facts: {text}",
     ),
     PaperDataset(
         name="coinflip",
@@ -180,7 +180,7 @@ _ALL = (
         classes=("no", "yes"),
         read=read_json_examples,
         layout=Layout(text="question", label="answer", labels=YES_NO),
-        template="Puzzle: {text}\nYes or no? Solution:",
+        template="Answer this puzzle with yes or no. {text}",
     ),
 )
 
