@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from kdb.ingest.datasets import load_dataset
+from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import LoadedModel, find_model, load_model
-from kdb.ingest.run import Job, Measuring, Probing, ingest
+from kdb.ingest.run import ingest
 from kdb.warehouse.store import Warehouse
 
 ROOT = Path(__file__).resolve().parents[1]

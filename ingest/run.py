@@ -1,4 +1,4 @@
-"""One run, from prompts to commit: plan, capture, probe, make visible.
+"""One run, from prompts to commit: describe, capture, probe, make visible.
 
 Each stage writes parts into staging and reads what the stage before it stored; so whatever is finished when a
 run is cut off is not computed again, and probes refit without the model.
@@ -7,7 +7,6 @@ run is cut off is not computed again, and probes refit without the model.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,8 +21,9 @@ import pyarrow.parquet as pq
 
 from kdb.errors import DatasetError, WarehouseError
 from kdb.ingest.anatomy import SITES
-from kdb.ingest.datasets import Dataset, prompts
-from kdb.ingest.models import LoadedModel, ModelSource, count_params, load_config, load_tokenizer, model_row
+from kdb.ingest.datasets import Dataset
+from kdb.ingest.job import STUDY, Job, Measuring, Probing
+from kdb.ingest.models import LoadedModel, count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.progress import progress
 from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
 from kdb.warehouse.schema import arrow_schema
@@ -34,101 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STUDY = "concept"
-ALWAYS_FITTED = ("logistic", "logistic-paper")
-"""Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """What determines the hidden states of a run, beyond model, dataset and template.
-
-    ``limit`` is already in the dataset's fingerprint; it is kept so that the run can say it.
-    """
-
-    dtype: str = "float32"
-    quantize: str | None = None
-    noise: bool = False
-    seed: int = 42
-    store: str = "float32"
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Probing:
-    """What determines the probe scores of a run, beyond its hidden states.
-
-    ``splits`` counts the paper's split and the seeded stratified ones after it.
-    """
-
-    classifiers: tuple[str, ...] = ALWAYS_FITTED
-    splits: int = 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that was asked for: everything that determines its result, known before a model is loaded."""
-
-    source: ModelSource
-    dataset: Dataset
-    measuring: Measuring
-    probing: Probing
-    custom_template: bool = False
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the run id is derived from."""
-        return {
-            "study": STUDY,
-            "model": self.source.name,
-            "revision": self.source.revision,
-            "dataset": self.dataset.name,
-            "fingerprint": self.dataset.fingerprint,
-            "template": self.dataset.template,
-            **asdict(self.measuring),
-            **asdict(self.probing),
-        }
-
-    @property
-    def run(self) -> str:
-        """The run's id."""
-        return run_id(self.identity)
-
-    @property
-    def variant(self) -> str:
-        """What sets the run apart from the plain one, such as 'noise bfloat16'; 'default' if nothing does."""
-        m = self.measuring
-        template = hashlib.sha256(self.dataset.template.encode()).hexdigest()[:8]
-        marks = [
-            f"revision={self.source.pinned}" if self.source.pinned else "",
-            f"limit={m.limit}" if m.limit else "",
-            f"template={template}" if self.custom_template else "",
-            ("noise" if m.seed == Measuring.seed else f"noise={m.seed}") if m.noise else "",
-            m.dtype if m.dtype != Measuring.dtype else "",
-            m.quantize or "",
-            f"store={m.store}" if m.store != Measuring.store else "",
-        ]
-        return " ".join(filter(None, marks)) or "default"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will cost: said before it starts, and by ``--dry-run``."""
-
-    n_prompts: int
-    n_tokens: int
-    n_layers: int
-    disk_bytes: int
-    memory_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        """One line for the terminal."""
-        return (
-            f"{self.n_prompts:,} prompts ({self.n_tokens:,} tokens to run) × {self.n_layers} layers × "
-            f"{len(SITES)} sites: at most {_size(self.disk_bytes)} on disk, {_size(self.memory_bytes)} of memory, "
-            f"about {_duration(self.seconds)}"
-        )
+_PROBE_MEMORY = 4 * 2**30
+_MATRIX_COPIES = 4
+"""Copies of a layer's matrix in float64 that fitting holds at its peak."""
 
 
 @dataclass(frozen=True)
@@ -182,52 +90,9 @@ def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measur
     return Outcome(staged.run, "committed")
 
 
-def plan(job: Job, device: str) -> Plan:
-    """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
-    config = load_config(job.source)
-    token_ids = load_tokenizer(job.source)(_texts(job))["input_ids"]
-    return _plan(job, config, token_ids, device)
-
-
-def _plan(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str) -> Plan:
-    from kdb.ingest.capture import BATCH_TOKENS, gemm_rate, shared_prefix
-
-    row = model_row(job.source, config, count_params(config), job.measuring.dtype, job.measuring.quantize)
-    prefix = shared_prefix(token_ids)
-    n_tokens = sum(len(ids) - prefix for ids in token_ids)
-    floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]
-    tied = 1 if config.get_text_config().tie_word_embeddings else 2
-    block_params = row["n_params"] - tied * row["vocab_size"] * row["hidden_size"]
-    weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[job.measuring.dtype]
-    batch = BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
-    working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
-    rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
-    return Plan(
-        n_prompts=len(token_ids),
-        n_tokens=n_tokens,
-        n_layers=row["n_layers"],
-        disk_bytes=floats * (2 if job.measuring.store == "float16" else 4),
-        memory_bytes=row["n_params"] * (1 if job.measuring.quantize else weight_bytes) + working + _PART_MEMORY,
-        seconds=2 * block_params * n_tokens / rate + _PROBE_SECONDS * floats * job.probing.splits,
-    )
-
-
-_CAPTURE_SHARE = 0.7
-"""Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
-
-_PROBE_SECONDS = 5e-7
-"""Seconds to probe one float of activations with both logistic probes on one core."""
-
-_PART_MEMORY = 3 * 64 * 2**20
-
-
-def _texts(job: Job) -> list[str]:
-    return prompts(job.dataset, noise=job.measuring.noise, seed=job.measuring.seed)
-
-
 def _describe(staged: StagedRun, job: Job) -> None:
     """Write the small tables of a run; whatever is wrong with the prompts is found here, before any work."""
-    config, texts = load_config(job.source), _texts(job)
+    config, texts = load_config(job.source), job.texts
     token_ids = load_tokenizer(job.source)(texts)["input_ids"]
     _check_length(job, token_ids, config)
     examples = job.dataset.examples
@@ -301,19 +166,16 @@ def _capture(
     batch_tokens: int | None,
 ) -> None:
     from kdb.ingest.capture import CHECK_PROMPTS, Capture, check_capture, shared_prefix
+    from kdb.ingest.plan import estimate
 
     staged.remember(device=str(loaded.device))
-    token_ids = loaded.tokenizer(_texts(job))["input_ids"]
+    token_ids = loaded.tokenizer(job.texts)["input_ids"]
     prefix = token_ids[0][: shared_prefix(token_ids)]
     capture = Capture(loaded, batch_tokens=batch_tokens)
     if not staged.has("checks", "part"):
         staged.write_rows("checks", "part", check_capture(capture, token_ids[:CHECK_PROMPTS], prefix))
-    log.info(
-        "%s on %s: %s",
-        job.source.name,
-        job.dataset.name,
-        _plan(job, loaded.model.config, token_ids, str(loaded.device)),
-    )
+    cost = estimate(job, loaded.model.config, token_ids, str(loaded.device))
+    log.info("%s on %s: %s", job.source.name, job.dataset.name, cost)
     total = sum(len(ids) for ids in token_ids)
     left = sum(len(token_ids[i]) for ids in missing.values() for i in ids)
     with progress("activations", total, "tokens", done=total - left) as shown:
@@ -364,11 +226,6 @@ def _n_jobs(n_prompts: int, hidden_size: int) -> int:
     return max(1, min(int(joblib.cpu_count()), _PROBE_MEMORY // each))
 
 
-_PROBE_MEMORY = 4 * 2**30
-_MATRIX_COPIES = 4
-"""Copies of a layer's matrix in float64 that fitting holds at its peak."""
-
-
 def _run_row(job: Job, device: str | None) -> dict[str, Any]:
     return {
         "study": STUDY,
@@ -389,11 +246,3 @@ def _files(run: Path, table: str) -> list[Path]:
 
 def _read(parts: Sequence[Path]) -> pa.Table:
     return pa.concat_tables(pq.ParquetFile(part).read() for part in parts)
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -22,8 +22,8 @@ from click.testing import CliRunner, Result
 import kdb
 from kdb.cli import main
 from kdb.ingest.datasets import load_dataset
+from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import REGISTRY, LoadedModel, find_model, load_model
-from kdb.ingest.run import Job, Measuring, Probing
 
 TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
 

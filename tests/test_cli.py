@@ -22,7 +22,7 @@ from click.testing import Result
 
 from kdb.cli import main
 from kdb.ingest import run
-from kdb.ingest.run import Job
+from kdb.ingest.job import Job
 from kdb.warehouse.lake import Lake
 
 RunKdb = Callable[..., Result]

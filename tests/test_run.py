@@ -16,8 +16,10 @@ from kdb.errors import DatasetError, WarehouseError
 from kdb.ingest import probes, run
 from kdb.ingest.capture import Capture, untouched
 from kdb.ingest.datasets import Dataset, Example
+from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import LoadedModel, ModelSource
-from kdb.ingest.run import Job, Measuring, Outcome, Probing, ingest, refit
+from kdb.ingest.plan import plan
+from kdb.ingest.run import Outcome, ingest, refit
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -417,9 +419,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_stored(
 
 
 def test_a_plan_says_what_a_run_will_cost_and_loads_no_weights(tiny_job: MakeJob) -> None:
-    said = run.plan(tiny_job(), "cpu")
+    said = plan(tiny_job(), "cpu")
     # 40 prompts × 2 layers × 2 sites × 16 floats of 4 bytes; "Day " is run once for all.
     assert (said.n_prompts, said.n_layers, said.disk_bytes) == (40, 2, 10_240)
     n_tokens = sum(len(example.text) - len("Day ") for example in tiny_job().dataset.examples)
     assert said.n_tokens == n_tokens
-    assert run.plan(tiny_job(store="float16"), "cpu").disk_bytes == 5_120
+    assert plan(tiny_job(store="float16"), "cpu").disk_bytes == 5_120

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from kdb.errors import WarehouseError
 from kdb.warehouse.schema import arrow_schema
 
-_PART_BYTES = 64 * 2**20
+PART_BYTES = 64 * 2**20
 
 
 def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int) -> int:
     """Prompts whose float32 vectors fill one part: what a crash can cost, and what is held in memory."""
-    return max(1, _PART_BYTES // (4 * n_layers * n_sites * hidden_size))
+    return max(1, PART_BYTES // (4 * n_layers * n_sites * hidden_size))
 
 
 def activation_groups(

@@ -123,11 +123,12 @@ def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
     """
     from kdb.ingest import models as found
     from kdb.ingest.run import ingest as measure
-    from kdb.ingest.run import plan
 
     _log_to_stderr()
     jobs = _jobs(options)
     if dry_run:
+        from kdb.ingest.plan import plan
+
         for job in jobs:
             click.echo(f"{job.source.name} on {job.dataset.name}: {plan(job, found.pick_device(options['device']))}")
         return
@@ -148,8 +149,8 @@ def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
 def _jobs(options: dict[str, Any]) -> list[Any]:
     """Everything that was asked for, found and checked before any work."""
     from kdb.ingest.datasets import available_datasets, load_dataset
+    from kdb.ingest.job import Job, Measuring
     from kdb.ingest.models import find_model
-    from kdb.ingest.run import Job, Measuring
 
     built_in = [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
     if options["dataset_name"] and len(options["datasets_"]) != 1:
@@ -163,7 +164,7 @@ def _jobs(options: dict[str, Any]) -> list[Any]:
 
 
 def _probing(options: dict[str, Any]) -> Any:
-    from kdb.ingest.run import ALWAYS_FITTED, Probing
+    from kdb.ingest.job import ALWAYS_FITTED, Probing
 
     return Probing(tuple(dict.fromkeys((*ALWAYS_FITTED, *options["classifiers"]))), options["splits"])
 

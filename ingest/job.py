@@ -1,0 +1,92 @@
+"""A run that was asked for: everything that determines its result, known before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kdb.ingest.datasets import Dataset, prompts
+from kdb.ingest.models import ModelSource
+from kdb.warehouse.lake import run_id
+
+STUDY = "concept"
+ALWAYS_FITTED = ("logistic", "logistic-paper")
+"""Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What determines the hidden states of a run, beyond model, dataset and template.
+
+    ``limit`` is already in the dataset's fingerprint; it is kept so that the run can say it.
+    """
+
+    dtype: str = "float32"
+    quantize: str | None = None
+    noise: bool = False
+    seed: int = 42
+    store: str = "float32"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What determines the probe scores of a run, beyond its hidden states.
+
+    ``splits`` counts the paper's split and the seeded stratified ones after it.
+    """
+
+    classifiers: tuple[str, ...] = ALWAYS_FITTED
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was asked for: everything that determines its result, known before a model is loaded."""
+
+    source: ModelSource
+    dataset: Dataset
+    measuring: Measuring
+    probing: Probing
+    custom_template: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run id is derived from."""
+        return {
+            "study": STUDY,
+            "model": self.source.name,
+            "revision": self.source.revision,
+            "dataset": self.dataset.name,
+            "fingerprint": self.dataset.fingerprint,
+            "template": self.dataset.template,
+            **asdict(self.measuring),
+            **asdict(self.probing),
+        }
+
+    @property
+    def run(self) -> str:
+        """The run's id."""
+        return run_id(self.identity)
+
+    @property
+    def variant(self) -> str:
+        """What sets the run apart from the plain one, such as 'noise bfloat16'; 'default' if nothing does."""
+        m = self.measuring
+        template = hashlib.sha256(self.dataset.template.encode()).hexdigest()[:8]
+        marks = [
+            f"revision={self.source.pinned}" if self.source.pinned else "",
+            f"limit={m.limit}" if m.limit else "",
+            f"template={template}" if self.custom_template else "",
+            ("noise" if m.seed == Measuring.seed else f"noise={m.seed}") if m.noise else "",
+            m.dtype if m.dtype != Measuring.dtype else "",
+            m.quantize or "",
+            f"store={m.store}" if m.store != Measuring.store else "",
+        ]
+        return " ".join(filter(None, marks)) or "default"
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as the model reads them."""
+        return prompts(self.dataset, noise=self.measuring.noise, seed=self.measuring.seed)

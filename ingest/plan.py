@@ -1,0 +1,79 @@
+"""What a run will cost: said before it starts, and by ``kdb ingest --dry-run``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdb.ingest.anatomy import SITES
+from kdb.ingest.capture import BATCH_TOKENS, gemm_rate, shared_prefix
+from kdb.ingest.job import Job
+from kdb.ingest.models import count_params, load_config, load_tokenizer, model_row
+from kdb.warehouse.vectors import PART_BYTES
+
+_CAPTURE_SHARE = 0.7
+"""Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
+
+_PROBE_SECONDS = 2e-7
+"""Seconds to probe one float of activations with both logistic probes on one core."""
+
+_PART_MEMORY = 3 * PART_BYTES
+"""A part being filled, and its copies in Arrow and in Parquet."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts, bytes and seconds of a run."""
+
+    n_prompts: int
+    n_tokens: int
+    n_layers: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"{self.n_prompts:,} prompts ({self.n_tokens:,} tokens to run) × {self.n_layers} layers × "
+            f"{len(SITES)} sites: at most {_size(self.disk_bytes)} on disk, {_size(self.memory_bytes)} of memory, "
+            f"about {_duration(self.seconds)}"
+        )
+
+
+def plan(job: Job, device: str) -> Plan:
+    """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
+    config = load_config(job.source)
+    token_ids = load_tokenizer(job.source)(job.texts)["input_ids"]
+    return estimate(job, config, token_ids, device)
+
+
+def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str) -> Plan:
+    """The same, from a config and token ids that are at hand."""
+    row = model_row(job.source, config, count_params(config), job.measuring.dtype, job.measuring.quantize)
+    prefix = shared_prefix(token_ids)
+    n_tokens = sum(len(ids) - prefix for ids in token_ids)
+    floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]
+    tied = 1 if config.get_text_config().tie_word_embeddings else 2
+    block_params = row["n_params"] - tied * row["vocab_size"] * row["hidden_size"]
+    weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[job.measuring.dtype]
+    batch = BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
+    working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
+    rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
+    return Plan(
+        n_prompts=len(token_ids),
+        n_tokens=n_tokens,
+        n_layers=row["n_layers"],
+        disk_bytes=floats * (2 if job.measuring.store == "float16" else 4),
+        memory_bytes=row["n_params"] * (1 if job.measuring.quantize else weight_bytes) + working + _PART_MEMORY,
+        seconds=2 * block_params * n_tokens / rate + _PROBE_SECONDS * floats * job.probing.splits,
+    )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
