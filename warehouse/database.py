@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -117,7 +118,11 @@ class Database:
 
     def _frame(self, statement: duckdb.Statement | str, params: Any = None) -> pl.DataFrame:
         try:
-            return self._connection.execute(statement, params).pl()
+            with warnings.catch_warnings():
+                # DuckDB 2 would rather have a relation, which takes no statement that was looked at before.
+                warnings.filterwarnings("ignore", message="Arrow output on a DB-API result")
+                table = self._connection.execute(statement, params).to_arrow_table()
+            return pl.DataFrame(table)
         except duckdb.Error as error:
             raise QueryError(_message(error)) from error
         except pl.exceptions.PolarsError as error:  # an INTERVAL, such as finished_at - started_at
