@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from kdb.ingest.anatomy import SITES
-from kdb.ingest.capture import Capture, shared_prefix, untouched
+from kdb.ingest.capture import Capture, shared_prefix
 from kdb.ingest.datasets import load_dataset, prompts
 from kdb.ingest.models import find_model, load_model
 from kdb.warehouse.lake import Lake
@@ -37,8 +37,10 @@ PAIRS = ("smollm2-135m:cities", "gemma-3-270m:cities", "smollm2-135m:strategyqa"
 def loop(capture: Capture, token_ids: Sequence[Sequence[int]]) -> float:
     """Seconds per prompt of the plain loop."""
     begun = time.perf_counter()
-    for ids in token_ids:
-        untouched(capture.loaded, ids)
+    with torch.inference_mode():
+        for ids in token_ids:
+            output = capture.loaded.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+            torch.stack([state[0, -1] for state in output.hidden_states])
     return (time.perf_counter() - begun) / len(token_ids)
 
 

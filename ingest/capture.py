@@ -11,6 +11,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,7 +172,9 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
 
     with torch.inference_mode():
         ids = torch.tensor([list(token_ids)], device=loaded.device)
-        output = loaded.model(ids, output_hidden_states=True, use_cache=False)
+        # Logits of every position would take a gigabyte for a thousand tokens of a 262,144-token vocabulary.
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
+        output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
     states = torch.stack([state[0, -1].float() for state in output.hidden_states])
     return states, output.logits[0, -1].float()
 
