@@ -1,0 +1,264 @@
+"""Which layers, heads and neurons raise a token's probability, and which earlier neurons make those fire.
+
+Yu and Ananiadou, Neuron-Level Knowledge Attribution in Large Language Models (arXiv 2312.12141): everything is read
+at the last position, with the final norm's scale frozen, and a vector's score is the log-probability increase
+(section 3.3) that :mod:`kdb.ingest.certificate` computes. Shapes: layer l, prompt b, position t, head h, entry e of
+a head, neuron n, hidden d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kdb.ingest.certificate import Best, Distributions, certified_top, distributions
+from kdb.ingest.circuit import Circuit
+from kdb.ingest.recording import Recording, head_coefficients, head_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+BASES_BYTES = 384 * 2**20
+"""Memory for the probabilities of one batch, at each of its residuals."""
+
+
+def prompts_at_once(circuit: Circuit, vocab_size: int) -> int:
+    """How many prompts are attributed together: as many as their distributions fit into memory."""
+    return max(1, BASES_BYTES // (2 * len(circuit.blocks) * vocab_size * 4))
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The best neurons of one component for each prompt (b, k), best first; layer is −1 where there are fewer.
+
+    ``head`` and ``position`` are None for FFN neurons, which act at the last position.
+    """
+
+    layer: torch.Tensor
+    head: torch.Tensor | None
+    neuron: torch.Tensor
+    position: torch.Tensor | None
+    coefficient: torch.Tensor
+    score: torch.Tensor
+    slack: torch.Tensor
+    n_scored: torch.Tensor
+
+
+class Attribution:
+    """A batch of prompts, attributed. What is not asked for is not computed."""
+
+    def __init__(self, circuit: Circuit, recording: Recording, target: torch.Tensor) -> None:
+        """``target`` (b): the token whose probability is explained, for each prompt."""
+        self.circuit = circuit
+        self.recording = recording
+        self.target = target
+        self.n_layers = len(circuit.blocks)
+        self.n_prompts = len(target)
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        import torch
+
+        return torch.arange(self.n_prompts, device=self.target.device)
+
+    @cached_property
+    def _before_ffn(self) -> torch.Tensor:
+        """The residual (l, b, d) that each FFN is added to, at the last position."""
+        import torch
+
+        r = self.recording
+        before = r.resid_pre[:, self._rows, r.last]
+        after = before + r.attn[:, self._rows, r.last]
+        parallel = torch.tensor([block.parallel for block in self.circuit.blocks], device=before.device)
+        return torch.where(parallel[:, None, None], before, after)
+
+    @cached_property
+    def at(self) -> Distributions:
+        """What the readout says of every residual: (2l · b), first those that attention is added to, then the FFNs'."""
+        import torch
+
+        r, readout = self.recording, self.circuit.readout
+        points = torch.cat([r.resid_pre[:, self._rows, r.last], self._before_ffn])
+        n = len(points)
+        return distributions(
+            readout.table,
+            readout.constant,
+            points.flatten(0, 1),
+            r.final_scale.repeat(n),
+            self.target.repeat(n),
+            self._rows.repeat(n),
+            self._cap,
+        )
+
+    @cached_property
+    def _cap(self) -> torch.Tensor | None:
+        """A soft cap's slope at the real logits (b, vocab): frozen like the norm, so that the readout is linear."""
+        import torch
+
+        r, readout = self.recording, self.circuit.readout
+        if readout.softcap is None:
+            return None
+        logits = (r.resid_post * r.final_scale[:, None]) @ readout.table.T + readout.constant
+        slope = readout.softcap * (logits / readout.softcap).tanh() / logits
+        return torch.where(logits == 0, 1.0, slope)
+
+    def _base(self, component: str, layer: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """The row of :attr:`at` that a component of this layer is added to."""
+        return (layer + (self.n_layers if component == "ffn" else 0)) * self.n_prompts + prompt
+
+    # Layers and heads
+
+    @cached_property
+    def layer_scores(self) -> dict[str, torch.Tensor]:
+        """Log-probability increase of each layer's output, (b, l) for 'attn' and 'ffn'."""
+        import torch
+
+        r, n = self.recording, self.n_layers * self.n_prompts
+        added = torch.cat([x[:, self._rows, r.last].flatten(0, 1) for x in (r.attn, r.ffn)])
+        every = torch.arange(2 * n, device=added.device)
+        scores = self.at.scores(every, added, every, torch.ones(2 * n, device=added.device))
+        attn, ffn = scores.view(2, self.n_layers, self.n_prompts).transpose(1, 2)
+        return {"attn": attn, "ffn": ffn}
+
+    @cached_property
+    def head_scores(self) -> torch.Tensor:
+        """Log-probability increase of each head, summed over positions: (b, l, h)."""
+        import torch
+
+        vectors = torch.stack([head_vectors(self.circuit, self.recording, i) for i in range(self.n_layers)])
+        n_heads = vectors.shape[2]
+        base = torch.arange(self.n_layers * self.n_prompts, device=vectors.device).repeat_interleave(n_heads)
+        flat = vectors.flatten(0, 2)
+        every = torch.arange(len(flat), device=flat.device)
+        scores = self.at.scores(base, flat, every, torch.ones(len(flat), device=flat.device))
+        return scores.view(self.n_layers, self.n_prompts, n_heads).transpose(0, 1)
+
+    def head_positions(self, n_best: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores of the best heads' positions: layer and head (b, n), attention and score (b, n, t); 0 at padding."""
+        import torch
+
+        r, n_heads = self.recording, self.head_scores.shape[2]
+        best = self.head_scores.flatten(1).topk(min(n_best, self.n_layers * n_heads), dim=1).indices
+        layer, head = best // n_heads, best % n_heads
+        prompt = self._rows[:, None].expand_as(layer)
+        weights = r.attention[layer, prompt, head]
+        groups = n_heads // r.values.shape[2]
+        coefficients = weights[..., None] * r.values[layer, prompt, head // groups]
+        vectors = torch.empty(*weights.shape, r.resid_post.shape[1], device=weights.device)
+        for i in layer.unique().tolist():
+            columns = self.circuit.attn_columns(i).view(n_heads, coefficients.shape[-1], -1)
+            here = layer == i
+            vectors[here] = coefficients[here] @ columns[head[here]]
+        vectors *= r.attn_scale[layer, prompt, r.last[:, None]][..., None, None]
+        real = (torch.arange(weights.shape[2], device=weights.device) <= r.last[:, None])[:, None].expand_as(weights)
+        base = self._base("attn", layer, prompt)[..., None].expand_as(weights)[real]
+        every = torch.arange(len(base), device=base.device)
+        score = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
+        score[real] = self.at.scores(base, vectors[real], every, torch.ones(len(base), device=base.device))
+        return layer, head, weights * real, score
+
+    # Value neurons
+
+    @cached_property
+    def ffn_coefficients(self) -> torch.Tensor:
+        """Coefficients (b, l, n) at the last position."""
+        r = self.recording
+        return r.coefficients[:, self._rows, r.last].transpose(0, 1)
+
+    @cached_property
+    def _ffn_factor(self) -> torch.Tensor:
+        """What an FFN column is multiplied by, (b, l, n): the coefficient, and the scale of a norm behind it."""
+        r = self.recording
+        return self.ffn_coefficients * r.ffn_scale[:, self._rows, r.last].T[..., None]
+
+    @cached_property
+    def ffn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bound of every FFN neuron's score, and what rounding may add to it: (b, l · n)."""
+        import torch
+
+        slope = self.at.slope[self.n_layers * self.n_prompts :].view(self.n_layers, self.n_prompts, -1)
+        reach = self.at.reach[self.n_layers * self.n_prompts :].view(self.n_layers, self.n_prompts)
+        upper, slack = [], []
+        for layer in range(self.n_layers):
+            columns = self.circuit.ffn_columns(layer)
+            factor = self._ffn_factor[:, layer]
+            upper.append(factor * (slope[layer] @ columns.T))
+            slack.append(factor.abs() * columns.norm(dim=1) * reach[layer][:, None])
+        return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+
+    def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        """Exact scores (m) of FFN neurons, given by prompt and place in (l · n)."""
+        n = self._ffn_factor.shape[2]
+        layer, neuron = flat // n, flat % n
+        vectors, which = self._columns(flat, n, "ffn")
+        return self.at.scores(
+            self._base("ffn", layer, prompt), vectors, which, self._ffn_factor[prompt, layer, neuron]
+        )
+
+    def ffn_top(self, k: int) -> Neurons:
+        """The k best FFN neurons of each prompt, proved complete."""
+        n = self._ffn_factor.shape[2]
+        best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
+        layer, neuron, found = best.index // n, best.index % n, best.index >= 0
+        coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
+        return Neurons(
+            layer.masked_fill(~found, -1), None, neuron, None, coefficient, best.score, best.slack, best.n_scored
+        )
+
+    def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct columns (u, d) that ``key`` = layer · per_layer + column names, and which is each one's."""
+        import torch
+
+        distinct, which = key.unique(return_inverse=True)
+        layers = distinct // per_layer
+        columns = self.circuit.ffn_columns if component == "ffn" else self.circuit.attn_columns
+        parts = [columns(i)[distinct[layers == i] % per_layer] for i in layers.unique().tolist()]
+        return torch.cat(parts), which
+
+    @cached_property
+    def _attn_coefficients(self) -> torch.Tensor:
+        """Coefficients (b, l, h, t, e): attention weight × value entry."""
+        import torch
+
+        return torch.stack([head_coefficients(self.recording, i) for i in range(self.n_layers)], dim=1)
+
+    @cached_property
+    def attn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bound of every attention neuron's score, and its slack: (b, l · h · t · e); −inf at padding."""
+        import torch
+
+        r, upper, slack = self.recording, [], []
+        slope = self.at.slope[: self.n_layers * self.n_prompts].view(self.n_layers, self.n_prompts, -1)
+        reach = self.at.reach[: self.n_layers * self.n_prompts].view(self.n_layers, self.n_prompts)
+        n_tokens = r.attention.shape[-1]
+        real = torch.arange(n_tokens, device=r.last.device) <= r.last[:, None]
+        for layer in range(self.n_layers):
+            factor = self._attn_coefficients[:, layer] * r.attn_scale[layer, self._rows, r.last, None, None, None]
+            b, h, _t, e = factor.shape
+            columns = self.circuit.attn_columns(layer)
+            gain = (slope[layer] @ columns.T).view(b, h, 1, e)
+            length = columns.norm(dim=1).view(1, h, 1, e) * reach[layer].view(b, 1, 1, 1)
+            upper.append(torch.where(real[:, None, :, None], factor * gain, -torch.inf).flatten(1))
+            slack.append((factor.abs() * length).flatten(1))
+        return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+
+    def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        """Exact scores (m) of attention neurons, given by prompt and place in (l · h · t · e)."""
+        _b, n_layers, h, t, e = self._attn_coefficients.shape
+        layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
+        vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
+        scale = self.recording.attn_scale[layer, prompt, self.recording.last[prompt]]
+        factor = self._attn_coefficients[prompt, layer, head, position, entry] * scale
+        return self.at.scores(self._base("attn", layer, prompt), vectors, which, factor)
+
+    def attn_top(self, k: int) -> Neurons:
+        """The k best attention neurons of each prompt, proved complete."""
+        _b, n_layers, h, t, e = self._attn_coefficients.shape
+        best = certified_top(*self.attn_bounds, k, self.attn_exact)
+        flat, found = best.index.clamp_min(0), best.index >= 0
+        coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
+        layer = (flat // (h * t * e)).masked_fill(~found, -1)
+        return Neurons(
+            layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient, best.score, best.slack, best.n_scored
+        )

@@ -1,0 +1,183 @@
+"""Scores of many vectors, proved: bound all, compute few.
+
+The score of a vector v that joins a residual x is the log-probability increase of the target w,
+
+    score(v) = log p(w|x+v) − log p(w|x) = v·g_w − log E_p[exp(v·g)],    p = softmax of x's logits,
+
+where g_u is the row of token u in the frozen, linear readout. By Jensen's inequality
+score(v) ≤ v·(g_w − E_p[g]) = upper(v): one matrix–vector product bounds every neuron of a layer, where a score
+costs the whole vocabulary. Scoring in falling order of the bound until the next bound is below the k-th best
+score proves that the k best are complete. docs/certificate.md tells the rest.
+
+This module takes arrays; it knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_ROUNDING = 5 * 2.0**-24
+"""Five standard deviations of a float32 rounding: the sum of n products a·b is off by no more than this times
+√n · ‖a‖‖b‖ (Higham and Mary 2019, A new approach to probabilistic rounding error analysis, theorem 2.4)."""
+
+_TILE = 2048
+"""Tokens scored at once: few enough that a block's products stay in the cache."""
+_BLOCK = 1024
+"""Vectors scored at once."""
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """What the readout says of a set of residuals, and what scoring against it needs.
+
+    Shapes: residual b, token u, hidden d. ``table`` (u, d) holds g before the frozen scale; ``scale`` (b) is that
+    scale, ``cap`` (prompt, u) the frozen slope of a soft cap or None, ``prompt`` (b) which of its rows counts.
+    ``p`` (b, u) are probabilities, taken as given: scores and bounds are about this p.
+    """
+
+    table: torch.Tensor
+    scale: torch.Tensor
+    target: torch.Tensor
+    p: torch.Tensor
+    log_p: torch.Tensor
+    cap: torch.Tensor | None
+    prompt: torch.Tensor
+
+    @cached_property
+    def slope(self) -> torch.Tensor:
+        """scale · (g_w − E_p[g]), (b, d): a vector's product with it bounds its score."""
+        import torch
+
+        n, size = self.p.shape[0], self.table.shape[1]
+        mean = torch.zeros(n, size, dtype=torch.float64, device=self.p.device)
+        for tile in self._tiles(4 * _TILE):
+            mean += (self._weighted(tile) @ self.table[tile]).double()
+        own = self.table[self.target] * self._cap_of_target()[:, None]
+        return ((own.double() - mean) * self.scale[:, None].double()).float()
+
+    @cached_property
+    def reach(self) -> torch.Tensor:
+        """What a vector's length is multiplied by to bound the rounding in its score or its bound, (b)."""
+        import torch
+
+        norms = self.table.norm(dim=1)
+        mean = sum((self._weighted(tile) @ norms[tile] for tile in self._tiles(4 * _TILE)), torch.zeros(()))
+        terms = math.sqrt(self.table.shape[1]) + math.sqrt(4 * _TILE)
+        return _ROUNDING * terms * self.scale.abs() * (norms[self.target] + mean)
+
+    def scores(
+        self, base: torch.Tensor, vectors: torch.Tensor, which: torch.Tensor, coefficient: torch.Tensor
+    ) -> torch.Tensor:
+        """Exact scores (n), in float64, of ``coefficient`` (n) × ``vectors[which]``, each at residual ``base`` (n).
+
+        ``vectors`` (m, d): rows that share one are unembedded once.
+        """
+        import torch
+
+        order = torch.argsort(which)
+        out = torch.empty(len(base), dtype=torch.float64, device=base.device)
+        for rows in order.split(_BLOCK):
+            used, index = which[rows].unique_consecutive(return_inverse=True)
+            out[rows] = self._block(base[rows], vectors[used], index, coefficient[rows])
+        return out
+
+    def _block(
+        self, base: torch.Tensor, vectors: torch.Tensor, index: torch.Tensor, coefficient: torch.Tensor
+    ) -> torch.Tensor:
+        import torch
+
+        factor = (coefficient * self.scale[base])[:, None]
+        own = (vectors[index] * self.table[self.target[base]]).sum(1, keepdim=True)
+        own = own * factor * self._cap_of_target()[base, None]
+        total = torch.zeros(len(base), dtype=torch.float64, device=base.device)
+        for tile in self._tiles(_TILE):
+            z = (vectors @ self.table[tile].T)[index].mul_(factor)
+            if self.cap is not None:
+                z.mul_(self.cap[self.prompt[base], tile])
+            # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose a small score's digits.
+            total += z.sub_(own).expm1_().mul_(self.p[base, tile]).sum(1)
+        return -total.log1p()
+
+    def _weighted(self, tile: slice) -> torch.Tensor:
+        return self.p[:, tile] if self.cap is None else self.p[:, tile] * self.cap[self.prompt, tile]
+
+    def _cap_of_target(self) -> torch.Tensor:
+        import torch
+
+        return torch.ones_like(self.scale) if self.cap is None else self.cap[self.prompt, self.target]
+
+    def _tiles(self, size: int) -> list[slice]:
+        return [slice(i, i + size) for i in range(0, self.table.shape[0], size)]
+
+
+def distributions(
+    table: torch.Tensor,
+    constant: torch.Tensor,
+    residuals: torch.Tensor,
+    scale: torch.Tensor,
+    target: torch.Tensor,
+    prompt: torch.Tensor,
+    cap: torch.Tensor | None = None,
+) -> Distributions:
+    """Read residuals (b, d) out: softmax((table @ x · scale + constant) · cap)."""
+    logits = (residuals * scale[:, None]) @ table.T
+    logits += constant
+    if cap is not None:
+        logits *= cap[prompt]
+    log_total = logits.logsumexp(1, keepdim=True)
+    log_p = (logits.gather(1, target[:, None]) - log_total)[:, 0]
+    return Distributions(table, scale, target, logits.sub_(log_total).exp_(), log_p, cap, prompt)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The k best of each row, in order. Shapes (row, k); ``index`` is −1 where a row has fewer than k."""
+
+    index: torch.Tensor
+    score: torch.Tensor
+    slack: torch.Tensor
+    n_scored: torch.Tensor  # (row)
+
+
+def certified_top(
+    upper: torch.Tensor,
+    slack: torch.Tensor,
+    k: int,
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    step: int = 64,
+) -> Best:
+    """The k best of each row (row, n), proved complete: no candidate left unscored can be among them.
+
+    ``upper`` bounds every score from above but for rounding, which is at most ``slack``, in the bounds and in the
+    scores. ``score`` takes rows and columns, each (m), and gives their exact scores. −inf in ``upper`` marks a
+    place that holds no candidate.
+    """
+    import torch
+
+    n_rows, n = upper.shape
+    k = min(k, n)
+    bound = upper + slack
+    known = torch.full(bound.shape, -torch.inf, dtype=torch.float64, device=upper.device)
+    todo = torch.zeros_like(bound, dtype=torch.bool)
+    first = bound.topk(min(n, k + min(k, step) // 4 + 1), dim=1)
+    todo.scatter_(1, first.indices, first.values > -torch.inf)
+    scored = torch.zeros_like(todo)
+    while todo.any():
+        rows, columns = todo.nonzero(as_tuple=True)
+        known[rows, columns] = score(rows, columns)
+        scored |= todo
+        # A score is known up to its own slack, so only what it is at least can shut others out.
+        least = (known - slack).topk(k, dim=1).values[:, -1:]
+        open_ = (bound > least) & ~scored & (bound > -torch.inf)
+        ahead = torch.where(open_, bound, -torch.inf).topk(min(n, step), dim=1)
+        todo = torch.zeros_like(open_).scatter_(1, ahead.indices, ahead.values > -torch.inf)
+    best = known.topk(k, dim=1)
+    index = torch.where(best.values > -torch.inf, best.indices, -1)
+    return Best(index, best.values, slack.gather(1, best.indices), scored.sum(1))
