@@ -8,11 +8,12 @@ a head, neuron n, hidden d.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kdb.ingest.certificate import Best, Distributions, certified_top, distributions
+from kdb.ingest.certificate import Distributions, certified_top, distributions
 from kdb.ingest.circuit import Circuit
 from kdb.ingest.recording import Recording, head_coefficients, head_vectors
 
@@ -43,6 +44,19 @@ class Neurons:
     score: torch.Tensor
     slack: torch.Tensor
     n_scored: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What makes a prompt's value neurons fire: a score for every source, in nats that pass through it.
+
+    ``neurons`` (b, l, n) of the FFN; whole outputs ``embed`` (b), ``attn`` and ``ffn`` (b, l).
+    """
+
+    neurons: torch.Tensor
+    embed: torch.Tensor
+    attn: torch.Tensor
+    ffn: torch.Tensor
 
 
 class Attribution:
@@ -262,3 +276,63 @@ class Attribution:
         return Neurons(
             layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient, best.score, best.slack, best.n_scored
         )
+
+    # Query side
+
+    def attn_queries(self, values: Neurons) -> Queries:
+        """What in earlier layers makes attention value neurons fire, at the positions that they read."""
+        r = self.recording
+        prompt = self._rows[:, None].expand_as(values.layer)
+        assert values.head is not None and values.position is not None
+        width = self._attn_coefficients.shape[-1]
+        keys = self._keys(values.layer, values.head * width + values.neuron, self.circuit.value_keys)
+        layer = values.layer.clamp_min(0)
+        total = (keys * r.resid_pre[layer, prompt, values.position]).sum(-1)
+        return self._queries(values, keys, total, values.position, own_attention=False)
+
+    def ffn_queries(self, values: Neurons) -> Queries:
+        """What in earlier layers, and in the attention of the same block, makes FFN value neurons fire."""
+        prompt = self._rows[:, None].expand_as(values.layer)
+        keys = self._keys(values.layer, values.neuron, self.circuit.ffn_keys)
+        total = (keys * self._before_ffn[values.layer.clamp_min(0), prompt]).sum(-1)
+        last = self.recording.last[:, None].expand_as(values.layer)
+        return self._queries(values, keys, total, last, own_attention=True)
+
+    def _keys(self, layer: torch.Tensor, row: torch.Tensor, keys: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Each value neuron's key (b, j, d); zeros where there is no neuron."""
+        import torch
+
+        out = torch.zeros(*layer.shape, self.circuit.hidden_size, device=layer.device)
+        for i in layer[layer >= 0].unique().tolist():
+            out[layer == i] = keys(i)[row[layer == i]]
+        return out
+
+    def _queries(
+        self, values: Neurons, keys: torch.Tensor, total: torch.Tensor, position: torch.Tensor, own_attention: bool
+    ) -> Queries:
+        """Σ over value neurons of score × (source · key) ÷ total, for every source (section 3.4).
+
+        ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own_attention``: the attention of a value neuron's
+        own block has been added to what it reads.
+        """
+        import torch
+
+        r = self.recording
+        prompt = self._rows[:, None].expand_as(values.layer)
+        share = torch.where(values.layer >= 0, values.score / total.double(), 0.0)
+        embed = share * (keys * r.resid_pre[0, prompt, position]).sum(-1)
+        neurons, attn, ffn = [], [], []
+        for i, block in enumerate(self.circuit.blocks):
+            earlier = share * (values.layer > i)
+            seen = share * (values.layer >= i) if own_attention and not block.parallel else earlier
+            attn.append((seen * (keys * r.attn[i, prompt, position]).sum(-1)).sum(1))
+            ffn.append((earlier * (keys * r.ffn[i, prompt, position]).sum(-1)).sum(1))
+            columns = self.circuit.ffn_columns(i)
+            used = earlier.any(0).nonzero()[:, 0]
+            if not len(used):
+                neurons.append(torch.zeros(self.n_prompts, len(columns), device=share.device))
+                continue
+            fired = r.coefficients[i, prompt[:, used], position[:, used]]
+            weight = earlier[:, used] * r.ffn_scale[i, prompt[:, used], position[:, used]]
+            neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
+        return Queries(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))
