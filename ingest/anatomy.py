@@ -38,7 +38,11 @@ class Anatomy:
 
     def readout(self, resid_post: torch.Tensor) -> torch.Tensor:
         """Logits (…, vocab) of the last block's output (…, hidden): final norm, unembedding, scale, soft cap."""
-        logits: torch.Tensor = self.unembed(self.final_norm(resid_post)) * self.logit_scale
+        return self.unembed_normed(self.final_norm(resid_post))
+
+    def unembed_normed(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocab) of what the final norm has given, (…, hidden)."""
+        logits: torch.Tensor = self.unembed(normed) * self.logit_scale
         if self.logit_softcap is not None:
             logits = self.logit_softcap * (logits / self.logit_softcap).tanh()
         return logits

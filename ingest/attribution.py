@@ -189,26 +189,33 @@ class Attribution:
     @cached_property
     def ffn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Upper bound of every FFN neuron's score, and what rounding may add to it: (b, l · n)."""
+        return self.bounds_against(self.at, first=self.n_layers * self.n_prompts)
+
+    def bounds_against(self, at: Distributions, first: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals.
+
+        ``at`` has one row a prompt, or, from ``first`` on, one a layer and prompt.
+        """
         import torch
 
-        slope = self.at.slope[self.n_layers * self.n_prompts :].view(self.n_layers, self.n_prompts, -1)
-        reach = self.at.reach[self.n_layers * self.n_prompts :].view(self.n_layers, self.n_prompts)
         upper, slack = [], []
         for layer in range(self.n_layers):
-            columns = self.circuit.ffn_columns(layer)
-            factor = self._ffn_factor[:, layer]
-            upper.append(factor * (slope[layer] @ columns.T))
-            slack.append(factor.abs() * columns.norm(dim=1) * reach[layer][:, None])
+            start = 0 if first is None else first + layer * self.n_prompts
+            rows = slice(start, start + self.n_prompts)
+            columns, factor = self.circuit.ffn_columns(layer), self._ffn_factor[:, layer]
+            upper.append(factor * (at.slope[rows] @ columns.T))
+            slack.append(factor.abs() * columns.norm(dim=1) * at.reach[rows, None])
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+
+    def ffn_vectors(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """FFN neurons, given by prompt and place in (l · n), as distinct columns, which is whose, and factors."""
+        n = self._ffn_factor.shape[2]
+        return *self._columns(flat, n, "ffn"), self._ffn_factor[prompt, flat // n, flat % n]
 
     def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """Exact scores (m) of FFN neurons, given by prompt and place in (l · n)."""
-        n = self._ffn_factor.shape[2]
-        layer, neuron = flat // n, flat % n
-        vectors, which = self._columns(flat, n, "ffn")
-        return self.at.scores(
-            self._base("ffn", layer, prompt), vectors, which, self._ffn_factor[prompt, layer, neuron]
-        )
+        layer = flat // self._ffn_factor.shape[2]
+        return self.at.scores(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
 
     def ffn_top(self, k: int) -> Neurons:
         """The k best FFN neurons of each prompt, proved complete."""

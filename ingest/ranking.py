@@ -1,0 +1,150 @@
+"""Eight ways to rank FFN value neurons by what they do for a token (Yu and Ananiadou, section 4.1, Table 2).
+
+Where a ranking costs the whole vocabulary for each neuron, its ten best are found by a bound and proved, as in
+:mod:`kdb.ingest.certificate`. Equal values: the larger |coefficient| first, then the lower layer, then the lower
+neuron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from kdb.ingest.attribution import Attribution
+from kdb.ingest.certificate import certified_top
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = (
+    "log_prob_increase",
+    "log_prob",
+    "prob_increase",
+    "norm",
+    "coefficient",
+    "rank",
+    "coefficient_norm",
+    "coefficient_rank",
+)
+"""The paper's methods a to h, in its order."""
+
+_SAMPLE = 1024
+"""Tokens whose logits bound a rank from below: a rank is at least what it is among them."""
+_TILE = 4096
+_BLOCK = 512
+
+
+def best_neurons(attribution: Attribution, k: int) -> dict[str, torch.Tensor]:
+    """The ``k`` best FFN neurons by each method, best first: (b, k) places in (l · n)."""
+    import torch
+
+    a = attribution
+    coefficient = a.ffn_coefficients.flatten(1).abs().double()
+    length = torch.stack([a.circuit.ffn_columns(i).norm(dim=1) for i in range(a.n_layers)])
+    scale = a.recording.ffn_scale[:, torch.arange(a.n_prompts), a.recording.last].T  # b, l
+    norm = (length * scale[..., None]).flatten(1).double()
+    top = a.ffn_top(k)
+    at_least = _rank_bounds(a)
+
+    def by_rank(weight: torch.Tensor) -> torch.Tensor:
+        def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+            return weight[prompt, flat] / _ranks(a, prompt, flat) + tie[prompt, flat]
+
+        # Less than the distance of any two reciprocal ranks, so that it decides between equal ones alone.
+        smallest = 0.4 / a.circuit.readout.table.shape[0] ** 2
+        tie = smallest * coefficient / coefficient.amax(1, keepdim=True)
+        upper = weight / at_least + tie
+        return certified_top(upper, torch.zeros_like(upper), k, exact).index
+
+    return {
+        "log_prob_increase": top.layer * a.ffn_coefficients.shape[2] + top.neuron,
+        "log_prob": _by_log_prob(a, k),
+        "prob_increase": _by_prob_increase(a, k),
+        "norm": _largest(norm, coefficient, k),
+        "coefficient": _largest(coefficient, coefficient, k),
+        "rank": by_rank(torch.ones_like(coefficient)),
+        "coefficient_norm": _largest(coefficient * norm, coefficient, k),
+        "coefficient_rank": by_rank(coefficient),
+    }
+
+
+def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
+    """log p(w|mv) is log V less than the increase over a uniform distribution, and so ranks alike."""
+    import torch
+
+    first, n_tokens = slice(0, a.n_prompts), a.circuit.readout.table.shape[0]
+    uniform = torch.full((1, n_tokens), 1 / n_tokens, device=a.target.device).expand(a.n_prompts, -1)
+    alone = dataclasses.replace(
+        a.at, scale=a.at.scale[first], target=a.target, p=uniform, log_p=a.at.log_p[first], prompt=a.at.prompt[first]
+    )
+
+    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        return alone.scores(prompt, *a.ffn_vectors(prompt, flat))
+
+    return certified_top(*a.bounds_against(alone), k, exact).index
+
+
+def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
+    """p(w|x+v) − p(w|x) = p(w|x) · expm1(score), and so bounded where the score is."""
+    n = a.ffn_coefficients.shape[2]
+    before = a.at.log_p[a.n_layers * a.n_prompts :].view(a.n_layers, a.n_prompts).T.double().exp()
+    before = before.repeat_interleave(n, dim=1)
+    upper, slack = a.ffn_bounds
+
+    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        return before[prompt, flat] * a.ffn_exact(prompt, flat).expm1()
+
+    most = before * (upper + slack).expm1()
+    return certified_top(most, before * (upper + slack).exp() * slack, k, exact).index
+
+
+def _rank_bounds(a: Attribution) -> torch.Tensor:
+    """A lower bound of w's rank among each neuron's logits, (b, l · n): its rank in a sample of the vocabulary."""
+    import torch
+
+    table = a.circuit.readout.table
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randperm(len(table), generator=generator)[:_SAMPLE].to(table.device)
+    targets, which = a.target.unique(return_inverse=True)
+    found = []
+    for layer in range(a.n_layers):
+        columns = a.circuit.ffn_columns(layer)
+        logits, own = columns @ table[sample].T, columns @ table[targets].T
+        # A token that is as good as w but for rounding is not counted: the bound stays a bound.
+        least = own + 1e-5 * own.abs()
+        found.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
+    return (1 + torch.cat(found, dim=1)[which]).double()
+
+
+def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """The rank of w among the logits of a neuron's column, (m): one plus the number of tokens that have more."""
+    import torch
+
+    table, target = a.circuit.readout.table, a.target[prompt]
+    n = a.ffn_coefficients.shape[2]
+    key = (flat * len(table) + target).unique(return_inverse=True)
+    neuron, token = key[0] // len(table), key[0] % len(table)
+    rank = torch.ones(len(neuron), dtype=torch.float64, device=flat.device)
+    for rows in torch.arange(len(neuron), device=flat.device).split(_BLOCK):
+        used, index = neuron[rows].unique_consecutive(return_inverse=True)
+        columns = torch.stack([a.circuit.ffn_columns(i)[j] for i, j in zip(used // n, used % n, strict=True)])
+        own = (columns[index] * table[token[rows]]).sum(1, keepdim=True)
+        for start in range(0, len(table), _TILE):
+            logits = (columns @ table[start : start + _TILE].T)[index]
+            here = (token[rows] >= start) & (token[rows] < start + _TILE)
+            logits[here, token[rows][here] - start] = -torch.inf
+            rank[rows] += (logits > own).sum(1)
+    return rank[key[1]]
+
+
+def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int) -> torch.Tensor:
+    """The places (b, k) of the largest values, ties by coefficient and then by place."""
+    import numpy as np
+    import torch
+
+    found = []
+    for row, tie in zip(value, coefficient, strict=True):
+        near = (row >= row.topk(k).values[-1]).nonzero()[:, 0]
+        order = np.lexsort((near.cpu().numpy(), -tie[near].cpu().numpy(), -row[near].cpu().numpy()))
+        found.append(near[torch.from_numpy(order[:k]).to(near.device)])
+    return torch.stack(found)
