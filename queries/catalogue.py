@@ -8,12 +8,13 @@ A query is named after its file. Its header reads::
     -- What one row is, and how to read it.
     --
     -- Parameters:
-    --   model    text = all        one model
+    --   model    texts = all       models, side by side
     --   limit    integer = 20      rows at most
     --   prompt   integer required  prompt to show
 
-``= all`` is no restriction: the parameter is then NULL. The body reads each parameter with
-``getvariable('name')``; defaults stand in the header alone. Nothing here opens a database.
+Types are text, texts (one or several), integer and number. ``= all`` is no restriction: the parameter is then
+NULL. The body reads each parameter with ``getvariable('name')``; defaults stand in the header alone. Nothing here
+opens a database.
 
 Print it: ``kdb queries``, ``kdb queries concept-depth``.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -30,14 +31,14 @@ from pathlib import Path
 
 from kdb.errors import QueryError, UnknownNameError
 
-Value = str | int | float | None
-"""What a parameter may be; None is SQL's NULL."""
+Value = str | int | float | tuple[str, ...] | None
+"""What a parameter may be; None is SQL's NULL, a tuple its list."""
 
 FOLDER = Path(__file__).parent
 ALL = "all"
 
 _PARAM = re.compile(
-    r"(?P<name>[a-z]\w*)\s+(?P<type>text|integer|number)\s+(?:=\s*(?P<default>\S+)|required)\s+(?P<meaning>\S.*)"
+    r"(?P<name>[a-z]\w*)\s+(?P<type>texts?|integer|number)\s+(?:=\s*(?P<default>\S+)|required)\s+(?P<meaning>\S.*)"
 )
 _VARIABLE = re.compile(r"getvariable\('(\w+)'\)")
 
@@ -46,6 +47,8 @@ def literal(value: Value) -> str:
     """A value as SQL text. The one place where kdb quotes; values of queries are bound instead."""
     if value is None:
         return "NULL"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(literal, value))}]"
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
 
 
@@ -61,19 +64,28 @@ class Param:
 
     def parse(self, given: object) -> Value:
         """The value given, from Python or as text from a command line; QueryError if it is of another type."""
-        if given in (None, ALL) and self.default is None and not self.required:
+        if isinstance(given, Iterable) and not isinstance(given, str):
+            given = tuple(given)
+        if given in (None, ALL, (ALL,)) and self.default is None and not self.required:
             return None
+        expected, convert = _TYPES[self.type]
         try:
-            return _CONVERT[self.type](given)
+            return convert(given)
         except (TypeError, ValueError):
-            article = "an" if self.type == "integer" else "a"
-            raise QueryError(f"parameter {self.name}: expected {article} {self.type}, found {given!r}") from None
+            raise QueryError(f"parameter {self.name}: expected {expected}, found {given!r}") from None
 
 
 def _text(given: object) -> str:
     if not isinstance(given, str):
         raise TypeError
     return given
+
+
+def _texts(given: object) -> tuple[str, ...]:
+    names = given if isinstance(given, tuple) else (given,)
+    if not names:
+        raise ValueError
+    return tuple(map(_text, names))
 
 
 def _integer(given: object) -> int:
@@ -90,7 +102,13 @@ def _number(given: object) -> float:
     return number
 
 
-_CONVERT: dict[str, Callable[[object], Value]] = {"text": _text, "integer": _integer, "number": _number}
+_TYPES: dict[str, tuple[str, Callable[[object], Value]]] = {
+    "text": ("a text", _text),
+    "texts": ("a text or several", _texts),
+    "integer": ("an integer", _integer),
+    "number": ("a number", _number),
+}
+"""Each type of parameter: how a message names it, and what makes a value of it."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,11 @@ class SavedQuery:
     params: tuple[Param, ...]
     sql: str
     path: Path
+
+    @property
+    def group(self) -> str:
+        """The folder that it lies in: a study, or what else it is about."""
+        return self.path.parent.name
 
     def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
         """A value for every parameter: the one given, else the default.
@@ -123,8 +146,14 @@ class SavedQuery:
 
     def shell_script(self) -> str:
         """What to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
-        lines = [f"SET VARIABLE {p.name} = {literal(p.default)};" + " -- required" * p.required for p in self.params]
+        lines = [f"SET VARIABLE {p.name} = {literal(p.default)};{_shell_note(p)}" for p in self.params]
         return "\n".join([*lines, "", self.sql])
+
+
+def _shell_note(param: Param) -> str:
+    """What the default alone does not show of a parameter."""
+    notes = ["required"] * param.required + ["a list: ['a', 'b']"] * (param.type == "texts")
+    return f" -- {', '.join(notes)}" if notes else ""
 
 
 @cache
@@ -163,7 +192,7 @@ def _read_param(path: Path, number: int, line: str) -> Param:
     """The parameter declared on a header line; `number` counts lines from 0."""
     match = _PARAM.fullmatch(line)
     if match is None:
-        expected = "expected 'name text|integer|number = default meaning' or '… required meaning'"
+        expected = "expected 'name text|texts|integer|number = default meaning' or '… required meaning'"
         raise QueryError(f"{path}, line {number + 1}: {expected}, found {line!r}")
     name, type_, default, meaning = match.group("name", "type", "default", "meaning")
     param = Param(name, type_, None, default is None, meaning)

@@ -1,31 +1,39 @@
 -- Views and table macros that saved queries build on; kdb.duckdb has them too, for the shell.
 -- The papers' quantities are computed here and nowhere else.
 
--- The newest run of each model, dataset and variant, for each table that it has rows in. A refit is newer
--- than the run it was computed from, but has probe_scores only: hence for each table.
+-- The newest run of each study, model, dataset and variant, for each table that it has rows in. A refit is newer
+-- than the run it was computed from, but has probe_scores only: hence for each table. Both studies write prompts
+-- and checks: hence for each study.
 CREATE VIEW current_runs AS
-SELECT table_name, model, dataset, variant, run
-FROM (SELECT unnest(tables) AS table_name, model, dataset, variant, run, finished_at FROM runs)
+SELECT table_name, study, model, dataset, variant, run
+FROM (SELECT unnest(tables) AS table_name, study, model, dataset, variant, run, finished_at FROM runs)
 QUALIFY row_number() OVER (
-    PARTITION BY table_name, model, dataset, variant ORDER BY finished_at DESC, run DESC
+    PARTITION BY table_name, study, model, dataset, variant ORDER BY finished_at DESC, run DESC
 ) = 1;
 
-COMMENT ON VIEW current_runs IS 'table × model × dataset × variant';
+COMMENT ON VIEW current_runs IS 'table × study × model × dataset × variant';
 COMMENT ON COLUMN current_runs.table_name IS 'table that the run has rows in';
+COMMENT ON COLUMN current_runs.study IS 'concept or knowledge';
 COMMENT ON COLUMN current_runs.model IS 'model';
 COMMENT ON COLUMN current_runs.dataset IS 'dataset';
 COMMENT ON COLUMN current_runs.variant IS 'what sets the run apart from the plain one; ''default'' when nothing does';
 COMMENT ON COLUMN current_runs.run IS 'the newest such run';
 
--- The runs that a query is about: the current ones of a variant, or, where a run is named, that run alone.
+-- The runs that a query is about: the current ones of a variant (NULL: of all), or, where a run is named, that
+-- run alone.
 CREATE MACRO chosen_runs(wanted_table, wanted_variant, wanted_run) AS TABLE
 SELECT model, dataset, variant, run
 FROM current_runs
-WHERE wanted_run IS NULL AND table_name = wanted_table AND variant = wanted_variant
+WHERE wanted_run IS NULL AND table_name = wanted_table AND (wanted_variant IS NULL OR variant = wanted_variant)
 UNION ALL
 SELECT model, dataset, variant, run
 FROM runs
 WHERE run = wanted_run;
+
+-- Whether a name is one of the names asked for; NULL asks for all. (A variable set to NULL is an INTEGER to DuckDB 1.)
+CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR[], name);
+
+-- Concept depth ---------------------------------------------------------------------------------------------------
 
 -- Variation rate β_i = α_i / α_{i-1} of the accuracy α (Jin et al., arXiv 2404.07066, section on metrics).
 -- NULL at layer 0, after a layer that was not measured, and after an accuracy of 0.
@@ -55,3 +63,113 @@ FROM (
     GROUP BY ALL
 )
 JOIN models USING (model, dataset, run);
+
+-- Knowledge attribution -------------------------------------------------------------------------------------------
+
+-- What categories are sorted by: the paper's six in its order, then others by name.
+CREATE MACRO category_order(category) AS (
+    coalesce(list_position(['language', 'color', 'number', 'capital', 'country', 'month'], category), 7), category
+);
+
+-- Names as in the paper's tables: a23 and f29 for layers, a23.12 for heads, f29_1234 and a23.12_45 for neurons.
+CREATE MACRO layer_name(component, layer) AS
+    CASE component WHEN 'attn' THEN 'a' || layer WHEN 'ffn' THEN 'f' || layer ELSE component END;
+
+CREATE MACRO head_name(layer, head) AS layer_name('attn', layer) || '.' || head;
+
+CREATE MACRO neuron_name(component, layer, head, neuron) AS
+    CASE component WHEN 'attn' THEN head_name(layer, head) ELSE layer_name(component, layer) END || '_' || neuron;
+
+-- A sum of doubles without its last bits, which hang on the order in which threads add up; ranks must not.
+CREATE MACRO steady(total) AS round(total, 12);
+
+CREATE MACRO mean_over(total, n) AS steady(total / n);
+
+-- How many members two lists share, and their Jaccard index |a ∩ b| / |a ∪ b|.
+CREATE MACRO n_shared(a, b) AS len(list_intersect(a, b));
+
+CREATE MACRO jaccard(a, b) AS n_shared(a, b) / (len(a) + len(b) - n_shared(a, b))::DOUBLE;
+
+-- The prompts that count, of the chosen runs that have a table: those kept, in the categories asked for. n_kept is
+-- their number in the model's category, over all chosen datasets. A derived run that has no prompts has its source's.
+CREATE MACRO kept_prompts(
+    wanted_table, wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+) AS TABLE
+WITH chosen AS (
+    SELECT model, dataset, run, CASE WHEN list_contains(tables, 'prompts') THEN run ELSE source_run END AS prompts_run
+    FROM runs
+    JOIN chosen_runs(wanted_table, wanted_variant, wanted_run) USING (model, dataset, run)
+    WHERE among(model, wanted_models) AND (wanted_dataset IS NULL OR dataset = wanted_dataset)
+)
+SELECT
+    chosen.model, chosen.dataset, chosen.run, prompt_id, category,
+    count(*) OVER (PARTITION BY chosen.model, category) AS n_kept
+FROM prompts
+JOIN chosen ON prompts.model = chosen.model AND prompts.dataset = chosen.dataset AND prompts.run = prompts_run
+WHERE kept AND among(category, wanted_categories);
+
+-- Mean score of every layer output over the kept prompts (Yu and Ananiadou, arXiv 2312.12141, table 4).
+CREATE MACRO mean_layer_scores(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+) AS TABLE
+SELECT model, category, component, layer, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
+FROM layer_scores
+JOIN kept_prompts(
+    'layer_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+) USING (model, dataset, run, prompt_id)
+WHERE among(model, wanted_models)
+GROUP BY ALL;
+
+-- Heads by mean score over the kept prompts (ibid., table 10).
+CREATE MACRO ranked_heads(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+) AS TABLE
+SELECT *, row_number() OVER (PARTITION BY model, category ORDER BY score DESC, layer, head) AS rank
+FROM (
+    SELECT model, category, layer, head, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
+    FROM head_scores
+    JOIN kept_prompts(
+        'head_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, wanted_models)
+    GROUP BY ALL
+);
+
+-- Value neurons of each component by mean score over the kept prompts. A run stores each prompt's best neurons: one
+-- that is not among them counts 0 there. An attention neuron counts with the sum over its positions. n_prompts: the
+-- prompts in which it is stored.
+CREATE MACRO ranked_neurons(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+) AS TABLE
+SELECT
+    *, neuron_name(component, layer, head, neuron) AS neuron_name,
+    row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) AS rank
+FROM (
+    SELECT
+        model, category, component, layer, head, neuron, mean_over(sum(score), n_kept) AS score,
+        count(DISTINCT (dataset, run, prompt_id)) AS n_prompts
+    FROM neuron_scores
+    JOIN kept_prompts(
+        'neuron_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, wanted_models)
+    GROUP BY model, category, component, layer, head, neuron, n_kept
+);
+
+-- The ten tokens at either end of each neuron's logits, as JSON strings: so spaces are seen, and a line end is no line
+-- end. Two datasets may store the same neuron; their texts are equal, or the first of them is taken.
+CREATE MACRO tokens_of_neurons(wanted_models, wanted_variant, wanted_run) AS TABLE
+SELECT
+    model, neuron_name,
+    min(tokens) FILTER (sign = 'top') AS top_tokens,
+    min(tokens) FILTER (sign = 'bottom') AS bottom_tokens
+FROM (
+    SELECT
+        model, run, sign, neuron_name(component, layer, head, neuron) AS neuron_name,
+        string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) AS tokens
+    FROM neuron_tokens
+    JOIN chosen_runs('neuron_tokens', wanted_variant, wanted_run) USING (model, dataset, run)
+    WHERE rank <= 10 AND among(model, wanted_models)
+    GROUP BY ALL
+)
+GROUP BY ALL;

@@ -30,8 +30,9 @@ HEADER = """\
 --   model  text = all  one model
 --   limit  integer = 20  rows at most
 --   share  number required  share of rows
+--   kinds  texts = all  kinds of rows
 """
-BODY = "SELECT getvariable('model'), getvariable('limit'), getvariable('share');\n"
+BODY = "SELECT getvariable('model'), getvariable('limit'), getvariable('share'), getvariable('kinds');\n"
 
 
 def scores(accuracies: list[float], site: str = "resid_post", split: str = "paper") -> Rows:
@@ -238,7 +239,9 @@ def test_header_becomes_a_record(tmp_path: Path) -> None:
         ("model", "text", None, False, "one model"),
         ("limit", "integer", 20, False, "rows at most"),
         ("share", "number", None, True, "share of rows"),
+        ("kinds", "texts", None, False, "kinds of rows"),
     ]
+    assert query.group == "study"
     assert query.sql == HEADER + BODY
 
 
@@ -261,9 +264,37 @@ def test_a_wrong_header_fails_when_it_is_loaded(tmp_path: Path, old: str, new: s
 
 def test_values_come_from_the_caller_else_from_the_header(tmp_path: Path) -> None:
     query = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"]
-    assert query.bind({"share": "0.5"}) == {"model": None, "limit": 20, "share": 0.5}
-    assert query.bind({"share": 1, "limit": "5", "model": "m"}) == {"model": "m", "limit": 5, "share": 1.0}
+    assert query.bind({"share": "0.5"}) == {"model": None, "limit": 20, "share": 0.5, "kinds": None}
+    values = {"share": 1, "limit": "5", "model": "m", "kinds": ["b", "a"]}
+    assert query.bind(values) == {"model": "m", "limit": 5, "share": 1.0, "kinds": ("b", "a")}
     assert query.bind({"share": 1, "model": "all"})["model"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("a", ("a",)),
+        (["a"], ("a",)),
+        (("b", "a"), ("b", "a")),
+        (pl.Series(["a", "b"]), ("a", "b")),
+        ("all", None),
+        (["all"], None),
+        (None, None),
+    ],
+)
+def test_texts_are_one_or_several(tmp_path: Path, given: object, value: tuple[str, ...] | None) -> None:
+    query = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"]
+    assert query.bind({"share": 1, "kinds": given})["kinds"] == value
+
+
+def test_the_shell_script_says_what_a_default_does_not_show(tmp_path: Path) -> None:
+    script = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"].shell_script()
+    assert script.splitlines()[:4] == [
+        "SET VARIABLE model = NULL;",
+        "SET VARIABLE limit = 20;",
+        "SET VARIABLE share = NULL; -- required",
+        "SET VARIABLE kinds = NULL; -- a list: ['a', 'b']",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +308,9 @@ def test_values_come_from_the_caller_else_from_the_header(tmp_path: Path) -> Non
         ({"share": 1, "limit": 2.5}, "parameter limit: expected an integer, found 2.5"),
         ({"share": 1, "limit": True}, "parameter limit: expected an integer, found True"),
         ({"share": 1, "model": 7}, "parameter model: expected a text, found 7"),
+        ({"share": 1, "kinds": 7}, "parameter kinds: expected a text or several, found 7"),
+        ({"share": 1, "kinds": []}, "parameter kinds: expected a text or several, found ()"),
+        ({"share": 1, "kinds": ["a", 7]}, "parameter kinds: expected a text or several, found ('a', 7)"),
     ],
 )
 def test_missing_and_wrong_values_are_query_errors(tmp_path: Path, given: dict[str, object], problem: str) -> None:
@@ -305,24 +339,36 @@ def test_quoting_survives_a_round_trip(database: Database, value: str | float | 
     assert database.sql(f"SELECT {literal(value)}::{kind} AS x").item() == value
 
 
+def test_lists_survive_a_round_trip(database: Database) -> None:
+    for value in ((), ("it's",), ("a\\b", "]", ", ", "ü\n;--")):
+        assert database.sql(f"SELECT {literal(value)}::VARCHAR[] AS x").item().to_list() == list(value)
+
+
 @pytest.mark.parametrize("name", load_catalogue())
 def test_saved_query_only_reads_and_runs_on_an_empty_warehouse(tmp_path: Path, name: str) -> None:
     required = {param.name: "1" for param in find_query(name).params if param.required}
     with Database(create_lake(tmp_path)) as database:
-        assert database.sql(find_query(name).sql).columns == database.query(name, **required).columns
+        answer = database.query(name, **required)
+        assert answer.is_empty()
+        assert database.sql(find_query(name).sql).columns == answer.columns
 
 
-@needs_shell
-@pytest.mark.parametrize("name", load_catalogue())
-def test_saved_query_answers_the_same_in_the_shell(lake: Path, database: Database, name: str) -> None:
+def assert_same_in_the_shell(lake: Path, database: Database, name: str, **params: Any) -> None:
+    """The shell prints what the database answers, and that is something."""
     write_shell_file(lake.parent)
     script = find_query(name).shell_script()
-    required = {param.name: "llama-7b" for param in find_query(name).params if param.required}
-    for variable, value in required.items():
-        script = script.replace(f"SET VARIABLE {variable} = NULL;", f"SET VARIABLE {variable} = '{value}';")
-    answer = database.query(name, **required)
+    for variable, value in find_query(name).bind(params).items():
+        script = re.sub(rf"(?<=SET VARIABLE {variable} = ).*(?=;)", lambda _, v=value: literal(v), script)
+    answer = database.query(name, **params)
     assert not answer.is_empty()
     csv: dict[str, Any] = {"has_header": False, "null_values": ["", "NULL"]}  # the shell prints NULL
     printed = pl.read_csv("\n".join(shell(lake.parent / "kdb.duckdb", script)).encode(), **csv)
     expected = pl.read_csv(answer.write_csv(include_header=False).encode(), **csv)
     assert_frame_equal(printed, expected, rel_tol=1e-5)
+
+
+@needs_shell
+@pytest.mark.parametrize("name", [name for name, query in load_catalogue().items() if query.group == "concept"])
+def test_saved_query_answers_the_same_in_the_shell(lake: Path, database: Database, name: str) -> None:
+    required = {param.name: "llama-7b" for param in find_query(name).params if param.required}
+    assert_same_in_the_shell(lake, database, name, **required)

@@ -284,7 +284,7 @@ query_layer_scores = _table(
     "prompt × layer × component",
     _prompt_id(),
     _activates(),
-    _layer(),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0; NULL for embed", symbol="i, l"),
     _column("component", Text(), "embed, attn or ffn"),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
 )

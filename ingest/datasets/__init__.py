@@ -1,7 +1,8 @@
-"""Labelled texts to measure a model on: the nine of the concept-depth paper, two built in, and a user's own.
+"""What to measure a model on: texts with labels, or prompts with answers; built in, published, or a user's own.
 
 from kdb.ingest.datasets import load_dataset, prompts
 prompts(load_dataset("world-cities", limit=100))
+prompts(load_dataset("knowledge"))
 """
 
 from kdb.ingest.datasets.base import Dataset, DatasetInfo, Example, prompts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,20 +13,25 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text. Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic."""
+    """One text of a study: with a label to probe for, or with a category and the answer that continues it.
+
+    Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic.
+    """
 
     text: str
-    label: int
+    label: int | None = None
     group: str | None = None
     category: str | None = None
     relation: str | None = None
     subject: str | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Examples in their source's order, and the template that turns a text into a prompt.
 
+    `study` is 'concept', where every example has a label, or 'knowledge', where each has an answer and a category.
     `source` says in one line where the texts came from, without a path of this machine, since it is stored.
     """
 
@@ -33,20 +39,31 @@ class Dataset:
     source: str
     template: str
     examples: tuple[Example, ...]
+    study: str = "concept"
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over text, label and group of every example: what a result depends on, and no more."""
+        """SHA-256 over what a result depends on, and no more.
+
+        That is text, label and group of every example, or for knowledge its text, answer and category.
+        """
         digest = hashlib.sha256()
         for example in self.examples:
             # JSON in ASCII: the same bytes everywhere, and no two examples can run together.
-            digest.update(json.dumps([example.text, example.label, example.group]).encode("ascii") + b"\n")
+            digest.update(json.dumps(self._essence(example)).encode("ascii") + b"\n")
         return digest.hexdigest()
 
+    def _essence(self, example: Example) -> list[str | int | None]:
+        if self.study == "knowledge":
+            return [example.text, example.answer, example.category]
+        return [example.text, example.label, example.group]
+
     @property
-    def n_positive(self) -> int:
-        """How many examples have label 1."""
-        return sum(example.label for example in self.examples)
+    def n_positive(self) -> int | None:
+        """How many examples have label 1; None for knowledge, which has no labels."""
+        if self.study == "knowledge":
+            return None
+        return sum(example.label == 1 for example in self.examples)
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,7 @@ class DatasetInfo:
     template: str
     status: str
     where: str = ""
+    study: str = "concept"
 
 
 def prompts(dataset: Dataset, *, noise: bool = False, seed: int = 42) -> list[str]:
@@ -81,10 +99,21 @@ def _noise(rng: random.Random) -> str:
 
 def first_of_each_class(examples: Iterable[Example], n_negative: int, n_positive: int) -> tuple[Example, ...]:
     """Keep the first `n_negative` examples with label 0 and `n_positive` with label 1, in the given order."""
-    room = [n_negative, n_positive]
+    room: dict[int | None, int] = {0: n_negative, 1: n_positive}
     kept = []
     for example in examples:
         if room[example.label] > 0:
             room[example.label] -= 1
+            kept.append(example)
+    return tuple(kept)
+
+
+def first_of_each_category(examples: Iterable[Example], n: int) -> tuple[Example, ...]:
+    """Keep the first `n` examples of each category, in the given order."""
+    taken: Counter[str | None] = Counter()
+    kept = []
+    for example in examples:
+        taken[example.category] += 1
+        if taken[example.category] <= n:
             kept.append(example)
     return tuple(kept)

@@ -6,18 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdb.errors import DatasetError, UnknownNameError
-from kdb.ingest.datasets.base import Dataset, DatasetInfo, first_of_each_class
+from kdb.ingest.datasets.answers import check_answers
+from kdb.ingest.datasets.base import Dataset, DatasetInfo, first_of_each_category, first_of_each_class
 from kdb.ingest.datasets.builtin import BUILT_IN, builtin_info, load_builtin
+from kdb.ingest.datasets.knowledge import KNOWLEDGE, knowledge_info, load_knowledge
 from kdb.ingest.datasets.paper import PAPER_DATASETS, load_paper, paper_info
-from kdb.ingest.datasets.userfile import is_user_file, load_user_file
+from kdb.ingest.datasets.published import PUBLISHED, load_published, published_info
+from kdb.ingest.datasets.userfile import is_user_file, load_user_file, refuse_groups
 
 _HINT = "`kdb datasets` lists them; a file needs an ending .csv, .jsonl or .parquet"
 
 
 def available_datasets(data_dir: Path | None = None) -> list[DatasetInfo]:
     """Describe every dataset that has a name, and say whether it can be had here; reads no data."""
-    ours = [builtin_info(builtin) for builtin in BUILT_IN.values()]
-    return ours + [paper_info(paper, data_dir) for paper in PAPER_DATASETS.values()]
+    return [
+        *(builtin_info(builtin) for builtin in BUILT_IN.values()),
+        *(paper_info(paper, data_dir) for paper in PAPER_DATASETS.values()),
+        knowledge_info(),
+        *(published_info(published, data_dir) for published in PUBLISHED.values()),
+    ]
 
 
 def load_dataset(
@@ -32,22 +39,23 @@ def load_dataset(
 ) -> Dataset:
     """Load a dataset whole, or raise DatasetError; nothing partial is returned.
 
-    `limit` keeps the first N of each class in the source's order, `group_by` names the column that holds
-    each example's group, `dataset_name` renames a user's file. A paper dataset's file is looked for in
-    `data_dir`, KDB_DATA_DIR and the user's cache, and then downloaded if `download` allows it.
+    `limit` keeps the first N of each class, or of each category, in the source's order; `group_by` names the
+    column that holds each example's group, which only a concept dataset has; `dataset_name` renames a user's file.
+    The files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache;
+    one that is a single file is then downloaded if `download` allows it.
     """
     _check_options(template, limit)
     dataset = _load(name_or_path, data_dir, dataset_name, group_by, download)
-    _check_classes(dataset)
+    _check(dataset)
     if template is not None:
         dataset = replace(dataset, template=template)
     if limit is not None:
-        dataset = replace(dataset, examples=first_of_each_class(dataset.examples, limit, limit))
+        dataset = _limited(dataset, limit)
     return dataset
 
 
 def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | None, download: bool) -> Dataset:
-    known = [*BUILT_IN, *PAPER_DATASETS]
+    known = [*BUILT_IN, *PAPER_DATASETS, KNOWLEDGE, *PUBLISHED]
     if is_user_file(name):
         return load_user_file(Path(name), rename, group_by, known)
     if name not in known:
@@ -56,14 +64,34 @@ def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | 
         raise DatasetError(f"Dataset {name!r} keeps its name: --dataset-name is for a file of your own.")
     if name in BUILT_IN:
         return load_builtin(BUILT_IN[name], group_by)
-    return load_paper(PAPER_DATASETS[name], data_dir, group_by, download)
+    if name in PAPER_DATASETS:
+        return load_paper(PAPER_DATASETS[name], data_dir, group_by, download)
+    refuse_groups(name, group_by)
+    if name in PUBLISHED:
+        return load_published(PUBLISHED[name], data_dir, download)
+    return load_knowledge()
+
+
+def _limited(dataset: Dataset, limit: int) -> Dataset:
+    if dataset.study == "concept":
+        return replace(dataset, examples=first_of_each_class(dataset.examples, limit, limit))
+    fewer = replace(dataset, examples=first_of_each_category(dataset.examples, limit))
+    check_answers(fewer, limit=limit)
+    return fewer
 
 
 def _check_options(template: str | None, limit: int | None) -> None:
     if template is not None and "{text}" not in template:
         raise DatasetError(f"The template {template!r} does not say where the text goes: write {{text}} there.")
     if limit is not None and limit < 1:
-        raise DatasetError(f"The limit counts examples of each class: expected 1 or more, found {limit}.")
+        raise DatasetError(f"The limit counts examples of each class or category: expected 1 or more, found {limit}.")
+
+
+def _check(dataset: Dataset) -> None:
+    if dataset.study == "knowledge":
+        check_answers(dataset)
+    else:
+        _check_classes(dataset)
 
 
 def _check_classes(dataset: Dataset) -> None:

@@ -33,6 +33,32 @@ def find_file(name: str, data_dir: Path | None) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def locate(
+    dataset: str, file: str, data_dir: Path | None, *, url_path: str | None, sha256: str, may_download: bool
+) -> Path:
+    """Return a dataset's file, downloading it into the user's cache if it is nowhere else.
+
+    Raises DatasetError, naming every place tried, if it cannot be had.
+    """
+    found = find_file(file, data_dir)
+    if found is not None:
+        return found
+    target = cache_dir() / file
+    try:
+        if url_path is None:
+            raise DatasetError("It cannot be downloaded as one file.")
+        if not may_download:
+            raise DatasetError("Downloading is switched off.")
+        download(url_path, sha256, target)
+    except DatasetError as why:
+        places = ", ".join(map(str, search_places(data_dir)))
+        raise DatasetError(
+            f"Dataset {dataset!r} needs the file {file}, which is not in {places}. {why} "
+            "Put the file in a folder and name that with --data-dir."
+        ) from why
+    return target
+
+
 def download(url_path: str, sha256: str, target: Path) -> None:
     """Store the file at BASE_URL/url_path as `target`; what does not match its checksum never reaches it.
 

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdb.errors import DatasetError
 from kdb.ingest.datasets import fetch
 from kdb.ingest.datasets.base import Dataset, DatasetInfo, Example, first_of_each_class
 from kdb.ingest.datasets.layout import YES_NO, Layout, text_of, to_examples
@@ -189,7 +188,9 @@ PAPER_DATASETS = {dataset.name: dataset for dataset in _ALL}
 
 def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None, download: bool) -> Dataset:
     """Read the paper's subset of a dataset; raises DatasetError if its file is absent or damaged."""
-    path = locate(paper, data_dir, download)
+    path = fetch.locate(
+        paper.name, paper.file, data_dir, url_path=paper.url_path, sha256=paper.sha256, may_download=download
+    )
     layout = replace(paper.layout, group=group_by or paper.layout.group)
     rows = paper.read(path, layout.needed)
     examples = first_of_each_class(to_examples(rows, layout), *paper.counts)
@@ -205,38 +206,10 @@ def paper_info(paper: PaperDataset, data_dir: Path | None) -> DatasetInfo:
     return DatasetInfo(paper.name, paper.size, paper.source, paper.template, status, where)
 
 
-def locate(paper: PaperDataset, data_dir: Path | None, download: bool) -> Path:
-    """Return the dataset's file, downloading it into the user's cache if it is nowhere else.
-
-    Raises DatasetError, naming every place tried, if it cannot be had.
-    """
-    found = fetch.find_file(paper.file, data_dir)
-    if found is not None:
-        return found
-    target = fetch.cache_dir() / paper.file
-    if paper.url_path is None:
-        raise _absent(paper, data_dir, "It cannot be downloaded as one file.")
-    if not download:
-        raise _absent(paper, data_dir, "Downloading is switched off.")
-    try:
-        fetch.download(paper.url_path, paper.sha256, target)
-    except DatasetError as error:
-        raise _absent(paper, data_dir, str(error)) from error
-    return target
-
-
-def _absent(paper: PaperDataset, data_dir: Path | None, why: str) -> DatasetError:
-    places = ", ".join(map(str, fetch.search_places(data_dir)))
-    return DatasetError(
-        f"Dataset {paper.name!r} needs the file {paper.file}, which is not in {places}. {why} "
-        "Put the file in a folder and name that with --data-dir."
-    )
-
-
 def _check_counts(paper: PaperDataset, examples: tuple[Example, ...]) -> None:
     """Raise DatasetError unless the whole subset was there."""
     # A file that was cut off at the end of a line reads well; only its counts tell.
-    n_positive = sum(example.label for example in examples)
+    n_positive = sum(example.label == 1 for example in examples)
     found = (len(examples) - n_positive, n_positive)
     if found != paper.counts:
         raise complaint(paper.file, paper.size, replace(paper, counts=found).size)

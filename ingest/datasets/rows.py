@@ -61,7 +61,7 @@ def read_tsv(path: Path, needed: Collection[str]) -> Iterator[Row]:
 
 def read_jsonl(path: Path, needed: Collection[str]) -> Iterator[Row]:
     """Read one JSON object a line."""
-    for place, line in _numbered_lines(path):
+    for place, line in numbered_lines(path):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -69,23 +69,42 @@ def read_jsonl(path: Path, needed: Collection[str]) -> Iterator[Row]:
         yield _object_row(place, record, line, needed)
 
 
-def read_json_examples(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read one JSON object whose key "examples" holds a list of objects."""
+def read_json_examples(path: Path, needed: Collection[str], key: str = "examples") -> Iterator[Row]:
+    """Read one JSON object whose key "examples", or another, holds a list of objects."""
+    return _listed(path, needed, rf'"{key}"\s*:\s*\[', f'a list named "{key}"')
+
+
+def read_json_list(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read one JSON list of objects."""
+    return _listed(path, needed, r"\A\s*\[", "a JSON list")
+
+
+def _listed(path: Path, needed: Collection[str], opening: str, expected: str) -> Iterator[Row]:
     text = _read_text(path)
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise complaint(f"{path.name}, line {error.lineno}", "valid JSON", error.msg) from error
-    start = re.search(r'"examples"\s*:\s*\[', text)
+    _parsed(path, text)
+    start = re.search(opening, text)
     if start is None:
-        raise complaint(path.name, 'a list named "examples"', "none")
+        raise complaint(path.name, expected, "none")
     for line, element in _array_elements(text, start.end()):
         yield _object_row(f"{path.name}, line {line}", element, element, needed)
 
 
+def read_json_object(path: Path, needed: Collection[str]) -> Row:
+    """Read one JSON object whole."""
+    text = _read_text(path)
+    return _object_row(path.name, _parsed(path, text), text, needed)
+
+
+def _parsed(path: Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise complaint(f"{path.name}, line {error.lineno}", "valid JSON", error.msg) from error
+
+
 def read_label_first(path: Path, needed: Collection[str]) -> Iterator[Row]:
     """Read lines of a label, a space and a text, as columns `label` and `text`."""
-    for place, line in _numbered_lines(path):
+    for place, line in numbered_lines(path):
         label, _, text = line.partition(" ")
         fields = {"label": label, "text": text}
         require(place, fields, needed)
@@ -102,13 +121,36 @@ def read_parquet(path: Path, needed: Collection[str]) -> Iterator[Row]:
             file.seek(0)
             frame = pl.read_parquet(file, columns=list(needed))
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise DatasetError(f"Cannot read {str(path)!r} as Parquet: {error}") from error
+        raise _not_parquet(path, error) from error
     for number, fields in enumerate(frame.iter_rows(named=True), start=1):
         yield Row(f"{path.name}, row {number}", fields)
 
 
+def _parquet_columns(path: Path) -> list[str]:
+    import polars as pl
+
+    try:
+        with path.open("rb") as file:
+            return list(pl.read_parquet_schema(file))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise _not_parquet(path, error) from error
+
+
+def _not_parquet(path: Path, error: Exception) -> DatasetError:
+    return DatasetError(f"Cannot read {str(path)!r} as Parquet: {error}")
+
+
+def column_names(path: Path) -> list[str]:
+    """Return the columns of a .csv or .parquet file, or those of a .jsonl file's first object."""
+    if path.suffix.lower() == ".parquet":
+        return _parquet_columns(path)
+    if path.suffix.lower() == ".jsonl":
+        return next((list(row.fields) for row in read_jsonl(path, ())), [])
+    return next((cells for _, cells in numbered_cells(path, ",", csv.QUOTE_MINIMAL)), [])
+
+
 def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: Quoting) -> Iterator[Row]:
-    rows = _numbered_cells(path, delimiter, quoting)
+    rows = numbered_cells(path, delimiter, quoting)
     place, header = next(rows, (f"{path.name}, line 1", []))
     require(place, header, needed)
     for place, cells in rows:
@@ -117,7 +159,7 @@ def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: 
         yield Row(place, dict(zip(header, cells, strict=True)))
 
 
-def _numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
+def numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
     """Yield the cells of every row that is not blank, with the place where it begins."""
     # newline="" leaves line ends to csv: one that stands inside quotes is part of a text.
     source = io.StringIO(_read_text(path), newline="")
@@ -133,7 +175,7 @@ def _numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tu
         raise complaint(f"{path.name}, line {line}", "a row of whole cells", found) from error
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield every line that is not blank, with its place."""
     # Not splitlines: it also splits at U+0085 and U+2028, which occur inside texts.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
@@ -163,12 +205,18 @@ def _object_row(place: str, record: object, shown: object, needed: Collection[st
     return Row(place, record)
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file whole."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"Cannot read {str(path)!r}: {error.strerror}") from error
+
+
 def _read_text(path: Path) -> str:
     """Read a UTF-8 file whole; a byte order mark, which spreadsheets write, is dropped."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DatasetError(f"Cannot read {str(path)!r}: {error.strerror}") from error
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         found = f"the byte 0x{error.object[error.start]:02x}"

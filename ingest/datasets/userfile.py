@@ -1,17 +1,24 @@
-"""A user's own dataset: a .csv, .jsonl or .parquet file with columns `text` and `label`."""
+"""A user's own dataset: a .csv, .jsonl or .parquet file, whose columns tell its study.
+
+Columns `text` and `label` are a concept dataset; `prompt`, `answer` and `category`, and `relation` and `subject` if
+they are there, a knowledge dataset.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from kdb.errors import DatasetError
-from kdb.ingest.datasets.base import Dataset
-from kdb.ingest.datasets.layout import Layout, to_examples
-from kdb.ingest.datasets.rows import read_csv, read_jsonl, read_parquet
+from kdb.ingest.datasets.base import Dataset, Example
+from kdb.ingest.datasets.layout import Layout, to_examples, text_of
+from kdb.ingest.datasets.rows import Row, column_names, complaint, excerpt, read_csv, read_jsonl, read_parquet
 
 _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 _LABELS = {"0": 0, "1": 1, "true": 1, "false": 0, "yes": 1, "no": 0}
+_CONCEPT = ("text", "label")
+_KNOWLEDGE = ("prompt", "answer", "category")
+_OPTIONAL = ("relation", "subject")
 
 
 def is_user_file(name: str) -> bool:
@@ -25,9 +32,72 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
     `taken` are the names of kdb's own datasets, which a user's may not shadow.
     """
     name = _usable_name(path, name, taken)
+    source = f"{path.name}, a user's file"
+    read, columns = _READERS[path.suffix.lower()], column_names(path)
+    if _is_knowledge(path, columns):
+        refuse_groups(name, group_by)
+        # A column of JSON lines may be there in some lines only.
+        optional = () if path.suffix.lower() == ".jsonl" else tuple(c for c in _OPTIONAL if c in columns)
+        rows = read(path, (*_KNOWLEDGE, *optional))
+        return Dataset(name, source, "{text}", tuple(_answered(rows)), study="knowledge")
     layout = Layout(labels=_LABELS, group=group_by)
-    rows = _READERS[path.suffix.lower()](path, layout.needed)
-    return Dataset(name, f"{path.name}, a user's file", "{text}", tuple(to_examples(rows, layout)))
+    return Dataset(name, source, "{text}", tuple(to_examples(read(path, layout.needed), layout)))
+
+
+def refuse_groups(name: str, group_by: str | None) -> None:
+    """Raise DatasetError if a knowledge dataset is to be grouped."""
+    if group_by is not None:
+        raise DatasetError(
+            f"Dataset {name!r} cannot be grouped by {group_by!r}: groups keep probes honest, and a knowledge dataset "
+            "has none to fit. Leave --group-by out."
+        )
+
+
+def _is_knowledge(path: Path, columns: Collection[str]) -> bool:
+    concept, knowledge = set(_CONCEPT) <= set(columns), set(_KNOWLEDGE) <= set(columns)
+    if concept != knowledge:
+        return knowledge
+    found = ", ".join(map(repr, columns)) or "no columns"
+    either = "columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
+    if concept:
+        raise complaint(path.name, f"{either}, not both", f"{found}: leave out those of the other study")
+    raise complaint(path.name, either, f"{found}: name the columns so")
+
+
+def _answered(rows: Iterable[Row]) -> Iterator[Example]:
+    """Yield an example for each prompt, once; raises DatasetError where one is not answered, or in two ways."""
+    first: dict[str, tuple[Row, Example]] = {}
+    for row in rows:
+        prompt, answer, category = (_filled(row, column) for column in _KNOWLEDGE)
+        relation, subject = (_optional(row, column) for column in _OPTIONAL)
+        example = Example(prompt, category=category, relation=relation, subject=subject, answer=answer)
+        if prompt not in first:
+            first[prompt] = row, example
+            yield example
+            continue
+        earlier_row, earlier = first[prompt]
+        for what, one, other in (("answer", earlier.answer, answer), ("category", earlier.category, category)):
+            if one != other:
+                raise complaint(
+                    row.place,
+                    f"the {what} {excerpt(one)} that {earlier_row.place} has for the prompt {excerpt(prompt)}",
+                    f"{excerpt(other)}: keep one of the two rows",
+                )
+
+
+def _filled(row: Row, column: str) -> str:
+    found = row.fields[column]
+    if not isinstance(found, str) or not found.strip():
+        kind = "an answer" if column == "answer" else f"a {column}"
+        raise complaint(
+            row.place, f"{kind} in column {column!r}", f"{excerpt(found)}: write it as a text, or leave the row out"
+        )
+    return text_of(row, column).strip()
+
+
+def _optional(row: Row, column: str) -> str | None:
+    found = row.fields.get(column)
+    return None if found is None else str(found).strip() or None
 
 
 def _usable_name(path: Path, name: str | None, taken: Collection[str]) -> str:

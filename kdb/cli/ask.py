@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,18 @@ import kdb
 from kdb.cli.options import output_options, show, warehouse_option
 from kdb.queries.catalogue import Param, SavedQuery, find_query, load_catalogue
 
-_CLICK_TYPES: dict[str, click.ParamType[Any]] = {"text": click.STRING, "integer": click.INT, "number": click.FLOAT}
+_CLICK_TYPES: dict[str, click.ParamType[Any]] = {
+    "text": click.STRING,
+    "texts": click.STRING,
+    "integer": click.INT,
+    "number": click.FLOAT,
+}
+
+
+def _grouped() -> Iterator[tuple[str, list[SavedQuery]]]:
+    """The saved queries under headings, such as Concept and Knowledge."""
+    for group, members in itertools.groupby(load_catalogue().values(), key=lambda saved: saved.group):
+        yield group.capitalize(), list(members)
 
 
 class _SavedQueries(click.Group):
@@ -19,6 +32,11 @@ class _SavedQueries(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(load_catalogue())
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, members in _grouped():
+            with formatter.section(heading):
+                formatter.write_dl([(saved.name, saved.title) for saved in members])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command:
         return _command(find_query(name))
@@ -31,19 +49,20 @@ def query() -> None:
     \b
     kdb query concept-depth --model smollm2-135m
     kdb query layer-accuracy --dataset cities --format csv -o cities.csv
+    kdb query top-heads --model smollm2-135m --model gemma-3-270m --category capital
     """
 
 
 def _command(saved: SavedQuery) -> click.Command:
     def answer(warehouse: Path, format_: str | None, output: Path | None, **params: Any) -> None:
-        given = {name: value for name, value in params.items() if value is not None}
+        given = {name: value for name, value in params.items() if value not in (None, ())}
         show(kdb.open(warehouse).query(saved.name, **given), format_, output)
 
     command = click.Command(
         saved.name,
         params=[_option(param) for param in saved.params],
         callback=output_options(warehouse_option(answer)),
-        help=f"{saved.title}.\n\n{saved.description}\n\nPaper: {saved.reference}",
+        help=f"{saved.title}.\n\n{saved.description}\n\nSource: {saved.reference}",
         short_help=saved.title,
     )
     command.params += getattr(answer, "__click_params__", [])
@@ -51,11 +70,14 @@ def _command(saved: SavedQuery) -> click.Command:
 
 
 def _option(param: Param) -> click.Option:
+    several = param.type == "texts"
+    default = "" if param.default is None else f"  [default: {param.default}]"
     return click.Option(
         [f"--{param.name.replace('_', '-')}", param.name],
         type=_CLICK_TYPES[param.type],
+        multiple=several,
         required=param.required,
-        help=param.meaning + ("" if param.default is None else f"  [default: {param.default}]"),
+        help=param.meaning + "; repeatable" * several + default,
     )
 
 
@@ -71,11 +93,19 @@ def queries(name: str | None) -> None:
     if name is not None:
         click.echo(find_query(name).shell_script())
         return
-    for saved in load_catalogue().values():
-        click.echo(f"{saved.name}: {saved.title}\n    {saved.reference}")
-        for param in saved.params:
-            default = "required" if param.required else f"default {param.default or 'all'}"
-            click.echo(f"    --{param.name.replace('_', '-')} ({param.type}, {default}): {param.meaning}")
+    for heading, members in _grouped():
+        click.echo(f"{heading}\n")
+        for saved in members:
+            click.echo(_entry(saved) + "\n")
+
+
+def _entry(saved: SavedQuery) -> str:
+    """A query of the catalogue with its parameters."""
+    lines = [f"{saved.name}: {saved.title}", f"    {saved.reference}"]
+    for param in saved.params:
+        default = "required" if param.required else f"default {'all' if param.default is None else param.default}"
+        lines.append(f"    --{param.name.replace('_', '-')} ({param.type}, {default}): {param.meaning}")
+    return "\n".join(lines)
 
 
 @click.command()

@@ -9,12 +9,6 @@ import click
 import kdb
 from kdb.cli.options import output_options, show, warehouse_option
 
-_RUNS = """
-SELECT run, model, dataset, variant, study, source_run, round(seconds, 1) AS seconds,
-       strftime(finished_at, '%Y-%m-%d %H:%M') AS finished_utc
-FROM runs ORDER BY finished_at, run
-"""
-
 
 @click.group(invoke_without_command=True)
 @warehouse_option
@@ -30,7 +24,7 @@ def runs(ctx: click.Context, warehouse: Path, format_: str | None, output: Path 
     ctx.obj = warehouse
     if ctx.invoked_subcommand is None:
         opened = kdb.open(warehouse)
-        show(opened.sql(_RUNS), format_, output)
+        show(opened.query("runs"), format_, output)
         for begun in opened.lake.interrupted():
             click.echo(
                 f"In progress or interrupted: {begun['model']} on {begun['dataset']} (run {begun['run']}).",

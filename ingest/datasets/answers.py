@@ -1,0 +1,53 @@
+"""What a knowledge dataset must hold: one answer to each prompt, and in every category answers to tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kdb.errors import DatasetError
+from kdb.ingest.datasets.base import Dataset, Example
+
+
+def with_one_answer(examples: Iterable[Example]) -> tuple[list[Example], int]:
+    """Keep the first of repeated prompts, and none of those with different answers; count these.
+
+    Prompts without a category are left out, and not counted; but their answers can contradict another's.
+    """
+    answers: dict[str, set[str | None]] = {}
+    first: dict[str, Example] = {}
+    for example in examples:
+        answers.setdefault(example.text, set()).add(example.answer)
+        if example.category is not None:
+            first.setdefault(example.text, example)
+    kept = [example for text, example in first.items() if len(answers[text]) == 1]
+    return kept, len(first) - len(kept)
+
+
+def check_answers(dataset: Dataset, *, limit: int | None = None) -> None:
+    """Raise DatasetError unless there are prompts, and in each category answers that differ."""
+    if not dataset.examples:
+        raise DatasetError(f"Dataset {dataset.name!r} ({dataset.source}) has no prompts.")
+    for category, answers in _answers(dataset.examples).items():
+        if len(answers) == 1:
+            raise DatasetError(_no_rival(dataset, category, answers.pop(), limit))
+
+
+def _answers(examples: Sequence[Example]) -> dict[str | None, set[str | None]]:
+    found: dict[str | None, set[str | None]] = {}
+    for example in examples:
+        found.setdefault(example.category, set()).add(example.answer)
+    return found
+
+
+def _no_rival(dataset: Dataset, category: str | None, answer: str | None, limit: int | None) -> str:
+    where = f"Dataset {dataset.name!r} ({dataset.source})"
+    why = "an answer is compared with the others of its category"
+    if limit is not None:
+        return (
+            f"{where} has only the answer {answer!r} among the first {limit} prompts of the category {category!r}; "
+            f"{why}: raise the limit."
+        )
+    return (
+        f"{where} has only the answer {answer!r} in the category {category!r}; {why}: add prompts with another "
+        "answer, or put these into another category."
+    )

@@ -1,0 +1,189 @@
+"""Nine published collections of facts, read from their original files as prompts with one answer and a category.
+
+Only the categories language, color, number, capital, country and month are read. A prompt that the source answers
+in two ways is left out, and so are repeats. Each dataset is declared once, below, with its files as they lie in a
+data folder; where a dataset has several, kdb downloads none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdb.ingest.datasets import fetch
+from kdb.ingest.datasets.answers import with_one_answer
+from kdb.ingest.datasets.base import Dataset, DatasetInfo, Example
+from kdb.ingest.datasets.cloze import (
+    RELATIONS,
+    WIKIDATA,
+    read_independence_days,
+    read_known,
+    read_memory_colors,
+    read_numersense,
+    read_pararel,
+    read_relations,
+    read_wikidata,
+)
+from kdb.ingest.datasets.questions import read_opentriviaqa, read_triviaqa
+from kdb.ingest.datasets.rows import complaint
+from kdb.ingest.datasets.world import CATEGORIES
+
+_QUESTION = "Question: {text}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What there is to know about one published dataset.
+
+    `counts` are the prompts of each category. `url_path` and `sha256` belong to a dataset of one file that a public
+    repository holds.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    origin: str
+    counts: Mapping[str, int]
+    read: Callable[[Sequence[Path]], Iterator[Example]]
+    template: str = "{text}"
+    url_path: str | None = None
+    sha256: str = ""
+
+    @property
+    def size(self) -> str:
+        """The prompts of each category in words, such as "162 number + 162 month"."""
+        return in_words(self.counts)
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Say how many prompts each category has, in the order of the six."""
+    return " + ".join(f"{counts[category]:,} {category}" for category in CATEGORIES if counts.get(category))
+
+
+_ALL = (
+    Published(
+        name="relations",
+        files=tuple(f"relations/{relation}.json" for relation in RELATIONS),
+        origin="evandez/relations (Hernandez et al. 2023)",
+        counts={"language": 1906, "color": 66, "number": 37, "capital": 48, "country": 1774},
+        read=read_relations,
+    ),
+    Published(
+        name="pararel",
+        files=tuple(f"pararel/{part}/{relation}.jsonl" for relation in WIKIDATA for part in ("trex", "patterns")),
+        origin="yanaiela/pararel (Elazar et al. 2021)",
+        counts={"language": 10474, "capital": 4688, "country": 24787},
+        read=read_pararel,
+    ),
+    Published(
+        name="known-1000",
+        files=("known_1000.json",),
+        origin="lab-paper-code/dual_path_attribution (Meng et al. 2022)",
+        url_path="lab-paper-code/dual_path_attribution/HEAD/data/known_1000.json",
+        sha256="7ccd1d2649eaa94db24bdf2bcc19f6305bdd51ff47bc981641ed8bd973f9d5e2",
+        counts={"language": 191, "capital": 49, "country": 130},
+        read=read_known,
+    ),
+    Published(
+        name="bigbench-wikidata",
+        files=("bigbench_qa_wikidata.jsonl",),
+        origin="mosaicml/llm-foundry (BIG-bench, QA Wikidata)",
+        url_path="mosaicml/llm-foundry/HEAD/scripts/eval/local_data/world_knowledge/bigbench_qa_wikidata.jsonl",
+        sha256="bb0d22727cb25beffb022c8e8c0c3e1159c8b3c7bd7284603c0d6491f8616265",
+        counts={"language": 3904, "color": 740, "number": 155, "capital": 367, "country": 7294, "month": 10},
+        read=read_wikidata,
+    ),
+    Published(
+        name="memory-colors",
+        files=("memory_colors.csv",),
+        origin="allenai/understanding_mcqa (Norlund et al. 2021)",
+        url_path="allenai/understanding_mcqa/HEAD/data/memory_colors.csv",
+        sha256="5c7e54c045fd4bf0defbb516dbf7436310f0bd9cc092769dc932c8acf8b5eb56",
+        counts={"color": 108},
+        read=read_memory_colors,
+        template=_QUESTION,
+    ),
+    Published(
+        name="independence-days",
+        files=("independence_days.csv",),
+        origin="cheredia19/independence-days",
+        url_path="cheredia19/independence-days/HEAD/countries_date.csv",
+        sha256="d6b02deb05e6a925a608e2857e65d55a9bd18a60efbd8cb965f3d3bffd1158a3",
+        counts={"number": 161, "month": 162},
+        read=read_independence_days,
+    ),
+    Published(
+        name="numersense",
+        files=("numersense/train.masked.tsv", "numersense/validation.masked.tsv"),
+        origin="INK-USC/NumerSense (Lin et al. 2020)",
+        counts={"number": 9669},
+        read=read_numersense,
+    ),
+    Published(
+        name="triviaqa",
+        files=(
+            "triviaqa/topics.dpr.trivia.dev.txt",
+            "triviaqa/topics.dpr.trivia.test.txt",
+            "triviaqa/triviaqa_sm_sub.jsonl",
+        ),
+        origin="castorini/anserini-tools and mosaicml/llm-foundry (Joshi et al. 2017)",
+        counts={"language": 35, "color": 112, "number": 697, "capital": 94, "country": 1051, "month": 42},
+        read=read_triviaqa,
+        template=_QUESTION,
+    ),
+    Published(
+        name="opentriviaqa",
+        files=tuple(
+            f"opentriviaqa/{topic}"
+            for topic in ("animals", "for-kids", "general", "geography", "history", "people", "rated", "world")
+        ),
+        origin="uberspot/OpenTriviaQA (CC BY-SA 4.0)",
+        counts={"language": 66, "color": 79, "number": 727, "capital": 126, "country": 663, "month": 38},
+        read=read_opentriviaqa,
+        template=_QUESTION,
+    ),
+)
+
+PUBLISHED = {dataset.name: dataset for dataset in _ALL}
+
+
+def load_published(published: Published, data_dir: Path | None, download: bool) -> Dataset:
+    """Read a published dataset whole; raises DatasetError if a file of it is absent or damaged."""
+    files = [
+        fetch.locate(
+            *(published.name, file, data_dir),
+            url_path=published.url_path,
+            sha256=published.sha256,
+            may_download=download,
+        )
+        for file in published.files
+    ]
+    examples, dropped = with_one_answer(published.read(files))
+    # A file that was cut off at the end of a line reads well; only its counts tell.
+    found = Counter(example.category or "" for example in examples)
+    if found != Counter(published.counts):
+        raise complaint(_shown(published), published.size, in_words(found) or "no prompts")
+    source = f"{_source(published)}; {dropped:,} prompts with more than one answer left out"
+    return Dataset(published.name, source, published.template, tuple(examples), study="knowledge")
+
+
+def published_info(published: Published, data_dir: Path | None) -> DatasetInfo:
+    """Describe a dataset and say whether all its files are here."""
+    paths = [fetch.find_file(file, data_dir) for file in published.files]
+    status, where = "downloadable" if published.url_path else "needs a file", ""
+    if None not in paths:
+        depth = len(Path(published.files[0]).parts)
+        status, where = "available", str(Path(*paths[0].parts[:-depth]))
+    return DatasetInfo(
+        *(published.name, published.size, _source(published), published.template, status, where), study="knowledge"
+    )
+
+
+def _source(published: Published) -> str:
+    return f"{_shown(published)}, from {published.origin}"
+
+
+def _shown(published: Published) -> str:
+    """Name a dataset's file, or the folder that holds its files."""
+    return published.files[0] if len(published.files) == 1 else f"{Path(published.files[0]).parts[0]}/"

@@ -1,0 +1,95 @@
+"""Readers of published quizzes: questions whose words and answer tell one of the six categories."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kdb.ingest.datasets.base import Example
+from kdb.ingest.datasets.layout import text_of
+from kdb.ingest.datasets.rows import complaint, excerpt, numbered_cells, read_bytes, read_jsonl
+from kdb.ingest.datasets.world import answers_by_category
+
+_NEEDS_CHOICES = re.compile(r"\b(of these|the following|of the below|listed)\b", re.IGNORECASE)
+
+
+def read_triviaqa(files: Sequence[Path]) -> Iterator[Example]:
+    """Read TriviaQA: lists of questions with every accepted spelling, and last the file that tells the best one."""
+    *topics, canonical = files
+    best = {}
+    for row in read_jsonl(canonical, ["context", "answer"]):
+        question = text_of(row, "context").removeprefix("Question:").removesuffix("Answer:").strip()
+        best[question] = text_of(row, "answer")
+    for path in topics:
+        for place, cells in numbered_cells(path, "\t", csv.QUOTE_MINIMAL):
+            if len(cells) != 2:
+                raise complaint(place, "2 cells", str(len(cells)))
+            question = _unquoted(cells[0].strip())
+            yield from _examples(question, [best[question]] if question in best else _spellings(place, cells[1]))
+
+
+def _unquoted(cell: str) -> str:
+    """Undo the second quoting that the makers of the file gave to some of its cells."""
+    if len(cell) > 1 and cell[0] == cell[-1] == '"':
+        return cell[1:-1].replace('""', '"').strip()
+    return cell
+
+
+def _spellings(place: str, cell: str) -> list[str]:
+    try:
+        listed = ast.literal_eval(_unquoted(cell))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        listed = None
+    if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
+        raise complaint(place, "a list of answers", excerpt(cell))
+    return listed
+
+
+def read_opentriviaqa(files: Sequence[Path]) -> Iterator[Example]:
+    """Read OpenTriviaQA. A question may go on over several lines, and ends at the line of its answer."""
+    for path in files:
+        question: list[str] = []
+        asked = ""
+        for place, line in _lines(path):
+            if line.startswith("#Q"):
+                question, asked = [line.removeprefix("#Q").strip()], place
+            elif line.startswith("^"):
+                if not question:
+                    raise complaint(place, "a question before its answer", excerpt(line))
+                yield from _examples(" ".join(filter(None, question)), [line[1:].strip()], path.name)
+                question = []
+            elif question:
+                question.append(line.strip())
+        if question:
+            raise complaint(asked, "an answer after the question", "none")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield every line with its place; those that are not UTF-8 are Windows-1252."""
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            text = _windows(f"{path.name}, line {number}", line)
+        yield f"{path.name}, line {number}", text.removesuffix("\r")
+
+
+def _windows(place: str, line: bytes) -> str:
+    try:
+        return line.decode("cp1252")
+    except UnicodeDecodeError as error:
+        found = f"the byte 0x{line[error.start]:02x}"
+        raise complaint(place, "UTF-8 or Windows-1252 text", found) from error
+
+
+def _examples(question: str, accepted: Iterable[str], relation: str | None = None) -> Iterator[Example]:
+    """Yield one example for each different answer, and one without a category where none is of the six."""
+    if not question or _NEEDS_CHOICES.search(question):
+        return
+    accepted = list(accepted)
+    category, answers = answers_by_category(question, accepted) or (None, accepted[:1])
+    for answer in answers:
+        yield Example(question, category=category, relation=relation, answer=answer)

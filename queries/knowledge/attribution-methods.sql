@@ -1,0 +1,51 @@
+-- Which way of ranking FFN neurons finds those that the answer hangs on
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 2
+--
+-- One row per model and method: what is left of the right token when the method's k best FFN neurons are set to
+-- 0. mrr is the mean of 1 / rank, prob_percent and logp are means, all over the kept prompts; lower is better.
+-- Letters as in the paper, o and k = 0 for the untouched model; methods that it does not have come last.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   positions  text = last     where neurons were set to 0: last or all
+--   k          integer = all   neurons set to 0
+WITH ablated AS (
+    SELECT *
+    FROM ablations
+    JOIN kept_prompts(
+        'ablations', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    ) USING (model, dataset, run, prompt_id)
+    WHERE positions = getvariable('positions') AND (getvariable('k') IS NULL OR k = getvariable('k'))
+),
+
+measured AS (
+    SELECT model, method, k, rank_after AS rank, prob_after AS prob, logp_after AS logp
+    FROM ablated
+    UNION ALL
+    SELECT model, 'none', 0, min(rank_before), min(prob_before), min(logp_before)
+    FROM ablated
+    GROUP BY model, dataset, run, prompt_id
+),
+
+methods AS (
+    SELECT
+        [
+            'none', 'log_prob_increase', 'log_prob', 'prob_increase', 'norm', 'coefficient', 'rank',
+            'coefficient_norm', 'coefficient_rank'
+        ] AS names
+)
+
+SELECT
+    model, substr('oabcdefgh', list_position(names, method), 1) AS letter, method, k,
+    mean_over(sum(1 / rank), count(*)) AS mrr,
+    mean_over(100 * sum(prob), count(*)) AS prob_percent,
+    mean_over(sum(logp), count(*)) AS logp,
+    count(*) AS n_prompts
+FROM measured, methods
+GROUP BY model, method, k, names
+ORDER BY model, list_position(names, method) NULLS LAST, method, k;

@@ -1,0 +1,31 @@
+-- How many value neurons two kinds of knowledge share
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value neurons, compared
+--
+-- One row per model and pair of categories: how many of the k best neurons of each, by mean score over the kept
+-- prompts, are the same, and the Jaccard index of the two sets.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   component  text = ffn      attn or ffn
+--   k          integer = 300   neurons of each category
+WITH best AS (
+    SELECT model, category, list(neuron_name) AS neurons
+    FROM ranked_neurons(
+        getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    )
+    WHERE rank <= getvariable('k') AND component = getvariable('component')
+    GROUP BY ALL
+)
+
+SELECT
+    model, a.category AS category_a, b.category AS category_b,
+    n_shared(a.neurons, b.neurons) AS shared, jaccard(a.neurons, b.neurons) AS jaccard
+FROM best AS a
+JOIN best AS b USING (model)
+WHERE category_order(a.category) < category_order(b.category)
+ORDER BY model, category_order(a.category), category_order(b.category);

@@ -1,0 +1,58 @@
+-- Which tokens a head reads
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what its best heads attend to
+--
+-- One row per model, category, head and token: how much the last token attends to it, and the log-probability
+-- increase of the right token that the head reads there. Both are added up where the token stands more than
+-- once, and are means over the n_prompts kept prompts in which it stands and the head is among those stored.
+-- Shown are the k best heads, or, where a layer or a head is given, all of those; each with its tokens of
+-- largest score.
+--
+-- Parameters:
+--   model        texts = all     models, side by side
+--   category     texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset      text = all      one dataset
+--   variant      text = default  newest runs of this variant; `kdb runs` lists them
+--   run          text = all      this run alone, whatever its variant
+--   k            integer = 10    best heads of each category, where neither layer nor head is given
+--   layer        integer = all   layer of the heads
+--   head         integer = all   number of the heads within their layers
+--   tokens       integer = 5     tokens of each head at most
+--   min_prompts  integer = 1     prompts that a token must stand in
+WITH by_prompt AS (
+    SELECT
+        model, category, layer, head, token, dataset, run, prompt_id,
+        sum(attention) AS attention, sum(score) AS score
+    FROM head_position_scores
+    JOIN kept_prompts(
+        'head_position_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, getvariable('model'))
+        AND (getvariable('layer') IS NULL OR layer = getvariable('layer'))
+        AND (getvariable('head') IS NULL OR head = getvariable('head'))
+    GROUP BY ALL
+),
+
+by_token AS (
+    SELECT
+        model, category, layer, head, token, count(*) AS n_prompts,
+        mean_over(sum(attention), count(*)) AS attention, mean_over(sum(score), count(*)) AS score
+    FROM by_prompt
+    GROUP BY ALL
+    HAVING count(*) >= getvariable('min_prompts')
+),
+
+heads AS (
+    SELECT model, category, layer, head, rank
+    FROM ranked_heads(
+        getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    )
+    WHERE rank <= getvariable('k') OR getvariable('layer') IS NOT NULL OR getvariable('head') IS NOT NULL
+)
+
+SELECT model, category, rank, head_name(layer, head) AS head_name, token, n_prompts, attention, score
+FROM by_token
+JOIN heads USING (model, category, layer, head)
+QUALIFY row_number() OVER (PARTITION BY model, category, rank ORDER BY score DESC, token) <= getvariable('tokens')
+ORDER BY model, category_order(category), rank, score DESC, token;

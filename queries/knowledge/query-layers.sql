@@ -1,0 +1,38 @@
+-- Layers that activate the value neurons
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query layers
+--
+-- One row per model, category, kind of value neuron activated and rank: the layer outputs with the largest mean
+-- score over the kept prompts. a5 is attention layer 5, f3 is FFN layer 3, embed the embedding, which has no
+-- layer.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   activates  text = all      which value neurons are activated: attn or ffn
+--   k          integer = 10    layers of each category and kind
+WITH scores AS (
+    SELECT
+        model, category, activates, component, layer,
+        mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
+    FROM query_layer_scores
+    JOIN kept_prompts(
+        'query_layer_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, getvariable('model'))
+        AND (getvariable('activates') IS NULL OR activates = getvariable('activates'))
+    GROUP BY ALL
+)
+
+SELECT
+    model, category, activates,
+    row_number() OVER (
+        PARTITION BY model, category, activates ORDER BY score DESC, layer NULLS FIRST, component
+    ) AS rank,
+    layer_name(component, layer) AS layer_name, component, layer, score, n_prompts
+FROM scores
+QUALIFY rank <= getvariable('k')
+ORDER BY model, category_order(category), activates, rank;

@@ -1,0 +1,42 @@
+-- FFN neurons that activate the value neurons
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query neurons
+--
+-- One row per model, category, kind of value neuron activated and rank: the query neurons with the largest mean
+-- score over the kept prompts. A prompt counts 0 for a neuron that is not among its stored ones; n_prompts are
+-- those that have it. The tokens are the ten that the neuron raises most, and least.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   activates  text = all      which value neurons are activated: attn or ffn
+--   k          integer = 10    neurons of each category and kind
+WITH scores AS (
+    SELECT
+        model, category, activates, layer, neuron, neuron_name('ffn', layer, NULL, neuron) AS neuron_name,
+        mean_over(sum(score), n_kept) AS score, count(*) AS n_prompts
+    FROM query_neuron_scores
+    JOIN kept_prompts(
+        'query_neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, getvariable('model'))
+        AND (getvariable('activates') IS NULL OR activates = getvariable('activates'))
+    GROUP BY model, category, activates, layer, neuron, n_kept
+),
+
+best AS (
+    SELECT
+        *, row_number() OVER (PARTITION BY model, category, activates ORDER BY score DESC, layer, neuron) AS rank
+    FROM scores
+    QUALIFY rank <= getvariable('k')
+)
+
+SELECT
+    model, category, activates, rank, neuron_name, layer, neuron, score, n_prompts, top_tokens, bottom_tokens
+FROM best
+LEFT JOIN tokens_of_neurons(getvariable('model'), getvariable('variant'), getvariable('run'))
+    USING (model, neuron_name)
+ORDER BY model, category_order(category), activates, rank;

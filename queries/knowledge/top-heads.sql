@@ -1,0 +1,20 @@
+-- Attention heads that matter most for each kind of knowledge
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 10
+--
+-- One row per model, category and rank: the heads with the largest mean log-probability increase of the right
+-- token over the kept prompts. a23.12 is head 12 of layer 23, both numbered from 0.
+--
+-- Parameters:
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+--   k         integer = 10    heads of each category
+SELECT model, category, rank, head_name(layer, head) AS head_name, layer, head, score, n_prompts
+FROM ranked_heads(
+    getvariable('model'), getvariable('category'), getvariable('dataset'),
+    getvariable('variant'), getvariable('run')
+)
+WHERE rank <= getvariable('k')
+ORDER BY model, category_order(category), rank;

@@ -1,0 +1,24 @@
+-- Layers that matter most for each kind of knowledge
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4
+--
+-- One row per model, category and rank: the attention and FFN layers, ranked together, with the largest mean
+-- log-probability increase of the right token over the kept prompts. Layers are numbered from 0; a23 is
+-- attention layer 23, f29 is FFN layer 29.
+--
+-- Parameters:
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+--   k         integer = 10    layers of each category
+SELECT
+    model, category,
+    row_number() OVER (PARTITION BY model, category ORDER BY score DESC, layer, component) AS rank,
+    layer_name(component, layer) AS layer_name, component, layer, score, n_prompts
+FROM mean_layer_scores(
+    getvariable('model'), getvariable('category'), getvariable('dataset'),
+    getvariable('variant'), getvariable('run')
+)
+QUALIFY rank <= getvariable('k')
+ORDER BY model, category_order(category), rank;

@@ -1,0 +1,27 @@
+-- Value neurons that matter most for each kind of knowledge
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value neurons and their tokens
+--
+-- One row per model, category, component and rank: the neurons with the largest mean log-probability increase of
+-- the right token over the kept prompts. A prompt counts 0 for a neuron that is not among its stored ones;
+-- n_prompts are those that have it. f29_1234 is neuron 1234 of FFN layer 29, a23.12_45 dimension 45 of head 12
+-- in layer 23, its positions added up. The tokens are the ten that the neuron raises most, and least.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   component  text = all      attn or ffn
+--   k          integer = 10    neurons of each category and component
+SELECT
+    model, category, component, rank, neuron_name, layer, head, neuron, score, n_prompts, top_tokens, bottom_tokens
+FROM ranked_neurons(
+    getvariable('model'), getvariable('category'), getvariable('dataset'),
+    getvariable('variant'), getvariable('run')
+)
+LEFT JOIN tokens_of_neurons(getvariable('model'), getvariable('variant'), getvariable('run'))
+    USING (model, neuron_name)
+WHERE rank <= getvariable('k')
+    AND (getvariable('component') IS NULL OR component = getvariable('component'))
+ORDER BY model, category_order(category), component, rank;

@@ -1,0 +1,57 @@
+-- In which layers the value neurons lie
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): figure 2
+--
+-- One row per model, category, component and layer, layers without any included: how many of a prompt's k best
+-- value neurons lie in the layer, as a mean over the kept prompts and as a share of all of them; score is what
+-- these neurons add up to, as a mean too. An attention neuron counts at each position where it is among the
+-- best.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   component  text = all      attn or ffn
+--   k          integer = 300   best neurons of each prompt and component
+WITH kept AS (
+    SELECT *
+    FROM kept_prompts(
+        'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    )
+),
+
+found AS (
+    SELECT
+        model, category, component, layer,
+        mean_over(count(*), n_kept) AS neurons, mean_over(sum(score), n_kept) AS score
+    FROM neuron_scores
+    JOIN kept USING (model, dataset, run, prompt_id)
+    WHERE rank <= getvariable('k')
+        AND among(model, getvariable('model'))
+        AND (getvariable('component') IS NULL OR component = getvariable('component'))
+    GROUP BY model, category, component, layer, n_kept
+),
+
+depths AS (
+    SELECT model, max(n_layers) AS n_layers
+    FROM models
+    SEMI JOIN kept USING (model, dataset, run)
+    GROUP BY model
+),
+
+layers AS (
+    SELECT DISTINCT model, category, component, unnest(range(n_layers))::SMALLINT AS layer
+    FROM found
+    JOIN depths USING (model)
+)
+
+SELECT
+    model, category, component, layer,
+    coalesce(neurons, 0) AS neurons,
+    coalesce(steady(100 * neurons / sum(neurons) OVER (PARTITION BY model, category, component)), 0) AS share_percent,
+    coalesce(score, 0) AS score
+FROM layers
+LEFT JOIN found USING (model, category, component, layer)
+ORDER BY model, category_order(category), component, layer;

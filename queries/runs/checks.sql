@@ -1,0 +1,22 @@
+-- How far each run may be trusted
+-- Every run of both studies, on its first prompts, against the untouched model
+--
+-- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
+-- tolerance. Models, weight formats and devices stand side by side.
+--
+-- Parameters:
+--   model    texts = all  models, side by side
+--   dataset  text = all   one dataset
+--   study    text = all   concept or knowledge
+--   variant  text = all   newest runs of this variant; `kdb runs` lists them
+--   run      text = all   this run alone, whatever its variant
+SELECT
+    model, dtype, quantization, device, dataset, study, runs.variant, "check", value, tolerance, passed, detail
+FROM checks
+JOIN chosen_runs('checks', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+JOIN runs USING (model, dataset, run)
+LEFT JOIN models USING (model, dataset, run)
+WHERE among(model, getvariable('model'))
+    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+    AND (getvariable('study') IS NULL OR study = getvariable('study'))
+ORDER BY model, passed, value / nullif(tolerance, 0) DESC NULLS LAST, dataset, study, runs.variant, "check", run;

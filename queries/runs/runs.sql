@@ -1,0 +1,17 @@
+-- What was measured, and when
+-- The warehouse itself
+--
+-- One row per run, in the order in which they were finished.
+--
+-- Parameters:
+--   model    texts = all  models, side by side
+--   dataset  text = all   one dataset
+--   study    text = all   concept or knowledge
+SELECT
+    run, model, dataset, variant, study, source_run, round(seconds, 1) AS seconds,
+    strftime(finished_at, '%Y-%m-%d %H:%M') AS finished_utc
+FROM runs
+WHERE among(model, getvariable('model'))
+    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+    AND (getvariable('study') IS NULL OR study = getvariable('study'))
+ORDER BY finished_at, run;

@@ -1,0 +1,533 @@
+"""The second study's saved queries, on a warehouse small enough to reckon by hand.
+
+``alpha`` has three layers of two heads. Of its seven prompts four are kept: two of language, one of capital, one of
+``zoo``, a category of the user's own; month has none that is. Prompts that are not kept have scores of 100, which
+would change every answer. ``beta`` has one layer and one prompt, and a run that lacks most tables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from test_database import NOON, Rows, add_run, create_lake, needs_shell
+from test_queries import assert_same_in_the_shell
+
+import kdb
+from kdb.errors import QueryError
+from kdb.queries.catalogue import load_catalogue
+from kdb.warehouse.database import Database
+from kdb.warehouse.lake import Lake
+
+LATER = NOON + timedelta(hours=1)
+KNOWLEDGE = [name for name, query in load_catalogue().items() if query.group == "knowledge"]
+
+
+def prompt(prompt_id: int, category: str, kept: bool = True, target_rank: int = 1) -> dict[str, Any]:
+    return {"prompt_id": prompt_id, "category": category, "kept": kept, "target_rank": target_rank}
+
+
+def layer_rows(prompt_id: int, attn: list[float], ffn: list[float]) -> Rows:
+    """layer_scores of one prompt, a layer for each score."""
+    return [
+        {"prompt_id": prompt_id, "layer": layer, "component": component, "score": score}
+        for component, scores in (("attn", attn), ("ffn", ffn))
+        for layer, score in enumerate(scores)
+    ]
+
+
+def head_rows(prompt_id: int, *layers: list[float]) -> Rows:
+    """head_scores of one prompt: a list for each layer, a score for each head."""
+    return [
+        {"prompt_id": prompt_id, "layer": layer, "head": head, "score": score}
+        for layer, scores in enumerate(layers)
+        for head, score in enumerate(scores)
+    ]
+
+
+def position_rows(prompt_id: int, layer: int, head: int, *reads: tuple[str, float, float]) -> Rows:
+    """head_position_scores of one prompt and head: token, attention and score at each position."""
+    return [
+        {"prompt_id": prompt_id, "layer": layer, "head": head, "position": i}
+        | {"token": token, "attention": attention, "score": score}
+        for i, (token, attention, score) in enumerate(reads)
+    ]
+
+
+def ffn_rows(prompt_id: int, *best: tuple[int, int, float]) -> Rows:
+    """neuron_scores of FFN neurons of one prompt, best first: layer, neuron, score."""
+    return [
+        {"prompt_id": prompt_id, "component": "ffn", "layer": layer, "neuron": neuron, "score": score, "rank": rank}
+        for rank, (layer, neuron, score) in enumerate(best, start=1)
+    ]
+
+
+def attn_rows(prompt_id: int, *best: tuple[int, int, int, int, float]) -> Rows:
+    """The same of attention neurons: layer, head, dimension, position, score."""
+    return [
+        {"prompt_id": prompt_id, "component": "attn", "layer": layer, "head": head, "neuron": neuron}
+        | {"position": position, "score": score, "rank": rank}
+        for rank, (layer, head, neuron, position, score) in enumerate(best, start=1)
+    ]
+
+
+def token_rows(sign: str, tokens: list[str], **neuron: Any) -> Rows:
+    return [{"sign": sign, "rank": rank, "token": token, **neuron} for rank, token in enumerate(tokens, start=1)]
+
+
+def ablation_rows(method: str, k: int, after: dict[int, tuple[int, float, float]], positions: str = "last") -> Rows:
+    """ablations of one method: rank, probability and log-probability after it, for each prompt."""
+    before = {0: (1, 0.5, -1.0), 1: (4, 0.2, -2.0), 2: (100, 0.0, -100.0), 3: (4, 0.2, -3.0)}
+    names = ("rank", "prob", "logp")
+    return [
+        {"prompt_id": prompt_id, "method": method, "k": k, "positions": positions}
+        | {f"{name}_before": value for name, value in zip(names, before[prompt_id], strict=True)}
+        | {f"{name}_after": value for name, value in zip(names, values, strict=True)}
+        for prompt_id, values in after.items()
+    ]
+
+
+TEN_TOKENS = [" Paris", "\n", 'say "hi"', "d", "e", "f", "g", "h", "i", "j", "the eleventh is not asked for"]
+UNTOUCHED = {0: (1, 0.5, -1.0), 1: (4, 0.2, -2.0), 2: (1, 1.0, 0.0), 3: (4, 0.2, -3.0)}
+HURT = {0: (2, 0.1, -4.0), 1: (4, 0.1, -4.0), 2: (100, 1.0, -100.0), 3: (4, 0.1, -4.0)}
+
+ALPHA: dict[str, Rows] = {
+    "models": [{"n_layers": 3, "dtype": "float32"}],
+    "prompts": [
+        prompt(0, "language"),
+        prompt(1, "language", target_rank=4),
+        prompt(2, "language", kept=False, target_rank=100),
+        prompt(3, "capital", target_rank=4),
+        prompt(4, "capital", kept=False, target_rank=2),
+        prompt(5, "month", kept=False, target_rank=11),
+        prompt(6, "zoo"),
+    ],
+    "layer_scores": [
+        *layer_rows(0, attn=[1.0, 0.0], ffn=[0.5, 2.5]),
+        *layer_rows(1, attn=[3.0, 2.0], ffn=[0.5, 0.5]),
+        *layer_rows(3, attn=[1.0, 1.0], ffn=[1.0, 1.0]),
+        *layer_rows(6, attn=[1.0, 0.0], ffn=[-1.0, 0.0]),
+        *(row for i in (2, 4, 5) for row in layer_rows(i, attn=[0.0, 0.0], ffn=[100.0, 0.0])),
+    ],
+    "head_scores": [
+        *head_rows(0, [1.0, 0.0], [2.0, 0.0]),
+        *head_rows(1, [1.0, 0.0], [4.0, 2.0]),
+        *head_rows(3, [0.0, 1.0], [5.0, 0.0]),
+        *head_rows(6, [5.0, 1.0], [4.0, 0.0]),
+        *(row for i in (2, 4, 5) for row in head_rows(i, [0.0, 100.0], [0.0, 0.0])),
+    ],
+    "head_position_scores": [
+        *position_rows(0, 1, 0, (" the", 0.25, 0.5), (" France", 0.5, 2.0), (" the", 0.25, 0.25)),
+        *position_rows(1, 1, 0, (" the", 0.5, 0.25), (" Spain", 0.25, 3.0), (" of", 0.25, 0.5)),
+        *position_rows(0, 0, 0, (" the", 1.0, 1.0)),
+        *position_rows(2, 1, 0, (" the", 1.0, 100.0)),
+    ],
+    "neuron_scores": [
+        *ffn_rows(0, (1, 7, 4.0), (0, 3, 2.0)),
+        *ffn_rows(1, (0, 3, 4.0), (1, 9, 1.0)),
+        *ffn_rows(2, (1, 9, 100.0)),
+        *ffn_rows(3, (1, 9, 1.0), (0, 3, 1.0)),
+        *attn_rows(0, (1, 1, 5, 0, 1.0), (1, 1, 5, 2, 0.5), (0, 0, 4, 1, 0.4)),
+        *attn_rows(1, (0, 0, 4, 1, 2.0)),
+        *attn_rows(2, (1, 1, 5, 0, 100.0)),
+    ],
+    "neuron_tokens": [
+        *token_rows("top", TEN_TOKENS, component="ffn", layer=0, neuron=3),
+        *token_rows("bottom", ["it's", " ü"], component="ffn", layer=0, neuron=3),
+        *token_rows("top", [" a"], component="attn", layer=0, head=0, neuron=4),
+        *token_rows("top", [" not this one"], component="attn", layer=0, head=1, neuron=4),
+    ],
+    "query_neuron_scores": [
+        {"prompt_id": 0, "activates": "attn", "layer": 0, "neuron": 3, "score": 0.5, "rank": 1},
+        {"prompt_id": 0, "activates": "attn", "layer": 0, "neuron": 8, "score": 0.25, "rank": 2},
+        {"prompt_id": 1, "activates": "attn", "layer": 0, "neuron": 8, "score": 0.5, "rank": 1},
+        {"prompt_id": 1, "activates": "ffn", "layer": 1, "neuron": 2, "score": 0.5, "rank": 1},
+        {"prompt_id": 2, "activates": "attn", "layer": 0, "neuron": 3, "score": 100.0, "rank": 1},
+    ],
+    "query_layer_scores": [
+        {"prompt_id": i, "activates": "attn", "layer": layer, "component": component, "score": score}
+        for i, scores in ((0, (0.5, 0.25, 0.25)), (1, (0.5, 0.75, 0.25)), (2, (0.0, 0.0, 100.0)))
+        for (component, layer), score in zip((("embed", None), ("attn", 0), ("ffn", 0)), scores, strict=True)
+    ],
+    "ablations": [
+        *ablation_rows("norm", 10, UNTOUCHED),
+        *ablation_rows("log_prob_increase", 10, HURT),
+        *ablation_rows("log_prob_increase", 5, UNTOUCHED),
+        *ablation_rows("norm", 10, HURT, positions="all"),
+    ],
+    "checks": [
+        {"check": "ffn_sum", "value": 0.5, "tolerance": 1.0, "passed": True},
+        {"check": "logits", "value": 0.0001, "tolerance": 0.001, "passed": True},
+    ],
+}
+
+BETA: dict[str, Rows] = {
+    "models": [{"n_layers": 1, "dtype": "bfloat16"}],
+    "prompts": [prompt(0, "language")],
+    "layer_scores": layer_rows(0, attn=[2.0], ffn=[3.0]),
+    "head_scores": head_rows(0, [7.0]),
+    "neuron_scores": ffn_rows(0, (0, 1, 1.0)),
+}
+
+
+def add_knowledge(lake: Path, model: str, dataset: str, run: str, tables: dict[str, Rows], **info: Any) -> None:
+    """Commit a run of the knowledge study."""
+    add_run(lake, model, dataset, run, runs=[{"study": "knowledge", **info}], **tables)
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lake = create_lake(tmp_path_factory.mktemp("warehouse"))
+    add_knowledge(lake, "alpha", "facts", "a" * 16, ALPHA, device="cpu")
+    add_knowledge(lake, "beta", "facts", "b" * 16, BETA, device="cuda")
+    failed = [{"check": "logits", "value": 3.0, "tolerance": 0.0, "passed": False}]
+    noted = {"checks": failed, "models": [{"n_layers": 3, "dtype": "float16", "quantization": "int8"}]}
+    add_knowledge(lake, "alpha", "facts", "c" * 16, noted, variant="int8", device="cpu")
+    near = [{"check": "resid_post", "value": 0.9, "tolerance": 1.0, "passed": True}]
+    add_run(lake, "alpha", "facts", "d" * 16, checks=near, prompts=[{"prompt_id": 0}], runs=[{"finished_at": LATER}])
+    return lake
+
+
+@pytest.fixture(scope="module")
+def database(lake: Path) -> Database:
+    return Database(lake)
+
+
+def test_top_layers(database: Database) -> None:
+    rows = database.query("top-layers", model="alpha")
+    assert rows.columns[:5] == ["model", "category", "rank", "layer_name", "component"]
+    assert rows.select("category", "rank", "layer_name", "score", "n_prompts").rows() == [
+        ("language", 1, "a0", 2.0, 2),
+        ("language", 2, "f1", 1.5, 2),
+        ("language", 3, "a1", 1.0, 2),
+        ("language", 4, "f0", 0.5, 2),
+        *(("capital", rank, name, 1.0, 1) for rank, name in enumerate(["a0", "f0", "a1", "f1"], start=1)),
+        *(("zoo", 1, "a0", 1.0, 1), ("zoo", 2, "a1", 0.0, 1), ("zoo", 3, "f1", 0.0, 1), ("zoo", 4, "f0", -1.0, 1)),
+    ]
+    assert database.query("top-layers", k=1, category="language").select("model", "layer_name").rows() == [
+        ("alpha", "a0"),
+        ("beta", "f0"),
+    ]
+
+
+def test_top_heads(database: Database) -> None:
+    rows = database.query("top-heads", model="alpha", category=["capital", "language"])
+    assert rows.select("category", "rank", "head_name", "layer", "head", "score", "n_prompts").rows() == [
+        ("language", 1, "a1.0", 1, 0, 3.0, 2),
+        ("language", 2, "a0.0", 0, 0, 1.0, 2),
+        ("language", 3, "a1.1", 1, 1, 1.0, 2),
+        ("language", 4, "a0.1", 0, 1, 0.0, 2),
+        ("capital", 1, "a1.0", 1, 0, 5.0, 1),
+        ("capital", 2, "a0.1", 0, 1, 1.0, 1),
+        ("capital", 3, "a0.0", 0, 0, 0.0, 1),
+        ("capital", 4, "a1.1", 1, 1, 0.0, 1),
+    ]
+
+
+def test_attribution_methods(database: Database) -> None:
+    rows = database.query("attribution-methods")
+    assert rows.rows() == [
+        ("alpha", "o", "none", 0, 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "a", "log_prob_increase", 5, 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "a", "log_prob_increase", 10, pytest.approx(1 / 3), pytest.approx(10), -4.0, 3),
+        ("alpha", "d", "norm", 10, 0.5, pytest.approx(30), -2.0, 3),
+    ]
+    assert database.query("attribution-methods", k=5)["method"].to_list() == ["none", "log_prob_increase"]
+    language = database.query("attribution-methods", positions="all", category="language")
+    assert language.select("letter", "mrr", "n_prompts").rows() == [("o", 0.625, 2), ("d", 0.375, 2)]
+
+
+def test_methods_beyond_the_papers_come_last(lake: Path, tmp_path: Path) -> None:
+    names = ["random", "coefficient_rank", "mine", "log_prob", "prob_increase", "coefficient", "rank"]
+    names += ["coefficient_norm", "norm", "log_prob_increase"]
+    rows = [row for name in names for row in ablation_rows(name, 10, {0: HURT[0]})]
+    lake = create_lake(tmp_path)
+    tables = {"prompts": [prompt(0, "language")], "ablations": rows}
+    add_knowledge(lake, "alpha", "facts", "a" * 16, tables, variant="ablate")
+    with Database(lake) as database:
+        assert database.query("attribution-methods").is_empty()
+        found = database.query("attribution-methods", variant="ablate")
+        assert "".join(letter or "-" for letter in found["letter"]) == "oabcdefgh--"
+        assert found["method"].to_list()[-2:] == ["mine", "random"]
+        assert found.equals(database.query("attribution-methods", run="a" * 16))
+
+
+def test_value_neurons_by_layer(database: Database) -> None:
+    rows = database.query("value-neurons-by-layer", model="alpha")
+    assert rows.drop("model").rows() == [
+        ("language", "attn", 0, 1.0, 50.0, 1.2),
+        ("language", "attn", 1, 1.0, 50.0, 0.75),
+        ("language", "attn", 2, 0.0, 0.0, 0.0),
+        ("language", "ffn", 0, 1.0, 50.0, 3.0),
+        ("language", "ffn", 1, 1.0, 50.0, 2.5),
+        ("language", "ffn", 2, 0.0, 0.0, 0.0),
+        ("capital", "ffn", 0, 1.0, 50.0, 1.0),
+        ("capital", "ffn", 1, 1.0, 50.0, 1.0),
+        ("capital", "ffn", 2, 0.0, 0.0, 0.0),
+    ]
+    best = database.query("value-neurons-by-layer", k=1, component="ffn", category="capital")
+    assert best["neurons"].to_list() == [0.0, 1.0, 0.0]
+    assert database.query("value-neurons-by-layer", model="beta")["layer"].to_list() == [0]
+
+
+def test_top_neurons(database: Database) -> None:
+    rows = database.query("top-neurons", model="alpha")
+    assert rows.select("category", "component", "rank", "neuron_name", "score", "n_prompts").rows() == [
+        ("language", "attn", 1, "a0.0_4", 1.2, 2),
+        ("language", "attn", 2, "a1.1_5", 0.75, 1),
+        ("language", "ffn", 1, "f0_3", 3.0, 2),
+        ("language", "ffn", 2, "f1_7", 2.0, 1),
+        ("language", "ffn", 3, "f1_9", 0.5, 1),
+        ("capital", "ffn", 1, "f0_3", 1.0, 1),
+        ("capital", "ffn", 2, "f1_9", 1.0, 1),
+    ]
+    best = database.query("top-neurons", model="alpha", component="ffn", k=1)
+    assert best["neuron_name"].to_list() == ["f0_3", "f0_3"]
+
+
+def test_tokens_of_a_neuron_are_one_text(database: Database) -> None:
+    rows = database.query("top-neurons", model="alpha", category="language")
+    tokens = {name: texts for name, *texts in rows.select("neuron_name", "top_tokens", "bottom_tokens").rows()}
+    top = r'" Paris", "\n", "say \"hi\"", "d", "e", "f", "g", "h", "i", "j"'
+    assert tokens["f0_3"] == [top, '"it\'s", " ü"']
+    assert tokens["a0.0_4"] == ['" a"', None]
+    assert tokens["f1_7"] == [None, None]
+
+
+def test_query_neurons(database: Database) -> None:
+    rows = database.query("query-neurons")
+    assert rows.select("category", "activates", "rank", "neuron_name", "score", "n_prompts").rows() == [
+        ("language", "attn", 1, "f0_8", 0.375, 2),
+        ("language", "attn", 2, "f0_3", 0.25, 1),
+        ("language", "ffn", 1, "f1_2", 0.25, 1),
+    ]
+    assert rows["bottom_tokens"].to_list() == [None, '"it\'s", " ü"', None]
+    assert database.query("query-neurons", activates="ffn")["neuron"].to_list() == [2]
+    assert database.query("query-neurons", k=1)["neuron"].to_list() == [8, 2]
+
+
+def test_query_layers(database: Database) -> None:
+    rows = database.query("query-layers")
+    assert rows.select("category", "activates", "rank", "layer_name", "layer", "score", "n_prompts").rows() == [
+        ("language", "attn", 1, "embed", None, 0.5, 2),
+        ("language", "attn", 2, "a0", 0, 0.5, 2),
+        ("language", "attn", 3, "f0", 0, 0.25, 2),
+    ]
+    assert database.query("query-layers", activates="ffn").is_empty()
+
+
+def test_head_overlap(database: Database) -> None:
+    assert database.query("head-overlap", k=2).rows() == [
+        ("alpha", "language", "capital", 1, pytest.approx(1 / 3)),
+        ("alpha", "language", "zoo", 2, 1.0),
+        ("alpha", "capital", "zoo", 1, pytest.approx(1 / 3)),
+    ]
+    assert database.query("head-overlap", k=1)["shared"].to_list() == [1, 0, 0]
+    assert database.query("head-overlap")["jaccard"].to_list() == [1.0, 1.0, 1.0]  # all four heads
+
+
+def test_neuron_overlap(database: Database) -> None:
+    assert database.query("neuron-overlap").rows() == [
+        ("alpha", "language", "capital", 2, pytest.approx(2 / 3)),
+    ]
+    assert database.query("neuron-overlap", k=1).select("shared", "jaccard").rows() == [(1, 1.0)]
+    assert database.query("neuron-overlap", component="attn").is_empty()
+
+
+def test_attention_vs_ffn(database: Database) -> None:
+    assert database.query("attention-vs-ffn").rows() == [
+        ("alpha", "language", 3.0, 2.0, 60.0, 40.0, 2),
+        ("alpha", "capital", 2.0, 2.0, 50.0, 50.0, 1),
+        ("alpha", "zoo", 1.0, -1.0, None, None, 1),
+        ("beta", "language", 2.0, 3.0, 40.0, 60.0, 1),
+    ]
+
+
+def test_kept_prompts(database: Database) -> None:
+    assert database.query("kept-prompts", model="alpha").rows() == [
+        ("alpha", "facts", "language", 3, 2, pytest.approx(200 / 3), 1, 0),
+        ("alpha", "facts", "capital", 2, 1, 50.0, 0, 1),
+        ("alpha", "facts", "month", 1, 0, 0.0, 1, 0),
+        ("alpha", "facts", "zoo", 1, 1, 100.0, 0, 0),
+    ]
+
+
+def test_position_attention(database: Database) -> None:
+    rows = database.query("position-attention")
+    assert rows.drop("model", "category").rows() == [
+        (1, "a1.0", " Spain", 1, 0.25, 3.0),
+        (1, "a1.0", " France", 1, 0.5, 2.0),
+        (1, "a1.0", " of", 1, 0.25, 0.5),  # as much as the next: by token
+        (1, "a1.0", " the", 2, 0.5, 0.5),
+        (2, "a0.0", " the", 1, 1.0, 1.0),
+    ]
+    assert database.query("position-attention", tokens=1)["token"].to_list() == [" Spain", " the"]
+    assert database.query("position-attention", min_prompts=2)["token"].to_list() == [" the"]
+
+
+def test_heads_are_asked_for_by_rank_or_by_number(database: Database) -> None:
+    def heads(**params: int) -> list[str]:
+        return database.query("position-attention", **params)["head_name"].unique(maintain_order=True).to_list()
+
+    assert heads(k=1) == ["a1.0"]
+    assert heads(k=1, layer=0) == ["a0.0"]
+    assert heads(k=1, head=0) == ["a1.0", "a0.0"]
+    assert heads(layer=1, head=1) == []
+
+
+def test_checks_of_both_studies_and_all_variants_worst_first(database: Database) -> None:
+    rows = database.query("checks")
+    assert rows.select("model", "dtype", "quantization", "device", "study", "variant", "check").rows() == [
+        ("alpha", "float16", "int8", "cpu", "knowledge", "int8", "logits"),
+        ("alpha", None, None, None, "concept", "default", "resid_post"),
+        ("alpha", "float32", None, "cpu", "knowledge", "default", "ffn_sum"),
+        ("alpha", "float32", None, "cpu", "knowledge", "default", "logits"),
+    ]
+    assert database.query("checks", study="concept")["value"].to_list() == [0.9]
+    assert database.query("checks", variant="int8")["passed"].to_list() == [False]
+    assert database.query("checks", model="beta").is_empty()
+
+
+def test_runs(database: Database) -> None:
+    assert database.query("runs")["run"].to_list() == [letter * 16 for letter in "abcd"]
+    assert database.query("runs", model="alpha", study="knowledge")["variant"].to_list() == ["default", "int8"]
+
+
+def test_several_models_stand_side_by_side(database: Database) -> None:
+    def models(**params: object) -> list[str]:
+        return database.query("top-heads", **params)["model"].unique(maintain_order=True).to_list()
+
+    assert models() == models(model="all") == models(model=["beta", "alpha"]) == ["alpha", "beta"]
+    assert models(model="beta") == models(model=["beta", "absent"]) == ["beta"]
+    assert models(model="absent") == models(category="absent") == models(dataset="absent") == []
+
+
+def test_a_list_of_models_is_repeated_on_the_command_line(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
+    for model in ("alpha", "beta", "gamma"):
+        with Lake.create(tmp_path / "w").stage(f"{model:0<16}", model, "facts") as staged:
+            for table, rows in BETA.items():
+                staged.write_rows(table, "part", rows)
+            staged.commit({"study": "knowledge", "variant": "default"})
+
+    def models(*options: str) -> list[str]:
+        result = run_kdb("query", "top-heads", *options, "--warehouse", tmp_path / "w", "--format", "json")
+        assert result.exit_code == 0, result.output
+        return [row["model"] for row in json.loads(result.stdout)]
+
+    assert models("--model", "gamma", "--model", "alpha") == ["alpha", "gamma"]
+    assert models("--model", "beta", "--category", "language") == ["beta"]
+    assert models() == models("--model", "all") == ["alpha", "beta", "gamma"]
+    asked = kdb.open(tmp_path / "w").query("top-heads", model=("beta", "gamma"))
+    assert asked["model"].to_list() == ["beta", "gamma"]
+
+
+def test_wrong_lists_are_query_errors(database: Database) -> None:
+    for given in ([], 7, ["alpha", 7]):
+        with pytest.raises(QueryError, match="parameter model: expected a text or several"):
+            database.query("top-heads", model=given)
+
+
+@pytest.mark.parametrize("name", KNOWLEDGE)
+def test_a_run_is_asked_for_by_name(database: Database, name: str) -> None:
+    assert database.query(name, run="a" * 16).equals(database.query(name, model="alpha"))
+    assert database.query(name, run="f" * 16).is_empty()
+    assert database.query(name, variant="absent").is_empty()
+
+
+@pytest.mark.parametrize("name", KNOWLEDGE)
+def test_every_answer_is_in_the_papers_order_of_categories(tmp_path: Path, name: str) -> None:
+    order = ["language", "color", "number", "capital", "country", "month", "animal", "zoo"]
+    ids = range(len(order))
+    score = {"prompt_id": 0, "layer": 0, "head": 0, "neuron": 0, "score": 1.0, "rank": 1}
+    kinds = {"component": "ffn", "activates": "ffn", "token": "x", "attention": 1.0, "method": "norm", "k": 1}
+    after = {"positions": "last", "rank_before": 1, "rank_after": 1}
+    rows = [score | kinds | after | {"prompt_id": i} for i in ids]
+    scored = [table for table in ALPHA if table.endswith("_scores")]
+    tables: dict[str, Rows] = dict.fromkeys((*scored, "ablations"), rows)
+    tables["models"] = [{"n_layers": 1}]
+    tables["prompts"] = [prompt(i, category) for i, category in zip(ids, reversed(order), strict=True)]
+    lake = create_lake(tmp_path)
+    add_knowledge(lake, "m", "d", "a" * 16, tables)
+    with Database(lake) as database:
+        found = database.query(name)
+    if "category" in found.columns:
+        assert found["category"].to_list() == order
+    elif "category_a" in found.columns:
+        pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+        assert found.select("category_a", "category_b").rows() == pairs
+    else:
+        assert found["n_prompts"].to_list() == [8, 8]
+
+
+def test_prompts_of_several_datasets_are_pooled(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    more: dict[str, Rows] = {
+        "prompts": [prompt(0, "language"), prompt(1, "language")],
+        "layer_scores": [*layer_rows(0, attn=[5.0], ffn=[0.0]), *layer_rows(1, attn=[5.0], ffn=[0.0])],
+    }
+    add_knowledge(lake, "beta", "facts", "b" * 16, BETA)
+    add_knowledge(lake, "beta", "more", "c" * 16, more)
+    with Database(lake) as database:
+        rows = database.query("top-layers").select("layer_name", "score", "n_prompts").rows()
+        assert rows == [("a0", 4.0, 3), ("f0", 1.0, 3)]
+        assert database.query("top-layers", dataset="facts")["score"].to_list() == [3.0, 2.0]
+        # The other dataset has no neuron_scores: its prompts do not count as ones that lack the neuron.
+        assert database.query("top-neurons")["score"].to_list() == [1.0]
+        assert database.query("value-neurons-by-layer")["neurons"].to_list() == [1.0]
+
+
+def test_a_neuron_stored_with_two_datasets_has_its_tokens_once(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    tokens = token_rows("top", [" a", " b"], component="ffn", layer=0, neuron=1)
+    for dataset, run in (("facts", "a" * 16), ("more", "b" * 16)):
+        add_knowledge(lake, "beta", dataset, run, BETA | {"neuron_tokens": tokens})
+    with Database(lake) as database:
+        rows = database.query("top-neurons").select("neuron_name", "n_prompts", "top_tokens").rows()
+        assert rows == [("f0_1", 2, '" a", " b"')]
+
+
+def test_a_derived_run_has_the_prompts_of_its_source(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    add_knowledge(lake, "alpha", "facts", "a" * 16, {"prompts": ALPHA["prompts"], "models": ALPHA["models"]})
+    derived = {"ablations": ablation_rows("mine", 10, HURT)}
+    add_knowledge(lake, "alpha", "facts", "b" * 16, derived, variant="mine", source_run="a" * 16)
+    with Database(lake) as database:
+        rows = database.query("attribution-methods", variant="mine").select("method", "n_prompts").rows()
+        assert rows == [("none", 3), ("mine", 3)]
+
+
+def test_a_newer_run_replaces_the_older_and_the_other_study_does_not(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    add_knowledge(lake, "beta", "facts", "f" * 16, BETA)
+    newer = BETA | {"prompts": [prompt(0, "color")]}
+    add_knowledge(lake, "beta", "facts", "a" * 16, newer, finished_at=LATER)
+    last = [{"finished_at": LATER + timedelta(hours=1)}]
+    add_run(lake, "beta", "facts", "e" * 16, prompts=[{"prompt_id": 0}, {"prompt_id": 1}], runs=last)
+    with Database(lake) as database:
+        assert database.query("top-heads")["category"].to_list() == ["color"]
+        assert database.query("kept-prompts").select("category", "n_prompts", "kept").rows() == [("color", 1, 1)]
+
+
+def test_means_that_differ_by_rounding_alone_are_ties(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    tenths = [0.1, 0.2, 0.3]  # added up in this order, 0.6000000000000001; in the other, 0.6
+    scores = [row for i in range(3) for row in head_rows(i, [tenths[2 - i], tenths[i]])]
+    add_knowledge(lake, "m", "d", "a" * 16, {"prompts": [prompt(i, "color") for i in range(3)], "head_scores": scores})
+    with Database(lake) as database:
+        assert database.query("top-heads").select("head", "score").rows() == [(0, 0.2), (1, 0.2)]
+
+
+@needs_shell
+@pytest.mark.parametrize("name", [*KNOWLEDGE, "checks", "runs"])
+def test_saved_query_answers_the_same_in_the_shell(lake: Path, database: Database, name: str) -> None:
+    assert_same_in_the_shell(lake, database, name)
+
+
+@needs_shell
+def test_a_list_is_set_in_the_shell(lake: Path, database: Database) -> None:
+    assert_same_in_the_shell(lake, database, "top-heads", model=["beta", "it's"], category="language")
