@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdb.ingest.capture import BATCH_TOKENS, batches
 from kdb.ingest.circuit import Circuit
+from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
     import torch
@@ -38,21 +40,26 @@ class Silenced:
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt with one intervention, at its last position or at ``all`` of them."""
+    """One prompt with one intervention, at its last position or everywhere.
+
+    ``rivals`` are tokens that the target is compared with.
+    """
 
     token_ids: Sequence[int]
     target: int
     silenced: Silenced
     everywhere: bool
+    rivals: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Effects:
-    """The target's rank (from 1), probability and log-probability in each trial, (m)."""
+    """The target's rank (from 1), probability and log-probability in each trial, and whether no rival beats it, (m)."""
 
     rank: NDArray[np.int64]
     prob: NDArray[np.float64]
     logp: NDArray[np.float64]
+    ahead: NDArray[np.bool_]
 
 
 def run_trials(
@@ -70,20 +77,20 @@ def run_trials(
 
     budget = batch_tokens or BATCH_TOKENS.get(circuit.loaded.device.type, BATCH_TOKENS["cpu"])
     at_most = max(1, LOGITS_BYTES // (8 * circuit.readout.table.shape[0]))
-    out = Effects(*(np.empty(len(trials), dtype=t) for t in (np.int64, np.float64, np.float64)))
+    out = Effects(*(np.empty(len(trials), dtype=t) for t in (np.int64, np.float64, np.float64, np.bool_)))
     order = sorted(range(len(trials)), key=lambda i: -len(trials[i].token_ids))
     lengths = [len(trials[i].token_ids) for i in order]
     with torch.inference_mode():
         for batch in batches(lengths, budget):
             for start in range(0, len(batch), at_most):
                 rows = [order[i] for i in batch[start : start + at_most]]
-                out.rank[rows], out.prob[rows], out.logp[rows] = _run(circuit, [trials[i] for i in rows])
+                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = _run(circuit, [trials[i] for i in rows])
                 if on_batch is not None:
                     on_batch(len(rows))
     return out
 
 
-def _run(circuit: Circuit, trials: Sequence[Trial]) -> tuple[Any, Any, Any]:
+def _run(circuit: Circuit, trials: Sequence[Trial]) -> tuple[Any, ...]:
     import torch
 
     device, rows = circuit.loaded.device, torch.arange(len(trials))
@@ -98,7 +105,8 @@ def _run(circuit: Circuit, trials: Sequence[Trial]) -> tuple[Any, Any, Any]:
     own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
     logp = (own.double() - logits.double().logsumexp(1, keepdim=True))[:, 0]
     rank = 1 + (logits > own).sum(1)
-    return rank.cpu().numpy(), logp.exp().cpu().numpy(), logp.cpu().numpy()
+    ahead = [bool((logits[i, list(t.rivals)] < own[i]).all()) for i, t in enumerate(trials)]
+    return rank.cpu().numpy(), logp.exp().cpu().numpy(), logp.cpu().numpy(), ahead
 
 
 @contextlib.contextmanager
@@ -135,3 +143,41 @@ def _zero(places: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.
         return (states.reshape(args[0].shape), *args[1:])
 
     return hook
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Something silenced in one prompt, and the words under which its effect is stored."""
+
+    prompt_id: int
+    token_ids: Sequence[int]
+    target: int
+    method: str
+    positions: str
+    silenced: Silenced
+    k: int
+
+
+def intervene(
+    circuit: Circuit,
+    interventions: Sequence[Intervention],
+    *,
+    batch_tokens: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> pa.Table:
+    """Rows of ``ablations``: the target before and after each intervention, in the order given.
+
+    The untouched model runs through the same code, so that what differs is the intervention alone.
+    """
+    untouched = {i.prompt_id: Trial(i.token_ids, i.target, Silenced(), everywhere=False) for i in interventions}
+    before_of = {prompt: place for place, prompt in enumerate(untouched)}
+    trials = [Trial(i.token_ids, i.target, i.silenced, i.positions == "all") for i in interventions]
+    found = run_trials(circuit, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
+    rows = []
+    for after, item in enumerate(interventions, start=len(untouched)):
+        before = before_of[item.prompt_id]
+        row = {"prompt_id": item.prompt_id, "method": item.method, "k": item.k, "positions": item.positions}
+        for name, values in (("rank", found.rank), ("prob", found.prob), ("logp", found.logp)):
+            row |= {f"{name}_before": values[before].item(), f"{name}_after": values[after].item()}
+        rows.append(row)
+    return pa.Table.from_pylist(rows, arrow_schema("ablations"))

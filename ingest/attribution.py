@@ -9,11 +9,11 @@ a head, neuron n, hidden d.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kdb.ingest.certificate import Distributions, certified_top, distributions
+from kdb.ingest.certificate import Best, Distributions, certified_top, distributions
 from kdb.ingest.circuit import Circuit
 from kdb.ingest.recording import Recording, head_coefficients, head_vectors
 
@@ -24,9 +24,9 @@ BASES_BYTES = 384 * 2**20
 """Memory for the probabilities of one batch, at each of its residuals."""
 
 
-def prompts_at_once(circuit: Circuit, vocab_size: int) -> int:
+def prompts_at_once(circuit: Circuit) -> int:
     """How many prompts are attributed together: as many as their distributions fit into memory."""
-    return max(1, BASES_BYTES // (2 * len(circuit.blocks) * vocab_size * 4))
+    return max(1, BASES_BYTES // (2 * len(circuit.blocks) * circuit.readout.table.shape[0] * 4))
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,15 @@ class Neurons:
     position: torch.Tensor | None
     coefficient: torch.Tensor
     score: torch.Tensor
-    slack: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    exact: torch.Tensor
     n_scored: torch.Tensor
+
+    def first(self, k: int) -> Neurons:
+        """The ``k`` best of each prompt."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "n_scored"}
+        return replace(self, **{name: x if x is None else x[:, :k] for name, x in changed.items()})
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,12 @@ class Queries:
     embed: torch.Tensor
     attn: torch.Tensor
     ffn: torch.Tensor
+
+
+def _neurons(best: Best, *place: Any) -> Neurons:
+    """Neurons whose scores were computed over the whole vocabulary: known up to rounding."""
+    lower, upper = best.score - best.slack, best.score + best.slack
+    return Neurons(*place, best.score, lower, upper, best.index >= 0, best.n_scored)
 
 
 class Attribution:
@@ -207,10 +220,14 @@ class Attribution:
             slack.append(factor.abs() * columns.norm(dim=1) * at.reach[rows, None])
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
 
+    def ffn_columns(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct columns (u, d) of FFN neurons, given by place in (l · n), and which is whose (m)."""
+        return self._columns(flat, self._ffn_factor.shape[2], "ffn")
+
     def ffn_vectors(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """FFN neurons, given by prompt and place in (l · n), as distinct columns, which is whose, and factors."""
         n = self._ffn_factor.shape[2]
-        return *self._columns(flat, n, "ffn"), self._ffn_factor[prompt, flat // n, flat % n]
+        return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
 
     def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """Exact scores (m) of FFN neurons, given by prompt and place in (l · n)."""
@@ -223,9 +240,7 @@ class Attribution:
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
         layer, neuron, found = best.index // n, best.index % n, best.index >= 0
         coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
-        return Neurons(
-            layer.masked_fill(~found, -1), None, neuron, None, coefficient, best.score, best.slack, best.n_scored
-        )
+        return _neurons(best, layer.masked_fill(~found, -1), None, neuron, None, coefficient)
 
     def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) that ``key`` = layer · per_layer + column names, and which is each one's."""
@@ -280,9 +295,7 @@ class Attribution:
         flat, found = best.index.clamp_min(0), best.index >= 0
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
         layer = (flat // (h * t * e)).masked_fill(~found, -1)
-        return Neurons(
-            layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient, best.score, best.slack, best.n_scored
-        )
+        return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
 
     # Query side
 

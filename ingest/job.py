@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kdb.ingest.datasets import Dataset, prompts
 from kdb.ingest.models import ModelSource
 from kdb.warehouse.lake import run_id
 
-STUDY = "concept"
 ALWAYS_FITTED = ("logistic", "logistic-paper")
 """Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
 
@@ -42,6 +41,20 @@ class Probing:
 
 
 @dataclass(frozen=True)
+class Attributing:
+    """What determines the scores of a run of the knowledge study, beyond model and prompts.
+
+    ``top_k`` neurons of each component are stored for a prompt, or ``all_neurons``; the best ``query_values`` of
+    them are traced back to query neurons; ``ablate_k`` are zeroed to compare the methods, or none where it is 0.
+    """
+
+    top_k: int = 300
+    all_neurons: bool = False
+    query_values: int = 30
+    ablate_k: int = 10
+
+
+@dataclass(frozen=True)
 class Job:
     """A run that was asked for: everything that determines its result, known before a model is loaded."""
 
@@ -50,19 +63,25 @@ class Job:
     measuring: Measuring
     probing: Probing
     custom_template: bool = False
+    attributing: Attributing = Attributing()
+
+    @property
+    def study(self) -> str:
+        """'concept' or 'knowledge': the dataset's."""
+        return self.dataset.study
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the run id is derived from."""
         return {
-            "study": STUDY,
+            "study": self.study,
             "model": self.source.name,
             "revision": self.source.revision,
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
             "template": self.dataset.template,
             **asdict(self.measuring),
-            **asdict(self.probing),
+            **asdict(self.probing if self.study == "concept" else self.attributing),
         }
 
     @property
@@ -83,6 +102,11 @@ class Job:
             m.dtype if m.dtype != Measuring.dtype else "",
             m.quantize or "",
             f"store={m.store}" if m.store != Measuring.store else "",
+            *(
+                f"{field.name.replace('_', '-')}={getattr(self.attributing, field.name)}"
+                for field in fields(Attributing)
+                if self.study == "knowledge" and getattr(self.attributing, field.name) != field.default
+            ),
         ]
         return " ".join(filter(None, marks)) or "default"
 

@@ -121,20 +121,19 @@ def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Te
     import torch
 
     table, target = a.circuit.readout.table, a.target[prompt]
-    n = a.ffn_coefficients.shape[2]
-    key = (flat * len(table) + target).unique(return_inverse=True)
-    neuron, token = key[0] // len(table), key[0] % len(table)
-    rank = torch.ones(len(neuron), dtype=torch.float64, device=flat.device)
-    for rows in torch.arange(len(neuron), device=flat.device).split(_BLOCK):
-        used, index = neuron[rows].unique_consecutive(return_inverse=True)
-        columns = torch.stack([a.circuit.ffn_columns(i)[j] for i, j in zip(used // n, used % n, strict=True)])
-        own = (columns[index] * table[token[rows]]).sum(1, keepdim=True)
+    pairs, pair = (flat * len(table) + target).unique(return_inverse=True)
+    neuron, token = pairs // len(table), pairs % len(table)
+    columns, which = a.ffn_columns(neuron)
+    rank = torch.ones(len(pairs), dtype=torch.float64, device=flat.device)
+    for rows in torch.arange(len(pairs), device=flat.device).split(_BLOCK):
+        used, index = which[rows].unique_consecutive(return_inverse=True)
+        own = (columns[which[rows]] * table[token[rows]]).sum(1, keepdim=True)
         for start in range(0, len(table), _TILE):
-            logits = (columns @ table[start : start + _TILE].T)[index]
+            logits = (columns[used] @ table[start : start + _TILE].T)[index]
             here = (token[rows] >= start) & (token[rows] < start + _TILE)
             logits[here, token[rows][here] - start] = -torch.inf
             rank[rows] += (logits > own).sum(1)
-    return rank[key[1]]
+    return rank[pair]
 
 
 def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int) -> torch.Tensor:

@@ -55,10 +55,12 @@ class Recording:
 
 
 def bytes_per_token(circuit: Circuit) -> int:
-    """Memory that recording takes for one token of one prompt, at most."""
+    """Memory that one token of one prompt takes, at most: its recording, and the bounds of its attention neurons."""
     n_neurons = circuit.ffn_columns(0).shape[0]
     n_values = circuit.attn_columns(0).shape[0]
-    return 4 * len(circuit.blocks) * (n_neurons + 4 * circuit.hidden_size + n_values + 8)
+    recorded = 4 * (n_neurons + 4 * circuit.hidden_size + n_values + 8)
+    bounds = 6 * 8 * n_values
+    return len(circuit.blocks) * (recorded + bounds)
 
 
 def record(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> Recording:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kdb.errors import DatasetError, WarehouseError
+from kdb.errors import WarehouseError
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
-from kdb.ingest.job import STUDY, Job, Measuring, Probing
-from kdb.ingest.models import LoadedModel, count_params, load_config, load_tokenizer, model_row
+from kdb.ingest import knowledge
+from kdb.ingest.describe import check_length, describe_run, read_parts
+from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
 from kdb.ingest.progress import progress
 from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
 from kdb.warehouse.schema import arrow_schema
@@ -57,14 +58,23 @@ def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_token
     with lake.stage(job.run, job.source.name, job.dataset.name) as staged:
         if staged.committed:
             return Outcome(job.run, "exists")
-        if not staged.has("prompts", "part"):
-            _describe(staged, job)
-        missing = _missing_parts(staged)
-        if missing:
-            _capture(staged, job, missing, load(), batch_tokens)
-        _probe(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
+        if job.study == "knowledge":
+            knowledge.measure(staged, job, load, batch_tokens)
+        else:
+            _measure_concept(staged, job, load, batch_tokens)
         staged.commit(_run_row(job, staged.facts.get("device")))
     return Outcome(job.run, "committed")
+
+
+def _measure_concept(
+    staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None
+) -> None:
+    if not staged.has("prompts", "part"):
+        _describe(staged, job)
+    missing = _missing_parts(staged)
+    if missing:
+        _capture(staged, job, missing, load(), batch_tokens)
+    _probe(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
 
 
 def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measuring.seed) -> Outcome:
@@ -80,9 +90,9 @@ def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measur
         if staged.committed:
             return Outcome(staged.run, "exists")
         for table in ("models", "datasets"):
-            staged.write(table, "part", [_read(_files(source.path, table))])
+            staged.write(table, "part", [read_parts(_files(source.path, table))])
         _probe(staged, _files(source.path, "prompts"), activations, probing, seed)
-        row = _read(_files(source.path, "runs")).to_pylist()[0]
+        row = read_parts(_files(source.path, "runs")).to_pylist()[0]
         settings = json.loads(row["settings"]) | asdict(probing) | {"seed": seed}
         changed = {"source_run": source.run, "seed": seed, "settings": json.dumps(settings)}
         no_model = dict.fromkeys(("torch_version", "transformers_version", "device"))
@@ -94,33 +104,11 @@ def _describe(staged: StagedRun, job: Job) -> None:
     """Write the small tables of a run; whatever is wrong with the prompts is found here, before any work."""
     config, texts = load_config(job.source), job.texts
     token_ids = load_tokenizer(job.source)(texts)["input_ids"]
-    _check_length(job, token_ids, config)
+    check_length(job, token_ids, config)
     examples = job.dataset.examples
     _splits([e.label for e in examples], [e.group for e in examples], job.probing, job.measuring.seed)
-    m = job.measuring
-    staged.write_rows("models", "part", [model_row(job.source, config, count_params(config), m.dtype, m.quantize)])
-    dataset = {
-        "study": STUDY,
-        "source": job.dataset.source,
-        "fingerprint": job.dataset.fingerprint,
-        "template": job.dataset.template,
-        "n_prompts": len(texts),
-        "n_positive": job.dataset.n_positive,
-    }
-    staged.write_rows("datasets", "part", [dataset])
+    describe_run(staged, job, config)
     staged.write_rows("prompts", "part", list(_prompt_rows(job.dataset, texts, token_ids)))
-
-
-def _check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any) -> None:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for number, ids in enumerate(token_ids):
-        if limit is not None and len(ids) > limit:
-            raise DatasetError(
-                f"Prompt {number} of {job.dataset.name!r} has {len(ids):,} tokens, and {job.source.name} reads "
-                f"at most {limit:,}: shorten the text, or take a model with a longer context."
-            )
-        if not ids:
-            raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens for {job.source.name}.")
 
 
 def _splits(labels: Sequence[int], groups: Sequence[str | None], probing: Probing, seed: int) -> list[Split]:
@@ -150,8 +138,8 @@ def _prompt_rows(
 
 def _missing_parts(staged: StagedRun) -> dict[str, list[int]]:
     """The parts of activations still to be captured, each with its prompts, longest first."""
-    model = _read(staged.parts("models")).to_pylist()[0]
-    n_tokens = _read(staged.parts("prompts"))["n_tokens"].to_pylist()
+    model = read_parts(staged.parts("models")).to_pylist()[0]
+    n_tokens = read_parts(staged.parts("prompts"))["n_tokens"].to_pylist()
     order = sorted(range(len(n_tokens)), key=lambda i: -n_tokens[i])
     size = prompts_per_part(model["n_layers"], len(SITES), model["hidden_size"])
     parts = {f"part-{i // size:05}": order[i : i + size] for i in range(0, len(order), size)}
@@ -192,10 +180,10 @@ def _probe(
     """Fit every probe on every layer and site that has no finished part yet."""
     from kdb.ingest.probes import map_layers
 
-    table = _read(prompt_parts)
+    table = read_parts(prompt_parts)
     labels = table["label"].to_pylist()
     splits = _splits(labels, table["group_id"].to_pylist(), probing, seed)
-    model = _read(staged.parts("models")).to_pylist()[0]
+    model = read_parts(staged.parts("models")).to_pylist()[0]
     keys = [(layer, site) for site in SITES for layer in range(model["n_layers"])]
     left = [key for key in keys if not staged.has("probe_scores", _part_name(key))]
     load = functools.partial(_load_layer, list(activations))
@@ -228,7 +216,7 @@ def _n_jobs(n_prompts: int, hidden_size: int) -> int:
 
 def _run_row(job: Job, device: str | None) -> dict[str, Any]:
     return {
-        "study": STUDY,
+        "study": job.study,
         "variant": job.variant,
         "settings": json.dumps(job.identity),
         "seed": job.measuring.seed,
@@ -242,7 +230,3 @@ def _run_row(job: Job, device: str | None) -> dict[str, Any]:
 
 def _files(run: Path, table: str) -> list[Path]:
     return sorted((run / table).glob("*.parquet"))
-
-
-def _read(parts: Sequence[Path]) -> pa.Table:
-    return pa.concat_tables(pq.ParquetFile(part).read() for part in parts)

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from kdb.errors import DatasetError, UnknownNameError
 from kdb.ingest.datasets import Dataset, Example, available_datasets, fetch, load_dataset, prompts
 from kdb.ingest.datasets.paper import PAPER_DATASETS
+from kdb.ingest.datasets.published import PUBLISHED
 
 PAPER_DATA = Path(__file__).parents[2] / "shared" / "data" / "concept_depth"
 needs_paper_data = pytest.mark.skipif(not PAPER_DATA.is_dir(), reason=f"no paper datasets in {PAPER_DATA}")
 
+EITHER = "expected columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
 A_LABEL = "expected label 0, 1, true, false, yes or no"
 GOOD_CSV = "text,label,town\nIt rains.,1,Bonn\nIt snows.,0,Bonn\nIt hails.,yes,Kiel\nIt pours.,FALSE,Kiel\n"
 
@@ -277,13 +279,13 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
         ("a.csv", 'text,label\n"a\nb",1\nno,\n', f"a.csv, line 4: {A_LABEL}, found ''"),
         ("a.csv", "text,label\nyes,1\n  ,0\n", "a.csv, line 3: expected a text in column 'text', found '  '"),
         ("a.csv", "text,label\nyes,1\nno\n", "a.csv, line 3: expected 2 cells, found 1"),
-        ("a.csv", "text,lable\nyes,1\n", "a.csv, line 1: expected one column 'label', found 'text', 'lable'"),
+        ("a.csv", "text,lable\nyes,1\n", f"a.csv, line 1: {EITHER}, found 'text', 'lable': rename the columns"),
         (
             "a.csv",
             "text,text,label\na,b,1\n",
             "a.csv, line 1: expected one column 'text', found 'text', 'text', 'label'",
         ),
-        ("a.csv", "", "a.csv, line 1: expected one column 'text', found no columns"),
+        ("a.csv", "", f"a.csv, line 1: {EITHER}, found no columns: rename the columns"),
         ("a.csv", b"text,label\ncaf\xe9,1\n", "a.csv, line 2: expected UTF-8 text, found the byte 0xe9"),
         (
             "a.csv",
@@ -296,7 +298,12 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
             'a.jsonl, line 2: expected a JSON object, found \'{"text": "b"\'',
         ),
         ("a.jsonl", "\n[1]\n", "a.jsonl, line 2: expected a JSON object, found '[1]'"),
-        ("a.jsonl", '{"text": "a"}\n', "a.jsonl, line 1: expected one column 'label', found 'text'"),
+        ("a.jsonl", '{"text": "a"}\n', f"a.jsonl, line 1: {EITHER}, found 'text': rename the columns"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": "b"}\n',
+            "a.jsonl, line 2: expected one column 'label', found 'text'",
+        ),
         (
             "a.jsonl",
             '{"text": 5, "label": 1}\n',
@@ -365,7 +372,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 def test_options_that_cannot_be_used_are_refused() -> None:
     assert message("coinflip-synthetic", limit=0) == (
-        "The limit counts examples of each class: expected 1 or more, found 0."
+        "The limit counts examples of each class or category: expected 1 or more, found 0."
     )
     assert message("coinflip-synthetic", template="no place") == (
         "The template 'no place' does not say where the text goes: write {text} there."
@@ -504,7 +511,8 @@ def test_data_dir_goes_before_the_environment_and_the_cache(
 def test_list_of_datasets_says_what_is_available(tmp_path: Path) -> None:
     write(tmp_path / "cities.csv", "")
     infos = {info.name: info for info in available_datasets(tmp_path)}
-    assert list(infos) == ["world-cities", "coinflip-synthetic", *PAPER_DATASETS]
+    ours, published = ["world-cities", "coinflip-synthetic"], ["knowledge", *PUBLISHED]
+    assert list(infos) == [*ours, *PAPER_DATASETS, *published]
     assert (infos["cities"].status, infos["cities"].where) == ("available", str(tmp_path))
     assert (infos["cities"].size, infos["stsa"].status) == ("748 true + 748 false", "downloadable")
     assert (infos["imdb"].status, infos["world-cities"].status) == ("needs a file", "built in")

@@ -45,8 +45,9 @@ RELATIONS = {
 
 # Wikidata's relations. P1376 goes from a capital to what it is the capital of.
 WIKIDATA = {
-    **{"P37": "language", "P103": "language", "P407": "language", "P364": "language", "P1412": "language"},
-    **{"P36": "capital", "P1376": "capital", "P17": "country", "P27": "country", "P495": "country"},
+    **dict.fromkeys(("P37", "P103", "P407", "P364", "P1412"), "language"),
+    **dict.fromkeys(("P36", "P1376"), "capital"),
+    **dict.fromkeys(("P17", "P27", "P495"), "country"),
 }
 
 # The first beginning that fits a row counts.

@@ -140,13 +140,14 @@ def _not_parquet(path: Path, error: Exception) -> DatasetError:
     return DatasetError(f"Cannot read {str(path)!r} as Parquet: {error}")
 
 
-def column_names(path: Path) -> list[str]:
-    """Return the columns of a .csv or .parquet file, or those of a .jsonl file's first object."""
+def column_names(path: Path) -> tuple[str, list[str]]:
+    """Return the columns of a .csv or .parquet file, or of a .jsonl file's first object, and where they stand."""
     if path.suffix.lower() == ".parquet":
-        return _parquet_columns(path)
+        return path.name, _parquet_columns(path)
+    nothing: tuple[str, list[str]] = (f"{path.name}, line 1", [])
     if path.suffix.lower() == ".jsonl":
-        return next((list(row.fields) for row in read_jsonl(path, ())), [])
-    return next((cells for _, cells in numbered_cells(path, ",", csv.QUOTE_MINIMAL)), [])
+        return next(((row.place, list(row.fields)) for row in read_jsonl(path, ())), nothing)
+    return next(numbered_cells(path, ",", csv.QUOTE_MINIMAL), nothing)
 
 
 def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: Quoting) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kdb.errors import DatasetError
 from kdb.ingest.datasets.base import Dataset, Example
-from kdb.ingest.datasets.layout import Layout, to_examples, text_of
+from kdb.ingest.datasets.layout import Layout, text_of, to_examples
 from kdb.ingest.datasets.rows import Row, column_names, complaint, excerpt, read_csv, read_jsonl, read_parquet
 
 _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -33,8 +33,9 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
     """
     name = _usable_name(path, name, taken)
     source = f"{path.name}, a user's file"
-    read, columns = _READERS[path.suffix.lower()], column_names(path)
-    if _is_knowledge(path, columns):
+    read = _READERS[path.suffix.lower()]
+    place, columns = column_names(path)
+    if _is_knowledge(place, columns):
         refuse_groups(name, group_by)
         # A column of JSON lines may be there in some lines only.
         optional = () if path.suffix.lower() == ".jsonl" else tuple(c for c in _OPTIONAL if c in columns)
@@ -53,15 +54,15 @@ def refuse_groups(name: str, group_by: str | None) -> None:
         )
 
 
-def _is_knowledge(path: Path, columns: Collection[str]) -> bool:
+def _is_knowledge(place: str, columns: Collection[str]) -> bool:
     concept, knowledge = set(_CONCEPT) <= set(columns), set(_KNOWLEDGE) <= set(columns)
     if concept != knowledge:
         return knowledge
-    found = ", ".join(map(repr, columns)) or "no columns"
     either = "columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
+    found = ", ".join(map(repr, columns)) or "no columns"
     if concept:
-        raise complaint(path.name, f"{either}, not both", f"{found}: leave out those of the other study")
-    raise complaint(path.name, either, f"{found}: name the columns so")
+        raise complaint(place, f"{either}, not both", f"{found}: leave out those that are not meant")
+    raise complaint(place, either, f"{found}: rename the columns")
 
 
 def _answered(rows: Iterable[Row]) -> Iterator[Example]:

@@ -9,6 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 
+
+def table(text: str) -> dict[str, str]:
+    """Read "France: Paris, Italy: Rome" as a dict."""
+    return dict(entry.strip().split(": ") for entry in text.split(","))
+
+
 CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 
 MONTHS = (
@@ -29,29 +35,25 @@ NUMBER_WORDS = (
 _TENS = {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 
 # The codes are those of ISO 639, which GeoNames uses for the languages of a country.
-LANGUAGES = {
-    **{"sq": "Albanian", "am": "Amharic", "ar": "Arabic", "hy": "Armenian", "az": "Azerbaijani", "eu": "Basque"},
-    **{"be": "Belarusian", "bn": "Bengali", "bs": "Bosnian", "bg": "Bulgarian", "my": "Burmese", "ca": "Catalan"},
-    **{"zh": "Chinese", "hr": "Croatian", "cs": "Czech", "da": "Danish", "nl": "Dutch", "en": "English"},
-    **{"eo": "Esperanto", "et": "Estonian", "fi": "Finnish", "fr": "French", "gl": "Galician", "ka": "Georgian"},
-    **{"de": "German", "el": "Greek", "gu": "Gujarati", "ht": "Haitian", "he": "Hebrew", "hi": "Hindi"},
-    **{"hu": "Hungarian", "is": "Icelandic", "id": "Indonesian", "ga": "Irish", "it": "Italian", "ja": "Japanese"},
-    **{"kk": "Kazakh", "km": "Khmer", "ko": "Korean", "ku": "Kurdish", "lo": "Lao", "la": "Latin", "lv": "Latvian"},
-    **{"lt": "Lithuanian", "mk": "Macedonian", "ms": "Malay", "mt": "Maltese", "mn": "Mongolian", "ne": "Nepali"},
-    **{"no": "Norwegian", "ps": "Pashto", "fa": "Persian", "pl": "Polish", "pt": "Portuguese", "pa": "Punjabi"},
-    **{"ro": "Romanian", "ru": "Russian", "sa": "Sanskrit", "sr": "Serbian", "sk": "Slovak", "sl": "Slovene"},
-    **{"so": "Somali", "es": "Spanish", "sw": "Swahili", "sv": "Swedish", "tl": "Tagalog", "ta": "Tamil"},
-    **{"te": "Telugu", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek"},
-    **{"vi": "Vietnamese", "cy": "Welsh", "yi": "Yiddish", "zu": "Zulu"},
-}
+LANGUAGES = table("""
+    sq: Albanian, am: Amharic, ar: Arabic, hy: Armenian, az: Azerbaijani, eu: Basque, be: Belarusian, bn: Bengali,
+    bs: Bosnian, bg: Bulgarian, my: Burmese, ca: Catalan, zh: Chinese, hr: Croatian, cs: Czech, da: Danish, nl: Dutch,
+    en: English, eo: Esperanto, et: Estonian, fi: Finnish, fr: French, gl: Galician, ka: Georgian, de: German,
+    el: Greek, gu: Gujarati, ht: Haitian, he: Hebrew, hi: Hindi, hu: Hungarian, is: Icelandic, id: Indonesian,
+    ga: Irish, it: Italian, ja: Japanese, kk: Kazakh, km: Khmer, ko: Korean, ku: Kurdish, lo: Lao, la: Latin,
+    lv: Latvian, lt: Lithuanian, mk: Macedonian, ms: Malay, mt: Maltese, mn: Mongolian, ne: Nepali, no: Norwegian,
+    ps: Pashto, fa: Persian, pl: Polish, pt: Portuguese, pa: Punjabi, ro: Romanian, ru: Russian, sa: Sanskrit,
+    sr: Serbian, sk: Slovak, sl: Slovene, so: Somali, es: Spanish, sw: Swahili, sv: Swedish, tl: Tagalog, ta: Tamil,
+    te: Telugu, th: Thai, tr: Turkish, uk: Ukrainian, ur: Urdu, uz: Uzbek, vi: Vietnamese, cy: Welsh, yi: Yiddish,
+    zu: Zulu
+""")
 
 # Names that GeoNames does not give as a country's, but that questions have for an answer.
-_ALSO_COUNTRIES = {
-    **{"England": "England", "Scotland": "Scotland", "Wales": "Wales", "Northern Ireland": "Northern Ireland"},
-    **{"USA": "United States", "U.S.A": "United States", "United States of America": "United States"},
-    **{"UK": "United Kingdom", "U.K": "United Kingdom", "Great Britain": "United Kingdom"},
-    **{"Holland": "Netherlands", "Czech Republic": "Czechia", "Burma": "Myanmar"},
-}
+_ALSO_COUNTRIES = table("""
+    England: England, Scotland: Scotland, Wales: Wales, Northern Ireland: Northern Ireland, USA: United States,
+    U.S.A: United States, United States of America: United States, UK: United Kingdom, U.K: United Kingdom,
+    Great Britain: United Kingdom, Holland: Netherlands, Czech Republic: Czechia, Burma: Myanmar
+""")
 
 _ASKED_FOR = {
     "month": r"month",

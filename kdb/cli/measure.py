@@ -71,6 +71,41 @@ def _probe_options(command: Command) -> Command:
     return command
 
 
+def _attribution_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option(
+                "--top-k",
+                type=click.IntRange(1),
+                default=300,
+                show_default=True,
+                help="Knowledge: neurons of each component to store for a prompt, proved to be the best.",
+            ),
+            click.option(
+                "--all-neurons",
+                is_flag=True,
+                help="Knowledge: store every neuron, with a certified interval of its score.",
+            ),
+            click.option(
+                "--query-values",
+                type=click.IntRange(1),
+                default=30,
+                show_default=True,
+                help="Knowledge: value neurons that are traced back to query neurons.",
+            ),
+            click.option(
+                "--ablate-k",
+                type=click.IntRange(0),
+                default=10,
+                show_default=True,
+                help="Knowledge: neurons of each method that are zeroed; 0 skips the comparison.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 def _model_options(command: Command) -> Command:
     for option in reversed(
         (
@@ -108,17 +143,20 @@ def _model_options(command: Command) -> Command:
 @_model_options
 @_dataset_options
 @_probe_options
+@_attribution_options
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 @warehouse_option
 def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
-    """Run a model on datasets, and probe every layer.
+    """Run a model on datasets, and measure where it knows what they ask.
 
-    Stores the last token's hidden state at every layer and two sites. The same command goes on from
-    where it was interrupted, and does nothing where the run is stored.
+    Texts with labels: stores the last token's hidden state at every layer and two sites, and probes them.
+    Prompts with answers: scores the layers, heads and neurons that raise the answer's probability. The same
+    command goes on from where it was interrupted, and does nothing where the run is stored.
 
     \b
     kdb ingest --model smollm2-135m
     kdb ingest --model smollm2-135m --dataset cities --data-dir data/
+    kdb ingest --model smollm2-135m --dataset knowledge
     kdb ingest --model ./my-model --dataset my.csv
     """
     from kdb.ingest import models as found
@@ -149,7 +187,7 @@ def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
 def _jobs(options: dict[str, Any]) -> list[Any]:
     """Everything that was asked for, found and checked before any work."""
     from kdb.ingest.datasets import available_datasets, load_dataset
-    from kdb.ingest.job import Job, Measuring
+    from kdb.ingest.job import Attributing, Job, Measuring
     from kdb.ingest.models import find_model
 
     built_in = [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
@@ -160,7 +198,8 @@ def _jobs(options: dict[str, Any]) -> list[Any]:
     source = find_model(options["model"], name=options["name"], revision=options["revision"])
     measuring = Measuring(**{n: options[n] for n in ("dtype", "quantize", "noise", "seed", "store", "limit")})
     custom = options["template"] is not None
-    return [Job(source, dataset, measuring, _probing(options), custom) for dataset in texts]
+    attributing = Attributing(**{n: options[n] for n in ("top_k", "all_neurons", "query_values", "ablate_k")})
+    return [Job(source, dataset, measuring, _probing(options), custom, attributing) for dataset in texts]
 
 
 def _probing(options: dict[str, Any]) -> Any:

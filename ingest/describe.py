@@ -1,0 +1,48 @@
+"""What the runs of both studies store about themselves before they measure, and how they read what they stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdb.errors import DatasetError
+from kdb.ingest.job import Job
+from kdb.ingest.models import count_params, model_row
+from kdb.warehouse.lake import StagedRun
+
+
+def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
+    """Write the rows of ``models`` and ``datasets``."""
+    m = job.measuring
+    staged.write_rows("models", "part", [model_row(job.source, config, count_params(config), m.dtype, m.quantize)])
+    dataset = {
+        "study": job.study,
+        "source": job.dataset.source,
+        "fingerprint": job.dataset.fingerprint,
+        "template": job.dataset.template,
+        "n_prompts": len(job.dataset.examples),
+        "n_positive": job.dataset.n_positive,
+    }
+    staged.write_rows("datasets", "part", [dataset])
+
+
+def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any) -> None:
+    """Raise DatasetError for a prompt without tokens, or with more than the model reads."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for number, ids in enumerate(token_ids):
+        if limit is not None and len(ids) > limit:
+            raise DatasetError(
+                f"Prompt {number} of {job.dataset.name!r} has {len(ids):,} tokens, and {job.source.name} reads "
+                f"at most {limit:,}: shorten the text, or take a model with a longer context."
+            )
+        if not ids:
+            raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens for {job.source.name}.")
+
+
+def read_parts(parts: Sequence[Path]) -> pa.Table:
+    """The rows of some Parquet files of one table."""
+    return pa.concat_tables(pq.ParquetFile(part).read() for part in parts)

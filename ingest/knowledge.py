@@ -1,0 +1,410 @@
+"""A run of the knowledge study: read the prompts, attribute those that count, intervene, name the neurons' tokens.
+
+Prompts are worked on in chunks of like length, and a chunk is a part of every table: what is finished when a run
+is cut off is not computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdb.ingest.describe import check_length, describe_run, read_parts
+from kdb.ingest.job import Job
+from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
+from kdb.ingest.progress import progress
+from kdb.ingest.targets import check_candidates, target_token
+from kdb.warehouse.lake import StagedRun
+from kdb.warehouse.schema import arrow_schema
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdb.ingest.attribution import Attribution, Neurons, Queries
+    from kdb.ingest.circuit import Circuit
+
+log = logging.getLogger(__name__)
+
+KEPT_RANK = 10
+"""A prompt counts if its target is among so many of the model's best tokens."""
+
+HEADS_BY_POSITION = 10
+"""Heads of each prompt whose positions are scored apart."""
+
+QUERY_NEURONS = 100
+"""Query neurons of each prompt and kind that are stored."""
+
+TOKENS_OF_A_NEURON = 10
+"""Tokens named at either end of a neuron's logits."""
+
+_CHUNK_BYTES = 512 * 2**20
+"""Memory for the recording of one chunk, and for what is worked out from it."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it. ``rivals`` are the first tokens of its category's other answers."""
+
+    number: int
+    token_ids: list[int]
+    target: int
+    rivals: tuple[int, ...]
+
+
+def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None) -> None:
+    """Write every table of the run that is not finished yet.
+
+    Raises DatasetError for prompts that cannot be used and ModelError for a model whose parts do not add up,
+    before anything is measured.
+    """
+    prompts = read_prompts(job)
+    if not staged.has("datasets", "part"):
+        config = load_config(job.source)
+        check_length(job, [p.token_ids for p in prompts], config)
+        describe_run(staged, job, config)
+
+    @functools.cache
+    def circuit() -> Circuit:
+        from kdb.ingest.circuit import take_apart
+
+        loaded = load()
+        staged.remember(device=str(loaded.device))
+        return take_apart(loaded)
+
+    if not staged.has("checks", "part"):
+        _check(staged, circuit(), prompts)
+    if not staged.has("prompts", "part"):
+        staged.write_rows("prompts", "part", list(_prompt_rows(circuit(), job, prompts, batch_tokens)))
+    kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
+    _attribute(staged, job, kept, circuit)
+    if kept and job.attributing.ablate_k:
+        _compare_methods(staged, job, kept, circuit, batch_tokens)
+    if kept and not staged.has("neuron_tokens", "part"):
+        _name_tokens(staged, circuit())
+
+
+def read_prompts(job: Job) -> list[Prompt]:
+    """Tokenize prompts and answers; raises DatasetError for an answer that cannot be a target."""
+    tokenizer = load_tokenizer(job.source)
+    examples = job.dataset.examples
+    found = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
+    targets, categories = [target for _ids, target in found], [e.category or "" for e in examples]
+    check_candidates(targets, categories)
+    of_category: dict[str, set[int]] = {}
+    for target, category in zip(targets, categories, strict=True):
+        of_category.setdefault(category, set()).add(target)
+    return [
+        Prompt(i, ids, target, tuple(sorted(of_category[category] - {target})))
+        for i, ((ids, target), category) in enumerate(zip(found, categories, strict=True))
+    ]
+
+
+def _check(staged: StagedRun, circuit: Circuit, prompts: Sequence[Prompt]) -> None:
+    from kdb.ingest.capture import CHECK_PROMPTS
+    from kdb.ingest.recording import check_circuit
+
+    staged.write_rows("checks", "part", check_circuit(circuit, [p.token_ids for p in prompts[:CHECK_PROMPTS]]))
+
+
+def _prompt_rows(
+    circuit: Circuit, job: Job, prompts: Sequence[Prompt], batch_tokens: int | None
+) -> Iterator[dict[str, Any]]:
+    """What the untouched model says of each prompt, and whether it counts."""
+    from kdb.ingest.ablation import Silenced, Trial, run_trials
+
+    trials = [Trial(p.token_ids, p.target, Silenced(), everywhere=False, rivals=p.rivals) for p in prompts]
+    with progress("prompts", len(trials), "prompts") as shown:
+        found = run_trials(circuit, trials, batch_tokens=batch_tokens, on_batch=shown.advance)
+    tokenizer = circuit.loaded.tokenizer
+    for prompt, example, text in zip(prompts, job.dataset.examples, job.texts, strict=True):
+        i = prompt.number
+        yield {
+            "prompt_id": i,
+            "text": text,
+            "category": example.category,
+            "relation": example.relation,
+            "subject": example.subject,
+            "answer": example.answer,
+            "target_token_id": prompt.target,
+            "target_token": tokenizer.decode([prompt.target]),
+            "n_tokens": len(prompt.token_ids),
+            "target_prob": float(found.prob[i]),
+            "target_rank": int(found.rank[i]),
+            "kept": bool(found.rank[i] <= KEPT_RANK and found.ahead[i]),
+        }
+
+
+# Attribution -----------------------------------------------------------------------------------------------------
+
+
+def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Callable[[], Circuit]) -> None:
+    """Write the scores of every chunk of prompts that has none yet."""
+    import torch
+
+    chunks = _chunks(staged, kept, circuit)
+    left = {name: chunk for name, chunk in chunks.items() if not staged.has("query_layer_scores", name)}
+    done = len(kept) - sum(map(len, left.values()))
+    with progress("attribution", len(kept), "prompts", done=done) as shown, torch.inference_mode():
+        for name, chunk in left.items():
+            begun = time.monotonic()
+            for table, rows in _scores(circuit(), job, chunk):
+                staged.write(table, name, [rows], seconds=time.monotonic() - begun)
+                begun = time.monotonic()
+            shown.advance(len(chunk))
+
+
+def _chunks(staged: StagedRun, kept: Sequence[Prompt], circuit: Callable[[], Circuit]) -> dict[str, list[Prompt]]:
+    """Prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
+    from kdb.ingest.attribution import prompts_at_once
+    from kdb.ingest.recording import bytes_per_token
+
+    if "chunks" not in staged.facts:
+        order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
+        sizes = []
+        while sum(sizes) < len(order):
+            tokens = len(order[sum(sizes)].token_ids)
+            fits = _CHUNK_BYTES // (tokens * bytes_per_token(circuit()))
+            sizes.append(max(1, min(fits, prompts_at_once(circuit()))))
+        bounds = np.cumsum([0, *sizes]).tolist()
+        staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in zip(bounds, bounds[1:], strict=False)])
+    by_number = {p.number: p for p in kept}
+    return {f"part-{i:05}": [by_number[n] for n in chunk] for i, chunk in enumerate(staged.facts["chunks"])}
+
+
+def _scores(circuit: Circuit, job: Job, chunk: Sequence[Prompt]) -> Iterator[tuple[str, pa.Table]]:
+    """The rows of every table of scores for a chunk of prompts, the table last that tells that all are there."""
+    from kdb.ingest.recording import record
+
+    import torch
+
+    wanted = job.attributing
+    target = torch.tensor([p.target for p in chunk], device=circuit.loaded.device)
+    a = _attribution(circuit, record(circuit, [p.token_ids for p in chunk]), target)
+    ids = np.array([p.number for p in chunk], dtype=np.int32)
+    yield "layer_scores", _layer_rows(ids, a)
+    yield "head_scores", _head_rows(ids, a)
+    yield "head_position_scores", _head_position_rows(ids, a, circuit.loaded.tokenizer, chunk)
+    k = max(wanted.top_k, wanted.query_values)
+    ffn, attn = a.ffn_top(k), a.attn_top(k)
+    if wanted.all_neurons:
+        stored = [a.ffn_every(ffn), a.attn_every(attn)]
+    else:
+        stored = [ffn.first(wanted.top_k), attn.first(wanted.top_k)]
+    yield "neuron_scores", pa.concat_tables(_neuron_rows(ids, n) for n in stored)
+    queries = {
+        "attn": a.attn_queries(attn.first(wanted.query_values)),
+        "ffn": a.ffn_queries(ffn.first(wanted.query_values)),
+    }
+    yield "query_neuron_scores", pa.concat_tables(_query_neuron_rows(ids, k, q) for k, q in queries.items())
+    yield "query_layer_scores", pa.concat_tables(_query_layer_rows(ids, k, q) for k, q in queries.items())
+
+
+def _attribution(circuit: Circuit, recording: Any, target: torch.Tensor) -> Attribution:
+    from kdb.ingest.attribution import Attribution
+
+    return Attribution(circuit, recording, target)
+
+
+def _table(name: str, columns: dict[str, Any]) -> pa.Table:
+    """Rows of a table from arrays of one shape, or of shapes that broadcast; columns left out are NULL."""
+    arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
+    shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
+    n = int(np.prod(shape))
+    schema = arrow_schema(name)
+    return pa.table(
+        [
+            pa.array(np.broadcast_to(arrays[f.name], shape).ravel()).cast(f.type)
+            if f.name in arrays
+            else pa.nulls(n, f.type)
+            for f in schema
+        ],
+        schema=schema,
+    )
+
+
+def _layer_rows(ids: Any, a: Attribution) -> pa.Table:
+    layers = np.arange(a.n_layers)
+    return pa.concat_tables(
+        _table("layer_scores", {"prompt_id": ids[:, None], "layer": layers, "component": c, "score": score})
+        for c, score in a.layer_scores.items()
+    )
+
+
+def _head_rows(ids: Any, a: Attribution) -> pa.Table:
+    _b, n_layers, n_heads = a.head_scores.shape
+    place = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
+    return _table("head_scores", place | {"score": a.head_scores})
+
+
+def _head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
+    layer, head, attention, score = a.head_positions(HEADS_BY_POSITION)
+    n_tokens = attention.shape[2]
+    texts = [[tokenizer.decode([token]) for token in p.token_ids] + [""] * (n_tokens - len(p.token_ids)) for p in chunk]
+    table = _table(
+        "head_position_scores",
+        {
+            "prompt_id": ids[:, None, None],
+            "layer": layer[..., None],
+            "head": head[..., None],
+            "position": np.arange(n_tokens),
+            "token": np.array(texts, dtype=object)[:, None, :],
+            "attention": attention.double(),
+            "score": score,
+        },
+    )
+    lengths = np.array([len(p.token_ids) for p in chunk])[:, None, None]
+    real = np.broadcast_to(np.arange(n_tokens) < lengths, attention.shape)
+    return table.filter(pa.array(real.ravel()))
+
+
+def _neuron_rows(ids: Any, n: Neurons) -> pa.Table:
+    table = _table(
+        "neuron_scores",
+        {
+            "prompt_id": ids[:, None],
+            "component": "ffn" if n.head is None else "attn",
+            "layer": n.layer,
+            "head": n.head,
+            "neuron": n.neuron,
+            "position": n.position,
+            "coefficient": n.coefficient.double(),
+            "score": n.score,
+            "lower": n.lower,
+            "upper": n.upper,
+            "exact": n.exact,
+            "rank": np.arange(1, n.layer.shape[1] + 1),
+        },
+    )
+    return table.filter(pa.array((n.layer >= 0).cpu().numpy().ravel()))
+
+
+def _query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+    n = q.neurons.shape[2]
+    best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
+    return _table(
+        "query_neuron_scores",
+        {
+            "prompt_id": ids[:, None],
+            "activates": activates,
+            "layer": best.indices // n,
+            "neuron": best.indices % n,
+            "score": best.values.double(),
+            "rank": np.arange(1, best.indices.shape[1] + 1),
+        },
+    )
+
+
+def _query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+    place = {"prompt_id": ids[:, None], "activates": activates}
+    rows = [
+        _table("query_layer_scores", place | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
+        for c, score in (("attn", q.attn), ("ffn", q.ffn))
+    ]
+    return pa.concat_tables(
+        [_table("query_layer_scores", place | {"component": "embed", "score": q.embed[:, None]}), *rows]
+    )
+
+
+# Interventions and tokens ----------------------------------------------------------------------------------------
+
+
+def _compare_methods(
+    staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Callable[[], Circuit], batch_tokens: int | None
+) -> None:
+    """Zero the best neurons of every method, at the last position and at all, and write what becomes of the target."""
+    chunks = _chunks(staged, kept, circuit)
+    left = {name: chunk for name, chunk in chunks.items() if not staged.has("ablations", name)}
+    done = len(kept) - sum(map(len, left.values()))
+    with progress("methods", len(kept), "prompts", done=done) as shown:
+        for name, chunk in left.items():
+            begun = time.monotonic()
+            rows = _method_rows(circuit(), chunk, job.attributing.ablate_k, batch_tokens)
+            staged.write("ablations", name, [rows], seconds=time.monotonic() - begun)
+            shown.advance(len(chunk))
+
+
+def _method_rows(circuit: Circuit, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
+    import torch
+
+    from kdb.ingest.ablation import Intervention, intervene
+    from kdb.ingest.ranking import best_neurons
+    from kdb.ingest.recording import record
+
+    with torch.inference_mode():
+        target = torch.tensor([p.target for p in chunk], device=circuit.loaded.device)
+        a = _attribution(circuit, record(circuit, [p.token_ids for p in chunk]), target)
+        best = {method: places.tolist() for method, places in best_neurons(a, k).items()}
+        n = a.ffn_coefficients.shape[2]
+    interventions = [
+        Intervention(prompt.number, prompt.token_ids, prompt.target, method, positions, silenced_ffn(places[i], n), k)
+        for method, places in best.items()
+        for i, prompt in enumerate(chunk)
+        for positions in ("last", "all")
+    ]
+    return intervene(circuit, interventions, batch_tokens=batch_tokens)
+
+
+def silenced_ffn(places: Sequence[int], n: int) -> Any:
+    """FFN neurons given by place in (l · n), as what an intervention silences."""
+    from kdb.ingest.ablation import Silenced
+
+    by_layer: dict[int, list[int]] = {}
+    for place in places:
+        by_layer.setdefault(place // n, []).append(place % n)
+    return Silenced(ffn=by_layer)
+
+
+def _name_tokens(staged: StagedRun, circuit: Circuit) -> None:
+    """Write the tokens at both ends of the logits of every neuron in a top list."""
+    neurons = read_parts(staged.parts("neuron_scores")).select(["component", "layer", "head", "neuron"])
+    queries = read_parts(staged.parts("query_neuron_scores")).select(["layer", "neuron"])
+    queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
+    every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])
+    every = every.sort_by([(c, "ascending") for c in neurons.column_names])
+    begun = time.monotonic()
+    with progress("tokens", len(every), "neurons") as shown:
+        groups = list(_token_rows(circuit, every, shown.advance))
+    staged.write("neuron_tokens", "part", groups, seconds=time.monotonic() - begun)
+
+
+def _token_rows(circuit: Circuit, neurons: pa.Table, on_batch: Callable[[int], None]) -> Iterator[pa.Table]:
+    import torch
+
+    table, tokenizer = circuit.readout.table, circuit.loaded.tokenizer
+    text = functools.cache(lambda token: tokenizer.decode([token]))
+    for (component, layer), group in _by(neurons.to_pylist(), "component", "layer"):
+        columns = circuit.ffn_columns(layer) if component == "ffn" else circuit.attn_columns(layer)
+        width = columns.shape[0] // circuit.n_heads
+        for start in range(0, len(group), 256):
+            some = group[start : start + 256]
+            rows = [r["neuron"] if component == "ffn" else r["head"] * width + r["neuron"] for r in some]
+            with torch.inference_mode():
+                logits = columns[rows] @ table.T
+                ends = [logits.topk(TOKENS_OF_A_NEURON, dim=1, largest=largest) for largest in (True, False)]
+            n = min(TOKENS_OF_A_NEURON, logits.shape[1])
+            for sign, end in zip(("top", "bottom"), ends, strict=True):
+                yield pa.Table.from_pylist(
+                    [
+                        {**row, "sign": sign, "rank": j + 1, "token": text(end_tokens[j]), "logit": end_logits[j]}
+                        for row, end_tokens, end_logits in zip(
+                            some, end.indices.tolist(), end.values.tolist(), strict=True
+                        )
+                        for j in range(n)
+                    ],
+                    arrow_schema("neuron_tokens"),
+                )
+            on_batch(len(some))
+
+
+def _by(rows: Sequence[dict[str, Any]], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
+    yield from groups.items()
