@@ -24,6 +24,10 @@ BASES_BYTES = 384 * 2**20
 """Memory for the probabilities of one batch, at each of its residuals."""
 
 
+WIDEST = 0.01
+"""Widest interval, in nats, that is stored for a neuron: beyond it the score is computed."""
+
+
 def prompts_at_once(circuit: Circuit) -> int:
     """How many prompts are attributed together: as many as their distributions fit into memory."""
     return max(1, BASES_BYTES // (2 * len(circuit.blocks) * circuit.readout.table.shape[0] * 4))
@@ -296,6 +300,71 @@ class Attribution:
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
         layer = (flat // (h * t * e)).masked_fill(~found, -1)
         return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
+
+    def ffn_every(self, top: Neurons) -> Neurons:
+        """Every FFN neuron of each prompt, best first: ``top`` with exact scores, the others with certified intervals."""
+        n = self._ffn_factor.shape[2]
+        known = (top.layer * n + top.neuron).masked_fill(top.layer < 0, -1)
+        best, bounds = self._every("ffn", self._ffn_factor, self.ffn_bounds, top, known, self.ffn_exact)
+        coefficient = self.ffn_coefficients.flatten(1).gather(1, best)
+        return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored)
+
+    def attn_every(self, top: Neurons) -> Neurons:
+        """The same for attention neurons."""
+        r = self.recording
+        _b, _l, h, t, e = self._attn_coefficients.shape
+        assert top.head is not None and top.position is not None
+        known = ((top.layer * h + top.head) * t + top.position) * e + top.neuron
+        scale = r.attn_scale[:, self._rows, r.last].T[:, :, None, None, None]
+        factor = (self._attn_coefficients * scale).flatten(2)
+        known = known.masked_fill(top.layer < 0, -1)
+        best, bounds = self._every("attn", factor, self.attn_bounds, top, known, self.attn_exact)
+        coefficient = self._attn_coefficients.flatten(1).gather(1, best)
+        padding = best // e % t > r.last[:, None]
+        layer = (best // (h * t * e)).masked_fill(padding, -1)
+        return Neurons(layer, best // (t * e) % h, best % e, best // e % t, coefficient, *bounds, top.n_scored)
+
+    def _every(
+        self,
+        component: str,
+        factor: torch.Tensor,
+        bounds: tuple[torch.Tensor, torch.Tensor],
+        top: Neurons,
+        known: torch.Tensor,
+        score_exactly: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Places (b, m) of all neurons by falling score, and their score, lower, upper and exact.
+
+        ``factor`` (b, l, n) multiplies the columns; ``known`` (b, k) are the places of ``top``, −1 for none.
+        """
+        import torch
+
+        found = []
+        for layer in range(self.n_layers):
+            columns = self.circuit.ffn_columns(layer) if component == "ffn" else self.circuit.attn_columns(layer)
+            every = torch.arange(factor.shape[2], device=factor.device)
+            if component == "attn":
+                h, t, e = self._attn_coefficients.shape[2:]
+                every = every // (t * e) * e + every % e
+            base = self._base(component, torch.full_like(self._rows, layer), self._rows)
+            base = base[:, None].expand(-1, factor.shape[2]).flatten()
+            found.append(
+                torch.stack(
+                    self.at.intervals(base, columns, every.repeat(self.n_prompts), factor[:, layer].flatten())
+                ).view(2, self.n_prompts, -1)
+            )
+        lower, upper = torch.cat(found, dim=2)
+        upper = torch.minimum(upper, bounds[0] + bounds[1])
+        score, exact = (lower + upper) / 2, torch.zeros_like(lower, dtype=torch.bool)
+        row, place = (known >= 0).nonzero(as_tuple=True)
+        where = (row, known[row, place])
+        score[where], lower[where], upper[where] = (x[row, place] for x in (top.score, top.lower, top.upper))
+        exact[where] = True
+        wide = ((upper - lower > WIDEST) & ~exact).nonzero(as_tuple=True)
+        score[wide], exact[wide] = score_exactly(*wide), True
+        lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return order, tuple(x.gather(1, order) for x in (score, lower, upper, exact))
 
     # Query side
 

@@ -27,6 +27,9 @@ _ROUNDING = 5 * 2.0**-24
 """Five standard deviations of a float32 rounding: the sum of n products a·b is off by no more than this times
 √n · ‖a‖‖b‖ (Higham and Mary 2019, A new approach to probabilistic rounding error analysis, theorem 2.4)."""
 
+_EXPLICIT = 256
+"""Most probable tokens that an interval sums over one by one."""
+
 _TILE = 2048
 """Tokens scored at once: few enough that a block's products stay in the cache."""
 _BLOCK = 1024
@@ -87,6 +90,72 @@ class Distributions:
             used, index = which[rows].unique_consecutive(return_inverse=True)
             out[rows] = self._block(base[rows], vectors[used], index, coefficient[rows])
         return out
+
+    def intervals(
+        self, base: torch.Tensor, vectors: torch.Tensor, which: torch.Tensor, coefficient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Certified lower and upper bounds (n) of the scores that :meth:`scores` would give.
+
+        E_p[exp z] is summed over the most probable tokens. Of the rest, with probability R, largest probability P
+        and mean and second moment m and s of z: exp z ≤ 1 + z + z²·φ(b) wherever z ≤ b, with
+        φ(b) = (exp b − 1 − b)/b² (as in Bennett's inequality), and R·s ≤ P·Σ_u z_u² = P·vᵀ(WᵀW)v, which needs one
+        matrix per model. Below, Jensen: E[exp z] ≥ R·exp m.
+        """
+        import torch
+
+        out = torch.empty(2, len(base), dtype=torch.float64, device=base.device)
+        for row in base.unique().tolist():
+            here = (base == row).nonzero()[:, 0]
+            for some in here.split(4 * _BLOCK):
+                used, index = which[some].unique(return_inverse=True)
+                out[:, some] = self._interval(row, vectors[used], index, coefficient[some])
+        return out[0], out[1]
+
+    def _interval(
+        self, row: int, vectors: torch.Tensor, index: torch.Tensor, coefficient: torch.Tensor
+    ) -> torch.Tensor:
+        import torch
+
+        n_explicit = min(_EXPLICIT, self.p.shape[1])
+        head = self.p[row].topk(n_explicit)
+        table, cap = self.table[head.indices], None if self.cap is None else self.cap[self.prompt[row]]
+        if cap is not None:
+            table = table * cap[head.indices, None]
+        factor = coefficient * self.scale[row]
+        # Shifted by the mean: the score does not change, and what is left of z is small.
+        own = self.table[self.target[row]] * self._cap_of_target()[row]
+        mean = own - self.slope[row] / self.scale[row]
+        z = (vectors @ (table - mean).T)[index].mul_(factor[:, None])
+        z_own = (vectors @ (own - mean))[index].double() * factor
+        first = (z @ head.values).double()
+        explicit = (z.exp_() @ head.values).double()
+        rest = 1 - head.values.double().sum()
+        # Jensen's bound for the rest needs its mean, and all of p has mean 0 after the shift.
+        rest_mean = -first / rest.clamp_min(1e-12) if rest > 1e-9 else torch.zeros_like(first)
+        second = self._second_moment(vectors, mean, cap)[index] * factor.double().square()
+        largest = self.p[row].topk(n_explicit + 1).values[-1].double() if n_explicit < self.p.shape[1] else 0.0
+        b = second.sqrt().clamp_min(1e-12)
+        phi = torch.where(b < 1e-3, 0.5 + b / 6 + b.square(), (b.expm1() - b) / b.square())
+        most = explicit + rest - first + largest * second * phi
+        least = explicit + rest * rest_mean.exp() if rest > 1e-9 else explicit
+        slack = coefficient.abs().double() * vectors.norm(dim=1).double()[index] * self.reach[row].double()
+        slack = slack + 1e-6  # by which float32 probabilities may miss a sum of 1
+        return torch.stack([z_own - most.log() - slack, z_own - least.clamp_min(1e-300).log() + slack])
+
+    def _second_moment(self, vectors: torch.Tensor, mean: torch.Tensor, cap: torch.Tensor | None) -> torch.Tensor:
+        """Σ_u (v·(g_u − mean))² over the vocabulary, (m); with a soft cap, whose slope is at most 1, an upper bound."""
+        n = self.table.shape[0]
+        along = (vectors @ mean).double()
+        squares = ((vectors @ self._gram) * vectors).sum(1).double().clamp_min(0)
+        if cap is not None:
+            return 2 * squares + 2 * n * along.square()  # (a − b)² ≤ 2a² + 2b²
+        total = (vectors @ self.table.sum(0)).double()
+        return (squares - 2 * along * total + n * along.square()).clamp_min(0) * (1 + 1e-3) + 1e-9
+
+    @cached_property
+    def _gram(self) -> torch.Tensor:
+        """WᵀW of the table, (d, d)."""
+        return self.table.T @ self.table
 
     def _block(
         self, base: torch.Tensor, vectors: torch.Tensor, index: torch.Tensor, coefficient: torch.Tensor

@@ -5,10 +5,9 @@ The models are real and tiny: every architecture of transformers that the design
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,87 +16,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+from tiny_models import ARCHITECTURES, BLOCKS, VOCAB, WINDOW, loaded, prompts, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from kdb.errors import ModelError
 from kdb.ingest.anatomy import describe
 from kdb.ingest.capture import Capture, batches, check_capture, shared_prefix
-from kdb.ingest.models import LoadedModel, ModelSource
+from kdb.ingest.models import LoadedModel
 
-VOCAB, LAYERS, HIDDEN, WINDOW = 64, 3, 32, 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other on matrices this small make the tests ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-GROUPED = {"num_key_value_heads": 2}
-SLIDING = {"sliding_window": WINDOW}
-NARROW = {"head_dim": 4}  # heads that do not add up to the hidden size
-
-# What each architecture is set to beyond the common sizes: whatever could trip a capture is switched on.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": GROUPED,
-    "mistral": GROUPED | SLIDING,
-    "qwen2": GROUPED,
-    "qwen3": GROUPED | NARROW,
-    "gemma": GROUPED | NARROW,
-    "gemma2": GROUPED | NARROW | SLIDING | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
-    "gemma3_text": GROUPED | NARROW | SLIDING | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
-    "gpt2": {},
-    "gpt_neox": {"use_parallel_residual": True},
-    "phi": GROUPED,
-    "phi3": GROUPED | SLIDING,
-    "olmo": GROUPED,
-    "olmo2": GROUPED,
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN},
-    "starcoder2": GROUPED | SLIDING,
-    "cohere": GROUPED | {"logit_scale": 0.25},
-    "glm4": GROUPED | NARROW,
-    "granite": GROUPED | {"logits_scaling": 8.0, "residual_multiplier": 0.22},
-    "stablelm": GROUPED,
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
-# Where blocks and FFN sit, written down here and not asked of the code that is tested.
-BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+# Where the FFN sits, written down here and not asked of the code that is tested.
 FFN = {"opt": "fc1"}
-
-
-def tiny_config(architecture: str, **changes: Any) -> Any:
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    if architecture != "gpt2":  # it has no such setting: its FFN is four times as wide as the model
-        sizes["intermediate_size"] = 48
-    return AutoConfig.for_model(architecture, **sizes | ARCHITECTURES.get(architecture, {}) | changes)
-
-
-def tiny_model(architecture: str, std: float = 0.3, **changes: Any) -> Any:
-    """A model whose attention and biases matter: the usual initial weights leave both next to nothing."""
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes)).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.normal_(0 if weight.ndim > 1 else 1, std, generator=generator)
-    return model
-
-
-def loaded(model: Any, dtype: str = "float32") -> LoadedModel:
-    source = ModelSource("tiny", None, "tiny", "0", Path())
-    model = model.to(getattr(torch, dtype))
-    return LoadedModel(source, model, None, dtype, torch.device("cpu"), None)
 
 
 @cache
@@ -134,13 +65,6 @@ def assert_same(vectors: NDArray[np.float32], expected: NDArray[np.float32], rto
     assert (np.linalg.norm(vectors - expected, axis=-1) / lengths).max() < rtol
     cosines = (vectors * expected).sum(axis=-1, dtype=np.float64) / lengths / np.linalg.norm(vectors, axis=-1)
     assert cosines.min() >= 0.99999
-
-
-def prompts(lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:
-    """Random prompts that begin with the same ``prefix`` tokens, which ``lengths`` do not count."""
-    rng = np.random.default_rng(0)
-    first = rng.integers(VOCAB, size=prefix).tolist()
-    return [first + rng.integers(VOCAB, size=length).tolist() for length in lengths]
 
 
 # States of every architecture ------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_published_dataset_has_its_counts_and_one_answer_to_each_prompt(facts: P
     texts = [example.text for example in dataset.examples]
     assert len(set(texts)) == len(texts) and all(example.answer for example in dataset.examples)
     assert dataset.study == "knowledge" and set(by_category(dataset)) <= set(CATEGORIES)
-    assert "prompts with more than one answer left out" in dataset.source and str(facts) not in dataset.source
+    assert "; prompts with more than one answer, left out: " in dataset.source and str(facts) not in dataset.source
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_published_fact_is_read(facts: Path, name: str, text: str, answer: str, 
 
 def test_bigbench_prompt_with_two_answers_is_left_out_and_counted(facts: Path) -> None:
     dataset = load_dataset("bigbench-wikidata", data_dir=facts)
-    assert dataset.source.endswith("; 1 prompts with more than one answer left out")
+    assert dataset.source.endswith(", left out: 1")
     assert not any(e.text == "The language of Prison Break is" for e in dataset.examples)
     assert not any(e.answer == "U" for e in dataset.examples)
 

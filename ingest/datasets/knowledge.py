@@ -18,11 +18,11 @@ _SOURCE = "prompts made by kdb, in part from GeoNames (CC BY 4.0) as packaged in
 _TEMPLATE = "{text}"
 _COUNTS = {"language": 53, "color": 56, "number": 50, "capital": 54, "country": 54, "month": 52}
 
-# Countries by ISO code, whose capital is one plain word.
+# Countries by ISO code, whose capital is one plain word. So is the name of every third, which is an answer too.
 _WITH_CAPITAL = (
     *("FR", "DE", "IT", "ES", "JP", "CN", "RU", "EG", "GR", "PL", "AT", "PT", "TR", "IR", "IQ", "IE", "NO", "SE"),
     *("DK", "FI", "HU", "CU", "CA", "PE", "KE", "TH", "BE", "AU", "BR", "CL", "UA", "VN", "ID", "AF", "VE", "SY"),
-    *("LB", "JO", "MA", "NG", "PK", "RO", "BG", "RS", "HR", "LY", "CO", "EC", "NP", "BD", "SA", "QA", "KR", "GH"),
+    *("LB", "JO", "MA", "NG", "PK", "RO", "BG", "RS", "HR", "LY", "CO", "EC", "NP", "BD", "SA", "KR", "QA", "GH"),
 )
 
 # Countries whose first language in GeoNames is the one that nearly everyone speaks.
@@ -62,10 +62,10 @@ _COLORS_OF = table("""
 # What stands before " is " is the subject. A semicolon becomes a comma, which would end the entry here.
 _FLAGS = table("""
     France is blue; white and: red, the United States is red; white and: blue, Italy is green; white and: red,
-    Belgium is black; yellow and: red, Ukraine is blue and: yellow, Sweden is blue and: yellow, Poland is white and: red,
-    Russia is white; blue and: red, the Netherlands is red; white and: blue, Greece is blue and: white,
-    Canada is red and: white, Finland is white and: blue, Ireland is green; white and: orange,
-    Germany is black; red and: gold
+    Belgium is black; yellow and: red, Ukraine is blue and: yellow, Sweden is blue and: yellow,
+    Poland is white and: red, Russia is white; blue and: red, the Netherlands is red; white and: blue,
+    Greece is blue and: white, Canada is red and: white, Finland is white and: blue,
+    Ireland is green; white and: orange, Germany is black; red and: gold
 """)
 
 _TOGETHER = table("""

@@ -164,7 +164,7 @@ def load_published(published: Published, data_dir: Path | None, download: bool) 
     found = Counter(example.category or "" for example in examples)
     if found != Counter(published.counts):
         raise complaint(_shown(published), published.size, in_words(found) or "no prompts")
-    source = f"{_source(published)}; {dropped:,} prompts with more than one answer left out"
+    source = f"{_source(published)}; prompts with more than one answer, left out: {dropped:,}"
     return Dataset(published.name, source, published.template, tuple(examples), study="knowledge")
 
 
@@ -172,9 +172,8 @@ def published_info(published: Published, data_dir: Path | None) -> DatasetInfo:
     """Describe a dataset and say whether all its files are here."""
     paths = [fetch.find_file(file, data_dir) for file in published.files]
     status, where = "downloadable" if published.url_path else "needs a file", ""
-    if None not in paths:
-        depth = len(Path(published.files[0]).parts)
-        status, where = "available", str(Path(*paths[0].parts[:-depth]))
+    if paths[0] is not None and None not in paths:
+        status, where = "available", str(paths[0].parents[published.files[0].count("/")])
     return DatasetInfo(
         *(published.name, published.size, _source(published), published.template, status, where), study="knowledge"
     )
