@@ -33,8 +33,9 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/cli.py
 
-docs: .venv/.demo
+docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
+	$(BIN)/python tests/test_circuit.py > docs/architectures.md
 
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -84,7 +84,8 @@ def run_trials(
         for batch in batches(lengths, budget):
             for start in range(0, len(batch), at_most):
                 rows = [order[i] for i in batch[start : start + at_most]]
-                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = _run(circuit, [trials[i] for i in rows])
+                found = _run(circuit, [trials[i] for i in rows])
+                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = found
                 if on_batch is not None:
                     on_batch(len(rows))
     return out

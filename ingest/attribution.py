@@ -285,7 +285,7 @@ class Attribution:
 
     def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """Exact scores (m) of attention neurons, given by prompt and place in (l · h · t · e)."""
-        _b, n_layers, h, t, e = self._attn_coefficients.shape
+        _b, _l, h, t, e = self._attn_coefficients.shape
         layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
         vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
         scale = self.recording.attn_scale[layer, prompt, self.recording.last[prompt]]
@@ -294,7 +294,7 @@ class Attribution:
 
     def attn_top(self, k: int) -> Neurons:
         """The k best attention neurons of each prompt, proved complete."""
-        _b, n_layers, h, t, e = self._attn_coefficients.shape
+        _b, _l, h, t, e = self._attn_coefficients.shape
         best = certified_top(*self.attn_bounds, k, self.attn_exact)
         flat, found = best.index.clamp_min(0), best.index >= 0
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
@@ -302,7 +302,7 @@ class Attribution:
         return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
 
     def ffn_every(self, top: Neurons) -> Neurons:
-        """Every FFN neuron of each prompt, best first: ``top`` with exact scores, the others with certified intervals."""
+        """Every FFN neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
         n = self._ffn_factor.shape[2]
         known = (top.layer * n + top.neuron).masked_fill(top.layer < 0, -1)
         best, bounds = self._every("ffn", self._ffn_factor, self.ffn_bounds, top, known, self.ffn_exact)
@@ -344,7 +344,7 @@ class Attribution:
             columns = self.circuit.ffn_columns(layer) if component == "ffn" else self.circuit.attn_columns(layer)
             every = torch.arange(factor.shape[2], device=factor.device)
             if component == "attn":
-                h, t, e = self._attn_coefficients.shape[2:]
+                t, e = self._attn_coefficients.shape[3:]
                 every = every // (t * e) * e + every % e
             base = self._base(component, torch.full_like(self._rows, layer), self._rows)
             base = base[:, None].expand(-1, factor.shape[2]).flatten()

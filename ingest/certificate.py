@@ -55,7 +55,7 @@ class Distributions:
 
     @cached_property
     def slope(self) -> torch.Tensor:
-        """scale · (g_w − E_p[g]), (b, d): a vector's product with it bounds its score."""
+        """Scale · (g_w − E_p[g]), (b, d): a vector's product with it bounds its score."""
         import torch
 
         n, size = self.p.shape[0], self.table.shape[1]
@@ -230,7 +230,7 @@ def certified_top(
     """
     import torch
 
-    n_rows, n = upper.shape
+    n = upper.shape[1]
     k = min(k, n)
     bound = upper + slack
     known = torch.full(bound.shape, -torch.inf, dtype=torch.float64, device=upper.device)

@@ -7,6 +7,7 @@ is cut off is not computed again.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -173,16 +174,16 @@ def _chunks(staged: StagedRun, kept: Sequence[Prompt], circuit: Callable[[], Cir
             fits = _CHUNK_BYTES // (tokens * bytes_per_token(circuit()))
             sizes.append(max(1, min(fits, prompts_at_once(circuit()))))
         bounds = np.cumsum([0, *sizes]).tolist()
-        staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in zip(bounds, bounds[1:], strict=False)])
+        staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in itertools.pairwise(bounds)])
     by_number = {p.number: p for p in kept}
     return {f"part-{i:05}": [by_number[n] for n in chunk] for i, chunk in enumerate(staged.facts["chunks"])}
 
 
 def _scores(circuit: Circuit, job: Job, chunk: Sequence[Prompt]) -> Iterator[tuple[str, pa.Table]]:
     """The rows of every table of scores for a chunk of prompts, the table last that tells that all are there."""
-    from kdb.ingest.recording import record
-
     import torch
+
+    from kdb.ingest.recording import record
 
     wanted = job.attributing
     target = torch.tensor([p.target for p in chunk], device=circuit.loaded.device)

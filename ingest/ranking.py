@@ -69,7 +69,7 @@ def best_neurons(attribution: Attribution, k: int) -> dict[str, torch.Tensor]:
 
 
 def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
-    """log p(w|mv) is log V less than the increase over a uniform distribution, and so ranks alike."""
+    """Log p(w|mv) is log V less than the increase over a uniform distribution, and so ranks alike."""
     import torch
 
     first, n_tokens = slice(0, a.n_prompts), a.circuit.readout.table.shape[0]

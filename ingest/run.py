@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from kdb.errors import WarehouseError
+from kdb.ingest import knowledge
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
-from kdb.ingest import knowledge
 from kdb.ingest.describe import check_length, describe_run, read_parts
 from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
@@ -66,9 +66,7 @@ def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_token
     return Outcome(job.run, "committed")
 
 
-def _measure_concept(
-    staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None
-) -> None:
+def _measure_concept(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None) -> None:
     if not staged.has("prompts", "part"):
         _describe(staged, job)
     missing = _missing_parts(staged)
@@ -106,7 +104,7 @@ def _describe(staged: StagedRun, job: Job) -> None:
     token_ids = load_tokenizer(job.source)(texts)["input_ids"]
     check_length(job, token_ids, config)
     examples = job.dataset.examples
-    _splits([e.label for e in examples], [e.group for e in examples], job.probing, job.measuring.seed)
+    _splits([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, job.measuring.seed)
     describe_run(staged, job, config)
     staged.write_rows("prompts", "part", list(_prompt_rows(job.dataset, texts, token_ids)))
 

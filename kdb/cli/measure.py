@@ -236,9 +236,82 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: An
     _report(outcome, model, dataset)
 
 
-def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str) -> str:
-    """The newest run with activations of this model, dataset and variant."""
-    current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = 'activations'").rows()
+@click.command()
+@click.option("--model", required=True, help="Name (`kdb models`), hub id, folder, or .gguf file.")
+@click.option("--name", "model_name", help="Name that the model is stored under; else its own.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--dataset", default="knowledge", show_default=True, help="Dataset, as stored.")
+@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@click.option("--query", "query_", required=True, help="SQL that gives layer, component, head and neuron.")
+@click.option("--label", default="custom", show_default=True, help="Name to store the set's effect under.")
+@click.option(
+    "--positions",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Zero at the last token, or at all.",
+)
+@click.option(
+    "--controls",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Sets of as many random neurons of the same layers.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the random sets.")
+@click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one.")
+@warehouse_option
+def ablate(
+    model: str,
+    model_name: str | None,
+    revision: str | None,
+    dataset: str,
+    variant: str,
+    query_: str,
+    label: str,
+    warehouse: Path,
+    **options: Any,
+) -> None:
+    """Zero the neurons or heads that a query names, in every prompt that counts.
+
+    The query gives the columns layer, component (attn or ffn), head and neuron; a head without a neuron is zeroed
+    whole. The effect is a run of its own, of the variant 'ablate=LABEL', beside that of random neurons.
+
+    \b
+    kdb ablate --model smollm2-135m --label best-heads --query "
+        SELECT layer, 'attn' AS component, head, NULL AS neuron FROM head_scores
+        GROUP BY ALL ORDER BY avg(score) DESC LIMIT 5"
+    """
+    from kdb.ingest import models as found
+    from kdb.ingest.intervention import ablate as intervene
+
+    _log_to_stderr()
+    opened = kdb.open(warehouse)
+    source = found.find_model(model, name=model_name, revision=revision)
+    run = opened.lake.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
+    rows = opened.sql(query_).rows(named=True)
+    stored = opened.sql("SELECT dtype, quantization FROM models WHERE run = ?", [run.run]).rows()[0]
+
+    def load() -> found.LoadedModel:
+        device = found.pick_device(options["device"])
+        return found.load_model(source, device=device, dtype=stored[0], quantize=stored[1])
+
+    outcome = intervene(
+        opened.lake,
+        run,
+        rows,
+        load,
+        name=label,
+        positions=options["positions"],
+        n_controls=options["controls"],
+        seed=options["seed"],
+    )
+    _report(outcome, source.name, dataset)
+
+
+def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, table: str = "activations") -> str:
+    """The newest run of this model, dataset and variant that has rows in a table."""
+    current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
     hint = "`kdb runs` lists what is stored; `kdb ingest` measures more."
     for kind, place, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
