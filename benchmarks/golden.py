@@ -1,10 +1,12 @@
 """Compare kdb with the reference numbers of an independent implementation, on both real models.
 
-    python benchmarks/golden.py [--golden ../shared/golden] [--data ../shared/data/concept_depth] [--model gemma3]
+    python benchmarks/golden.py [--study knowledge] [--model gemma3] [--golden ../shared/golden] [--sums 1]
 
-For every layer of both sites: accuracy of `logistic` within two test prompts, AUC within 0.003; J and C equal where
-no ratio that decides them is within 0.005 of its threshold; `logistic-paper` within the noise that unconverged fits
-show (0.075). Exits with 1 where a comparison fails. Takes about four minutes on two cores.
+Concept depth, for every layer of both sites: accuracy of `logistic` within two test prompts, AUC within 0.003; J and C
+equal where no ratio that decides them is within 0.005 of its threshold; `logistic-paper` within the noise that
+unconverged fits show (0.075). Knowledge attribution: every quantity of every prompt, see golden_attribution.py; the
+sums over all neurons only where `--sums` asks for them. Exits with 1 where a comparison fails. Takes about six minutes
+on two cores.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from golden_attribution import compare as compare_attribution
+from golden_attribution import compare_sums
+
+from kdb.ingest.circuit import take_apart
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import LoadedModel, find_model, load_model
@@ -92,28 +98,59 @@ def _load(model: str) -> LoadedModel:
     return load_model(find_model(MODELS[model]))
 
 
+def concept(model: str, golden_dir: Path, data: Path) -> bool:
+    """Measure concept depth and print a row per dataset and site; tells whether all agree."""
+    golden = json.loads((golden_dir / f"concept_depth_{model}.json").read_text())
+    agreed = True
+    print(f"\n{model:8} {'dataset':9} {'site':11} {'test prompts':>12} {'AUC':>8} {'paper':>7}  J and C")
+    with tempfile.TemporaryDirectory() as folder:
+        warehouse = Warehouse.create(Path(folder) / "warehouse")
+        for dataset in golden["datasets"]:
+            run = measure(warehouse, model, dataset, golden_dir, data)
+            for site in SITES:
+                d = compare(warehouse, run, golden, model, dataset, site)
+                agreed &= not d.problems
+                verdict = "; ".join(d.problems) or "ok"
+                numbers = f"{d.prompts:12.1f} {d.auc:8.5f} {d.paper:7.4f}"
+                print(f"{model:8} {dataset:9} {site:11} {numbers}  {d.depth}  {verdict}", flush=True)
+    return agreed
+
+
+def knowledge(model: str, golden_dir: Path, n: int | None, n_sums: int) -> bool:
+    """Attribute the prompts and print a row per quantity; tells whether all agree."""
+    golden = json.loads((golden_dir / f"attribution_{model}.json").read_text())
+    circuit = take_apart(_load(model))
+    comparisons = compare_attribution(circuit, golden, n)
+    if n_sums:
+        comparisons += compare_sums(circuit, golden, n_sums)
+    heading = f"{'values':>7} {'largest difference':>19} {'in the same place':>18}"
+    print(f"\n{model:8} {'quantity':28} {heading}", flush=True)
+    for c in comparisons:
+        largest = f"{c.largest:.1e}" if c.n_values else ""
+        same = f"{c.n_same} of {c.n_places}" if c.n_places else ""
+        verdict = f"{len(c.problems)} out: {'; '.join(c.problems[:3])}" if c.problems else "ok"
+        print(f"{model:8} {c.quantity:28} {c.n_values or '':>7} {largest:>19} {same:>18}  {verdict}", flush=True)
+    return not any(c.problems for c in comparisons)
+
+
 def main() -> None:
     """Measure everything, print a row per comparison, exit with 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared/golden")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/concept_depth")
     parser.add_argument("--model", choices=list(MODELS), action="append")
+    parser.add_argument("--study", choices=["concept", "knowledge"], action="append")
+    parser.add_argument("--prompts", type=int, help="attribute the first so many prompts only")
+    parser.add_argument("--sums", type=int, default=0, help="score every neuron of so many prompts: minutes for each")
     options = parser.parse_args()
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        warehouse = Warehouse.create(Path(folder) / "warehouse")
-        print(f"{'model':8} {'dataset':9} {'site':11} {'test prompts':>12} {'AUC':>8} {'paper':>7}  J and C")
-        for model in options.model or MODELS:
-            golden = json.loads((options.golden / f"concept_depth_{model}.json").read_text())
-            for dataset in golden["datasets"]:
-                run = measure(warehouse, model, dataset, options.golden, options.data)
-                for site in SITES:
-                    d = compare(warehouse, run, golden, model, dataset, site)
-                    failed |= bool(d.problems)
-                    verdict = "; ".join(d.problems) or "ok"
-                    numbers = f"{d.prompts:12.1f} {d.auc:8.5f} {d.paper:7.4f}"
-                    print(f"{model:8} {dataset:9} {site:11} {numbers}  {d.depth}  {verdict}", flush=True)
-    sys.exit(failed)
+    agreed = True
+    for model in options.model or MODELS:
+        for study in options.study or ("concept", "knowledge"):
+            if study == "concept":
+                agreed &= concept(model, options.golden, options.data)
+            else:
+                agreed &= knowledge(model, options.golden, options.prompts, options.sums)
+    sys.exit(not agreed)
 
 
 if __name__ == "__main__":

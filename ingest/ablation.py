@@ -77,7 +77,8 @@ def run_trials(
 
     budget = batch_tokens or BATCH_TOKENS.get(circuit.loaded.device.type, BATCH_TOKENS["cpu"])
     at_most = max(1, LOGITS_BYTES // (8 * circuit.readout.table.shape[0]))
-    out = Effects(*(np.empty(len(trials), dtype=t) for t in (np.int64, np.float64, np.float64, np.bool_)))
+    n = len(trials)
+    out = Effects(np.empty(n, dtype=np.int64), np.empty(n), np.empty(n), np.empty(n, dtype=np.bool_))
     order = sorted(range(len(trials)), key=lambda i: -len(trials[i].token_ids))
     lengths = [len(trials[i].token_ids) for i in order]
     with torch.inference_mode():

@@ -53,8 +53,9 @@ class Neurons:
 
     def first(self, k: int) -> Neurons:
         """The ``k`` best of each prompt."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "n_scored"}
-        return replace(self, **{name: x if x is None else x[:, :k] for name, x in changed.items()})
+        names = [f.name for f in fields(self) if f.name != "n_scored" and getattr(self, f.name) is not None]
+        changed: dict[str, Any] = {name: getattr(self, name)[:, :k] for name in names}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,18 @@ class Queries:
     ffn: torch.Tensor
 
 
-def _neurons(best: Best, *place: Any) -> Neurons:
+def _neurons(
+    best: Best,
+    layer: torch.Tensor,
+    head: torch.Tensor | None,
+    neuron: torch.Tensor,
+    position: torch.Tensor | None,
+    coefficient: torch.Tensor,
+) -> Neurons:
     """Neurons whose scores were computed over the whole vocabulary: known up to rounding."""
     lower, upper = best.score - best.slack, best.score + best.slack
-    return Neurons(*place, best.score, lower, upper, best.index >= 0, best.n_scored)
+    exact, n_scored = best.index >= 0, best.n_scored
+    return Neurons(layer, head, neuron, position, coefficient, best.score, lower, upper, exact, n_scored)
 
 
 class Attribution:
@@ -332,7 +341,7 @@ class Attribution:
         top: Neurons,
         known: torch.Tensor,
         score_exactly: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Places (b, m) of all neurons by falling score, and their score, lower, upper and exact.
 
         ``factor`` (b, l, n) multiplies the columns; ``known`` (b, k) are the places of ``top``, −1 for none.
@@ -364,7 +373,7 @@ class Attribution:
         score[wide], exact[wide] = score_exactly(*wide), True
         lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
         order = score.argsort(dim=1, descending=True, stable=True)
-        return order, tuple(x.gather(1, order) for x in (score, lower, upper, exact))
+        return order, (score.gather(1, order), lower.gather(1, order), upper.gather(1, order), exact.gather(1, order))
 
     # Query side
 

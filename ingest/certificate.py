@@ -71,9 +71,10 @@ class Distributions:
         import torch
 
         norms = self.table.norm(dim=1)
-        mean = sum((self._weighted(tile) @ norms[tile] for tile in self._tiles(4 * _TILE)), torch.zeros(()))
+        mean = torch.stack([self._weighted(tile) @ norms[tile] for tile in self._tiles(4 * _TILE)]).sum(0)
         terms = math.sqrt(self.table.shape[1]) + math.sqrt(4 * _TILE)
-        return _ROUNDING * terms * self.scale.abs() * (norms[self.target] + mean)
+        per_length: torch.Tensor = _ROUNDING * terms * self.scale.abs() * (norms[self.target] + mean)
+        return per_length
 
     def scores(
         self, base: torch.Tensor, vectors: torch.Tensor, which: torch.Tensor, coefficient: torch.Tensor
@@ -172,7 +173,13 @@ class Distributions:
                 z.mul_(self.cap[self.prompt[base], tile])
             # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose a small score's digits.
             total += z.sub_(own).expm1_().mul_(self.p[base, tile]).sum(1)
-        return -total.log1p()
+        score = -total.log1p()
+        far = ~total.isfinite()
+        if far.any():  # a vector that takes more than e⁸⁸ of the odds: its logarithms are summed instead
+            z = vectors[index[far]] @ self.table.T * factor[far]
+            z = z if self.cap is None else z * self.cap[self.prompt[base[far]]]
+            score[far] = -(self.p[base[far]].log() + z - own[far]).double().logsumexp(1)
+        return score
 
     def _weighted(self, tile: slice) -> torch.Tensor:
         return self.p[:, tile] if self.cap is None else self.p[:, tile] * self.cap[self.prompt, tile]

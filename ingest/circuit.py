@@ -13,7 +13,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kdb.errors import ModelError
 from kdb.ingest.anatomy import Anatomy, describe
@@ -188,13 +188,15 @@ def matrix(module: nn.Module) -> torch.Tensor:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    weight = module.weight
+    weight: Any = module.weight
     if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
-        return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+        plain: torch.Tensor = weight.detach()
+        return plain.T if isinstance(module, Conv1D) else plain
     with torch.inference_mode():
         # A quantized weight, of whatever kind: what it does is what it is.
-        units = torch.eye(module.in_features, device=weight.device)
-        return (module(units) - module(torch.zeros_like(units[:1]))).T
+        units = torch.eye(cast(int, module.in_features), device=weight.device)
+        rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
+        return rows
 
 
 def read_norm(module: nn.Module, size: int) -> Norm:
@@ -315,7 +317,7 @@ def take_apart(loaded: LoadedModel) -> Circuit:
 
 
 def _note(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    read = args[0] if args else kwargs.get("hidden_states")
+    read: Any = args[0] if args else kwargs.get("hidden_states")
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
         calls.append(_Call(module, _flat(read), _flat(written)))

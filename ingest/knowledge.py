@@ -84,9 +84,7 @@ def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_
     if not staged.has("prompts", "part"):
         staged.write_rows("prompts", "part", list(_prompt_rows(circuit(), job, prompts, batch_tokens)))
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
-    _attribute(staged, job, kept, circuit)
-    if kept and job.attributing.ablate_k:
-        _compare_methods(staged, job, kept, circuit, batch_tokens)
+    _attribute(staged, job, kept, circuit, batch_tokens)
     if kept and not staged.has("neuron_tokens", "part"):
         _name_tokens(staged, circuit())
 
@@ -145,7 +143,9 @@ def _prompt_rows(
 # Attribution -----------------------------------------------------------------------------------------------------
 
 
-def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Callable[[], Circuit]) -> None:
+def _attribute(
+    staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Callable[[], Circuit], batch_tokens: int | None
+) -> None:
     """Write the scores of every chunk of prompts that has none yet."""
     import torch
 
@@ -155,7 +155,7 @@ def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Cal
     with progress("attribution", len(kept), "prompts", done=done) as shown, torch.inference_mode():
         for name, chunk in left.items():
             begun = time.monotonic()
-            for table, rows in _scores(circuit(), job, chunk):
+            for table, rows in _scores(circuit(), job, chunk, batch_tokens):
                 staged.write(table, name, [rows], seconds=time.monotonic() - begun)
                 begun = time.monotonic()
             shown.advance(len(chunk))
@@ -168,7 +168,7 @@ def _chunks(staged: StagedRun, kept: Sequence[Prompt], circuit: Callable[[], Cir
 
     if "chunks" not in staged.facts:
         order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
-        sizes = []
+        sizes: list[int] = []
         while sum(sizes) < len(order):
             tokens = len(order[sum(sizes)].token_ids)
             fits = _CHUNK_BYTES // (tokens * bytes_per_token(circuit()))
@@ -179,7 +179,9 @@ def _chunks(staged: StagedRun, kept: Sequence[Prompt], circuit: Callable[[], Cir
     return {f"part-{i:05}": [by_number[n] for n in chunk] for i, chunk in enumerate(staged.facts["chunks"])}
 
 
-def _scores(circuit: Circuit, job: Job, chunk: Sequence[Prompt]) -> Iterator[tuple[str, pa.Table]]:
+def _scores(
+    circuit: Circuit, job: Job, chunk: Sequence[Prompt], batch_tokens: int | None
+) -> Iterator[tuple[str, pa.Table]]:
     """The rows of every table of scores for a chunk of prompts, the table last that tells that all are there."""
     import torch
 
@@ -192,13 +194,15 @@ def _scores(circuit: Circuit, job: Job, chunk: Sequence[Prompt]) -> Iterator[tup
     yield "layer_scores", _layer_rows(ids, a)
     yield "head_scores", _head_rows(ids, a)
     yield "head_position_scores", _head_position_rows(ids, a, circuit.loaded.tokenizer, chunk)
-    k = max(wanted.top_k, wanted.query_values)
+    k = max(wanted.top_k, wanted.query_values, wanted.ablate_k)
     ffn, attn = a.ffn_top(k), a.attn_top(k)
     if wanted.all_neurons:
         stored = [a.ffn_every(ffn), a.attn_every(attn)]
     else:
         stored = [ffn.first(wanted.top_k), attn.first(wanted.top_k)]
     yield "neuron_scores", pa.concat_tables(_neuron_rows(ids, n) for n in stored)
+    if wanted.ablate_k:
+        yield "ablations", _method_rows(a, ffn, chunk, wanted.ablate_k, batch_tokens)
     queries = {
         "attn": a.attn_queries(attn.first(wanted.query_values)),
         "ffn": a.ffn_queries(ffn.first(wanted.query_values)),
@@ -316,40 +320,20 @@ def _query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
 # Interventions and tokens ----------------------------------------------------------------------------------------
 
 
-def _compare_methods(
-    staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Callable[[], Circuit], batch_tokens: int | None
-) -> None:
-    """Zero the best neurons of every method, at the last position and at all, and write what becomes of the target."""
-    chunks = _chunks(staged, kept, circuit)
-    left = {name: chunk for name, chunk in chunks.items() if not staged.has("ablations", name)}
-    done = len(kept) - sum(map(len, left.values()))
-    with progress("methods", len(kept), "prompts", done=done) as shown:
-        for name, chunk in left.items():
-            begun = time.monotonic()
-            rows = _method_rows(circuit(), chunk, job.attributing.ablate_k, batch_tokens)
-            staged.write("ablations", name, [rows], seconds=time.monotonic() - begun)
-            shown.advance(len(chunk))
-
-
-def _method_rows(circuit: Circuit, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
-    import torch
-
+def _method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
+    """What becomes of the target when the best neurons of every method are zeroed, at the last position and at all."""
     from kdb.ingest.ablation import Intervention, intervene
     from kdb.ingest.ranking import best_neurons
-    from kdb.ingest.recording import record
 
-    with torch.inference_mode():
-        target = torch.tensor([p.target for p in chunk], device=circuit.loaded.device)
-        a = _attribution(circuit, record(circuit, [p.token_ids for p in chunk]), target)
-        best = {method: places.tolist() for method, places in best_neurons(a, k).items()}
-        n = a.ffn_coefficients.shape[2]
+    n = a.ffn_coefficients.shape[2]
+    best = {method: places.tolist() for method, places in best_neurons(a, k, top).items()}
     interventions = [
         Intervention(prompt.number, prompt.token_ids, prompt.target, method, positions, silenced_ffn(places[i], n), k)
         for method, places in best.items()
         for i, prompt in enumerate(chunk)
         for positions in ("last", "all")
     ]
-    return intervene(circuit, interventions, batch_tokens=batch_tokens)
+    return intervene(a.circuit, interventions, batch_tokens=batch_tokens)
 
 
 def silenced_ffn(places: Sequence[int], n: int) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from kdb.ingest.attribution import Attribution
+from kdb.ingest.attribution import Attribution, Neurons
 from kdb.ingest.certificate import certified_top
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ _TILE = 4096
 _BLOCK = 512
 
 
-def best_neurons(attribution: Attribution, k: int) -> dict[str, torch.Tensor]:
-    """The ``k`` best FFN neurons by each method, best first: (b, k) places in (l · n)."""
+def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -> dict[str, torch.Tensor]:
+    """The ``k`` best FFN neurons by each method, best first: (b, k) places in (l · n).
+
+    ``top`` are the best by log-probability increase, at least ``k``, where they are known already.
+    """
     import torch
 
     a = attribution
@@ -43,7 +46,7 @@ def best_neurons(attribution: Attribution, k: int) -> dict[str, torch.Tensor]:
     length = torch.stack([a.circuit.ffn_columns(i).norm(dim=1) for i in range(a.n_layers)])
     scale = a.recording.ffn_scale[:, torch.arange(a.n_prompts), a.recording.last].T  # b, l
     norm = (length * scale[..., None]).flatten(1).double()
-    top = a.ffn_top(k)
+    top = (top or a.ffn_top(k)).first(k)
     at_least = _rank_bounds(a)
 
     def by_rank(weight: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,9 @@ def _describe(staged: StagedRun, job: Job) -> None:
     token_ids = load_tokenizer(job.source)(texts)["input_ids"]
     check_length(job, token_ids, config)
     examples = job.dataset.examples
-    _splits([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, job.measuring.seed)
+    _splits(
+        [e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, job.measuring.seed
+    )
     describe_run(staged, job, config)
     staged.write_rows("prompts", "part", list(_prompt_rows(job.dataset, texts, token_ids)))
 

@@ -1,4 +1,4 @@
-"""A slice of benchmarks/golden.py: each real model on one dataset, every layer of both sites."""
+"""A slice of benchmarks/golden.py: each real model on one dataset, every layer of both sites, and on a few prompts."""
 
 from __future__ import annotations
 
@@ -8,20 +8,35 @@ from pathlib import Path
 
 import pytest
 
+from kdb.ingest.circuit import take_apart
 from kdb.warehouse.store import Warehouse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import golden  # benchmarks/golden.py: what is compared is written there, once
+import golden  # what is compared is written there and in golden_attribution.py, once
+import golden_attribution
+
+FIXTURES = {"smollm2": "smollm2_135m", "gemma3": "gemma_3_270m"}
 
 
 @pytest.mark.parametrize(("model", "dataset"), [("smollm2", "cities"), ("gemma3", "cities")])
 def test_every_layer_agrees_with_the_golden_values(
     model: str, dataset: str, shared: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    request.getfixturevalue({"smollm2": "smollm2_135m", "gemma3": "gemma_3_270m"}[model])  # skips if absent
+    request.getfixturevalue(FIXTURES[model])  # skips if absent
     warehouse = Warehouse.create(tmp_path / "w")
     run = golden.measure(warehouse, model, dataset, shared / "golden", shared / "data/concept_depth")
     expected = json.loads((shared / f"golden/concept_depth_{model}.json").read_text())
     for site in golden.SITES:
         found = golden.compare(warehouse, run, expected, model, dataset, site)
         assert found.problems == (), found
+
+
+@pytest.mark.parametrize(("model", "n"), [("smollm2", 3), ("gemma3", 2)])
+def test_attribution_agrees_with_the_golden_values(
+    model: str, n: int, shared: Path, request: pytest.FixtureRequest
+) -> None:
+    circuit = take_apart(request.getfixturevalue(FIXTURES[model]))
+    expected = json.loads((shared / f"golden/attribution_{model}.json").read_text())
+    found = golden_attribution.compare(circuit, expected, n, n_ranked=1)  # rankings by rank are the expensive part
+    assert [c for c in found if c.problems] == []
+    assert sum(c.n_values for c in found) > 500 * n
