@@ -45,7 +45,7 @@ QUERY_NEURONS = 100
 TOKENS_OF_A_NEURON = 10
 """Tokens named at either end of a neuron's logits."""
 
-_CHUNK_BYTES = 512 * 2**20
+CHUNK_BYTES = 512 * 2**20
 """Memory for the recording of one chunk, and for what is worked out from it."""
 
 
@@ -171,7 +171,7 @@ def _chunks(staged: StagedRun, kept: Sequence[Prompt], circuit: Callable[[], Cir
         sizes: list[int] = []
         while sum(sizes) < len(order):
             tokens = len(order[sum(sizes)].token_ids)
-            fits = _CHUNK_BYTES // (tokens * bytes_per_token(circuit()))
+            fits = CHUNK_BYTES // (tokens * bytes_per_token(circuit()))
             sizes.append(max(1, min(fits, prompts_at_once(circuit()))))
         bounds = np.cumsum([0, *sizes]).tolist()
         staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in itertools.pairwise(bounds)])

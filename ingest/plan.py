@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdb.ingest.anatomy import SITES
+from kdb.ingest.attribution import BASES_BYTES
 from kdb.ingest.capture import BATCH_TOKENS, gemm_rate, shared_prefix
 from kdb.ingest.job import Job
+from kdb.ingest.knowledge import CHUNK_BYTES, read_prompts
 from kdb.ingest.models import count_params, load_config, load_tokenizer, model_row
+from kdb.ingest.ranking import METHODS
 from kdb.warehouse.vectors import PART_BYTES
 
 _CAPTURE_SHARE = 0.7
@@ -18,13 +21,19 @@ _CAPTURE_SHARE = 0.7
 _PROBE_SECONDS = 2e-7
 """Seconds to probe one float of activations with both logistic probes on one core."""
 
+_RANKED = 600
+"""Neurons of a prompt whose rank of the target is counted, for two of the methods; typical, and no bound."""
+
+_NEURON_BYTES = 80
+"""Of a row of ``neuron_scores`` on disk, with its share of the other tables."""
+
 _PART_MEMORY = 3 * PART_BYTES
 """A part being filled, and its copies in Arrow and in Parquet."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts, bytes and seconds of a run."""
+    """Counts, bytes and seconds of a run; ``what`` is measured at each layer."""
 
     n_prompts: int
     n_tokens: int
@@ -32,12 +41,13 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     seconds: float
+    what: str = f"{len(SITES)} sites"
 
     def __str__(self) -> str:
         """One line for the terminal."""
         return (
             f"{self.n_prompts:,} prompts ({self.n_tokens:,} tokens to run) × {self.n_layers} layers × "
-            f"{len(SITES)} sites: at most {_size(self.disk_bytes)} on disk, {_size(self.memory_bytes)} of memory, "
+            f"{self.what}: at most {_size(self.disk_bytes)} on disk, {_size(self.memory_bytes)} of memory, "
             f"about {_duration(self.seconds)}"
         )
 
@@ -45,8 +55,36 @@ class Plan:
 def plan(job: Job, device: str) -> Plan:
     """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
     config = load_config(job.source)
+    if job.study == "knowledge":
+        return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job)], device)
     token_ids = load_tokenizer(job.source)(job.texts)["input_ids"]
     return estimate(job, config, token_ids, device)
+
+
+def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> Plan:
+    """The cost if every prompt counts: what is read out, in rows of the vocabulary, and what runs through the model."""
+    m, wanted = job.measuring, job.attributing
+    row = model_row(job.source, config, count_params(config), m.dtype, m.quantize)
+    layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
+    trials = 1 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
+    readouts = 6 * layers + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
+    entries = row["n_heads"] * row["head_dim"]
+    every = layers * (len(lengths) * row["intermediate_size"] + sum(lengths) * entries)
+    stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)
+    rate = _CAPTURE_SHARE * gemm_rate(hidden, row["intermediate_size"], m.dtype, device)
+    flops = 2 * (row["n_params"] - vocab * hidden) * sum(lengths) * (1 + trials) + 2 * vocab * hidden * (
+        (readouts + trials) * len(lengths) + 256 / vocab * (every if wanted.all_neurons else 0)
+    )
+    weights = row["n_params"] * (1 if m.quantize else {"float32": 4, "bfloat16": 2, "float16": 2}[m.dtype])
+    return Plan(
+        n_prompts=len(lengths),
+        n_tokens=sum(lengths) * (1 + trials),
+        n_layers=layers,
+        disk_bytes=_NEURON_BYTES * stored,
+        memory_bytes=weights + 4 * vocab * hidden + 2 * BASES_BYTES + 2 * CHUNK_BYTES,
+        seconds=flops / rate,
+        what=f"{row['n_heads']} heads and {row['intermediate_size']:,} FFN neurons",
+    )
 
 
 def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str) -> Plan:

@@ -12,7 +12,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/concept-depth.md", ROOT / "CONTRIBUTING.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs/concept-depth.md",
+    ROOT / "docs/knowledge-attribution.md",
+    ROOT / "docs/certificate.md",
+    ROOT / "CONTRIBUTING.md",
+)
+EVERY_BUILT_IN = "kdb ingest --model smollm2-135m"
+FACTS = """prompt,answer,category
+The capital of France is the city of,Paris,capital
+The capital of Spain is the city of,Madrid,capital
+"When we count, we say one, two, three,",four,number
+"When we count, we say two, three, four,",five,number
+"""
+"""Stand in for the facts of ``knowledge``, which take long."""
 ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")
 """Commands that CI or a person runs: the suite's own, installation, benchmarks."""
 
@@ -40,8 +54,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "shared").symlink_to(ROOT.parent / "shared")
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
-    assert run("kdb ingest --model smollm2-135m", work).returncode == 0
+    (work / "facts.csv").write_text(FACTS)
+    assert run(EVERY_BUILT_IN, work).returncode == 0
     return work
+
+
+def with_few_facts(command: str) -> str:
+    """The same command, with a few facts in the place of the built-in ones."""
+    if command == EVERY_BUILT_IN:
+        return f"{command} --dataset world-cities --dataset coinflip-synthetic --dataset facts.csv"
+    few = "facts.csv" if command.startswith("kdb ingest") else "facts"
+    return command.replace("--dataset knowledge", f"--dataset {few}")
 
 
 def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
@@ -49,7 +72,11 @@ def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
     environment["KDB_DATA_DIR"] = str(work.parent / "shared/data/concept_depth")
     environment.pop("KDB_WAREHOUSE", None)
     return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], cwd=work, env=environment, capture_output=True, text=True
+        ["bash", "-o", "pipefail", "-c", with_few_facts(command)],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -1,0 +1,329 @@
+"""Attribution of prompts against the direct way: every neuron through the whole vocabulary.
+
+    python benchmarks/attribution.py [--model smollm2-135m] [--prompts 12] [--direct-layers 2]
+    python benchmarks/attribution.py --grow                                # cost by prompt length, width, vocabulary
+    python benchmarks/attribution.py --shape llama-7b --device cuda        # random weights in bfloat16
+
+Both run in this process on the same recording, threads and weights. kdb attributes the prompts in batches, as an ingest
+does: it records them, scores all layers and heads and proves the 300 best FFN and the 300 best attention neurons. The
+direct way computes a score for every layer, head and neuron of one prompt at a time: the logits of x + v for 512
+vectors v at once, log_softmax at the target, less that of x. It runs on a sample of layers of one prompt, and its time
+is extrapolated to the vectors of all layers and prompts; on that sample both must give the same scores. A plain forward
+pass is one of the prompt alone, up to the logits of its last token: the median of seven.
+
+Peak memory is that of a process that does nothing but kdb's part, less the weights; PyTorch's libraries are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kdb.ingest.attribution import Attribution, Neurons, prompts_at_once
+from kdb.ingest.circuit import Circuit, take_apart
+from kdb.ingest.datasets import load_dataset, prompts
+from kdb.ingest.models import LoadedModel, ModelSource, find_model, load_model
+from kdb.ingest.recording import head_coefficients, head_vectors, record
+from kdb.ingest.targets import target_token
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("smollm2-135m", "gemma-3-270m")
+SHAPES = {
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+GROW = {"tokens": (8, 32, 128), "width": (256, 512, 1024), "vocabulary": (8_000, 32_000, 128_000)}
+GROW_FROM = {"tokens": 8, "width": 256, "vocabulary": 32_000}
+GROW_LAYERS = 4
+TOP = 300
+STAGES = ("record", "bounds", "layers", "heads", "ffn", "attn")
+SAME = 2e-3
+"""Nats by which the two ways may differ."""
+
+Prompts = list[tuple[list[int], int]]
+
+
+# kdb's way -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ours:
+    """One batch, attributed, and the seconds that each stage took."""
+
+    attribution: Attribution
+    ffn: Neurons
+    attn: Neurons
+    seconds: dict[str, float]
+
+
+def attribute(circuit: Circuit, batch: Prompts) -> Ours:
+    seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        begun = _now(circuit)
+        yield
+        seconds[stage] = _now(circuit) - begun
+
+    with timed("record"):
+        recording = record(circuit, [ids for ids, _target in batch])
+    a = Attribution(circuit, recording, torch.tensor([t for _ids, t in batch], device=circuit.loaded.device))
+    with timed("bounds"):
+        a.ffn_bounds, a.attn_bounds  # noqa: B018  (computed when first asked for, and kept)
+    with timed("layers"):
+        a.layer_scores  # noqa: B018
+    with timed("heads"):
+        a.head_scores  # noqa: B018
+    with timed("ffn"):
+        ffn = a.ffn_top(TOP)
+    with timed("attn"):
+        attn = a.attn_top(TOP)
+    return Ours(a, ffn, attn, seconds)
+
+
+def batches(circuit: Circuit, chosen: Prompts) -> list[Prompts]:
+    """Prompts by falling length, as many together as an ingest takes."""
+    order, at_once = sorted(chosen, key=lambda p: -len(p[0])), prompts_at_once(circuit)
+    return [order[i : i + at_once] for i in range(0, len(order), at_once)]
+
+
+def forward(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> float:
+    """Seconds of a plain forward pass up to the logits of each prompt's last token: the median of seven."""
+    ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
+    for row, tokens in enumerate(token_ids):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    ids, rows = ids.to(circuit.loaded.device), range(len(token_ids))
+    last = [len(tokens) - 1 for tokens in token_ids]
+    times = []
+    for _ in range(8):
+        begun = _now(circuit)
+        circuit.anatomy.unembed_normed(circuit.anatomy.decoder(ids, use_cache=False)[0][rows, last])
+        times.append(_now(circuit) - begun)
+    return statistics.median(times[1:])
+
+
+def _now(circuit: Circuit) -> float:
+    if circuit.loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# The direct way --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Direct:
+    """Scores of the sampled layers of one prompt by (component, layer), and how long they took."""
+
+    scores: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def n_vectors(self) -> int:
+        return sum(score.numel() for score in self.scores.values())
+
+
+def direct(a: Attribution, row: int, layers: Sequence[int], block: int) -> Direct:
+    """Score every layer, head and neuron of some layers at one row of a batch."""
+    circuit, r, out = a.circuit, a.recording, Direct()
+    last, target = int(r.last[row]), int(a.target[row])
+    table, constant, scale = circuit.readout.table, circuit.readout.constant, r.final_scale[row]
+
+    def increase(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        def log_p(points: torch.Tensor) -> torch.Tensor:
+            return ((points * scale) @ table.T + constant).log_softmax(-1)[:, target]
+
+        return torch.cat([log_p(x + some) for some in vectors.split(block)]) - log_p(x[None])
+
+    begun = _now(circuit)
+    for i in layers:
+        x, attn, ffn = (states[i, row, last] for states in (r.resid_pre, r.attn, r.ffn))
+        before_ffn = x if circuit.blocks[i].parallel else x + attn
+        out.scores["attn layer", i] = increase(x, attn[None])
+        out.scores["ffn layer", i] = increase(before_ffn, ffn[None])
+        out.scores["heads", i] = increase(x, head_vectors(circuit, r, i)[row])
+        m = r.coefficients[i, row, last] * r.ffn_scale[i, row, last]
+        out.scores["ffn", i] = increase(before_ffn, m[:, None] * circuit.ffn_columns(i))
+        m = head_coefficients(r, i)[row, :, : last + 1] * r.attn_scale[i, row, last]  # head, position, entry
+        columns = circuit.attn_columns(i).view(m.shape[0], 1, m.shape[2], -1)
+        score = [increase(x, (m[h, :, :, None] * columns[h]).flatten(0, 1)) for h in range(m.shape[0])]
+        out.scores["attn", i] = torch.stack(score).view(m.shape)
+    out.seconds = _now(circuit) - begun
+    return out
+
+
+def largest_difference(ours: Ours, row: int, found: Direct) -> float:
+    """Largest difference of a layer's, a head's or a best neuron's score.
+
+    A neuron that only the direct way puts among the best differs by what it has more than the last of ours.
+    """
+    a, off = ours.attribution, [0.0]
+    for (part, i), score in found.scores.items():
+        if part in ("ffn", "attn"):
+            top = ours.ffn if part == "ffn" else ours.attn
+            here = top.layer[row] == i
+            place = [x[row, here] for x in (top.head, top.position, top.neuron) if x is not None]
+            off += (score[tuple(place)] - top.score[row, here]).abs().tolist()
+            others = score.clone()
+            others[tuple(place)] = -torch.inf
+            if len(top.score[row]) == TOP:
+                off.append(float(others.max() - top.score[row, -1]))
+        else:
+            component = part.removesuffix(" layer")
+            expected = a.head_scores[row, i] if part == "heads" else a.layer_scores[component][row, i]
+            off.append(float((score - expected).abs().max()))
+    return max(off)
+
+
+def n_vectors(circuit: Circuit, n_tokens: int) -> int:
+    """Vectors that the direct way scores for one prompt: layers, heads, FFN and attention neurons."""
+    widths = [(len(circuit.ffn_columns(i)), len(circuit.attn_columns(i))) for i in range(len(circuit.blocks))]
+    return sum(2 + circuit.n_heads + ffn + attn * n_tokens for ffn, attn in widths)
+
+
+# Models and prompts ----------------------------------------------------------------------------------------------
+
+
+def random_model(device: str, dtype: str, vocab: int = 32_000, **sizes: int) -> LoadedModel:
+    """A Llama with random weights, and no tokenizer."""
+    config = LlamaConfig(vocab_size=vocab, bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.eval().requires_grad_(False)
+    source = ModelSource("random", "llama", "random", "random", Path())
+    return LoadedModel(source, model, None, dtype, torch.device(device), None)
+
+
+def random_prompts(n: int, n_tokens: int, vocab: int) -> Prompts:
+    ids = torch.randint(vocab, (n, n_tokens + 1), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(row[:-1], row[-1]) for row in ids]
+
+
+def real_prompts(loaded: LoadedModel, n: int, path: Path) -> Prompts:
+    """The first prompts of a file with columns prompt and answer, or of the built-in dataset, with their targets."""
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            pairs = [(row["prompt"], row["answer"]) for row in csv.DictReader(file)]
+    else:
+        dataset = load_dataset("knowledge")
+        pairs = [(t, e.answer or "") for t, e in zip(prompts(dataset), dataset.examples, strict=True)]
+    return [target_token(loaded.tokenizer, *pair) for pair in pairs[:n]]
+
+
+def load(options: argparse.Namespace, name: str) -> tuple[Circuit, Prompts]:
+    if options.shape:
+        loaded = random_model(options.device, "bfloat16", max_position_embeddings=512, **SHAPES[options.shape])
+        chosen = random_prompts(options.prompts, 10, loaded.model.config.vocab_size)
+    else:
+        loaded = load_model(find_model(name), device=options.device)
+        chosen = real_prompts(loaded, options.prompts, options.prompts_file)
+    return take_apart(loaded), chosen
+
+
+# What is printed -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds for each prompt: by stage, of its forward pass alone, and of its share of a batched one."""
+
+    stages: dict[str, float]
+    alone: float
+    batched: float
+    scored: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+def measure(circuit: Circuit, chosen: Prompts) -> tuple[Cost, list[Ours]]:
+    """Attribute all prompts after a batch to warm up; forward passes are timed before and after."""
+    groups = batches(circuit, chosen)
+
+    def passes() -> tuple[float, float]:
+        alone = statistics.mean(forward(circuit, [ids]) for ids, _target in chosen)
+        return alone, sum(forward(circuit, [ids for ids, _ in group]) for group in groups) / len(chosen)
+
+    attribute(circuit, groups[0])
+    before = passes()
+    done = [attribute(circuit, group) for group in groups]
+    alone, batched = ((a + b) / 2 for a, b in zip(before, passes(), strict=True))
+    stages = {s: sum(ours.seconds[s] for ours in done) / len(chosen) for s in STAGES}
+    n_scored = sum(int(ours.ffn.n_scored.sum() + ours.attn.n_scored.sum()) for ours in done) / len(chosen)
+    n_layers = len(circuit.blocks)
+    return Cost(stages, alone, batched, n_scored + n_layers * (2 + circuit.n_heads)), done
+
+
+def report(options: argparse.Namespace, name: str) -> bool:
+    """Print kdb's cost for one model, and the direct way's; tells whether both gave the same scores."""
+    circuit, chosen = load(options, name)
+    cost, done = measure(circuit, chosen)
+    lengths = [len(ids) for ids, _target in chosen]
+    print(
+        f"\n{options.shape or name}, {circuit.loaded.dtype} on {circuit.loaded.device}: {len(chosen)} prompts of "
+        f"{min(lengths)} to {max(lengths)} tokens, {prompts_at_once(circuit)} at once at most"
+    )
+    print("  " + ", ".join(f"{stage} {1000 * s:.1f} ms" for stage, s in cost.stages.items()) + " a prompt")
+    print(
+        f"  kdb     {cost.seconds:9.3f} s a prompt = {cost.seconds / cost.alone:.1f} plain forward passes of it alone "
+        f"({1000 * cost.alone:.1f} ms each) = {cost.seconds / cost.batched:.1f} in a batch "
+        f"({1000 * cost.batched:.1f} ms); {cost.scored:,.0f} exact scores"
+    )
+    agreed = True
+    if options.direct_layers:
+        agreed = _report_direct(options, circuit, cost, done)
+    print(f"  peak memory: {_peak(options, name, circuit)}", flush=True)
+    return agreed
+
+
+def _report_direct(options: argparse.Namespace, circuit: Circuit, cost: Cost, done: list[Ours]) -> bool:
+    n_layers, ours = len(circuit.blocks), done[len(done) // 2]
+    row = ours.attribution.n_prompts // 2  # they are sorted: a prompt of middling length
+    n = min(options.direct_layers, n_layers)
+    layers = torch.linspace(0, n_layers - 1, n + 2)[1:-1].round().int().unique().tolist() if n < n_layers else None
+    direct(ours.attribution, row, [0], options.block) if options.shape else None  # warm
+    found = direct(ours.attribution, row, layers or range(n_layers), options.block)
+    lasts = [int(t) for o in done for t in o.attribution.recording.last]
+    mean = statistics.mean(n_vectors(circuit, last + 1) for last in lasts)
+    seconds = cost.alone + found.seconds * mean / found.n_vectors
+    off = largest_difference(ours, row, found)
+    print(
+        f"  direct  {seconds:9.1f} s a prompt, extrapolated from {found.seconds:.1f} s for {found.n_vectors:,} vectors "
+        f"({layers and len(layers) or n_layers} of {n_layers} layers of one prompt of "
+        f"{int(ours.attribution.recording.last[row]) + 1} tokens) to {mean:,.0f} vectors a prompt"
+    )
+    print(f"  ratio   {seconds / cost.seconds:9.0f} ×; the same scores within {off:.1g}{'' if off <= SAME else ': OUT'}")
+    return off <= SAME
+
+
+def _peak(options: argparse.Namespace, name: str, circuit: Circuit) -> str:
+    """Peak memory over the weights: on a GPU this process's, else that of a process which runs kdb's part alone."""
+    weights = sum(p.nbytes for p in circuit.loaded.model.parameters())
+    if circuit.loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        attribute(circuit, batches(circuit, load_prompts_of(options, circuit))[0])
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        command = [sys.executable, __file__, "--only-kdb", "--device", options.device, "--prompts", str(options.prompts)]
+        command += ["--shape", options.shape] if options.shape else ["--model", name]
+        child = subprocess.Popen([*command, "--prompts-file", str(options.prompts_file)])
+        _, status, usage = os.wait4(child.pid, 0)
+        peak = usage.ru_maxrss * 1024
+        if status:
+            sys.exit(f"kdb's part failed for {name}")
+    return f"{peak / 2**30:.2f} GiB = weights {weights / 2**30:.2f} + {(peak - weights) / 2**30:.2f} GiB"
