@@ -10,9 +10,11 @@ DEMO := kdb-warehouse
 .PHONY: demo test lint types bench docs
 
 demo: .venv/.demo
-	$(BIN)/kdb ingest --model smollm2-135m --warehouse $(DEMO)
+	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
 	$(BIN)/kdb query concept-depth --warehouse $(DEMO)
 	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
+	$(BIN)/kdb ingest --model smollm2-135m --dataset knowledge --limit 5 --warehouse $(DEMO)
+	$(BIN)/kdb query top-heads --category capital --variant limit=5 --warehouse $(DEMO)
 
 test: .venv/.test
 	$(BIN)/python -m pytest
@@ -31,6 +33,7 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/golden.py
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/probes.py
+	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/cli.py
 
 docs: .venv/.test

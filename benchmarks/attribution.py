@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,7 @@ class Direct:
 
     @property
     def n_vectors(self) -> int:
+        """How many vectors were scored."""
         return sum(score.numel() for score in self.scores.values())
 
 
@@ -139,11 +141,11 @@ def direct(a: Attribution, row: int, layers: Sequence[int], block: int) -> Direc
     """Score every layer, head and neuron of some layers at one row of a batch."""
     circuit, r, out = a.circuit, a.recording, Direct()
     last, target = int(r.last[row]), int(a.target[row])
-    table, constant, scale = circuit.readout.table, circuit.readout.constant, r.final_scale[row]
+    readout, scale = circuit.readout, r.final_scale[row]
 
     def increase(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         def log_p(points: torch.Tensor) -> torch.Tensor:
-            return ((points * scale) @ table.T + constant).log_softmax(-1)[:, target]
+            return ((points * scale) @ readout.table.T + readout.constant).log_softmax(-1)[:, target]
 
         return torch.cat([log_p(x + some) for some in vectors.split(block)]) - log_p(x[None])
 
@@ -178,7 +180,7 @@ def largest_difference(ours: Ours, row: int, found: Direct) -> float:
             off += (score[tuple(place)] - top.score[row, here]).abs().tolist()
             others = score.clone()
             others[tuple(place)] = -torch.inf
-            if len(top.score[row]) == TOP:
+            if top.layer[row, -1] >= 0:
                 off.append(float(others.max() - top.score[row, -1]))
         else:
             component = part.removesuffix(" layer")
@@ -198,6 +200,8 @@ def n_vectors(circuit: Circuit, n_tokens: int) -> int:
 
 def random_model(device: str, dtype: str, vocab: int = 32_000, **sizes: int) -> LoadedModel:
     """A Llama with random weights, and no tokenizer."""
+    for chatter in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatter).setLevel(logging.ERROR)
     config = LlamaConfig(vocab_size=vocab, bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes)
     torch.manual_seed(0)
     with torch.device(device):
@@ -238,92 +242,152 @@ def load(options: argparse.Namespace, name: str) -> tuple[Circuit, Prompts]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds for each prompt: by stage, of its forward pass alone, and of its share of a batched one."""
+    """For each prompt: seconds by stage, of its forward pass alone and of its share of a batched one; exact scores."""
 
     stages: dict[str, float]
     alone: float
     batched: float
-    scored: float
+    n_scored: float
 
     @property
     def seconds(self) -> float:
+        """All stages together."""
         return sum(self.stages.values())
 
 
-def measure(circuit: Circuit, chosen: Prompts) -> tuple[Cost, list[Ours]]:
-    """Attribute all prompts after a batch to warm up; forward passes are timed before and after."""
-    groups = batches(circuit, chosen)
+def measure(circuit: Circuit, chosen: Prompts) -> tuple[Cost, Ours]:
+    """What kdb's part costs, and the batch in the middle. Forward passes are timed before and after it."""
+    groups, kept = batches(circuit, chosen), None
+    totals, n_scored = dict.fromkeys(STAGES, 0.0), len(chosen) * len(circuit.blocks) * (2 + circuit.n_heads)
 
     def passes() -> tuple[float, float]:
         alone = statistics.mean(forward(circuit, [ids]) for ids, _target in chosen)
-        return alone, sum(forward(circuit, [ids for ids, _ in group]) for group in groups) / len(chosen)
+        return alone, sum(forward(circuit, [ids for ids, _target in group]) for group in groups) / len(chosen)
 
-    attribute(circuit, groups[0])
+    attribute(circuit, groups[0])  # warm
     before = passes()
-    done = [attribute(circuit, group) for group in groups]
+    for i, group in enumerate(groups):
+        ours = attribute(circuit, group)
+        kept = ours if i == len(groups) // 2 else kept
+        totals = {stage: seconds + ours.seconds[stage] for stage, seconds in totals.items()}
+        n_scored += int(ours.ffn.n_scored.sum() + ours.attn.n_scored.sum())
     alone, batched = ((a + b) / 2 for a, b in zip(before, passes(), strict=True))
-    stages = {s: sum(ours.seconds[s] for ours in done) / len(chosen) for s in STAGES}
-    n_scored = sum(int(ours.ffn.n_scored.sum() + ours.attn.n_scored.sum()) for ours in done) / len(chosen)
-    n_layers = len(circuit.blocks)
-    return Cost(stages, alone, batched, n_scored + n_layers * (2 + circuit.n_heads)), done
+    each = {stage: seconds / len(chosen) for stage, seconds in totals.items()}
+    assert kept is not None
+    return Cost(each, alone, batched, n_scored / len(chosen)), kept
 
 
 def report(options: argparse.Namespace, name: str) -> bool:
     """Print kdb's cost for one model, and the direct way's; tells whether both gave the same scores."""
     circuit, chosen = load(options, name)
-    cost, done = measure(circuit, chosen)
+    cost, ours = measure(circuit, chosen)
     lengths = [len(ids) for ids, _target in chosen]
     print(
-        f"\n{options.shape or name}, {circuit.loaded.dtype} on {circuit.loaded.device}: {len(chosen)} prompts of "
-        f"{min(lengths)} to {max(lengths)} tokens, {prompts_at_once(circuit)} at once at most"
+        f"\n{name}, {circuit.loaded.dtype} on {circuit.loaded.device}: {len(chosen)} prompts of {min(lengths)} to "
+        f"{max(lengths)} tokens, in batches of {len(batches(circuit, chosen)[0])}"
     )
-    print("  " + ", ".join(f"{stage} {1000 * s:.1f} ms" for stage, s in cost.stages.items()) + " a prompt")
     print(
         f"  kdb     {cost.seconds:9.3f} s a prompt = {cost.seconds / cost.alone:.1f} plain forward passes of it alone "
-        f"({1000 * cost.alone:.1f} ms each) = {cost.seconds / cost.batched:.1f} in a batch "
-        f"({1000 * cost.batched:.1f} ms); {cost.scored:,.0f} exact scores"
+        f"({1000 * cost.alone:.1f} ms) = {cost.seconds / cost.batched:.1f} in a batch ({1000 * cost.batched:.1f} ms)"
     )
-    agreed = True
-    if options.direct_layers:
-        agreed = _report_direct(options, circuit, cost, done)
-    print(f"  peak memory: {_peak(options, name, circuit)}", flush=True)
+    print("          " + ", ".join(f"{stage} {1000 * s:.1f} ms" for stage, s in cost.stages.items()))
+    print(f"          {cost.n_scored:,.0f} exact scores a prompt", flush=True)
+    agreed = report_direct(options, circuit, cost, ours, lengths) if options.direct_layers else True
+    del ours
+    print(f"  peak memory {peak_memory(options, name, circuit, chosen)}", flush=True)
     return agreed
 
 
-def _report_direct(options: argparse.Namespace, circuit: Circuit, cost: Cost, done: list[Ours]) -> bool:
-    n_layers, ours = len(circuit.blocks), done[len(done) // 2]
-    row = ours.attribution.n_prompts // 2  # they are sorted: a prompt of middling length
-    n = min(options.direct_layers, n_layers)
-    layers = torch.linspace(0, n_layers - 1, n + 2)[1:-1].round().int().unique().tolist() if n < n_layers else None
-    direct(ours.attribution, row, [0], options.block) if options.shape else None  # warm
-    found = direct(ours.attribution, row, layers or range(n_layers), options.block)
-    lasts = [int(t) for o in done for t in o.attribution.recording.last]
-    mean = statistics.mean(n_vectors(circuit, last + 1) for last in lasts)
-    seconds = cost.alone + found.seconds * mean / found.n_vectors
+def report_direct(
+    options: argparse.Namespace, circuit: Circuit, cost: Cost, ours: Ours, lengths: Sequence[int]
+) -> bool:
+    n_layers, row = len(circuit.blocks), ours.attribution.n_prompts // 2  # prompts are sorted: one of middling length
+    spread = torch.linspace(0, n_layers - 1, min(options.direct_layers, n_layers) + 2)[1:-1].round().int().tolist()
+    layers = spread if options.direct_layers < n_layers else list(range(n_layers))
+    found = direct(ours.attribution, row, layers, options.block)
+    every = statistics.mean(n_vectors(circuit, n_tokens) for n_tokens in lengths)
+    seconds = cost.alone + found.seconds * every / found.n_vectors
     off = largest_difference(ours, row, found)
     print(
-        f"  direct  {seconds:9.1f} s a prompt, extrapolated from {found.seconds:.1f} s for {found.n_vectors:,} vectors "
-        f"({layers and len(layers) or n_layers} of {n_layers} layers of one prompt of "
-        f"{int(ours.attribution.recording.last[row]) + 1} tokens) to {mean:,.0f} vectors a prompt"
+        f"  direct  {seconds:9.1f} s a prompt, extrapolated from {found.seconds:.1f} s for the {found.n_vectors:,} "
+        f"vectors of layers {', '.join(map(str, layers))} and {int(ours.attribution.recording.last[row]) + 1} tokens "
+        f"to {every:,.0f} vectors"
     )
-    print(f"  ratio   {seconds / cost.seconds:9.0f} ×; the same scores within {off:.1g}{'' if off <= SAME else ': OUT'}")
+    print(f"  ratio   {seconds / cost.seconds:9.0f}; largest difference of a score {off:.1g}{' OUT' * (off > SAME)}")
     return off <= SAME
 
 
-def _peak(options: argparse.Namespace, name: str, circuit: Circuit) -> str:
-    """Peak memory over the weights: on a GPU this process's, else that of a process which runs kdb's part alone."""
+def peak_memory(options: argparse.Namespace, name: str, circuit: Circuit, chosen: Prompts) -> str:
+    """Peak memory over the weights: on a GPU what PyTorch allocated there, else that of a process of its own."""
     weights = sum(p.nbytes for p in circuit.loaded.model.parameters())
     if circuit.loaded.device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        attribute(circuit, batches(circuit, load_prompts_of(options, circuit))[0])
+        run_all(circuit, chosen)
         peak = torch.cuda.max_memory_allocated()
     else:
-        command = [sys.executable, __file__, "--only-kdb", "--device", options.device, "--prompts", str(options.prompts)]
+        command = [sys.executable, __file__, "--only-kdb", "--prompts", str(options.prompts)]
         command += ["--shape", options.shape] if options.shape else ["--model", name]
         child = subprocess.Popen([*command, "--prompts-file", str(options.prompts_file)])
         _, status, usage = os.wait4(child.pid, 0)
         peak = usage.ru_maxrss * 1024
         if status:
-            sys.exit(f"kdb's part failed for {name}")
+            sys.exit(f"kdb's part failed on {name}")
     return f"{peak / 2**30:.2f} GiB = weights {weights / 2**30:.2f} + {(peak - weights) / 2**30:.2f} GiB"
+
+
+def run_all(circuit: Circuit, chosen: Prompts) -> None:
+    for group in batches(circuit, chosen):
+        attribute(circuit, group)
+
+
+def grow(n_prompts: int) -> None:
+    """Print a row per model: one of prompt length, width and vocabulary grows, the others stay as they are."""
+    print(f"\nLlamas of {GROW_LAYERS} layers with random weights, {n_prompts} prompts: milliseconds for each prompt")
+    widths = f"{'tokens':>6} {'width':>6} {'vocab':>8} {'forward':>8} {'kdb':>9} {'kdb/forward':>12} {'exact':>7}"
+    print(f"{'grows':11} {widths}  " + " ".join(f"{stage:>8}" for stage in STAGES))
+    for what, sizes in GROW.items():
+        for size in sizes:
+            shape = GROW_FROM | {what: size}
+            tokens, width, vocab = (shape[key] for key in GROW_FROM)
+            sizes_of = {"num_hidden_layers": GROW_LAYERS, "num_attention_heads": width // 64}
+            loaded = random_model(
+                "cpu", "float32", vocab=vocab, hidden_size=width, intermediate_size=3 * width, **sizes_of
+            )
+            cost, _ours = measure(take_apart(loaded), random_prompts(n_prompts, tokens, vocab))
+            print(
+                f"{what:11} {tokens:6} {width:6} {vocab:8,} {1000 * cost.alone:8.1f} {1000 * cost.seconds:9.1f} "
+                f"{cost.seconds / cost.alone:12.1f} {cost.n_scored:7.0f}  "
+                + " ".join(f"{1000 * s:8.1f}" for s in cost.stages.values()),
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Print a few rows per model, or a table of models that grow; exit with 1 where scores differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="name, folder or .gguf file; the two small real ones if none")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, in bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompts-file", type=Path, default=ROOT.parent / "shared/golden/prompts.csv")
+    parser.add_argument("--direct-layers", type=int, default=2, help="layers that the direct way runs on; 0 for none")
+    parser.add_argument("--block", type=int, default=512, help="vectors that the direct way unembeds at once")
+    parser.add_argument("--grow", action="store_true", help="print how cost grows with length, width and vocabulary")
+    parser.add_argument("--only-kdb", action="store_true", help=argparse.SUPPRESS)  # for peak memory
+    options = parser.parse_args()
+    names = [options.shape] if options.shape else options.model or MODELS
+    with torch.inference_mode():
+        if options.only_kdb:
+            run_all(*load(options, names[0]))
+            return
+        load_average = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+        print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores{load_average}")
+        if options.grow:
+            grow(options.prompts)
+            return
+        agreed = [report(options, name) for name in names]
+    sys.exit(not all(agreed))
+
+
+if __name__ == "__main__":
+    main()

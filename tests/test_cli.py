@@ -292,7 +292,7 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["query", "concept-dept"], "Unknown query 'concept-dept'. Did you mean 'concept-depth'?"),
+        (["query", "concept-dept"], "Unknown query 'concept-dept'. Did you mean 'concept-depth' or 'kept-prompts'?"),
         (["queries", "layer-acuracy"], "Unknown query 'layer-acuracy'. Did you mean 'layer-accuracy'?"),
         (["query", "layer-accuracy", "--sit", "x"], "No such option '--sit'. (Did you mean one of: '--site'"),
         (["query", "concept-depth", "--jump-ratio", "big"], "Invalid value for '--jump-ratio': 'big' is not a valid"),
@@ -327,7 +327,7 @@ def test_a_question_that_cannot_be_answered_is_refused(
         (["--model", "./absent.gguf"], "There is no file 'absent.gguf'"),
         (["--dataset", "world-city"], "Unknown dataset 'world-city'. Did you mean 'world-cities'?"),
         (["--dataset", "absent.csv"], "Cannot read 'absent.csv': No such file or directory"),
-        (["--limit", "0"], "The limit counts examples of each class: expected 1 or more, found 0."),
+        (["--limit", "0"], "The limit counts examples of each class or category: expected 1 or more, found 0."),
         (["--template", "no place"], "The template 'no place' does not say where the text goes"),
         (
             ["--group-by", "village"],
@@ -356,7 +356,11 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
         ("d.csv", "text,label\nRain.,0\nRain!,1,2\n", "d.csv, line 3: expected 2 cells, found 3"),
         ("d.csv", 'text,label\nRain.,0\n"Rain!,1\n', "d.csv, line 3: expected a row of whole cells"),
         ("d.csv", "text,label\nRain.,0\n ,1\n", "d.csv, line 3: expected a text in column 'text', found ' '"),
-        ("d.csv", "texts,label\nRain.,0\n", "d.csv, line 1: expected one column 'text', found 'texts', 'label'"),
+        (
+            "d.csv",
+            "texts,label\nRain.,0\n",
+            "d.csv, line 1: expected columns 'text' and 'label', or 'prompt', 'answer' and 'category'",
+        ),
         ("d.csv", b"text,label\nRain.,0\n\xff,1\n", "d.csv, line 3: expected UTF-8 text, found the byte 0xff"),
         ("d.csv", "text,label\nRain.,0\nHail.,0\n", "Dataset 'd' (d.csv, a user's file) has no example with label 1"),
         ("d.jsonl", '{"text": "Rain.", "label": 0}\n{"text": "Ra', "d.jsonl, line 2: expected a JSON object"),

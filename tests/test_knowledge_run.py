@@ -22,6 +22,7 @@ import torch
 from click.testing import Result
 from test_cli import answer, refusal
 from test_run import interrupt_after, no_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.ingest import attribution, knowledge, recording, run
 from kdb.ingest.datasets import load_dataset
@@ -132,9 +133,7 @@ def job(tiny_model: Path, facts: Path) -> Callable[..., Job]:
 
 
 @pytest.fixture
-def measure(
-    opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel
-) -> Callable[..., Warehouse]:
+def measure(opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel) -> Callable[..., Warehouse]:
     """Measure into an empty warehouse, without the command line."""
 
     def measure(dataset: Path | None = None, batch_tokens: int | None = None, **attributing: Any) -> Warehouse:
@@ -150,14 +149,16 @@ def rows(warehouse: Warehouse, statement: str) -> Rows:
 
 
 def everything(warehouse: Warehouse) -> dict[str, Rows]:
-    return {table: rows(warehouse, f"SELECT * EXCLUDE (run) FROM {table} ORDER BY ALL") for table in TABLES}
+    found = {table: warehouse.scan(table).drop("run").collect() for table in TABLES}
+    return {table: frame.sort(frame.columns).rows() for table, frame in found.items()}
 
 
 def scores(warehouse: Warehouse, table: str) -> dict[tuple[Any, ...], tuple[float, ...]]:
     """What a table says, by the prompt's text and what each row is about."""
-    about, said = SCORES[table]
-    n = about.count(",") + 2
-    found = rows(warehouse, f"SELECT text, {about}, {said} FROM {table} JOIN prompts USING (run, prompt_id)")
+    about, said = (columns.split(", ") for columns in SCORES[table])
+    n = 1 + len(about)
+    named = warehouse.scan(table).join(warehouse.scan("prompts"), on=("run", "prompt_id"))
+    found = named.select("text", *about, *said).collect().rows()
     assert len({row[:n] for row in found}) == len(found)
     return {row[:n]: row[n:] for row in found}
 
@@ -267,11 +268,11 @@ def test_a_heads_attention_is_told_token_by_token_and_sums_to_one(stored: Wareho
     tokens = "string_agg(token, '' ORDER BY position)"
     found = rows(
         stored,
-        f"SELECT text, n_tokens, {tokens}, sum(attention), max(position) FROM head_position_scores"
-        " JOIN prompts USING (run, prompt_id) GROUP BY ALL, layer, head",
+        f"SELECT layer, head, text, n_tokens, {tokens}, sum(attention), max(position) FROM head_position_scores"
+        " JOIN prompts USING (run, prompt_id) GROUP BY ALL",
     )
     assert len(found) == 12 * LAYERS * HEADS
-    for text, n_tokens, read, attention, last in found:
+    for _layer, _head, text, n_tokens, read, attention, last in found:
         assert read == f"{text} "
         assert last == n_tokens - 1
         assert attention == pytest.approx(1, abs=1e-5)
@@ -387,29 +388,30 @@ def test_all_neurons_are_stored_with_intervals_that_hold_their_exact_scores(
     answer(ingest(tmp_path / "new", "--all-neurons", "--top-k", "5", "--ablate-k", "0"))
     answer(ingest(tmp_path / "new", "--top-k", "10000", "--ablate-k", "0"))
     both = Warehouse(tmp_path / "new")
-    variants = ["all-neurons=True", "top-k=10000"]
-    assert [v for (v,) in rows(both, "SELECT regexp_replace(variant, '(top-k=5 | ablate-k=0)', '', 'g') FROM runs")]
+    variants = ["top-k=5 all-neurons=True ablate-k=0", "top-k=10000 ablate-k=0"]
+    assert rows(both, "SELECT variant FROM runs ORDER BY finished_at") == [(variant,) for variant in variants]
     of = "SELECT prompt_id, component, rank, score, exact FROM neuron_scores JOIN runs USING (run)"
-    for wanted in variants:
-        found = rows(both, f"{of} WHERE contains(variant, '{wanted}') ORDER BY prompt_id, component, rank")
+    for variant in variants:
+        found = rows(both, f"{of} WHERE variant = '{variant}' ORDER BY prompt_id, component, rank")
         assert_ranked(found)
         assert Counter(row[:2] for row in found) == {
             (prompt, component): LAYERS * NEURONS if component == "ffn" else LAYERS * HEADS * ENTRIES * n
             for prompt, n in rows(both, "SELECT prompt_id, n_tokens FROM prompts WHERE kept")
             for component in ("attn", "ffn")
         }
-    place = "prompt_id, component, layer, head, neuron, position"
+    place = ("prompt_id", "component", "layer", "head", "neuron", "position")
+    same = " AND ".join(f"every.{column} IS NOT DISTINCT FROM best.{column}" for column in place)
     intervals = rows(
         both,
         "WITH named AS (FROM neuron_scores JOIN runs USING (run)),"
-        " wide AS (FROM named WHERE contains(variant, 'all-neurons')), exact AS (FROM named WHERE variant LIKE 'top-k=1%')"
-        " SELECT wide.exact, exact.exact, wide.lower <= exact.score AND exact.score <= wide.upper,"
-        " wide.lower <= wide.score AND wide.score <= wide.upper, wide.rank <= 5"
-        f" FROM wide JOIN exact ON {' AND '.join(f'wide.{c} IS NOT DISTINCT FROM exact.{c}' for c in place.split(', '))}",
+        f" every AS (FROM named WHERE variant = '{variants[0]}'), best AS (FROM named WHERE variant = '{variants[1]}')"
+        " SELECT every.exact, best.exact AS certain, every.rank <= 5 AS best,"
+        " every.lower <= best.score AND best.score <= every.upper AS holds,"
+        f" every.lower <= every.score AND every.score <= every.upper AS ordered FROM every JOIN best ON {same}",
     )
     assert len(intervals) == len(rows(both, "FROM neuron_scores")) / 2
-    assert all(certain and holds and ordered for _, certain, holds, ordered, _ in intervals)
-    assert all(exact for exact, *_, best in intervals if best)
+    assert all(certain and holds and ordered for _exact, certain, _best, holds, ordered in intervals)
+    assert all(exact for exact, _certain, best, *_ in intervals if best)
     assert not all(exact for exact, *_ in intervals)
 
 
@@ -452,11 +454,15 @@ def test_ablate_k_is_how_many_neurons_are_zeroed(measure: Callable[..., Warehous
 # What is done once -----------------------------------------------------------------------------------------------
 
 
+def make_chunks_small(patch: pytest.MonkeyPatch) -> None:
+    """Chunks of three prompts at most: four of them, of like length."""
+    patch.setattr(knowledge, "CHUNK_BYTES", 200_000)
+    patch.setattr(attribution, "BASES_BYTES", 3 * 2 * LAYERS * 256 * 4)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of three prompts at most: four of them, of like length."""
-    monkeypatch.setattr(knowledge, "CHUNK_BYTES", 200_000)
-    monkeypatch.setattr(attribution, "BASES_BYTES", 3 * 2 * LAYERS * 256 * 4)
+    make_chunks_small(monkeypatch)
 
 
 @pytest.fixture
@@ -484,13 +490,15 @@ def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
     assert recorded == []
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def uninterrupted(
-    tmp_path: Path, small_chunks: None, job: Callable[..., Job], tiny_loaded: LoadedModel
+    tmp_path_factory: pytest.TempPathFactory, job: Callable[..., Job], tiny_loaded: LoadedModel
 ) -> dict[str, Rows]:
     """What a run of four chunks stores in one go."""
-    plain = Warehouse.create(tmp_path / "uninterrupted")
-    run.ingest(plain.lake, job(), lambda: tiny_loaded)
+    plain = Warehouse.create(tmp_path_factory.mktemp("uninterrupted") / "warehouse")
+    with pytest.MonkeyPatch.context() as patch:
+        make_chunks_small(patch)
+        run.ingest(plain.lake, job(), lambda: tiny_loaded)
     return everything(plain)
 
 
@@ -512,12 +520,12 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     assert opened.lake.run_folders() == []
     assert everything(opened) == {table: [] for table in TABLES}
     listed = run_kdb("runs", "--warehouse", opened.lake.path)
-    assert listed.stderr.startswith(f"In progress or interrupted: tiny on facts (run {job().run}).\n")
+    assert listed.stderr.endswith(f"In progress or interrupted: tiny on facts (run {job().run}).\n")
     recorded.clear()
     with monkeypatch.context() as patch:  # that chunks are as they were begun is remembered, whatever fits now
         patch.setattr(knowledge, "CHUNK_BYTES", 2**29)
         assert run.ingest(opened.lake, job(), lambda: tiny_loaded).status == "committed"
-    assert recorded == [3, 3, 3] + [3, 3, 3, 3]  # the other chunks, and the methods of all
+    assert recorded == [3, 3, 3]
     assert everything(opened) == uninterrupted
 
 
@@ -525,10 +533,10 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
 @pytest.mark.parametrize(
     ("table", "time", "left"),
     [
-        ("prompts", 1, [3] * 8),
-        ("neuron_scores", 2, [3] * 7),
-        ("query_layer_scores", 4, [3] * 5),
-        ("ablations", 2, [3] * 3),
+        ("prompts", 1, [3, 3, 3, 3]),
+        ("neuron_scores", 2, [3, 3, 3]),
+        ("ablations", 3, [3, 3]),
+        ("query_layer_scores", 4, [3]),
         ("neuron_tokens", 1, []),
     ],
 )
@@ -570,7 +578,7 @@ def test_an_ingest_that_is_cut_off_at_any_table_goes_on_to_the_same_rows(
 
 @pytest.mark.parametrize(
     ("module", "name", "size"),
-    [(knowledge, "CHUNK_BYTES", 1), (knowledge, "CHUNK_BYTES", 300_000), (attribution, "BASES_BYTES", 5 * 4096)],
+    [(knowledge, "CHUNK_BYTES", 1), (attribution, "BASES_BYTES", 5 * 2 * LAYERS * 256 * 4)],
 )
 def test_the_size_of_a_chunk_changes_no_score(
     measure: Callable[..., Warehouse],
@@ -583,7 +591,7 @@ def test_the_size_of_a_chunk_changes_no_score(
 ) -> None:
     monkeypatch.setattr(module, name, size)
     assert_same_scores(measure(), stored)
-    assert len(recorded) > 1 + 2 * 2  # the checks, and more than two chunks twice
+    assert len(recorded) > 2  # the checks, and more than one chunk
 
 
 def test_the_tokens_of_a_batch_change_no_score(measure: Callable[..., Warehouse], stored: Warehouse) -> None:
@@ -681,11 +689,16 @@ def test_both_studies_of_one_model_and_dataset_live_side_by_side(
 
 
 def test_the_template_and_the_limit_make_variants_of_their_own(tmp_path: Path, ingest: Callable[..., Result]) -> None:
-    answer(ingest(tmp_path / "new", "--template", "Well: {text}", "--limit", "3"))
+    answer(ingest(tmp_path / "new", "--template", "Well: {text}", "--limit", "4"))
     opened = Warehouse(tmp_path / "new")
     ((variant,),) = rows(opened, "SELECT variant FROM runs")
-    assert re.fullmatch("limit=3 template=[0-9a-f]{8}", variant)
-    assert rows(opened, "SELECT count(*), bool_and(text LIKE 'Well: The %') FROM prompts") == [(9, True)]
+    assert re.fullmatch("limit=4 template=[0-9a-f]{8}", variant)
+    assert rows(opened, "SELECT count(*), bool_and(text LIKE 'Well: The %') FROM prompts") == [(12, True)]
+
+
+def test_a_dry_run_says_the_cost_and_stores_nothing(tmp_path: Path, ingest: Callable[..., Result]) -> None:
+    assert answer(ingest(tmp_path / "new", "--dry-run")).startswith("tiny on facts: 14 prompts (")
+    assert not (tmp_path / "new").exists()
 
 
 # What is refused -------------------------------------------------------------------------------------------------
@@ -702,16 +715,15 @@ def narrow_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     return folder
 
 
-def bloom(folder: Path) -> Any:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    return BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=16, n_layer=2, n_head=2))
-
-
-def gptj(folder: Path) -> Any:
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    return GPTJForCausalLM(GPTJConfig(vocab_size=256, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=64))
+# Why kdb cannot measure models of some architectures, and what these are set to beyond the common sizes.
+STRANGE: dict[str, tuple[dict[str, Any], str]] = {
+    "falcon": ({"alibi": False}, "falcon cannot be taken apart: block 0 of FalconForCausalLM has an attention of its"),
+    "qwen2_moe": (
+        {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 16},
+        "qwen2_moe cannot be taken apart: block 0 of Qwen2MoeForCausalLM has an FFN whose neurons are not an",
+    ),
+    "bloom": ({"n_layer": 2, "n_head": 2}, "Cannot load bloom: BloomForCausalLM does not support an attention"),
+}
 
 
 BAD_ROWS = {
@@ -722,7 +734,7 @@ BAD_ROWS = {
     "two answers": (
         [("The sky is", "blue", "sky"), ("The sun is", "red", "sky"), ("The sky is", "grey", "sky")],
         "bad.csv, line 4: expected the answer 'blue' that bad.csv, line 2 has for the prompt 'The sky is', found "
-        "'grey': keep one of the two rows.",
+        "'grey': keep one of the two rows",
     ),
     "one answer in a category": (
         [("The sky is", "blue", "sky"), ("The sea is", "blue", "sky")],
@@ -773,14 +785,16 @@ def test_a_template_without_a_place_for_the_text_is_refused(tmp_path: Path, inge
     assert_nothing_stored(tmp_path / "new")
 
 
-@pytest.mark.parametrize(("make", "name"), [(bloom, "BloomForCausalLM"), (gptj, "GPTJForCausalLM")])
+@pytest.mark.parametrize("architecture", STRANGE)
 def test_a_model_that_has_no_place_in_the_description_is_refused(
-    tmp_path: Path, ingest: Callable[..., Result], tiny_model: Path, make: Callable[[Path], Any], name: str
+    tmp_path: Path, ingest: Callable[..., Result], tiny_model: Path, architecture: str
 ) -> None:
-    folder = tmp_path / "strange"
-    make(folder).save_pretrained(folder)
+    settings, message = STRANGE[architecture]
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    folder = tmp_path / architecture
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | settings)).save_pretrained(folder)
     for file in tiny_model.glob("tokenizer*"):
         shutil.copy(file, folder)
-    message = refusal(ingest(tmp_path / "new", model=folder))
-    assert message.startswith(f"strange cannot be taken apart: block 0 of {name} has an attention of its own")
+    assert refusal(ingest(tmp_path / "new", model=folder)).startswith(message)
     assert_nothing_stored(tmp_path / "new")
