@@ -370,8 +370,9 @@ class Attribution:
         score[where], lower[where], upper[where] = (x[row, place] for x in (top.score, top.lower, top.upper))
         exact[where] = True
         wide = ((upper - lower > WIDEST) & ~exact).nonzero(as_tuple=True)
-        score[wide], exact[wide] = score_exactly(*wide), True
-        lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
+        if len(wide[0]):
+            score[wide], exact[wide] = score_exactly(*wide), True
+            lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
         order = score.argsort(dim=1, descending=True, stable=True)
         return order, (score.gather(1, order), lower.gather(1, order), upper.gather(1, order), exact.gather(1, order))
 

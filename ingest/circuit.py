@@ -288,6 +288,11 @@ def take_apart(loaded: LoadedModel) -> Circuit:
     import torch
 
     anatomy = describe(loaded.model)
+    if not _is_linear(anatomy.unembed):
+        raise ModelError(
+            f"{loaded.source.name} cannot be taken apart: its unembedding is a {type(anatomy.unembed).__name__}, and "
+            "only a linear map of the final norm's output can be shared out among what was added to the residual."
+        )
     calls: dict[int, list[_Call]] = {i: [] for i in range(len(anatomy.blocks))}
     outputs: dict[nn.Module, torch.Tensor] = {}
 

@@ -103,7 +103,8 @@ class Job:
             m.quantize or "",
             f"store={m.store}" if m.store != Measuring.store else "",
             *(
-                f"{field.name.replace('_', '-')}={getattr(self.attributing, field.name)}"
+                field.name.replace("_", "-")
+                + ("" if field.default is False else f"={getattr(self.attributing, field.name)}")
                 for field in fields(Attributing)
                 if self.study == "knowledge" and getattr(self.attributing, field.name) != field.default
             ),

@@ -65,11 +65,8 @@ def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_
     Raises DatasetError for prompts that cannot be used and ModelError for a model whose parts do not add up,
     before anything is measured.
     """
-    prompts = read_prompts(job)
-    if not staged.has("datasets", "part"):
-        config = load_config(job.source)
-        check_length(job, [p.token_ids for p in prompts], config)
-        describe_run(staged, job, config)
+    prompts, config = read_prompts(job), load_config(job.source)
+    check_length(job, [p.token_ids for p in prompts], config)
 
     @functools.cache
     def circuit() -> Circuit:
@@ -81,6 +78,8 @@ def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_
 
     if not staged.has("checks", "part"):
         _check(staged, circuit(), prompts)
+    if not staged.has("datasets", "part"):  # after the checks: a model that is refused leaves nothing behind
+        describe_run(staged, job, config)
     if not staged.has("prompts", "part"):
         staged.write_rows("prompts", "part", list(_prompt_rows(circuit(), job, prompts, batch_tokens)))
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
@@ -328,7 +327,15 @@ def _method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, 
     n = a.ffn_coefficients.shape[2]
     best = {method: places.tolist() for method, places in best_neurons(a, k, top).items()}
     interventions = [
-        Intervention(prompt.number, prompt.token_ids, prompt.target, method, positions, silenced_ffn(places[i], n), k)
+        Intervention(
+            prompt.number,
+            prompt.token_ids,
+            prompt.target,
+            method,
+            positions,
+            silenced_ffn(places[i], n),
+            len(places[i]),
+        )
         for method, places in best.items()
         for i, prompt in enumerate(chunk)
         for positions in ("last", "all")

@@ -42,6 +42,7 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
     import torch
 
     a = attribution
+    k = min(k, a.ffn_coefficients[0].numel())
     coefficient = a.ffn_coefficients.flatten(1).abs().double()
     length = torch.stack([a.circuit.ffn_columns(i).norm(dim=1) for i in range(a.n_layers)])
     scale = a.recording.ffn_scale[:, torch.arange(a.n_prompts), a.recording.last].T  # b, l

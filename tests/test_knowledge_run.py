@@ -388,7 +388,7 @@ def test_all_neurons_are_stored_with_intervals_that_hold_their_exact_scores(
     answer(ingest(tmp_path / "new", "--all-neurons", "--top-k", "5", "--ablate-k", "0"))
     answer(ingest(tmp_path / "new", "--top-k", "10000", "--ablate-k", "0"))
     both = Warehouse(tmp_path / "new")
-    variants = ["top-k=5 all-neurons=True ablate-k=0", "top-k=10000 ablate-k=0"]
+    variants = ["top-k=5 all-neurons ablate-k=0", "top-k=10000 ablate-k=0"]
     assert rows(both, "SELECT variant FROM runs ORDER BY finished_at") == [(variant,) for variant in variants]
     of = "SELECT prompt_id, component, rank, score, exact FROM neuron_scores JOIN runs USING (run)"
     for variant in variants:
