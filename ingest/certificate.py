@@ -174,8 +174,8 @@ class Distributions:
             # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose a small score's digits.
             total += z.sub_(own).expm1_().mul_(self.p[base, tile]).sum(1)
         score = -total.log1p()
-        far = ~total.isfinite()
-        if far.any():  # a vector that takes more than e⁸⁸ of the odds: its logarithms are summed instead
+        far = ~((total > -0.99) & total.isfinite())
+        if far.any():  # the sum has cancelled, or is over e⁸⁸: logarithms are summed instead
             z = vectors[index[far]] @ self.table.T * factor[far]
             z = z if self.cap is None else z * self.cap[self.prompt[base[far]]]
             score[far] = -(self.p[base[far]].log() + z - own[far]).double().logsumexp(1)

@@ -288,10 +288,11 @@ def take_apart(loaded: LoadedModel) -> Circuit:
     import torch
 
     anatomy = describe(loaded.model)
-    if not _is_linear(anatomy.unembed):
+    size = int(loaded.model.config.get_text_config().hidden_size)
+    if getattr(anatomy.unembed, "in_features", None) != size:
         raise ModelError(
-            f"{loaded.source.name} cannot be taken apart: its unembedding is a {type(anatomy.unembed).__name__}, and "
-            "only a linear map of the final norm's output can be shared out among what was added to the residual."
+            f"{loaded.source.name} cannot be taken apart: the unembedding of {type(loaded.model).__name__} is not "
+            f"one linear map of its {size} hidden entries."
         )
     calls: dict[int, list[_Call]] = {i: [] for i in range(len(anatomy.blocks))}
     outputs: dict[nn.Module, torch.Tensor] = {}

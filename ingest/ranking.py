@@ -115,7 +115,7 @@ def _rank_bounds(a: Attribution) -> torch.Tensor:
         columns = a.circuit.ffn_columns(layer)
         logits, own = columns @ table[sample].T, columns @ table[targets].T
         # A token that is as good as w but for rounding is not counted: the bound stays a bound.
-        least = own + 1e-5 * own.abs()
+        least = own + 1e-5 * columns.norm(dim=1, keepdim=True) * table[targets].norm(dim=1)
         found.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
     return (1 + torch.cat(found, dim=1)[which]).double()
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kdb.errors import ModelError
 from kdb.ingest.capture import untouched
-from kdb.ingest.circuit import Circuit, watched_attention
+from kdb.ingest.circuit import Circuit, Norm, watched_attention
 
 if TYPE_CHECKING:
     import torch
@@ -194,6 +194,7 @@ _DETAIL = {
     "head_sum": "‖attention contribution − (heads + biases)‖ / ‖heads and biases, norms added‖, largest over layers",
     "ffn_sum": "‖FFN contribution − (neurons + biases)‖ / ‖neurons and biases, norms added‖, largest over layers",
     "value_keys": "the same for a head's values, read through the value projection found",
+    "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
     "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
 }
 
@@ -213,6 +214,7 @@ def check_circuit(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> list[
             "head_sum": _head_sum(circuit, r),
             "ffn_sum": _ffn_sum(circuit, r),
             "value_keys": _value_keys(circuit, r),
+            "ffn_keys": _ffn_keys(circuit, r),
             "frozen_readout": _frozen_readout(circuit, r),
         }
         own = torch.stack([untouched(loaded, ids)[1] for ids in token_ids])
@@ -278,20 +280,42 @@ def _value_keys(circuit: Circuit, r: Recording) -> float:
 
     off = []
     for layer, block in enumerate(circuit.blocks):
-        keys = circuit.value_keys(layer)
-        resid = r.resid_pre[layer]
-        real = torch.arange(resid.shape[1], device=resid.device) <= r.last[:, None]
-        x = resid[real]
-        scale = torch.ones(len(x), device=x.device)
-        if block.attn_norm is not None:
-            dtype = getattr(torch, circuit.loaded.dtype)
-            scale = block.attn_norm.scale(x, block.attn_norm.module(x.to(dtype)).float())
         values = r.values[layer]
         groups = circuit.n_heads // values.shape[1]
-        entries = values.repeat_interleave(groups, dim=1).transpose(1, 2).flatten(2)[real]
-        rest = entries - (x @ keys.T) * scale[:, None]
-        off.append((rest - rest.mean(0)).norm(dim=-1) / entries.norm(dim=-1).clamp_min(1e-30))
+        entries = values.repeat_interleave(groups, dim=1).transpose(1, 2).flatten(2)
+        off.append(_off_its_keys(circuit, r, r.resid_pre[layer], block.attn_norm, circuit.value_keys(layer), entries))
     return _largest(torch.cat(off))
+
+
+def _ffn_keys(circuit: Circuit, r: Recording) -> float:
+    """The same for what the neurons' first projection gives."""
+    import torch
+
+    off, dtype = [], getattr(torch, circuit.loaded.dtype)
+    for layer, block in enumerate(circuit.blocks):
+        resid = r.resid_pre[layer] if block.parallel else r.resid_pre[layer] + r.attn[layer]
+        read = resid.to(dtype)
+        if block.ffn_norm is not None:
+            read = block.ffn_norm.module(read)
+        entries = block.key(read)[..., block.key_rows].float()
+        off.append(_off_its_keys(circuit, r, resid, block.ffn_norm, circuit.ffn_keys(layer), entries))
+    return _largest(torch.cat(off))
+
+
+def _off_its_keys(
+    circuit: Circuit, r: Recording, resid: torch.Tensor, norm: Norm | None, keys: torch.Tensor, entries: torch.Tensor
+) -> torch.Tensor:
+    """How far entries (b, t, n) are from keys (n, d) · residual (b, t, d) · scale + a constant, by position."""
+    import torch
+
+    real = torch.arange(resid.shape[1], device=resid.device) <= r.last[:, None]
+    x, written = resid[real], entries[real]
+    scale = torch.ones(len(x), device=x.device)
+    if norm is not None:
+        scale = norm.scale(x, norm.module(x.to(getattr(torch, circuit.loaded.dtype))).float())
+    rest = written - (x @ keys.T) * scale[:, None]
+    off: torch.Tensor = (rest - rest.mean(0)).norm(dim=-1) / written.norm(dim=-1).clamp_min(1e-30)
+    return off
 
 
 def _frozen_readout(circuit: Circuit, r: Recording) -> float:

@@ -339,6 +339,7 @@ def test_every_neuron_of_a_list_has_its_tokens_at_both_ends(stored: Warehouse) -
 def test_a_run_carries_how_far_it_can_be_trusted(stored: Warehouse) -> None:
     found = rows(stored, 'SELECT "check", value <= tolerance, passed, tolerance FROM checks ORDER BY 1')
     names = (
+        "ffn_keys",
         "ffn_sum",
         "frozen_readout",
         "head_sum",
@@ -631,7 +632,7 @@ def asked(run_kdb: RunKdb, warehouse: Path, query: str, *options: str) -> list[d
         ("neuron-overlap", 3),
         ("head-overlap", 3),
         ("kept-prompts", 3),
-        ("checks", 7),
+        ("checks", 8),
         ("runs", 1),
     ],
 )
@@ -684,7 +685,7 @@ def test_both_studies_of_one_model_and_dataset_live_side_by_side(
     assert asked(run_kdb, warehouse, "concept-depth") == depth
     assert len(asked(run_kdb, warehouse, "top-heads")) == 3 * LAYERS * HEADS
     assert len(asked(run_kdb, warehouse, "kept-prompts")) == 3
-    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 4, "knowledge": 7}
+    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 4, "knowledge": 8}
     assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 2 runs are as they were committed.\n"
 
 
