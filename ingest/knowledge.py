@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kdb.ingest.describe import check_length, describe_run, read_parts
 from kdb.ingest.job import Job
@@ -85,7 +86,7 @@ def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
     _attribute(staged, job, kept, circuit, batch_tokens)
     if kept and not staged.has("neuron_tokens", "part"):
-        _name_tokens(staged, circuit())
+        _name_tokens(staged, circuit(), job.attributing.top_k)
 
 
 def read_prompts(job: Job) -> list[Prompt]:
@@ -353,9 +354,11 @@ def silenced_ffn(places: Sequence[int], n: int) -> Any:
     return Silenced(ffn=by_layer)
 
 
-def _name_tokens(staged: StagedRun, circuit: Circuit) -> None:
+def _name_tokens(staged: StagedRun, circuit: Circuit, top_k: int) -> None:
     """Write the tokens at both ends of the logits of every neuron in a top list."""
-    neurons = read_parts(staged.parts("neuron_scores")).select(["component", "layer", "head", "neuron"])
+    scores = read_parts(staged.parts("neuron_scores"))
+    best = scores.filter(pc.less_equal(scores["rank"], top_k))
+    neurons = best.select(["component", "layer", "head", "neuron"])
     queries = read_parts(staged.parts("query_neuron_scores")).select(["layer", "neuron"])
     queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
     every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])
