@@ -86,7 +86,7 @@ class Comparison:
         self.values([found[k] for k in both], [expected[k] for k in both], where, relative=relative)
         first = list(found)[: len(expected)]
         values = [*expected.values(), *list(found.values())[len(expected) : len(expected) + 1]]
-        self.places(first, list(expected), values, where, lambda a, b: a - b <= 2 * (SCORE + relative * abs(b)))
+        self.places(first, list(expected), values, where, lambda a, b: abs(a - b) <= 2 * (SCORE + relative * abs(b)))
 
 
 def compare(
@@ -237,7 +237,9 @@ def _rankings(a: Attribution, chunk: Sequence[Prompt], to: _Comparisons) -> None
             found = [divmod(place, n) for place in best[method][i].tolist()]
             expected = [tuple(row) for row in p["methods"][letter]]
             values = p["method_values_11"][letter]
-            to[f"methods: {method}"].places(found, expected, values, _name(p), lambda x, y: 0 < x - y <= 1e-4 * abs(x))
+            to[f"methods: {method}"].places(
+                found, expected, values, _name(p), lambda x, y: 0 < abs(x - y) <= 1e-4 * abs(x)
+            )
 
 
 def _neuron_tokens(circuit: Circuit, p: Prompt, to: _Comparisons) -> None:
@@ -251,7 +253,7 @@ def _neuron_tokens(circuit: Circuit, p: Prompt, to: _Comparisons) -> None:
             best = (sign * logits).topk(len(row[end]) + 1)
             where = f"{_name(p)}, f{row['layer']}.{row['neuron']} {end}"
             found, values = best.indices.tolist()[:-1], best.values.tolist()
-            to["neuron_tokens"].places(found, row[end], values, where, lambda x, y: x - y <= 1e-4 * abs(x))
+            to["neuron_tokens"].places(found, row[end], values, where, lambda x, y: abs(x - y) <= 1e-4 * abs(x))
 
 
 # Every neuron ----------------------------------------------------------------------------------------------------
