@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 BASES_BYTES = 384 * 2**20
 """Memory for the probabilities of one batch, at each of its residuals."""
 
-
 WIDEST = 0.01
 """Widest interval, in nats, that is stored for a neuron: beyond it the score is computed."""
 

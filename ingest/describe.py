@@ -43,6 +43,11 @@ def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any) -> N
             raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens for {job.source.name}.")
 
 
+def table_files(run: Path, table: str) -> list[Path]:
+    """The Parquet files of a table in a committed run's folder."""
+    return sorted((run / table).glob("*.parquet"))
+
+
 def read_parts(parts: Sequence[Path]) -> pa.Table:
     """The rows of some Parquet files of one table."""
     return pa.concat_tables(pq.ParquetFile(part).read() for part in parts)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import QueryError, WarehouseError
-from kdb.ingest.describe import read_parts
+from kdb.ingest.describe import read_parts, table_files
 from kdb.ingest.models import LoadedModel
 from kdb.ingest.progress import progress
 from kdb.ingest.run import Outcome
@@ -157,7 +157,7 @@ def ablate(
         "n_controls": n_controls,
         "seed": seed,
     }
-    prompts = [row for row in read_parts(_parts(source, "prompts")).to_pylist() if row["kept"]]
+    prompts = [row for row in read_parts(table_files(source.path, "prompts")).to_pylist() if row["kept"]]
     if not prompts:
         raise WarehouseError(f"Run {source.run} has no prompt that counts: there is nothing to intervene on.")
     with lake.stage(run_id(settings), source.model, source.dataset) as staged:
@@ -170,7 +170,7 @@ def ablate(
                 "give the same --model and --revision."
             )
         for table in ("models", "datasets"):
-            staged.write(table, "part", [read_parts(_parts(source, table))])
+            staged.write(table, "part", [read_parts(table_files(source.path, table))])
         _intervene(staged, loaded, prompts, {k: silenced(s, shape.head_dim) for k, s in sets.items()}, units, positions)
         row = _first(source, "runs")
         variant = " ".join(filter(None, [row["variant"] if row["variant"] != "default" else "", f"ablate={name}"]))
@@ -207,10 +207,6 @@ def _intervene(
         staged.write("ablations", "part", [intervene(take_apart(loaded), interventions, on_batch=shown.advance)])
 
 
-def _parts(run: RunFolder, table: str) -> list[Any]:
-    return sorted((run.path / table).glob("*.parquet"))
-
-
 def _first(run: RunFolder, table: str) -> dict[str, Any]:
-    row: dict[str, Any] = read_parts(_parts(run, table)).to_pylist()[0]
+    row: dict[str, Any] = read_parts(table_files(run.path, table)).to_pylist()[0]
     return row

@@ -27,8 +27,6 @@ from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
-    import torch
-
     from kdb.ingest.attribution import Attribution, Neurons, Queries
     from kdb.ingest.circuit import Circuit
 
@@ -185,11 +183,12 @@ def _scores(
     """The rows of every table of scores for a chunk of prompts, the table last that tells that all are there."""
     import torch
 
+    from kdb.ingest.attribution import Attribution
     from kdb.ingest.recording import record
 
     wanted = job.attributing
     target = torch.tensor([p.target for p in chunk], device=circuit.loaded.device)
-    a = _attribution(circuit, record(circuit, [p.token_ids for p in chunk]), target)
+    a = Attribution(circuit, record(circuit, [p.token_ids for p in chunk]), target)
     ids = np.array([p.number for p in chunk], dtype=np.int32)
     yield "layer_scores", _layer_rows(ids, a)
     yield "head_scores", _head_rows(ids, a)
@@ -209,12 +208,6 @@ def _scores(
     }
     yield "query_neuron_scores", pa.concat_tables(_query_neuron_rows(ids, k, q) for k, q in queries.items())
     yield "query_layer_scores", pa.concat_tables(_query_layer_rows(ids, k, q) for k, q in queries.items())
-
-
-def _attribution(circuit: Circuit, recording: Any, target: torch.Tensor) -> Attribution:
-    from kdb.ingest.attribution import Attribution
-
-    return Attribution(circuit, recording, target)
 
 
 def _table(name: str, columns: dict[str, Any]) -> pa.Table:

@@ -22,7 +22,7 @@ from kdb.errors import WarehouseError
 from kdb.ingest import knowledge
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
-from kdb.ingest.describe import check_length, describe_run, read_parts
+from kdb.ingest.describe import check_length, describe_run, read_parts, table_files
 from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
 from kdb.ingest.progress import progress
@@ -80,7 +80,7 @@ def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measur
 
     Raises WarehouseError if the source run has no activations.
     """
-    activations = _files(source.path, "activations")
+    activations = table_files(source.path, "activations")
     if not activations:
         raise WarehouseError(f"Run {source.run} has no activations to fit probes on: `kdb ingest` stores them.")
     identity = {"source_run": source.run, "seed": seed, **asdict(probing)}
@@ -88,9 +88,9 @@ def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measur
         if staged.committed:
             return Outcome(staged.run, "exists")
         for table in ("models", "datasets"):
-            staged.write(table, "part", [read_parts(_files(source.path, table))])
-        _probe(staged, _files(source.path, "prompts"), activations, probing, seed)
-        row = read_parts(_files(source.path, "runs")).to_pylist()[0]
+            staged.write(table, "part", [read_parts(table_files(source.path, table))])
+        _probe(staged, table_files(source.path, "prompts"), activations, probing, seed)
+        row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
         settings = json.loads(row["settings"]) | asdict(probing) | {"seed": seed}
         changed = {"source_run": source.run, "seed": seed, "settings": json.dumps(settings)}
         no_model = dict.fromkeys(("torch_version", "transformers_version", "device"))
@@ -226,7 +226,3 @@ def _run_row(job: Job, device: str | None) -> dict[str, Any]:
         "transformers_version": importlib.metadata.version("transformers"),
         "device": device,
     }
-
-
-def _files(run: Path, table: str) -> list[Path]:
-    return sorted((run / table).glob("*.parquet"))
