@@ -20,7 +20,7 @@ from kdb.ingest.recording import Recording, head_coefficients, head_vectors
 if TYPE_CHECKING:
     import torch
 
-BASES_BYTES = 384 * 2**20
+BASES_BYTES = 320 * 2**20
 """Memory for the probabilities of one batch, at each of its residuals."""
 
 WIDEST = 0.01
@@ -368,7 +368,7 @@ class Attribution:
         where = (row, known[row, place])
         score[where], lower[where], upper[where] = (x[row, place] for x in (top.score, top.lower, top.upper))
         exact[where] = True
-        wide = ((upper - lower > WIDEST) & ~exact).nonzero(as_tuple=True)
+        wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or not a number: e⁷⁰⁰ has overflowed
         if len(wide[0]):
             score[wide], exact[wide] = score_exactly(*wide), True
             lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]

@@ -15,7 +15,7 @@ This module takes arrays; it knows no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -32,8 +32,10 @@ _EXPLICIT = 256
 
 _TILE = 2048
 """Tokens scored at once: few enough that a block's products stay in the cache."""
-_BLOCK = 1024
+_BLOCK = 512
 """Vectors scored at once."""
+_FAR = 16
+"""Residuals, or vectors, whose whole vocabulary is held at once: 256k tokens take 16 MiB."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,15 @@ class Distributions:
         explicit = (z.exp_() @ head.values).double()
         rest = 1 - head.values.double().sum()
         # Jensen's bound for the rest needs its mean, and all of p has mean 0 after the shift.
-        rest_mean = -first / rest.clamp_min(1e-12) if rest > 1e-9 else torch.zeros_like(first)
+        rest_mean = -first / rest.clamp_min(1e-12)
         second = self._second_moment(vectors, mean, cap)[index] * factor.double().square()
+        lengths = vectors.norm(dim=1).double()[index] * factor.double().abs()
         largest = self.p[row].topk(n_explicit + 1).values[-1].double() if n_explicit < self.p.shape[1] else 0.0
-        b = second.sqrt().clamp_min(1e-12)
+        b = torch.minimum(second.sqrt(), lengths * self._farthest(mean, cap)).clamp_min(1e-12)
         phi = torch.where(b < 1e-3, 0.5 + b / 6 + b.square(), (b.expm1() - b) / b.square())
         most = explicit + rest - first + largest * second * phi
-        least = explicit + rest * rest_mean.exp() if rest > 1e-9 else explicit
+        # A rest of the size of its rounding has no mean to speak of; without it the bound is no less true.
+        least = explicit + rest * rest_mean.exp() if rest > 1e-4 else explicit
         slack = coefficient.abs().double() * vectors.norm(dim=1).double()[index] * self.reach[row].double()
         slack = slack + 1e-6  # by which float32 probabilities may miss a sum of 1
         return torch.stack([z_own - most.log() - slack, z_own - least.clamp_min(1e-300).log() + slack])
@@ -152,6 +156,18 @@ class Distributions:
             return 2 * squares + 2 * n * along.square()  # (a − b)² ≤ 2a² + 2b²
         total = (vectors @ self.table.sum(0)).double()
         return (squares - 2 * along * total + n * along.square()).clamp_min(0) * (1 + 1e-3) + 1e-9
+
+    def _farthest(self, mean: torch.Tensor, cap: torch.Tensor | None) -> float:
+        """The largest ‖g_u − mean‖; with a soft cap, whose slope is at most 1, an upper bound."""
+        squares = self._squares
+        if cap is None:
+            return float((squares - 2 * (self.table @ mean) + mean.square().sum()).max().clamp_min(0).sqrt()) * 1.001
+        return float(squares.max().sqrt() + mean.norm())
+
+    @cached_property
+    def _squares(self) -> torch.Tensor:
+        """‖g_u‖² of every token (u)."""
+        return self.table.norm(dim=1).square()
 
     @cached_property
     def _gram(self) -> torch.Tensor:
@@ -167,18 +183,20 @@ class Distributions:
         own = (vectors[index] * self.table[self.target[base]]).sum(1, keepdim=True)
         own = own * factor * self._cap_of_target()[base, None]
         total = torch.zeros(len(base), dtype=torch.float64, device=base.device)
+        shared = len(vectors) < len(index)
         for tile in self._tiles(_TILE):
-            z = (vectors @ self.table[tile].T)[index].mul_(factor)
+            z = vectors @ self.table[tile].T
+            z = (z[index] if shared else z).mul_(factor)
             if self.cap is not None:
                 z.mul_(self.cap[self.prompt[base], tile])
             # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose a small score's digits.
             total += z.sub_(own).expm1_().mul_(self.p[base, tile]).sum(1)
         score = -total.log1p()
-        far = ~((total > -0.99) & total.isfinite())
-        if far.any():  # the sum has cancelled, or is over e⁸⁸: logarithms are summed instead
-            z = vectors[index[far]] @ self.table.T * factor[far]
-            z = z if self.cap is None else z * self.cap[self.prompt[base[far]]]
-            score[far] = -(self.p[base[far]].log() + z - own[far]).double().logsumexp(1)
+        far = (~((total > -0.99) & total.isfinite())).nonzero()[:, 0]
+        for some in far.split(_FAR):  # the sum has cancelled, or is over e⁸⁸: logarithms are summed instead
+            z = (vectors[index[some]] @ self.table.T).mul_(factor[some])
+            z = z if self.cap is None else z.mul_(self.cap[self.prompt[base[some]]])
+            score[some] = -z.sub_(own[some]).add_(self.p[base[some]].log_()).double().logsumexp(1)
         return score
 
     def _weighted(self, tile: slice) -> torch.Tensor:
@@ -203,13 +221,17 @@ def distributions(
     cap: torch.Tensor | None = None,
 ) -> Distributions:
     """Read residuals (b, d) out: softmax((table @ x · scale + constant) · cap)."""
-    logits = (residuals * scale[:, None]) @ table.T
-    logits += constant
-    if cap is not None:
-        logits *= cap[prompt]
-    log_total = logits.logsumexp(1, keepdim=True)
-    log_p = (logits.gather(1, target[:, None]) - log_total)[:, 0]
-    return Distributions(table, scale, target, logits.sub_(log_total).exp_(), log_p, cap, prompt)
+    import torch
+
+    p, log_p = residuals.new_empty(len(residuals), len(table)), residuals.new_empty(len(residuals))
+    for rows in torch.arange(len(residuals), device=residuals.device).split(_FAR):
+        logits = torch.addmm(constant, residuals[rows] * scale[rows, None], table.T)
+        if cap is not None:
+            logits *= cap[prompt[rows]]
+        log_total = logits.logsumexp(1, keepdim=True)
+        log_p[rows] = (logits.gather(1, target[rows, None]) - log_total)[:, 0]
+        p[rows] = logits.sub_(log_total).exp_()
+    return Distributions(table, scale, target, p, log_p, cap, prompt)
 
 
 @dataclass(frozen=True)
@@ -227,13 +249,15 @@ def certified_top(
     slack: torch.Tensor,
     k: int,
     score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    tighter: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = (),
     step: int = 64,
 ) -> Best:
     """The k best of each row (row, n), proved complete: no candidate left unscored can be among them.
 
     ``upper`` bounds every score from above but for rounding, which is at most ``slack``, in the bounds and in the
     scores. ``score`` takes rows and columns, each (m), and gives their exact scores. −inf in ``upper`` marks a
-    place that holds no candidate.
+    place that holds no candidate. ``tighter`` are bounds that cost more than ``upper`` and less than a score, each
+    closer than the one before it: they are asked about what is still open.
     """
     import torch
 
@@ -245,6 +269,7 @@ def certified_top(
     first = bound.topk(min(n, k + min(k, step) // 4 + 1), dim=1)
     todo.scatter_(1, first.indices, first.values > -torch.inf)
     scored = torch.zeros_like(todo)
+    bounds = iter(tighter)
     while todo.any():
         rows, columns = todo.nonzero(as_tuple=True)
         known[rows, columns] = score(rows, columns)
@@ -252,6 +277,10 @@ def certified_top(
         # A score is known up to its own slack, so only what it is at least can shut others out.
         least = (known - slack).topk(k, dim=1).values[:, -1:]
         open_ = (bound > least) & ~scored & (bound > -torch.inf)
+        if open_.any() and (closer := next(bounds, None)):
+            rows, columns = open_.nonzero(as_tuple=True)
+            bound[rows, columns] = torch.minimum(bound[open_], closer(rows, columns) + slack[open_])
+            open_ &= bound > least
         ahead = torch.where(open_, bound, -torch.inf).topk(min(n, step), dim=1)
         todo = torch.zeros_like(open_).scatter_(1, ahead.indices, ahead.values > -torch.inf)
     best = known.topk(k, dim=1)

@@ -90,6 +90,11 @@ class Readout:
     constant: torch.Tensor
     softcap: float | None
 
+    @functools.cached_property
+    def longest(self) -> torch.Tensor:
+        """Tokens by falling length of their row, seen from the mean row: the likeliest to be ahead of another."""
+        return (self.table - self.table.mean(0)).norm(dim=1).argsort(descending=True)
+
 
 class Circuit:
     """A model's residual stream, taken apart.

@@ -8,6 +8,7 @@ neuron.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from kdb.ingest.attribution import Attribution, Neurons
@@ -28,8 +29,9 @@ METHODS = (
 )
 """The paper's methods a to h, in its order."""
 
-_SAMPLE = 1024
-"""Tokens whose logits bound a rank from below: a rank is at least what it is among them."""
+_SAMPLES = (1024, 4096, 16384, 65536)
+"""Tokens whose logits bound a rank from below: a rank is at least what it is among them. The first number for every
+neuron, the next ones for those that may still be among the best."""
 _TILE = 4096
 _BLOCK = 512
 
@@ -49,16 +51,18 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
     norm = (length * scale[..., None]).flatten(1).double()
     top = (top or a.ffn_top(k)).first(k)
     at_least = _rank_bounds(a)
+    n_tokens = a.circuit.readout.table.shape[0]
 
     def by_rank(weight: torch.Tensor) -> torch.Tensor:
-        def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-            return weight[prompt, flat] / _ranks(a, prompt, flat) + tie[prompt, flat]
+        def among(n_tokens: int | None, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+            return weight[prompt, flat] / _ranks(a, prompt, flat, n_tokens) + tie[prompt, flat]
 
         # Less than the distance of any two reciprocal ranks, so that it decides between equal ones alone.
-        smallest = 0.4 / a.circuit.readout.table.shape[0] ** 2
-        tie = smallest * coefficient / coefficient.amax(1, keepdim=True)
+        tie = 0.4 / n_tokens**2 * coefficient / coefficient.amax(1, keepdim=True)
         upper = weight / at_least + tie
-        return certified_top(upper, torch.zeros_like(upper), k, exact).index
+        tighter = [functools.partial(among, n) for n in _SAMPLES[1:] if n < n_tokens]
+        exact = functools.partial(among, None)
+        return certified_top(upper, torch.zeros_like(upper), k, exact, tighter, step=2 * k).index
 
     return {
         "log_prob_increase": top.layer * a.ffn_coefficients.shape[2] + top.neuron,
@@ -106,22 +110,30 @@ def _rank_bounds(a: Attribution) -> torch.Tensor:
     """A lower bound of w's rank among each neuron's logits, (b, l · n): its rank in a sample of the vocabulary."""
     import torch
 
-    table = a.circuit.readout.table
-    # The longest rows, seen from their mean, are the best tokens of most neurons: a random sample bounds far less.
-    sample = (table - table.mean(0)).norm(dim=1).topk(min(_SAMPLE, len(table))).indices
-    targets, which = a.target.unique(return_inverse=True)
+    table, targets, which = a.circuit.readout.table, *a.target.unique(return_inverse=True)
+    sample = table[a.circuit.readout.longest[: _SAMPLES[0]]]
     found = []
     for layer in range(a.n_layers):
         columns = a.circuit.ffn_columns(layer)
-        logits, own = columns @ table[sample].T, columns @ table[targets].T
-        # A token that is as good as w but for rounding is not counted: the bound stays a bound.
-        least = own + 1e-5 * columns.norm(dim=1, keepdim=True) * table[targets].norm(dim=1)
+        logits, own = columns @ sample.T, columns @ table[targets].T
+        least = own + _rounding(columns.norm(dim=1, keepdim=True), table[targets].norm(dim=1))
         found.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
     return (1 + torch.cat(found, dim=1)[which]).double()
 
 
-def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """The rank of w among the logits of a neuron's column, (m): one plus the number of tokens that have more."""
+def _rounding(column_length: torch.Tensor, row_length: torch.Tensor) -> torch.Tensor:
+    """More than two ways of adding up one logit differ by.
+
+    A token that is as good as w but for this is not counted where a rank is bounded, so that a bound it stays.
+    """
+    return 1e-5 * column_length * row_length
+
+
+def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+    """The rank of w among the logits of a neuron's column, (m): one plus the number of tokens that have more.
+
+    ``n_tokens``: a lower bound of it, the rank among so many tokens, those with the longest rows.
+    """
     import torch
 
     table, target = a.circuit.readout.table, a.target[prompt]
@@ -129,13 +141,17 @@ def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Te
     neuron, token = pairs // len(table), pairs % len(table)
     columns, which = a.ffn_columns(neuron)
     rank = torch.ones(len(pairs), dtype=torch.float64, device=flat.device)
+    every = torch.arange(len(table), device=flat.device)
+    tokens = every if n_tokens is None else a.circuit.readout.longest[:n_tokens].sort().values
     for rows in torch.arange(len(pairs), device=flat.device).split(_BLOCK):
         used, index = which[rows].unique_consecutive(return_inverse=True)
-        own = (columns[which[rows]] * table[token[rows]]).sum(1, keepdim=True)
-        for start in range(0, len(table), _TILE):
-            logits = (columns[used] @ table[start : start + _TILE].T)[index]
-            here = (token[rows] >= start) & (token[rows] < start + _TILE)
-            logits[here, token[rows][here] - start] = -torch.inf
+        mine, goal = columns[which[rows]], table[token[rows]]
+        own = (mine * goal).sum(1, keepdim=True)
+        if n_tokens is not None:
+            own += _rounding(mine.norm(dim=1), goal.norm(dim=1))[:, None]
+        for some in tokens.split(_TILE):
+            logits = (columns[used] @ table[some].T)[index]
+            logits.masked_fill_(some == token[rows, None], -torch.inf)
             rank[rows] += (logits > own).sum(1)
     return rank[pair]
 

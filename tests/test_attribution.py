@@ -428,7 +428,7 @@ def test_the_eight_rankings_are_those_of_their_definitions(
     architecture: str, dtype: str, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small vocabularies are cut up as real ones, and a sample of them bounds a rank and does not give it.
-    for name, size in (("_SAMPLE", 8), ("_TILE", 16), ("_BLOCK", 7)):
+    for name, size in (("_SAMPLES", (8, 24)), ("_TILE", 16), ("_BLOCK", 7)):
         monkeypatch.setattr(ranking, name, size)
     a, brute = attribution_of(architecture, dtype), brute_of(architecture, dtype)
     found = best_neurons(a, k)

@@ -192,10 +192,10 @@ def noise(slack: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(candidates(), st.integers(1, 64))
-@example((torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), 5), 64)
+@given(candidates(), st.sampled_from([(), (0.5,), (0.9, 0.1)]), st.integers(1, 64))
+@example((torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), 5), (), 64)
 def test_the_top_k_is_complete_whatever_the_bounds_and_their_rounding(
-    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int], step: int
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int], closeness: tuple[float, ...], step: int
 ) -> None:
     true, slack, gap, k = drawn
     measured = true + noise(slack)
@@ -205,7 +205,9 @@ def test_the_top_k_is_complete_whatever_the_bounds_and_their_rounding(
         asked.extend(zip(rows.tolist(), columns.tolist(), strict=True))
         return measured[rows, columns]
 
-    best = certified_top(true + gap - noise(slack).roll(1, 0).clamp(-slack, slack), slack, k, score, step)
+    off = noise(slack).roll(1, 0).clamp(-slack, slack)
+    tighter = [lambda rows, columns, c=c: (true + c * gap + off)[rows, columns] for c in closeness]
+    best = certified_top(true + gap - off, slack, k, score, tighter, step)
     assert len(set(asked)) == len(asked)  # nothing is scored twice
     assert best.index.shape == (len(true), min(k, true.shape[1]))
     for row, (index, found) in enumerate(zip(best.index, best.score, strict=True)):
@@ -239,3 +241,12 @@ def test_tight_bounds_spare_nearly_all_scores() -> None:
     true = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)).double()
     best = certified_top(true + 1e-4, torch.full_like(true, 1e-6), 10, lambda rows, columns: true[rows, columns])
     assert best.n_scored.max() < 100
+
+
+def test_tighter_bounds_spare_scores() -> None:
+    true = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)).double()
+    arguments = true + 1.0, torch.full_like(true, 1e-6), 10, lambda rows, columns: true[rows, columns]
+    loose = certified_top(*arguments)
+    tight = certified_top(*arguments, [lambda rows, columns: true[rows, columns] + 1e-4])
+    assert torch.equal(tight.index, loose.index)
+    assert tight.n_scored.max() < loose.n_scored.min() / 3
