@@ -167,7 +167,8 @@ class Distributions:
     @cached_property
     def _squares(self) -> torch.Tensor:
         """‖g_u‖² of every token (u)."""
-        return self.table.norm(dim=1).square()
+        lengths: torch.Tensor = self.table.norm(dim=1)
+        return lengths.square()
 
     @cached_property
     def _gram(self) -> torch.Tensor:

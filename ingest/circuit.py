@@ -93,7 +93,8 @@ class Readout:
     @functools.cached_property
     def longest(self) -> torch.Tensor:
         """Tokens by falling length of their row, seen from the mean row: the likeliest to be ahead of another."""
-        return (self.table - self.table.mean(0)).norm(dim=1).argsort(descending=True)
+        lengths: torch.Tensor = (self.table - self.table.mean(0)).norm(dim=1)
+        return lengths.argsort(descending=True)
 
 
 class Circuit:

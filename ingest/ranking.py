@@ -110,7 +110,8 @@ def _rank_bounds(a: Attribution) -> torch.Tensor:
     """A lower bound of w's rank among each neuron's logits, (b, l · n): its rank in a sample of the vocabulary."""
     import torch
 
-    table, targets, which = a.circuit.readout.table, *a.target.unique(return_inverse=True)
+    table = a.circuit.readout.table
+    targets, which = torch.unique(a.target, return_inverse=True)
     sample = table[a.circuit.readout.longest[: _SAMPLES[0]]]
     found = []
     for layer in range(a.n_layers):
