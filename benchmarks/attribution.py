@@ -84,9 +84,9 @@ def attribute(circuit: Circuit, batch: Prompts) -> Ours:
     with timed("bounds"):
         a.ffn_bounds, a.attn_bounds  # noqa: B018  (computed when first asked for, and kept)
     with timed("layers"):
-        a.layer_scores  # noqa: B018
+        a.layer_scores  # noqa: B018  (kept, too)
     with timed("heads"):
-        a.head_scores  # noqa: B018
+        a.head_scores  # noqa: B018  (kept, too)
     with timed("ffn"):
         ffn = a.ffn_top(TOP)
     with timed("attn"):
@@ -327,12 +327,20 @@ def peak_memory(options: argparse.Namespace, name: str, circuit: Circuit, chosen
     else:
         command = [sys.executable, __file__, "--only-kdb", "--prompts", str(options.prompts)]
         command += ["--shape", options.shape] if options.shape else ["--model", name]
-        child = subprocess.Popen([*command, "--prompts-file", str(options.prompts_file)])
-        _, status, usage = os.wait4(child.pid, 0)
-        peak = usage.ru_maxrss * 1024
-        if status:
+        child = subprocess.run([*command, "--prompts-file", str(options.prompts_file)], stdout=subprocess.PIPE)
+        if child.returncode:
             sys.exit(f"kdb's part failed on {name}")
+        peak = int(child.stdout)
     return f"{peak / 2**30:.2f} GiB = weights {weights / 2**30:.2f} + {(peak - weights) / 2**30:.2f} GiB"
+
+
+def own_peak() -> int:
+    """Bytes of memory that this process has held at most.
+
+    Not getrusage's figure: to that Linux adds the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def run_all(circuit: Circuit, chosen: Prompts) -> None:
@@ -379,6 +387,7 @@ def main() -> None:
     with torch.inference_mode():
         if options.only_kdb:
             run_all(*load(options, names[0]))
+            print(own_peak())
             return
         load_average = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
         print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores{load_average}")
