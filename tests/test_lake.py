@@ -512,7 +512,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> Non
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": "new"}', "\x00"])
 def test_a_damaged_marker_is_named(lake: Lake, content: str) -> None:
     lake.marker.write_text(content)
-    with pytest.raises(WarehouseError, match=r"warehouse\.json' is damaged: expected \{\"schema_version\": 1\}"):
+    with pytest.raises(WarehouseError, match=r"warehouse\.json' is damaged: expected \{\"schema_version\": 2\}"):
         Warehouse(lake.path)
 
 

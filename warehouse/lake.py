@@ -127,6 +127,11 @@ class Lake:
                 f"The warehouse {name} was written by a newer kdb (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
             )
+        if version < SCHEMA_VERSION:
+            raise WarehouseError(
+                f"The warehouse {name} was written by an older kdb (schema {version}, this one needs "
+                f"{SCHEMA_VERSION}): measure again into a new folder, named with --warehouse."
+            )
 
     def restore_empty_tables(self) -> None:
         """Write the empty typed files again, without which a view over no run is an error."""
