@@ -33,7 +33,7 @@ MARKS = "▲ jump point J   ◇ converging point C"
 
 
 def curves_with_answers(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``layer-accuracy``, and beside each the accuracy of the model's own answer (NULL where none is stored)."""
+    """Rows of ``layer-accuracy``, each with the accuracy of the model's own answers, NULL where none are stored."""
     frame = wh.query("layer-accuracy", **params)
     shared = {name: params[name] for name in ("model", "dataset", "variant", "run") if name in params}
     answers = wh.query("zero-shot", **shared).select("model", "dataset", zero_shot="accuracy")
@@ -41,7 +41,7 @@ def curves_with_answers(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def families_at_size(wh: Warehouse, *, size: float, within: float, **params: Any) -> pl.DataFrame:
-    """Rows of ``layer-accuracy`` of the models whose size, in billions of parameters, is within a factor of ``size``."""
+    """Rows of ``layer-accuracy`` of models whose size, in billions of parameters, is within a factor of ``size``."""
     return wh.query("layer-accuracy", **params).filter(pl.col("size_billions").is_between(size / within, size * within))
 
 
@@ -91,10 +91,17 @@ def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]
     x = depth_axis(frame)
     y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(zero=False))
     base = alt.Chart().encode(x=x)
-    tooltip = ["model", "dataset", "layer", alt.Tooltip(f"{metric}:Q", format=".3f")]
+    tooltip = [
+        alt.Tooltip("model"),
+        alt.Tooltip("dataset"),
+        alt.Tooltip("layer"),
+        alt.Tooltip(f"{metric}:Q", format=".3f"),
+    ]
     layers: list[Any] = [base.mark_line(strokeWidth=1.6).encode(y=y, tooltip=tooltip, **told)]
     if metric == "accuracy":
-        band = base.mark_area(opacity=0.14).encode(y=alt.Y("accuracy_low:Q", title=METRICS[metric]), y2="accuracy_high:Q")
+        band = base.mark_area(opacity=0.14).encode(
+            y=alt.Y("accuracy_low:Q", title=METRICS[metric]), y2="accuracy_high:Q"
+        )
         layers.insert(0, band.encode(color=told["color"]))
     marked = base.encode(y=y, color=told["color"], tooltip=tooltip)
     jumps = marked.mark_point(shape="triangle-up", filled=True, size=70, opacity=1).transform_filter("datum.jump")
@@ -183,7 +190,9 @@ def robustness(wh: Warehouse, **params: Any) -> pl.DataFrame:
 def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
     """J and C under every condition; for the published one with the interval over resampled test prompts."""
     frame = frame.with_columns(
-        row=pl.format("{} {}", "point", pl.when(varied="published").then(pl.lit("as published")).otherwise("condition")),
+        row=pl.format(
+            "{} {}", "point", pl.when(varied="published").then(pl.lit("as published")).otherwise("condition")
+        ),
         panel=pl.format("{} · {}", "model", "dataset"),
     )
     rows = frame.unique("row", maintain_order=True).sort(pl.col("point") == "C", maintain_order=True)["row"].to_list()

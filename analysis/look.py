@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from kdb.warehouse.store import Warehouse
 
-Chart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart
-"""What a figure is drawn as."""
+Chart: TypeAlias = Any
+"""One of Altair's charts; their classes share no base that has all that is called on them."""
 
 CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 """The paper's kinds of knowledge, in its order; others follow by name."""
@@ -27,9 +27,7 @@ PAPER_DATASETS = (
     *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),
 )
 
-_MUTED = (
-    *("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),
-)
+_MUTED = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),)
 _DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 
 ATTN, FFN = "#0072b2", "#e69f00"
@@ -55,7 +53,7 @@ class Look:
         colors = [_MUTED[place % len(_MUTED)] for place in places]
         # With nine colours and four kinds of dashes, the pair repeats after 36 names.
         dashes = [_DASHES[place % len(_DASHES)] for place in places]
-        legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
+        legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
         return {
             "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend),
             "strokeDash": alt.StrokeDash(f"{field}:N", scale=alt.Scale(domain=names, range=dashes), legend=legend),
@@ -85,7 +83,7 @@ def depth_axis(frame: pl.DataFrame, **options: Any) -> alt.X:
 
 def components(field: str = "component", names: Sequence[str] = ("attn", "ffn")) -> dict[str, Any]:
     """Encodings that tell attention from FFN by colour and by dashes."""
-    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
+    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
     colors = {"attn": ATTN, "ffn": FFN}
     scale = alt.Scale(domain=list(names), range=[colors["attn" if "attn" in name else "ffn"] for name in names])
     dashes = alt.Scale(domain=list(names), range=[_DASHES["query" in name] for name in names])
@@ -93,6 +91,13 @@ def components(field: str = "component", names: Sequence[str] = ("attn", "ffn"))
         "color": alt.Color(f"{field}:N", scale=scale, legend=legend),
         "strokeDash": alt.StrokeDash(f"{field}:N", scale=dashes, legend=legend),
     }
+
+
+def component_points() -> tuple[alt.Color, alt.Shape]:
+    """Encodings that tell points of attention from those of FFN, by colour and by shape."""
+    names, legend = ["attn", "ffn"], alt.Legend(title=None, symbolOpacity=1)
+    colors, shapes = alt.Scale(domain=names, range=[ATTN, FFN]), alt.Scale(domain=names, range=["circle", "square"])
+    return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
 
 
 def finished(chart: Chart, title: str, subtitle: str) -> Chart:

@@ -42,7 +42,8 @@ def resampled_means(values: NDArray[Any], n_resamples: int = N_RESAMPLES) -> Flo
         flat = rows.reshape(-1, n)
         places = (flat + n * np.arange(len(flat))[:, None]).ravel()
         counts = np.bincount(places, minlength=len(flat) * n).reshape(-1, n)
-        return (counts.astype(np.float32) @ values / n).T.reshape(values.shape[1], *rows.shape[:-1])
+        found: Floats = counts.astype(np.float32) @ values / n
+        return found.T.reshape(values.shape[1], *rows.shape[:-1])
 
     drawn = bootstrap(
         (np.arange(n),),
@@ -61,6 +62,12 @@ def intervals(resampled: Floats) -> tuple[Floats, Floats]:
     """The ends of the 95 % interval of each row of ``resampled`` (m, n_resamples)."""
     low, high = np.quantile(resampled, _LEVEL, axis=1)
     return low, high
+
+
+def interval_of_mean(values: NDArray[Any]) -> list[tuple[float, float]]:
+    """The ends of the 95 % interval of the mean of each column of ``values`` (n, m) over resampled rows."""
+    low, high = intervals(resampled_means(values))
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def rank_intervals(resampled: Floats, rows: Sequence[int]) -> tuple[Floats, Floats]:
