@@ -11,6 +11,7 @@ DEMO := kdb-warehouse
 
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
+	$(BIN)/kdb project --model smollm2-135m --dataset world-cities --warehouse $(DEMO)
 	$(BIN)/kdb query concept-depth --warehouse $(DEMO)
 	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
 	$(BIN)/kdb ingest --model smollm2-135m --dataset knowledge --limit 5 --warehouse $(DEMO)

@@ -265,32 +265,23 @@ def _bars(part: pl.DataFrame) -> Any:
     part = part.with_columns(
         label=label, tokens=tokens, ink=pl.when(component="attn").then(pl.lit(ATTN)).otherwise(pl.lit(FFN))
     )
-    y = alt.Y("label:N", sort=alt.EncodingSortField("rank", order="ascending"), title=None)
-    unit = "share" if "query" in part["part"][0] else "nat"
-    bars = (
-        alt.Chart(part)
-        .mark_bar(size=9)
-        .encode(
-            alt.X("score:Q", title=unit, axis=alt.Axis(tickCount=4)),
-            y,
-            color=alt.Color("ink:N", scale=None),
-            tooltip=["name", "score", "attention", "tokens"],
-        )
-        .properties(
-            width=150, height=14 * len(part), title=alt.TitleParams(part["part"][0], fontSize=11, anchor="start")
-        )
+    name, height = part["part"][0], 14 * len(part)
+    order = alt.EncodingSortField("rank", order="ascending")
+    base = alt.Chart(part, height=height)
+    bars = base.mark_bar(size=9).encode(
+        alt.X("score:Q", title="share" if "query" in name else INCREASE, axis=alt.Axis(tickCount=4)),
+        alt.Y("label:N", sort=order, title=None),
+        alt.Color("ink:N", scale=None),
+        tooltip=["name", "score", "attention", "tokens"],
     )
+    bars = bars.properties(width=150, title=alt.TitleParams(name, fontSize=11, anchor="start"))
     if not part["tokens"].str.len_chars().max():
         return bars
-    words = (
-        alt.Chart(part)
-        .mark_text(align="left", fontSize=9, limit=420)
-        .encode(y=alt.Y("label:N", sort=alt.EncodingSortField("rank", order="ascending"), axis=None), text="tokens:N")
-        .properties(
-            width=420 if _wide(part["part"][0]) else 90, height=14 * len(part), view=alt.ViewConfig(stroke=None)
-        )
+    words = base.mark_text(align="left", fontSize=9).encode(
+        alt.Y("label:N", sort=order, axis=None), x=alt.value(0), text="tokens:N"
     )
-    return alt.hconcat(bars, words, spacing=4)
+    width = 440 if _wide(name) else 60
+    return alt.hconcat(bars, words.properties(width=width, view=alt.ViewConfig(stroke=None)), spacing=6)
 
 
 def _grid(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:

@@ -104,8 +104,9 @@ def test_asking_loads_no_model_library_and_no_sklearn(measured: Path, args: list
     assert loaded_by(*args, "--warehouse", measured) & MEASURING_LIBRARIES == set()
 
 
-def test_probing_stored_activations_loads_no_model_library(warehouse: Path) -> None:
-    args = ("probe", "--model", "tiny", "--dataset", "weather", "--splits", "2", "--warehouse", warehouse)
+@pytest.mark.parametrize("command", [["probe", "--splits", "2"], ["project"]])
+def test_computing_from_stored_activations_loads_no_model_library(warehouse: Path, command: list[str]) -> None:
+    args = (*command, "--model", "tiny", "--dataset", "weather", "--warehouse", warehouse)
     assert loaded_by(*args) & MODEL_LIBRARIES == set()
 
 

@@ -272,9 +272,9 @@ class StagedRun:
         with storage_errors(self.path):
             write_parquet(self.part(table, name), groups, seconds=seconds)
 
-    def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
         """Write one part of a small table from dictionaries; absent columns are NULL."""
-        self.write(table, name, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))])
+        self.write(table, name, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))], seconds=seconds)
 
     def commit(self, run_row: Mapping[str, Any]) -> None:
         """Make the run visible, whole, in one rename.

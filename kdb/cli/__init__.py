@@ -13,7 +13,7 @@ import click
 from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.draw import plot
 from kdb.cli.keep import rebuild, runs, verify
-from kdb.cli.measure import ablate, datasets, ingest, models, probe
+from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.errors import KdbError
 
 
@@ -48,5 +48,9 @@ def main() -> None:
     """
 
 
-for command in (ingest, probe, ablate, query, queries, sql, plot, schema, runs, verify, rebuild, models, datasets):
+for command in (
+    *(ingest, probe, project, ablate),
+    *(query, queries, sql, plot),
+    *(schema, runs, verify, rebuild, models, datasets),
+):
     main.add_command(command)
