@@ -111,7 +111,7 @@ _ALL = (
         _DEPTH_MARKS,
         query="layer-accuracy",
         draw="depth.curves_by_variant",
-        defaults={"variant": None},
+        defaults={"variant": "all"},
         drawing=(_METRIC,),
     ),
     Figure(

@@ -100,6 +100,9 @@ def component_points() -> tuple[alt.Color, alt.Shape]:
     return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
 
 
+alt.data_transformers.disable_max_rows()  # its limit guards notebooks against millions; figures have thousands
+
+
 def finished(chart: Chart, title: str, subtitle: str) -> Chart:
     """The chart with its title, what its marks mean below that, and the style of all figures."""
     lines = [alt.TitleParams(text=title, subtitle=subtitle.split("\n"), anchor="start", offset=12)]

@@ -1,20 +1,20 @@
 """How sure a number is: resampled prompts, resampled test sets, and what J and C hang on.
 
-Arrays in, arrays out, then the functions that read a warehouse. Resampling and quantiles are scipy's and numpy's;
-what is resampled are prompts, so every interval says how far a number may move with other prompts of the same kind.
+Arrays in, arrays out, then the functions that read a warehouse. What is
+resampled are prompts, so every interval says how far a number may move with other prompts of the same kind.
 
     depth_intervals(kdb.open("kdb-warehouse"), model=["smollm2-135m"])
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -32,30 +32,20 @@ _LEVEL = (0.025, 0.975)
 def resampled_means(values: NDArray[Any], n_resamples: int = N_RESAMPLES) -> Floats:
     """Means (m, n_resamples) of the columns of ``values`` (n, m) over rows drawn with replacement.
 
-    All columns see the same draws, so that differences and ranks between columns can be read off the result.
+    All columns see the same draws, so that differences and ranks between columns can be read off the result. Drawn are
+    how often each row is taken: a product with these counts is 20 times faster than gathering rows, as
+    scipy.stats.bootstrap does, and gives the same intervals (tests compare them).
     """
-    n = len(values)
+    means: Floats = (_draws(len(values), n_resamples) @ values / len(values)).T
+    return means
 
-    def means(rows: NDArray[Any], axis: int) -> Floats:
-        """Of draws (…, n) along the last axis; as products with counts, since gathering rows is 20 times slower."""
-        del axis
-        flat = rows.reshape(-1, n)
-        places = (flat + n * np.arange(len(flat))[:, None]).ravel()
-        counts = np.bincount(places, minlength=len(flat) * n).reshape(-1, n)
-        found: Floats = counts.astype(np.float32) @ values / n
-        return found.T.reshape(values.shape[1], *rows.shape[:-1])
 
-    drawn = bootstrap(
-        (np.arange(n),),
-        means,
-        n_resamples=n_resamples,
-        batch=200,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    )
-    resampled: Floats = drawn.bootstrap_distribution
-    return resampled
+@functools.lru_cache(maxsize=12)
+def _draws(n: int, n_resamples: int) -> NDArray[np.float32]:
+    """How often each of n rows is taken (n_resamples, n); the same for all that have n rows."""
+    rows = np.random.default_rng(_SEED).integers(n, size=(n_resamples, n))
+    flat = (rows + n * np.arange(n_resamples)[:, None]).ravel()
+    return np.bincount(flat, minlength=n_resamples * n).reshape(n_resamples, n).astype(np.float32)
 
 
 def intervals(resampled: Floats) -> tuple[Floats, Floats]:
@@ -153,7 +143,7 @@ def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
 def _depth_rows(predictions: pl.DataFrame) -> pl.DataFrame:
     rows = [
         {"model": model, "dataset": dataset, **row}
-        for (model, dataset), frame in _groups(predictions, ("model", "dataset"))
+        for (model, dataset, _run), frame in _groups(predictions, ("model", "dataset", "run"))
         for row in _points(frame)
     ]
     numbers = ("layer", "low_percent", "high_percent", "same_percent", "none_percent")
@@ -162,10 +152,11 @@ def _depth_rows(predictions: pl.DataFrame) -> pl.DataFrame:
 
 
 def _points(predictions: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """J and C of one run; ``predictions`` has columns layer, place (of the test prompt, from 0) and correct."""
+    """J and C of one run, from the columns n_layers, layer, prompt_id and correct."""
     n_layers = int(predictions["n_layers"][0])
-    correct = np.zeros((int(predictions["place"].max()) + 1, n_layers), dtype=np.float32)  # type: ignore[arg-type]
-    correct[predictions["place"].to_numpy(), predictions["layer"].to_numpy()] = predictions["correct"].to_numpy()
+    prompts, places = np.unique(predictions["prompt_id"].to_numpy(), return_inverse=True)
+    correct = np.zeros((len(prompts), n_layers), dtype=np.float32)
+    correct[places, predictions["layer"].to_numpy()] = predictions["correct"].to_numpy()
     curve, resampled = correct.mean(axis=0, dtype=np.float64), resampled_means(correct)
     finders: dict[str, Callable[[Floats], Floats]] = {"J": jump_layers, "C": converging_layers}
     for point, find in finders.items():
@@ -186,5 +177,7 @@ def _points(predictions: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact p-value of McNemar's test: ``only_a`` prompts are right under a alone, ``only_b`` under b alone."""
+    from scipy.stats import binomtest
+
     discordant = only_a + only_b
     return float(binomtest(only_a, discordant).pvalue) if discordant else 1.0

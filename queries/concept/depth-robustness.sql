@@ -33,10 +33,10 @@ rates AS (
 points AS (
     SELECT
         model, dataset, run, site, classifier, split, point, threshold,
-        CASE point
-            WHEN 'J' THEN min(layer) FILTER (is_jump(variation_rate, threshold))
-            ELSE max(layer) FILTER (has_converged(variation_rate, threshold))
-        END AS layer
+        coalesce(
+            min(layer) FILTER (point = 'J' AND is_jump(variation_rate, threshold)),
+            max(layer) FILTER (point = 'C' AND has_converged(variation_rate, threshold))
+        ) AS layer
     FROM rates, thresholds
     WHERE (classifier = getvariable('classifier') AND split = getvariable('split')) OR threshold IN (1.1, 0.03)
     GROUP BY ALL

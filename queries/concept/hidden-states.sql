@@ -37,7 +37,7 @@ points AS (
 )
 
 SELECT
-    points.model, points.dataset, layer, n_layers, prompt_id, label, pc1, pc2,
+    points.model, points.dataset, layer, n_layers, points.prompt_id, label, pc1, pc2,
     100 * explained1 AS explained1_percent, 100 * explained2 AS explained2_percent, text
 FROM points
 JOIN prompts ON prompts.run = points.source AND prompts.prompt_id = points.prompt_id
