@@ -122,22 +122,38 @@ def _own_answers(frame: pl.DataFrame, look: Look, metric: str) -> list[Any]:
 # Converging points -----------------------------------------------------------------------------------------------
 
 
-def points_by_size(frame: pl.DataFrame, look: Look, *, point: str) -> Chart:
-    """Experiment 3: J or C in percent of depth, by the size of the models of a family."""
-    column = {"C": "converging_percent", "J": "jump_percent"}.get(point)
-    if column is None:
-        raise QueryError(f"Unknown point {point!r}: take C or J.")
-    told = look.lines("dataset", frame["dataset"])
-    families = sorted(frame["family"].unique())
-    x = alt.X(
-        "size_billions:Q", title="parameters (billions)", scale=alt.Scale(type="log"), axis=alt.Axis(labelOverlap=True)
+def points_by_size(frame: pl.DataFrame, look: Look) -> Chart:
+    """Experiment 3: J and C in percent of depth; a panel for each dataset, models by family and size."""
+    frame = frame.with_columns(
+        row=pl.format("{} ({} B)", "model", pl.col("size_billions").round(2)),
+        J="jump_percent",
+        C="converging_percent",
     )
-    y = alt.Y(f"{column}:Q", title=f"{point} (% of depth)", scale=alt.Scale(domain=[0, 100]))
-    base = alt.Chart().encode(x, y, tooltip=["model", "dataset", column])
-    drawn = alt.layer(
-        base.mark_line(strokeWidth=1.4).encode(**told), base.mark_point(filled=True, size=50).encode(told["color"])
+    order = {model: place for place, model in enumerate(look.order("model", frame["model"]))}
+    by_size = frame.sort(pl.col("model").replace_strict(order, return_dtype=pl.Int64), maintain_order=True)
+    rows = by_size["row"].unique(maintain_order=True).to_list()
+    long = frame.unpivot(["J", "C"], index=["model", "dataset", "row"], variable_name="point", value_name="percent")
+    drawn = alt.layer(_dots(alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))))
+    drawn = drawn.properties(width=210, height=16 * len(rows))
+    return _panels(drawn, long, "dataset", look.order("dataset", frame["dataset"]), columns=3)
+
+
+def _dots(y: alt.Y, **encodings: Any) -> Any:
+    """J and C along an axis of depth, told apart by colour and shape."""
+    colors = alt.Scale(domain=["J", "C"], range=["#0072b2", "#d55e00"])
+    shapes = alt.Scale(domain=["J", "C"], range=["triangle-up", "diamond"])
+    legend = alt.Legend(title=None, symbolOpacity=1)
+    return (
+        alt.Chart()
+        .mark_point(filled=True, size=60, opacity=1)
+        .encode(
+            alt.X("percent:Q", title="depth (%)", scale=alt.Scale(domain=[0, 100])),
+            y,
+            alt.Color("point:N", scale=colors, legend=legend),
+            alt.Shape("point:N", scale=shapes, legend=legend),
+            **encodings,
+        )
     )
-    return _panels(drawn.properties(width=240, height=220), frame, "family", families, columns=3)
 
 
 # Hidden states ---------------------------------------------------------------------------------------------------
@@ -200,17 +216,11 @@ def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
     panels = [name for name in (f"{m} · {d}" for m, d in pairs) if name in set(frame["panel"])]
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
     scale = alt.Scale(domain=[0, 100])
-    colors = alt.Scale(domain=["J", "C"], range=["#0072b2", "#d55e00"])
-    shapes = alt.Scale(domain=["J", "C"], range=["triangle-up", "diamond"])
-    base = alt.Chart().encode(y=y, color=alt.Color("point:N", scale=colors))
-    rule = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
-        alt.X("low_percent:Q", title="depth (%)", scale=scale), alt.X2("high_percent:Q")
-    )
-    dots = base.mark_point(filled=True, size=60, opacity=1).encode(
-        alt.X("percent:Q", title="depth (%)", scale=scale),
-        alt.Shape("point:N", scale=shapes),
-        tooltip=["point", "condition", "layer", "percent", "low_percent", "high_percent", "same_percent"],
-    )
+    told = ["point", "condition", "layer", "percent", "low_percent", "high_percent", "same_percent", "none_percent"]
+    dots = _dots(y, tooltip=told)
+    base = alt.Chart().encode(y=y, color=dots.encoding.color)
+    ends = alt.X("low_percent:Q", title="depth (%)", scale=scale), alt.X2("high_percent:Q")
+    rule = base.mark_rule(strokeWidth=3, opacity=0.45).encode(*ends)
     none = base.mark_text(text="none", fontSize=9, align="left", dx=2).encode(x=alt.datum(0, scale=scale))
     drawn = alt.layer(rule, dots, none.transform_filter("datum.percent === null"))
     return _panels(drawn.properties(width=220, height=15 * len(rows)), frame, "panel", panels, columns=3)

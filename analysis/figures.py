@@ -58,7 +58,6 @@ class Figure:
 _METRIC = Param("metric", "text", "accuracy", False, "accuracy, f1, auc, selectivity or control_accuracy")
 _SIZE = Param("size", "number", 7.0, False, "parameters, in billions")
 _WITHIN = Param("within", "number", 1.5, False, "factor by which a model may be smaller or larger")
-_POINT = Param("point", "text", "C", False, "C (converging point) or J (jump point)")
 
 _DEPTH_MARKS = "▲ jump point J   ◇ converging point C   band: 95 % interval of accuracy"
 
@@ -93,10 +92,9 @@ _ALL = (
     Figure(
         "converging-by-size",
         "How deep models of growing size must go",
-        "in percent of depth; a model without the point has no dot",
+        "▲ jump point J   ◆ converging point C; a model that has none has no mark",
         query="converging-point-by-size",
         draw="depth.points_by_size",
-        drawing=(_POINT,),
     ),
     Figure(
         "hidden-states",
