@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kdb.cli.ask import queries, query, schema, sql
-from kdb.cli.draw import plot
+from kdb.cli.draw import plot, report
 from kdb.cli.keep import rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.errors import KdbError
@@ -50,7 +50,7 @@ def main() -> None:
 
 for command in (
     *(ingest, probe, project, ablate),
-    *(query, queries, sql, plot),
+    *(query, queries, sql, plot, report),
     *(schema, runs, verify, rebuild, models, datasets),
 ):
     main.add_command(command)

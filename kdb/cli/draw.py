@@ -66,3 +66,30 @@ def _command(name: str) -> click.Command:
     )
     command.params += getattr(draw, "__click_params__", [])
     return command
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, help="Model, as stored; repeatable. All of them if none is named.")
+@click.option(
+    "--format", "format_", type=click.Choice(["html", "markdown"]), help="Else by the ending of -o: .md is Markdown."
+)
+@warehouse_option
+@output_path
+def report(models: tuple[str, ...], format_: str | None, warehouse: Path, output: Path) -> None:
+    """Write one page with the tables and figures of both studies, models side by side.
+
+    HTML needs no other file and no network, and prints; Markdown has the tables alone. What was not measured is
+    listed.
+
+    \b
+    kdb report --model smollm2-135m -o report.html
+    kdb report --model smollm2-135m --model gemma-3-270m -o report.md
+    """
+    from kdb.analysis.report import build
+    from kdb.analysis.save import write_whole
+
+    markdown = format_ == "markdown" or (format_ is None and output.suffix == ".md")
+    built = build(kdb.open(warehouse), models, pictures=not markdown)
+    write_whole(output, (built.markdown() if markdown else built.html()).encode())
+    for line in built.missing:
+        click.echo(f"Missing: {line}", err=True)
