@@ -217,7 +217,8 @@ def frame(wh: Warehouse, name: str, /, **params: object) -> pl.DataFrame:
     Raises UnknownNameError for a figure that is none, QueryError for wrong parameters.
     """
     figure = find_figure(name)
-    return _frame(wh, figure, bind(name, figure.params, params))
+    with wh.snapshot() as frozen:
+        return _frame(frozen, figure, bind(name, figure.params, params))
 
 
 def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
@@ -229,13 +230,14 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
 
     figure = find_figure(name)
     given = bind(name, figure.params, params)
-    numbers = _frame(wh, figure, given)
+    with wh.snapshot() as frozen:
+        numbers, look = _frame(frozen, figure, given), look_of(frozen)
     if numbers.is_empty():
         raise QueryError(f"{name}: there is nothing to draw. `kdb runs` shows what was measured.")
     own = {param.name: given[param.name] for param in figure.drawing} | dict(figure.fixed or {})
     told = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{told}” → “{numbers['target_token'][0]}”" if told else "")
-    drawn = _function(figure.draw)(numbers, look_of(wh), **own)
+    drawn = _function(figure.draw)(numbers, look, **own)
     return finished(drawn, figure.title, marks)
 
 

@@ -12,7 +12,7 @@ import altair as alt
 import polars as pl
 
 from kdb.analysis.look import ATTN, FFN, Chart, Look, component_points, components, depth_axis
-from kdb.analysis.uncertainty import interval_of_mean, with_intervals
+from kdb.analysis.uncertainty import with_intervals
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
@@ -43,9 +43,20 @@ def head_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``top-neurons`` with the 95 % intervals of each score and rank over the kept prompts."""
-    by = ("model", "category", "component")
-    return _ranking(wh, "top-neurons", "neuron-scores", by, "neuron_name", params)
+    """Rows of ``top-neurons`` with the 95 % interval of each score over the kept prompts.
+
+    Not of the rank: that would need every neuron's score in every prompt, and only the best are stored.
+    """
+    ranking = wh.query("top-neurons", **params)
+    shared = {name: value for name, value in params.items() if name != "k"}
+    keys = ["model", "category", "component"]
+    scores, prompts = wh.query("neuron-scores", **shared), [*keys, "dataset", "prompt_id"]
+    listed = scores.join(ranking, on=[*keys, "neuron_name"], how="semi")
+    # A prompt that has none of them counts all the same.
+    others = scores.select(prompts).unique().join(ranking.select(*keys, "neuron_name").unique(keys), on=keys)
+    others = others.with_columns(score=pl.lit(0.0))
+    both = pl.concat([listed.select(others.columns), others])
+    return with_intervals(ranking, both, keys, "neuron_name").drop("rank_low", "rank_high", strict=False)
 
 
 def _ranking(
@@ -58,18 +69,20 @@ def _ranking(
 def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """The means of ``attribution-methods`` in long form with their 95 % intervals over the kept prompts.
 
-    One row per model, method and effect (mrr, prob_percent, logp): letter, k, value, low, high, n_prompts.
+    One row per model, method, k and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low and rank_high
+    (1 for the method that leaves least), n_prompts.
     """
     means, effects = wh.query("attribution-methods", **params), wh.query("ablation-effects", **params)
-    keys = ["model", "method", "k"]
-    long = means.unpivot(list(EFFECTS), index=[*keys, "letter", "n_prompts"], variable_name="effect")
-    ends = [
-        {**dict(zip(keys, key, strict=True)), "effect": effect, "low": low, "high": high}
-        for key, group in effects.partition_by(*keys, as_dict=True).items()
-        for effect, (low, high) in zip(EFFECTS, interval_of_mean(group.select(*EFFECTS).to_numpy()), strict=True)
-    ]
-    schema = {name: means.schema[name] for name in keys} | {"effect": pl.String, "low": pl.Float64, "high": pl.Float64}
-    return long.join(pl.DataFrame(ends, schema=schema), on=[*keys, "effect"], how="left", maintain_order="left")
+    item = pl.format("{} {}", "method", "k").alias("item")
+    # Less is better: what is ranked is the loss.
+    losses = effects.unpivot(
+        list(EFFECTS), index=["model", "dataset", "prompt_id", "method", "k"], variable_name="effect"
+    ).select("model", "dataset", "prompt_id", "effect", item, score=-pl.col("value"))
+    long = means.unpivot(
+        list(EFFECTS), index=["model", "letter", "method", "k", "n_prompts"], variable_name="effect"
+    ).with_columns(item)
+    found = with_intervals(long, losses, ["model", "effect"], "item").drop("item")
+    return found.with_columns(low=-pl.col("high"), high=-pl.col("low")) if len(found) else found
 
 
 def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:

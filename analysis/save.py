@@ -30,10 +30,11 @@ def _html(chart: Chart) -> bytes:
     return page.encode()
 
 
-def _png(chart: Chart) -> bytes:
+def to_png(chart: Chart, scale: float = _PNG_SCALE) -> bytes:
+    """The chart as PNG, with ``scale`` pixels per point."""
     import vl_convert
 
-    return vl_convert.vegalite_to_png(chart.to_dict(), scale=_PNG_SCALE)
+    return vl_convert.vegalite_to_png(chart.to_dict(), scale=scale)
 
 
 def _pdf(chart: Chart) -> bytes:
@@ -44,7 +45,7 @@ def _pdf(chart: Chart) -> bytes:
 
 _WRITERS: dict[str, Callable[[Chart], bytes]] = {
     ".html": _html,
-    ".png": _png,
+    ".png": to_png,
     ".svg": lambda chart: to_svg(chart).encode(),
     ".pdf": _pdf,
     ".json": lambda chart: chart.to_json().encode(),

@@ -54,12 +54,6 @@ def intervals(resampled: Floats) -> tuple[Floats, Floats]:
     return low, high
 
 
-def interval_of_mean(values: NDArray[Any]) -> list[tuple[float, float]]:
-    """The ends of the 95 % interval of the mean of each column of ``values`` (n, m) over resampled rows."""
-    low, high = intervals(resampled_means(values))
-    return list(zip(low.tolist(), high.tolist(), strict=True))
-
-
 def rank_intervals(resampled: Floats, rows: Sequence[int]) -> tuple[Floats, Floats]:
     """The ends of the 95 % interval of the rank, from 1 for the largest, that each of ``rows`` has among all."""
     ranks = np.stack([1 + (resampled > resampled[row]).sum(axis=0) for row in rows])

@@ -21,11 +21,12 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader
 
 from kdb.analysis import figures
-from kdb.analysis.report.contents import CHAPTERS, Drawn, Tabled, models_and_runs
-from kdb.analysis.save import to_svg
+from kdb.analysis.report.contents import CHAPTERS, Drawn, Tabled
+from kdb.analysis.save import to_png, to_svg
 from kdb.errors import KdbError, QueryError, UnknownNameError
 
 if TYPE_CHECKING:
+    from kdb.analysis.look import Chart
     from kdb.warehouse.store import Warehouse
 
 
@@ -37,12 +38,7 @@ class Item:
     note: str
     command: str
     frame: pl.DataFrame | None = None
-    svg: str | None = None
-
-    @property
-    def picture(self) -> str:
-        """The figure as a data URI: several SVG texts in one page would mix up their clip paths."""
-        return "data:image/svg+xml;base64," + base64.b64encode((self.svg or "").encode()).decode()
+    picture: str | None = None
 
 
 @dataclass
@@ -78,10 +74,10 @@ def build(wh: Warehouse, models: Sequence[str] = (), *, pictures: bool = True) -
 
     Raises UnknownNameError where none of the models named has been measured.
     """
-    report = Report(*_known(wh, models))
-    report.chapters["Models and runs"] = list(_items(wh, report, models_and_runs, pictures))
-    for title, contents in CHAPTERS.items():
-        report.chapters[title] = list(_items(wh, report, contents, pictures))
+    with wh.snapshot() as frozen:
+        report = Report(*_known(frozen, models))
+        for title, contents in CHAPTERS.items():
+            report.chapters[title] = list(_items(frozen, report, contents, pictures))
     return report
 
 
@@ -119,7 +115,19 @@ def _figure(wh: Warehouse, wanted: Drawn, pictures: bool) -> Iterator[Item]:
     chart = figures.chart(wh, wanted.figure, **wanted.params)
     made = command("plot", wanted.figure, wanted.params) + f" -o {wanted.figure}.html"
     made += f"   # numbers: kdb query {figure.query}"
-    yield Item(wanted.title, wanted.note, made, svg=to_svg(chart))
+    yield Item(wanted.title, wanted.note, made, picture=_data_uri(chart))
+
+
+_LARGE_SVG = 2_000_000
+"""Characters beyond which a picture is embedded as PNG: a page of heat maps would be slow to open."""
+
+
+def _data_uri(chart: Chart) -> str:
+    """A picture that needs no file. Several SVG texts in one page would mix up their clip paths; images don't."""
+    kind, content = "svg+xml", to_svg(chart).encode()
+    if len(content) > _LARGE_SVG:
+        kind, content = "png", to_png(chart, scale=1)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def command(verb: str, name: str, params: dict[str, Any]) -> str:

@@ -154,7 +154,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Figure 2: where value and query neurons lie", "", "neurons-by-layer", given)
     yield Tabled(
         "The best neurons",
-        "With 95 % intervals of score and rank over prompts.",
+        "With 95 % intervals over prompts.",
         "top-neurons",
         given | {"k": 3},
         lambda: _neurons(wh, given | {"k": 3}),
@@ -163,7 +163,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Table 2: methods compared", "", "attribution-methods", given)
     yield Tabled(
         "Table 2: methods compared",
-        "With 95 % intervals over prompts; less is better.",
+        "With 95 % intervals over prompts, in round brackets that of the rank; less is better.",
         "attribution-methods",
         given,
         lambda: _methods(importance.method_effects(wh, **given)),
@@ -178,6 +178,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
 
 
 CHAPTERS = {
+    "Models and runs": models_and_runs,
     "Concept depth": concept_depth,
     "Knowledge attribution": knowledge,
 }
@@ -206,7 +207,8 @@ def _with_ends(value: str) -> pl.Expr:
 def _methods(effects: pl.DataFrame) -> pl.DataFrame:
     """A row for each model and method, a column for each effect."""
     keys = ["model", "letter", "method", "k", "n_prompts"]
-    cells = effects.with_columns(cell=_with_ends("value"))
+    ranks = pl.format(" ({}–{})", "rank_low", "rank_high")
+    cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), ranks))
     return cells.pivot("effect", index=keys, values="cell") if len(cells) else cells
 
 
@@ -214,17 +216,8 @@ def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
     ranking = importance.neuron_ranking(wh, **params)
     if ranking.is_empty():
         return ranking
-    ranks = pl.format("{}–{}", "rank_low", "rank_high")
-    return ranking.select(
-        "model",
-        "category",
-        "component",
-        "rank",
-        "neuron_name",
-        score=_with_ends("score"),
-        ranks=ranks,
-        tokens="top_tokens",
-    )
+    named = ("model", "category", "component", "rank", "neuron_name")
+    return ranking.select(*named, score=_with_ends("score"), prompts="n_prompts", tokens="top_tokens")
 
 
 def _examples(wh: Warehouse, models: Sequence[str]) -> list[tuple[str, str, int]]:
