@@ -129,7 +129,8 @@ def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
     ``params`` are those of the saved query ``probe-predictions``. One row per model, dataset and point: n_layers,
     layer, the 95 % interval in percent of depth (over the resamples that have the point), and the percentage of
-    resamples in which it is at the same layer, and in which there is none.
+    resamples in which it is at the same layer, and in which there is none. jump_p_value is McNemar's, of J's layer
+    against the one before.
     """
     return _depth_rows(wh.query("probe-predictions", **params))
 
@@ -140,7 +141,7 @@ def _depth_rows(predictions: pl.DataFrame) -> pl.DataFrame:
         for (model, dataset, _run), frame in _groups(predictions, ("model", "dataset", "run"))
         for row in _points(frame)
     ]
-    numbers = ("layer", "low_percent", "high_percent", "same_percent", "none_percent")
+    numbers = ("layer", "low_percent", "high_percent", "same_percent", "none_percent", "jump_p_value")
     schema = {"model": pl.String, "dataset": pl.String, "point": pl.String, "n_layers": pl.Int64}
     return pl.DataFrame(rows, schema=schema | dict.fromkeys(numbers, pl.Float64))
 
@@ -158,6 +159,7 @@ def _points(predictions: pl.DataFrame) -> Iterator[dict[str, Any]]:
         there = found[~np.isnan(found)]
         low, high = 100 * np.quantile(there, _LEVEL) / n_layers if len(there) else (None, None)
         same = np.isnan(found) if np.isnan(layer) else found == layer
+        before = None if np.isnan(layer) or point == "C" else correct[:, int(layer) - 1]
         yield {
             "point": point,
             "n_layers": n_layers,
@@ -166,7 +168,13 @@ def _points(predictions: pl.DataFrame) -> Iterator[dict[str, Any]]:
             "high_percent": high,
             "same_percent": 100 * float(np.mean(same)),
             "none_percent": 100 * float(np.mean(np.isnan(found))),
+            "jump_p_value": None if before is None else _paired(before, correct[:, int(layer)]),
         }
+
+
+def _paired(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """McNemar's p-value of two layers that are right (1) or wrong (0) on the same prompts (n,)."""
+    return mcnemar(int(np.sum(a > b)), int(np.sum(b > a)))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

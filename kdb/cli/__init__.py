@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from kdb.cli.ask import queries, query, schema, sql
+from kdb.cli.compare import compare
 from kdb.cli.draw import plot, report
 from kdb.cli.keep import rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
@@ -50,7 +51,7 @@ def main() -> None:
 
 for command in (
     *(ingest, probe, project, ablate),
-    *(query, queries, sql, plot, report),
+    *(query, queries, sql, plot, report, compare),
     *(schema, runs, verify, rebuild, models, datasets),
 ):
     main.add_command(command)
