@@ -241,9 +241,8 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Whether J and C of each model and dataset hold, or hang on the procedure, and on what of it.
 
     One row per model, dataset and point: layer, percent, the interval over resampled test prompts, none_percent,
-    jump_p_value (McNemar's, against the layer before), and
-    ``hangs_on``: what makes the point move by more than a tenth of the depth or vanish ('threshold', 'classifier',
-    'split', 'test prompts'), 'chance' where a jump only climbs to what always guessing the larger class gives, and
+    jump_p_value (McNemar's, against the layer before), and ``hangs_on``: what makes the point move by more than a tenth
+    of the depth or vanish ('threshold', 'classifier', 'split', 'test prompts'), 'chance' where a jump only climbs to what always guessing the larger class gives, and
     for C 'its definition' where it is the last layer; empty where it holds.
     """
     frame, chance = robustness(wh, **params), _jumps_to_chance(wh, **params)
@@ -257,17 +256,15 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
     )
     found = frame.filter(varied="published").join(moved, on=keys, how="left", maintain_order="left")
     found = found.join(chance, on=keys, how="left", maintain_order="left")
-    wide = (pl.col("high_percent") - pl.col("low_percent") > 2 * _FAR) | pl.col("none_percent").is_between(
-        100 - _SAME, _SAME
-    )
-    chancy = wide | (pl.col("jump_p_value") > _SURE)
+    spread = pl.col("high_percent") - pl.col("low_percent") > 2 * _FAR
+    split = pl.col("none_percent").is_between(100 - _SAME, _SAME)
     last = (pl.col("point") == "C") & (pl.col("layer") == pl.col("n_layers") - 1)
     reasons = pl.concat_list(
         pl.col("moves").fill_null([]),
-        pl.when(chancy).then(pl.lit(["test prompts"])).otherwise(pl.lit([], dtype=pl.List(pl.String))),
-        pl.when(pl.col("to_chance")).then(pl.lit(["chance"])).otherwise(pl.lit([], dtype=pl.List(pl.String))),
-        pl.when(last).then(pl.lit(["its definition"])).otherwise(pl.lit([], dtype=pl.List(pl.String))),
-    )
+        pl.when(spread | split | (pl.col("jump_p_value") > _SURE)).then(pl.lit("test prompts")),
+        pl.when("to_chance").then(pl.lit("chance")),
+        pl.when(last).then(pl.lit("its definition")),
+    ).list.drop_nulls()
     kept = ("layer", "percent", "low_percent", "high_percent", "none_percent", "jump_p_value")
     return found.select(*keys, *kept, hangs_on=reasons.list.join(", "))
 

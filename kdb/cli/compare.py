@@ -27,6 +27,8 @@ def compare(run_a: str, run_b: str, limit: int, warehouse: Path, format_: str | 
     kdb compare 1f0c9a 77aa01
     kdb compare 1f0c9a 77aa01 -o moved.csv
     """
+    import polars as pl
+
     from kdb.analysis import compare as compared
 
     with kdb.open(warehouse).snapshot() as wh:
@@ -37,14 +39,12 @@ def compare(run_a: str, run_b: str, limit: int, warehouse: Path, format_: str | 
             return
         settings, rows = compared.differing_settings(wh, a, b), compared.compared_rows(wh, a, b)
         tests = compared.accuracy_differences(wh, a, b)
+        differ = tests.filter(pl.col("only_a") + pl.col("only_b") > 0).sort("p_value") if len(tests) else tests
     for title, frame in (
         (f"Settings that differ: {len(settings)}", settings),
         ("Rows that were matched", rows),
         (f"Numbers that moved: {len(moved):,}", moved.head(limit)),
-        (
-            "Accuracies that differ (McNemar, smallest p first)",
-            tests.sort("p_value").head(limit) if len(tests) else tests,
-        ),
+        ("Accuracies that differ, by the p-value of McNemar's test", differ.head(limit)),
     ):
         if len(frame):
             click.echo(title)
