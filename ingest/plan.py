@@ -19,8 +19,8 @@ from kdb.warehouse.vectors import PART_BYTES
 _CAPTURE_SHARE = 0.7
 """Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
 
-_PROBE_SECONDS = 2e-7
-"""Seconds to probe one float of activations with both logistic probes on one core."""
+_PROBE_SECONDS = 4e-7
+"""Seconds to probe one float of activations, and its control task, with both logistic probes on one core."""
 
 _RANKED = 600
 """Neurons of a prompt whose rank of the target is counted, for two of the methods; typical, and no bound."""

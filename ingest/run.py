@@ -82,8 +82,8 @@ def _measure_concept(staged: StagedRun, job: Job, load: Callable[[], LoadedModel
 
 def _describe(staged: StagedRun, job: Job) -> None:
     """Write the small tables of a run; whatever is wrong with the prompts is found here, before any work."""
-    begun, config, texts = time.monotonic(), load_config(job.source), job.texts
-    tokenizer = load_tokenizer(job.source)
+    config, tokenizer, texts = load_config(job.source), load_tokenizer(job.source), job.texts
+    begun = time.monotonic()
     token_ids = tokenizer(texts)["input_ids"]
     check_length(job, token_ids, config, n_cue=len(pose(tokenizer, job.dataset).cue))
     examples = job.dataset.examples
