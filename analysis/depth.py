@@ -242,8 +242,9 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
     One row per model, dataset and point: layer, percent, the interval over resampled test prompts, none_percent,
     jump_p_value (McNemar's, against the layer before), and ``hangs_on``: what makes the point move by more than a tenth
-    of the depth or vanish ('threshold', 'classifier', 'split', 'test prompts'), 'chance' where a jump only climbs to what always guessing the larger class gives, and
-    for C 'its definition' where it is the last layer; empty where it holds.
+    of the depth or vanish ('threshold', 'classifier', 'split', 'test prompts'), 'chance' where a jump only climbs to
+    what always guessing the larger class gives, and for C 'its definition' where it is the last layer; empty where it
+    holds.
     """
     frame, chance = robustness(wh, **params), _jumps_to_chance(wh, **params)
     keys = ["model", "dataset", "point"]

@@ -56,7 +56,7 @@ def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     others = scores.select(prompts).unique().join(ranking.select(*keys, "neuron_name").unique(keys), on=keys)
     others = others.with_columns(score=pl.lit(0.0))
     both = pl.concat([listed.select(others.columns), others])
-    return with_intervals(ranking, both, keys, "neuron_name").drop("rank_low", "rank_high", strict=False)
+    return with_intervals(ranking, both, keys, "neuron_name").drop("rank_low", "rank_high")
 
 
 def _ranking(
@@ -82,7 +82,7 @@ def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
         list(EFFECTS), index=["model", "letter", "method", "k", "n_prompts"], variable_name="effect"
     ).with_columns(item)
     found = with_intervals(long, losses, ["model", "effect"], "item").drop("item")
-    return found.with_columns(low=-pl.col("high"), high=-pl.col("low")) if len(found) else found
+    return found.with_columns(low=-pl.col("high"), high=-pl.col("low"))
 
 
 def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:

@@ -80,7 +80,9 @@ def with_intervals(ranking: pl.DataFrame, scores: pl.DataFrame, by: Sequence[str
         rank_low, rank_high = rank_intervals(resampled, rows)
         ends = {"low": low, "high": high, "rank_low": rank_low.astype(int), "rank_high": rank_high.astype(int)}
         parts.append(listed.with_columns(pl.Series(name, end) for name, end in ends.items()))
-    return pl.concat(parts) if parts else ranking
+    schema = {"low": pl.Float64, "high": pl.Float64, "rank_low": pl.Int64, "rank_high": pl.Int64}
+    none = ranking.clear().with_columns(pl.lit(None, dtype=kind).alias(name) for name, kind in schema.items())
+    return pl.concat([none, *parts], how="vertical_relaxed")
 
 
 def _groups(frame: pl.DataFrame, by: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], pl.DataFrame]]:

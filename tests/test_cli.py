@@ -296,7 +296,7 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
         (["queries", "layer-acuracy"], "Unknown query 'layer-acuracy'. Did you mean 'layer-accuracy'?"),
         (["query", "layer-accuracy", "--sit", "x"], "No such option '--sit'. (Did you mean one of: '--site'"),
         (["query", "concept-depth", "--jump-ratio", "big"], "Invalid value for '--jump-ratio': 'big' is not a valid"),
-        (["query", "datasets-by-model"], "Missing option '--model'."),
+        (["query", "prompt-story"], "Missing option '--prompt'."),
         (["probe", "--model", "tiny"], "Missing option '--dataset'."),
         (["sql", "SELECT layr FROM activations"], 'Binder Error: Referenced column "layr" not found'),
         (["sql", "SELECT 1; SELECT 2"], "kdb sql runs one statement at a time, found 2."),

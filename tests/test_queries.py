@@ -324,8 +324,8 @@ def test_unknown_names_suggest_the_nearest(database: Database) -> None:
         database.query("concept-dept")
     with pytest.raises(UnknownNameError, match=r"'modle'\. Did you mean 'model'.* takes model, dataset, site"):
         database.query("concept-depth", modle="m")
-    with pytest.raises(QueryError, match="datasets-by-model needs model"):
-        database.query("datasets-by-model")
+    with pytest.raises(QueryError, match="prompt-story needs prompt"):
+        database.query("prompt-story")
 
 
 def test_no_two_files_share_a_name() -> None:
