@@ -90,7 +90,7 @@ def test_what_was_not_measured_is_listed_and_fails_nothing(
 
 
 def test_a_report_of_unknown_models_alone_is_refused(small: Warehouse) -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean 'tiny-a'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'tiny-b' or 'tiny-a'"):
         build_report(small, ["tiny-x"])
 
 
@@ -104,16 +104,40 @@ def test_names_with_spaces_are_quoted_in_commands() -> None:
     assert command("query", "top-heads", {"model": ["a b"], "k": 3}) == "kdb query top-heads --model 'a b' --k 3"
 
 
-def test_both_real_models_stand_side_by_side(
-    smollm2_135m: object, gemma_3_270m: object, tmp_path: Path, run_kdb: Callable[..., Result]
+def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
+    tiny_model: Path, user_dataset: Path, tmp_path: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    folder, page = tmp_path / "w", tmp_path / "report.html"
+    options = ("--model", tiny_model, "--dataset", user_dataset, "--noise")
+    assert run_kdb("ingest", *options, "--warehouse", tmp_path / "w").exit_code == 0
+    report = build_report(Warehouse(tmp_path / "w"))
+    assert "Study concept: there is no plain run; shown is the variant 'noise'." in report.missing
+    curves = next(item for item in report.chapters["Concept depth"] if "Experiment 1" in item.title)
+    assert "--variant noise" in curves.command
+
+
+FACTS = """prompt,answer,category
+The capital of France is the city of,Paris,capital
+The capital of Italy is the city of,Rome,capital
+The capital of Japan is the city of,Tokyo,capital
+Monday is followed by,Tuesday,day
+Tuesday is followed by,Wednesday,day
+"""
+
+
+def test_both_real_models_stand_side_by_side(
+    smollm2_135m: object, gemma_3_270m: object, user_dataset: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    facts = tmp_path / "facts.csv"
+    facts.write_text(FACTS)
     for model in ("smollm2-135m", "gemma-3-270m"):
-        datasets = ("--dataset", "coinflip-synthetic", "--limit", "30"), ("--dataset", "knowledge", "--limit", "1")
-        for options in datasets:
-            result = run_kdb("ingest", "--model", model, *options, "--warehouse", folder, "--ablate-k", "0")
+        for dataset in (user_dataset, facts):
+            result = run_kdb("ingest", "--model", model, "--dataset", dataset, "--warehouse", tmp_path / "w")
             assert result.exit_code == 0, result.output
-    assert run_kdb("report", "-o", page, "--warehouse", folder).exit_code == 0
-    text = page.read_text()
-    assert "smollm2-135m" in text
-    assert "gemma-3-270m" in text
+    report = build_report(Warehouse(tmp_path / "w"))
+    assert report.models == ["gemma-3-270m", "smollm2-135m"]
+    titles = {item.title for chapter in report.chapters.values() for item in chapter}
+    assert titles >= {"Experiment 1: datasets within each model", "Table 4: the ten best layers", "Every head"}
+    best = next(item for item in report.chapters["Knowledge attribution"] if item.title.startswith("Table 10"))
+    assert best.frame is not None
+    assert set(best.frame["model"]) == {"gemma-3-270m", "smollm2-135m"}
+    assert len(report.html()) > 100_000

@@ -21,7 +21,7 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader
 
 from kdb.analysis import figures
-from kdb.analysis.report.contents import CHAPTERS, Drawn, Tabled
+from kdb.analysis.report.contents import CHAPTERS, Drawn, Remark, Tabled
 from kdb.analysis.save import to_png, to_svg
 from kdb.errors import KdbError, QueryError, UnknownNameError
 
@@ -95,6 +95,9 @@ def _known(wh: Warehouse, models: Sequence[str]) -> tuple[list[str], dict[str, l
 
 def _items(wh: Warehouse, report: Report, contents: Any, pictures: bool) -> Iterator[Item]:
     for wanted in contents(wh, report.models):
+        if isinstance(wanted, Remark):
+            report.missing.append(f"{wanted.title}: {wanted.text}")
+            continue
         try:
             yield from _table(wanted) if isinstance(wanted, Tabled) else _figure(wh, wanted, pictures)
         except KdbError as error:

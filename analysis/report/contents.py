@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,15 @@ class Drawn:
     params: dict[str, Any] = field(default_factory=dict)
 
 
-Contents = Iterator[Tabled | Drawn]
+@dataclass(frozen=True)
+class Remark:
+    """Something that a reader must know of a chapter; it is listed with what is missing."""
+
+    title: str
+    text: str
+
+
+Contents = Iterator[Tabled | Drawn | Remark]
 
 _PROBED = "nothing is stored (`kdb ingest --dataset world-cities`)."
 _ASKED = "nothing is stored (`kdb ingest --dataset knowledge`)."
@@ -67,7 +75,7 @@ def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
 
 def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     """The first study: Jin et al., arXiv 2404.07066."""
-    given = {"model": list(models)}
+    given = yield from _asked_for(wh, models, "concept")
     curves = wh.query("layer-accuracy", **given)
     yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", given)
     yield _asked(wh, "Best layer, jump and converging point", "", "datasets-by-model", given, _PROBED)
@@ -82,7 +90,7 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
         _PROBED,
     )
     for model in models[:_ROBUST]:
-        yield Drawn(f"What J and C hang on: {model}", "", "depth-robustness", {"model": [model]})
+        yield Drawn(f"What J and C hang on: {model}", "", "depth-robustness", given | {"model": [model]})
     yield Drawn(
         "Selectivity",
         "What the probe reads beyond what it learns by heart.",
@@ -93,13 +101,13 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     if curves["model"].n_unique() > 1:
         yield from _side_by_side(curves, given)
     yield Drawn("Experiment 3: J and C by family and size", "", "converging-by-size", given)
-    variants = wh.query("layer-accuracy", **given, variant="all")
+    variants = wh.query("layer-accuracy", **given | {"variant": "all"})
     if variants["variant"].n_unique() > 1:
-        yield Drawn("Noise, precision and other variants", "", "depth-by-variant", given)
+        yield Drawn("Noise, precision and other variants", "", "depth-by-variant", {"model": list(models)})
     projected = wh.query("hidden-states", **given, layers=1, prompts=1).select("model", "dataset").unique()
     pairs = projected.sort("model", "dataset").rows() or [(model, None) for model in models[:1]]
     for model, dataset in pairs[:_PROJECTED]:
-        named = {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
+        named = given | {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
         yield Drawn(f"Hidden states: {model} on {dataset or 'any dataset'} (`kdb project`)", "", "hidden-states", named)
 
 
@@ -119,7 +127,7 @@ def _side_by_side(curves: pl.DataFrame, given: dict[str, Any]) -> Contents:
 
 def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     """The second study: Yu and Ananiadou, arXiv 2312.12141."""
-    given = {"model": list(models)}
+    given = yield from _asked_for(wh, models, "knowledge")
     yield _asked(wh, "Prompts that count", "Those that the model knows.", "kept-prompts", given, _ASKED)
     yield Drawn("Attention and FFN", "", "attention-vs-ffn", given)
     yield Tabled(
@@ -171,7 +179,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     )
     yield Drawn("Heads that categories share", "", "head-overlap", given)
     yield Drawn("Neurons that categories share", "", "neuron-overlap", given)
-    for model, dataset, prompt in _examples(wh, models):
+    for model, dataset, prompt in _examples(wh, given):
         yield Drawn(
             f"One prompt in {model}", "", "prompt-story", {"model": [model], "dataset": dataset, "prompt": prompt}
         )
@@ -182,6 +190,20 @@ CHAPTERS = {
     "Concept depth": concept_depth,
     "Knowledge attribution": knowledge,
 }
+
+
+def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Remark, None, dict[str, Any]]:
+    """The models and, where none of them has a plain run of the study, the variant that was measured last."""
+    given: dict[str, Any] = {"model": list(models)}
+    variants = wh.sql(
+        "SELECT variant FROM runs WHERE study = ? AND list_contains(?, model) "
+        "ORDER BY variant = 'default' DESC, starts_with(variant, 'ablate='), finished_at DESC LIMIT 1",
+        [study, list(models)],
+    )["variant"].to_list()
+    if variants not in ([], ["default"]):
+        yield Remark(f"Study {study}", f"there is no plain run; shown is the variant {variants[0]!r}.")
+        given["variant"] = variants[0]
+    return given
 
 
 def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, Any], hint: str) -> Tabled:
@@ -220,8 +242,8 @@ def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
     return ranking.select(*named, score=_with_ends("score"), prompts="n_prompts", tokens="top_tokens")
 
 
-def _examples(wh: Warehouse, models: Sequence[str]) -> list[tuple[str, str, int]]:
+def _examples(wh: Warehouse, given: dict[str, Any]) -> list[tuple[str, str, int]]:
     """The prompt that each of the first models knows best."""
-    found = wh.query("prompts", model=list(models[:_PROJECTED]), k=1).filter("kept")
+    found = wh.query("prompts", **given | {"model": given["model"][:_PROJECTED], "k": 1}).filter("kept")
     best = found.sort("target_prob", descending=True).unique("model", keep="first", maintain_order=True)
     return best.select("model", "dataset", "prompt_id").sort("model").rows()
