@@ -16,6 +16,7 @@ demo: .venv/.demo
 	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
 	$(BIN)/kdb ingest --model smollm2-135m --dataset knowledge --limit 5 --warehouse $(DEMO)
 	$(BIN)/kdb query top-heads --category capital --variant limit=5 --warehouse $(DEMO)
+	$(BIN)/kdb report --model smollm2-135m -o report.html --warehouse $(DEMO)
 
 test: .venv/.test
 	$(BIN)/python -m pytest
@@ -36,6 +37,7 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/cli.py
+	$(BIN)/python benchmarks/analysis.py
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
