@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 from test_database import Rows, add_run, create_lake
 
 from kdb.analysis.depth import verdicts
@@ -116,6 +116,11 @@ def test_mcnemar_is_a_fair_coin_over_the_prompts_that_one_alone_gets_right() -> 
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(1, 1) == 1.0
     assert mcnemar(0, 5) == pytest.approx(2 / 2**5)
+
+
+@given(st.integers(0, 60), st.integers(1, 60))
+def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int) -> None:
+    assert mcnemar(only_a, only_b) == pytest.approx(float(binomtest(only_a, only_a + only_b).pvalue))
 
 
 # J and C ---------------------------------------------------------------------------------------------------------
