@@ -3,8 +3,8 @@
     python benchmarks/analysis.py
 
 The numbers are invented (tests/synthetic.py), their sizes are realistic. Prints the median of three for each figure
-over all nine models, after one to warm up, and time and peak memory of the report; beside them a Python that only imports
-Altair, since that is a good part.
+over all nine models, after one to warm up, and time and peak memory of the report; beside them a Python that only
+imports Altair, since that is a part of each.
 """
 
 from __future__ import annotations
