@@ -27,7 +27,7 @@ PAPER_DATASETS = (
     *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),
 )
 
-_MUTED = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),)
+_PALETTE = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),)
 _DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 
 ATTN, FFN = "#0072b2", "#e69f00"
@@ -50,8 +50,8 @@ class Look:
         """Encodings that tell lines of a field apart, by colour and by dashes."""
         names = self.order(field, shown)
         places = [self._place(field, name, names) for name in names]
-        colors = [_MUTED[place % len(_MUTED)] for place in places]
-        # With nine colours and four kinds of dashes, the pair repeats after 36 names.
+        colors = [_PALETTE[place % len(_PALETTE)] for place in places]
+        # With 13 colours and four kinds of dashes, the pair repeats after 52 names.
         dashes = [_DASHES[place % len(_DASHES)] for place in places]
         legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
         return {
