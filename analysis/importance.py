@@ -257,8 +257,10 @@ def shares(frame: pl.DataFrame, look: Look) -> Chart:
 def prompt_story(frame: pl.DataFrame, look: Look) -> Chart:
     """One prompt in one model: its layers, heads and what they read, neurons and their tokens, as bars."""
     del look
-    if (names := frame["model"].unique(maintain_order=True).to_list())[1:]:
-        raise QueryError(f"prompt-story shows one model: name it with --model, such as --model {names[0]}.")
+    pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
+    if len(pairs) > 1:
+        named = "--model {} --dataset {}".format(*pairs[0])
+        raise QueryError(f"prompt-story shows one model and one dataset: name them, such as {named}.")
     parts = frame["part"].unique(maintain_order=True)
     columns = ([part for part in parts if _wide(part) is wide] for wide in (False, True))
     drawn = [alt.vconcat(*(_bars(frame.filter(part=part)) for part in column)) for column in columns if column]

@@ -11,13 +11,17 @@ import polars as pl
 import pytest
 from click.testing import Result
 from synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
+from test_database import needs_shell
+from test_queries import BEYOND_PROBES, assert_same_in_the_shell
 from test_uncertainty import curve_rows, prediction_rows, warehouse_of
 
 from kdb.analysis import figures
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.look import Look, look_of
 from kdb.errors import QueryError, UnknownNameError
+from kdb.ingest.probes import wilson_interval
 from kdb.queries.catalogue import find_query
+from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
 
 TINY = (
@@ -151,8 +155,32 @@ def test_the_zero_shot_accuracy_stands_beside_every_layer(small: Warehouse) -> N
 def test_figures_of_one_model_ask_which_one(small: Warehouse) -> None:
     with pytest.raises(QueryError, match="--model tiny-a --dataset cities"):
         figures.chart(small, "hidden-states")
-    with pytest.raises(QueryError, match="name it with --model"):
+    with pytest.raises(QueryError, match="--model other --dataset knowledge"):
         figures.chart(small, "prompt-story", prompt=0)
+
+
+@needs_shell
+@pytest.mark.parametrize("name", sorted(BEYOND_PROBES))
+def test_saved_query_answers_the_same_in_the_shell(small: Warehouse, name: str) -> None:
+    with Database(small.lake.root) as database:
+        assert_same_in_the_shell(small.lake.root, database, name)
+
+
+def test_zero_shot_rates_and_interval_are_those_of_the_answers(small: Warehouse) -> None:
+    labels = small.scan("prompts").select("model", "dataset", "prompt_id", "label").collect()
+    answers = small.scan("zero_shot").collect().join(labels, on=["model", "dataset", "prompt_id"])
+    row = small.query("zero-shot", model="tiny-a", dataset="cities").row(0, named=True)
+    mine = answers.filter(model="tiny-a", dataset="cities")
+    assert row["accuracy"] == mine["correct"].mean()
+    assert row["true_positive_rate"] == mine.filter(label=1)["predicted"].mean()
+    assert row["true_negative_rate"] == 1 - mine.filter(label=0)["predicted"].mean()  # type: ignore[operator]
+    low, high = wilson_interval(int(mine["correct"].sum()), len(mine))
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((low, high))
+
+
+def test_jupyter_and_marimo_can_show_a_chart(small: Warehouse) -> None:
+    shown = figures.chart(small, "top-heads")._repr_mimebundle_(None, None)
+    assert any("vegalite" in kind or kind == "text/html" for kind in (shown[0] if isinstance(shown, tuple) else shown))
 
 
 # Looks -----------------------------------------------------------------------------------------------------------

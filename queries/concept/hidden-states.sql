@@ -28,7 +28,7 @@ shown AS (
 ),
 
 points AS (
-    SELECT *, row_number() OVER (PARTITION BY run, layer ORDER BY hash(prompt_id)) AS place
+    SELECT *, row_number() OVER (PARTITION BY run, layer ORDER BY md5(prompt_id::VARCHAR), prompt_id) AS place
     FROM projections
     JOIN chosen USING (model, dataset, run)
     SEMI JOIN shown USING (run, layer)
@@ -41,4 +41,4 @@ SELECT
     100 * explained1 AS explained1_percent, 100 * explained2 AS explained2_percent, text
 FROM points
 JOIN prompts ON prompts.run = points.source AND prompts.prompt_id = points.prompt_id
-ORDER BY model, dataset, layer, points.prompt_id;
+ORDER BY points.model, points.dataset, layer, points.prompt_id;

@@ -14,4 +14,5 @@ FROM head_scores
 JOIN kept_prompts(
     'head_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
     getvariable('variant'), getvariable('run')
-) USING (model, dataset, run, prompt_id);
+) USING (model, dataset, run, prompt_id)
+ORDER BY model, category_order(category), dataset, prompt_id, layer, head;

@@ -11,13 +11,17 @@
 --   variant    text = default  newest runs of this variant; `kdb runs` lists them
 --   run        text = all      this run alone, whatever its variant
 --   component  text = all      attn or ffn
-SELECT
-    model, category, dataset, prompt_id, component, neuron_name(component, layer, head, neuron) AS neuron_name,
-    sum(score) AS score
-FROM neuron_scores
-JOIN kept_prompts(
-    'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
-    getvariable('variant'), getvariable('run')
-) USING (model, dataset, run, prompt_id)
-WHERE getvariable('component') IS NULL OR component = getvariable('component')
-GROUP BY ALL;
+SELECT *
+FROM (
+    SELECT
+        model, category, dataset, prompt_id, component, neuron_name(component, layer, head, neuron) AS neuron_name,
+        sum(score) AS score
+    FROM neuron_scores
+    JOIN kept_prompts(
+        'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    ) USING (model, dataset, run, prompt_id)
+    WHERE getvariable('component') IS NULL OR component = getvariable('component')
+    GROUP BY ALL
+)
+ORDER BY model, category_order(category), dataset, prompt_id, component, score DESC, neuron_name;
