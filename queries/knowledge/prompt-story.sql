@@ -1,8 +1,8 @@
 -- One prompt's whole story: layers, heads and what they read, neurons and their tokens
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its case studies
 --
--- One row per model, dataset, part and rank: the k layers, heads, attention and FFN value neurons, and query neurons that do
--- most for the right token of one prompt, and for the best heads the positions that they read. score is the
+-- One row per model, dataset, part and rank: the k layers, heads, attention and FFN value neurons, and query neurons
+-- that do most for the right token of one prompt, and for the best heads the positions that they read. score is the
 -- log-probability increase in nat; of query neurons the share of activation. tokens are those at a head's position,
 -- or the ten that a neuron raises most.
 --
@@ -33,22 +33,22 @@ parts AS (
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
-        model, dataset, run, 'head reads', head_name(layer, head), 'attn', layer, head, NULL, position, attention, score,
-        to_json(token)::VARCHAR
+        model, dataset, run, 'head reads', head_name(layer, head), 'attn', layer, head, NULL, position, attention,
+        score, to_json(token)::VARCHAR
     FROM head_position_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
-        model, dataset, run, component || ' value neuron', neuron_name(component, layer, head, neuron), component, layer, head,
-        neuron, position, NULL, score, NULL
+        model, dataset, run, component || ' value neuron', neuron_name(component, layer, head, neuron), component,
+        layer, head, neuron, position, NULL, score, NULL
     FROM neuron_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
-        model, dataset, run, 'query neuron of ' || activates, neuron_name('ffn', layer, NULL, neuron), 'ffn', layer, NULL,
-        neuron, NULL, NULL, score, NULL
+        model, dataset, run, 'query neuron of ' || activates, neuron_name('ffn', layer, NULL, neuron), 'ffn', layer,
+        NULL, neuron, NULL, NULL, score, NULL
     FROM query_neuron_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
