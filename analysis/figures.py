@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import Param, Value, bind, find_query
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from kdb.analysis.look import Chart
     from kdb.warehouse.store import Warehouse
 
