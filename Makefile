@@ -11,10 +11,12 @@ DEMO := kdb-warehouse
 
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
+	$(BIN)/kdb project --model smollm2-135m --dataset world-cities --warehouse $(DEMO)
 	$(BIN)/kdb query concept-depth --warehouse $(DEMO)
 	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
 	$(BIN)/kdb ingest --model smollm2-135m --dataset knowledge --limit 5 --warehouse $(DEMO)
 	$(BIN)/kdb query top-heads --category capital --variant limit=5 --warehouse $(DEMO)
+	$(BIN)/kdb report --model smollm2-135m -o report.html --warehouse $(DEMO)
 
 test: .venv/.test
 	$(BIN)/python -m pytest
@@ -35,6 +37,7 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/cli.py
+	$(BIN)/python benchmarks/analysis.py
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md

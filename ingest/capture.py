@@ -1,8 +1,9 @@
 """One batched forward pass records the last token's hidden state at every layer and site.
 
 Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
-padding cannot change a result and needs no mask. A prefix that all prompts share is run once. The unembedding,
-a third of a small model's work, is not run at all.
+padding cannot change a result and needs no mask. A prefix that all prompts share is run once. For the same reason a
+cue may follow each prompt, after which the model would answer. The unembedding, a third of a small model's work, is
+not run here at all.
 """
 
 from __future__ import annotations
@@ -69,61 +70,82 @@ class Capture:
         hidden = int(self.loaded.model.config.get_text_config().hidden_size)
         return len(self.anatomy.blocks), len(SITES), hidden
 
-    def vectors(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        prefix: Sequence[int] = (),
-        on_batch: Callable[[int], None] | None = None,
-    ) -> NDArray[np.float32]:
+    def vectors(self, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> NDArray[np.float32]:
         """Hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
 
         ``prefix`` is a run of tokens that every prompt begins with; it is run once and remembered.
+        """
+        return self.vectors_and_ends(token_ids, prefix)[0]
+
+    def vectors_and_ends(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        cue: Sequence[int] = (),
+        on_batch: Callable[[int], None] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The same, and the last block's output (prompt, hidden) where the model would go on after the cue.
+
+        ``cue`` are tokens that follow every prompt; in a causal model they cannot change the prompt's own states.
         ``on_batch`` is told after each batch how many tokens of prompts it had.
         """
         import torch
 
-        out = np.empty((len(token_ids), *self.shape), dtype=np.float32)
+        vectors = np.empty((len(token_ids), *self.shape), dtype=np.float32)
+        ends = np.empty((len(token_ids), self.shape[-1]), dtype=np.float32)
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        lengths = [len(token_ids[i]) - len(prefix) for i in order]
+        lengths = [len(token_ids[i]) - len(prefix) + len(cue) for i in order]
         with torch.inference_mode():
             for batch in batches(lengths, self.batch_tokens):
                 rows = [order[i] for i in batch]
-                out[rows] = self._run([token_ids[row][len(prefix) :] for row in rows], tuple(prefix))
+                texts = [[*token_ids[row][len(prefix) :], *cue] for row in rows]
+                vectors[rows], ends[rows] = self._run(texts, tuple(prefix), len(cue))
                 if on_batch is not None:
                     on_batch(sum(len(token_ids[row]) for row in rows))
-        return out
+        return vectors, ends
 
-    def _run(self, token_ids: Sequence[Sequence[int]], prefix: tuple[int, ...]) -> NDArray[np.float32]:
+    def _run(
+        self, token_ids: Sequence[Sequence[int]], prefix: tuple[int, ...], n_cue: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         import torch
 
         device = self.loaded.device
         ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-        last = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
+        end = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
         states = torch.empty(len(token_ids), *self.shape, device=device)
+        ends = torch.empty(len(token_ids), self.shape[-1], device=device)
         cache = self._expanded(prefix, len(token_ids))
-        with self._recording(states, last):
+        with self._recording(states, end - n_cue, ends, end):
             self.anatomy.decoder(ids.to(device), past_key_values=cache, use_cache=cache is not None)
-        return states.cpu().numpy()
+        return states.cpu().numpy(), ends.cpu().numpy()
 
     @contextlib.contextmanager
-    def _recording(self, states: torch.Tensor, last: torch.Tensor) -> Iterator[None]:
-        """Hooks that copy each row's last token into ``states`` (prompt, layer, site, hidden)."""
+    def _recording(
+        self, states: torch.Tensor, last: torch.Tensor, ends: torch.Tensor, end: torch.Tensor
+    ) -> Iterator[None]:
+        """Hooks that copy each row's token ``last`` into ``states`` (prompt, layer, site, hidden).
+
+        And the last block's output at its token ``end`` into ``ends`` (prompt, hidden).
+        """
         import torch
 
         rows = torch.arange(len(last), device=last.device)
 
-        def keep(layer: int, site: int, hidden: torch.Tensor) -> None:
+        def keep(out: torch.Tensor, hidden: torch.Tensor, places: torch.Tensor) -> None:
             # OPT flattens batch and position before its FFN.
-            states[:, layer, site] = hidden.reshape(len(rows), -1, hidden.shape[-1])[rows, last].float()
+            out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[rows, places].float()
 
         handles = []
         for layer, (block, ffn) in enumerate(zip(self.anatomy.blocks, self.anatomy.ffns, strict=True)):
-            handles.append(
-                block.register_forward_hook(lambda _m, _i, output, layer=layer: keep(layer, 0, _tensor(output)))
-            )
-            handles.append(ffn.register_forward_pre_hook(lambda _m, inputs, layer=layer: keep(layer, 1, inputs[0])))
+            resid, normed = states[:, layer, 0], states[:, layer, 1]
+            handles += [
+                block.register_forward_hook(lambda _m, _i, output, out=resid: keep(out, _tensor(output), last)),
+                ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last)),
+            ]
+        final = self.anatomy.blocks[-1]
+        handles.append(final.register_forward_hook(lambda _m, _i, output: keep(ends, _tensor(output), end)))
         try:
             yield
         finally:
@@ -180,7 +202,7 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
 
 
 def check_capture(
-    capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()
+    capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = (), cue: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
     """Compare batched capture and readout with the untouched model: rows of ``checks``.
 
@@ -189,7 +211,7 @@ def check_capture(
     import torch
 
     loaded = capture.loaded
-    vectors = torch.from_numpy(capture.vectors(token_ids, prefix)).to(loaded.device)
+    vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
     dtype = getattr(torch, loaded.dtype)
     found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
     for row, ids in enumerate(token_ids):

@@ -1,4 +1,4 @@
-"""What the runs of both studies store about themselves before they measure, and how they read what they stored."""
+"""What the runs of both studies store about themselves before they measure, and how they write and read tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,6 +14,7 @@ from kdb.errors import DatasetError
 from kdb.ingest.job import Job
 from kdb.ingest.models import count_params, model_row
 from kdb.warehouse.lake import StagedRun
+from kdb.warehouse.schema import arrow_schema
 
 
 def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
@@ -30,17 +32,35 @@ def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
     staged.write_rows("datasets", "part", [dataset])
 
 
-def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any) -> None:
-    """Raise DatasetError for a prompt without tokens, or with more than the model reads."""
+def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n_cue: int = 0) -> None:
+    """Raise DatasetError for a prompt without tokens, or with more, its cue's included, than the model reads."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, ids in enumerate(token_ids):
-        if limit is not None and len(ids) > limit:
+        if limit is not None and len(ids) + n_cue > limit:
+            cue = f" and {n_cue} of its cue" if n_cue else ""
             raise DatasetError(
-                f"Prompt {number} of {job.dataset.name!r} has {len(ids):,} tokens, and {job.source.name} reads "
+                f"Prompt {number} of {job.dataset.name!r} has {len(ids):,} tokens{cue}, and {job.source.name} reads "
                 f"at most {limit:,}: shorten the text, or take a model with a longer context."
             )
         if not ids:
             raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens for {job.source.name}.")
+
+
+def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
+    """Rows of a table from arrays of one shape, or of shapes that broadcast; columns left out are NULL."""
+    arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
+    shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
+    n = int(np.prod(shape))
+    schema = arrow_schema(table)
+    return pa.table(
+        [
+            pa.array(np.broadcast_to(arrays[f.name], shape).ravel()).cast(f.type)
+            if f.name in arrays
+            else pa.nulls(n, f.type)
+            for f in schema
+        ],
+        schema=schema,
+    )
 
 
 def table_files(run: Path, table: str) -> list[Path]:

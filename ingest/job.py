@@ -81,8 +81,18 @@ class Job:
             "fingerprint": self.dataset.fingerprint,
             "template": self.dataset.template,
             **asdict(self.measuring),
-            **asdict(self.probing if self.study == "concept" else self.attributing),
+            **(self._concept if self.study == "concept" else self._knowledge),
         }
+
+    @property
+    def _concept(self) -> dict[str, Any]:
+        """What determines the result of the concept study alone."""
+        return {"answers": self.dataset.answers, "cue": self.dataset.cue, **asdict(self.probing)}
+
+    @property
+    def _knowledge(self) -> dict[str, Any]:
+        """What determines the result of the knowledge study alone, which stores no vectors."""
+        return {"store": Measuring.store, **asdict(self.attributing)}
 
     @property
     def run(self) -> str:
@@ -101,7 +111,7 @@ class Job:
             ("noise" if m.seed == Measuring.seed else f"noise={m.seed}") if m.noise else "",
             m.dtype if m.dtype != Measuring.dtype else "",
             m.quantize or "",
-            f"store={m.store}" if m.store != Measuring.store else "",
+            f"store={m.store}" if self.study == "concept" and m.store != Measuring.store else "",
             *(
                 field.name.replace("_", "-")
                 + ("" if field.default is False else f"={getattr(self.attributing, field.name)}")

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdb.ingest.describe import check_length, describe_run, read_parts
+from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
 from kdb.ingest.job import Job
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
 from kdb.ingest.progress import progress
@@ -80,7 +80,7 @@ def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_
     if not staged.has("datasets", "part"):  # after the checks: a model that is refused leaves nothing behind
         describe_run(staged, job, config)
     if not staged.has("prompts", "part"):
-        staged.write_rows("prompts", "part", list(_prompt_rows(circuit(), job, prompts, batch_tokens)))
+        _judge(staged, circuit(), job, prompts, batch_tokens)
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
     _attribute(staged, job, kept, circuit, batch_tokens)
     if kept and not staged.has("neuron_tokens", "part"):
@@ -107,7 +107,15 @@ def _check(staged: StagedRun, circuit: Circuit, prompts: Sequence[Prompt]) -> No
     from kdb.ingest.capture import CHECK_PROMPTS
     from kdb.ingest.recording import check_circuit
 
-    staged.write_rows("checks", "part", check_circuit(circuit, [p.token_ids for p in prompts[:CHECK_PROMPTS]]))
+    begun = time.monotonic()
+    rows = check_circuit(circuit, [p.token_ids for p in prompts[:CHECK_PROMPTS]])
+    staged.write_rows("checks", "part", rows, seconds=time.monotonic() - begun)
+
+
+def _judge(staged: StagedRun, circuit: Circuit, job: Job, prompts: Sequence[Prompt], batch_tokens: int | None) -> None:
+    begun = time.monotonic()
+    rows = list(_prompt_rows(circuit, job, prompts, batch_tokens))
+    staged.write_rows("prompts", "part", rows, seconds=time.monotonic() - begun)
 
 
 def _prompt_rows(
@@ -210,27 +218,10 @@ def _scores(
     yield "query_layer_scores", pa.concat_tables(_query_layer_rows(ids, k, q) for k, q in queries.items())
 
 
-def _table(name: str, columns: dict[str, Any]) -> pa.Table:
-    """Rows of a table from arrays of one shape, or of shapes that broadcast; columns left out are NULL."""
-    arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
-    shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
-    n = int(np.prod(shape))
-    schema = arrow_schema(name)
-    return pa.table(
-        [
-            pa.array(np.broadcast_to(arrays[f.name], shape).ravel()).cast(f.type)
-            if f.name in arrays
-            else pa.nulls(n, f.type)
-            for f in schema
-        ],
-        schema=schema,
-    )
-
-
 def _layer_rows(ids: Any, a: Attribution) -> pa.Table:
     layers = np.arange(a.n_layers)
     return pa.concat_tables(
-        _table("layer_scores", {"prompt_id": ids[:, None], "layer": layers, "component": c, "score": score})
+        arrow_rows("layer_scores", {"prompt_id": ids[:, None], "layer": layers, "component": c, "score": score})
         for c, score in a.layer_scores.items()
     )
 
@@ -238,14 +229,14 @@ def _layer_rows(ids: Any, a: Attribution) -> pa.Table:
 def _head_rows(ids: Any, a: Attribution) -> pa.Table:
     _b, n_layers, n_heads = a.head_scores.shape
     place = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
-    return _table("head_scores", place | {"score": a.head_scores})
+    return arrow_rows("head_scores", place | {"score": a.head_scores})
 
 
 def _head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
     layer, head, attention, score = a.head_positions(HEADS_BY_POSITION)
     n_tokens = attention.shape[2]
     texts = [[tokenizer.decode([token]) for token in p.token_ids] + [""] * (n_tokens - len(p.token_ids)) for p in chunk]
-    table = _table(
+    table = arrow_rows(
         "head_position_scores",
         {
             "prompt_id": ids[:, None, None],
@@ -263,7 +254,7 @@ def _head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequenc
 
 
 def _neuron_rows(ids: Any, n: Neurons) -> pa.Table:
-    table = _table(
+    table = arrow_rows(
         "neuron_scores",
         {
             "prompt_id": ids[:, None],
@@ -286,7 +277,7 @@ def _neuron_rows(ids: Any, n: Neurons) -> pa.Table:
 def _query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
     n = q.neurons.shape[2]
     best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
-    return _table(
+    return arrow_rows(
         "query_neuron_scores",
         {
             "prompt_id": ids[:, None],
@@ -302,11 +293,11 @@ def _query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
 def _query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
     place = {"prompt_id": ids[:, None], "activates": activates}
     rows = [
-        _table("query_layer_scores", place | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
+        arrow_rows("query_layer_scores", place | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
         for c, score in (("attn", q.attn), ("ffn", q.ffn))
     ]
     return pa.concat_tables(
-        [_table("query_layer_scores", place | {"component": "embed", "score": q.embed[:, None]}), *rows]
+        [arrow_rows("query_layer_scores", place | {"component": "embed", "score": q.embed[:, None]}), *rows]
     )
 
 

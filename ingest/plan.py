@@ -13,13 +13,14 @@ from kdb.ingest.job import Job
 from kdb.ingest.knowledge import CHUNK_BYTES, read_prompts
 from kdb.ingest.models import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.ranking import METHODS
+from kdb.ingest.zero_shot import pose
 from kdb.warehouse.vectors import PART_BYTES
 
 _CAPTURE_SHARE = 0.7
 """Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
 
-_PROBE_SECONDS = 2e-7
-"""Seconds to probe one float of activations with both logistic probes on one core."""
+_PROBE_SECONDS = 4e-7
+"""Seconds to probe one float of activations, and its control task, with both logistic probes on one core."""
 
 _RANKED = 600
 """Neurons of a prompt whose rank of the target is counted, for two of the methods; typical, and no bound."""
@@ -57,8 +58,9 @@ def plan(job: Job, device: str) -> Plan:
     config = load_config(job.source)
     if job.study == "knowledge":
         return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job)], device)
-    token_ids = load_tokenizer(job.source)(job.texts)["input_ids"]
-    return estimate(job, config, token_ids, device)
+    tokenizer = load_tokenizer(job.source)
+    n_cue = len(pose(tokenizer, job.dataset).cue)
+    return estimate(job, config, tokenizer(job.texts)["input_ids"], device, n_cue=n_cue)
 
 
 def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> Plan:
@@ -87,14 +89,15 @@ def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> 
     )
 
 
-def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str) -> Plan:
-    """The same, from a config and token ids that are at hand."""
+def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Plan:
+    """The same, from a config and token ids that are at hand, ``n_cue`` of which follow each prompt."""
     row = model_row(job.source, config, count_params(config), job.measuring.dtype, job.measuring.quantize)
     prefix = shared_prefix(token_ids)
-    n_tokens = sum(len(ids) - prefix for ids in token_ids)
+    n_tokens = sum(len(ids) - prefix + n_cue for ids in token_ids)
     floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]
     tied = 1 if config.get_text_config().tie_word_embeddings else 2
-    block_params = row["n_params"] - tied * row["vocab_size"] * row["hidden_size"]
+    unembedding = row["vocab_size"] * row["hidden_size"]
+    block_params = row["n_params"] - tied * unembedding
     weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[job.measuring.dtype]
     batch = BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
     working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
@@ -105,7 +108,8 @@ def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: 
         n_layers=row["n_layers"],
         disk_bytes=floats * (2 if job.measuring.store == "float16" else 4),
         memory_bytes=row["n_params"] * (1 if job.measuring.quantize else weight_bytes) + working + _PART_MEMORY,
-        seconds=2 * block_params * n_tokens / rate + _PROBE_SECONDS * floats * job.probing.splits,
+        seconds=2 * (block_params * n_tokens + unembedding * len(token_ids)) / rate
+        + _PROBE_SECONDS * floats * job.probing.splits,
     )
 
 

@@ -3,17 +3,19 @@
 A mathematical core. It takes arrays and returns frozen scores; it knows no model, no runner and no database.
 
     splits = make_splits(labels, n_splits=3, groups=cities)
-    for score in score_probes(X, labels, splits, ["logistic", "logistic-paper"]): ...
+    control = control_labels(labels, splits)
+    for score in score_probes(X, labels, control, splits, ["logistic", "logistic-paper"]): ...
 
 ``logistic`` is the L2 logistic regression of the concept-depth paper (arXiv 2404.07066, section 3), taken to its
-optimum; ``logistic-paper`` is what the published code computes, which stops before it gets there.
+optimum; ``logistic-paper`` is what the published code computes, which stops before it gets there. Every classifier is
+also fitted to shuffled labels, the control task of Hewitt and Liang (2019, arXiv 1909.03368).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import joblib
@@ -28,6 +30,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
+from sklearn.preprocessing import StandardScaler
 
 from kdb.errors import DatasetError, ModelError, UnknownNameError
 
@@ -103,6 +106,18 @@ def _check_split(split: Split, y: NDArray[Any]) -> None:
                 )
 
 
+def control_labels(labels: ArrayLike, splits: Sequence[Split], seed: int = PAPER_SEED) -> NDArray[Any]:
+    """Shuffle the labels (n,) for the control task: as many of each, and none that its prompt could tell.
+
+    Drawn again until both sides of every split have both classes, which ``labels`` themselves must have.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        drawn = rng.permutation(np.asarray(labels))
+        if all(0 < drawn[rows].mean() < 1 for split in splits for rows in (split.train, split.test)):
+            return drawn
+
+
 # Scores --------------------------------------------------------------------------------------------------------
 
 
@@ -110,8 +125,10 @@ def _check_split(split: Split, y: NDArray[Any]) -> None:
 class ProbeScore:
     """What one classifier reaches on one split; accuracy with its 95 % Wilson interval.
 
-    ``converged`` is proved for ``logistic`` (see ``LogisticFit``); for ``logistic-paper`` it is scikit-learn's
-    word, that lbfgs stopped by itself before its 100th step. ``n_iter`` is 0 for the random forest.
+    ``converged`` is proved for ``logistic`` and ``logistic-standardised`` (see ``LogisticFit``); for
+    ``logistic-paper`` it is scikit-learn's word, that lbfgs stopped by itself before its 100th step. ``n_iter`` is 0
+    for the random forest. ``control_accuracy`` is what the classifier reaches on the control task, and
+    ``predicted`` (n_test,) the label that it gives each row of the split's ``test``.
     """
 
     classifier: str
@@ -125,6 +142,9 @@ class ProbeScore:
     accuracy_high: float
     f1: float
     auc: float
+    control_accuracy: float
+    selectivity: float
+    predicted: NDArray[np.int16] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -138,11 +158,12 @@ class _Reading:
 
 
 def score_probes(
-    X: NDArray[Any], labels: ArrayLike, splits: Sequence[Split], classifiers: Sequence[str]
+    X: NDArray[Any], labels: ArrayLike, control: ArrayLike, splits: Sequence[Split], classifiers: Sequence[str]
 ) -> list[ProbeScore]:
     """Fit every classifier on every split of one layer's hidden states ``X`` (n, hidden), float16 or float32.
 
-    Ordered by split, then classifier, as given. The classifiers are named in ``CLASSIFIERS``.
+    ``control`` (n,) are the labels of the control task. Ordered by split, then classifier, as given. The classifiers
+    are named in ``CLASSIFIERS``.
     Raises UnknownNameError for another name, ModelError where a state is not finite.
     """
     for name in classifiers:
@@ -150,14 +171,15 @@ def score_probes(
             raise UnknownNameError("classifier", name, CLASSIFIERS, f"Take one of {', '.join(CLASSIFIERS)}.")
     if not np.isfinite(X).all():
         raise ModelError("The hidden states hold infinite values or NaN; run the model with --dtype float32.")
-    X, y = np.asarray(X, dtype=np.float32), np.asarray(labels)
-    return [_score(name, split, X, y) for split in splits for name in classifiers]
+    X, y, y_control = np.asarray(X, dtype=np.float32), np.asarray(labels), np.asarray(control)
+    return [_score(name, split, X, y, y_control) for split in splits for name in classifiers]
 
 
 def map_layers(
     load: Callable[[Key], NDArray[Any]],
     keys: Sequence[Key],
     labels: ArrayLike,
+    control: ArrayLike,
     splits: Sequence[Split],
     classifiers: Sequence[str],
     n_jobs: int,
@@ -171,7 +193,7 @@ def map_layers(
     with joblib.parallel_config(backend="loky", inner_max_num_threads=threads):
         parallel = joblib.Parallel(n_jobs, return_as="generator", pre_dispatch="n_jobs", batch_size=1)
     task = joblib.delayed(_load_and_score)
-    results = parallel(task(load, key, labels, splits, classifiers) for key in keys)
+    results = parallel(task(load, key, labels, control, splits, classifiers) for key in keys)
     try:
         yield from zip(keys, results, strict=True)
     finally:
@@ -180,16 +202,16 @@ def map_layers(
             results.close()
 
 
-def _load_and_score(
-    load: Callable[[Key], NDArray[Any]], key: Key, labels: ArrayLike, splits: Sequence[Split], names: Sequence[str]
-) -> list[ProbeScore]:
-    return score_probes(load(key), labels, splits, names)
+def _load_and_score(load: Callable[[Key], NDArray[Any]], key: Key, *task: Any) -> list[ProbeScore]:
+    return score_probes(load(key), *task)
 
 
-def _score(name: str, split: Split, X: NDArray[np.float32], y: NDArray[Any]) -> ProbeScore:
-    reading = _READERS[name](X[split.train], y[split.train], X[split.test])
+def _score(name: str, split: Split, X: NDArray[np.float32], y: NDArray[Any], y_control: NDArray[Any]) -> ProbeScore:
+    read = _READERS[name](X[split.train], X[split.test])
+    reading, control = read(y[split.train]), read(y_control[split.train])
     truth = y[split.test]
     right = int(np.sum(reading.predicted == truth))
+    accuracy, control_accuracy = right / len(truth), float(np.mean(control.predicted == y_control[split.test]))
     low, high = wilson_interval(right, len(truth))
     return ProbeScore(
         classifier=name,
@@ -198,11 +220,14 @@ def _score(name: str, split: Split, X: NDArray[np.float32], y: NDArray[Any]) -> 
         n_iter=reading.n_iter,
         n_train=len(split.train),
         n_test=len(truth),
-        accuracy=right / len(truth),
+        accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
         f1=float(f1_score(truth, reading.predicted, zero_division=0.0)),
         auc=float(roc_auc_score(truth, reading.decision)),
+        control_accuracy=control_accuracy,
+        selectivity=accuracy - control_accuracy,
+        predicted=reading.predicted.astype(np.int16),
     )
 
 
@@ -213,33 +238,55 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------
+#
+# A classifier takes the rows to fit on and the rows to score, and reads labels of the former off the latter: the
+# task's and the control task's, so that what both need is worked out once.
+
+_Read = Callable[[NDArray[Any]], _Reading]
 
 
-def _read_logistic(X: NDArray[np.float32], y: NDArray[Any], X_test: NDArray[np.float32]) -> _Reading:
-    fit = fit_logistic(X, y)
-    decision = X_test.astype(np.float64) @ fit.coef + fit.intercept
-    return _Reading(decision > 0, decision, fit.converged, fit.n_iter)
+def _logistic(X: NDArray[Any], X_test: NDArray[Any]) -> _Read:
+    design, rows = Design(X), X_test.astype(np.float64)
+
+    def read(y: NDArray[Any]) -> _Reading:
+        fit = fit_logistic(design, y)
+        decision = rows @ fit.coef + fit.intercept
+        return _Reading(decision > 0, decision, fit.converged, fit.n_iter)
+
+    return read
 
 
-def _read_logistic_paper(X: NDArray[np.float32], y: NDArray[Any], X_test: NDArray[np.float32]) -> _Reading:
-    model = LogisticRegression()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is the point, and ``converged`` says it
-        model.fit(X, y)
-    n_iter = int(model.n_iter_[0])
-    # Not predict_proba: in float32 its values run into 0 and 1 and tie, which costs up to 0.03 of AUC.
-    return _Reading(model.predict(X_test), model.decision_function(X_test), n_iter < model.max_iter, n_iter)
+def _logistic_standardised(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Read:
+    scaler = StandardScaler().fit(X.astype(np.float64))
+    return _logistic(scaler.transform(X.astype(np.float64)), scaler.transform(X_test.astype(np.float64)))
 
 
-def _read_random_forest(X: NDArray[np.float32], y: NDArray[Any], X_test: NDArray[np.float32]) -> _Reading:
-    model = RandomForestClassifier(random_state=PAPER_SEED).fit(X, y)
-    return _Reading(model.predict(X_test), model.predict_proba(X_test)[:, 1], converged=True, n_iter=0)
+def _logistic_paper(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Read:
+    def read(y: NDArray[Any]) -> _Reading:
+        model = LogisticRegression()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # it is the point, and ``converged`` says it
+            model.fit(X, y)
+        n_iter = int(model.n_iter_[0])
+        # Not predict_proba: in float32 its values run into 0 and 1 and tie, which costs up to 0.03 of AUC.
+        return _Reading(model.predict(X_test), model.decision_function(X_test), n_iter < model.max_iter, n_iter)
+
+    return read
+
+
+def _random_forest(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Read:
+    def read(y: NDArray[Any]) -> _Reading:
+        model = RandomForestClassifier(random_state=PAPER_SEED).fit(X, y)
+        return _Reading(model.predict(X_test), model.predict_proba(X_test)[:, 1], converged=True, n_iter=0)
+
+    return read
 
 
 _READERS = {
-    "logistic": _read_logistic,
-    "logistic-paper": _read_logistic_paper,
-    "random-forest": _read_random_forest,
+    "logistic": _logistic,
+    "logistic-paper": _logistic_paper,
+    "logistic-standardised": _logistic_standardised,
+    "random-forest": _random_forest,
 }
 CLASSIFIERS = tuple(_READERS)
 
@@ -274,24 +321,40 @@ class LogisticFit:
         return self.slack <= TOLERANCE
 
 
-def fit_logistic(X: NDArray[Any], labels: ArrayLike, max_iter: int = 100) -> LogisticFit:
+class Design:
+    """The rows to fit on, made ready for Newton's method; fits to different labels share it.
+
+    ``A`` (n, hidden + 1) are the centred rows with a constant feature appended, whose weight is the intercept. It is
+    as long as the longest row (``radius``), so that the preconditioner's penalty on it, which the objective doesn't
+    have, hardly counts. ``gram`` is AAᵀ (n, n) where n is small enough for it to pay, else None.
+    """
+
+    def __init__(self, X: NDArray[Any]) -> None:
+        n, m = X.shape[0], X.shape[1] + 1
+        self.mean = X.mean(axis=0, dtype=np.float64)  # the free intercept absorbs it, and cancellation goes with it
+        self.A = np.empty((n, m))
+        rows = np.subtract(X, self.mean, out=self.A[:, :-1])
+        self.radius = float(np.sqrt(np.einsum("ij,ij->i", rows, rows).max())) or 1.0
+        self.A[:, -1] = self.radius
+        self.gram = self.A @ self.A.T if n < 1.5 * m else None  # even at n = 1.5 m a few factorisations repay it
+
+
+def fit_logistic(design: Design, labels: ArrayLike, max_iter: int = 100) -> LogisticFit:
     """Minimise ½‖w‖² + Σᵢ log(1 + exp(−sᵢ (xᵢ·w + b))), s = ±1: scikit-learn's objective at C = 1.
 
-    ``X`` (n, hidden) in any scale and any float type; all arithmetic is float64. ``labels`` (n,) are 0 or 1.
+    The rows xᵢ may be of any scale and any float type; all arithmetic is float64. ``labels`` (n,) are 0 or 1.
     Newton's method, each step to the exact minimum of its line; ``n_iter`` counts the steps.
     """
-    y = np.asarray(labels, dtype=np.float64)
-    mean = X.mean(axis=0, dtype=np.float64)  # the free intercept absorbs it, and cancellation goes with it
-    A, radius = _design(X, mean)
+    y, A = np.asarray(labels, dtype=np.float64), design.A
     penalty = np.ones(A.shape[1])
     penalty[-1] = 0.0
-    hessian = _FactoredHessian(A)
+    hessian = _FactoredHessian(design)
     w, stale = np.zeros(A.shape[1]), True
     for n_iter in range(max_iter + 1):
         logits = A @ w
         p = expit(logits)
         gradient = penalty * w + A.T @ (p - y)
-        slack = _slack(gradient, radius)
+        slack = _slack(gradient, design.radius)
         if slack <= TOLERANCE or n_iter == max_iter:
             break
         curvature = p * (1 - p)
@@ -303,20 +366,7 @@ def fit_logistic(X: NDArray[Any], labels: ArrayLike, max_iter: int = 100) -> Log
             break  # rounding hides the way down; slack tells whether that is near enough
         w += length * step
     coef = w[:-1]
-    return LogisticFit(coef, float(w[-1] * A[0, -1] - mean @ coef), slack, n_iter)
-
-
-def _design(X: NDArray[Any], mean: Floats) -> tuple[Floats, float]:
-    """Return the centred rows with a constant feature appended (n, hidden + 1), and the longest row's norm.
-
-    The intercept is the weight of that feature. It is as long as the longest row, so that the preconditioner's
-    penalty on it, which the objective doesn't have, hardly counts.
-    """
-    A = np.empty((X.shape[0], X.shape[1] + 1))
-    np.subtract(X, mean, out=A[:, :-1])
-    radius = float(np.sqrt(np.einsum("ij,ij->i", A[:, :-1], A[:, :-1]).max())) or 1.0
-    A[:, -1] = radius
-    return A, radius
+    return LogisticFit(coef, float(w[-1] * design.radius - design.mean @ coef), slack, n_iter)
 
 
 def _slack(gradient: Floats, radius: float) -> float:
@@ -332,15 +382,13 @@ def _slack(gradient: Floats, radius: float) -> float:
 class _FactoredHessian:
     """Solves (I + AᵀDA) x = g for A (n, m) and the diagonal D of the last ``refresh``.
 
-    With few rows it works in their space: with S = D^½ and K = AAᵀ, computed once, Woodbury's identity gives
+    With few rows it works in their space: with S = D^½ and K = AAᵀ, the design's, Woodbury's identity gives
     x = g − AᵀS (I + SKS)⁻¹ SA g (Rasmussen & Williams 2006, section 3.4.3), so a refresh costs n³/3 operations
     instead of nm² + m³/3.
     """
 
-    def __init__(self, A: Floats) -> None:
-        n, m = A.shape
-        self._A = A
-        self._gram = A @ A.T if n < 1.5 * m else None  # even at n = 1.5 m a few refreshes repay it
+    def __init__(self, design: Design) -> None:
+        self._A, self._gram = design.A, design.gram
 
     def refresh(self, curvature: Floats) -> None:
         self._root = np.sqrt(curvature)

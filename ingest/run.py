@@ -1,7 +1,7 @@
 """One run, from prompts to commit: describe, capture, probe, make visible.
 
 Each stage writes parts into staging and reads what the stage before it stored; so whatever is finished when a
-run is cut off is not computed again, and probes refit without the model.
+run is cut off is not computed again, and probes refit without the model (``derived.py``).
 """
 
 from __future__ import annotations
@@ -11,29 +11,34 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
 
-from kdb.errors import WarehouseError
 from kdb.ingest import knowledge
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
-from kdb.ingest.describe import check_length, describe_run, read_parts, table_files
-from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
+from kdb.ingest.job import Job, Probing
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
 from kdb.ingest.progress import progress
-from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
-from kdb.warehouse.schema import arrow_schema
+from kdb.ingest.zero_shot import Question, answer, pose, zero_shot_rows
+from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_vectors
 
 if TYPE_CHECKING:
-    from kdb.ingest.probes import Split
+    from kdb.ingest.capture import Capture
+    from kdb.ingest.probes import ProbeScore, Split
 
 log = logging.getLogger(__name__)
+
+Key = tuple[int, str]
+"""A layer and a site."""
 
 _PROBE_MEMORY = 4 * 2**30
 _MATRIX_COPIES = 4
@@ -72,51 +77,30 @@ def _measure_concept(staged: StagedRun, job: Job, load: Callable[[], LoadedModel
     missing = _missing_parts(staged)
     if missing:
         _capture(staged, job, missing, load(), batch_tokens)
-    _probe(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
-
-
-def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measuring.seed) -> Outcome:
-    """Fit probes on the stored activations of a run, as a run of its own that names its source.
-
-    Raises WarehouseError if the source run has no activations.
-    """
-    activations = table_files(source.path, "activations")
-    if not activations:
-        raise WarehouseError(f"Run {source.run} has no activations to fit probes on: `kdb ingest` stores them.")
-    identity = {"source_run": source.run, "seed": seed, **asdict(probing)}
-    with lake.stage(run_id(identity), source.model, source.dataset) as staged:
-        if staged.committed:
-            return Outcome(staged.run, "exists")
-        for table in ("models", "datasets"):
-            staged.write(table, "part", [read_parts(table_files(source.path, table))])
-        _probe(staged, table_files(source.path, "prompts"), activations, probing, seed)
-        row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
-        settings = json.loads(row["settings"]) | asdict(probing) | {"seed": seed}
-        changed = {"source_run": source.run, "seed": seed, "settings": json.dumps(settings)}
-        no_model = dict.fromkeys(("torch_version", "transformers_version", "device"))
-        staged.commit(row | changed | no_model | {"kdb_version": importlib.metadata.version("kdb-lm")})
-    return Outcome(staged.run, "committed")
+    probe_layers(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
 
 
 def _describe(staged: StagedRun, job: Job) -> None:
     """Write the small tables of a run; whatever is wrong with the prompts is found here, before any work."""
-    config, texts = load_config(job.source), job.texts
-    token_ids = load_tokenizer(job.source)(texts)["input_ids"]
-    check_length(job, token_ids, config)
+    config, tokenizer, texts = load_config(job.source), load_tokenizer(job.source), job.texts
+    begun = time.monotonic()
+    token_ids = tokenizer(texts)["input_ids"]
+    check_length(job, token_ids, config, n_cue=len(pose(tokenizer, job.dataset).cue))
     examples = job.dataset.examples
     _splits(
         [e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, job.measuring.seed
     )
     describe_run(staged, job, config)
-    staged.write_rows("prompts", "part", list(_prompt_rows(job.dataset, texts, token_ids)))
+    rows = list(_prompt_rows(job.dataset, texts, token_ids))
+    staged.write_rows("prompts", "part", rows, seconds=time.monotonic() - begun)
 
 
-def _splits(labels: Sequence[int], groups: Sequence[str | None], probing: Probing, seed: int) -> list[Split]:
+def _splits(labels: ArrayLike, groups: Sequence[str | None], probing: Probing, seed: int) -> list[Split]:
     """The splits that a run probes; by group too where every prompt has one."""
     from kdb.ingest.probes import make_splits
 
     known = [group for group in groups if group is not None]
-    grouped = known if len(known) == len(labels) else None
+    grouped = known if len(known) == len(groups) else None
     return make_splits(labels, n_splits=probing.splits, groups=grouped, seed=seed)
 
 
@@ -153,56 +137,102 @@ def _capture(
     loaded: LoadedModel,
     batch_tokens: int | None,
 ) -> None:
-    from kdb.ingest.capture import CHECK_PROMPTS, Capture, check_capture, shared_prefix
+    from kdb.ingest.capture import Capture, shared_prefix
     from kdb.ingest.plan import estimate
 
     staged.remember(device=str(loaded.device))
     token_ids = loaded.tokenizer(job.texts)["input_ids"]
     prefix = token_ids[0][: shared_prefix(token_ids)]
-    capture = Capture(loaded, batch_tokens=batch_tokens)
-    if not staged.has("checks", "part"):
-        staged.write_rows("checks", "part", check_capture(capture, token_ids[:CHECK_PROMPTS], prefix))
-    cost = estimate(job, loaded.model.config, token_ids, str(loaded.device))
+    capture, question = Capture(loaded, batch_tokens=batch_tokens), pose(loaded.tokenizer, job.dataset)
+    _check(staged, capture, token_ids, prefix, question)
+    cost = estimate(job, loaded.model.config, token_ids, str(loaded.device), n_cue=len(question.cue))
     log.info("%s on %s: %s", job.source.name, job.dataset.name, cost)
     total = sum(len(ids) for ids in token_ids)
     left = sum(len(token_ids[i]) for ids in missing.values() for i in ids)
     with progress("activations", total, "tokens", done=total - left) as shown:
         for name, ids in missing.items():
             begun = time.monotonic()
-            vectors = capture.vectors([token_ids[i] for i in ids], prefix, on_batch=shown.advance)
+            texts = [token_ids[i] for i in ids]
+            vectors, ends = capture.vectors_and_ends(texts, prefix, question.cue, on_batch=shown.advance)
+            if question.tells:
+                labels = np.array([job.dataset.examples[i].label for i in ids])
+                rows = zero_shot_rows(ids, labels, answer(capture, ends, question), question)
+                staged.write("zero_shot", name, [rows])
             groups = activation_groups(ids, SITES, vectors, float16=job.measuring.store == "float16")
             staged.write("activations", name, groups, seconds=time.monotonic() - begun)
 
 
-def _probe(
+def _check(
+    staged: StagedRun, capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int], question: Question
+) -> None:
+    """Compare the first prompts with the untouched model, once a run, and say if its answers cannot be told apart."""
+    from kdb.ingest.capture import CHECK_PROMPTS, check_capture
+
+    if staged.has("checks", "part"):
+        return
+    begun = time.monotonic()
+    rows = check_capture(capture, token_ids[:CHECK_PROMPTS], prefix, question.cue)
+    staged.write_rows("checks", "part", rows, seconds=time.monotonic() - begun)
+    if not question.tells:
+        log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *question.answers)
+
+
+def probe_layers(
     staged: StagedRun, prompt_parts: Sequence[Path], activations: Sequence[Path], probing: Probing, seed: int
 ) -> None:
     """Fit every probe on every layer and site that has no finished part yet."""
-    from kdb.ingest.probes import map_layers
+    from kdb.ingest.probes import control_labels, map_layers
 
     table = read_parts(prompt_parts)
-    labels = table["label"].to_pylist()
+    labels = np.array(table["label"].to_pylist())
     splits = _splits(labels, table["group_id"].to_pylist(), probing, seed)
+    control = control_labels(labels, splits, seed)
     model = read_parts(staged.parts("models")).to_pylist()[0]
-    keys = [(layer, site) for site in SITES for layer in range(model["n_layers"])]
-    left = [key for key in keys if not staged.has("probe_scores", _part_name(key))]
-    load = functools.partial(_load_layer, list(activations))
+    keys = layer_keys(model)
+    left = [key for key in keys if not staged.has("probe_scores", part_name(key))]
+    load = functools.partial(read_layer, list(activations))
     n_jobs = _n_jobs(len(labels), model["hidden_size"])
     begun = time.monotonic()
     with progress("probes", len(keys), "layers", done=len(keys) - len(left)) as shown:
-        for key, scores in map_layers(load, left, labels, splits, probing.classifiers, n_jobs):
+        for key, scores in map_layers(load, left, labels, control, splits, probing.classifiers, n_jobs):
             place = {"layer": key[0], "site": key[1], "depth": key[0] / model["n_layers"]}
-            groups_ = [pa.Table.from_pylist([{**place, **asdict(s)} for s in scores], arrow_schema("probe_scores"))]
-            staged.write("probe_scores", _part_name(key), groups_, seconds=time.monotonic() - begun)
+            predictions = [_prediction_rows(key, score, splits, labels) for score in scores]
+            staged.write("probe_predictions", part_name(key), [pa.concat_tables(predictions)])
+            rows = [{**place, **asdict(score)} for score in scores]
+            staged.write_rows("probe_scores", part_name(key), rows, seconds=time.monotonic() - begun)
             begun = time.monotonic()
             shown.advance(1)
 
 
-def _load_layer(activations: list[Path], key: tuple[int, str]) -> Any:
+def _prediction_rows(key: Key, score: ProbeScore, splits: Sequence[Split], labels: NDArray[Any]) -> pa.Table:
+    """Rows of ``probe_predictions``; prompts are numbered in the order of their vectors."""
+    test = next(split.test for split in splits if split.name == score.split)
+    return arrow_rows(
+        "probe_predictions",
+        {
+            "prompt_id": test,
+            "layer": key[0],
+            "site": key[1],
+            "classifier": score.classifier,
+            "split": score.split,
+            "predicted": score.predicted,
+            "correct": score.predicted == labels[test],
+        },
+    )
+
+
+def layer_keys(model: Mapping[str, Any]) -> list[Key]:
+    """Every layer of a model, site by site: what is probed, or projected, one at a time."""
+    return [(layer, site) for site in SITES for layer in range(model["n_layers"])]
+
+
+def read_layer(activations: list[Path], key: Key) -> NDArray[np.float32]:
+    """The hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
     return read_vectors(activations, *key)
 
 
-def _part_name(key: tuple[int, str]) -> str:
+def part_name(key: Key) -> str:
+    """The part that holds the rows of one layer and site."""
     return f"{key[1]}-{key[0]:04}"
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -134,20 +134,24 @@ class SavedQuery:
         Raises UnknownNameError for a parameter that the query does not take, and QueryError for one that is
         missing or of the wrong type.
         """
-        names = [param.name for param in self.params]
-        for name in given:
-            if name not in names:
-                raise UnknownNameError("parameter", name, names, f"{self.name} takes {', '.join(names)}.")
-        missing = [param for param in self.params if param.required and param.name not in given]
-        if missing:
-            needs = "; ".join(f"{param.name} ({param.type}: {param.meaning})" for param in missing)
-            raise QueryError(f"{self.name} needs {needs}")
-        return {p.name: p.parse(given[p.name]) if p.name in given else p.default for p in self.params}
+        return bind(self.name, self.params, given)
 
     def shell_script(self) -> str:
         """What to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
         lines = [f"SET VARIABLE {p.name} = {literal(p.default)};{_shell_note(p)}" for p in self.params]
         return "\n".join([*lines, "", self.sql])
+
+
+def bind(name: str, params: Sequence[Param], given: Mapping[str, object]) -> dict[str, Value]:
+    """A value for every parameter of what is called ``name``; see `SavedQuery.bind`."""
+    names = [param.name for param in params]
+    for unknown in (n for n in given if n not in names):
+        raise UnknownNameError("parameter", unknown, names, f"{name} takes {', '.join(names)}.")
+    missing = [param for param in params if param.required and param.name not in given]
+    if missing:
+        needs = "; ".join(f"{param.name} ({param.type}: {param.meaning})" for param in missing)
+        raise QueryError(f"{name} needs {needs}")
+    return {p.name: p.parse(given[p.name]) if p.name in given else p.default for p in params}
 
 
 def _shell_note(param: Param) -> str:

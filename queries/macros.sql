@@ -45,10 +45,15 @@ SELECT
 FROM probe_scores
 WINDOW by_layer AS (PARTITION BY model, dataset, run, site, classifier, split ORDER BY layer);
 
--- Jump point J = min{ i/d : β_i ≥ 1.1 } and converging point C = max{ i/d : |β_i − 1| < 0.03 } (ibid.), where
--- d is the number of layers. Either may not exist: then it is NULL.
+-- Whether a variation rate is a jump, and whether accuracy has converged there (ibid.).
 -- β is a ratio of counts; rounding keeps one that meets a threshold exactly from being decided by the last
 -- bit of a double. Ratios that differ, differ by more than 1e-12.
+CREATE MACRO is_jump(variation_rate, jump_ratio) AS round(variation_rate, 12) >= jump_ratio;
+
+CREATE MACRO has_converged(variation_rate, tolerance) AS round(abs(variation_rate - 1), 12) < tolerance;
+
+-- Jump point J = min{ i/d : β_i ≥ 1.1 } and converging point C = max{ i/d : |β_i − 1| < 0.03 } (ibid.), where
+-- d is the number of layers. Either may not exist: then it is NULL.
 CREATE MACRO concept_depth(jump_ratio := 1.1, convergence_tolerance := 0.03) AS TABLE
 SELECT
     model, dataset, run, site, classifier, split, n_layers,
@@ -57,12 +62,20 @@ SELECT
 FROM (
     SELECT
         model, dataset, run, site, classifier, split,
-        min(layer) FILTER (round(variation_rate, 12) >= jump_ratio) AS jump_layer,
-        max(layer) FILTER (round(abs(variation_rate - 1), 12) < convergence_tolerance) AS converging_layer
+        min(layer) FILTER (is_jump(variation_rate, jump_ratio)) AS jump_layer,
+        max(layer) FILTER (has_converged(variation_rate, convergence_tolerance)) AS converging_layer
     FROM variation_rates()
     GROUP BY ALL
 )
 JOIN models USING (model, dataset, run);
+
+-- The ends of the 95 % interval of a share p of n (Wilson 1927); probe_scores has scipy's, which are the same.
+CREATE MACRO wilson_end(p, n, z) AS
+    (p + z * z / (2 * n) + z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n);
+
+CREATE MACRO wilson_low(p, n) AS wilson_end(p, n, -1.959963984540054);
+
+CREATE MACRO wilson_high(p, n) AS wilson_end(p, n, 1.959963984540054);
 
 -- Knowledge attribution -------------------------------------------------------------------------------------------
 
@@ -173,3 +186,24 @@ FROM (
     GROUP BY ALL
 )
 GROUP BY ALL;
+
+-- What is left of the right token in each kept prompt when a method's k best neurons are zeroed (ibid., table 2); the
+-- untouched model is the method none, with k = 0.
+CREATE MACRO ablation_effects(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k
+) AS TABLE
+WITH ablated AS (
+    SELECT *
+    FROM ablations
+    JOIN kept_prompts(
+        'ablations', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    ) USING (model, dataset, run, prompt_id)
+    WHERE positions = wanted_positions AND (wanted_k IS NULL OR k = wanted_k)
+)
+SELECT model, category, dataset, run, prompt_id, method, k, rank_after AS rank, prob_after AS prob, logp_after AS logp
+FROM ablated
+UNION ALL
+SELECT
+    model, category, dataset, run, prompt_id, 'none', 0, min(rank_before), min(prob_before), min(logp_before)
+FROM ablated
+GROUP BY model, category, dataset, run, prompt_id;

@@ -81,6 +81,18 @@ def test_states_equal_those_of_one_prompt_at_a_time(architecture: str, prefix: i
 
 
 @every_architecture
+@pytest.mark.parametrize("prefix", [0, 12])
+def test_a_cue_changes_no_state_and_ends_where_the_model_would_go_on(architecture: str, prefix: int) -> None:
+    capture, cue = capture_of(architecture), [5, 9, 2]
+    capture.batch_tokens = 20
+    ids = prompts([3, 1, 20, WINDOW], prefix)
+    vectors, ends = capture.vectors_and_ends(ids, ids[0][:prefix], cue)
+    model = capture.loaded.model
+    assert_same(vectors, np.stack([plain(model, architecture, row) for row in ids]))
+    assert_same(ends, np.stack([plain(model, architecture, row + cue)[-1, 0] for row in ids]))
+
+
+@every_architecture
 def test_every_architecture_passes_the_checks(architecture: str) -> None:
     ids = prompts([3, 1, 20, 9], prefix=7)
     rows = check_capture(capture_of(architecture), ids, ids[0][:7])
@@ -126,7 +138,7 @@ def test_half_precision_is_off_by_its_rounding_alone(architecture: str, dtype: s
 def test_on_batch_is_told_every_token_once() -> None:
     capture, told = capture_of("llama"), []
     capture.batch_tokens = 8
-    capture.vectors(prompts([3, 1, 20, 9]), on_batch=told.append)
+    capture.vectors_and_ends(prompts([3, 1, 20, 9]), on_batch=told.append)
     assert told == [20, 9, 4]
 
 

@@ -125,7 +125,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_probe", interrupted)
+        patch.setattr(run, "probe_layers", interrupted)
         result = ingest_tiny(tmp_path / "new")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "\nInterrupted. What is finished is kept: the same command goes on from there.\n"
@@ -293,10 +293,10 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
     ("args", "message"),
     [
         (["query", "concept-dept"], "Unknown query 'concept-dept'. Did you mean 'concept-depth' or 'kept-prompts'?"),
-        (["queries", "layer-acuracy"], "Unknown query 'layer-acuracy'. Did you mean 'layer-accuracy'?"),
+        (["queries", "layer-acuracy"], "Unknown query 'layer-acuracy'. Did you mean 'layer-accuracy'"),
         (["query", "layer-accuracy", "--sit", "x"], "No such option '--sit'. (Did you mean one of: '--site'"),
         (["query", "concept-depth", "--jump-ratio", "big"], "Invalid value for '--jump-ratio': 'big' is not a valid"),
-        (["query", "datasets-by-model"], "Missing option '--model'."),
+        (["query", "prompt-story"], "Missing option '--prompt'."),
         (["probe", "--model", "tiny"], "Missing option '--dataset'."),
         (["sql", "SELECT layr FROM activations"], 'Binder Error: Referenced column "layr" not found'),
         (["sql", "SELECT 1; SELECT 2"], "kdb sql runs one statement at a time, found 2."),
@@ -352,7 +352,7 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", "text,label\nRain.,0\nRain!,maybe\n", "d.csv, line 3: expected label 0, 1, true, false, yes or no"),
+        ("d.csv", "text,label\nRain.,0\nRain!,maybe\n", "d.csv, line 3: expected label 0, 1, true, false, yes, no,"),
         ("d.csv", "text,label\nRain.,0\nRain!,1,2\n", "d.csv, line 3: expected 2 cells, found 3"),
         ("d.csv", 'text,label\nRain.,0\n"Rain!,1\n', "d.csv, line 3: expected a row of whole cells"),
         ("d.csv", "text,label\nRain.,0\n ,1\n", "d.csv, line 3: expected a text in column 'text', found ' '"),
@@ -366,7 +366,11 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
         ("d.jsonl", '{"text": "Rain.", "label": 0}\n{"text": "Ra', "d.jsonl, line 2: expected a JSON object"),
         ("d.parquet", b"PAR1", "Cannot read "),
         ("d.csv", "text,label\nRain.,0\nRain!,1\n", "Probing needs at least two prompts of each label"),
-        ("d.csv", f"{FOUR_ROWS}{'x' * 129},1\n", "Prompt 4 of 'd' has 129 tokens, and tiny reads at most 128"),
+        (
+            "d.csv",
+            f"{FOUR_ROWS}{'x' * 129},1\n",
+            "Prompt 4 of 'd' has 129 tokens and 8 of its cue, and tiny reads",
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be_measured_is_refused_whole(
@@ -403,7 +407,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_as_it_is(
     (warehouse / "warehouse.json").write_text('{"schema_version": 99}')
     before = tree(warehouse)
     result = ingest_tiny(warehouse) if command == "ingest" else run_kdb(command, "--warehouse", warehouse)
-    assert "was written by a newer kdb (schema 99, this one knows 1): upgrade kdb" in refusal(result)
+    assert "was written by a newer kdb (schema 99, this one knows 2): upgrade kdb" in refusal(result)
     assert tree(warehouse) == before
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from kdb.errors import DatasetError, UnknownNameError
 from kdb.ingest.datasets import Dataset, Example, available_datasets, fetch, load_dataset, prompts
+from kdb.ingest.datasets.builtin import BUILT_IN
 from kdb.ingest.datasets.paper import PAPER_DATASETS
 from kdb.ingest.datasets.published import PUBLISHED
 
@@ -26,7 +28,7 @@ PAPER_DATA = Path(__file__).parents[2] / "shared" / "data" / "concept_depth"
 needs_paper_data = pytest.mark.skipif(not PAPER_DATA.is_dir(), reason=f"no paper datasets in {PAPER_DATA}")
 
 EITHER = "expected columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
-A_LABEL = "expected label 0, 1, true, false, yes or no"
+A_LABEL = "expected label 0, 1, true, false, yes, no, positive or negative"
 GOOD_CSV = "text,label,town\nIt rains.,1,Bonn\nIt snows.,0,Bonn\nIt hails.,yes,Kiel\nIt pours.,FALSE,Kiel\n"
 
 
@@ -506,6 +508,48 @@ def test_data_dir_goes_before_the_environment_and_the_cache(
     assert load_dataset("cities", data_dir=folders["given"]).examples[0].text == "environment is in A."
     monkeypatch.delenv("KDB_DATA_DIR")
     assert load_dataset("cities").examples[0].text == "cache is in A."
+
+
+# --- answers and cues ---
+
+
+def test_every_named_dataset_asks_for_its_answers_in_its_template() -> None:
+    asking = {"true": ("false", "true"), "yes": ("no", "yes"), "positive": ("negative", "positive")}
+    for declared in (*BUILT_IN.values(), *PAPER_DATASETS.values()):
+        (answers,) = [pair for word, pair in asking.items() if re.search(rf"\b{word}\b", declared.template)]
+        assert declared.answers == answers, declared.name
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers"),
+    [
+        (["0", "1"], ("no", "yes")),
+        (["no", "yes"], ("no", "yes")),
+        (["False", "TRUE"], ("false", "true")),
+        (["negative", "positive"], ("negative", "positive")),
+        (["false", "yes"], ("no", "yes")),
+        (["0", "true"], ("no", "yes")),
+    ],
+)
+def test_a_users_labels_are_the_answers_where_they_are_words(
+    tmp_path: Path, labels: list[str], answers: tuple[str, str]
+) -> None:
+    file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(labels)))
+    dataset = load_dataset(str(file))
+    assert (dataset.answers, [example.label for example in dataset.examples]) == (answers, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("template", "cue"),
+    [
+        ("{text}", "\nAnswer:"),
+        ("Is it true? {text}", "\nAnswer:"),
+        ("{text}\nYes or no? Answer:", ""),
+        ("{text} Is it so? ", ""),
+    ],
+)
+def test_the_cue_asks_for_an_answer_unless_the_template_ends_by_asking(template: str, cue: str) -> None:
+    assert example_dataset("It rains.", template=template).cue == cue
 
 
 def test_list_of_datasets_says_what_is_available(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ PAGES = (
     ROOT / "docs/concept-depth.md",
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
+    ROOT / "docs/analysis.md",
     ROOT / "CONTRIBUTING.md",
 )
 EVERY_BUILT_IN = "kdb ingest --model smollm2-135m"
@@ -60,9 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_few_facts(command: str) -> str:
-    """The same command, with a few facts in the place of the built-in ones."""
+    """The same command, with a few facts in the place of the built-in ones, and runs that are there."""
     if command == EVERY_BUILT_IN:
         return f"{command} --dataset world-cities --dataset coinflip-synthetic --dataset facts.csv"
+    if command.startswith("kdb compare"):
+        return 'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "FROM runs SELECT run LIMIT 2")'
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"
     return command.replace("--dataset knowledge", f"--dataset {few}")
 
@@ -98,6 +101,20 @@ def test_documented_python_runs(folder: Path) -> None:
     (folder / "script.py").write_text(script)
     result = run(f"{sys.executable} script.py", folder)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_worked_analysis_runs(folder: Path) -> None:
+    result = run(f"{sys.executable} {ROOT / 'docs/worked_analysis.py'} kdb-warehouse", folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "selectivity.html").exists()
+    assert "the same in SQL: True" in result.stdout
+
+
+def test_documented_figures_are_all_of_them() -> None:
+    from kdb.analysis.figures import FIGURES
+
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in FIGURES if f"`{name}`" not in readme.partition("## Look")[2]] == []
 
 
 def test_documented_queries_are_the_catalogue() -> None:

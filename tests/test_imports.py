@@ -94,7 +94,9 @@ def loaded_by(*args: str | Path) -> set[str]:
     return set(process.stdout.rpartition("loaded: ")[2].split())
 
 
-@pytest.mark.parametrize("args", [["--help"], ["ingest", "--help"], ["query", "--help"], ["queries"], ["models"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["ingest", "--help"], ["query", "--help"], ["plot", "--help"], ["queries"], ["models"]]
+)
 def test_help_and_catalogues_load_nothing_large(args: list[str]) -> None:
     assert loaded_by(*args) & (MEASURING_LIBRARIES | TABLE_LIBRARIES) == set()
 
@@ -104,9 +106,15 @@ def test_asking_loads_no_model_library_and_no_sklearn(measured: Path, args: list
     assert loaded_by(*args, "--warehouse", measured) & MEASURING_LIBRARIES == set()
 
 
-def test_probing_stored_activations_loads_no_model_library(warehouse: Path) -> None:
-    args = ("probe", "--model", "tiny", "--dataset", "weather", "--splits", "2", "--warehouse", warehouse)
+@pytest.mark.parametrize("command", [["probe", "--splits", "2"], ["project"]])
+def test_computing_from_stored_activations_loads_no_model_library(warehouse: Path, command: list[str]) -> None:
+    args = (*command, "--model", "tiny", "--dataset", "weather", "--warehouse", warehouse)
     assert loaded_by(*args) & MODEL_LIBRARIES == set()
+
+
+def test_drawing_and_comparing_load_no_model_library(measured: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert loaded_by("report", "-o", page, "--warehouse", measured) & (MODEL_LIBRARIES | {"sklearn"}) == set()
 
 
 def test_an_ingest_that_was_done_before_loads_no_model_library(

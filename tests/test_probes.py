@@ -5,13 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 
 from kdb.errors import DatasetError, ModelError, UnknownNameError
 from kdb.ingest.probes import (
     CLASSIFIERS,
     TOLERANCE,
+    Design,
+    Split,
+    control_labels,
     fit_logistic,
     make_splits,
     map_layers,
@@ -27,6 +31,10 @@ def layer(n, hidden, seed=0, massive=1.0):
     X = rng.standard_normal((n, hidden)) + 0.3 * np.outer(2 * y - 1, rng.standard_normal(hidden))
     X[:, :2] = massive * (X[:, :2] + 5)
     return X.astype(np.float32), y
+
+
+def shuffled(y):
+    return np.random.default_rng(0).permutation(y)
 
 
 # Shapes on both sides of each turn the solver takes: n < 1.5 (p + 1) works in the space of the rows.
@@ -48,7 +56,7 @@ def plain_optimum(X, y):
 def test_logistic_is_the_optimum_that_sklearn_finds(n, hidden, massive):
     X, y = layer(n, hidden, massive=massive)
     model, shift = plain_optimum(X, y)
-    fit = fit_logistic(X, y)
+    fit = fit_logistic(Design(X), y)
     assert fit.converged
     ours = X.astype(np.float64) @ fit.coef + fit.intercept
     np.testing.assert_allclose(ours, model.decision_function(X - shift), atol=TOLERANCE)
@@ -58,16 +66,16 @@ def test_logistic_is_the_optimum_that_sklearn_finds(n, hidden, massive):
 @scales
 def test_slack_bounds_the_distance_to_the_optimum(n, hidden, massive):
     X, y = layer(n, hidden, massive=massive)
-    best = fit_logistic(X, y)
+    best = fit_logistic(Design(X), y)
     for steps in range(4):
-        early = fit_logistic(X, y, max_iter=steps)
+        early = fit_logistic(Design(X), y, max_iter=steps)
         off = X.astype(np.float64) @ (early.coef - best.coef) + early.intercept - best.intercept
         assert np.abs(off).max() <= early.slack + best.slack
 
 
 def test_a_fit_cut_short_says_so():
     X, y = layer(60, 200, massive=3000.0)
-    fit = fit_logistic(X, y, max_iter=1)
+    fit = fit_logistic(Design(X), y, max_iter=1)
     assert (fit.converged, fit.n_iter) == (False, 1)
     assert fit.slack > TOLERANCE
 
@@ -75,22 +83,36 @@ def test_a_fit_cut_short_says_so():
 def test_the_published_probe_stops_unconverged_on_badly_scaled_states():
     X, _ = layer(400, 200, massive=300.0)
     y = np.random.default_rng(1).integers(0, 2, 400)
-    solved, paper = score_probes(X, y, make_splits(y), ["logistic", "logistic-paper"])
+    solved, paper = score_probes(X, y, shuffled(y), make_splits(y), ["logistic", "logistic-paper"])
     assert solved.converged
     assert (paper.converged, paper.n_iter) == (False, 100)
+
+
+@pytest.mark.parametrize("massive", [1.0, 3000.0])
+def test_the_standardised_probe_is_the_optimum_on_standardised_states(massive):
+    X, y = layer(120, 100, massive=massive)
+    (split,) = make_splits(y)
+    (score,) = score_probes(X, y, shuffled(y), [split], ["logistic-standardised"])
+    train, test = X[split.train].astype(np.float64), X[split.test].astype(np.float64)
+    scaler = StandardScaler().fit(train)
+    model, shift = plain_optimum(scaler.transform(train), y[split.train])
+    decision = model.decision_function(scaler.transform(test) - shift)
+    assert score.converged
+    assert score.predicted.tolist() == (decision > 0).tolist()
+    assert score.auc == roc_auc_score(y[split.test], decision)
 
 
 def test_the_published_probe_is_sklearn_with_its_defaults():
     X, y = layer(200, 20)
     (split,) = make_splits(y)
-    (score,) = score_probes(X, y, [split], ["logistic-paper"])
+    (score,) = score_probes(X, y, shuffled(y), [split], ["logistic-paper"])
     model = LogisticRegression().fit(X[split.train], y[split.train])
     assert score.accuracy == model.score(X[split.test], y[split.test])
     assert score.auc == roc_auc_score(y[split.test], model.decision_function(X[split.test]))
 
 
 def test_a_constant_matrix_is_solved():
-    fit = fit_logistic(np.full((8, 3), 7.0, np.float32), np.repeat([0, 1], [2, 6]))
+    fit = fit_logistic(Design(np.full((8, 3), 7.0, np.float32)), np.repeat([0, 1], [2, 6]))
     assert fit.converged
     assert 7 * fit.coef.sum() + fit.intercept == pytest.approx(np.log(3))
 
@@ -101,7 +123,7 @@ def test_auc_comes_from_the_decision_function():
     y = (X[:, 0] > 0).astype(int)
     y[45] = 1
     y[55] = 0
-    scores = score_probes(X, y, make_splits(y), ["logistic", "logistic-paper"])
+    scores = score_probes(X, y, shuffled(y), make_splits(y), ["logistic", "logistic-paper"])
     test = make_splits(y)[0].test
     assert [s.auc for s in scores] == [roc_auc_score(y[test], X[test, 0])] * 2
 
@@ -109,12 +131,12 @@ def test_auc_comes_from_the_decision_function():
 def test_refitting_gives_the_same_scores():
     X, y = layer(120, 150, massive=3000.0)
     splits = make_splits(y, n_splits=2)
-    assert score_probes(X, y, splits, CLASSIFIERS) == score_probes(X, y, splits, CLASSIFIERS)
+    assert score_probes(X, y, shuffled(y), splits, CLASSIFIERS) == score_probes(X, y, shuffled(y), splits, CLASSIFIERS)
 
 
 def test_scores_are_ordered_by_split_then_classifier():
     X, y = layer(60, 5)
-    scores = score_probes(X, y, make_splits(y, n_splits=2), ["logistic-paper", "logistic"])
+    scores = score_probes(X, y, shuffled(y), make_splits(y, n_splits=2), ["logistic-paper", "logistic"])
     names = [(s.split, s.classifier) for s in scores]
     assert names == [(s, c) for s in ("paper", "stratified-43") for c in ("logistic-paper", "logistic")]
     assert {(s.n_train, s.n_test) for s in scores} == {(36, 24)}
@@ -124,13 +146,58 @@ def test_layers_in_parallel_score_as_they_do_alone_and_in_order():
     matrices = [layer(80, 60, seed)[0] for seed in range(3)]
     y = layer(80, 60)[1]
     splits = make_splits(y)
-    mapped = dict(map_layers(matrices.__getitem__, [2, 0, 1], y, splits, ["logistic"], n_jobs=2))
+    mapped = dict(map_layers(matrices.__getitem__, [2, 0, 1], y, shuffled(y), splits, ["logistic"], n_jobs=2))
     assert list(mapped) == [2, 0, 1]
     for key, scores in mapped.items():
-        (alone,) = score_probes(matrices[key], y, splits, ["logistic"])
+        (alone,) = score_probes(matrices[key], y, shuffled(y), splits, ["logistic"])
         assert scores[0].accuracy == alone.accuracy
         assert scores[0].auc == pytest.approx(alone.auc, abs=1e-6)
 
+
+# The control task, and single predictions ------------------------------------------------------------------------
+
+every_classifier = pytest.mark.parametrize("classifier", CLASSIFIERS)
+
+
+@every_classifier
+def test_the_control_task_is_the_same_classifier_fitted_to_shuffled_labels(classifier):
+    X, y = layer(80, 30)
+    splits = make_splits(y)
+    control = control_labels(y, splits)
+    (score,) = score_probes(X, y, control, splits, [classifier])
+    (alone,) = score_probes(X, control, y, splits, [classifier])
+    assert (score.control_accuracy, score.accuracy) == (alone.accuracy, alone.control_accuracy)
+
+
+@every_classifier
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_selectivity_and_single_predictions_agree_with_the_scores(classifier, seed):
+    X, y = layer(40, 6, seed)
+    splits = make_splits(y, n_splits=2, groups=[f"g{i // 2}" for i in range(40)])
+    scores = score_probes(X, y, control_labels(y, splits, seed), splits, [classifier])
+    for score, split in zip(scores, splits, strict=True):
+        assert score.selectivity == score.accuracy - score.control_accuracy
+        assert score.accuracy == np.mean(score.predicted == y[split.test])
+        assert score.f1 == f1_score(y[split.test], score.predicted)
+
+
+@given(st.integers(0, 2**16))
+def test_shuffled_labels_are_as_many_and_the_same_for_the_same_seed(seed):
+    y = np.repeat([0, 1], [30, 12])
+    splits = make_splits(y, n_splits=2)
+    drawn = control_labels(y, splits, seed)
+    assert sorted(drawn) == y.tolist()
+    assert drawn.tolist() == control_labels(y, splits, seed).tolist()
+
+
+def test_labels_are_shuffled_again_until_both_are_on_each_side():
+    split = Split("two and two", np.arange(2), np.arange(2, 4))
+    drawn = {tuple(control_labels([0, 1, 0, 1], [split], seed)) for seed in range(50)}
+    assert drawn == {(0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0)}
+
+
+# Laws ------------------------------------------------------------------------------------------------------------
 
 small = st.integers(0, 2**16)
 
@@ -140,7 +207,7 @@ small = st.integers(0, 2**16)
 def test_the_order_of_dimensions_does_not_matter(seed):
     X, y = layer(50, 40, seed, massive=300.0)
     order = np.random.default_rng(seed).permutation(40)
-    there, back = fit_logistic(X, y), fit_logistic(X[:, order], y)
+    there, back = fit_logistic(Design(X), y), fit_logistic(Design(X[:, order]), y)
     off = X @ there.coef + there.intercept - (X[:, order] @ back.coef + back.intercept)
     assert np.abs(off).max() <= 2 * TOLERANCE
 
@@ -149,9 +216,21 @@ def test_the_order_of_dimensions_does_not_matter(seed):
 @given(seed=small)
 def test_swapping_the_labels_flips_the_sign(seed):
     X, y = layer(50, 40, seed, massive=300.0)
-    plus, minus = fit_logistic(X, y), fit_logistic(X, 1 - y)
+    plus, minus = fit_logistic(Design(X), y), fit_logistic(Design(X), 1 - y)
     off = X @ plus.coef + plus.intercept + X @ minus.coef + minus.intercept
     assert np.abs(off).max() <= 2 * TOLERANCE
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=small)
+def test_the_scale_of_a_dimension_does_not_matter_to_the_standardised_probe(seed):
+    X, y = layer(60, 8, seed)
+    scales = np.random.default_rng(seed).lognormal(sigma=3, size=8)
+    splits = make_splits(y)
+    one, other = (
+        score_probes(states, y, shuffled(y), splits, ["logistic-standardised"])[0].auc for states in (X, X * scales)
+    )
+    assert one == pytest.approx(other, abs=1e-3)
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -215,11 +294,11 @@ def test_a_split_that_lacks_a_class_is_refused(labels, groups, message):
 def test_an_unknown_classifier_is_refused_with_the_nearest():
     X, y = layer(20, 3)
     with pytest.raises(UnknownNameError, match="Did you mean 'logistic'"):
-        score_probes(X, y, make_splits(y), ["logistics"])
+        score_probes(X, y, shuffled(y), make_splits(y), ["logistics"])
 
 
 def test_states_that_are_not_finite_are_refused():
     X, y = layer(20, 3)
     X[4, 1] = np.inf
     with pytest.raises(ModelError, match="infinite"):
-        score_probes(X, y, make_splits(y), ["logistic"])
+        score_probes(X, y, shuffled(y), make_splits(y), ["logistic"])

@@ -53,6 +53,11 @@ def add_probes(
     add_run(lake, model, dataset, run, models=[about], probe_scores=rows, runs=[info])
 
 
+CONCEPT = {name for name, query in load_catalogue().items() if query.group == "concept"}
+BEYOND_PROBES = {"hidden-states", "probe-predictions", "zero-shot"}
+"""Queries of tables that the warehouse of this module lacks."""
+
+
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four models of two families on two datasets; accuracies chosen so that J and C can be read off."""
@@ -324,8 +329,8 @@ def test_unknown_names_suggest_the_nearest(database: Database) -> None:
         database.query("concept-dept")
     with pytest.raises(UnknownNameError, match=r"'modle'\. Did you mean 'model'.* takes model, dataset, site"):
         database.query("concept-depth", modle="m")
-    with pytest.raises(QueryError, match="datasets-by-model needs model"):
-        database.query("datasets-by-model")
+    with pytest.raises(QueryError, match="prompt-story needs prompt"):
+        database.query("prompt-story")
 
 
 def test_no_two_files_share_a_name() -> None:
@@ -364,11 +369,12 @@ def assert_same_in_the_shell(lake: Path, database: Database, name: str, **params
     csv: dict[str, Any] = {"has_header": False, "null_values": ["", "NULL"]}  # the shell prints NULL
     printed = pl.read_csv("\n".join(shell(lake.parent / "kdb.duckdb", script)).encode(), **csv)
     expected = pl.read_csv(answer.write_csv(include_header=False).encode(), **csv)
-    assert_frame_equal(printed, expected, rel_tol=1e-5)
+    ordered = "ORDER BY" in script
+    assert_frame_equal(printed, expected, rel_tol=1e-5, check_row_order=ordered)
 
 
 @needs_shell
-@pytest.mark.parametrize("name", [name for name, query in load_catalogue().items() if query.group == "concept"])
+@pytest.mark.parametrize("name", sorted(CONCEPT - BEYOND_PROBES))
 def test_saved_query_answers_the_same_in_the_shell(lake: Path, database: Database, name: str) -> None:
     required = {param.name: "llama-7b" for param in find_query(name).params if param.required}
     assert_same_in_the_shell(lake, database, name, **required)

@@ -16,10 +16,11 @@ from kdb.errors import DatasetError, WarehouseError
 from kdb.ingest import probes, run
 from kdb.ingest.capture import Capture, untouched
 from kdb.ingest.datasets import Dataset, Example
+from kdb.ingest.derived import refit
 from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models import LoadedModel, ModelSource
 from kdb.ingest.plan import plan
-from kdb.ingest.run import Outcome, ingest, refit
+from kdb.ingest.run import Outcome, ingest
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -46,13 +47,13 @@ def uninterrupted(
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each call of the model was given, the checks' included."""
     calls: list[int] = []
-    real = Capture.vectors
+    real = Capture.vectors_and_ends
 
     def counted(self: Capture, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(len(token_ids))
         return real(self, token_ids, *args, **kwargs)
 
-    monkeypatch.setattr(Capture, "vectors", counted)
+    monkeypatch.setattr(Capture, "vectors_and_ends", counted)
     return calls
 
 
@@ -63,6 +64,8 @@ def no_model() -> LoadedModel:
 RESULTS = {
     "activations": "SELECT prompt_id, layer, site, vector FROM activations ORDER BY ALL",
     "probe_scores": "SELECT * EXCLUDE (run) FROM probe_scores ORDER BY ALL",
+    "probe_predictions": "SELECT * EXCLUDE (run) FROM probe_predictions ORDER BY ALL",
+    "zero_shot": "SELECT * EXCLUDE (run) FROM zero_shot ORDER BY ALL",
     "prompts": "SELECT * EXCLUDE (run) FROM prompts ORDER BY ALL",
     "checks": "SELECT * EXCLUDE (run) FROM checks ORDER BY ALL",
 }
@@ -128,7 +131,10 @@ def test_a_run_tells_its_model_dataset_and_settings(asked: Warehouse) -> None:
     assert dataset == ("weather", "concept", "{text}", 40, 20)
     (row,) = asked.sql("SELECT * FROM runs").rows(named=True)
     assert (row["study"], row["variant"], row["source_run"], row["device"]) == ("concept", "default", None, "cpu")
-    assert row["tables"] == ["activations", "checks", "datasets", "models", "probe_scores", "prompts", "runs"]
+    assert row["tables"] == [
+        *("activations", "checks", "datasets", "models", "probe_predictions", "probe_scores", "prompts", "runs"),
+        "zero_shot",
+    ]
     assert json.loads(row["settings"])["classifiers"] == ["logistic", "logistic-paper"]
     assert row["seconds"] > 0
 
@@ -159,6 +165,31 @@ def test_float16_storage_keeps_the_vectors_to_its_precision(
     ingest(opened.lake, tiny_job(store="float16"), lambda: tiny_loaded)
     half, full = (np.array(w.sql(RESULTS["activations"])["vector"].to_list()) for w in (opened, asked))
     np.testing.assert_array_equal(half, full.astype(np.float16))
+
+
+def test_each_test_prompt_has_a_prediction_and_they_make_the_scores(asked: Warehouse) -> None:
+    text = """
+    SELECT layer, site, classifier, split, n_test, accuracy, f1, count(*) AS n, avg(correct::INT) AS found,
+           2 * sum((predicted = 1 AND label = 1)::INT) / sum(predicted + label) AS found_f1,
+           bool_and(correct = (predicted = label)) AS agree
+    FROM probe_scores JOIN probe_predictions USING (run, layer, site, classifier, split)
+    JOIN prompts USING (run, prompt_id) GROUP BY ALL
+    """
+    rows = asked.sql(text).rows(named=True)
+    assert len(rows) == 8
+    for row in rows:
+        assert (row["n"], row["found"], row["agree"]) == (row["n_test"], row["accuracy"], True)
+        assert row["found_f1"] == pytest.approx(row["f1"])
+
+
+def test_the_control_task_is_the_same_for_every_layer_and_told_by_its_seed(warehouse: Path) -> None:
+    opened = Warehouse(warehouse)
+    (source,) = opened.lake.run_folders()
+    refit(opened.lake, source, Probing(), seed=7)
+    text = "SELECT selectivity = accuracy - control_accuracy, run = ?, list(control_accuracy) FROM probe_scores"
+    rows = opened.sql(f"{text} GROUP BY ALL ORDER BY 2", [source.run]).rows()
+    assert [row[:2] for row in rows] == [(True, False), (True, True)]
+    assert rows[0][2] != rows[1][2]
 
 
 # What is done once -----------------------------------------------------------------------------------------------
@@ -196,7 +227,7 @@ def test_an_interrupted_capture_goes_on_from_its_last_finished_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Capture, "vectors", interrupt_after(4, Capture.vectors))
+        patch.setattr(Capture, "vectors_and_ends", interrupt_after(4, Capture.vectors_and_ends))
         with pytest.raises(KeyboardInterrupt):
             ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
     assert captured == [8, 10, 10]  # the checks, and two parts
@@ -288,6 +319,7 @@ OTHER_JOBS = {
     "label": changed(dataset=dataclasses.replace(DATASET, examples=(Example("Rain.", 1), Example("Rain!", 1)))),
     "group": changed(dataset=dataclasses.replace(DATASET, examples=(Example("Rain.", 0, "a"), Example("Rain!", 1)))),
     "template": changed(dataset=dataclasses.replace(DATASET, template="Is it so? {text}")),
+    "answers": changed(dataset=dataclasses.replace(DATASET, answers=("false", "true"))),
     "dtype": changed(measuring=Measuring(dtype="bfloat16")),
     "quantize": changed(measuring=Measuring(quantize="int8")),
     "noise": changed(measuring=Measuring(noise=True)),
@@ -302,6 +334,12 @@ OTHER_JOBS = {
 @pytest.mark.parametrize("setting", OTHER_JOBS)
 def test_every_setting_that_changes_a_result_changes_the_run_id(setting: str) -> None:
     assert OTHER_JOBS[setting].run != PLAIN.run
+
+
+def test_how_vectors_are_stored_does_not_set_a_knowledge_run_apart() -> None:
+    knowledge = dataclasses.replace(DATASET, study="knowledge")
+    full, half = (changed(dataset=knowledge, measuring=Measuring(store=store)) for store in ("float32", "float16"))
+    assert (half.run, half.variant) == (full.run, "default")
 
 
 def test_where_things_lie_and_what_they_are_called_there_does_not_change_the_run_id() -> None:
@@ -344,7 +382,7 @@ def test_a_refit_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> N
     assert outcome.status == "committed"
     (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
     assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
-    assert row["tables"] == ["datasets", "models", "probe_scores", "runs"]
+    assert row["tables"] == ["datasets", "models", "probe_predictions", "probe_scores", "runs"]
     assert (row["torch_version"], row["transformers_version"], row["device"]) == (None, None, None)
     settings = json.loads(row["settings"])
     assert (settings["model"], settings["splits"]) == ("tiny", 2)
@@ -384,7 +422,7 @@ def test_a_run_without_activations_cannot_be_refitted(warehouse: Path) -> None:
     lake = Lake(warehouse)
     (source,) = lake.run_folders()
     derived = lake.find(refit(lake, source, Probing(splits=2)).run)
-    with pytest.raises(WarehouseError, match=f"Run {derived.run} has no activations to fit probes on"):
+    with pytest.raises(WarehouseError, match=f"Run {derived.run} has no activations to compute from"):
         refit(lake, derived, Probing(splits=3))
 
 
@@ -401,9 +439,9 @@ def csv(path: Path, rows: list[tuple[str, int]]) -> Path:
     [
         ([("Rain.", 0), ("Rain!", 1)], "Probing needs at least two prompts of each label; label 0 has 1."),
         (
-            [("Rain.", 0), ("Rain!", 1)] * 3 + [("x" * 129, 1)],
-            "Prompt 6 of 'few' has 129 tokens, and tiny reads at most 128: shorten the text, or take a model with a "
-            "longer context.",
+            [("Rain.", 0), ("Rain!", 1)] * 3 + [("x" * 121, 1)],
+            "Prompt 6 of 'few' has 121 tokens and 8 of its cue, and tiny reads at most 128: shorten the text, or take "
+            "a model with a longer context.",
         ),
     ],
 )
@@ -420,8 +458,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_stored(
 
 def test_a_plan_says_what_a_run_will_cost_and_loads_no_weights(tiny_job: MakeJob) -> None:
     said = plan(tiny_job(), "cpu")
-    # 40 prompts × 2 layers × 2 sites × 16 floats of 4 bytes; "Day " is run once for all.
+    # 40 prompts × 2 layers × 2 sites × 16 floats of 4 bytes; "Day " is run once for all, and the cue after each.
     assert (said.n_prompts, said.n_layers, said.disk_bytes) == (40, 2, 10_240)
-    n_tokens = sum(len(example.text) - len("Day ") for example in tiny_job().dataset.examples)
+    n_tokens = sum(len(example.text) - len("Day ") + len("\nAnswer:") for example in tiny_job().dataset.examples)
     assert said.n_tokens == n_tokens
     assert plan(tiny_job(store="float16"), "cpu").disk_bytes == 5_120

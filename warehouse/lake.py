@@ -127,6 +127,11 @@ class Lake:
                 f"The warehouse {name} was written by a newer kdb (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
             )
+        if version < SCHEMA_VERSION:
+            raise WarehouseError(
+                f"The warehouse {name} was written by an older kdb (schema {version}, this one needs "
+                f"{SCHEMA_VERSION}): measure again into a new folder, named with --warehouse."
+            )
 
     def restore_empty_tables(self) -> None:
         """Write the empty typed files again, without which a view over no run is an error."""
@@ -267,9 +272,9 @@ class StagedRun:
         with storage_errors(self.path):
             write_parquet(self.part(table, name), groups, seconds=seconds)
 
-    def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
         """Write one part of a small table from dictionaries; absent columns are NULL."""
-        self.write(table, name, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))])
+        self.write(table, name, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))], seconds=seconds)
 
     def commit(self, run_row: Mapping[str, Any]) -> None:
         """Make the run visible, whole, in one rename.

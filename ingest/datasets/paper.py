@@ -45,7 +45,8 @@ def read_strategyqa(path: Path, needed: Collection[str]) -> Iterator[Row]:
 class PaperDataset:
     """What there is to know about one of the paper's datasets.
 
-    `counts` and `classes` are the paper's numbers and our names of label 0 and label 1, in this order.
+    `counts` and `classes` are the paper's numbers and our names of label 0 and label 1, in this order; `answers` the
+    words that the template asks for.
     `url_path` is the file in its public repository, None where no repository holds it as one file.
     """
 
@@ -59,6 +60,7 @@ class PaperDataset:
     read: Reader
     layout: Layout
     template: str
+    answers: tuple[str, str]
 
     @property
     def size(self) -> str:
@@ -84,6 +86,7 @@ _ALL = (
         read=read_csv,
         layout=Layout(text="statement", group="city", subject="city"),
         template="Say whether this statement is true or false. {text}",
+        answers=("false", "true"),
     ),
     PaperDataset(
         name="common_claim",
@@ -96,6 +99,7 @@ _ALL = (
         read=read_csv,
         layout=Layout(text="examples", labels={"true": 1, "false": 0, "neither": None}),
         template="Say whether this claim is true or false. {text}",
+        answers=("false", "true"),
     ),
     PaperDataset(
         name="counterfact",
@@ -108,6 +112,7 @@ _ALL = (
         read=read_csv,
         layout=Layout(text="statement", group="subject", relation="relation", subject="subject"),
         template="Fact check: say whether this is true or false. {text}",
+        answers=("false", "true"),
     ),
     PaperDataset(
         name="hateeval",
@@ -120,6 +125,7 @@ _ALL = (
         read=read_tsv,
         layout=Layout(label="HS"),
         template="Tweet: {text}\nDoes this tweet spread hate, yes or no? Answer:",
+        answers=("no", "yes"),
     ),
     PaperDataset(
         name="stsa",
@@ -132,6 +138,7 @@ _ALL = (
         read=read_label_first,
         layout=Layout(),
         template="A critic wrote: {text}\nWas the critic positive or negative? Answer:",
+        answers=("negative", "positive"),
     ),
     PaperDataset(
         name="imdb",
@@ -144,6 +151,7 @@ _ALL = (
         read=read_jsonl,
         layout=Layout(),
         template="Film review: {text}\nDid the reviewer like the film, yes or no? Answer:",
+        answers=("no", "yes"),
     ),
     PaperDataset(
         name="sarcasm",
@@ -156,6 +164,7 @@ _ALL = (
         read=read_jsonl,
         layout=Layout(text="headline", label="is_sarcastic"),
         template="Headline: {text}\nIs the headline sarcastic, yes or no? Answer:",
+        answers=("no", "yes"),
     ),
     PaperDataset(
         name="strategyqa",
@@ -168,6 +177,7 @@ _ALL = (
         read=read_strategyqa,
         layout=Layout(labels=YES_NO),
         template="Answer yes or no. Question and facts: {text}",
+        answers=("no", "yes"),
     ),
     PaperDataset(
         name="coinflip",
@@ -180,6 +190,7 @@ _ALL = (
         read=read_json_examples,
         layout=Layout(text="question", label="answer", labels=YES_NO),
         template="Answer this puzzle with yes or no. {text}",
+        answers=("no", "yes"),
     ),
 )
 
@@ -195,7 +206,7 @@ def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None,
     rows = paper.read(path, layout.needed)
     examples = first_of_each_class(to_examples(rows, layout), *paper.counts)
     _check_counts(paper, examples)
-    return Dataset(paper.name, paper.source, paper.template, examples)
+    return Dataset(paper.name, paper.source, paper.template, examples, answers=paper.answers)
 
 
 def paper_info(paper: PaperDataset, data_dir: Path | None) -> DatasetInfo:

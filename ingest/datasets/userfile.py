@@ -15,7 +15,8 @@ from kdb.ingest.datasets.layout import Layout, text_of, to_examples
 from kdb.ingest.datasets.rows import Row, column_names, complaint, excerpt, read_csv, read_jsonl, read_parquet
 
 _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
-_LABELS = {"0": 0, "1": 1, "true": 1, "false": 0, "yes": 1, "no": 0}
+_LABELS = {"0": 0, "1": 1, "true": 1, "false": 0, "yes": 1, "no": 0, "positive": 1, "negative": 0}
+_ANSWERS = (("no", "yes"), ("false", "true"), ("negative", "positive"))
 _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
 _OPTIONAL = ("relation", "subject")
@@ -42,7 +43,15 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
         rows = read(path, (*_KNOWLEDGE, *optional))
         return Dataset(name, source, "{text}", tuple(_answered(rows)), study="knowledge")
     layout = Layout(labels=_LABELS, group=group_by)
-    return Dataset(name, source, "{text}", tuple(to_examples(read(path, layout.needed), layout)))
+    labelled = list(read(path, layout.needed))
+    examples = tuple(to_examples(labelled, layout))
+    return Dataset(name, source, "{text}", examples, answers=_answers(labelled, layout))
+
+
+def _answers(rows: Iterable[Row], layout: Layout) -> tuple[str, str]:
+    """The words of the labels, if all are of one pair; else no and yes."""
+    words = {str(row.fields[layout.label]).strip().lower() for row in rows}
+    return next((pair for pair in _ANSWERS if words <= set(pair)), _ANSWERS[0])
 
 
 def refuse_groups(name: str, group_by: str | None) -> None:

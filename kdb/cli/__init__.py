@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from kdb.cli.ask import queries, query, schema, sql
+from kdb.cli.compare import compare
+from kdb.cli.draw import plot, report
 from kdb.cli.keep import rebuild, runs, verify
-from kdb.cli.measure import ablate, datasets, ingest, models, probe
+from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.errors import KdbError
 
 
@@ -47,5 +49,9 @@ def main() -> None:
     """
 
 
-for command in (ingest, probe, ablate, query, queries, sql, schema, runs, verify, rebuild, models, datasets):
+for command in (
+    *(ingest, probe, project, ablate),
+    *(query, queries, sql, plot, report, compare),
+    *(schema, runs, verify, rebuild, models, datasets),
+):
     main.add_command(command)

@@ -10,15 +10,8 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import output_options, show, warehouse_option
-from kdb.queries.catalogue import Param, SavedQuery, find_query, load_catalogue
-
-_CLICK_TYPES: dict[str, click.ParamType[Any]] = {
-    "text": click.STRING,
-    "texts": click.STRING,
-    "integer": click.INT,
-    "number": click.FLOAT,
-}
+from kdb.cli.options import output_options, param_option, show, warehouse_option
+from kdb.queries.catalogue import SavedQuery, find_query, load_catalogue
 
 
 def _grouped() -> Iterator[tuple[str, list[SavedQuery]]]:
@@ -60,25 +53,13 @@ def _command(saved: SavedQuery) -> click.Command:
 
     command = click.Command(
         saved.name,
-        params=[_option(param) for param in saved.params],
+        params=[param_option(param) for param in saved.params],
         callback=output_options(warehouse_option(answer)),
         help=f"{saved.title}.\n\n{saved.description}\n\nSource: {saved.reference}",
         short_help=saved.title,
     )
     command.params += getattr(answer, "__click_params__", [])
     return command
-
-
-def _option(param: Param) -> click.Option:
-    several = param.type == "texts"
-    default = "" if param.default is None else f"  [default: {param.default}]"
-    return click.Option(
-        [f"--{param.name.replace('_', '-')}", param.name],
-        type=_CLICK_TYPES[param.type],
-        multiple=several,
-        required=param.required,
-        help=param.meaning + "; repeatable" * several + default,
-    )
 
 
 @click.command()

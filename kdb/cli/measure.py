@@ -1,4 +1,4 @@
-"""Measuring: run a model on datasets, refit probes, and list what can be measured."""
+"""Measuring: run a model on datasets, refit probes, project, and list what can be measured."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _probe_options(command: Command) -> Command:
                 "--classifier",
                 "classifiers",
                 multiple=True,
-                type=click.Choice(["logistic", "logistic-paper", "random-forest"]),
+                type=click.Choice(["logistic", "logistic-paper", "logistic-standardised", "random-forest"]),
                 help="Fit this too; logistic and logistic-paper always are.",
             ),
             click.option(
@@ -63,7 +63,7 @@ def _probe_options(command: Command) -> Command:
                 type=int,
                 default=42,
                 show_default=True,
-                help="Seed of noise and of all splits but the paper's.",
+                help="Seed of noise, of shuffled labels and of all splits but the paper's.",
             ),
         )
     ):
@@ -149,9 +149,9 @@ def _model_options(command: Command) -> Command:
 def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
     """Run a model on datasets, and measure where it knows what they ask.
 
-    Texts with labels: stores the last token's hidden state at every layer and two sites, and probes them.
-    Prompts with answers: scores the layers, heads and neurons that raise the answer's probability. The same
-    command goes on from where it was interrupted, and does nothing where the run is stored.
+    Texts with labels: stores the last token's hidden state at every layer and two sites, probes them, and stores
+    what the model itself answers. Prompts with answers: scores the layers, heads and neurons that raise the answer's
+    probability. The same command goes on from where it was interrupted, and does nothing where the run is stored.
 
     \b
     kdb ingest --model smollm2-135m
@@ -213,10 +213,20 @@ def _report(outcome: Any, model: str, dataset: str) -> None:
     click.echo(f"{model} on {dataset}: {done} (run {outcome.run})")
 
 
+def _stored_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option("--model", required=True, help="Model, as stored."),
+            click.option("--dataset", required=True, help="Dataset, as stored."),
+            click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`)."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
-@click.option("--model", required=True, help="Model, as stored.")
-@click.option("--dataset", required=True, help="Dataset, as stored.")
-@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@_stored_options
 @_probe_options
 @warehouse_option
 def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: Any) -> None:
@@ -227,13 +237,41 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: An
     \b
     kdb probe --model smollm2-135m --dataset cities --splits 5 --classifier random-forest
     """
-    from kdb.ingest.run import refit
+    from kdb.ingest.derived import refit
 
     _log_to_stderr()
     opened = kdb.open(warehouse)
     source = _stored_run(opened.sql, model, dataset, variant)
     outcome = refit(opened.lake, opened.lake.find(source), _probing(options), seed=options["seed"])
     _report(outcome, model, dataset)
+
+
+@click.command()
+@_stored_options
+@click.option(
+    "--method",
+    type=click.Choice(["pca", "umap"]),
+    default="pca",
+    show_default=True,
+    help="Two principal components; or UMAP too (`pip install 'kdb-lm[umap]'`).",
+)
+@warehouse_option
+def project(model: str, dataset: str, variant: str, method: str, warehouse: Path) -> None:
+    """Project stored activations onto two axes at every layer, without the model.
+
+    The points are a run of their own that names its source, in the table projections.
+
+    \b
+    kdb project --model smollm2-135m --dataset cities
+    """
+    from kdb.ingest.derived import project as project_run
+
+    _log_to_stderr()
+    opened = kdb.open(warehouse)
+    source = _stored_run(opened.sql, model, dataset, variant)
+    # PCA every time: queries read the newest run, and it must not lack what an older one had.
+    methods = tuple(dict.fromkeys(("pca", method)))
+    _report(project_run(opened.lake, opened.lake.find(source), methods), model, dataset)
 
 
 @click.command()

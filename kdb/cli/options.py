@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kdb.queries.catalogue import Param
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -16,6 +18,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_WAREHOUSE = "kdb-warehouse"
 FORMATS = ("table", "csv", "json", "markdown", "parquet")
+_CLICK_TYPES: dict[str, click.ParamType[Any]] = {
+    "text": click.STRING,
+    "texts": click.STRING,
+    "integer": click.INT,
+    "number": click.FLOAT,
+}
 _SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet"}
 
 
@@ -39,6 +47,26 @@ def output_options(command: Command) -> Command:
     return click.option(
         "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; else the terminal."
     )(command)
+
+
+def output_path(command: Command) -> Command:
+    """``-o FILE``, which has to be given."""
+    return click.option(
+        "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write."
+    )(command)
+
+
+def param_option(param: Param) -> click.Option:
+    """The option for a parameter of a saved query or a figure."""
+    several = param.type == "texts"
+    default = "" if param.default is None else f"  [default: {param.default}]"
+    return click.Option(
+        [f"--{param.name.replace('_', '-')}", param.name],
+        type=_CLICK_TYPES[param.type],
+        multiple=several,
+        required=param.required,
+        help=param.meaning + "; repeatable" * several + default,
+    )
 
 
 def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:

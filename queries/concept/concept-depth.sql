@@ -6,8 +6,8 @@
 -- no such layer.
 --
 -- Parameters:
---   model       text = all         one model
---   dataset     text = all         one dataset
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
 --   site        text = all         where the hidden state is read: resid_post or ffn_norm
 --   classifier  text = logistic    logistic, logistic-paper or random-forest
 --   split       text = paper       paper, stratified-SEED or grouped
@@ -23,8 +23,8 @@ FROM concept_depth(
     jump_ratio := getvariable('jump_ratio'), convergence_tolerance := getvariable('convergence_tolerance')
 )
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-WHERE (getvariable('model') IS NULL OR model = getvariable('model'))
-    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+WHERE among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
     AND (getvariable('site') IS NULL OR site = getvariable('site'))
     AND classifier = getvariable('classifier')
     AND split = getvariable('split')

@@ -1,12 +1,12 @@
 -- Which concepts one model knows early, and which late
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 1, datasets within one model
 --
--- One row per dataset, the best known first. accuracy_at_50_percent is that of the layer half way from the first
--- to the last, and so on; best_layer is the first that reaches best_accuracy; J and C in percent of depth.
+-- One row per model and dataset, the best known first. accuracy_at_50_percent is that of the layer half way from the
+-- first to the last, and so on; best_layer is the first that reaches best_accuracy; J and C in percent of depth.
 --
 -- Parameters:
---   model       text required      the model
---   dataset     text = all         one dataset
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
 --   classifier  text = logistic    logistic, logistic-paper or random-forest
 --   split       text = paper       paper, stratified-SEED or grouped
@@ -26,10 +26,10 @@ SELECT
 FROM probe_scores
 JOIN concept_depth() AS depths USING (model, dataset, run, site, classifier, split)
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-WHERE model = getvariable('model')
-    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+WHERE among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
     AND classifier = getvariable('classifier')
     AND split = getvariable('split')
 GROUP BY model, dataset, n_layers, jump_point, converging_point
-ORDER BY best_accuracy DESC, dataset;
+ORDER BY model, best_accuracy DESC, dataset;

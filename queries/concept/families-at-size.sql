@@ -5,8 +5,8 @@
 -- that reaches best_accuracy; J and C in percent of depth.
 --
 -- Parameters:
---   model       text = all         one model
---   dataset     text = all         one dataset
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
 --   classifier  text = logistic    logistic, logistic-paper or random-forest
 --   split       text = paper       paper, stratified-SEED or grouped
@@ -25,8 +25,8 @@ JOIN concept_depth() USING (model, dataset, run, site, classifier, split)
 JOIN models USING (model, dataset, run)
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE n_params / 1e9 BETWEEN getvariable('size') / getvariable('within') AND getvariable('size') * getvariable('within')
-    AND (getvariable('model') IS NULL OR model = getvariable('model'))
-    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+    AND among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
     AND classifier = getvariable('classifier')
     AND split = getvariable('split')

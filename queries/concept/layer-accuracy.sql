@@ -1,24 +1,32 @@
 -- Accuracy of the probe at every layer
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the curves of experiments 1 to 3
 --
--- One row per model, dataset and layer. The interval is Wilson's, at 95 %, over the test prompts.
+-- One row per model, dataset, variant and layer. The interval is Wilson's, at 95 %, over the test prompts.
+-- control_accuracy is what the same probe reaches on shuffled labels, selectivity accuracy less that. jump and
+-- converging mark the layers that J and C are at.
 --
 -- Parameters:
---   model       text = all         one model
---   dataset     text = all         one dataset
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
 --   classifier  text = logistic    logistic, logistic-paper or random-forest
 --   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
+--   variant     text = default     newest runs of this variant, or of all; `kdb runs` lists them
 --   run         text = all         this run alone, whatever its variant
 SELECT
     model, dataset, site, layer, 100 * depth AS depth_percent,
-    accuracy, accuracy_low, accuracy_high, f1, auc, converged, n_test
+    accuracy, accuracy_low, accuracy_high, f1, auc, converged, n_test,
+    control_accuracy, selectivity,
+    coalesce(layer = jump_layer, false) AS jump,
+    coalesce(layer = converging_layer, false) AS converging,
+    variant, n_layers, family, round(n_params / 1e9, 3) AS size_billions
 FROM probe_scores
-JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-WHERE (getvariable('model') IS NULL OR model = getvariable('model'))
-    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+JOIN (FROM concept_depth() SELECT * EXCLUDE (n_layers)) USING (model, dataset, run, site, classifier, split)
+JOIN models USING (model, dataset, run)
+JOIN chosen_runs('probe_scores', nullif(getvariable('variant'), 'all'), getvariable('run')) USING (model, dataset, run)
+WHERE among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
     AND classifier = getvariable('classifier')
     AND split = getvariable('split')
-ORDER BY model, dataset, layer;
+ORDER BY model, dataset, variant, layer;

@@ -5,8 +5,8 @@
 -- none at layer 0.
 --
 -- Parameters:
---   model       text = all         one model
---   dataset     text = all         one dataset
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
 --   classifier  text = logistic    logistic, logistic-paper or random-forest
 --   split       text = paper       paper, stratified-SEED or grouped
@@ -15,8 +15,8 @@
 SELECT model, dataset, site, layer, 100 * depth AS depth_percent, accuracy, variation_rate
 FROM variation_rates()
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-WHERE (getvariable('model') IS NULL OR model = getvariable('model'))
-    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+WHERE among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
     AND classifier = getvariable('classifier')
     AND split = getvariable('split')

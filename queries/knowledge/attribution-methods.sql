@@ -13,26 +13,7 @@
 --   run        text = all      this run alone, whatever its variant
 --   positions  text = last     where neurons were set to 0: last or all
 --   k          integer = all   neurons set to 0
-WITH ablated AS (
-    SELECT *
-    FROM ablations
-    JOIN kept_prompts(
-        'ablations', getvariable('model'), getvariable('category'), getvariable('dataset'),
-        getvariable('variant'), getvariable('run')
-    ) USING (model, dataset, run, prompt_id)
-    WHERE positions = getvariable('positions') AND (getvariable('k') IS NULL OR k = getvariable('k'))
-),
-
-measured AS (
-    SELECT model, method, k, rank_after AS rank, prob_after AS prob, logp_after AS logp
-    FROM ablated
-    UNION ALL
-    SELECT model, 'none', 0, min(rank_before), min(prob_before), min(logp_before)
-    FROM ablated
-    GROUP BY model, dataset, run, prompt_id
-),
-
-methods AS (
+WITH methods AS (
     SELECT
         [
             'none', 'log_prob_increase', 'log_prob', 'prob_increase', 'norm', 'coefficient', 'rank',
@@ -46,6 +27,9 @@ SELECT
     mean_over(100 * sum(prob), count(*)) AS prob_percent,
     mean_over(sum(logp), count(*)) AS logp,
     count(*) AS n_prompts
-FROM measured, methods
+FROM ablation_effects(
+    getvariable('model'), getvariable('category'), getvariable('dataset'), getvariable('variant'),
+    getvariable('run'), getvariable('positions'), getvariable('k')
+), methods
 GROUP BY model, method, k, names
 ORDER BY model, list_position(names, method) NULLS LAST, method, k;

@@ -1,0 +1,261 @@
+"""The figures of both papers, by name: what each shows, the saved query behind it, and what it takes.
+
+    from kdb.analysis import figures
+
+    wh = kdb.open("kdb-warehouse")
+    figures.chart(wh, "depth-curves", model=["smollm2-135m"])    # an Altair chart
+    figures.frame(wh, "depth-curves", model=["smollm2-135m"])    # its numbers, a Polars frame
+
+A figure takes the parameters of its saved query, and those of its own. Nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kdb.errors import QueryError, UnknownNameError
+from kdb.queries.catalogue import Param, Value, bind, find_query
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from kdb.analysis.look import Chart
+    from kdb.warehouse.store import Warehouse
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    ``query`` is the saved query whose rows it draws. ``numbers`` and ``draw`` name functions of ``depth.py`` or
+    ``importance.py``: the first makes the frame where it is more than those rows, the second the chart. ``defaults``
+    replaces the query's own; ``drawing`` are parameters that the chart takes, ``counting`` those that the frame takes.
+    """
+
+    name: str
+    title: str
+    marks: str
+    query: str
+    draw: str
+    numbers: str | None = None
+    defaults: Mapping[str, Value] | None = None
+    drawing: tuple[Param, ...] = ()
+    counting: tuple[Param, ...] = ()
+    fixed: Mapping[str, Value] | None = None
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """What it takes: the saved query's parameters, then its own."""
+        defaults, own = self.defaults or {}, {p.name for p in self.counting}
+        asked = [p for p in find_query(self.query).params if p.name not in own]
+        asked = [replace(p, default=defaults[p.name]) if p.name in defaults else p for p in asked]
+        return (*asked, *self.counting, *self.drawing)
+
+
+_METRIC = Param("metric", "text", "accuracy", False, "accuracy, f1, auc, selectivity or control_accuracy")
+_SIZE = Param("size", "number", 7.0, False, "parameters, in billions")
+_WITHIN = Param("within", "number", 1.5, False, "factor by which a model may be smaller or larger")
+
+_DEPTH_MARKS = "▲ jump point J   ◇ converging point C   band: 95 % interval of accuracy"
+
+_ALL = (
+    Figure(
+        "depth-curves",
+        "How well each concept can be read off every layer",
+        _DEPTH_MARKS + "\n✚ the model's own answer, read from its output probabilities",
+        query="layer-accuracy",
+        numbers="depth.curves_with_answers",
+        draw="depth.depth_curves",
+        drawing=(_METRIC,),
+    ),
+    Figure(
+        "depth-by-family",
+        "Model families at one size",
+        _DEPTH_MARKS,
+        query="layer-accuracy",
+        numbers="depth.families_at_size",
+        draw="depth.curves_by_model",
+        counting=(_SIZE, _WITHIN),
+        drawing=(_METRIC,),
+    ),
+    Figure(
+        "depth-by-size",
+        "Models of growing size within each family",
+        _DEPTH_MARKS,
+        query="layer-accuracy",
+        draw="depth.curves_by_size",
+        drawing=(_METRIC,),
+    ),
+    Figure(
+        "converging-by-size",
+        "How deep models of growing size must go",
+        "▲ jump point J   ◆ converging point C; a model that has none has no mark",
+        query="converging-point-by-size",
+        draw="depth.points_by_size",
+    ),
+    Figure(
+        "hidden-states",
+        "Where the prompts lie, layer by layer",
+        "first two components of the hidden states; in brackets their shares of the variance",
+        query="hidden-states",
+        draw="depth.hidden_states",
+    ),
+    Figure(
+        "depth-by-variant",
+        "What noise and precision change",
+        _DEPTH_MARKS,
+        query="layer-accuracy",
+        draw="depth.curves_by_variant",
+        defaults={"variant": "all"},
+        drawing=(_METRIC,),
+    ),
+    Figure(
+        "depth-robustness",
+        "How J and C move with thresholds, probe and split",
+        "bar: 95 % interval over resampled test prompts; none: no such layer",
+        query="depth-robustness",
+        numbers="depth.robustness",
+        draw="depth.depth_robustness",
+    ),
+    Figure(
+        "layer-scores",
+        "What each attention and FFN layer adds",
+        "mean over the kept prompts; band: 95 % interval over prompts",
+        query="layer-scores",
+        numbers="importance.scores_by_layer",
+        draw="importance.layer_scores",
+    ),
+    Figure(
+        "top-layers",
+        "Layers that matter most",
+        "mean over the kept prompts; bar: 95 % interval over prompts",
+        query="top-layers",
+        numbers="importance.layer_ranking",
+        draw="importance.ranking",
+        fixed={"item": "layer_name"},
+    ),
+    Figure(
+        "top-heads",
+        "Attention heads that matter most",
+        "mean over the kept prompts; bar: 95 % interval over prompts",
+        query="top-heads",
+        numbers="importance.head_ranking",
+        draw="importance.ranking",
+        fixed={"item": "head_name"},
+    ),
+    Figure(
+        "head-map",
+        "What every head adds",
+        "mean over the kept prompts",
+        query="top-heads",
+        draw="importance.head_map",
+        defaults={"k": 1_000_000},
+    ),
+    Figure(
+        "neurons-by-layer",
+        "Where value and query neurons lie",
+        "share of each prompt's best neurons, mean over the kept prompts",
+        query="layer-scores",
+        numbers="importance.neurons_by_layer",
+        draw="importance.neuron_layers",
+    ),
+    Figure(
+        "attribution-methods",
+        "What is left of the answer without each method's best neurons",
+        "mean over the kept prompts; bar: 95 % interval over prompts; less is better",
+        query="attribution-methods",
+        numbers="importance.method_effects",
+        draw="importance.methods",
+    ),
+    Figure(
+        "attention-vs-ffn",
+        "What attention and FFN layers add together",
+        "sum over layers, mean over the kept prompts; line: 95 % interval over prompts",
+        query="attention-vs-ffn",
+        numbers="importance.attention_and_ffn",
+        draw="importance.shares",
+    ),
+    Figure(
+        "head-overlap",
+        "Heads that kinds of knowledge share",
+        "number: shared among each one's best",
+        query="head-overlap",
+        draw="importance.overlap",
+    ),
+    Figure(
+        "neuron-overlap",
+        "Neurons that kinds of knowledge share",
+        "number: shared among each one's best",
+        query="neuron-overlap",
+        draw="importance.overlap",
+    ),
+    Figure(
+        "prompt-story",
+        "One prompt's whole story",
+        "blue: attention   orange: FFN",
+        query="prompt-story",
+        draw="importance.prompt_story",
+    ),
+)
+
+FIGURES: Mapping[str, Figure] = {figure.name: figure for figure in _ALL}
+
+
+def find_figure(name: str) -> Figure:
+    """The figure of that name; UnknownNameError with the nearest names if there is none."""
+    if name not in FIGURES:
+        raise UnknownNameError("figure", name, FIGURES, "`kdb plot --help` lists them.")
+    return FIGURES[name]
+
+
+def frame(wh: Warehouse, name: str, /, **params: object) -> pl.DataFrame:
+    """The numbers that a figure draws.
+
+    Raises UnknownNameError for a figure that is none, QueryError for wrong parameters.
+    """
+    figure = find_figure(name)
+    with wh.snapshot() as frozen:
+        return _frame(frozen, figure, bind(name, figure.params, params))
+
+
+def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
+    """The figure as an Altair chart, which Jupyter and marimo show by themselves.
+
+    Raises UnknownNameError and QueryError as ``frame``, and QueryError where the warehouse has nothing to draw.
+    """
+    from kdb.analysis.look import finished, look_of
+
+    figure = find_figure(name)
+    given = bind(name, figure.params, params)
+    with wh.snapshot() as frozen:
+        numbers, look = _frame(frozen, figure, given), look_of(frozen)
+    if numbers.is_empty():
+        raise QueryError(f"{name}: there is nothing to draw. `kdb runs` shows what was measured.")
+    own = {param.name: given[param.name] for param in figure.drawing} | dict(figure.fixed or {})
+    told = numbers["text"][0] if name == "prompt-story" else ""
+    marks = figure.marks + (f"\n“{told}” → “{numbers['target_token'][0]}”" if told else "")
+    drawn = _function(figure.draw)(numbers, look, **own)
+    return finished(drawn, figure.title, marks)
+
+
+def _frame(wh: Warehouse, figure: Figure, given: Mapping[str, Value]) -> pl.DataFrame:
+    drawing = {param.name for param in figure.drawing}
+    asked = {name: value for name, value in given.items() if name not in drawing}
+    numbers = functools.partial(wh.query, figure.query) if figure.numbers is None else _wh(figure.numbers, wh)
+    return numbers(**asked)
+
+
+def _wh(name: str, wh: Warehouse) -> Callable[..., pl.DataFrame]:
+    return functools.partial(_function(name), wh)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """A function of this package, imported when it is wanted: listing figures loads no Altair."""
+    from importlib import import_module
+
+    module, _, function = name.partition(".")
+    found: Callable[..., Any] = getattr(import_module(f"kdb.analysis.{module}"), function)
+    return found

@@ -1,0 +1,310 @@
+"""Charts of knowledge attribution: layers, heads, neurons, methods, what categories share, and one prompt's story.
+
+Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141). Each function draws the rows of a saved query,
+with intervals over prompts where it shows means; ``figures.py`` names them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import polars as pl
+
+from kdb.analysis.look import ATTN, FFN, Chart, Look, component_points, components, depth_axis
+from kdb.analysis.uncertainty import with_intervals
+from kdb.errors import QueryError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdb.warehouse.store import Warehouse
+
+EVERY = 1_000_000
+"""As k: all of them."""
+
+INCREASE = "Δ log p (nat)"
+"""The log-probability increase, short enough for the side of a panel."""
+
+EFFECTS = {"mrr": "mean reciprocal rank", "prob_percent": "probability (%)", "logp": "log-probability (nat)"}
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def layer_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Rows of ``top-layers`` with the 95 % intervals of each score and rank over the kept prompts."""
+    return _ranking(wh, "top-layers", "layer-scores", ("model", "category"), "layer_name", params)
+
+
+def head_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Rows of ``top-heads`` with the 95 % intervals of each score and rank over the kept prompts."""
+    return _ranking(wh, "top-heads", "head-scores", ("model", "category"), "head_name", params)
+
+
+def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Rows of ``top-neurons`` with the 95 % interval of each score over the kept prompts.
+
+    Not of the rank: that would need every neuron's score in every prompt, and only the best are stored.
+    """
+    ranking = wh.query("top-neurons", **params)
+    shared = {name: value for name, value in params.items() if name != "k"}
+    keys = ["model", "category", "component"]
+    scores, prompts = wh.query("neuron-scores", **shared), [*keys, "dataset", "prompt_id"]
+    listed = scores.join(ranking, on=[*keys, "neuron_name"], how="semi")
+    # A prompt that has none of them counts all the same.
+    others = scores.select(prompts).unique().join(ranking.select(*keys, "neuron_name").unique(keys), on=keys)
+    others = others.with_columns(score=pl.lit(0.0))
+    both = pl.concat([listed.select(others.columns), others])
+    return with_intervals(ranking, both, keys, "neuron_name").drop("rank_low", "rank_high")
+
+
+def _ranking(
+    wh: Warehouse, ranking: str, scores: str, by: Sequence[str], item: str, params: dict[str, Any]
+) -> pl.DataFrame:
+    shared = {name: value for name, value in params.items() if name != "k"}
+    return with_intervals(wh.query(ranking, **params), wh.query(scores, **shared), by, item)
+
+
+def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """The means of ``attribution-methods`` in long form with their 95 % intervals over the kept prompts.
+
+    One row per model, method, k and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low and rank_high
+    (1 for the method that leaves least), n_prompts.
+    """
+    means, effects = wh.query("attribution-methods", **params), wh.query("ablation-effects", **params)
+    item = pl.format("{} {}", "method", "k").alias("item")
+    # Less is better: what is ranked is the loss.
+    losses = effects.unpivot(
+        list(EFFECTS), index=["model", "dataset", "prompt_id", "method", "k"], variable_name="effect"
+    ).select("model", "dataset", "prompt_id", "effect", item, score=-pl.col("value"))
+    long = means.unpivot(
+        list(EFFECTS), index=["model", "letter", "method", "k", "n_prompts"], variable_name="effect"
+    ).with_columns(item)
+    found = with_intervals(long, losses, ["model", "effect"], "item").drop("item")
+    return found.with_columns(low=-pl.col("high"), high=-pl.col("low"))
+
+
+def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """The sums of ``attention-vs-ffn`` in long form, with their 95 % intervals over the kept prompts.
+
+    One row per model, category and component: score, percent, low, high, n_prompts.
+    """
+    sums, scores = wh.query("attention-vs-ffn", **params), wh.query("layer-scores", **params)
+    keys = ["model", "category"]
+    long = pl.concat(
+        sums.select(*keys, "n_prompts", component=pl.lit(c), score=f"{c}_score", percent=f"{c}_percent")
+        for c in ("attn", "ffn")
+    )
+    by_prompt = scores.group_by(*keys, "dataset", "prompt_id", "component").agg(pl.col("score").sum())
+    return with_intervals(long, by_prompt, keys, "component").drop("rank_low", "rank_high")
+
+
+def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """``value-neurons-by-layer`` and ``query-neurons-by-layer`` together, told apart by the column kind."""
+    values = wh.query("value-neurons-by-layer", **params)
+    queries = wh.query("query-neurons-by-layer", **params)
+    depths = wh.sql("SELECT model, max(n_layers) AS n_layers FROM models GROUP BY model")
+    columns = ["model", "category", "layer", "neurons", "share_percent"]
+    both = pl.concat(
+        [
+            values.select(*columns, kind=pl.format("{} value", "component")),
+            queries.select(*columns, kind=pl.format("query of {}", "activates")),
+        ]
+    )
+    return _with_depth(both.join(depths, on="model", maintain_order="left"))
+
+
+def scores_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Every row of ``top-layers``, with intervals over prompts and each layer's depth in percent."""
+    depths = wh.sql("SELECT model, max(n_layers) AS n_layers FROM models GROUP BY model")
+    return _with_depth(layer_ranking(wh, **params, k=EVERY).join(depths, on="model", maintain_order="left"))
+
+
+def _with_depth(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(depth_percent=100 * pl.col("layer") / pl.col("n_layers"))
+
+
+# Pictures --------------------------------------------------------------------------------------------------------
+
+
+def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
+    """Log-probability increase by layer: a panel for each category, attention and FFN side by side."""
+    base = alt.Chart().encode(x=depth_axis(frame))
+    title = INCREASE
+    told = components()
+    band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), told["color"])
+    line = base.mark_line(strokeWidth=1.6).encode(
+        alt.Y("score:Q", title=title), tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f")], **told
+    )
+    return _grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
+
+
+def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
+    """The best of each category with their intervals: a panel for each, the best on top."""
+    rule, dot = alt.Chart().mark_rule(strokeWidth=2.5, opacity=0.45), alt.Chart().mark_point(filled=True, size=45)
+    if "component" in frame.columns:
+        color, shape = component_points()
+        rule, dot = rule.encode(color), dot.encode(color, shape)
+    else:
+        rule, dot = rule.encode(color=alt.value(ATTN)), dot.encode(color=alt.value(ATTN))
+    y = alt.Y(f"{item}:N", sort=alt.EncodingSortField("rank", order="ascending"), title=None)
+    title = INCREASE
+    axis = alt.Axis(tickCount=4)
+    tooltip = [item, alt.Tooltip("score:Q", format=".3f"), "rank_low", "rank_high", "n_prompts"]
+    drawn = alt.layer(
+        rule.encode(alt.X("low:Q", title=title, axis=axis), alt.X2("high:Q"), y),
+        dot.encode(alt.X("score:Q", title=title, axis=axis), y, tooltip=tooltip),
+    )
+    shown = int(frame["rank"].max())  # type: ignore[arg-type]
+    drawn = drawn.properties(width=170, height=14 * shown)
+    return _grid(drawn, frame, look).resolve_scale(y="independent", x="independent")
+
+
+def head_map(frame: pl.DataFrame, look: Look) -> Chart:
+    """Every head of every layer, coloured by its mean score: a panel for each category."""
+    n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]
+    side = max(3, min(14, 260 // max(n_layers, n_heads)))
+    axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
+    legend = alt.Legend(title=INCREASE, gradientLength=200)
+    drawn = (
+        alt.Chart(frame)
+        .mark_rect()
+        .encode(
+            alt.X("layer:O", title="layer", axis=axis),
+            alt.Y("head:O", title="head", axis=alt.Axis(values=list(range(0, n_heads, 4)), grid=False)),
+            # Positive ends darker than negative: in grey, what is nearly black helps.
+            alt.Color("score:Q", scale=alt.Scale(domainMid=0, range=["#e69f00", "#f7f7f7", "#08306b"]), legend=legend),
+            tooltip=["head_name", alt.Tooltip("score:Q", format=".3f"), "rank"],
+        )
+        .properties(width=side * n_layers, height=max(side * n_heads, 40))
+    )
+    return _grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
+
+
+def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
+    """In which layers the best value and query neurons lie: a panel for each category."""
+    names = ["attn value", "ffn value", "query of attn", "query of ffn"]
+    line = alt.Chart(frame).mark_line(strokeWidth=1.6)
+    y = alt.Y("share_percent:Q", title="share (%)")
+    tooltip = ["kind", "layer", alt.Tooltip("share_percent:Q", format=".1f")]
+    drawn = line.encode(depth_axis(frame), y, tooltip=tooltip, **components("kind", names))
+    return _grid(drawn.properties(width=210, height=130), frame, look)
+
+
+def methods(frame: pl.DataFrame, look: Look) -> Chart:
+    """Table 2: what is left of the right answer when each method's best neurons are zeroed, with intervals."""
+    frame = frame.with_columns(
+        row=pl.when(pl.col("letter").str.len_chars() > 0)
+        .then(pl.format("{}  {}", "letter", "method"))
+        .otherwise(pl.format("{} (k = {})", "method", "k")),
+        title=pl.col("effect").replace_strict(EFFECTS),
+    )
+    rows = frame["row"].unique(maintain_order=True).to_list()
+    y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
+    models = look.order("model", frame["model"])
+    told = look.lines("model", models)["color"]
+    told.legend = alt.Legend(title="model", symbolType="circle")
+    offset = alt.YOffset("model:N", sort=models)
+    base = alt.Chart().encode(y=y, yOffset=offset, color=told)
+    drawn = alt.layer(
+        base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(alt.X("low:Q", title=None), alt.X2("high:Q")),
+        base.mark_point(filled=True, size=45, opacity=1).encode(
+            alt.X("value:Q", title=None), tooltip=["model", "method", "value", "low", "high", "n_prompts"]
+        ),
+        data=frame,
+    ).properties(width=200, height=max(20, 9 * len(models)) * len(rows))
+    facet = alt.Column("title:N", title=None, sort=list(EFFECTS.values()))
+    return drawn.facet(column=facet).resolve_scale(x="independent")
+
+
+def overlap(frame: pl.DataFrame, look: Look) -> Chart:
+    """How much two categories share: a square for each pair, a panel for each model."""
+    names = look.order("category", [*frame["category_a"], *frame["category_b"]])
+    x = alt.X("category_a:N", sort=names, title=None, scale=alt.Scale(domain=names[:-1]), axis=alt.Axis(labelAngle=-40))
+    y = alt.Y("category_b:N", sort=names, title=None, scale=alt.Scale(domain=names[1:]))
+    top = max(0.1, float(frame["jaccard"].max()))  # type: ignore[arg-type]
+    scale = alt.Scale(scheme="cividis", domain=[0, top])
+    base = alt.Chart().encode(x, y)
+    ink = alt.when(f"datum.jaccard > {0.6 * top}").then(alt.value("black")).otherwise(alt.value("white"))
+    drawn = alt.layer(
+        base.mark_rect().encode(alt.Color("jaccard:Q", scale=scale, legend=alt.Legend(title="Jaccard index"))),
+        base.mark_text(fontSize=10).encode(text="shared:Q", color=ink),
+        data=frame,
+    ).properties(width=180, height=160)
+    models = look.order("model", frame["model"])
+    return drawn.facet(alt.Facet("model:N", title=None, sort=models), columns=min(3, len(models)))
+
+
+def shares(frame: pl.DataFrame, look: Look) -> Chart:
+    """What all attention and all FFN layers add, side by side, with intervals: a panel for each model."""
+    names = look.order("category", frame["category"])
+    told = components()["color"]
+    told.legend = alt.Legend(title=None, symbolType="square")
+    base = alt.Chart().encode(
+        x=alt.X("category:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40)), xOffset="component:N"
+    )
+    y = alt.Y("score:Q", title=INCREASE)
+    drawn = alt.layer(
+        base.mark_bar().encode(y, told, tooltip=["category", "component", "score", "percent", "n_prompts"]),
+        base.mark_rule().encode(alt.Y("low:Q", title=INCREASE), alt.Y2("high:Q")),
+        data=frame,
+    ).properties(width=220, height=160)
+    models = look.order("model", frame["model"])
+    return drawn.facet(alt.Facet("model:N", title=None, sort=models), columns=min(3, len(models)))
+
+
+def prompt_story(frame: pl.DataFrame, look: Look) -> Chart:
+    """One prompt in one model: its layers, heads and what they read, neurons and their tokens, as bars."""
+    del look
+    pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
+    if len(pairs) > 1:
+        named = "--model {} --dataset {}".format(*pairs[0])
+        raise QueryError(f"prompt-story shows one model and one dataset: name them, such as {named}.")
+    parts = frame["part"].unique(maintain_order=True)
+    columns = ([part for part in parts if _wide(part) is wide] for wide in (False, True))
+    drawn = [alt.vconcat(*(_bars(frame.filter(part=part)) for part in column)) for column in columns if column]
+    return alt.hconcat(*drawn)
+
+
+def _wide(part: str) -> bool:
+    """Whether a part of the story has texts beside its bars."""
+    return "neuron" in part
+
+
+def _bars(part: pl.DataFrame) -> Any:
+    """The best of one part of the story, best on top, with the tokens that belong to each."""
+    at_position = pl.format("{} @ {}", "name", "position")
+    label = pl.when(pl.col("position").is_null()).then("name").otherwise(at_position)
+    tokens = pl.col("tokens").fill_null("").str.slice(0, 90)
+    part = part.with_columns(
+        label=label, tokens=tokens, ink=pl.when(component="attn").then(pl.lit(ATTN)).otherwise(pl.lit(FFN))
+    )
+    name, height = part["part"][0], 14 * len(part)
+    order = alt.EncodingSortField("rank", order="ascending")
+    base = alt.Chart(part, height=height)
+    bars = base.mark_bar(size=9).encode(
+        alt.X("score:Q", title="share" if "query" in name else INCREASE, axis=alt.Axis(tickCount=4)),
+        alt.Y("label:N", sort=order, title=None),
+        alt.Color("ink:N", scale=None),
+        tooltip=["name", "score", "attention", "tokens"],
+    )
+    bars = bars.properties(width=150, title=alt.TitleParams(name, fontSize=11, anchor="start"))
+    if not part["tokens"].str.len_chars().max():
+        return bars
+    words = base.mark_text(align="left", fontSize=9).encode(
+        alt.Y("label:N", sort=order, axis=None), x=alt.value(0), text="tokens:N"
+    )
+    width = 440 if _wide(name) else 60
+    return alt.hconcat(bars, words.properties(width=width, view=alt.ViewConfig(stroke=None)), spacing=6)
+
+
+def _grid(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:
+    """A panel for each category; where there are several models, a row of panels for each."""
+    categories, models = look.order("category", frame["category"]), look.order("model", frame["model"])
+    drawn = drawn.properties(data=frame)
+    if len(models) == 1:
+        facet = alt.Facet("category:N", title=None, sort=categories)
+        return drawn.facet(facet, columns=min(3, len(categories)))
+    row = alt.Row("model:N", title=None, sort=models)
+    return drawn.facet(row=row, column=alt.Column("category:N", title=None, sort=categories))

@@ -1,0 +1,118 @@
+"""How every chart looks: colours that stay with their model or dataset in all figures, fixed orders, one style.
+
+Colours are Paul Tol's "muted" set and Okabe and Ito's, both made for colour-blind readers. They differ in lightness
+too, and lines also in their dashes and points in their shapes, so that a page printed in grey can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import altair as alt
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from kdb.warehouse.store import Warehouse
+
+Chart: TypeAlias = Any
+"""One of Altair's charts; their classes share no base that has all that is called on them."""
+
+CATEGORIES = ("language", "color", "number", "capital", "country", "month")
+"""The paper's kinds of knowledge, in its order; others follow by name."""
+
+PAPER_DATASETS = (
+    *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),
+)
+
+_PALETTE = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),)
+_DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
+
+ATTN, FFN = "#0072b2", "#e69f00"
+"""Attention is blue and FFN orange, wherever the two stand side by side."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The order and colour of every model and dataset of a warehouse, the same whichever of them a figure shows."""
+
+    models: tuple[str, ...]
+    datasets: tuple[str, ...]
+
+    def order(self, field: str, shown: Iterable[str]) -> list[str]:
+        """The names shown of a field, in their fixed order; names that have none come last."""
+        known = {"model": self.models, "dataset": self.datasets, "category": CATEGORIES}.get(field, ())
+        return sorted(set(shown), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+    def lines(self, field: str, shown: Iterable[str]) -> dict[str, Any]:
+        """Encodings that tell lines of a field apart, by colour and by dashes."""
+        names = self.order(field, shown)
+        places = [self._place(field, name, names) for name in names]
+        colors = [_PALETTE[place % len(_PALETTE)] for place in places]
+        # With 13 colours and four kinds of dashes, the pair repeats after 52 names.
+        dashes = [_DASHES[place % len(_DASHES)] for place in places]
+        legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
+        return {
+            "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend),
+            "strokeDash": alt.StrokeDash(f"{field}:N", scale=alt.Scale(domain=names, range=dashes), legend=legend),
+        }
+
+    def _place(self, field: str, name: str, names: Sequence[str]) -> int:
+        known = {"model": self.models, "dataset": self.datasets}.get(field, ())
+        return known.index(name) if name in known else len(known) + list(names).index(name)
+
+
+def look_of(wh: Warehouse) -> Look:
+    """Every model by family and size, the paper's datasets in its order and then the others by name."""
+    models = wh.sql("SELECT model FROM models GROUP BY model ORDER BY min(family), min(n_params), model")
+    datasets = wh.sql("SELECT DISTINCT dataset FROM datasets ORDER BY dataset")["dataset"].to_list()
+    others = [name for name in datasets if name not in PAPER_DATASETS]
+    return Look(tuple(models["model"]), (*PAPER_DATASETS, *others))
+
+
+def depth_axis(frame: pl.DataFrame, **options: Any) -> alt.X:
+    """The horizontal axis of depth: layers from 0, or percent where the models shown differ in their number."""
+    if frame["n_layers"].n_unique() > 1:
+        return alt.X("depth_percent:Q", title="depth (%)", scale=alt.Scale(domain=[0, 100]), **options)
+    last = int(frame["n_layers"][0]) - 1
+    axis = alt.Axis(format="d", tickMinStep=1)
+    return alt.X("layer:Q", title="layer", axis=axis, scale=alt.Scale(domain=[0, max(last, 1)], nice=False), **options)
+
+
+def components(field: str = "component", names: Sequence[str] = ("attn", "ffn")) -> dict[str, Any]:
+    """Encodings that tell attention from FFN by colour and by dashes."""
+    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
+    colors = {"attn": ATTN, "ffn": FFN}
+    scale = alt.Scale(domain=list(names), range=[colors["attn" if "attn" in name else "ffn"] for name in names])
+    dashes = alt.Scale(domain=list(names), range=[_DASHES["query" in name] for name in names])
+    return {
+        "color": alt.Color(f"{field}:N", scale=scale, legend=legend),
+        "strokeDash": alt.StrokeDash(f"{field}:N", scale=dashes, legend=legend),
+    }
+
+
+def component_points() -> tuple[alt.Color, alt.Shape]:
+    """Encodings that tell points of attention from those of FFN, by colour and by shape."""
+    names, legend = ["attn", "ffn"], alt.Legend(title=None, symbolOpacity=1)
+    colors, shapes = alt.Scale(domain=names, range=[ATTN, FFN]), alt.Scale(domain=names, range=["circle", "square"])
+    return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
+
+
+alt.data_transformers.disable_max_rows()  # its limit guards notebooks against millions; figures have thousands
+
+
+def finished(chart: Chart, title: str, subtitle: str) -> Chart:
+    """The chart with its title, what its marks mean below that, and the style of all figures."""
+    lines = [alt.TitleParams(text=title, subtitle=subtitle.split("\n"), anchor="start", offset=12)]
+    styled: Chart = (
+        chart.properties(title=lines[0], background="white")
+        .configure(font="DejaVu Sans, Verdana, Arial, sans-serif")
+        .configure_view(stroke="#cccccc")
+        .configure_title(fontSize=14, subtitleFontSize=11, subtitleColor="#444444")
+        .configure_axis(labelFontSize=10, titleFontSize=11, titleFontWeight="normal", gridColor="#eeeeee")
+        .configure_header(labelFontSize=11, titleFontSize=11, titleFontWeight="normal")
+        .configure_legend(orient="bottom", columns=5, labelLimit=220, labelFontSize=11, titleFontWeight="normal")
+    )
+    return styled

@@ -1,0 +1,155 @@
+"""The report: both studies for some models side by side, as one page of HTML or as Markdown tables.
+
+    build(kdb.open("kdb-warehouse"), ["smollm2-135m"]).html()
+
+Every table and figure stands with the command that makes it again. What the warehouse lacks is listed, and nothing
+fails for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from jinja2 import Environment, FileSystemLoader
+
+from kdb.analysis import figures
+from kdb.analysis.report.contents import CHAPTERS, Drawn, Remark, Tabled
+from kdb.analysis.save import to_png, to_svg
+from kdb.errors import KdbError, QueryError, UnknownNameError
+
+if TYPE_CHECKING:
+    from kdb.analysis.look import Chart
+    from kdb.warehouse.store import Warehouse
+
+
+@dataclass(frozen=True)
+class Item:
+    """A table or a figure of the report: what it shows, the command behind it, and the rows or the picture."""
+
+    title: str
+    note: str
+    command: str
+    frame: pl.DataFrame | None = None
+    picture: str | None = None
+
+
+@dataclass
+class Report:
+    """What was found for some models, chapter by chapter, and what was not."""
+
+    models: list[str]
+    chapters: dict[str, list[Item]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def html(self) -> str:
+        """One page that needs no other file."""
+        return self._render("page.html.j2")
+
+    def markdown(self) -> str:
+        """The tables alone."""
+        return self._render("page.md.j2")
+
+    def _render(self, template: str) -> str:
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=template.endswith(".html.j2"),
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters["cell"] = cell
+        version, now = importlib.metadata.version("kdb-lm"), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return environment.get_template(template).render(report=self, version=version, now=now)
+
+
+def build(wh: Warehouse, models: Sequence[str] = (), *, pictures: bool = True) -> Report:
+    """Ask for everything that the report shows of the models, or of all where none is named.
+
+    Raises UnknownNameError where none of the models named has been measured.
+    """
+    with wh.snapshot() as frozen:
+        report = Report(*_known(frozen, models))
+        for title, contents in CHAPTERS.items():
+            report.chapters[title] = list(_items(frozen, report, contents, pictures))
+    return report
+
+
+def _known(wh: Warehouse, models: Sequence[str]) -> tuple[list[str], dict[str, list[Item]], list[str]]:
+    """The models that are stored, no chapters yet, and a line for each model that is not."""
+    stored = wh.sql("SELECT model FROM models GROUP BY model ORDER BY min(family), min(n_params), model")
+    names = stored["model"].to_list()
+    if models and not set(models) & set(names):
+        raise UnknownNameError("stored model", models[0], names, "`kdb runs` lists what is stored.")
+    absent = [
+        f"{model}: nothing was measured (`kdb ingest --model {model}`)." for model in models if model not in names
+    ]
+    return [name for name in names if not models or name in models], {}, absent
+
+
+def _items(wh: Warehouse, report: Report, contents: Any, pictures: bool) -> Iterator[Item]:
+    for wanted in contents(wh, report.models):
+        if isinstance(wanted, Remark):
+            report.missing.append(f"{wanted.title}: {wanted.text}")
+            continue
+        try:
+            yield from _table(wanted) if isinstance(wanted, Tabled) else _figure(wh, wanted, pictures)
+        except KdbError as error:
+            report.missing.append(f"{wanted.title}: {error}")
+
+
+def _table(wanted: Tabled) -> Iterator[Item]:
+    frame = wanted.frame()
+    if frame.is_empty():
+        raise QueryError(wanted.hint)
+    yield Item(wanted.title, wanted.note, command("query", wanted.query, wanted.params), frame=frame)
+
+
+def _figure(wh: Warehouse, wanted: Drawn, pictures: bool) -> Iterator[Item]:
+    if not pictures:
+        return
+    figure = figures.find_figure(wanted.figure)
+    chart = figures.chart(wh, wanted.figure, **wanted.params)
+    made = command("plot", wanted.figure, wanted.params) + f" -o {wanted.figure}.html"
+    made += f"   # numbers: kdb query {figure.query}"
+    yield Item(wanted.title, wanted.note, made, picture=_data_uri(chart))
+
+
+_LARGE_SVG = 2_000_000
+"""Characters beyond which a picture is embedded as PNG: a page of heat maps would be slow to open."""
+
+
+def _data_uri(chart: Chart) -> str:
+    """A picture that needs no file. Several SVG texts in one page would mix up their clip paths; images don't."""
+    kind, content = "svg+xml", to_svg(chart).encode()
+    if len(content) > _LARGE_SVG:
+        kind, content = "png", to_png(chart, scale=1)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def command(verb: str, name: str, params: dict[str, Any]) -> str:
+    """The command line that makes a table or figure again."""
+    words = ["kdb", verb, name]
+    for param, value in params.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [f"--{param.replace('_', '-')}", shlex.quote(str(one))]
+    return " ".join(words)
+
+
+def cell(value: Any) -> str:
+    """A value as the report's tables show it: numbers to four significant digits, nothing as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M")
+    return str(value)

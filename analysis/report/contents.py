@@ -1,0 +1,249 @@
+"""What stands in the report, in its order: the tables and figures of both papers, and what to make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from kdb.analysis import depth, importance
+
+if TYPE_CHECKING:
+    from kdb.warehouse.store import Warehouse
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """A table: how its rows are made, and the saved query that gives them, or what they are made of."""
+
+    title: str
+    note: str
+    query: str
+    params: dict[str, Any]
+    frame: Callable[[], pl.DataFrame]
+    hint: str = "nothing is stored (`kdb ingest`)."
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, by its name in figures.py."""
+
+    title: str
+    note: str
+    figure: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something that a reader must know of a chapter; it is listed with what is missing."""
+
+    title: str
+    text: str
+
+
+Contents = Iterator[Tabled | Drawn | Remark]
+
+_PROBED = "nothing is stored (`kdb ingest --dataset world-cities`)."
+_ASKED = "nothing is stored (`kdb ingest --dataset knowledge`)."
+
+
+def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
+    """What was measured, and how far it may be trusted."""
+    given = {"model": list(models)}
+    columns = ("model", "dataset", "study", "variant", "dtype", "device", "finished_at", "seconds", "run")
+
+    def runs() -> pl.DataFrame:
+        frame = wh.query("runs", **given)
+        return frame.select(name for name in columns if name in frame.columns)
+
+    yield Tabled("Runs", "Everything that was measured on these models.", "runs", given, runs)
+
+    def failed() -> pl.DataFrame:
+        checks = wh.query("checks", **given)
+        return checks.group_by("model", "check", maintain_order=True).agg(
+            pl.len().alias("runs"),
+            pl.col("value").max().alias("largest"),
+            pl.col("tolerance").max(),
+            pl.col("passed").all().alias("all passed"),
+        )
+
+    yield Tabled("Checks", "Largest difference from the untouched model, over all runs.", "checks", given, failed)
+
+
+def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
+    """The first study: Jin et al., arXiv 2404.07066."""
+    given = yield from _asked_for(wh, models, "concept")
+    curves = wh.query("layer-accuracy", **given)
+    yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", given)
+    yield _asked(wh, "Best layer, jump and converging point", "", "datasets-by-model", given, _PROBED)
+    yield Tabled(
+        "Which J and C hold",
+        "The 95 % interval is over resampled test prompts; none_percent is how often a resample has no such layer. "
+        "hangs_on names what makes the point move by more than a tenth of the depth, or vanish: then it is an artefact "
+        "of the procedure. A C that is the last layer hangs on its definition: it only says that the curve ends flat.",
+        "depth-robustness",
+        given,
+        lambda: depth.verdicts(wh, **given),
+        _PROBED,
+    )
+    for model in models[:_ROBUST]:
+        yield Drawn(f"What J and C hang on: {model}", "", "depth-robustness", given | {"model": [model]})
+    yield Drawn(
+        "Selectivity",
+        "What the probe reads beyond what it learns by heart.",
+        "depth-curves",
+        given | {"metric": "selectivity"},
+    )
+    yield _asked(wh, "The model's own answers", "Over all prompts, without a probe.", "zero-shot", given, _PROBED)
+    if curves["model"].n_unique() > 1:
+        yield from _side_by_side(curves, given)
+    yield Drawn("Experiment 3: J and C by family and size", "", "converging-by-size", given)
+    variants = wh.query("layer-accuracy", **given | {"variant": "all"})
+    if variants["variant"].n_unique() > 1:
+        yield Drawn("Noise, precision and other variants", "", "depth-by-variant", {"model": list(models)})
+    projected = wh.query("hidden-states", **given, layers=1, prompts=1).select("model", "dataset").unique()
+    pairs = projected.sort("model", "dataset").rows() or [(model, None) for model in models[:1]]
+    for model, dataset in pairs[:_PROJECTED]:
+        named = given | {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
+        yield Drawn(f"Hidden states: {model} on {dataset or 'any dataset'} (`kdb project`)", "", "hidden-states", named)
+
+
+_ROBUST, _PROJECTED = 3, 2
+"""Models and datasets of which a page shows the figures that show one alone."""
+
+
+def _side_by_side(curves: pl.DataFrame, given: dict[str, Any]) -> Contents:
+    """Experiments 2 and 3, for several models: all of one size, and families that have several sizes."""
+    middle = float(curves.unique("model")["size_billions"].median() or 1)  # type: ignore[arg-type]
+    note = "Models within a factor of 3 of the median size."
+    yield Drawn("Experiment 2: families at one size", note, "depth-by-family", given | {"size": middle, "within": 3})
+    sizes = curves.group_by("family").agg(pl.col("model").n_unique())
+    if sizes["model"].max() > 1:  # type: ignore[operator]
+        yield Drawn("Experiment 3: sizes within each family", "", "depth-by-size", given)
+
+
+def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
+    """The second study: Yu and Ananiadou, arXiv 2312.12141."""
+    given = yield from _asked_for(wh, models, "knowledge")
+    yield _asked(wh, "Prompts that count", "Those that the model knows.", "kept-prompts", given, _ASKED)
+    yield Drawn("Attention and FFN", "", "attention-vs-ffn", given)
+    yield Tabled(
+        "Attention and FFN",
+        "Sums over layers, with 95 % intervals over prompts.",
+        "attention-vs-ffn",
+        given,
+        lambda: importance.attention_and_ffn(wh, **given),
+        _ASKED,
+    )
+    yield Drawn("Every layer", "", "layer-scores", given)
+    ranks = "In brackets the 95 % interval of the rank over resampled prompts: it says how stable a place is."
+    yield Tabled(
+        "Table 4: the ten best layers",
+        ranks,
+        "top-layers",
+        given,
+        lambda: _compact(importance.layer_ranking(wh, **given), "layer_name"),
+        _ASKED,
+    )
+    yield Drawn("The ten best layers", "", "top-layers", given)
+    yield Tabled(
+        "Table 10: the ten best heads",
+        ranks,
+        "top-heads",
+        given,
+        lambda: _compact(importance.head_ranking(wh, **given), "head_name"),
+        _ASKED,
+    )
+    yield Drawn("Every head", "", "head-map", given)
+    yield _asked(wh, "What the best heads read", "", "position-attention", given | {"k": 1, "tokens": 3}, _ASKED)
+    yield Drawn("Figure 2: where value and query neurons lie", "", "neurons-by-layer", given)
+    yield Tabled(
+        "The best neurons",
+        "With 95 % intervals over prompts.",
+        "top-neurons",
+        given | {"k": 3},
+        lambda: _neurons(wh, given | {"k": 3}),
+        _ASKED,
+    )
+    yield Drawn("Table 2: methods compared", "", "attribution-methods", given)
+    yield Tabled(
+        "Table 2: methods compared",
+        "With 95 % intervals over prompts, in round brackets that of the rank; less is better.",
+        "attribution-methods",
+        given,
+        lambda: _methods(importance.method_effects(wh, **given)),
+        _ASKED,
+    )
+    yield Drawn("Heads that categories share", "", "head-overlap", given)
+    yield Drawn("Neurons that categories share", "", "neuron-overlap", given)
+    for model, dataset, prompt in _examples(wh, given):
+        yield Drawn(
+            f"One prompt in {model}", "", "prompt-story", {"model": [model], "dataset": dataset, "prompt": prompt}
+        )
+
+
+CHAPTERS = {
+    "Models and runs": models_and_runs,
+    "Concept depth": concept_depth,
+    "Knowledge attribution": knowledge,
+}
+
+
+def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Remark, None, dict[str, Any]]:
+    """The models and, where none of them has a plain run of the study, the variant that was measured last."""
+    given: dict[str, Any] = {"model": list(models)}
+    variants = wh.sql(
+        "SELECT variant FROM runs WHERE study = ? AND list_contains(?, model) "
+        "ORDER BY variant = 'default' DESC, starts_with(variant, 'ablate='), finished_at DESC LIMIT 1",
+        [study, list(models)],
+    )["variant"].to_list()
+    if variants not in ([], ["default"]):
+        yield Remark(f"Study {study}", f"there is no plain run; shown is the variant {variants[0]!r}.")
+        given["variant"] = variants[0]
+    return given
+
+
+def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, Any], hint: str) -> Tabled:
+    """A table that is the answer of a saved query."""
+    return Tabled(title, note, query, params, lambda: wh.query(query, **params), hint)
+
+
+def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
+    """A row for each model and category, as the paper prints it: names in order, each with the interval of its rank."""
+    if ranking.is_empty():
+        return ranking
+    place = pl.format("{} ({}–{})", item, "rank_low", "rank_high")
+    return ranking.group_by("model", "category", maintain_order=True).agg(
+        place.str.join(", ").alias("best first"), prompts=pl.col("n_prompts").first()
+    )
+
+
+def _with_ends(value: str) -> pl.Expr:
+    ends = [pl.col(name).round_sig_figs(3) for name in (value, "low", "high")]
+    return pl.format("{} [{}, {}]", *ends)
+
+
+def _methods(effects: pl.DataFrame) -> pl.DataFrame:
+    """A row for each model and method, a column for each effect."""
+    keys = ["model", "letter", "method", "k", "n_prompts"]
+    ranks = pl.format(" ({}–{})", "rank_low", "rank_high")
+    cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), ranks))
+    return cells.pivot("effect", index=keys, values="cell") if len(cells) else cells
+
+
+def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
+    ranking = importance.neuron_ranking(wh, **params)
+    if ranking.is_empty():
+        return ranking
+    named = ("model", "category", "component", "rank", "neuron_name")
+    return ranking.select(*named, score=_with_ends("score"), prompts="n_prompts", tokens="top_tokens")
+
+
+def _examples(wh: Warehouse, given: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """The prompt that each of the first models knows best."""
+    found = wh.query("prompts", **given | {"model": given["model"][:_PROJECTED], "k": 1}).filter("kept")
+    best = found.sort("target_prob", descending=True).unique("model", keep="first", maintain_order=True)
+    return best.select("model", "dataset", "prompt_id").sort("model").rows()

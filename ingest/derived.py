@@ -1,0 +1,111 @@
+"""Runs computed from the stored activations of another: probes fitted again, and projections. No model is loaded.
+
+refit(lake, lake.find(source), Probing(splits=5))
+project(lake, lake.find(source), ("pca",))
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdb.errors import WarehouseError
+from kdb.ingest.describe import arrow_rows, read_parts, table_files
+from kdb.ingest.job import Measuring, Probing
+from kdb.ingest.progress import progress
+from kdb.ingest.run import Key, Outcome, layer_keys, part_name, probe_layers, read_layer
+from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
+
+if TYPE_CHECKING:
+    from kdb.ingest.projections import Project, Projection
+
+
+def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measuring.seed) -> Outcome:
+    """Fit probes on the stored activations of a run, as a run of its own that names its source.
+
+    Raises WarehouseError if the source run has no activations.
+    """
+
+    def fill(staged: StagedRun, activations: Sequence[Path]) -> None:
+        probe_layers(staged, table_files(source.path, "prompts"), activations, probing, seed)
+
+    return _derive(lake, source, {"seed": seed, **asdict(probing)}, fill, seed=seed)
+
+
+def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
+    """Project the stored activations of a run onto two axes, layer by layer, as a run of its own.
+
+    ``methods`` are those of ``projector``. Raises KdbError where one's library is not installed, and WarehouseError if
+    the source run has no activations.
+    """
+    from kdb.ingest.projections import projector
+
+    projectors = {method: projector(method) for method in methods}
+
+    def fill(staged: StagedRun, activations: Sequence[Path]) -> None:
+        _project_layers(staged, activations, projectors)
+
+    return _derive(lake, source, {"projections": list(methods)}, fill)
+
+
+def _derive(
+    lake: Lake,
+    source: RunFolder,
+    settings: Mapping[str, Any],
+    fill: Callable[[StagedRun, Sequence[Path]], None],
+    **changed: Any,
+) -> Outcome:
+    """Let ``fill`` write the tables of a run that is ``source`` but for its settings and ``changed`` of its row."""
+    activations = table_files(source.path, "activations")
+    if not activations:
+        raise WarehouseError(f"Run {source.run} has no activations to compute from: `kdb ingest` stores them.")
+    with lake.stage(run_id({"source_run": source.run, **settings}), source.model, source.dataset) as staged:
+        if staged.committed:
+            return Outcome(staged.run, "exists")
+        for table in ("models", "datasets"):
+            staged.write(table, "part", [read_parts(table_files(source.path, table))])
+        fill(staged, activations)
+        row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
+        changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
+        no_model = dict.fromkeys(("torch_version", "transformers_version", "device"))
+        staged.commit(row | changed | no_model | {"kdb_version": importlib.metadata.version("kdb-lm")})
+    return Outcome(staged.run, "committed")
+
+
+def _project_layers(staged: StagedRun, activations: Sequence[Path], projectors: Mapping[str, Project]) -> None:
+    """Project every layer and site that has no finished part yet."""
+    keys = layer_keys(read_parts(staged.parts("models")).to_pylist()[0])
+    left = [key for key in keys if not staged.has("projections", part_name(key))]
+    with progress("projections", len(keys), "layers", done=len(keys) - len(left)) as shown:
+        for key in left:
+            begun = time.monotonic()
+            X = read_layer(list(activations), key)
+            rows = [_projection_rows(key, method, project(X)) for method, project in projectors.items()]
+            staged.write("projections", part_name(key), [pa.concat_tables(rows)], seconds=time.monotonic() - begun)
+            shown.advance(1)
+
+
+def _projection_rows(key: Key, method: str, projection: Projection) -> pa.Table:
+    """Rows of ``projections``; prompts are numbered in the order of their vectors."""
+    explained = projection.explained or (None, None)
+    return arrow_rows(
+        "projections",
+        {
+            "prompt_id": np.arange(len(projection.axes)),
+            "layer": key[0],
+            "site": key[1],
+            "method": method,
+            "pc1": projection.axes[:, 0],
+            "pc2": projection.axes[:, 1],
+            "explained1": explained[0],
+            "explained2": explained[1],
+        },
+    )

@@ -1,0 +1,95 @@
+"""Looking: the figures of both papers, and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import kdb
+from kdb.cli.options import output_path, param_option, show, warehouse_option
+
+
+class _Figures(click.Group):
+    """A command for each figure, with an option for each of its parameters."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from kdb.analysis.figures import FIGURES
+
+        return list(FIGURES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from kdb.analysis.figures import FIGURES
+
+        with formatter.section("Figures"):
+            formatter.write_dl([(figure.name, figure.title) for figure in FIGURES.values()])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
+        return _command(name)
+
+
+@click.group(cls=_Figures, subcommand_metavar="NAME [--PARAMETER VALUE]... -o FILE")
+def plot() -> None:
+    """Draw a figure into a file: .html (works offline), .png, .svg, .pdf, or .json (Vega-Lite).
+
+    The endings .csv and .parquet write the numbers that it draws.
+
+    \b
+    kdb plot depth-curves --model smollm2-135m -o depth.html
+    kdb plot top-heads --category capital -o heads.png
+    kdb plot depth-robustness -o robustness.csv
+    """
+
+
+def _command(name: str) -> click.Command:
+    from kdb.analysis.figures import find_figure
+
+    figure = find_figure(name)
+
+    def draw(warehouse: Path, output: Path, **params: Any) -> None:
+        from kdb.analysis import figures, save
+
+        given = {key: value for key, value in params.items() if value not in (None, ())}
+        if output.suffix in (".csv", ".parquet"):
+            show(figures.frame(kdb.open(warehouse), name, **given), None, output)
+            return
+        save.check_format(output)
+        save.save(figures.chart(kdb.open(warehouse), name, **given), output)
+
+    command = click.Command(
+        name,
+        params=[param_option(param) for param in figure.params],
+        callback=output_path(warehouse_option(draw)),
+        help=f"{figure.title}.\n\n{figure.marks}\n\nIts numbers are those of `kdb query {figure.query}`.",
+        short_help=figure.title,
+    )
+    command.params += getattr(draw, "__click_params__", [])
+    return command
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, help="Model, as stored; repeatable. All of them if none is named.")
+@click.option(
+    "--format", "format_", type=click.Choice(["html", "markdown"]), help="Else by the ending of -o: .md is Markdown."
+)
+@warehouse_option
+@output_path
+def report(models: tuple[str, ...], format_: str | None, warehouse: Path, output: Path) -> None:
+    """Write one page with the tables and figures of both studies, models side by side.
+
+    HTML needs no other file and no network, and prints; Markdown has the tables alone. What was not measured is
+    listed.
+
+    \b
+    kdb report --model smollm2-135m -o report.html
+    kdb report --model smollm2-135m --model gemma-3-270m -o report.md
+    """
+    from kdb.analysis.report import build
+    from kdb.analysis.save import write_whole
+
+    markdown = format_ == "markdown" or (format_ is None and output.suffix == ".md")
+    built = build(kdb.open(warehouse), models, pictures=not markdown)
+    write_whole(output, (built.markdown() if markdown else built.html()).encode())
+    for line in built.missing:
+        click.echo(f"Missing: {line}", err=True)

@@ -1,0 +1,74 @@
+-- How J and C move with their thresholds, with the probe and with the split
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, and what they hang on
+--
+-- One row per model, dataset, point (J or C) and condition. Conditions vary one thing at a time: the threshold (of J
+-- the ratio that is a jump, of C the largest change), the classifier, the split. published is the paper's own:
+-- thresholds 1.1 and 0.03, the classifier and split that are given. moved_percent is how far, in percent of depth,
+-- the point lies from there; empty where either has none.
+--
+-- Parameters:
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
+--   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   classifier  text = logistic    where the split or a threshold is varied
+--   split       text = paper       where the classifier or a threshold is varied
+--   variant     text = default     newest runs of this variant; `kdb runs` lists them
+--   run         text = all         this run alone, whatever its variant
+WITH thresholds AS (
+    SELECT 'J' AS point, unnest([1.1, 1.02, 1.05, 1.15, 1.2]) AS threshold
+    UNION ALL
+    SELECT 'C', unnest([0.03, 0.01, 0.02, 0.05, 0.1])
+),
+
+rates AS (
+    SELECT model, dataset, run, site, classifier, split, layer, variation_rate
+    FROM variation_rates()
+    JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+    WHERE among(model, getvariable('model'))
+        AND among(dataset, getvariable('dataset'))
+        AND site = getvariable('site')
+        AND (classifier = getvariable('classifier') OR split = getvariable('split'))
+),
+
+points AS (
+    SELECT
+        model, dataset, run, site, classifier, split, point, threshold,
+        coalesce(
+            min(layer) FILTER (point = 'J' AND is_jump(variation_rate, threshold)),
+            max(layer) FILTER (point = 'C' AND has_converged(variation_rate, threshold))
+        ) AS layer
+    FROM rates, thresholds
+    WHERE (classifier = getvariable('classifier') AND split = getvariable('split')) OR threshold IN (1.1, 0.03)
+    GROUP BY ALL
+),
+
+conditions AS (
+    SELECT
+        *, 100 * layer / n_layers AS percent,
+        threshold IN (1.1, 0.03) AS usual,
+        CASE
+            WHEN NOT usual THEN 'threshold'
+            WHEN classifier != getvariable('classifier') THEN 'classifier'
+            WHEN split != getvariable('split') THEN 'split'
+            ELSE 'published'
+        END AS varied
+    FROM points
+    JOIN models USING (model, dataset, run)
+)
+
+SELECT
+    model, dataset, site, point, varied,
+    CASE varied
+        WHEN 'threshold' THEN threshold::DECIMAL(4, 2)::VARCHAR
+        WHEN 'classifier' THEN classifier
+        WHEN 'split' THEN split
+        ELSE 'published'
+    END AS condition,
+    n_layers, layer, percent,
+    percent - first(percent) OVER (
+        PARTITION BY model, dataset, point ORDER BY varied != 'published'
+    ) AS moved_percent
+FROM conditions
+ORDER BY
+    model, dataset, point DESC,
+    list_position(['published', 'threshold', 'classifier', 'split'], varied), threshold, condition;

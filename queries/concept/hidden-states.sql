@@ -1,0 +1,44 @@
+-- Where the prompts lie in two dimensions, layer by layer
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the pictures of hidden states by layer
+--
+-- One row per model, dataset, layer and prompt: its place along the first two principal components of the layer's
+-- hidden states, and the share of their variance in percent. Shown are some layers, evenly spaced from the first to the
+-- last, and at most so many prompts, spread over the dataset. `kdb project` computes them.
+--
+-- Parameters:
+--   model    texts = all        models, side by side
+--   dataset  texts = all        datasets
+--   site     text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   method   text = pca         pca or umap
+--   layers   integer = 12       layers shown
+--   prompts  integer = 300      prompts shown
+--   variant  text = default     newest runs of this variant; `kdb runs` lists them
+--   run      text = all         this run alone, whatever its variant
+WITH chosen AS (
+    SELECT runs.model, runs.dataset, runs.run, n_layers, coalesce(source_run, runs.run) AS source
+    FROM runs
+    JOIN models USING (model, dataset, run)
+    JOIN chosen_runs('projections', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+    WHERE among(model, getvariable('model')) AND among(dataset, getvariable('dataset'))
+),
+
+shown AS (
+    SELECT DISTINCT run, round(i * (n_layers - 1) / greatest(getvariable('layers') - 1, 1))::SMALLINT AS layer
+    FROM chosen, unnest(range(least(getvariable('layers'), n_layers))) AS step (i)
+),
+
+points AS (
+    SELECT *, row_number() OVER (PARTITION BY run, layer ORDER BY md5(prompt_id::VARCHAR), prompt_id) AS place
+    FROM projections
+    JOIN chosen USING (model, dataset, run)
+    SEMI JOIN shown USING (run, layer)
+    WHERE site = getvariable('site') AND method = getvariable('method')
+    QUALIFY place <= getvariable('prompts')
+)
+
+SELECT
+    points.model, points.dataset, layer, n_layers, points.prompt_id, label, pc1, pc2,
+    100 * explained1 AS explained1_percent, 100 * explained2 AS explained2_percent, text
+FROM points
+JOIN prompts ON prompts.run = points.source AND prompts.prompt_id = points.prompt_id
+ORDER BY points.model, points.dataset, layer, points.prompt_id;

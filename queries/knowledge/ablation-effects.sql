@@ -1,0 +1,20 @@
+-- What zeroing a method's neurons does to every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 2 takes means of
+--
+-- One row per model, category, prompt, method and k: reciprocal rank, probability in percent and log-probability of the
+-- right token after zeroing. The untouched model is the method none, with k = 0.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   positions  text = last     where neurons were set to 0: last or all
+--   k          integer = all   neurons set to 0
+SELECT model, category, dataset, prompt_id, method, k, 1 / rank AS mrr, 100 * prob AS prob_percent, logp
+FROM ablation_effects(
+    getvariable('model'), getvariable('category'), getvariable('dataset'), getvariable('variant'),
+    getvariable('run'), getvariable('positions'), getvariable('k')
+)
+ORDER BY model, category_order(category), dataset, prompt_id, method, k;

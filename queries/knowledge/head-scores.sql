@@ -1,0 +1,18 @@
+-- Every head's score in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 10 takes means of
+--
+-- One row per model, category, prompt, layer and head: the log-probability increase of the right token.
+--
+-- Parameters:
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+SELECT model, category, dataset, prompt_id, layer, head, head_name(layer, head) AS head_name, score
+FROM head_scores
+JOIN kept_prompts(
+    'head_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+    getvariable('variant'), getvariable('run')
+) USING (model, dataset, run, prompt_id)
+ORDER BY model, category_order(category), dataset, prompt_id, layer, head;

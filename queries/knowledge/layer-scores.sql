@@ -1,0 +1,18 @@
+-- Every layer's score in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 4 takes means of
+--
+-- One row per model, category, prompt, component and layer: the log-probability increase of the right token.
+--
+-- Parameters:
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+SELECT model, category, dataset, prompt_id, component, layer, layer_name(component, layer) AS layer_name, score
+FROM layer_scores
+JOIN kept_prompts(
+    'layer_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+    getvariable('variant'), getvariable('run')
+) USING (model, dataset, run, prompt_id)
+ORDER BY model, category_order(category), dataset, prompt_id, component, layer;

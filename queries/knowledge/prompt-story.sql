@@ -1,0 +1,81 @@
+-- One prompt's whole story: layers, heads and what they read, neurons and their tokens
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its case studies
+--
+-- One row per model, dataset, part and rank: the k layers, heads, attention and FFN value neurons, and query neurons
+-- that do most for the right token of one prompt, and for the best heads the positions that they read. score is the
+-- log-probability increase in nat; of query neurons the share of activation. tokens are those at a head's position,
+-- or the ten that a neuron raises most.
+--
+-- Parameters:
+--   prompt   integer required    the prompt_id; `kdb query prompts` lists them
+--   model    texts = all         models, side by side
+--   dataset  text = all          one dataset
+--   variant  text = default      newest runs of this variant; `kdb runs` lists them
+--   run      text = all          this run alone, whatever its variant
+--   k        integer = 10        rows of each part
+WITH chosen AS (
+    SELECT model, dataset, run
+    FROM chosen_runs('layer_scores', getvariable('variant'), getvariable('run'))
+    WHERE among(model, getvariable('model')) AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+),
+
+parts AS (
+    SELECT
+        model, dataset, run, 'layer' AS part, layer_name(component, layer) AS name, component, layer, NULL AS head,
+        NULL AS neuron, NULL AS position, NULL AS attention, score, NULL AS token
+    FROM layer_scores
+    JOIN chosen USING (model, dataset, run)
+    WHERE prompt_id = getvariable('prompt')
+    UNION ALL
+    SELECT model, dataset, run, 'head', head_name(layer, head), 'attn', layer, head, NULL, NULL, NULL, score, NULL
+    FROM head_scores
+    JOIN chosen USING (model, dataset, run)
+    WHERE prompt_id = getvariable('prompt')
+    UNION ALL
+    SELECT
+        model, dataset, run, 'head reads', head_name(layer, head), 'attn', layer, head, NULL, position, attention,
+        score, to_json(token)::VARCHAR
+    FROM head_position_scores
+    JOIN chosen USING (model, dataset, run)
+    WHERE prompt_id = getvariable('prompt')
+    UNION ALL
+    SELECT
+        model, dataset, run, component || ' value neuron', neuron_name(component, layer, head, neuron), component,
+        layer, head, neuron, position, NULL, score, NULL
+    FROM neuron_scores
+    JOIN chosen USING (model, dataset, run)
+    WHERE prompt_id = getvariable('prompt')
+    UNION ALL
+    SELECT
+        model, dataset, run, 'query neuron of ' || activates, neuron_name('ffn', layer, NULL, neuron), 'ffn', layer,
+        NULL, neuron, NULL, NULL, score, NULL
+    FROM query_neuron_scores
+    JOIN chosen USING (model, dataset, run)
+    WHERE prompt_id = getvariable('prompt')
+),
+
+best AS (
+    SELECT
+        *, row_number() OVER (PARTITION BY run, part ORDER BY score DESC, layer, head, neuron, position) AS rank
+    FROM parts
+    QUALIFY rank <= getvariable('k')
+)
+
+SELECT
+    best.model, best.dataset, part, best.rank, name, component, layer, head, neuron, position, attention, score,
+    coalesce(token, top_tokens) AS tokens,
+    text, target_token, target_prob
+FROM best
+JOIN prompts ON prompts.run = best.run AND prompts.prompt_id = getvariable('prompt')
+LEFT JOIN tokens_of_neurons(getvariable('model'), getvariable('variant'), getvariable('run')) AS named
+    ON named.model = best.model AND neuron IS NOT NULL AND neuron_name = name
+ORDER BY
+    best.model, best.dataset,
+    list_position(
+        [
+            'layer', 'head', 'head reads', 'attn value neuron', 'ffn value neuron', 'query neuron of attn',
+            'query neuron of ffn'
+        ],
+        part
+    ),
+    best.rank;

@@ -1,0 +1,24 @@
+-- Prompts, and what the model says next
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its prompts
+--
+-- One row per model and prompt: the right next token, the model's probability of it and its rank, and whether the
+-- prompt is kept. The best known prompts of each category come first. `kdb query prompt-story` tells one's story.
+--
+-- Parameters:
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+--   k         integer = 10    prompts of each category
+SELECT model, dataset, category, prompt_id, text, answer, target_token, target_prob, target_rank, kept
+FROM prompts
+JOIN chosen_runs('prompts', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+WHERE kept IS NOT NULL
+    AND among(model, getvariable('model'))
+    AND among(category, getvariable('category'))
+    AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+QUALIFY row_number() OVER (
+    PARTITION BY model, dataset, category ORDER BY kept DESC, target_prob DESC, prompt_id
+) <= getvariable('k')
+ORDER BY model, dataset, category_order(category), kept DESC, target_prob DESC, prompt_id;

@@ -1,0 +1,53 @@
+-- In which layers the query neurons lie
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query neurons, by layer
+--
+-- One row per model, category, kind of value neuron activated and layer, layers without any included: how many of a
+-- prompt's k best query neurons lie in the layer, as a mean over the kept prompts and as a share of all of them.
+--
+-- Parameters:
+--   model      texts = all     models, side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset    text = all      one dataset
+--   variant    text = default  newest runs of this variant; `kdb runs` lists them
+--   run        text = all      this run alone, whatever its variant
+--   activates  text = all      which value neurons are activated: attn or ffn
+--   k          integer = 300   best query neurons of each prompt and kind
+WITH kept AS (
+    SELECT *
+    FROM kept_prompts(
+        'query_neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    )
+),
+
+found AS (
+    SELECT model, category, activates, layer, mean_over(count(*), n_kept) AS neurons
+    FROM query_neuron_scores
+    JOIN kept USING (model, dataset, run, prompt_id)
+    WHERE rank <= getvariable('k')
+        AND among(model, getvariable('model'))
+        AND (getvariable('activates') IS NULL OR activates = getvariable('activates'))
+    GROUP BY model, category, activates, layer, n_kept
+),
+
+depths AS (
+    SELECT model, max(n_layers) AS n_layers
+    FROM models
+    SEMI JOIN kept USING (model, dataset, run)
+    GROUP BY model
+),
+
+layers AS (
+    SELECT DISTINCT model, category, activates, n_layers, unnest(range(n_layers))::SMALLINT AS layer
+    FROM found
+    JOIN depths USING (model)
+)
+
+SELECT
+    model, category, activates, layer,
+    coalesce(neurons, 0) AS neurons,
+    coalesce(steady(100 * neurons / sum(neurons) OVER (PARTITION BY model, category, activates)), 0) AS share_percent,
+    n_layers
+FROM layers
+LEFT JOIN found USING (model, category, activates, layer)
+ORDER BY model, category_order(category), activates, layer;

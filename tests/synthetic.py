@@ -1,0 +1,289 @@
+"""A warehouse of realistic size with invented numbers: nine models, nine datasets, both studies.
+
+Written through the real lake, so that it is read as any other. Numbers come from a seed and the names alone, and look
+like measured ones: accuracies that rise as a sigmoid, scores that few layers, heads and neurons carry.
+
+    build(Path("synthetic"))    # 120 MiB of Parquet, in half a minute
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdb.ingest.describe import arrow_rows
+from kdb.ingest.probes import wilson_interval
+from kdb.warehouse.lake import Lake, StagedRun, run_id
+from kdb.warehouse.store import Warehouse
+
+CATEGORIES = ("language", "color", "number", "capital", "country", "month")
+METHODS = (
+    *("log_prob_increase", "log_prob", "prob_increase", "norm", "coefficient", "rank"),
+    *("coefficient_norm", "coefficient_rank"),
+)
+SITES = ("resid_post", "ffn_norm")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's name, family and shape."""
+
+    name: str
+    family: str
+    n_params: int
+    n_layers: int
+    n_heads: int
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A dataset's name, its prompts, and the best accuracy that a probe reaches on it."""
+
+    name: str
+    n_prompts: int
+    best: float
+
+
+NINE_MODELS = (
+    Model("gemma-2b", "gemma", 2_500_000_000, 18, 8),
+    Model("gemma-7b", "gemma", 8_500_000_000, 28, 16),
+    Model("llama-7b", "llama", 6_700_000_000, 32, 32),
+    Model("llama-13b", "llama", 13_000_000_000, 40, 40),
+    Model("qwen-0.5b", "qwen", 500_000_000, 24, 16),
+    Model("qwen-1.8b", "qwen", 1_800_000_000, 24, 16),
+    Model("qwen-4b", "qwen", 4_000_000_000, 40, 20),
+    Model("qwen-7b", "qwen", 7_700_000_000, 32, 32),
+    Model("qwen-14b", "qwen", 14_000_000_000, 40, 40),
+)
+NINE_CONCEPTS = (
+    Concept("cities", 1496, 0.97),
+    Concept("common_claim", 6000, 0.70),
+    Concept("counterfact", 4000, 0.78),
+    Concept("hateeval", 6000, 0.82),
+    Concept("stsa", 6920, 0.93),
+    Concept("imdb", 2000, 0.95),
+    Concept("sarcasm", 6000, 0.92),
+    Concept("strategyqa", 2290, 0.74),
+    Concept("coinflip", 500, 0.85),
+)
+
+
+def build(
+    folder: Path,
+    models: Sequence[Model] = NINE_MODELS,
+    concepts: Sequence[Concept] = NINE_CONCEPTS,
+    prompts_per_category: int = 45,
+    top_k: int = 300,
+) -> Warehouse:
+    """Write the warehouse and open it; ``prompts_per_category`` of 0 leaves the knowledge study out."""
+    lake = Lake.create(folder)
+    for model in models:
+        for concept in concepts:
+            _write(lake, model, concept.name, "concept", _concept_tables(model, concept))
+        if prompts_per_category:
+            _write(lake, model, "knowledge", "knowledge", _knowledge_tables(model, prompts_per_category, top_k))
+    return Warehouse(folder)
+
+
+def _write(lake: Lake, model: Model, dataset: str, study: str, tables: Iterator[tuple[str, pa.Table]]) -> None:
+    with lake.stage(run_id({"model": model.name, "dataset": dataset}), model.name, dataset) as staged:
+        if staged.committed:
+            return
+        _describe(staged, model, study)
+        for table, rows in tables:
+            staged.write(table, "part", [rows])
+        staged.commit({"study": study, "variant": "default", "settings": "{}", "seed": 42, "kdb_version": "0"})
+
+
+def _describe(staged: StagedRun, model: Model, study: str) -> None:
+    anatomy = {
+        "family": model.family,
+        "source": model.name,
+        "architecture": "Invented",
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "n_params": model.n_params,
+        "dtype": "float32",
+        "revision": "0",
+    }
+    staged.write_rows("models", "part", [anatomy])
+    staged.write_rows("checks", "part", [{"check": "readout", "value": 1e-6, "tolerance": 1e-3, "passed": True}])
+    if study == "knowledge":
+        staged.write_rows("datasets", "part", [{"study": study, "source": "invented", "n_prompts": 0}])
+
+
+def _rng(*names: object) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(" ".join(map(str, names)).encode()))
+
+
+# Concept depth ---------------------------------------------------------------------------------------------------
+
+
+def _concept_tables(model: Model, concept: Concept) -> Iterator[tuple[str, pa.Table]]:
+    n, rng = concept.n_prompts, _rng(model.name, concept.name)
+    labels = np.arange(n) % 2
+    sizes = {"study": "concept", "source": "invented", "n_prompts": n, "n_positive": int(labels.sum())}
+    yield "datasets", arrow_rows("datasets", {name: np.array([value]) for name, value in sizes.items()})
+    texts = np.array([f"Statement {i} of {concept.name}." for i in range(n)], dtype=object)
+    yield "prompts", arrow_rows("prompts", {"prompt_id": np.arange(n), "text": texts, "label": labels})
+    scores, predictions = zip(*_probes(model, concept, labels, rng), strict=True)
+    yield "probe_predictions", pa.concat_tables(predictions)
+    yield "probe_scores", pa.concat_tables(scores)
+    yes = np.clip(rng.normal(0.3 + 0.1 * labels, 0.15), 0, 0.7)
+    predicted = (yes > 0.35).astype(np.int16)
+    answers = {"prompt_id": np.arange(n), "positive": "yes", "negative": "no", "prob_positive": yes}
+    answers |= {"prob_negative": 0.7 - yes, "predicted": predicted, "correct": predicted == labels}
+    yield "zero_shot", arrow_rows("zero_shot", answers)
+    yield "projections", _projections(model, labels[:400], rng)
+
+
+def _probes(
+    model: Model, concept: Concept, labels: NDArray[Any], rng: np.random.Generator
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Scores and predictions of every site, classifier and split; the scores count the predictions."""
+    test = np.sort(rng.permutation(len(labels))[: round(0.4 * len(labels))])
+    layers = np.arange(model.n_layers)
+    middle, steep = rng.uniform(0.2, 0.5) * model.n_layers, rng.uniform(0.5, 1.5)
+    curve = 0.5 + (concept.best - 0.5) / (1 + np.exp(-steep * (layers - middle)))
+    for site in SITES:
+        for classifier in ("logistic", "logistic-paper", "logistic-standardised"):
+            for split in ("paper", "grouped"):
+                ease = rng.random(len(test))  # a prompt that is easy is so at every layer
+                wobble = rng.normal(0, 0.05, (model.n_layers, len(test)))
+                correct = ease + wobble < curve[:, None]
+                place = {"layer": layers, "site": site, "classifier": classifier, "split": split}
+                yield _score_rows(place, correct, model.n_layers), _prediction_rows(place, correct, test, labels)
+
+
+def _score_rows(place: dict[str, Any], correct: NDArray[np.bool_], n_layers: int) -> pa.Table:
+    n_test, right = correct.shape[1], correct.sum(axis=1)
+    low, high = np.array([wilson_interval(int(r), n_test) for r in right]).T
+    accuracy = right / n_test
+    numbers = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "f1": accuracy, "auc": accuracy}
+    control = {"control_accuracy": np.full(n_layers, 0.5), "selectivity": accuracy - 0.5}
+    counts = {"converged": True, "n_iter": 9, "n_train": round(n_test * 1.5), "n_test": n_test}
+    return arrow_rows("probe_scores", place | {"depth": place["layer"] / n_layers} | counts | numbers | control)
+
+
+def _prediction_rows(
+    place: dict[str, Any], correct: NDArray[np.bool_], test: NDArray[Any], labels: NDArray[Any]
+) -> pa.Table:
+    predicted = np.where(correct, labels[test], 1 - labels[test])
+    cells = {"prompt_id": test, "predicted": predicted, "correct": correct}
+    return arrow_rows("probe_predictions", place | {"layer": place["layer"][:, None]} | cells)
+
+
+def _projections(model: Model, labels: NDArray[Any], rng: np.random.Generator) -> pa.Table:
+    layers = np.arange(model.n_layers)[:, None]
+    apart = 3 * layers / model.n_layers * (2 * labels - 1)
+    cells = {"prompt_id": np.arange(len(labels)), "pc1": apart + rng.normal(0, 1, apart.shape)}
+    cells |= {"pc2": rng.normal(0, 1, apart.shape), "explained1": 0.4, "explained2": 0.1}
+    return arrow_rows("projections", {"layer": layers, "site": "resid_post", "method": "pca"} | cells)
+
+
+# Knowledge -------------------------------------------------------------------------------------------------------
+
+
+def _knowledge_tables(model: Model, per_category: int, top_k: int) -> Iterator[tuple[str, pa.Table]]:
+    rng = _rng(model.name, "knowledge")
+    n = per_category * len(CATEGORIES)
+    ids, kept = np.arange(n), np.arange(n) % 10 != 9
+    category = np.array(CATEGORIES, dtype=object)[ids % len(CATEGORIES)]
+    texts = np.array([f"Fact {i} is" for i in ids], dtype=object)
+    known = {"prompt_id": ids, "text": texts, "category": category, "kept": kept, "target_prob": rng.random(n)}
+    known |= {"target_rank": np.where(kept, 1, 20), "target_token": " right", "answer": "right", "n_tokens": 4}
+    yield "prompts", arrow_rows("prompts", known)
+    ids = ids[kept]
+    yield "layer_scores", _layer_scores(model, ids, rng)
+    yield "head_scores", _head_scores(model, ids, rng)
+    yield "head_position_scores", _head_positions(model, ids, rng)
+    yield "neuron_scores", pa.concat_tables(_neurons(model, ids, top_k, c, rng) for c in ("attn", "ffn"))
+    yield "query_neuron_scores", pa.concat_tables(_queries(model, ids, top_k, c, rng) for c in ("attn", "ffn"))
+    yield "query_layer_scores", _query_layers(model, ids, rng)
+    yield "ablations", _ablations(ids, rng)
+    yield "neuron_tokens", _tokens(model)
+
+
+def _late(model: Model, rng: np.random.Generator, *shape: int) -> NDArray[np.float64]:
+    """Scores that the layers three quarters of the way up carry; the last axis is the layer."""
+    peak = np.exp(-0.5 * ((np.arange(model.n_layers) / model.n_layers - 0.75) / 0.1) ** 2)
+    carried: NDArray[np.float64] = rng.gamma(2.0, 0.5, (*shape, model.n_layers)) * peak
+    return carried
+
+
+def _layer_scores(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
+    components = np.array(["attn", "ffn"], dtype=object)
+    place = {"prompt_id": ids[:, None, None], "component": components[:, None], "layer": np.arange(model.n_layers)}
+    return arrow_rows("layer_scores", place | {"score": _late(model, rng, len(ids), 2)})
+
+
+def _head_scores(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
+    heads = np.arange(model.n_heads)[:, None]
+    carried = _late(model, rng, len(ids), model.n_heads) * _rng(model.name, "heads").random((model.n_heads, 1))
+    place = {"prompt_id": ids[:, None, None], "head": heads, "layer": np.arange(model.n_layers)}
+    return arrow_rows("head_scores", place | {"score": carried / model.n_heads})
+
+
+def _head_positions(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
+    """Ten heads of each prompt at four positions."""
+    heads = np.arange(10)[:, None]
+    attention = rng.dirichlet(np.ones(4), (len(ids), 10))
+    tokens = np.array(["Fact", " number", " one", " is"], dtype=object)
+    place = {"prompt_id": ids[:, None, None], "layer": heads % model.n_layers, "head": heads % model.n_heads}
+    cells = {"position": np.arange(4), "token": tokens, "attention": attention, "score": attention}
+    return arrow_rows("head_position_scores", place | cells)
+
+
+def _neurons(model: Model, ids: NDArray[Any], k: int, component: str, rng: np.random.Generator) -> pa.Table:
+    score = -np.sort(-rng.pareto(2.0, (len(ids), k)) / 10, axis=1)
+    where = rng.choice(
+        model.n_layers, (len(ids), k), p=_late(model, _rng("where"))[:] / _late(model, _rng("where")).sum()
+    )
+    cells = {
+        "prompt_id": ids[:, None],
+        "component": component,
+        "layer": where,
+        "neuron": rng.integers(0, 64, (len(ids), k)),
+    }
+    if component == "attn":
+        cells |= {"head": rng.integers(0, model.n_heads, (len(ids), k)), "position": 2}
+    ends = {"coefficient": 1.0, "score": score, "lower": score, "upper": score, "exact": True}
+    return arrow_rows("neuron_scores", cells | ends | {"rank": np.arange(1, k + 1)})
+
+
+def _queries(model: Model, ids: NDArray[Any], k: int, activates: str, rng: np.random.Generator) -> pa.Table:
+    score = -np.sort(-rng.pareto(2.0, (len(ids), k)) / 10, axis=1)
+    layers = rng.integers(0, max(1, model.n_layers // 2), (len(ids), k))
+    cells = {"prompt_id": ids[:, None], "activates": activates, "layer": layers, "neuron": np.arange(k)}
+    return arrow_rows("query_neuron_scores", cells | {"score": score, "rank": np.arange(1, k + 1)})
+
+
+def _query_layers(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
+    components, activates = np.array(["attn", "ffn"], dtype=object), np.array(["attn", "ffn"], dtype=object)
+    place = {"prompt_id": ids[:, None, None, None], "activates": activates[:, None, None]}
+    place |= {"component": components[:, None], "layer": np.arange(model.n_layers)}
+    return arrow_rows("query_layer_scores", place | {"score": _late(model, rng, len(ids), 2, 2)})
+
+
+def _ablations(ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
+    methods = np.array(METHODS, dtype=object)
+    before = rng.uniform(0.3, 0.9, len(ids))[:, None]
+    after = before * np.linspace(0.2, 1.0, len(METHODS)) * rng.uniform(0.8, 1.0, (len(ids), len(METHODS)))
+    cells = {"prompt_id": ids[:, None], "method": methods, "k": 10, "positions": "last"}
+    cells |= {"rank_before": 1, "rank_after": np.ceil(0.5 / after).astype(int), "prob_before": before}
+    cells |= {"prob_after": after, "logp_before": np.log(before), "logp_after": np.log(after)}
+    return arrow_rows("ablations", cells)
+
+
+def _tokens(model: Model) -> pa.Table:
+    ranks = np.arange(1, 11)
+    words = np.array([f" word{rank}" for rank in ranks], dtype=object)
+    place = {"component": "ffn", "layer": np.arange(model.n_layers)[:, None], "neuron": 0, "sign": "top"}
+    return arrow_rows("neuron_tokens", place | {"rank": ranks, "token": words, "logit": 1.0 / ranks})

@@ -1,0 +1,253 @@
+"""The figures: the data behind each, on warehouses made by hand and on a large synthetic one, and what files become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from click.testing import Result
+from synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
+from test_database import needs_shell
+from test_queries import BEYOND_PROBES, assert_same_in_the_shell
+from test_uncertainty import curve_rows, prediction_rows, warehouse_of
+
+from kdb.analysis import figures
+from kdb.analysis.figures import FIGURES
+from kdb.analysis.look import Look, look_of
+from kdb.errors import QueryError, UnknownNameError
+from kdb.ingest.probes import wilson_interval
+from kdb.queries.catalogue import find_query
+from kdb.warehouse.database import Database
+from kdb.warehouse.store import Warehouse
+
+TINY = (
+    Model("tiny-a", "tiny", 10**8, 4, 2),
+    Model("tiny-b", "tiny", 3 * 10**8, 6, 3),
+    Model("other", "oth", 10**8, 4, 2),
+)
+CONCEPTS = (Concept("cities", 40, 0.9), Concept("own", 40, 0.8))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    return build(tmp_path_factory.mktemp("small") / "w", TINY, CONCEPTS, prompts_per_category=4, top_k=10)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    """9 models × 9 datasets × up to 40 layers, with small test sets and few facts."""
+    concepts = [Concept(concept.name, 60, concept.best) for concept in NINE_CONCEPTS]
+    return build(tmp_path_factory.mktemp("large") / "w", NINE_MODELS, concepts, prompts_per_category=2, top_k=10)
+
+
+def given_for(name: str) -> dict[str, Any]:
+    """What a figure needs to be told."""
+    needs = {
+        "hidden-states": {"model": "tiny-a", "dataset": "cities"},
+        "prompt-story": {"model": "tiny-a", "prompt": 0},
+    }
+    sizes = {"depth-by-family": {"size": 0.2, "within": 3}}
+    return needs.get(name, {}) | sizes.get(name, {})
+
+
+def spec(chart: Any) -> dict[str, Any]:
+    """The chart as Vega-Lite, checked against its schema by Altair."""
+    found: dict[str, Any] = chart.to_dict(validate=True)
+    return found
+
+
+# Every figure ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_drawn_from_rows_and_has_a_title(small: Warehouse, name: str) -> None:
+    numbers = figures.frame(small, name, **given_for(name))
+    assert len(numbers) > 0
+    drawn = spec(figures.chart(small, name, **given_for(name)))
+    assert drawn["title"]["text"] == FIGURES[name].title
+    assert find_query(FIGURES[name].query)
+
+
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"hidden-states", "prompt-story"}))
+def test_every_figure_holds_nine_models_and_nine_datasets(large: Warehouse, name: str) -> None:
+    numbers = figures.frame(large, name)
+    if "dataset" in numbers.columns and name != "depth-by-family":
+        assert numbers["dataset"].n_unique() == 9
+    assert numbers["model"].n_unique() == (9 if name != "depth-by-family" else 3)
+    spec(figures.chart(large, name))
+
+
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"prompt-story"}))
+def test_a_figure_without_rows_says_so(tmp_path: Path, name: str) -> None:
+    empty = Warehouse.create(tmp_path / "w")
+    with pytest.raises(QueryError, match="nothing to draw"):
+        figures.chart(empty, name)
+
+
+def test_an_unknown_figure_and_metric_are_named() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'depth-curves'"):
+        figures.find_figure("depth-curve")
+
+
+def test_a_metric_that_is_none_lists_those_that_are(small: Warehouse) -> None:
+    with pytest.raises(QueryError, match="take one of accuracy, f1, auc, selectivity"):
+        figures.chart(small, "depth-curves", metric="precision")
+
+
+# Numbers that are known ------------------------------------------------------------------------------------------
+
+
+def test_depth_curves_mark_j_and_c_and_nothing_where_there_is_no_jump(tmp_path: Path) -> None:
+    jumping = curve_rows([0.5, 0.5, 0.9, 0.9, 0.5])
+    wh = warehouse_of(tmp_path / "a", jumping, prediction_rows([[1]] * 5), 5)
+    frame = figures.frame(wh, "depth-curves")
+    assert frame.filter("jump")["layer"].to_list() == [2]
+    assert frame.filter("converging")["layer"].to_list() == [3], "of several candidates C is the last"
+    flat = warehouse_of(tmp_path / "b", curve_rows([0.5] * 5), prediction_rows([[1]] * 5), 5)
+    assert figures.frame(flat, "depth-curves").filter("jump").is_empty()
+    spec(figures.chart(flat, "depth-curves"))
+
+
+def test_one_model_is_shown_by_layer_and_models_of_several_depths_in_percent(small: Warehouse) -> None:
+    one = json.dumps(spec(figures.chart(small, "depth-curves", model="tiny-a")))
+    assert '"title": "layer"' in one
+    assert '"title": "depth (%)"' not in one
+    assert '"title": "depth (%)"' in json.dumps(spec(figures.chart(small, "depth-curves")))
+
+
+def test_rankings_agree_with_their_saved_query_and_enclose_its_means(small: Warehouse) -> None:
+    for name in ("top-layers", "top-heads"):
+        frame = figures.frame(small, name, k=3)
+        columns = small.query(name, k=3).columns
+        assert frame.select(columns).equals(small.query(name, k=3))
+        assert frame.select((pl.col("low") <= pl.col("score") + 1e-6).all()).item()
+        assert frame.select((pl.col("score") <= pl.col("high") + 1e-6).all()).item()
+        assert frame.select(pl.col("rank").is_between("rank_low", "rank_high").mean()).item() > 0.5
+
+
+def test_method_intervals_enclose_the_means_of_table_2(small: Warehouse) -> None:
+    frame = figures.frame(small, "attribution-methods")
+    means = small.query("attribution-methods")
+    for effect in ("mrr", "prob_percent", "logp"):
+        shown = frame.filter(effect=effect)
+        assert shown["value"].to_list() == means[effect].to_list()
+        assert shown.select((pl.col("low") - 1e-6 <= pl.col("value")).all()).item()
+        assert shown.select((pl.col("value") <= pl.col("high") + 1e-6).all()).item()
+        assert shown.filter(pl.col("method") == "none")["rank_high"].max() == 9
+
+
+def test_shares_of_neurons_add_up_to_100_percent_in_every_panel(small: Warehouse) -> None:
+    frame = figures.frame(small, "neurons-by-layer")
+    totals = frame.group_by("model", "category", "kind").agg(pl.col("share_percent").sum())["share_percent"]
+    assert totals.to_list() == pytest.approx([100.0] * len(totals))
+
+
+def test_the_zero_shot_accuracy_stands_beside_every_layer(small: Warehouse) -> None:
+    frame = figures.frame(small, "depth-curves", model="tiny-a", dataset="cities")
+    answers = small.query("zero-shot", model="tiny-a", dataset="cities")
+    assert frame["zero_shot"].unique().to_list() == answers["accuracy"].to_list()
+
+
+def test_figures_of_one_model_ask_which_one(small: Warehouse) -> None:
+    with pytest.raises(QueryError, match="--model tiny-a --dataset cities"):
+        figures.chart(small, "hidden-states")
+    with pytest.raises(QueryError, match="--model other --dataset knowledge"):
+        figures.chart(small, "prompt-story", prompt=0)
+
+
+@needs_shell
+@pytest.mark.parametrize("name", sorted(BEYOND_PROBES))
+def test_saved_query_answers_the_same_in_the_shell(small: Warehouse, name: str) -> None:
+    with Database(small.lake.root) as database:
+        assert_same_in_the_shell(small.lake.root, database, name)
+
+
+def test_zero_shot_rates_and_interval_are_those_of_the_answers(small: Warehouse) -> None:
+    labels = small.scan("prompts").select("model", "dataset", "prompt_id", "label").collect()
+    answers = small.scan("zero_shot").collect().join(labels, on=["model", "dataset", "prompt_id"])
+    row = small.query("zero-shot", model="tiny-a", dataset="cities").row(0, named=True)
+    mine = answers.filter(model="tiny-a", dataset="cities")
+    assert row["accuracy"] == mine["correct"].mean()
+    assert row["true_positive_rate"] == mine.filter(label=1)["predicted"].mean()
+    assert row["true_negative_rate"] == 1 - mine.filter(label=0)["predicted"].mean()  # type: ignore[operator]
+    low, high = wilson_interval(int(mine["correct"].sum()), len(mine))
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((low, high))
+
+
+def test_jupyter_and_marimo_can_show_a_chart(small: Warehouse) -> None:
+    shown = figures.chart(small, "top-heads")._repr_mimebundle_(None, None)
+    assert any("vegalite" in kind or kind == "text/html" for kind in (shown[0] if isinstance(shown, tuple) else shown))
+
+
+# Looks -----------------------------------------------------------------------------------------------------------
+
+
+def color_of(look: Look, field: str, shown: list[str], name: str) -> str:
+    scale = look.lines(field, shown)["color"].to_dict()["scale"]
+    return str(scale["range"][scale["domain"].index(name)])
+
+
+def test_a_color_stays_with_its_dataset_and_model_whatever_else_is_shown(large: Warehouse) -> None:
+    look = look_of(large)
+    datasets = [concept.name for concept in NINE_CONCEPTS]
+    colors = [color_of(look, "dataset", datasets, name) for name in datasets]
+    assert len(set(colors)) == 9
+    assert [color_of(look, "dataset", [name], name) for name in datasets] == colors
+    models = [model.name for model in NINE_MODELS]
+    assert [color_of(look, "model", [m], m) for m in models] == [color_of(look, "model", models, m) for m in models]
+
+
+def test_models_are_ordered_by_family_and_size_and_categories_as_in_the_paper(large: Warehouse) -> None:
+    look = look_of(large)
+    assert look.models[:4] == ("gemma-2b", "gemma-7b", "llama-7b", "llama-13b")
+    assert look.order("category", ["zoo", "month", "language"]) == ["language", "month", "zoo"]
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_plot_writes_every_format(small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
+    begins = {"html": b"<!DOCTYPE html>", "png": b"\x89PNG", "svg": b"<svg", "pdf": b"%PDF", "json": b"{"}
+    begins |= {"csv": b"model,dataset", "parquet": b"PAR1"}
+    for ending, start in begins.items():
+        path = tmp_path / f"depth.{ending}"
+        result = run_kdb("plot", "depth-curves", "--model", "tiny-a", "-o", path, "--warehouse", small.lake.path)
+        assert result.exit_code == 0, result.output
+        assert path.read_bytes().lstrip()[:40].lower().startswith(start.lower())
+
+
+def test_html_fetches_nothing(small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
+    path = tmp_path / "depth.html"
+    run_kdb("plot", "depth-curves", "-o", path, "--warehouse", small.lake.path)
+    page = path.read_text()
+    assert "<script src=" not in page
+    assert "cdn." not in page.partition("<body")[0].partition("<script")[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["depth-curves", "-o", "x.gif"], "a chart's file ends in .html, .png, .svg, .pdf, .json"),
+        (["depth-curves", "--model", "nobody", "-o", "x.png"], "nothing to draw"),
+        (["depth-curve", "-o", "x.png"], "Did you mean 'depth-curves'"),
+        (["depth-curves", "-o", "no/such/folder/x.png"], "Cannot write"),
+        (["depth-curves"], "Missing option '-o'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_message(
+    small: Warehouse,
+    tmp_path: Path,
+    run_kdb: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_kdb("plot", *args, "--warehouse", small.lake.path)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []

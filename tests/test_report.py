@@ -1,0 +1,143 @@
+"""The report: complete for what was measured, plain about what was not, one file, and built on both real models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from synthetic import Concept, Model, build
+
+from kdb.analysis.report import build as build_report
+from kdb.analysis.report import command
+from kdb.cli import main
+from kdb.errors import UnknownNameError
+from kdb.warehouse.store import Warehouse
+
+TINY = (Model("tiny-a", "tiny", 10**8, 4, 2), Model("tiny-b", "tiny", 3 * 10**8, 6, 3))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    return build(tmp_path_factory.mktemp("w") / "w", TINY, [Concept("cities", 40, 0.9)], 12, top_k=10)
+
+
+class Links(HTMLParser):
+    """Every address that a page would load or lead to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def links(page: str) -> Links:
+    parser = Links()
+    parser.feed(page)
+    return parser
+
+
+def test_the_page_needs_no_other_file_and_runs_no_script(small: Warehouse) -> None:
+    page = links(build_report(small).html())
+    assert {address.partition(":")[0] for address in page.found if not address.startswith("#")} == {"data"}
+    assert "script" not in page.tags
+
+
+def test_every_table_and_figure_names_the_command_that_makes_it_again(small: Warehouse) -> None:
+    report = build_report(small)
+    items = [item for chapter in report.chapters.values() for item in chapter]
+    assert len(items) > 20
+    for item in items:
+        words = item.command.partition("   #")[0].split()
+        assert words[:2] in (["kdb", "query"], ["kdb", "plot"])
+        group = main.commands[words[1]]
+        made = group.get_command(None, words[2])  # type: ignore[attr-defined]
+        options = {name for param in made.params for name in param.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+
+
+def test_a_report_of_everything_misses_nothing(small: Warehouse) -> None:
+    report = build_report(small)
+    assert report.missing == []
+    assert report.models == ["tiny-a", "tiny-b"]
+
+
+def test_markdown_holds_the_tables_alone_and_each_row_has_all_cells(small: Warehouse) -> None:
+    text = build_report(small, pictures=False).markdown()
+    assert "data:image" not in text
+    assert "### Table 2: methods compared" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table[:300]
+
+
+def test_what_was_not_measured_is_listed_and_fails_nothing(
+    measured: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    page = tmp_path / "report.html"
+    result = run_kdb("report", "--model", "tiny", "--model", "absent-model", "-o", page, "--warehouse", measured)
+    assert result.exit_code == 0, result.output
+    assert "Missing: absent-model: nothing was measured (`kdb ingest --model absent-model`)." in result.stderr
+    assert "Missing: Prompts that count" in result.stderr
+    assert "absent-model" in page.read_text()
+
+
+def test_a_report_of_unknown_models_alone_is_refused(small: Warehouse) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'tiny-b' or 'tiny-a'"):
+        build_report(small, ["tiny-x"])
+
+
+def test_text_of_prompts_and_tokens_is_escaped(tmp_path: Path) -> None:
+    hostile = Model("<script>alert(1)</script>", "tiny", 10**8, 2, 2)
+    wh = build(tmp_path / "w", [hostile], [Concept("cities", 40, 0.9)], prompts_per_category=0)
+    assert "script" not in links(build_report(wh).html()).tags
+
+
+def test_names_with_spaces_are_quoted_in_commands() -> None:
+    assert command("query", "top-heads", {"model": ["a b"], "k": 3}) == "kdb query top-heads --model 'a b' --k 3"
+
+
+def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
+    tiny_model: Path, user_dataset: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    options = ("--model", tiny_model, "--dataset", user_dataset, "--noise")
+    assert run_kdb("ingest", *options, "--warehouse", tmp_path / "w").exit_code == 0
+    report = build_report(Warehouse(tmp_path / "w"))
+    assert "Study concept: there is no plain run; shown is the variant 'noise'." in report.missing
+    curves = next(item for item in report.chapters["Concept depth"] if "Experiment 1" in item.title)
+    assert "--variant noise" in curves.command
+
+
+FACTS = """prompt,answer,category
+The capital of France is the city of,Paris,capital
+The capital of Italy is the city of,Rome,capital
+The capital of Japan is the city of,Tokyo,capital
+Monday is followed by,Tuesday,day
+Tuesday is followed by,Wednesday,day
+"""
+
+
+def test_both_real_models_stand_side_by_side(
+    smollm2_135m: object, gemma_3_270m: object, user_dataset: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    facts = tmp_path / "facts.csv"
+    facts.write_text(FACTS)
+    for model in ("smollm2-135m", "gemma-3-270m"):
+        for dataset in (user_dataset, facts):
+            result = run_kdb("ingest", "--model", model, "--dataset", dataset, "--warehouse", tmp_path / "w")
+            assert result.exit_code == 0, result.output
+    report = build_report(Warehouse(tmp_path / "w"))
+    assert report.models == ["gemma-3-270m", "smollm2-135m"]
+    titles = {item.title for chapter in report.chapters.values() for item in chapter}
+    assert titles >= {"Experiment 1: datasets within each model", "Table 4: the ten best layers", "Every head"}
+    best = next(item for item in report.chapters["Knowledge attribution"] if item.title.startswith("Table 10"))
+    assert best.frame is not None
+    assert set(best.frame["model"]) == {"gemma-3-270m", "smollm2-135m"}
+    assert len(report.html()) > 100_000
