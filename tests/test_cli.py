@@ -352,7 +352,11 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", "text,label\nRain.,0\nRain!,maybe\n", "d.csv, line 3: expected label 0, 1, true, false, yes or no"),
+        (
+            "d.csv",
+            "text,label\nRain.,0\nRain!,maybe\n",
+            "d.csv, line 3: expected label 0, 1, true, false, yes, no, positive or",
+        ),
         ("d.csv", "text,label\nRain.,0\nRain!,1,2\n", "d.csv, line 3: expected 2 cells, found 3"),
         ("d.csv", 'text,label\nRain.,0\n"Rain!,1\n', "d.csv, line 3: expected a row of whole cells"),
         ("d.csv", "text,label\nRain.,0\n ,1\n", "d.csv, line 3: expected a text in column 'text', found ' '"),
@@ -366,7 +370,11 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
         ("d.jsonl", '{"text": "Rain.", "label": 0}\n{"text": "Ra', "d.jsonl, line 2: expected a JSON object"),
         ("d.parquet", b"PAR1", "Cannot read "),
         ("d.csv", "text,label\nRain.,0\nRain!,1\n", "Probing needs at least two prompts of each label"),
-        ("d.csv", f"{FOUR_ROWS}{'x' * 129},1\n", "Prompt 4 of 'd' has 129 tokens, and tiny reads at most 128"),
+        (
+            "d.csv",
+            f"{FOUR_ROWS}{'x' * 129},1\n",
+            "Prompt 4 of 'd' has 129 tokens and 8 of its cue, and tiny reads at most",
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be_measured_is_refused_whole(
@@ -403,7 +411,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_as_it_is(
     (warehouse / "warehouse.json").write_text('{"schema_version": 99}')
     before = tree(warehouse)
     result = ingest_tiny(warehouse) if command == "ingest" else run_kdb(command, "--warehouse", warehouse)
-    assert "was written by a newer kdb (schema 99, this one knows 1): upgrade kdb" in refusal(result)
+    assert "was written by a newer kdb (schema 99, this one knows 2): upgrade kdb" in refusal(result)
     assert tree(warehouse) == before
 
 
