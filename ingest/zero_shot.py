@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kdb.ingest.capture import Capture
 
 _READOUT_ROWS = 64
-"""Prompts read out at a time: their logits and log-probabilities take 128 MiB where there are 262,144 tokens."""
+"""Prompts read out at a time: their logits and probabilities take 128 MiB where there are 262,144 tokens."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> N
     found = []
     with torch.inference_mode():
         for states in torch.from_numpy(ends).split(_READOUT_ROWS):
-            logits = capture.anatomy.readout(states.to(loaded.device, dtype)).float()
-            probs = logits.log_softmax(-1)
-            found.append(torch.stack([probs[:, list(t)].exp().double().sum(-1) for t in question.first_tokens], -1))
+            probs = capture.anatomy.readout(states.to(loaded.device, dtype)).float().softmax(-1)
+            found.append(torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1))
     return torch.cat(found).cpu().numpy()
 
 

@@ -352,7 +352,11 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", "text,label\nRain.,0\nRain!,maybe\n", "d.csv, line 3: expected label 0, 1, true, false, yes, no,"),
+        (
+            "d.csv",
+            "text,label\nRain.,0\nRain!,maybe\n",
+            "d.csv, line 3: expected label 0, 1, true, false, yes, no, positive or",
+        ),
         ("d.csv", "text,label\nRain.,0\nRain!,1,2\n", "d.csv, line 3: expected 2 cells, found 3"),
         ("d.csv", 'text,label\nRain.,0\n"Rain!,1\n', "d.csv, line 3: expected a row of whole cells"),
         ("d.csv", "text,label\nRain.,0\n ,1\n", "d.csv, line 3: expected a text in column 'text', found ' '"),
@@ -369,7 +373,7 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
         (
             "d.csv",
             f"{FOUR_ROWS}{'x' * 129},1\n",
-            "Prompt 4 of 'd' has 129 tokens and 8 of its cue, and tiny reads",
+            "Prompt 4 of 'd' has 129 tokens and 8 of its cue, and tiny reads at most",
         ),
     ],
 )

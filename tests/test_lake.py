@@ -509,6 +509,12 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> Non
     assert json.loads(lake.marker.read_text()) == {"schema_version": 99}
 
 
+def test_a_warehouse_of_an_older_kdb_is_refused(lake: Lake) -> None:
+    lake.marker.write_text('{"schema_version": 1}')
+    with pytest.raises(WarehouseError, match=r"written by an older kdb \(schema 1, this one needs 2\): measure again"):
+        Warehouse(lake.path)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": "new"}', "\x00"])
 def test_a_damaged_marker_is_named(lake: Lake, content: str) -> None:
     lake.marker.write_text(content)

@@ -180,9 +180,8 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Heads that categories share", "", "head-overlap", given)
     yield Drawn("Neurons that categories share", "", "neuron-overlap", given)
     for model, dataset, prompt in _examples(wh, given):
-        yield Drawn(
-            f"One prompt in {model}", "", "prompt-story", {"model": [model], "dataset": dataset, "prompt": prompt}
-        )
+        named = given | {"model": [model], "dataset": dataset, "prompt": prompt}
+        yield Drawn(f"One prompt in {model}", "", "prompt-story", named)
 
 
 CHAPTERS = {
