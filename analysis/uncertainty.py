@@ -34,8 +34,8 @@ def resampled_means(values: NDArray[Any], n_resamples: int = N_RESAMPLES) -> Flo
     """Means (m, n_resamples) of the columns of ``values`` (n, m) over rows drawn with replacement.
 
     All columns see the same draws, so that differences and ranks between columns can be read off the result. Drawn are
-    how often each row is taken: the means of all columns are then one matrix product, where scipy.stats.bootstrap gathers
-    rows. The intervals are the same (tests compare them).
+    how often each row is taken: the means of all columns are then one matrix product, while scipy.stats.bootstrap
+    gathers rows. The intervals are the same (tests compare them).
     """
     means: Floats = (_draws(len(values), n_resamples) @ values / len(values)).T
     return means
