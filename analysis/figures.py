@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdb.errors import QueryError, UnknownNameError
+from kdb.errors import NothingFoundError, UnknownNameError
 from kdb.queries.catalogue import Param, Value, bind, find_query
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def frame(wh: Warehouse, name: str, /, **params: object) -> pl.DataFrame:
 def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     """The figure as an Altair chart, which Jupyter and marimo show by themselves.
 
-    Raises UnknownNameError and QueryError as ``frame``, and QueryError where the warehouse has nothing to draw.
+    Raises UnknownNameError and QueryError as ``frame``, and NothingFoundError where the warehouse has nothing to draw.
     """
     from kdb.analysis.look import finished, look_of
 
@@ -233,7 +233,7 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     with wh.snapshot() as frozen:
         numbers, look = _frame(frozen, figure, given), look_of(frozen)
     if numbers.is_empty():
-        raise QueryError(f"{name}: there is nothing to draw. `kdb runs` shows what was measured.")
+        raise NothingFoundError(f"{name}: there is nothing to draw. `kdb runs` shows what was measured.")
     own = {param.name: given[param.name] for param in figure.drawing} | dict(figure.fixed or {})
     told = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{told}” → “{numbers['target_token'][0]}”" if told else "")

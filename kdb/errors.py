@@ -37,3 +37,7 @@ class WarehouseError(KdbError):
 
 class QueryError(KdbError):
     """A saved query with wrong parameters, or SQL that is refused or fails."""
+
+
+class NothingFoundError(QueryError):
+    """A question that is right, and to which this warehouse has no answer."""

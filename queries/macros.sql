@@ -93,6 +93,15 @@ CREATE MACRO head_name(layer, head) AS layer_name('attn', layer) || '.' || head;
 CREATE MACRO neuron_name(component, layer, head, neuron) AS
     CASE component WHEN 'attn' THEN head_name(layer, head) ELSE layer_name(component, layer) END || '_' || neuron;
 
+-- The neuron that such a name names.
+CREATE MACRO named_neuron(name) AS TABLE
+SELECT
+    CASE name[1] WHEN 'a' THEN 'attn' ELSE 'ffn' END AS component,
+    regexp_extract(name, '^[af](\d+)', 1)::INTEGER AS layer,
+    nullif(regexp_extract(name, '^a\d+\.(\d+)_', 1), '')::INTEGER AS head,
+    regexp_extract(name, '_(\d+)$', 1)::INTEGER AS neuron
+WHERE regexp_full_match(name, '(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}');
+
 -- A sum of doubles without its last bits, which hang on the order in which threads add up; ranks must not.
 CREATE MACRO steady(total) AS round(total, 12);
 
@@ -207,3 +216,16 @@ SELECT
     model, category, dataset, run, prompt_id, 'none', 0, min(rank_before), min(prob_before), min(logp_before)
 FROM ablated
 GROUP BY model, category, dataset, run, prompt_id;
+
+-- Every prompt that stores a neuron, as what and with which score.
+CREATE MACRO roles_of_neuron(name) AS TABLE
+SELECT model, dataset, run, prompt_id, 'value neuron' AS role, score, rank
+FROM neuron_scores
+JOIN named_neuron(name) AS named
+    ON neuron_scores.component = named.component AND neuron_scores.layer = named.layer
+    AND neuron_scores.head IS NOT DISTINCT FROM named.head AND neuron_scores.neuron = named.neuron
+UNION ALL
+SELECT model, dataset, run, prompt_id, 'query neuron of ' || activates, score, rank
+FROM query_neuron_scores
+JOIN named_neuron(name) AS named ON query_neuron_scores.layer = named.layer AND query_neuron_scores.neuron = named.neuron
+WHERE named.component = 'ffn';

@@ -25,7 +25,14 @@ from kdb.warehouse.database import Database
 from kdb.warehouse.lake import Lake
 
 LATER = NOON + timedelta(hours=1)
-REQUIRED: dict[str, dict[str, Any]] = {"prompt-story": {"prompt": 0}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "prompt-story": {"prompt": 0},
+    "head-by-category": {"layer": 1, "head": 0},
+    "head-in-prompts": {"layer": 1, "head": 0},
+    "neuron-by-category": {"neuron": "f0_3"},
+    "neuron-in-prompts": {"neuron": "f0_3"},
+    "neuron-tokens": {"neuron": "f0_3"},
+}
 KNOWLEDGE = [name for name, query in load_catalogue().items() if query.group == "knowledge"]
 
 
@@ -310,6 +317,51 @@ def test_query_neurons(database: Database) -> None:
     assert rows["bottom_tokens"].to_list() == [None, '"it\'s", " ü"', None]
     assert database.query("query-neurons", activates="ffn")["neuron"].to_list() == [2]
     assert database.query("query-neurons", k=1)["neuron"].to_list() == [8, 2]
+
+
+def test_one_neuron_by_category_and_prompt(database: Database) -> None:
+    rows = database.query("neuron-by-category", neuron="f0_3", model="alpha")
+    assert rows.select("category", "role", "score", "n_prompts", "n_kept").rows() == [
+        ("language", "value neuron", 3.0, 2, 2),
+        ("capital", "value neuron", 1.0, 1, 1),
+        ("language", "query neuron of attn", 0.25, 1, 2),
+    ]
+    rows = database.query("neuron-in-prompts", neuron="f0_3", model="alpha")
+    assert rows.select("role", "prompt_id", "score", "rank").rows() == [
+        ("value neuron", 1, 4.0, 1),
+        ("value neuron", 0, 2.0, 2),
+        ("value neuron", 3, 1.0, 2),
+        ("query neuron of attn", 0, 0.5, 1),
+    ]
+
+
+def test_an_attention_neurons_positions_are_added_up(database: Database) -> None:
+    rows = database.query("neuron-in-prompts", neuron="a1.1_5", model="alpha")
+    assert rows.select("prompt_id", "score", "rank").rows() == [(0, 1.5, 1)]
+    assert database.query("neuron-in-prompts", neuron="a1.0_5", model="alpha").is_empty()
+
+
+@pytest.mark.parametrize("name", ["", "f0", "f0_", "0_3", "f0_3; DROP", "a0_3", "f0.1_3", "f999999_0", "'", "é"])
+def test_what_names_no_neuron_finds_none(database: Database, name: str) -> None:
+    for query in ("neuron-by-category", "neuron-in-prompts", "neuron-tokens"):
+        assert database.query(query, neuron=name).is_empty()
+
+
+def test_the_tokens_of_one_neuron(database: Database) -> None:
+    rows = database.query("neuron-tokens", neuron="f0_3", model="alpha").filter(rank=1)
+    assert rows.select("sign", "token").rows() == [("top", '" Paris"'), ("bottom", '"it\'s"')]
+    assert database.query("neuron-tokens", neuron="a0.0_4", model="alpha")["token"].to_list() == ['" a"']
+
+
+def test_one_head_by_category_and_prompt(database: Database) -> None:
+    rows = database.query("head-by-category", layer=1, head=0, model="alpha")
+    assert rows.select("category", "rank", "score", "n_prompts").rows() == [
+        ("language", 1, 3.0, 2),
+        ("capital", 1, 5.0, 1),
+        ("zoo", 2, 4.0, 1),
+    ]
+    rows = database.query("head-in-prompts", layer=1, head=0, model="alpha", k=3)
+    assert rows.select("prompt_id", "score", "reads").rows() == [(3, 5.0, None), (1, 4.0, '" Spain"'), (6, 4.0, None)]
 
 
 def test_query_layers(database: Database) -> None:

@@ -9,13 +9,15 @@ on ``kdb.duckdb`` is ever taken; that file holds the same views for people's own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,19 +27,27 @@ import polars as pl
 from kdb.errors import QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
+from kdb.warehouse.statements import check_public, check_reads, message
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from sqlalchemy import Engine, Table
 
 SHELL_FILE = "kdb.duckdb"
 
+_BATCH = 20_000
+"""Rows of a batch, where rows are read as they are computed."""
+
 _STORAGE_VERSION = "v1.0.0"
 """Of the shell file: what DuckDB 1.0 wrote, so that every shell from 1.4 on opens it."""
 
-_REFUSED_FUNCTIONS = re.compile(r'"function_name":"(enable_\w+|query|json_execute_serialized_sql)"', re.IGNORECASE)
-"""Functions of a SELECT that write files (logs, profiles), and those that hide such a call in a text."""
 
-_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE)
+@dataclass(frozen=True)
+class Limits:
+    """What one connection may use, where strangers ask: bytes of memory, and threads."""
+
+    memory: int
+    threads: int
 
 
 def view_statements(lake: Path) -> list[str]:
@@ -68,11 +78,12 @@ def write_shell_file(warehouse: Path) -> None:
     target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
 
 
-def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyConnection:
+def connect(lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None) -> duckdb.DuckDBPyConnection:
     """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
 
     `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
-    table and not in the next; None shows every run. Raises WarehouseError when the lake cannot be read.
+    table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do.
+    Raises WarehouseError when the lake cannot be read.
     """
     connection = duckdb.connect()
     try:
@@ -82,11 +93,11 @@ def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyCon
         if runs is not None:
             # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.
             connection.execute(f"SET VARIABLE kdb_runs = [{', '.join(map(literal, runs))}]::VARCHAR[]")
-        _lock(connection, lake)
+        _lock(connection, lake, limits)
     except duckdb.Error as error:
         connection.close()
         raise WarehouseError(
-            f"{lake}: cannot be read: {_message(error)}. `kdb verify` names damaged files, and `kdb rebuild` "
+            f"{lake}: cannot be read: {message(error)}. `kdb verify` names damaged files, and `kdb rebuild` "
             "writes again what every view needs."
         ) from error
     return connection
@@ -95,8 +106,8 @@ def connect(lake: Path, runs: Sequence[str] | None = None) -> duckdb.DuckDBPyCon
 class Database:
     """The committed runs as they were when it was opened, to be asked in SQL."""
 
-    def __init__(self, lake: Path, runs: Sequence[str] | None = None) -> None:
-        self._connection = connect(lake, runs)
+    def __init__(self, lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None) -> None:
+        self._connection = connect(lake, runs, limits)
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
         """The rows of one statement that reads.
@@ -104,27 +115,47 @@ class Database:
         `params` are the values of its `?` (a sequence) or `$name` (a mapping). Raises QueryError for a
         statement that would change anything, and with DuckDB's words for one that fails.
         """
-        return self._frame(_check_reads(self._connection, text), params)
+        return self._frame(check_reads(self._connection, text), params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
         """The rows of a saved query. Raises UnknownNameError and QueryError, see `SavedQuery.bind`."""
+        return self._frame(self._bound(name, params))
+
+    def public_sql(self, text: str) -> pa.RecordBatchReader:
+        """As `sql`, for a stranger's statement, and as batches that are computed as they are read.
+
+        Raises QueryError for a statement that reads anything but the views; see `check_public`.
+        """
+        with _reported():
+            return self._batches(check_public(self._connection, text))
+
+    def public_query(self, name: str, /, **params: object) -> pa.RecordBatchReader:
+        """As `query`, as batches that are computed as they are read."""
+        return self._batches(self._bound(name, params))
+
+    def batches(self, text: str, params: Sequence[Any] = ()) -> pa.RecordBatchReader:
+        """The rows of kdb's own SQL, as batches that are computed as they are read."""
+        return self._batches(text, params)
+
+    def _bound(self, name: str, params: Mapping[str, object]) -> str:
+        """The text of a saved query, whose parameters are set."""
         saved = find_query(name)
         for variable, value in saved.bind(params).items():
             if variable in params:
                 self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
             else:  # a default is our own text, and need not be bound: see connect
                 self._connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
-        return self._frame(saved.sql)
+        return saved.sql
+
+    def _batches(self, statement: duckdb.Statement | str, params: Any = None) -> pa.RecordBatchReader:
+        with _reported():
+            return self._connection.execute(statement, params).to_arrow_reader(_BATCH)
 
     def _frame(self, statement: duckdb.Statement | str, params: Any = None) -> pl.DataFrame:
         try:
-            with warnings.catch_warnings():
-                # DuckDB 2 would rather have a relation, which takes no statement that was looked at before.
-                warnings.filterwarnings("ignore", message="Arrow output on a DB-API result")
+            with _reported():
                 table = self._connection.execute(statement, params).to_arrow_table()
             return pl.DataFrame(table)
-        except duckdb.Error as error:
-            raise QueryError(_message(error)) from error
         except pl.exceptions.PolarsError as error:  # an INTERVAL, such as finished_at - started_at
             raise QueryError(f"Polars cannot hold a column's type; cast it, such as to VARCHAR: {error}") from error
 
@@ -158,7 +189,7 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None]) -> Engine:
 
     @event.listens_for(built, "before_cursor_execute")
     def check(_connection: object, cursor: Any, statement: str, *_: object) -> None:
-        _check_reads(cursor.connection, statement)
+        check_reads(cursor.connection, statement)
 
     return built
 
@@ -212,10 +243,29 @@ def _build_shell_file(path: Path, statements: list[str]) -> None:
         connection.execute("COMMIT; USE memory; DETACH kdb")  # detaching folds the log into the file
 
 
-def _lock(connection: duckdb.DuckDBPyConnection, lake: Path) -> None:
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turn DuckDB's errors into QueryError."""
+    try:
+        with warnings.catch_warnings():
+            # DuckDB 2 would rather have a relation, which takes no statement that was looked at before.
+            warnings.filterwarnings("ignore", message="Arrow output on a DB-API result")
+            yield
+    except duckdb.Error as error:
+        raise QueryError(message(error)) from error
+
+
+def _lock(connection: duckdb.DuckDBPyConnection, lake: Path, limits: Limits | None) -> None:
     """Leave the connection able to read the lake, and to change none of its settings."""
     # The path check sees a view's glob as it is written, escapes included.
     readable = f"[{literal(str(lake.resolve()))}, {literal(_escape_glob(lake))}]"
+    if limits is not None:
+        connection.execute(
+            f"SET memory_limit = '{limits.memory}B'; SET threads = {limits.threads};"
+            f"SET max_temp_directory_size = '{4 * limits.memory}B';"
+            # Files never change once they are committed, so what their footers say can be kept.
+            "SET parquet_metadata_cache = true; SET enable_progress_bar = false"
+        )
     spill = Path(tempfile.gettempdir()) / f"kdb-{os.getpid()}-{secrets.token_hex(4)}"
     connection.execute(
         "SET TimeZone = 'UTC';"
@@ -225,41 +275,6 @@ def _lock(connection: duckdb.DuckDBPyConnection, lake: Path) -> None:
         "SET enable_external_access = false;"
         "SET lock_configuration = true"
     )
-
-
-def _check_reads(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
-    """The one statement in the text, if all it can do is read; else QueryError.
-
-    The locked connection still lets COPY write inside the lake, and lets SELECT call functions that write logs
-    there, so what a statement is must be known before it runs.
-    """
-    try:
-        statements = connection.extract_statements(text)
-    except duckdb.Error as error:
-        raise QueryError(_message(error)) from error
-    kinds = [statement.type.name for statement in statements]
-    if len(kinds) != 1:
-        hint = " Give PIVOT its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
-        raise QueryError(f"kdb sql runs one statement at a time, found {len(kinds)}.{hint}")
-    if kinds[0] not in ("SELECT", "EXPLAIN"):
-        raise QueryError(f"kdb sql only reads: {kinds[0]} is refused")
-    _check_tree(connection, _EXPLAIN.sub("", text, count=1) if kinds[0] == "EXPLAIN" else text)
-    return statements[0]
-
-
-def _check_tree(connection: duckdb.DuckDBPyConnection, select: str) -> None:
-    """Refuse what is no SELECT (EXPLAIN ANALYZE runs what it explains), and functions that are not for reading."""
-    row = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
-    tree = row[0] if row else ""
-    if not tree.startswith('{"error":false'):
-        raise QueryError("kdb sql only reads: what is not a SELECT is refused")
-    if match := _REFUSED_FUNCTIONS.search(tree):
-        raise QueryError(f"kdb sql only reads: the function {match[1]} is refused")
-
-
-def _message(error: duckdb.Error) -> str:
-    """DuckDB's message without the excerpt of the statement that follows it."""
-    return str(error).split("\n\nLINE ")[0].strip()
 
 
 def _scan_files(files: list[Path]) -> pl.LazyFrame:

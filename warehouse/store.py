@@ -49,9 +49,13 @@ class Warehouse:
         return list(TABLES)
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Warehouse]:
-        """The warehouse as it is now, opened once for many questions: all see the same runs."""
-        with self._database() as opened:
+    def snapshot(self, runs: Sequence[str] | None = None, limits: database.Limits | None = None) -> Iterator[Warehouse]:
+        """The warehouse as it is now, opened once for many questions: all see the same runs.
+
+        `runs` are those that `runs()` gave a while ago; `limits` bound what questions may use.
+        """
+        opening = self._database() if runs is None else database.Database(self.lake.root, runs, limits)
+        with opening as opened:
             frozen = copy.copy(self)
             frozen._shared = opened
             yield frozen
@@ -69,15 +73,22 @@ class Warehouse:
         with self._database() as opened:
             return opened.sql(text, params)
 
+    @property
+    def opened(self) -> database.Database:
+        """The database of a snapshot, for answers that are streamed."""
+        if self._shared is None:
+            raise AssertionError("only a snapshot has a database of its own")
+        return self._shared
+
     def scan(self, table: str) -> pl.LazyFrame:
         """A table as a Polars LazyFrame, over all runs. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        return database.scan(self.lake.root, table, self._runs())
+        return database.scan(self.lake.root, table, self.runs())
 
     def engine(self) -> Engine:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
-        return database.engine(self.lake.root, self._runs)
+        return database.engine(self.lake.root, self.runs)
 
     def rebuild(self) -> Path:
         """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path."""
@@ -101,7 +112,8 @@ class Warehouse:
     def _database(self) -> contextlib.AbstractContextManager[database.Database]:
         if self._shared is not None:
             return contextlib.nullcontext(self._shared)
-        return database.Database(self.lake.root, self._runs())
+        return database.Database(self.lake.root, self.runs())
 
-    def _runs(self) -> list[str]:
+    def runs(self) -> list[str]:
+        """Ids of the committed runs."""
         return [folder.run for folder in self.lake.run_folders()]

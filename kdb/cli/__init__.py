@@ -15,6 +15,7 @@ from kdb.cli.compare import compare
 from kdb.cli.draw import plot, report
 from kdb.cli.keep import rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
+from kdb.cli.serve import serve
 from kdb.errors import KdbError
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 for command in (
     *(ingest, probe, project, ablate),
-    *(query, queries, sql, plot, report, compare),
+    *(query, queries, sql, plot, report, compare, serve),
     *(schema, runs, verify, rebuild, models, datasets),
 ):
     main.add_command(command)

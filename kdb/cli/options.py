@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -92,8 +91,10 @@ def _write(output: Path, write: Callable[[Path], object]) -> None:
 
 
 def _text(frame: pl.DataFrame, format_: str) -> str:
+    from kdb.formats import flat
+
     if format_ == "csv":
-        return _flat(frame).write_csv().rstrip("\n")
+        return flat(frame).write_csv().rstrip("\n")
     if format_ == "json":
         return frame.write_json()
     return _drawn(frame, format_)
@@ -115,12 +116,3 @@ def _drawn(frame: pl.DataFrame, format_: str) -> str:
         tbl_hide_dataframe_shape=True,
     ):
         return str(frame.with_columns(pl.col(pl.Float64, pl.Float32).round(4)))
-
-
-def _flat(frame: pl.DataFrame) -> pl.DataFrame:
-    """Lists as JSON text, since CSV has no lists."""
-    import polars as pl
-
-    lists = [name for name, kind in frame.schema.items() if isinstance(kind, (pl.List, pl.Array))]
-    as_text = [pl.Series(name, [None if v is None else json.dumps(v) for v in frame[name].to_list()]) for name in lists]
-    return frame.with_columns(as_text)

@@ -1,0 +1,93 @@
+"""Serving: the warehouse as pages and an API."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+import click
+
+from kdb.cli.options import warehouse_option
+
+
+@click.command()
+@warehouse_option
+@click.option("--demo", is_flag=True, help="Serve a small warehouse that comes with kdb.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any but this machine's own needs a token.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port to listen on; 0: any free one."
+)
+@click.option("--token", envvar="KDB_TOKEN", help="What whoever asks must bring; else $KDB_TOKEN.")
+@click.option("--allow-host", "names", multiple=True, help="Name that the server is also reached by; repeatable.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="Processes that answer.  [default: 2, or half the processors]"
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0.1),
+    default=1.0,
+    show_default=True,
+    help="GiB that DuckDB may use in each of them.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Time that a question may take."
+)
+@click.option(
+    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Questions that may wait; others get 503."
+)
+def serve(
+    warehouse: Path,
+    demo: bool,
+    host: str,
+    port: int,
+    token: str | None,
+    names: tuple[str, ...],
+    workers: int | None,
+    memory: float,
+    seconds: float,
+    queue: int,
+) -> None:
+    """Serve the warehouse to browsers and programs, read-only.
+
+    Runs that are committed meanwhile appear by themselves. Ctrl-C stops it once what is being answered is sent.
+
+    \b
+    kdb serve
+    kdb serve --demo
+    KDB_TOKEN=… kdb serve --host 0.0.0.0 --allow-host lab.example.org
+    """
+    from kdb.web.serve import run
+
+    if not _is_local(host) and not token:
+        raise click.UsageError(f"--host {host} can be reached from other machines: give --token, or set KDB_TOKEN.")
+    processors = os.cpu_count() or 2
+    workers = workers or max(2, processors // 2)
+    own = (
+        {"127.0.0.1", "localhost", "::1"} if _is_local(host) else {"localhost", "127.0.0.1", host, socket.gethostname()}
+    )
+    run(
+        None if demo else warehouse,
+        host=host,
+        port=port,
+        token=token,
+        names={*own, *names},
+        workers=workers,
+        memory=int(memory * 2**30),
+        threads=max(1, processors // workers),
+        seconds=seconds,
+        queue=queue,
+    )
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,168 @@
+"""Answers of the API, each as a head (JSON) and chunks of its body; what a worker does for one question.
+
+Each takes the warehouse as a snapshot. What goes wrong is a KdbError before the first chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow as pa
+
+from kdb.analysis import figures
+from kdb.errors import NothingFoundError, QueryError
+from kdb.formats import MEDIA_TYPES, encode
+from kdb.warehouse.paging import Page
+
+if TYPE_CHECKING:
+    from kdb.warehouse.store import Warehouse
+
+Answer: TypeAlias = tuple[dict[str, Any], Iterator[bytes]]
+
+MAX_ROWS = 1_000_000
+MAX_BYTES = 2**30
+"""Most that one SELECT may answer; a whole table has no such limit, as it takes no more memory than a page."""
+
+_COPY = 2**18
+
+
+def sql(wh: Warehouse, text: str, format_: str) -> Answer:
+    """One SELECT. It is answered whole or not at all: an answer beyond the limits is refused, not cut off."""
+    begun = time.perf_counter()
+    return _whole(wh.opened.public_sql(text), format_, begun)
+
+
+def query(wh: Warehouse, name: str, given: dict[str, Any], format_: str) -> Answer:
+    """A saved query."""
+    begun = time.perf_counter()
+    return _whole(wh.opened.public_query(name, **given), format_, begun, stem=name)
+
+
+def table(
+    wh: Warehouse,
+    name: str,
+    filters: list[str],
+    sort: list[str],
+    limit: int | None,
+    cursor: str | None,
+    format_: str,
+) -> Answer:
+    """Rows of a table: a page with the cursor of the next one, or without a limit all of them as they are read."""
+    page = Page.of(name, filters=filters, sort=sort, limit=limit, cursor=cursor)
+    reader = wh.opened.batches(page.sql, page.params)
+    head = _head(format_, name)
+    if limit is None:
+        return head, encode(reader, format_)
+    try:
+        rows = reader.read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise QueryError(str(error)) from error
+    if len(rows) > limit:
+        rows = rows.slice(0, limit)
+        head["next"] = page.cursor(rows.slice(limit - 1).to_pylist()[0])
+    return head, encode(rows.to_reader(), format_)
+
+
+def chart(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
+    """A figure as Vega-Lite; where there is nothing to draw, ``{"nothing": "why"}``."""
+    several = {param.name for param in figures.find_figure(name).params if param.type == "texts"}
+    told = {key: values if key in several else values[-1] for key, values in given.items()}
+    try:
+        drawn = figures.chart(wh, name, **told).to_json(indent=None)
+    except NothingFoundError as error:
+        drawn = json.dumps({"nothing": str(error)})
+    return {"media_type": "application/json"}, iter([drawn.encode()])
+
+
+def page(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
+    """A page as HTML."""
+    from kdb.web import views
+
+    return {"media_type": "text/html; charset=utf-8"}, iter([views.render(wh, name, given).encode()])
+
+
+KINDS: dict[str, Callable[..., Answer]] = {"sql": sql, "query": query, "table": table, "chart": chart, "page": page}
+"""What can be asked."""
+
+
+def _head(format_: str, stem: str) -> dict[str, Any]:
+    return {"media_type": MEDIA_TYPES[format_], "filename": f"{stem}.{format_}"}
+
+
+def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str = "answer") -> Answer:
+    """The answer written to a file first, so that one that fails or is too large is refused, and not cut off."""
+    rows = 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal rows
+        for batch in reader:
+            rows += batch.num_rows
+            if rows > MAX_ROWS:
+                raise QueryError(
+                    f"The answer has more than {MAX_ROWS:,} rows: add LIMIT or aggregate; "
+                    "/api/tables/NAME streams a table of any size"
+                )
+            yield batch
+
+    file = tempfile.SpooledTemporaryFile(max_size=2**24)  # noqa: SIM115  (closed when it has been sent)
+    for chunk in encode(pa.RecordBatchReader.from_batches(reader.schema, counted()), format_):
+        file.write(chunk)
+        if file.tell() > MAX_BYTES:
+            raise QueryError(f"The answer has more than {MAX_BYTES // 2**20:,} MiB: add LIMIT or choose columns")
+    size = file.tell()
+    file.seek(0)
+    head = {**_head(format_, stem), "rows": rows, "seconds": round(time.perf_counter() - begun, 4), "bytes": size}
+
+    def sent() -> Iterator[bytes]:
+        with file:
+            yield from iter(lambda: file.read(_COPY), b"")
+
+    return head, sent()
+
+
+def rows_of_page(reader: pa.RecordBatchReader, first: int, count: int) -> tuple[list[str], list[tuple[Any, ...]], bool]:
+    """Names of columns, ``count`` rows from the row ``first`` on, and whether others follow. Reads no further."""
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        try:
+            for batch in reader:
+                columns = [column.to_pylist() for column in batch.columns]
+                yield from zip(*columns, strict=True)
+        except (pa.ArrowException, OSError) as error:
+            raise QueryError(str(error).split("\n\nLINE ")[0].strip()) from error
+
+    wanted = list(islice(rows(), first, first + count + 1))
+    return list(reader.schema.names), wanted[:count], len(wanted) > count
+
+
+def catalogue_json() -> str:
+    """The saved queries with their parameters."""
+    from kdb.queries.catalogue import load_catalogue
+
+    return json.dumps(
+        [
+            {
+                "name": saved.name,
+                "group": saved.group,
+                "title": saved.title,
+                "reference": saved.reference,
+                "description": saved.description,
+                "params": [
+                    {
+                        "name": param.name,
+                        "type": param.type,
+                        "required": param.required,
+                        "default": param.default,
+                        "meaning": param.meaning,
+                    }
+                    for param in saved.params
+                ],
+            }
+            for saved in load_catalogue().values()
+        ]
+    )

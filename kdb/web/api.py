@@ -1,0 +1,228 @@
+"""The routes of the API, typed so that their OpenAPI description is what they take.
+
+curl localhost:8765/api/queries/top-heads?category=capital
+curl localhost:8765/api/tables/layer_scores?filter=layer%3E%3D12&sort=-score&limit=10&format=csv
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Path, Query, Request
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from kdb.errors import QueryError, UnknownNameError
+from kdb.formats import MEDIA_TYPES
+from kdb.queries.catalogue import Param, SavedQuery, load_catalogue
+from kdb.warehouse.paging import column_types
+from kdb.warehouse.schema import PARTITIONS, TABLES
+from kdb.web.answers import catalogue_json
+
+Format = Literal["json", "csv", "arrow", "parquet"]
+
+_TYPES: dict[str, Any] = {"text": str, "texts": list[str], "integer": int, "number": float}
+_MAX_SQL = 65_536
+MAX_PAGE = 10_000
+"""Rows of a page at most; without a limit a table is streamed whole."""
+
+
+class Error(BaseModel):
+    """Why there is no answer, and what to do."""
+
+    error: str
+
+
+class Statement(BaseModel):
+    """One SELECT over the views."""
+
+    sql: str = Field(max_length=_MAX_SQL, examples=["SELECT layer, avg(score) FROM layer_scores GROUP BY layer"])
+
+
+class Parameter(BaseModel):
+    """A parameter of a saved query."""
+
+    name: str
+    type: Literal["text", "texts", "integer", "number"]
+    required: bool
+    default: str | int | float | list[str] | None
+    meaning: str
+
+
+class Catalogued(BaseModel):
+    """A saved query."""
+
+    name: str
+    group: str
+    title: str
+    reference: str
+    description: str
+    params: list[Parameter]
+
+
+class Column(BaseModel):
+    """A column of a table."""
+
+    name: str
+    type: str
+    unit: str
+    meaning: str
+
+
+class Described(BaseModel):
+    """A table of the warehouse."""
+
+    name: str
+    rows: str
+    columns: list[Column]
+
+
+def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    rows: dict[str, Any] = {media.split(";")[0]: {"schema": {"type": "string"}} for media in MEDIA_TYPES.values()}
+    rows["application/json"] = {"schema": {"type": "array", "items": {"type": "object"}}}
+    rows["application/vnd.apache.arrow.stream"]["schema"]["format"] = "binary"
+    rows["application/vnd.apache.parquet"]["schema"]["format"] = "binary"
+    said: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Rows", "content": rows},
+        304: {"description": "Unchanged: the ETag is the one that If-None-Match names"},
+        400: {"model": Error, "description": "What was asked cannot be answered, or not within the limits"},
+        401: {"model": Error, "description": "The token is missing or wrong"},
+        404: {"model": Error, "description": "A name does not exist"},
+        413: {"model": Error, "description": "The request is too long"},
+        422: {"model": Error, "description": "A parameter is of the wrong type"},
+        503: {"model": Error, "description": "Too many questions wait: ask again after Retry-After seconds"},
+    }
+    return {status: said[status] for status in (*statuses, 401, 422)}
+
+
+def _format(
+    request: Request,
+    format: Annotated[Format | None, Query(description="Format of the rows; else by Accept, else JSON")] = None,  # noqa: A002
+) -> str:
+    if format is not None:
+        return format
+    wanted = [(_quality(part), part.split(";")[0].strip()) for part in request.headers.get("accept", "").split(",")]
+    known = {media.split(";")[0]: name for name, media in MEDIA_TYPES.items()}
+    ranked = sorted((item for item in wanted if item[0] > 0), key=lambda item: -item[0])
+    return next((known[media] for _, media in ranked if media in known), "json")
+
+
+def _quality(part: str) -> float:
+    _, _, weight = part.replace(" ", "").partition(";q=")
+    try:
+        return float(weight.split(";")[0]) if weight else 1.0
+    except ValueError:
+        return 0.0
+
+
+_Chosen = Annotated[str, Depends(_format)]
+
+
+def add_routes(app: FastAPI) -> None:
+    """Add every route of the API, one for each saved query among them."""
+
+    @app.get("/api/queries", tags=["queries"], responses=_answers(), response_model=list[Catalogued])
+    async def queries() -> Response:
+        """The saved queries and their parameters."""
+        return Response(catalogue_json(), media_type="application/json")
+
+    for saved in load_catalogue().values():
+        app.add_api_route(
+            f"/api/queries/{saved.name}",
+            _endpoint(saved),
+            response_class=Response,
+            tags=["queries"],
+            operation_id=saved.name,
+            summary=saved.title,
+            description=f"{saved.description}\n\nSource: {saved.reference}",
+            responses=_answers(200, 304, 400, 503),
+        )
+
+    @app.get("/api/queries/{name}", include_in_schema=False)
+    async def no_query(name: str) -> Response:
+        raise UnknownNameError("query", name, load_catalogue(), "/api/queries lists them.")
+
+    @app.post("/api/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 413, 503))
+    async def sql(request: Request, statement: Statement, format: _Chosen) -> Response:  # noqa: A002
+        """Answer one SELECT, whole or not at all. It can read the views and nothing else."""
+        answered: Response = await request.app.state.ask(request, "sql", text=statement.sql, format_=format)
+        return answered
+
+    @app.get("/api/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 503))
+    async def sql_by_link(
+        request: Request,
+        sql: Annotated[str, Query(max_length=_MAX_SQL)],
+        format: _Chosen,  # noqa: A002
+    ) -> Response:
+        """The same, as a link that can be shared."""
+        answered: Response = await request.app.state.ask(request, "sql", text=sql, format_=format)
+        return answered
+
+    @app.get("/api/tables", tags=["tables"], responses=_answers(), response_model=list[Described])
+    async def tables() -> list[Described]:
+        """The tables and their columns."""
+        return [_described(name) for name in TABLES]
+
+    @app.get(
+        "/api/tables/{name}", response_class=Response, tags=["tables"], responses=_answers(200, 304, 400, 404, 503)
+    )
+    async def table(
+        request: Request,
+        name: Annotated[str, Path(json_schema_extra={"enum": list(TABLES)})],
+        format: _Chosen,  # noqa: A002
+        filter: Annotated[  # noqa: A002
+            list[str], Query(description="COLUMN=VALUE, with = != < <= > >=, or COLUMN is null; all must hold")
+        ] = [],  # noqa: B006  (FastAPI copies it)
+        sort: Annotated[list[str], Query(description="Column, with - before it for falling order")] = [],  # noqa: B006
+        limit: Annotated[
+            int | None, Query(ge=1, le=MAX_PAGE, description="Rows of a page; without it the whole table is streamed")
+        ] = None,
+        cursor: Annotated[str | None, Query(description="X-Kdb-Cursor of the page before")] = None,
+    ) -> Response:
+        """Rows of a table. With a limit, Link and X-Kdb-Cursor lead to the next page."""
+        asked = {"name": name, "filters": filter, "sort": sort, "limit": limit, "cursor": cursor, "format_": format}
+        answered: Response = await request.app.state.ask(request, "table", **asked)
+        return answered
+
+
+def _endpoint(saved: SavedQuery) -> Any:
+    """A function whose signature is the saved query's, which is what FastAPI checks and describes."""
+
+    async def endpoint(request: Request, format: str, **given: Any) -> Response:  # noqa: A002
+        names = [param.name for param in saved.params]
+        for unknown in (name for name in request.query_params if name not in (*names, "format")):
+            error = UnknownNameError("parameter", unknown, names, f"{saved.name} takes {', '.join(names)}.")
+            raise QueryError(str(error))
+        told = {name: value for name, value in given.items() if value not in (None, [])}
+        answered: Response = await request.app.state.ask(request, "query", name=saved.name, given=told, format_=format)
+        return answered
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    endpoint.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("request", kind, annotation=Request),
+            *(inspect.Parameter(p.name, kind, **_declared(p)) for p in saved.params),
+            inspect.Parameter("format", kind, annotation=_Chosen),
+        ]
+    )
+    return endpoint
+
+
+def _declared(param: Param) -> dict[str, Any]:
+    """How FastAPI is told of a parameter: its type, and the default that no value stands for."""
+    default = "" if param.required else f"; default: {'all' if param.default is None else param.default}"
+    described = Query(description=param.meaning + default)
+    annotation = _TYPES[param.type]
+    if param.required:
+        return {"annotation": Annotated[annotation, described]}
+    return {"annotation": Annotated[annotation | None, described], "default": None}
+
+
+def _described(name: str) -> Described:
+    table = TABLES[name]
+    types = column_types(name)
+    told = {column.name: (column.info["unit"], str(column.comment)) for column in table.columns}
+    told |= {partition: ("", meaning) for partition, meaning in PARTITIONS.items()}
+    columns = [Column(name=n, type=t, unit=told[n][0], meaning=told[n][1]) for n, t in types.items()]
+    return Described(name=name, rows=str(table.comment), columns=columns)

@@ -1,0 +1,222 @@
+"""The HTTP application: routes, negotiation, caching, and turning errors into answers. It never touches a table."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
+
+from kdb.errors import KdbError, UnknownNameError
+from kdb.warehouse.store import Warehouse
+from kdb.web import api, pages
+from kdb.web.desk import Answer, BusyError, Desk, FailedError, Settings
+from kdb.web.guard import COOKIE, Access, Guard
+from kdb.web.metrics import REGISTRY, RUNS, TURNED_AWAY
+from kdb.web.worker import Question
+
+VERSION = importlib.metadata.version("kdb-lm")
+STATIC = Path(__file__).parent / "static"
+
+_STALLED = 60.0
+"""Seconds after which a client that reads nothing is given up: it would hold a worker."""
+
+
+def create_app(warehouse: Path, access: Access, settings: Settings | None = None) -> Guard:
+    """The application for one warehouse. Raises WarehouseError if there is none."""
+    opened = Warehouse(warehouse)
+    desk = Desk(opened.lake.path, settings or Settings())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with desk:
+            yield
+
+    app = FastAPI(
+        title="kdb",
+        version=VERSION,
+        description="Where in a language model what it knows lives: measurements, read-only. "
+        "Every answer has an ETag that changes when runs are added.",
+        lifespan=lifespan,
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.ask = Asking(opened, desk)
+    api.add_routes(app)
+    pages.add_routes(app)
+    _add_operation(app, access)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    _add_errors(app)
+    return Guard(app, access)
+
+
+class Asking:
+    """Answers a request by one question to the desk: unchanged answers as 304, others as they are computed."""
+
+    def __init__(self, warehouse: Warehouse, desk: Desk) -> None:
+        self._warehouse, self._desk = warehouse, desk
+
+    async def runs(self) -> tuple[str, ...]:
+        """Ids of the runs there are now."""
+        found = await asyncio.to_thread(self._warehouse.runs)
+        RUNS.set(len(found))
+        return tuple(sorted(found))
+
+    async def __call__(self, request: Request, kind: str, **params: Any) -> Response:
+        """The response to a request that is answered by this question."""
+        runs = await self.runs()
+        etag = _etag(kind, params, runs)
+        headers = {"etag": etag, "cache-control": "private, no-cache", "vary": "accept, cookie, authorization"}
+        if request.method in ("GET", "HEAD") and etag in _etags(request.headers.get("if-none-match", "")):
+            return Response(status_code=304, headers=headers)
+        answer = await _unless_left(request, self._desk.ask(Question(kind, params, runs)))
+        head = answer.head
+        if "filename" in head:
+            headers["content-disposition"] = f'inline; filename="{head["filename"]}"'
+        if "bytes" in head:
+            headers["content-length"] = str(head["bytes"])
+        for name in ("rows", "seconds"):
+            if name in head:
+                headers[f"x-kdb-{name}"] = str(head[name])
+        if "next" in head:
+            following = request.url.include_query_params(cursor=head["next"])
+            headers["x-kdb-cursor"] = head["next"]
+            headers["link"] = f'<{following.path}?{following.query}>; rel="next"'
+        return _Streamed(answer, headers)
+
+
+class _Streamed(StreamingResponse):
+    """An answer that is sent as it is computed, unless its client stops reading."""
+
+    def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
+        super().__init__(aiter(answer), headers=headers, media_type=answer.head["media_type"])
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def unless_stalled(message: Message) -> None:
+            await asyncio.wait_for(send(message), _STALLED)
+
+        try:
+            await super().__call__(scope, receive, unless_stalled)
+        finally:
+            await self._answer.close()
+
+
+def _etag(kind: str, params: dict[str, Any], runs: tuple[str, ...]) -> str:
+    said = json.dumps([VERSION, kind, params, runs], sort_keys=True)
+    return f'"{hashlib.sha256(said.encode()).hexdigest()[:32]}"'
+
+
+def _etags(header: str) -> list[str]:
+    return [tag.strip().removeprefix("W/") for tag in header.split(",")]
+
+
+async def _unless_left(request: Request, asking: Any) -> Answer:
+    """The answer, unless its client leaves before it is there: then the question is called off."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(asking), asyncio.ensure_future(left())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            answer: Answer = await tasks[0]
+            return answer
+        raise ClientLeftError
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class ClientLeftError(Exception):
+    """Nobody waits for this answer any more."""
+
+
+def _add_operation(app: FastAPI, access: Access) -> None:
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> JSONResponse:
+        """Whether the warehouse can be read."""
+        return JSONResponse({"status": "ok", "version": VERSION, "runs": len(await app.state.ask.runs())})
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/login", include_in_schema=False)
+    async def login() -> Response:
+        return Response(pages.login(wrong=False), media_type="text/html")
+
+    @app.post("/login", include_in_schema=False)
+    async def enter(request: Request) -> Response:
+        given = parse_qs((await _body(request, 4096)).decode("utf-8", "replace")).get("token", [""])[0]
+        if not access.knows_token(given):
+            return Response(pages.login(wrong=True), status_code=401, media_type="text/html")
+        entered = RedirectResponse("/", 303)
+        secure = request.url.scheme == "https"
+        entered.set_cookie(COOKIE, access.session, httponly=True, samesite="strict", secure=secure, max_age=30 * 86400)
+        return entered
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"The request is longer than {limit:,} bytes")
+    return body
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(KdbError)
+    async def refused(request: Request, error: KdbError) -> Response:
+        unknown = getattr(error, "unknown", isinstance(error, UnknownNameError))
+        return _said(request, 404 if unknown else 400, str(error))
+
+    @app.exception_handler(BusyError)
+    async def busy(request: Request, _: BusyError) -> Response:
+        TURNED_AWAY.inc()
+        said = _said(request, 503, "Too many questions wait for an answer: ask again in a moment")
+        said.headers["retry-after"] = "2"
+        return said
+
+    @app.exception_handler(ClientLeftError)
+    async def left(_: Request, __: ClientLeftError) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(FailedError)
+    async def failed(request: Request, error: FailedError) -> Response:
+        return _said(request, 500, f"This is a fault of kdb: {error}")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        said = _said(request, error.status_code, str(error.detail))
+        said.headers.update(error.headers or {})
+        return said
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        told = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors())
+        return _said(request, 422, told)
+
+
+def _said(request: Request, status: int, text: str) -> Response:
+    """An error as people's pages and as programs read it."""
+    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/"):
+        return Response(pages.error(status, text), status, media_type="text/html")
+    return JSONResponse({"error": text}, status)

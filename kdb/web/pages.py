@@ -1,0 +1,70 @@
+"""The routes of the pages. A worker makes each page (`views`), save those that ask nothing of the warehouse."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import RedirectResponse, Response
+
+from kdb.queries.catalogue import find_query
+from kdb.web.templates import render_template
+
+PAGES = {
+    "/": "home",
+    "/model": "model",
+    "/compare": "compare",
+    "/prompt": "prompt",
+    "/neuron": "neuron",
+    "/head": "head",
+    "/queries": "queries",
+    "/sql": "sql",
+    "/schema": "schema",
+}
+"""Each page's path and the view that makes it; what it shows is in its query string."""
+
+
+def add_routes(app: FastAPI) -> None:
+    """Add every page, and the charts that pages show."""
+    for path, view in PAGES.items():
+        app.add_api_route(path, _page(view), response_class=Response, include_in_schema=False)
+
+    @app.get("/queries/{name}", include_in_schema=False)
+    async def query(request: Request, name: str) -> Response:
+        find_query(name)
+        answered: Response = await request.app.state.ask(
+            request, "page", name="query", given=_given(request, name=name)
+        )
+        return answered
+
+    @app.get("/charts/{name}", include_in_schema=False)
+    async def chart(request: Request, name: str) -> Response:
+        answered: Response = await request.app.state.ask(request, "chart", name=name, given=_given(request))
+        return answered
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return RedirectResponse("/static/icon.svg")
+
+
+def _page(view: str):  # type: ignore[no-untyped-def]
+    async def page(request: Request) -> Response:
+        answered: Response = await request.app.state.ask(request, "page", name=view, given=_given(request))
+        return answered
+
+    return page
+
+
+def _given(request: Request, **also: str) -> dict[str, list[str]]:
+    """The query string's values by name; an empty one, as a form sends for a field left blank, is not given."""
+    names = request.query_params.keys()
+    given = {name: [value for value in request.query_params.getlist(name) if value] for name in names}
+    return {name: values for name, values in given.items() if values} | {name: [value] for name, value in also.items()}
+
+
+def login(*, wrong: bool) -> str:
+    """The page that asks for the token."""
+    return render_template("login.html.j2", title="Log in", wrong=wrong)
+
+
+def error(status: int, text: str) -> str:
+    """The page that says what went wrong."""
+    return render_template("error.html.j2", title=str(status), text=text)

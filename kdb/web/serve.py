@@ -1,0 +1,85 @@
+"""From the command line to a running server, and to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+import uvicorn
+
+from kdb.web.app import create_app
+from kdb.web.desk import Settings
+from kdb.web.guard import Access, access_log, hosts_of
+
+DEMO = Path(__file__).parent / "demo.zip"
+
+_PATIENCE = 10
+"""Seconds that answers under way have to end in, once the server is told to stop."""
+
+
+def run(
+    warehouse: Path | None,
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    names: Iterable[str],
+    workers: int,
+    memory: int,
+    threads: int,
+    seconds: float,
+    queue: int,
+) -> None:
+    """Serve a warehouse, or the demonstration one, until the process is told to stop.
+
+    Raises WarehouseError if there is no such warehouse, and SystemExit where the address cannot be listened on.
+    """
+    with contextlib.nullcontext(warehouse) if warehouse else _demo() as folder:
+        settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
+        app = create_app(folder, Access(hosts_of(names), token), settings)
+        _log_to_stderr()
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            access_log=False,  # the guard's has one line of JSON for each request
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_PATIENCE,
+            lifespan="on",
+        )
+        _Server(config).run()
+
+
+class _Server(uvicorn.Server):
+    """Says where it can be reached, once it can be."""
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        for server in self.servers if self.started else []:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                click.echo(f"kdb serves at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
+
+
+@contextlib.contextmanager
+def _demo() -> Iterator[Path]:
+    """The warehouse that comes with kdb, unpacked for as long as it is served."""
+    with tempfile.TemporaryDirectory(prefix="kdb-demo-") as folder, zipfile.ZipFile(DEMO) as packed:
+        packed.extractall(folder)
+        yield Path(folder)

@@ -1,0 +1,411 @@
+"""What each page shows, asked of a snapshot of the warehouse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdb.analysis.figures import FIGURES
+from kdb.analysis.look import CATEGORIES, look_of
+from kdb.errors import KdbError, QueryError, UnknownNameError
+from kdb.queries.catalogue import bind, find_query, load_catalogue
+from kdb.warehouse.paging import column_types
+from kdb.warehouse.schema import PARTITIONS, TABLES, sql_type
+from kdb.web.answers import rows_of_page
+from kdb.web.templates import render_template, url
+
+if TYPE_CHECKING:
+    from kdb.warehouse.store import Warehouse
+
+PAGE_ROWS = 100
+"""Rows of a table that a page shows at once."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The values in a page's query string."""
+
+    values: Mapping[str, Sequence[str]]
+
+    def one(self, name: str) -> str | None:
+        """The value of that name, or None."""
+        return self.values.get(name, [None])[0]
+
+    def many(self, name: str) -> list[str]:
+        """Every value of that name."""
+        return list(self.values.get(name, []))
+
+    def needed(self, name: str) -> str:
+        """The value of that name; QueryError without one."""
+        value = self.one(name)
+        if value is None:
+            raise QueryError(f"{name}: the address needs it, as in ?{name}=…")
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """The value of that name as a number from 0."""
+        text = self.needed(name) if default is None else self.one(name) or str(default)
+        if not text.isascii() or not text.isdigit() or len(text) > 9:
+            raise QueryError(f"{name}: expected a number from 0, found {text!r}")
+        return int(text)
+
+    def only(self, *names: str) -> dict[str, list[str]]:
+        """The values of these names, where there are some."""
+        return {name: list(self.values[name]) for name in names if name in self.values}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table on a page: title, the rows, and the address of the whole answer."""
+
+    title: str
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Charted:
+    """A chart on a page: where its Vega-Lite comes from, and where the numbers that it draws are."""
+
+    title: str
+    spec: str
+    numbers: str
+
+
+def render(wh: Warehouse, name: str, given: dict[str, list[str]]) -> str:
+    """The HTML of a page. Raises KdbError where the address names what does not exist."""
+    return render_template(f"{name}.html.j2", **VIEWS[name](wh, Given(given)))
+
+
+# Parts of pages --------------------------------------------------------------------------------------------------
+
+
+def _asked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequence[str] = (), title: str = "") -> Shown:
+    """The answer of a saved query as a table; columns that the page says already are left out."""
+    told = _told(params)
+    frame = wh.query(name, **told)
+    columns = [column for column in frame.columns if column not in drop]
+    return Shown(title or find_query(name).title, columns, frame.to_dicts(), url(f"/queries/{name}", told))
+
+
+def _chart(name: str, params: Mapping[str, Any]) -> Charted:
+    told = _told(params)
+    figure = FIGURES[name]
+    own = {param.name for param in (*figure.drawing, *figure.counting)}
+    numbers = {key: value for key, value in told.items() if key not in own}
+    return Charted(figure.title, url(f"/charts/{name}", told), url(f"/queries/{figure.query}", numbers))
+
+
+def _told(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that have a value."""
+    return {key: value for key, value in params.items() if value not in (None, [])}
+
+
+def _choices(wh: Warehouse) -> dict[str, list[str]]:
+    """What a form offers for parameters whose values are in the warehouse."""
+    look = look_of(wh)
+    found = wh.sql("SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL")["category"].to_list()
+    stored = set(wh.sql("SELECT DISTINCT dataset FROM runs")["dataset"])
+    variants = wh.sql("SELECT DISTINCT variant FROM runs ORDER BY variant")["variant"].to_list()
+    return {
+        "model": list(look.models),
+        "dataset": [name for name in look.datasets if name in stored],
+        "category": look.order("category", found),
+        "variant": variants,
+    }
+
+
+def _studies(wh: Warehouse, models: Sequence[str]) -> dict[str, list[str]]:
+    """The datasets of each study that any of the models was measured on."""
+    frame = wh.sql(
+        "SELECT DISTINCT study, dataset FROM runs WHERE list_contains($models, model) ORDER BY ALL",
+        {"models": list(models)},
+    )
+    return {
+        study: [r["dataset"] for r in frame.to_dicts() if r["study"] == study] for study in ("concept", "knowledge")
+    }
+
+
+def _projected(wh: Warehouse, model: str) -> list[str]:
+    """The datasets whose hidden states were projected."""
+    text = "SELECT DISTINCT dataset FROM current_runs WHERE table_name = 'projections' AND model = $model ORDER BY ALL"
+    return wh.sql(text, {"model": model})["dataset"].to_list()
+
+
+def _known(wh: Warehouse, names: Sequence[str]) -> None:
+    stored = wh.sql("SELECT DISTINCT model FROM models")["model"].to_list()
+    for name in names:
+        if name not in stored:
+            raise UnknownNameError("model", name, stored, "The home page lists what is stored.")
+
+
+# Pages -----------------------------------------------------------------------------------------------------------
+
+
+def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
+    look = look_of(wh)
+    measured = wh.sql(
+        "SELECT study, dataset, model, count(*) AS n_runs, max(n_prompts) AS n_prompts, max(finished_at) AS finished "
+        "FROM runs JOIN datasets USING (model, dataset, run, study) GROUP BY ALL ORDER BY ALL"
+    ).to_dicts()
+    cells = {(row["study"], row["dataset"], row["model"]): row for row in measured}
+    datasets = {(study, dataset) for study, dataset, _ in cells}
+    order = {name: place for place, name in enumerate(look.datasets)}
+    columns = sorted(datasets, key=lambda key: (key[0], order.get(key[1], len(order)), key[1]))
+    counted = " UNION ALL ".join(f"SELECT '{name}' AS table_name, count(*) AS n FROM {name}" for name in TABLES)
+    rows = {row["table_name"]: row["n"] for row in wh.sql(counted).to_dicts()}
+    anatomy = wh.sql(
+        "SELECT model, any_value(family) AS family, any_value(n_params) AS n_params, any_value(n_layers) AS n_layers "
+        "FROM models GROUP BY model"
+    ).to_dicts()
+    return {
+        "title": "Measured",
+        "models": look.models,
+        "anatomy": {row["model"]: row for row in anatomy},
+        "columns": columns,
+        "cells": cells,
+        "rows": [(name, n, TABLES[name].comment) for name, n in rows.items() if n],
+        "runs": _asked(wh, "runs", {}, title="When"),
+    }
+
+
+def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
+    model = given.needed("model")
+    _known(wh, [model])
+    chosen = {"dataset": given.many("dataset"), "category": given.many("category")}
+    studies = _studies(wh, [model])
+    anatomy = wh.sql("SELECT * FROM models WHERE model = $model ORDER BY run LIMIT 1", {"model": model}).to_dicts()[0]
+    told = {column.name: (column.comment, column.info["symbol"]) for column in TABLES["models"].columns}
+    charts, tables = [], []
+    if concept := [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]:
+        charts.append(_chart("depth-curves", {"model": [model], "dataset": concept}))
+        charts += [
+            _chart("hidden-states", {"model": [model], "dataset": [name]})
+            for name in _projected(wh, model)
+            if name in concept
+        ]
+        tables.append(_asked(wh, "concept-depth", {"model": [model], "dataset": concept}, drop=["model"]))
+    if studies["knowledge"]:
+        about = {"model": [model], "category": chosen["category"]}
+        charts += [
+            _chart(name, about) for name in ("layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer")
+        ]
+        tables += [_asked(wh, name, {**about, "k": 5}, drop=["model"]) for name in ("top-layers", "top-heads")]
+        tables.append(_asked(wh, "top-neurons", {**about, "k": 2}, drop=["model", "bottom_tokens"]))
+        tables.append(_asked(wh, "prompts", {**about, "k": 3}, drop=["model"]))
+    return {
+        "title": model,
+        "model": model,
+        "summary": f"{anatomy['architecture']}, {anatomy['n_layers']} layers of {anatomy['n_heads']} heads "
+        f"and {anatomy['intermediate_size']:,} neurons, hidden size {anatomy['hidden_size']:,}",
+        "anatomy": [(name, anatomy[name], *told[name]) for name in told],
+        "choices": {
+            "dataset": studies["concept"],
+            "category": _choices(wh)["category"] if studies["knowledge"] else [],
+        },
+        "chosen": chosen,
+        "charts": charts,
+        "tables": tables,
+        "runs": _asked(wh, "runs", {"model": [model]}),
+    }
+
+
+def _compare(wh: Warehouse, given: Given) -> dict[str, Any]:
+    choices = _choices(wh)
+    models = given.many("model") or choices["model"][:4]
+    _known(wh, models)
+    chosen = {"model": models, "dataset": given.many("dataset"), "category": given.many("category")}
+    studies = _studies(wh, models)
+    concept = [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]
+    charts, tables, beside = [], [], []
+    if concept:
+        about = {"model": models, "dataset": concept}
+        charts += [_chart("depth-by-size", about), _chart("converging-by-size", about)]
+        tables.append(_asked(wh, "concept-depth", {**about, "site": "resid_post"}, title="Jump and converging points"))
+    if studies["knowledge"]:
+        about = {"model": models, "category": chosen["category"]}
+        charts += [_chart("layer-scores", about), _chart("attention-vs-ffn", about)]
+        beside = [_beside(wh, "top-layers", "layer_name", about), _beside(wh, "top-heads", "head_name", about)]
+    return {
+        "title": "Compare",
+        "choices": {**choices, "dataset": studies["concept"], "variant": []},
+        "chosen": chosen,
+        "models": models,
+        "charts": charts,
+        "tables": tables,
+        "beside": beside,
+    }
+
+
+def _beside(wh: Warehouse, query: str, item: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The five best of each category, a column for each model."""
+    frame = wh.query(query, k=5, **_told(about)).to_dicts()
+    ranked: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in frame:
+        # Layers are ranked for attention and FFN apart.
+        group = " ".join(str(row[name]) for name in ("category", "component") if name in row)
+        ranked.setdefault(group, {}).setdefault(row["rank"], {})[row["model"]] = row
+    return {
+        "title": find_query(query).title,
+        "item": item,
+        "groups": ranked,
+        "address": url(f"/queries/{query}", about),
+    }
+
+
+def _prompt(wh: Warehouse, given: Given) -> dict[str, Any]:
+    about = given.only("model", "variant", "run")
+    one = {name: values[0] for name, values in given.only("dataset", "variant", "run").items()}
+    if given.one("prompt") is None:
+        listed = _asked(wh, "prompts", {**given.only("model", "category"), **one, "k": 20}, drop=["answer"])
+        choices = _choices(wh)
+        kinds = ("model", "category")
+        return {
+            "title": "Prompts",
+            "listed": listed,
+            "choices": {kind: choices[kind] for kind in kinds},
+            "chosen": {kind: given.many(kind) for kind in kinds},
+            "story": None,
+        }
+    number = given.integer("prompt")
+    asked = {"prompt": number, "model": about.get("model", []), **one}
+    story = wh.query("prompt-story", **_told(asked)).to_dicts()
+    if not story:
+        raise QueryError("There is no such prompt, or it does not count: its answer is not what the model says next")
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in story:
+        parts.setdefault(f"{row['part']}, {row['model']}", []).append(row)
+    columns = ["rank", "name", "position", "attention", "score", "tokens"]
+    tables = [
+        Shown(title, [c for c in columns if any(row[c] is not None for row in rows)], rows)
+        for title, rows in parts.items()
+    ]
+    return {
+        "title": f"Prompt {number}",
+        "story": story[0],
+        "charts": [_chart("prompt-story", asked)],
+        "tables": tables,
+        "address": url("/queries/prompt-story", asked),
+        "next": url("/prompt", {**given.values, "prompt": [str(number + 1)]}),
+        "before": url("/prompt", {**given.values, "prompt": [str(number - 1)]}) if number else None,
+    }
+
+
+def _neuron(wh: Warehouse, given: Given) -> dict[str, Any]:
+    about = given.only("model", "category") | {k: v[0] for k, v in given.only("dataset", "variant", "run").items()}
+    asked = {"neuron": given.needed("neuron"), **about}
+    tables = [_asked(wh, name, asked, drop=["neuron_name"]) for name in ("neuron-by-category", "neuron-in-prompts")]
+    tokens = {key: value for key, value in asked.items() if key in ("neuron", "model", "variant", "run")}
+    tables.insert(1, _asked(wh, "neuron-tokens", tokens, drop=["neuron_name"]))
+    if not any(table.rows for table in tables):
+        raise QueryError(f"{asked['neuron']}: no stored prompt has it; a neuron is named like f29_1234 or a23.12_45")
+    return {"title": f"Neuron {asked['neuron']}", "models": given.many("model"), "tables": tables}
+
+
+def _head(wh: Warehouse, given: Given) -> dict[str, Any]:
+    about = given.only("model", "category") | {k: v[0] for k, v in given.only("dataset", "variant", "run").items()}
+    asked = {"layer": given.integer("layer"), "head": given.integer("head"), **about}
+    names = ("head-by-category", "position-attention", "head-in-prompts")
+    tables = [_asked(wh, name, asked, drop=["head_name", "layer", "head"]) for name in names]
+    title = f"a{asked['layer']}.{asked['head']}"
+    if not any(table.rows for table in tables):
+        raise QueryError(f"{title}: no stored prompt has such a head")
+    return {"title": f"Head {title}", "models": given.many("model"), "tables": tables}
+
+
+def _queries(_: Warehouse, __: Given) -> dict[str, Any]:
+    groups: dict[str, list[Any]] = {}
+    for saved in load_catalogue().values():
+        groups.setdefault(saved.group.capitalize(), []).append(saved)
+    return {"title": "Queries", "groups": groups}
+
+
+def _query(wh: Warehouse, given: Given) -> dict[str, Any]:
+    saved = find_query(given.needed("name"))
+    names = [param.name for param in saved.params]
+    told: dict[str, Any] = {
+        param.name: given.many(param.name) if param.type == "texts" else given.one(param.name)
+        for param in saved.params
+        if given.many(param.name)
+    }
+    context: dict[str, Any] = {
+        "title": saved.title,
+        "saved": saved,
+        "given": given,
+        "choices": _choices(wh),
+        "charts": [],
+        "told": told,
+        "problem": None,
+        "found": None,
+    }
+    try:
+        bind(saved.name, saved.params, {**told, **{n: "" for n in given.values if n not in (*names, "page", "name")}})
+        context |= _found(lambda: wh.opened.public_query(saved.name, **told), given, f"/queries/{saved.name}", told)
+    except KdbError as error:
+        asked_nothing = not told and any(param.required for param in saved.params)
+        return context | {"problem": None if asked_nothing else str(error)}
+    drawn = [figure for figure in FIGURES.values() if figure.query == saved.name and context["found"].rows]
+    context["charts"] = [_chart(figure.name, told) for figure in drawn]
+    return context | {"downloads": [(f, url(f"/api/queries/{saved.name}", told, format=f)) for f in _DOWNLOADS]}
+
+
+_DOWNLOADS = ("csv", "json", "parquet", "arrow")
+
+
+def _found(ask: Callable[[], Any], given: Given, path: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a page of an answer, how long it took, and where the next rows are."""
+    page = max(1, given.integer("page", 1))
+    begun = time.perf_counter()
+    names, rows, more = rows_of_page(ask(), (page - 1) * PAGE_ROWS, PAGE_ROWS)
+    return {
+        "found": Shown("Answer", names, [dict(zip(names, row, strict=True)) for row in rows]),
+        "cells": rows,
+        "first": (page - 1) * PAGE_ROWS + 1,
+        "took": time.perf_counter() - begun,
+        "previous": url(path, params, page=page - 1) if page > 1 else None,
+        "following": url(path, params, page=page + 1) if more else None,
+    }
+
+
+def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
+    text = given.one("q")
+    context: dict[str, Any] = {
+        "title": "SQL",
+        "text": text or "",
+        "problem": None,
+        "found": None,
+        "tables": {name: column_types(name) for name in TABLES},
+        "example": "SELECT model, layer, avg(score) AS score\nFROM head_scores\nGROUP BY ALL\nORDER BY score DESC",
+    }
+    if text is None:
+        return context
+    try:
+        context |= _found(lambda: wh.opened.public_sql(text), given, "/sql", {"q": text})
+    except QueryError as error:
+        if str(error).startswith("Out of Memory"):
+            raise
+        return context | {"problem": str(error).replace(str(wh.lake.root), "lake")}
+    return context | {"downloads": [(f, url("/api/sql", sql=text, format=f)) for f in _DOWNLOADS]}
+
+
+def _schema(_: Warehouse, __: Given) -> dict[str, Any]:
+    return {"title": "Schema", "partitions": PARTITIONS, "tables": TABLES, "sql_type": sql_type}
+
+
+VIEWS: dict[str, Callable[[Warehouse, Given], dict[str, Any]]] = {
+    "home": _home,
+    "model": _model,
+    "compare": _compare,
+    "prompt": _prompt,
+    "neuron": _neuron,
+    "head": _head,
+    "queries": _queries,
+    "query": _query,
+    "sql": _sql,
+    "schema": _schema,
+}
+
+__all__ = ["CATEGORIES", "VIEWS", "render"]

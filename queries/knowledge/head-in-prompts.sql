@@ -1,0 +1,40 @@
+-- One head: the prompts in which it matters most
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its heads, prompt by prompt
+--
+-- One row per model, dataset and kept prompt: the head's log-probability increase of the right token, and where it is
+-- among the prompt's best, the token that it reads most, as a JSON string. The largest scores come first.
+--
+-- Parameters:
+--   layer     integer required    layer of the head
+--   head      integer required    number of the head within its layer
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+--   k         integer = 50     prompts at most, of each model
+WITH scores AS (
+    SELECT model, dataset, run, category, prompt_id, layer, head, score
+    FROM head_scores
+    JOIN kept_prompts(
+        'head_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run')
+    ) USING (model, dataset, run, prompt_id)
+    WHERE layer = getvariable('layer') AND head = getvariable('head')
+    QUALIFY row_number() OVER (PARTITION BY model ORDER BY score DESC, dataset, prompt_id) <= getvariable('k')
+),
+
+reading AS (
+    SELECT model, dataset, run, prompt_id, to_json(arg_max(token, score))::VARCHAR AS reads
+    FROM head_position_scores
+    WHERE layer = getvariable('layer') AND head = getvariable('head')
+    GROUP BY ALL
+)
+
+SELECT
+    scores.model, category, scores.dataset, prompt_id, head_name(layer, head) AS head_name, score, reads, text,
+    target_token
+FROM scores
+JOIN prompts USING (model, dataset, run, prompt_id, category)
+LEFT JOIN reading USING (model, dataset, run, prompt_id)
+ORDER BY model, score DESC, dataset, prompt_id;

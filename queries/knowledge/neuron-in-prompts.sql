@@ -1,0 +1,27 @@
+-- One neuron: the prompts in which it matters most
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, prompt by prompt
+--
+-- One row per model, dataset, kept prompt and role: as a value neuron, its log-probability increase of the right token
+-- (an attention neuron's positions added up); as a query neuron, its share of the activation. rank is its best place
+-- among the prompt's neurons of that role. The largest scores come first.
+--
+-- Parameters:
+--   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+--   k         integer = 50     prompts at most, of each model and role
+SELECT
+    model, category, dataset, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,
+    min(rank) AS rank, text, target_token
+FROM roles_of_neuron(getvariable('neuron'))
+JOIN kept_prompts(
+    'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
+    getvariable('variant'), getvariable('run')
+) USING (model, dataset, run, prompt_id)
+JOIN prompts USING (model, dataset, run, prompt_id, category)
+GROUP BY model, category, dataset, prompt_id, role, text, target_token
+QUALIFY row_number() OVER (PARTITION BY model, role ORDER BY sum(score) DESC, dataset, prompt_id) <= getvariable('k')
+ORDER BY model, role DESC, score DESC, dataset, prompt_id;

@@ -1,0 +1,21 @@
+-- One neuron: the tokens that it raises most, and least
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the neuron's row through the unembedding
+--
+-- One row per model, end and rank: the token, as a JSON string, and the neuron's logit of it.
+--
+-- Parameters:
+--   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
+--   model     texts = all     models, side by side
+--   variant   text = default  newest runs of this variant; `kdb runs` lists them
+--   run       text = all      this run alone, whatever its variant
+SELECT
+    model, getvariable('neuron') AS neuron_name, sign, rank, to_json(min(token))::VARCHAR AS token,
+    min(logit) AS logit
+FROM neuron_tokens
+JOIN named_neuron(getvariable('neuron')) AS named
+    ON neuron_tokens.component = named.component AND neuron_tokens.layer = named.layer
+    AND neuron_tokens.head IS NOT DISTINCT FROM named.head AND neuron_tokens.neuron = named.neuron
+JOIN chosen_runs('neuron_tokens', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+WHERE among(model, getvariable('model'))
+GROUP BY model, sign, rank
+ORDER BY model, sign DESC, rank;

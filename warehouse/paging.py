@@ -1,0 +1,148 @@
+"""A table in pages: filtered, sorted, and continued where the last page ended.
+
+    page = Page.of("layer_scores", filters=["layer>=12", "component=ffn"], sort=["-score"], limit=100)
+
+A cursor holds the values at which its page ended, so the next page starts after them: no row is skipped or seen twice,
+whatever runs appear in between.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self
+
+from kdb.errors import QueryError, UnknownNameError
+from kdb.warehouse.schema import PARTITIONS, TABLES, sql_type
+
+_FILTER = re.compile(r"(\w+)(?:(<=|>=|!=|=|<|>)(.*)|\s+((?i:is(?:\s+not)?\s+null)))", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows of one table: SQL with ``?`` for its ``params``, and what it takes to go on after them.
+
+    ``order`` are the columns of the order; only a page with a limit has one, as a whole table is read as it lies.
+    """
+
+    sql: str
+    params: tuple[Any, ...]
+    order: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        table: str,
+        *,
+        filters: Sequence[str] = (),
+        sort: Sequence[str] = (),
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> Self:
+        """The page asked for by ``filters`` (``layer>=12``, ``head is null``), ``sort`` (``-score``: falling) etc.
+
+        Raises UnknownNameError for a table or column that is none, QueryError for a wrong filter or cursor.
+        """
+        types = column_types(table)
+        where, params = [], []
+        for text in filters:
+            condition, values = _condition(text, types)
+            where.append(condition)
+            params += values
+        order = _order(table, sort, types) if limit is not None or sort else {}
+        if cursor is not None:
+            if limit is None:
+                raise QueryError("cursor: needs a limit, the one of the page before")
+            condition, values = _after(order, _values(cursor, order), types)
+            where.append(condition)
+            params += values
+        sql = f"SELECT {', '.join(map(_quoted, types))} FROM {table}"
+        if where:
+            sql += " WHERE " + " AND ".join(f"({condition})" for condition in where)
+        if order:
+            directions = {True: "DESC", False: "ASC"}
+            sql += " ORDER BY " + ", ".join(f"{_quoted(n)} {directions[d]} NULLS LAST" for n, d in order.items())
+        if limit is not None:
+            sql += f" LIMIT {limit + 1}"  # one more row says whether there is a next page
+        return cls(sql, tuple(params), tuple(order))
+
+    def cursor(self, last: Mapping[str, Any]) -> str:
+        """The cursor of the page after the one that ends with this row."""
+        values = [last[name] for name in self.order]
+        plain = [value.isoformat() if isinstance(value, datetime) else value for value in values]
+        return base64.urlsafe_b64encode(json.dumps([list(self.order), plain]).encode()).decode().rstrip("=")
+
+
+def column_types(table: str) -> dict[str, str]:
+    """Every column of a table, those from its path first, and DuckDB's name of its type. Raises UnknownNameError."""
+    if table not in TABLES:
+        raise UnknownNameError("table", table, TABLES, "/schema lists them.")
+    own = {column.name: sql_type(column) for column in TABLES[table].columns}
+    return {**dict.fromkeys(PARTITIONS, "VARCHAR"), **own}
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
+
+
+def _column(name: str, types: Mapping[str, str]) -> str:
+    if name not in types:
+        raise UnknownNameError("column", name, types, f"The columns are {', '.join(types)}.")
+    if types[name].endswith("[]"):
+        raise QueryError(f"column {name}: a list cannot be filtered or sorted by")
+    return name
+
+
+def _condition(text: str, types: Mapping[str, str]) -> tuple[str, list[str]]:
+    match = _FILTER.fullmatch(text)
+    if match is None:
+        raise QueryError(f"filter: expected COLUMN=VALUE, with = != < <= > >=, or COLUMN is null, found {text!r}")
+    name, operator, value, null = match.groups()
+    column = _quoted(_column(name, types))
+    if null:
+        return f"{column} {null}", []
+    return f"{column} {operator} CAST(? AS {types[name]})", [value]
+
+
+def _order(table: str, sort: Sequence[str], types: Mapping[str, str]) -> dict[str, bool]:
+    """The columns sorted by, and whether each falls: those asked for, then those that tell rows apart."""
+    order = {}
+    for text in sort:
+        order[_column(text.removeprefix("-"), types)] = text.startswith("-")
+    for name in (*PARTITIONS, *TABLES[table].info["key"]):
+        order.setdefault(name, False)
+    return order
+
+
+def _values(cursor: str, order: Mapping[str, bool]) -> list[Any]:
+    try:
+        names, values = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        if list(names) != list(order) or len(values) != len(order):
+            raise ValueError
+        if not all(value is None or isinstance(value, str | int | float) for value in values):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise QueryError("cursor: not one of this table and order; take it from the page before") from None
+    return list(values)
+
+
+def _after(order: Mapping[str, bool], values: Sequence[Any], types: Mapping[str, str]) -> tuple[str, list[Any]]:
+    """The condition that a row comes after the one with these values. NULL comes last, whichever way a column runs."""
+    cases: list[str] = []
+    equal: list[str] = []
+    params: list[Any] = []
+    equal_params: list[Any] = []
+    for (name, falls), value in zip(order.items(), values, strict=True):
+        column, typed = _quoted(name), f"CAST(? AS {types[name]})"
+        text = None if value is None else str(value)
+        if text is not None:
+            beyond = f"({column} {'<' if falls else '>'} {typed} OR {column} IS NULL)"
+            cases.append(" AND ".join([*equal, beyond]))
+            params += [*equal_params, text]
+        equal.append(f"{column} IS NOT DISTINCT FROM {typed}")
+        equal_params.append(text)
+    return " OR ".join(f"({case})" for case in cases) or "false", params
