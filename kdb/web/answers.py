@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Answer: TypeAlias = tuple[dict[str, Any], Iterator[bytes]]
 
 MAX_ROWS = 1_000_000
-MAX_BYTES = 2**30
+MAX_BYTES = 2**28
 """Most that one SELECT may answer; a whole table has no such limit, as it takes no more memory than a page."""
 
 _COPY = 2**18

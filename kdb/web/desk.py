@@ -131,6 +131,9 @@ class Desk:
             self._waiting -= 1
             WAITING.set(self._waiting)
         BUSY.inc()
+        if not hired.process.is_alive():  # the operating system was short of memory, say
+            self._dismiss(hired)
+            hired = await self._in_thread(self._hire)
         return hired
 
     async def _chunks(self, hired: _Worker) -> AsyncIterator[bytes]:
@@ -149,8 +152,11 @@ class Desk:
                 f"The answer takes more than the {self.settings.seconds:g} s that a question may take: "
                 "ask for fewer rows, or of one model"
             )
-        if message == b"":
-            raise worker.memory_error(self.settings.memory)
+        if message in (b"", worker.EXHAUSTED):
+            raise QueryError(
+                f"The answer needs more than the {self.settings.memory / 2**20:.0f} MiB of memory that a question may "
+                "use: ask for fewer rows, or of one model"
+            )
         return message[:1], message[1:]
 
     async def _done(self, hired: _Worker) -> None:

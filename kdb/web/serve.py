@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import socket
 import sys
 import tempfile
 import zipfile
@@ -13,6 +15,7 @@ from pathlib import Path
 import click
 import uvicorn
 
+from kdb.errors import KdbError
 from kdb.web.app import create_app
 from kdb.web.desk import Settings
 from kdb.web.guard import Access, access_log, hosts_of
@@ -38,7 +41,7 @@ def run(
 ) -> None:
     """Serve a warehouse, or the demonstration one, until the process is told to stop.
 
-    Raises WarehouseError if there is no such warehouse, and SystemExit where the address cannot be listened on.
+    Raises WarehouseError if there is no such warehouse, and KdbError where the address cannot be listened on.
     """
     with contextlib.nullcontext(warehouse) if warehouse else _demo() as folder:
         settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
@@ -54,19 +57,30 @@ def run(
             timeout_graceful_shutdown=_PATIENCE,
             lifespan="on",
         )
-        _Server(config).run()
+        with _listen(host, port) as listening:
+            _Server(config).run([listening])
 
 
 class _Server(uvicorn.Server):
     """Says where it can be reached, once it can be."""
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
-        for server in self.servers if self.started else []:
-            for listening in server.sockets:
-                host, port = listening.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                click.echo(f"kdb serves at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in (sockets or []) if self.started else []:
+            host, port = listening.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            click.echo(f"kdb serves at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        taken = "it is taken" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        raise KdbError(
+            f"Cannot listen at {host}, port {port}: {taken}. --host and --port name another place."
+        ) from error
 
 
 def _log_to_stderr() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdb.errors import KdbError, QueryError, UnknownNameError
+from kdb.errors import KdbError, UnknownNameError
 from kdb.formats import encode
 from kdb.warehouse.database import Limits
 from kdb.warehouse.store import Warehouse
@@ -34,7 +34,7 @@ class Question:
     runs: tuple[str, ...] = field(repr=False)
 
 
-HEAD, CHUNK, END, REFUSED, FAILED = b"H", b"C", b"E", b"R", b"F"
+HEAD, CHUNK, END, REFUSED, FAILED, EXHAUSTED = b"H", b"C", b"E", b"R", b"F", b"X"
 """First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
 
 
@@ -64,16 +64,12 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
         yield END
     except (KdbError, MemoryError) as error:
         if isinstance(error, MemoryError) or str(error).startswith("Out of Memory"):
-            error = memory_error(opened.limits.memory)
+            yield EXHAUSTED  # what is left of the memory is in pieces: another worker takes this one's place
+            return
         text = str(error).replace(str(opened.lake), "lake")
         yield REFUSED + json.dumps({"error": text, "unknown": isinstance(error, UnknownNameError)}).encode()
     except Exception as error:  # one question that fails must not take the next ones with it
         yield FAILED + json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
-
-
-def memory_error(limit: int) -> QueryError:
-    """What is said of a question that needed more memory than the limit, in bytes."""
-    return QueryError(f"The answer needs more than the {limit / 2**20:.0f} MiB of memory that a question may use")
 
 
 class _Opened:

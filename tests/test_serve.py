@@ -1,0 +1,497 @@
+"""The API of `kdb serve`: formats, pages, limits, who may ask, and how it is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import polars as pl
+import psutil
+import pyarrow as pa
+import pytest
+import schemathesis
+from click.testing import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from served import Served, served
+
+import kdb
+from kdb.errors import QueryError, UnknownNameError
+from kdb.queries.catalogue import load_catalogue
+from kdb.warehouse.database import Limits
+from kdb.warehouse.paging import Page
+from kdb.warehouse.schema import PARTITIONS, TABLES
+from kdb.warehouse.store import Warehouse
+from kdb.web.serve import _demo
+
+SLOW = "SELECT sum(a.range * b.range) FROM range(1000000000) a, range(1000000) b"
+BIG = "SELECT sum(length(repeat('x', 3000000 + i::INTEGER))) FROM range(2048) t(i)"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with served("--demo", "--seconds", "5", "--memory", "0.25") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[httpx.Client]:
+    with server.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Warehouse]:
+    with _demo() as folder:
+        yield kdb.open(folder)
+
+
+def read(response: httpx.Response) -> pl.DataFrame:
+    """The rows of a response, whatever its format."""
+    assert response.status_code == 200, response.text
+    kind = response.headers["content-type"].partition(";")[0]
+    if kind == "application/json":
+        return pl.DataFrame(response.json(), infer_schema_length=None)
+    if kind == "text/csv":
+        return pl.read_csv(response.content)
+    if kind == "application/vnd.apache.parquet":
+        return pl.read_parquet(io.BytesIO(response.content))
+    return pl.DataFrame(pa.ipc.open_stream(response.content).read_all())
+
+
+# Answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format_", ["json", "csv", "arrow", "parquet"])
+def test_a_saved_query_is_the_same_in_every_format_and_as_in_python(
+    client: httpx.Client, demo: Warehouse, format_: str
+) -> None:
+    found = read(client.get("/api/queries/top-heads", params={"category": ["capital", "month"], "format": format_}))
+    expected = demo.query("top-heads", category=["capital", "month"])
+    assert found.rows() == expected.rows()
+    assert found.columns == expected.columns
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("text/csv", "text/csv"),
+        ("application/json;q=0.1, text/csv", "text/csv"),
+        ("text/csv;q=0, */*", "application/json"),
+        ("application/vnd.apache.arrow.stream", "application/vnd.apache.arrow.stream"),
+        ("application/vnd.apache.parquet;q=0.9, text/html", "application/vnd.apache.parquet"),
+        ("text/html", "application/json"),
+        ("text/csv;q=nonsense", "application/json"),
+    ],
+)
+def test_the_format_is_the_one_accepted(client: httpx.Client, accept: str, kind: str) -> None:
+    response = client.get("/api/sql", params={"sql": "SELECT 1 AS one"}, headers={"accept": accept})
+    assert response.headers["content-type"].partition(";")[0] == kind
+
+
+def test_sql_answers_by_post_and_by_link(client: httpx.Client) -> None:
+    text = "SELECT model, count(*) AS n FROM layer_scores GROUP BY model ORDER BY model"
+    posted = client.post("/api/sql", json={"sql": text})
+    assert posted.json() == client.get("/api/sql", params={"sql": text}).json()
+    assert [row["model"] for row in posted.json()] == ["gemma-3-270m", "smollm2-135m"]
+    assert posted.headers["x-kdb-rows"] == "2"
+    assert float(posted.headers["x-kdb-seconds"]) > 0
+
+
+@pytest.mark.parametrize("name", sorted(load_catalogue()))
+def test_every_saved_query_answers(client: httpx.Client, name: str) -> None:
+    one = {"prompt": 170, "layer": 12, "head": 2, "neuron": "f11_960"}
+    required = {param.name: one[param.name] for param in load_catalogue()[name].params if param.required}
+    sizes = {"size": 0.2, "within": 2} if name == "families-at-size" else {}
+    assert client.get(f"/api/queries/{name}", params=required | sizes).json() != []
+
+
+def test_numbers_and_texts_come_through_json(client: httpx.Client) -> None:
+    text = """SELECT 9007199254740993 AS big, sum(i) AS total, 'nan'::DOUBLE AS nan, NULL AS nothing, 1.50 AS price,
+        [1, 2] AS list, {'a': 'é"<'} AS struct, now()::TIMESTAMP > '2020-01-01' AS later, 1 AS twice, 2 AS twice
+        FROM range(3) t(i)"""
+    (row,) = client.post("/api/sql", json={"sql": text}).json()
+    assert row == {
+        **{"big": 9007199254740993, "total": 3, "nan": None, "nothing": None, "price": 1.5, "list": [1, 2]},
+        **{"struct": {"a": 'é"<'}, "later": True, "twice": 1, "twice_1": 2},
+    }
+
+
+def test_what_has_no_text_is_refused_with_what_to_do(client: httpx.Client) -> None:
+    for text in ("SELECT 'x'::BLOB AS b", "SELECT INTERVAL 1 DAY AS b", "SELECT ['x'::BLOB] AS b"):
+        response = client.post("/api/sql", json={"sql": text})
+        assert response.status_code == 400
+        assert "column b: " in response.json()["error"]
+        assert "cast it" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "text"),
+    [
+        ("/api/queries/top-haeds", 404, "Did you mean 'top-heads'"),
+        ("/api/queries/top-heads?modle=x", 400, "Did you mean 'model'?"),
+        ("/api/queries/top-heads?k=many", 422, "k: Input should be a valid integer"),
+        ("/api/queries/prompt-story", 422, "prompt: Field required"),
+        ("/api/tables/layer_scroes", 404, "Did you mean 'layer_scores'"),
+        ("/api/tables/layer_scores?filter=lyer=1", 404, "Did you mean 'layer'?"),
+        ("/api/tables/layer_scores?filter=layer~1", 400, "filter: expected COLUMN=VALUE"),
+        ("/api/tables/layer_scores?filter=layer=one", 400, "Could not convert string 'one'"),
+        ("/api/tables/layer_scores?sort=-", 404, "Unknown column ''"),
+        ("/api/tables/runs?sort=tables", 400, "a list cannot be filtered or sorted by"),
+        ("/api/tables/layer_scores?limit=0", 422, "limit"),
+        ("/api/tables/layer_scores?limit=5&cursor=x", 400, "cursor: not one of this table and order"),
+        ("/api/tables/layer_scores?cursor=x", 400, "cursor: needs a limit"),
+        ("/api/sql?sql=SELECT+1;SELECT+2", 400, "one statement at a time"),
+        ("/api/sql?sql=SELECT+nope", 400, "nope"),
+        ("/api/nothing", 404, "Not Found"),
+    ],
+)
+def test_what_is_wrong_is_said(client: httpx.Client, path: str, status: int, text: str) -> None:
+    response = client.get(path)
+    assert response.status_code == status
+    assert text in response.json()["error"]
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_read_page_by_page(client: httpx.Client, demo: Warehouse) -> None:
+    path = "/api/tables/query_layer_scores"
+    params = {"filter": ["model=smollm2-135m", "prompt_id<40", "score>=0"], "sort": "-score", "limit": 700}
+    response = client.get(path, params=params)
+    pages = [read(response)]
+    while "next" in response.links:
+        response = client.get(response.links["next"]["url"])
+        pages.append(read(response))
+    expected = demo.sql(
+        "SELECT * FROM query_layer_scores WHERE model = 'smollm2-135m' AND prompt_id < 40 AND score >= 0 "
+        "ORDER BY score DESC, prompt_id, activates, layer NULLS LAST, component"
+    )
+    assert len(pages) > 2
+    assert pl.concat(pages).rows() == expected.rows()
+    assert "x-kdb-cursor" not in response.headers
+
+
+@pytest.mark.parametrize("format_", ["csv", "arrow", "parquet", "json"])
+def test_a_table_without_a_limit_is_whole(client: httpx.Client, demo: Warehouse, format_: str) -> None:
+    found = read(client.get("/api/tables/layer_scores", params={"format": format_}))
+    assert found.sort(found.columns).rows() == demo.scan("layer_scores").collect().sort(found.columns).rows()
+
+
+@pytest.fixture(scope="module")
+def snapshot(demo: Warehouse) -> Iterator[Warehouse]:
+    with demo.snapshot(demo.runs(), Limits(2**28, 1)) as frozen:
+        yield frozen
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    table=st.sampled_from(["checks", "ablations", "neuron_tokens", "query_layer_scores", "models"]),
+    limit=st.integers(1, 9),
+    data=st.data(),
+)
+def test_pages_join_to_the_whole_order(snapshot: Warehouse, table: str, limit: int, data: st.DataObject) -> None:
+    columns = [*PARTITIONS, *TABLES[table].columns.keys()]
+    sort = data.draw(st.lists(st.sampled_from([*columns, *(f"-{name}" for name in columns)]), max_size=3))
+    filters = ["rank_before<3", "k=10"] if table == "ablations" else []
+    whole = Page.of(table, filters=filters, sort=sort, limit=10_000)
+    expected = snapshot.opened.batches(whole.sql, whole.params).read_all().slice(0, 5 * limit).to_pylist()
+    found, cursor = [], None
+    for _ in range(5):
+        page = Page.of(table, filters=filters, sort=sort, limit=limit, cursor=cursor)
+        rows = snapshot.opened.batches(page.sql, page.params).read_all().to_pylist()
+        found += rows[:limit]
+        if len(rows) <= limit:
+            break
+        cursor = page.cursor(rows[limit - 1])
+    assert found == expected
+
+
+@given(st.text(max_size=40))
+def test_a_forged_cursor_or_filter_is_refused_or_asks_for_nothing_else(text: str) -> None:
+    for asked in ({"cursor": text}, {"filters": [text]}, {"sort": [text]}):
+        try:
+            page = Page.of("layer_scores", limit=5, **asked)
+        except (QueryError, UnknownNameError):
+            continue
+        # What was given stands in the parameters and never in the SQL.
+        assert page.sql.count("?") == len(page.params)
+        assert "'" not in page.sql
+
+
+# Unchanged answers, new runs -------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_answer_is_not_sent_again(client: httpx.Client) -> None:
+    for path in ("/", "/api/queries/runs", "/api/tables/checks", "/charts/top-heads"):
+        etag = client.get(path).headers["etag"]
+        again = client.get(path, headers={"if-none-match": f'"other", {etag}'})
+        assert (again.status_code, again.content) == (304, b"")
+        assert client.get(path, headers={"if-none-match": '"other"'}).status_code == 200
+    assert client.get("/api/queries/runs").headers["etag"] != client.get("/api/queries/runs?format=csv").headers["etag"]
+
+
+def test_a_new_run_appears_by_itself(
+    warehouse: Path, run_kdb: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\n" + "\n".join(f"It rains{'!' if i % 2 else '.'},{i % 2}" for i in range(20)))
+    with served("--warehouse", warehouse) as running, running.client() as asking:
+        before = asking.get("/api/queries/runs")
+        assert [row["dataset"] for row in before.json()] == ["weather"]
+        result = run_kdb("ingest", "--model", tiny_model, "--dataset", other, "--warehouse", warehouse)
+        assert result.exit_code == 0, result.output
+        after = asking.get("/api/queries/runs", headers={"if-none-match": before.headers["etag"]})
+        assert [row["dataset"] for row in after.json()] == ["weather", "other"]
+        assert "other" in asking.get("/").text
+
+
+def test_an_empty_warehouse_says_how_to_fill_it(tmp_path: Path) -> None:
+    Warehouse.create(tmp_path / "w")
+    with served("--warehouse", tmp_path / "w") as running, running.client() as asking:
+        assert "kdb ingest --model" in asking.get("/").text
+        for path in ("/compare", "/prompt", "/queries/top-heads", "/sql?q=FROM+runs", "/schema"):
+            assert asking.get(path).status_code == 200
+
+
+# Limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (SLOW, "more than the 5 s that a question may take"),
+        (BIG, "more than the 256 MiB of memory that a question may use"),
+        ("FROM range(1000001)", "more than 1,000,000 rows"),
+        ("SELECT repeat('x', 3000) AS x FROM range(400000)", "more than 256 MiB"),
+    ],
+)
+def test_an_answer_beyond_a_limit_is_refused_and_the_next_one_comes(client: httpx.Client, text: str, told: str) -> None:
+    response = client.post("/api/sql", json={"sql": text})
+    assert response.status_code == 400
+    assert told in response.json()["error"]
+    assert client.post("/api/sql", json={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
+
+
+def test_too_many_questions_are_told_to_come_again() -> None:
+    with served("--demo", "--workers", "1", "--queue", "1", "--seconds", "3") as running, running.client() as asking:
+        statuses: list[httpx.Response] = []
+
+        def ask() -> None:
+            statuses.append(running.client().post("/api/sql", json={"sql": SLOW}))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(response.status_code for response in statuses) == [400, 400, 503, 503]
+        turned_away = next(response for response in statuses if response.status_code == 503)
+        assert turned_away.headers["retry-after"] == "2"
+        assert asking.get("/api/queries/runs").status_code == 200
+        assert "kdb_questions_turned_away_total 2.0" in asking.get("/metrics").text
+
+
+def test_a_question_ends_when_its_client_leaves() -> None:
+    with served("--demo", "--workers", "1", "--seconds", "60") as running, running.client() as asking:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/api/sql", json={"sql": SLOW}, timeout=1)
+        begun = time.monotonic()
+        assert asking.post("/api/sql", json={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
+        assert time.monotonic() - begun < 20
+
+
+def test_a_download_ends_when_its_client_leaves() -> None:
+    with served("--demo", "--workers", "1") as running, running.client() as asking:
+        with asking.stream("GET", "/api/tables/probe_predictions?format=json") as response:
+            next(response.iter_raw(100))
+        assert asking.post("/api/sql", json={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
+
+
+def test_a_worker_that_dies_is_replaced() -> None:
+    with served("--demo", "--workers", "1") as running, running.client() as asking:
+        assert asking.get("/api/queries/runs").status_code == 200
+        for forker in psutil.Process(running.process.pid).children():
+            for child in forker.children():
+                child.kill()
+        assert asking.get("/api/queries/runs").status_code == 200
+
+
+# Who may ask -----------------------------------------------------------------------------------------------------
+
+
+def test_another_address_needs_a_token(run_kdb: Callable[..., Result]) -> None:
+    result = run_kdb("serve", "--demo", "--host", "0.0.0.0")
+    assert result.exit_code == 2
+    assert "--token" in result.stderr
+
+
+def test_the_token_is_wanted_of_programs_and_browsers() -> None:
+    with served("--demo", "--host", "0.0.0.0", KDB_TOKEN="se cret") as running, running.client() as asking:
+        assert asking.get("/healthz").status_code == 200
+        refused = asking.get("/api/queries")
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        for wrong in ("Bearer nope", "Basic se cret", "Bearer \xff"):
+            assert asking.get("/metrics", headers={"authorization": wrong.encode("latin-1")}).status_code == 401
+        assert asking.get("/api/queries", headers={"authorization": "Bearer se cret"}).status_code == 200
+        page = asking.get("/", headers={"accept": "text/html"})
+        assert (page.status_code, page.headers["location"]) == (303, "/login")
+        assert asking.post("/login", data={"token": "nope"}).status_code == 401
+        entered = asking.post("/login", data={"token": "se cret"})
+        assert entered.status_code == 303
+        assert {"HttpOnly", "SameSite=strict"} <= set(entered.headers["set-cookie"].split("; "))
+        assert "se cret" not in entered.headers["set-cookie"]
+        assert asking.get("/", headers={"accept": "text/html"}).status_code == 200
+        asking.cookies.set("kdb_session", "0" * 64)
+        assert asking.get("/api/queries").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1", "", "localhost@evil"]
+)
+def test_other_hosts_are_refused(client: httpx.Client, host: str) -> None:
+    response = client.get("/api/queries", headers={"host": host})
+    assert response.status_code == 400
+
+
+def test_other_origins_are_refused(client: httpx.Client, server: Served) -> None:
+    for origin in ("https://evil.example", "null", server.url.replace("http:", "https:"), f"{server.url}0"):
+        response = client.post("/api/sql", json={"sql": "SELECT 1"}, headers={"origin": origin})
+        assert response.status_code == 403
+    assert client.post("/api/sql", json={"sql": "SELECT 1"}, headers={"origin": server.url}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api/queries", "/static/kdb.js", "/nothing", "/api/sql?sql=DROP", "/static/../app.py"]
+)
+def test_every_answer_tells_browsers_what_they_may_do(client: httpx.Client, path: str) -> None:
+    headers = client.get(path).headers
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "server" not in headers
+
+
+def test_pages_hold_no_script_and_no_style_of_their_own(client: httpx.Client) -> None:
+    for path in ("/", "/model?model=smollm2-135m", "/sql?q=FROM+prompts", "/queries/top-heads", "/nothing"):
+        text = client.get(path, headers={"accept": "text/html"}).text
+        assert "<script>" not in text
+        assert "style=" not in text
+        assert " onclick=" not in text
+
+
+# How it is run ---------------------------------------------------------------------------------------------------
+
+
+def test_health_metrics_and_log(server: Served, client: httpx.Client) -> None:
+    assert client.get("/healthz").json()["status"] == "ok"
+    assert client.get("/api/sql", params={"sql": "SELECT 'logged'"}).status_code == 200
+    told = client.get("/metrics").text
+    assert 'kdb_requests_total{method="GET",route="/api/sql",status="200"}' in told
+    assert "kdb_request_seconds_bucket" in told
+    time.sleep(0.2)
+    entry = next(json.loads(line) for line in reversed(server.log) if "logged" in line)
+    assert (entry["method"], entry["path"], entry["status"], entry["client"]) == ("GET", "/api/sql", 200, "127.0.0.1")
+    assert set(entry) == {"time", "client", "method", "path", "query", "status", "bytes", "seconds"}
+
+
+def test_it_stops_when_what_is_under_way_is_sent() -> None:
+    with served("--demo") as running:
+        taken: list[httpx.Response] = []
+        text = "SELECT count(*) AS n FROM range(60000) a, range(60000) b WHERE a.range > b.range"
+        thread = threading.Thread(target=lambda: taken.append(running.client().post("/api/sql", json={"sql": text})))
+        thread.start()
+        time.sleep(0.7)
+        folders = set(Path("/tmp").glob("kdb-serve-*"))
+        running.stop()
+        thread.join()
+        assert taken[0].json() == [{"n": 1799970000}]
+        assert not psutil.pid_exists(running.process.pid) or running.process.poll() is not None
+        assert not [folder for folder in folders if folder in set(Path("/tmp").glob("kdb-serve-*")) and _mine(folder)]
+
+
+def _mine(folder: Path) -> bool:
+    return time.time() - folder.stat().st_mtime < 5
+
+
+@pytest.mark.parametrize("args", [["--warehouse", "nowhere"], ["--port", "70000"], ["--workers", "0"]])
+def test_a_wrong_option_is_one_message(run_kdb: Callable[..., Result], args: list[str]) -> None:
+    result = run_kdb("serve", *args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_one_message(run_kdb: Callable[..., Result]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run_kdb("serve", "--demo", "--port", str(taken.getsockname()[1]))
+    assert result.exit_code == 2
+    assert "it is taken" in result.stderr
+
+
+def test_a_whole_table_takes_no_more_memory_than_a_page(server: Served, client: httpx.Client) -> None:
+    def peak() -> int:
+        processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+        return max(process.memory_info().rss for process in processes)
+
+    client.get("/api/tables/probe_predictions?limit=10")
+    before, sent = peak(), 0
+    with client.stream("GET", "/api/tables/probe_predictions?format=json") as response:
+        for chunk in response.iter_raw():
+            sent += len(chunk)
+    assert sent > 80 * 2**20
+    assert peak() - before < sent / 2
+
+
+# OpenAPI ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_description_names_every_saved_query_with_its_parameters(client: httpx.Client) -> None:
+    paths = client.get("/api/openapi.json").json()["paths"]
+    for saved in load_catalogue().values():
+        told = paths[f"/api/queries/{saved.name}"]["get"]["parameters"]
+        assert {param["name"] for param in told} == {*(param.name for param in saved.params), "format"}
+        assert {p["name"] for p in told if p["required"]} == {p.name for p in saved.params if p.required}
+
+
+def test_no_described_request_is_a_fault_of_the_server(server: Served) -> None:
+    schema = schemathesis.openapi.from_url(f"{server.url}/api/openapi.json")
+    tried = 0
+    for operation in schema.get_all_operations():
+        strategy = operation.ok().as_strategy()
+
+        @settings(
+            max_examples=int(os.environ.get("KDB_EXAMPLES", "12")),
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=strategy)
+        def ask(case: schemathesis.Case) -> None:
+            nonlocal tried
+            tried += 1
+            response = case.call(timeout=30)
+            case.validate_response(response, checks=[not_a_server_error])
+            assert response.status_code in {200, 400, 404, 422}, response.text
+
+        ask()
+    assert tried > 100
+
+
+def test_curl_in_the_docs_is_answered(client: httpx.Client) -> None:
+    assert shutil.which("curl")
+    url = f"{client.base_url}/api/queries/top-heads?category=capital&k=1&format=csv"
+    done = subprocess.run(["curl", "-sf", url], capture_output=True, text=True)
+    assert done.stdout.startswith("model,category,rank,head_name")
