@@ -122,8 +122,16 @@ def test_numbers_and_texts_come_through_json(client: httpx.Client) -> None:
         FROM range(3) t(i)"""
     (row,) = client.post("/api/sql", json={"sql": text}).json()
     assert row == {
-        **{"big": 9007199254740993, "total": 3, "nan": None, "nothing": None, "price": 1.5, "list": [1, 2]},
-        **{"struct": {"a": 'é"<'}, "later": True, "twice": 1, "twice_1": 2},
+        "big": 9007199254740993,
+        "total": 3,
+        "nan": None,
+        "nothing": None,
+        "price": 1.5,
+        "list": [1, 2],
+        "struct": {"a": 'é"<'},
+        "later": True,
+        "twice": 1,
+        "twice_1": 2,
     }
 
 
@@ -324,6 +332,7 @@ def test_a_worker_that_dies_is_replaced() -> None:
         for forker in psutil.Process(running.process.pid).children():
             for child in forker.children():
                 child.kill()
+                child.wait()
         assert asking.get("/api/queries/runs").status_code == 200
 
 
