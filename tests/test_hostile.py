@@ -14,7 +14,7 @@ from kdb.warehouse.lake import Lake, run_id
 from kdb.warehouse.store import Warehouse
 
 SECRET = "the-secret-of-the-file"
-SECONDS = 3
+SECONDS = 2
 
 REFUSED = [
     # Files

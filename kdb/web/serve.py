@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import signal
 import socket
 import sys
 import tempfile
@@ -57,7 +58,9 @@ def run(
             timeout_graceful_shutdown=_PATIENCE,
             lifespan="on",
         )
-        with _listen(host, port) as listening:
+        # uvicorn ends what is under way, and then raises the signal again: it must not skip what is cleaned up here.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        with _listen(host, port) as listening, contextlib.suppress(KeyboardInterrupt):
             _Server(config).run([listening])
 
 

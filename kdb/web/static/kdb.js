@@ -5,7 +5,12 @@ async function draw(place) {
   try {
     const response = await fetch(place.dataset.spec, { headers: { accept: "application/json" } });
     const spec = await response.json();
-    if (!response.ok || spec.nothing) throw new Error(spec.error || spec.nothing);
+    if (!response.ok) throw new Error(spec.error);
+    if (spec.nothing) {
+      place.closest("figure").hidden = true;
+      place.dataset.state = "hidden";
+      return;
+    }
     const quiet = vega.logger(vega.Error);
     // ast and the interpreter: Vega would else compile expressions by eval, which this site's policy forbids.
     const runtime = vega.parse(vegaLite.compile(spec, { logger: quiet }).spec, null, { ast: true });
