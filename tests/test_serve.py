@@ -296,10 +296,10 @@ def test_too_many_questions_are_told_to_come_again() -> None:
     with served("--demo", "--workers", "1", "--queue", "1", "--seconds", "3") as running, running.client() as asking:
         statuses: list[httpx.Response] = []
 
-        def ask() -> None:
-            statuses.append(running.client().post("/api/sql", json={"sql": SLOW}))
+        def ask(number: int) -> None:
+            statuses.append(running.client().post("/api/sql", json={"sql": f"{SLOW} -- {number}"}))
 
-        threads = [threading.Thread(target=ask) for _ in range(4)]
+        threads = [threading.Thread(target=ask, args=[number]) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -309,6 +309,20 @@ def test_too_many_questions_are_told_to_come_again() -> None:
         assert turned_away.headers["retry-after"] == "2"
         assert asking.get("/api/queries/runs").status_code == 200
         assert "kdb_questions_turned_away_total 2.0" in asking.get("/metrics").text
+
+
+def test_equal_questions_are_answered_once() -> None:
+    text = "SELECT count(*) AS n FROM range(30000) a, range(30000) b WHERE a.range > b.range"
+    with served("--demo", "--workers", "2") as running, running.client() as asking:
+        answers: list[httpx.Response] = []
+        ask = lambda: answers.append(running.client().post("/api/sql", json={"sql": text}))  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [answer.json() for answer in answers] == [[{"n": 449985000}]] * 5
+        assert "kdb_answers_from_memory_total 4.0" in asking.get("/metrics").text
 
 
 def test_a_question_ends_when_its_client_leaves() -> None:

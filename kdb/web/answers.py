@@ -114,9 +114,8 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
         file.write(chunk)
         if file.tell() > MAX_BYTES:
             raise QueryError(f"The answer has more than {MAX_BYTES // 2**20:,} MiB: add LIMIT or choose columns")
-    size = file.tell()
     file.seek(0)
-    head = {**_head(format_, stem), "rows": rows, "seconds": round(time.perf_counter() - begun, 4), "bytes": size}
+    head = {**_head(format_, stem), "rows": rows, "seconds": round(time.perf_counter() - begun, 4)}
 
     def sent() -> Iterator[bytes]:
         with file:

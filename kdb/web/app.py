@@ -7,11 +7,14 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
+from weakref import WeakValueDictionary
 
+from cachetools import LRUCache
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -25,11 +28,17 @@ from kdb.warehouse.store import Warehouse
 from kdb.web import api, pages
 from kdb.web.desk import Answer, BusyError, Desk, FailedError, Settings
 from kdb.web.guard import COOKIE, Access, Guard
-from kdb.web.metrics import REGISTRY, RUNS, TURNED_AWAY
+from kdb.web.metrics import FROM_MEMORY, REGISTRY, RUNS, TURNED_AWAY, WAITING
 from kdb.web.worker import Question
 
 VERSION = importlib.metadata.version("kdb-lm")
 STATIC = Path(__file__).parent / "static"
+
+_SMALL = 2**20
+"""Bytes up to which an answer is kept, and read to its end whatever its client does."""
+
+_KEPT = 2**26
+"""Bytes of answers that are kept."""
 
 _STALLED = 60.0
 """Seconds after which a client that reads nothing is given up: it would hold a worker."""
@@ -64,11 +73,27 @@ def create_app(warehouse: Path, access: Access, settings: Settings | None = None
     return Guard(app, access)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """An answer as far as it is there: its head, its first bytes, and what follows them, if anything does."""
+
+    head: dict[str, Any]
+    first: bytes
+    rest: Answer | None = None
+
+
 class Asking:
-    """Answers a request by one question to the desk: unchanged answers as 304, others as they are computed."""
+    """Answers a request by one question to the desk: unchanged answers as 304, others as they are computed.
+
+    Small answers are kept, since the same runs give the same answer; and of equal questions that come while the first
+    is being answered, the others wait for that answer.
+    """
 
     def __init__(self, warehouse: Warehouse, desk: Desk) -> None:
         self._warehouse, self._desk = warehouse, desk
+        self._kept: LRUCache[str, _Begun] = LRUCache(_KEPT, getsizeof=lambda begun: len(begun.first) + 1000)
+        self._waiting = 0
+        self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def runs(self) -> tuple[str, ...]:
         """Ids of the runs there are now."""
@@ -83,12 +108,10 @@ class Asking:
         headers = {"etag": etag, "cache-control": "private, no-cache", "vary": "accept, cookie, authorization"}
         if request.method in ("GET", "HEAD") and etag in _etags(request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
-        answer = await _unless_left(request, self._desk.ask(Question(kind, params, runs)))
-        head = answer.head
+        begun = await _unless_left(request, self._begun(etag, Question(kind, params, runs)))
+        head = begun.head
         if "filename" in head:
             headers["content-disposition"] = f'inline; filename="{head["filename"]}"'
-        if "bytes" in head:
-            headers["content-length"] = str(head["bytes"])
         for name in ("rows", "seconds"):
             if name in head:
                 headers[f"x-kdb-{name}"] = str(head[name])
@@ -96,15 +119,53 @@ class Asking:
             following = request.url.include_query_params(cursor=head["next"])
             headers["x-kdb-cursor"] = head["next"]
             headers["link"] = f'<{following.path}?{following.query}>; rel="next"'
-        return _Streamed(answer, headers)
+        if begun.rest is None:
+            return Response(begun.first, headers=headers, media_type=head["media_type"])
+        return _Streamed(begun.first, begun.rest, headers)
+
+    async def _begun(self, etag: str, question: Question) -> _Begun:
+        if self._waiting >= self._desk.settings.workers + self._desk.settings.queue:
+            raise BusyError
+        self._waiting += 1
+        WAITING.set(self._waiting)
+        try:
+            async with self._asked.setdefault(etag, asyncio.Lock()):
+                if etag in self._kept:
+                    FROM_MEMORY.inc()
+                    return self._kept[etag]
+                begun = await self._ask(question)
+                if begun.rest is None:
+                    self._kept[etag] = begun
+                return begun
+        finally:
+            self._waiting -= 1
+            WAITING.set(self._waiting)
+
+    async def _ask(self, question: Question) -> _Begun:
+        answer = await self._desk.ask(question)
+        first = b""
+        try:
+            async for chunk in answer:
+                first += chunk
+                if len(first) > _SMALL:
+                    return _Begun(answer.head, first, answer)
+        except BaseException:
+            await answer.close()
+            raise
+        return _Begun(answer.head, first)
 
 
 class _Streamed(StreamingResponse):
     """An answer that is sent as it is computed, unless its client stops reading."""
 
-    def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
-        super().__init__(aiter(answer), headers=headers, media_type=answer.head["media_type"])
-        self._answer = answer
+    def __init__(self, first: bytes, rest: Answer, headers: dict[str, str]) -> None:
+        async def body() -> AsyncIterator[bytes]:
+            yield first
+            async for chunk in rest:
+                yield chunk
+
+        super().__init__(body(), headers=headers, media_type=rest.head["media_type"])
+        self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def unless_stalled(message: Message) -> None:
@@ -113,7 +174,7 @@ class _Streamed(StreamingResponse):
         try:
             await super().__call__(scope, receive, unless_stalled)
         finally:
-            await self._answer.close()
+            await self._rest.close()
 
 
 def _etag(kind: str, params: dict[str, Any], runs: tuple[str, ...]) -> str:
@@ -125,23 +186,22 @@ def _etags(header: str) -> list[str]:
     return [tag.strip().removeprefix("W/") for tag in header.split(",")]
 
 
-async def _unless_left(request: Request, asking: Any) -> Answer:
+async def _unless_left(request: Request, asking: Coroutine[Any, Any, _Begun]) -> _Begun:
     """The answer, unless its client leaves before it is there: then the question is called off."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(asking), asyncio.ensure_future(left())]
+    answered, gone = asyncio.ensure_future(asking), asyncio.ensure_future(left())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            answer: Answer = await tasks[0]
-            return answer
+        await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
+        if answered.done():
+            return answered.result()
         raise ClientLeftError
     finally:
-        for task in tasks:
-            task.cancel()
+        answered.cancel()
+        gone.cancel()
 
 
 class ClientLeftError(Exception):

@@ -25,7 +25,7 @@ from typing import Any
 from kdb.errors import QueryError
 from kdb.warehouse.database import Limits
 from kdb.web import worker
-from kdb.web.metrics import BUSY, REPLACED, WAITING
+from kdb.web.metrics import BUSY, REPLACED
 from kdb.web.worker import Question
 
 
@@ -80,7 +80,7 @@ class Desk:
         self._context.set_forkserver_preload(["kdb.web.worker"])
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
         self._all: set[_Worker] = set()
-        self._waiting = 0
+        self._hiring: set[asyncio.Future[None]] = set()
         self._threads = ThreadPoolExecutor(settings.workers + 1, thread_name_prefix="desk")
 
     async def __aenter__(self) -> Desk:
@@ -98,7 +98,8 @@ class Desk:
     async def ask(self, question: Question) -> Answer:
         """Take a question to a worker; returns when the answer's first bytes are there.
 
-        Raises KdbError for what the asker can mend, a limit included, BusyError when too many wait, and FailedError.
+        Raises KdbError for what the asker can mend, a limit included, BusyError when no worker is free for long, and
+        FailedError.
         """
         hired = await self._turn()
         answered = False
@@ -111,30 +112,22 @@ class Desk:
             if not answered:
                 await self._done(hired)
         said = json.loads(content)
-        raise (
-            FailedError(said["error"])
-            if kind == worker.FAILED
-            else RefusedError(said["error"], unknown=said["unknown"])
-        )
+        if kind == worker.FAILED:
+            raise FailedError(said["error"])
+        raise RefusedError(said["error"], unknown=said["unknown"])
 
     async def _turn(self) -> _Worker:
-        if self._free.empty() and self._waiting >= self.settings.queue:
-            raise BusyError
-        self._waiting += 1
-        WAITING.set(self._waiting)
         try:
             # Longer than a question may take: whoever waits for that long would have left.
-            hired = await asyncio.wait_for(self._free.get(), timeout=2 * self.settings.seconds)
+            async with asyncio.timeout(2 * self.settings.seconds):
+                hired = await self._free.get()
         except TimeoutError:
             raise BusyError from None
-        finally:
-            self._waiting -= 1
-            WAITING.set(self._waiting)
-        BUSY.inc()
-        if not hired.process.is_alive():  # the operating system was short of memory, say
-            self._dismiss(hired)
-            hired = await self._in_thread(self._hire)
-        return hired
+        if hired.process.is_alive():
+            BUSY.inc()
+            return hired
+        await self._replace(hired)  # the operating system was short of memory, say
+        return await self._turn()
 
     async def _chunks(self, hired: _Worker) -> AsyncIterator[bytes]:
         while True:
@@ -164,13 +157,19 @@ class Desk:
         BUSY.dec()
         if hired.quiet:
             self._free.put_nowait(hired)
-            return
-        REPLACED.inc()
-        self._dismiss(hired)
-        # Shielded: whoever asked may have left, and been cancelled.
-        await asyncio.shield(asyncio.ensure_future(self._replace()))
+        else:
+            REPLACED.inc()
+            await self._replace(hired)
 
-    async def _replace(self) -> None:
+    async def _replace(self, hired: _Worker) -> None:
+        self._dismiss(hired)
+        # Shielded and held: whoever asked may have left, and been cancelled.
+        hiring = asyncio.ensure_future(self._hire_anew())
+        self._hiring.add(hiring)
+        hiring.add_done_callback(self._hiring.discard)
+        await asyncio.shield(hiring)
+
+    async def _hire_anew(self) -> None:
         with contextlib.suppress(RuntimeError):  # the service is being stopped
             self._free.put_nowait(await self._in_thread(self._hire))
 
