@@ -64,14 +64,22 @@ class Memory:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.5):
-            total = 0
-            for process in [self._process, *self._process.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss  # pages that processes share are counted once
-                except psutil.Error:
-                    continue
-            self.peak = max(self.peak, total)
+        while self._process.is_running() and not self._over.wait(0.5):
+            self.peak = max(self.peak, sum(map(_pss, [self._process, *self._children()])))
+
+    def _children(self) -> list[psutil.Process]:
+        try:
+            return self._process.children(recursive=True)
+        except psutil.Error:
+            return []
+
+
+def _pss(process: psutil.Process) -> int:
+    """A process's memory, where pages that several share are counted once."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0
 
 
 async def ask(server: Served, paths: list[str], clients: int) -> list[float]:
@@ -154,9 +162,8 @@ def main() -> None:
             measure(server, {"saved query top-neurons": saved_query, "page of a head": page, "page of a table": table})
             asked = memory.peak
             download(server)
-            print(
-                f"peak memory of all processes: {asked / 2**20:,.0f} MiB, and {memory.peak / 2**20:,.0f} MiB with downloads"
-            )
+            mib = f"{asked / 2**20:,.0f} MiB, with downloads {memory.peak / 2**20:,.0f} MiB"
+            print(f"peak memory of all processes: {mib}")
             beside_ingest(server, warehouse)
 
 
