@@ -294,12 +294,21 @@ def _prompt(wh: Warehouse, given: Given) -> dict[str, Any]:
     }
 
 
+def _said(given: Given, *columns: str) -> list[str]:
+    """Columns that are the same in every row of a page about these, the model too where there is one."""
+    return [*columns, "model"] if len(given.many("model")) == 1 else list(columns)
+
+
 def _neuron(wh: Warehouse, given: Given) -> dict[str, Any]:
     about = given.only("model", "category") | {k: v[0] for k, v in given.only("dataset", "variant", "run").items()}
     asked = {"neuron": given.needed("neuron"), **about}
-    tables = [_asked(wh, name, asked, drop=["neuron_name"]) for name in ("neuron-by-category", "neuron-in-prompts")]
+    drop = _said(given, "neuron_name")
+    tables = [
+        _asked(wh, "neuron-by-category", asked, drop=drop),
+        _asked(wh, "neuron-in-prompts", asked | {"k": 20}, drop=drop),
+    ]
     tokens = {key: value for key, value in asked.items() if key in ("neuron", "model", "variant", "run")}
-    tables.insert(1, _asked(wh, "neuron-tokens", tokens, drop=["neuron_name"]))
+    tables.insert(1, _asked(wh, "neuron-tokens", tokens, drop=drop))
     if not any(table.rows for table in tables):
         raise QueryError(f"{asked['neuron']}: no stored prompt has it; a neuron is named like f29_1234 or a23.12_45")
     return {"title": f"Neuron {asked['neuron']}", "models": given.many("model"), "tables": tables}
@@ -309,7 +318,7 @@ def _head(wh: Warehouse, given: Given) -> dict[str, Any]:
     about = given.only("model", "category") | {k: v[0] for k, v in given.only("dataset", "variant", "run").items()}
     asked = {"layer": given.integer("layer"), "head": given.integer("head"), **about}
     names = ("head-by-category", "position-attention", "head-in-prompts")
-    tables = [_asked(wh, name, asked, drop=["head_name", "layer", "head"]) for name in names]
+    tables = [_asked(wh, name, asked, drop=_said(given, "head_name", "layer", "head")) for name in names]
     title = f"a{asked['layer']}.{asked['head']}"
     if not any(table.rows for table in tables):
         raise QueryError(f"{title}: no stored prompt has such a head")
@@ -347,7 +356,9 @@ def _query(wh: Warehouse, given: Given) -> dict[str, Any]:
     except KdbError as error:
         asked_nothing = not told and any(param.required for param in saved.params)
         return context | {"problem": None if asked_nothing else str(error)}
-    drawn = [figure for figure in FIGURES.values() if figure.query == saved.name and context["found"].rows]
+    # A figure with defaults of its own asks for other rows than these.
+    fitting = [figure for figure in FIGURES.values() if figure.query == saved.name and not figure.defaults]
+    drawn = fitting if context["found"].rows else []
     context["charts"] = [_chart(figure.name, told) for figure in drawn]
     return context | {"downloads": [(f, url(f"/api/queries/{saved.name}", told, format=f)) for f in _DOWNLOADS]}
 
