@@ -245,9 +245,7 @@ def _beside(wh: Warehouse, query: str, item: str, about: dict[str, Any]) -> dict
     frame = wh.query(query, k=5, **_told(about)).to_dicts()
     ranked: dict[str, dict[int, dict[str, Any]]] = {}
     for row in frame:
-        # Layers are ranked for attention and FFN apart.
-        group = " ".join(str(row[name]) for name in ("category", "component") if name in row)
-        ranked.setdefault(group, {}).setdefault(row["rank"], {})[row["model"]] = row
+        ranked.setdefault(row["category"], {}).setdefault(row["rank"], {})[row["model"]] = row
     return {
         "title": find_query(query).title,
         "item": item,
