@@ -11,11 +11,12 @@ import hashlib
 import importlib.util
 import io
 import logging
+import re
 import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,20 +100,33 @@ class LoadedModel:
     quantization: str | None
 
 
+def check_named(spec: str) -> None:
+    """Refuse what cannot be a model, without looking at weights or the hub.
+
+    Raises UnknownNameError for a name that is none, ModelError for a file that is not there.
+    """
+    path = Path(spec).expanduser()
+    if spec in REGISTRY or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return
+    if path.suffix == ".gguf":
+        raise ModelError(f"There is no file {str(path)!r}: --model takes the path of a .gguf file.")
+    if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        hint = "`kdb models` lists them; a hub id (owner/name), a folder or a .gguf file works too."
+        raise UnknownNameError("model", spec, REGISTRY, hint)
+
+
 def find_model(spec: str, *, name: str | None = None, revision: str | None = None) -> ModelSource:
     """Find a model by registry name, path or hub id; downloads it if only the hub has it.
 
     Raises UnknownNameError for a name that is none of these, and ModelError where the model cannot be had:
     offline, gated, missing, or without safetensors.
     """
+    check_named(spec)
     path = Path(spec).expanduser()
     if spec in REGISTRY:
         return _find_registered(REGISTRY[spec], name or spec, revision)
     if path.suffix == ".gguf" or path.is_dir():
         return _find_local(path, name, revision)
-    if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
-        hint = "`kdb models` lists them; a hub id (owner/name), a folder or a .gguf file works too."
-        raise UnknownNameError("model", spec, REGISTRY, hint)
     return _find_on_hub(spec, name or spec, None, revision)
 
 
@@ -125,7 +139,7 @@ def _find_registered(model: RegisteredModel, name: str, revision: str | None) ->
 
 def _find_local(path: Path, name: str | None, revision: str | None) -> ModelSource:
     if revision is not None:
-        raise ModelError(f"--revision is for models on the hub; {str(path)!r} is what it is. Leave it out.")
+        return _find_checkpoint(path, name or path.resolve().name, revision)
     if path.is_dir():
         weights = sorted(path.glob("*.safetensors"))
         if not weights or not (path / "config.json").is_file():
@@ -134,9 +148,27 @@ def _find_local(path: Path, name: str | None, revision: str | None) -> ModelSour
                 "or name a .gguf file."
             )
         return ModelSource(name or path.resolve().name, None, path.resolve().name, _sha256(weights), path)
-    if not path.is_file():
-        raise ModelError(f"There is no file {str(path)!r}: --model takes the path of a .gguf file.")
     return ModelSource(name or path.stem, None, path.name, _sha256([path]), path)
+
+
+def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
+    """A checkpoint in a folder of checkpoints, as trainers write them: its subfolder named like the revision."""
+    found = sorted(config.parent.name for config in path.glob("*/config.json"))
+    if revision not in found:
+        if found:
+            raise UnknownNameError("revision", revision, found, f"{str(path)!r} has {', '.join(found)}.")
+        raise ModelError(
+            f"--revision is for models on the hub and for folders of checkpoints; {str(path)!r} is what it is. "
+            "Leave it out."
+        )
+    checkpoint = _find_local(path / revision, name, None)
+    return replace(checkpoint, source=path.resolve().name, pinned=revision)
+
+
+def training_step(revision: str | None) -> int | None:
+    """The step that a revision's name tells, as in step1000, stage1-step1000-tokens5B or checkpoint-500."""
+    found = re.search(r"(?:step|checkpoint)[-_]?(\d+)", revision or "", re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | None) -> ModelSource:

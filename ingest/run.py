@@ -25,7 +25,7 @@ from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
 from kdb.ingest.job import Job, Probing
-from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
+from kdb.ingest.models import LoadedModel, load_config, load_tokenizer, training_step
 from kdb.ingest.progress import progress
 from kdb.ingest.zero_shot import Question, answer, pose, zero_shot_rows
 from kdb.warehouse.lake import Lake, StagedRun
@@ -245,10 +245,11 @@ def _n_jobs(n_prompts: int, hidden_size: int) -> int:
 
 
 def _run_row(job: Job, device: str | None) -> dict[str, Any]:
+    step = training_step(job.source.pinned)
     return {
         "study": job.study,
         "variant": job.variant,
-        "settings": json.dumps(job.identity),
+        "settings": json.dumps(job.identity | ({} if step is None else {"step": step})),
         "seed": job.measuring.seed,
         "noise": "aaa or bbb" if job.measuring.noise else None,
         "kdb_version": importlib.metadata.version("kdb-lm"),

@@ -31,6 +31,10 @@ class ModelError(KdbError):
     """A model that cannot be loaded, or whose recorded states fail the checks."""
 
 
+class PlanError(KdbError):
+    """A plan of runs that is no plan, or asks for the same run twice."""
+
+
 class WarehouseError(KdbError):
     """A folder that is not a warehouse, or cannot be read or written as one."""
 

@@ -30,6 +30,18 @@ SELECT model, dataset, variant, run
 FROM runs
 WHERE run = wanted_run;
 
+-- The newest run of each checkpoint whose revision tells a training step, among runs that nothing but their revision sets
+-- apart from the variant asked for.
+CREATE MACRO checkpoints(wanted_table, wanted_variant) AS TABLE
+SELECT
+    model, dataset, run, json_extract_string(settings, '$.step')::BIGINT AS step,
+    regexp_extract(variant, 'revision=(\S+)', 1) AS revision
+FROM current_runs
+JOIN runs USING (model, dataset, variant, run)
+WHERE table_name = wanted_table
+    AND json_extract_string(settings, '$.step') IS NOT NULL
+    AND coalesce(nullif(trim(regexp_replace(variant, 'revision=\S+', '')), ''), 'default') = wanted_variant;
+
 -- Whether a name is one of the names asked for; NULL asks for all. (A variable set to NULL is an INTEGER to DuckDB 1.)
 CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR[], name);
 

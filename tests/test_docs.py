@@ -56,6 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "facts.csv").write_text(FACTS)
+    (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")
     assert run(EVERY_BUILT_IN, work).returncode == 0
     return work
 

@@ -54,8 +54,8 @@ def add_probes(
 
 
 CONCEPT = {name for name, query in load_catalogue().items() if query.group == "concept"}
-BEYOND_PROBES = {"hidden-states", "probe-predictions", "zero-shot"}
-"""Queries of tables that the warehouse of this module lacks."""
+BEYOND_PROBES = {"depth-by-step", "hidden-states", "probe-predictions", "zero-shot"}
+"""Queries of tables and checkpoints that the warehouse of this module lacks."""
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,19 @@ def _attribution_options(command: Command) -> Command:
 def _model_options(command: Command) -> Command:
     for option in reversed(
         (
-            click.option("--model", required=True, help="Name (`kdb models`), hub id, folder, or .gguf file."),
+            click.option(
+                "--model",
+                "models_",
+                multiple=True,
+                help="Name (`kdb models`), hub id, folder, or .gguf file; repeatable.",
+            ),
             click.option("--name", help="Name to store the model under; else its own."),
-            click.option("--revision", help="Branch, tag or commit on the hub."),
+            click.option(
+                "--revision",
+                "revisions",
+                multiple=True,
+                help="Branch, tag or commit on the hub, or checkpoint in a folder of them; repeatable.",
+            ),
             click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one."),
             click.option(
                 "--dtype",
@@ -140,66 +150,152 @@ def _model_options(command: Command) -> Command:
 
 
 @click.command()
+@click.argument("plan", required=False, type=click.Path(path_type=Path), metavar="[PLAN.yaml]")
 @_model_options
 @_dataset_options
 @_probe_options
 @_attribution_options
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 @warehouse_option
-def ingest(warehouse: Path, dry_run: bool, **options: Any) -> None:
-    """Run a model on datasets, and measure where it knows what they ask.
+@click.pass_context
+def ingest(ctx: click.Context, /, plan: Path | None, warehouse: Path, dry_run: bool, **options: Any) -> None:
+    """Run models on datasets, and measure where they know what these ask.
 
     Texts with labels: stores the last token's hidden state at every layer and two sites, probes them, and stores
     what the model itself answers. Prompts with answers: scores the layers, heads and neurons that raise the answer's
     probability. The same command goes on from where it was interrupted, and does nothing where the run is stored.
 
+    Several models, revisions or datasets are measured one after the other; one that fails is told of at the end. A plan
+    is a YAML file with a list `runs` of such options.
+
     \b
     kdb ingest --model smollm2-135m
     kdb ingest --model smollm2-135m --dataset cities --data-dir data/
-    kdb ingest --model smollm2-135m --dataset knowledge
-    kdb ingest --model ./my-model --dataset my.csv
+    kdb ingest --model EleutherAI/pythia-160m --revision step1000 --revision step2000 --dataset knowledge
+    kdb ingest plan.yaml
     """
     from kdb.ingest import models as found
-    from kdb.ingest.run import ingest as measure
-
-    _log_to_stderr()
-    jobs = _jobs(options)
-    if dry_run:
-        from kdb.ingest.plan import plan
-
-        for job in jobs:
-            click.echo(f"{job.source.name} on {job.dataset.name}: {plan(job, found.pick_device(options['device']))}")
-        return
+    from kdb.ingest.batch import Asked, measure_all
     from kdb.warehouse.store import Warehouse
 
+    _log_to_stderr()
+    asked = _asked(ctx, plan, options)
+    alone = _jobs(asked[0]) if len(asked) == 1 else None
+    if dry_run:
+        from kdb.ingest.plan import plan as cost
+
+        for one in asked:
+            for job in alone or _jobs(one):
+                click.echo(f"{one.name} on {job.dataset.name}: {cost(job, found.pick_device(one.options['device']))}")
+        return
     opened = Warehouse.create(warehouse)
 
-    @functools.cache
-    def load() -> found.LoadedModel:
-        device = found.pick_device(options["device"])
-        return found.load_model(jobs[0].source, device=device, dtype=options["dtype"], quantize=options["quantize"])
+    def load(one: Asked, source: Any) -> found.LoadedModel:
+        device = found.pick_device(one.options["device"])
+        return found.load_model(source, device=device, dtype=one.options["dtype"], quantize=one.options["quantize"])
 
-    for job in jobs:
-        outcome = measure(opened.lake, job, load, batch_tokens=options["batch_tokens"])
-        _report(outcome, job.source.name, job.dataset.name)
+    if alone is not None and len(alone) == 1:  # there is nothing to go on with: what is wrong is wrong input
+        from kdb.ingest.run import ingest as measure
+
+        loading = functools.partial(load, asked[0], alone[0].source)
+        outcome = measure(opened.lake, alone[0], loading, batch_tokens=options["batch_tokens"])
+        _report(outcome, alone[0].source.name, alone[0].dataset.name)
+        return
+    _report_all(ctx, measure_all(opened.lake, asked, _jobs, load), sum(len(one.datasets) for one in asked))
 
 
-def _jobs(options: dict[str, Any]) -> list[Any]:
-    """Everything that was asked for, found and checked before any work."""
-    from kdb.ingest.datasets import available_datasets, load_dataset
+def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> list[Any]:
+    """The models and revisions of a plan or of the options, each with its datasets; names are checked."""
+    from dataclasses import replace
+
+    from kdb.ingest.batch import SEVERAL, check_distinct, combine, read_plan
+    from kdb.ingest.models import check_named
+
+    settings = {key: value for key, value in options.items() if key not in ("models_", "revisions", "datasets_")}
+    if plan is None:
+        if not options["models_"]:
+            raise click.UsageError("Missing option '--model': name a model, or a plan of runs.")
+        several = dict(zip(SEVERAL, (options["models_"], options["revisions"], options["datasets_"]), strict=True))
+        asked = combine({**settings, **several})
+    else:
+        if options["models_"] or options["revisions"] or options["datasets_"]:
+            raise click.UsageError("A plan names its models, revisions and datasets: leave those options out.")
+        params = {param.name: param for param in ctx.command.params if param.name in settings and not param.multiple}
+        asked = read_plan(plan, {**dict.fromkeys(SEVERAL, str), **{str(n): _kind(p) for n, p in params.items()}})
+        for one in asked:
+            for key, value in one.options.items():
+                params[key].type_cast_value(ctx, value)  # which refuses what the option would
+    named = [
+        replace(one, datasets=one.datasets or tuple(_built_in(options)), options={**settings, **one.options})
+        for one in asked
+    ]
+    check_distinct(named)
+    for one in named:
+        check_named(one.model)
+        for dataset in one.datasets:  # a wrong name is found before any model is
+            _dataset(dataset, one.options)
+    return named
+
+
+def _kind(param: click.Parameter) -> type:
+    """The type of an option's values in a plan."""
+    kinds = {click.types.IntParamType: int, click.types.FloatParamType: float, click.types.BoolParamType: bool}
+    return next((kind for type_, kind in kinds.items() if isinstance(param.type, type_)), str)
+
+
+def _built_in(options: dict[str, Any]) -> list[str]:
+    from kdb.ingest.datasets import available_datasets
+
+    return [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
+
+
+def _dataset(name: str, options: Any) -> Any:
+    return _load_dataset(name, *(options[n] for n in ("data_dir", "dataset_name", "template", "limit", "group_by")))
+
+
+@functools.cache
+def _load_dataset(name: str, data_dir: Any, dataset_name: Any, template: Any, limit: Any, group_by: Any) -> Any:
+    from kdb.ingest.datasets import load_dataset
+
+    return load_dataset(
+        name,
+        data_dir=Path(data_dir) if data_dir else None,
+        dataset_name=dataset_name,
+        template=template,
+        limit=limit,
+        group_by=group_by,
+    )
+
+
+def _jobs(asked: Any) -> list[Any]:
+    """Every run of a model at a revision, found and checked before any work."""
     from kdb.ingest.job import Attributing, Job, Measuring
     from kdb.ingest.models import find_model
 
-    built_in = [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
-    if options["dataset_name"] and len(options["datasets_"]) != 1:
+    options = dict(asked.options)
+    if options["dataset_name"] and len(asked.datasets) != 1:
         raise click.UsageError("--dataset-name names one dataset: give one --dataset with it.")
-    names = ("data_dir", "dataset_name", "template", "limit", "group_by")
-    texts = [load_dataset(name, **{n: options[n] for n in names}) for name in options["datasets_"] or built_in]
-    source = find_model(options["model"], name=options["name"], revision=options["revision"])
+    texts = [_dataset(name, options) for name in asked.datasets]
+    source = find_model(asked.model, name=options["name"], revision=asked.revision)
     measuring = Measuring(**{n: options[n] for n in ("dtype", "quantize", "noise", "seed", "store", "limit")})
     custom = options["template"] is not None
     attributing = Attributing(**{n: options[n] for n in ("top_k", "all_neurons", "query_values", "ablate_k")})
     return [Job(source, dataset, measuring, _probing(options), custom, attributing) for dataset in texts]
+
+
+def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
+    """A line for each run as it ends, and at the end what failed and why; then the exit status is 1."""
+    failed, width = [], len(str(total))
+    for number, one in enumerate(ended, start=1):
+        done = {"exists": "is stored already", "committed": "stored", "failed": "FAILED"}[one.status]
+        run = f" (run {one.run})" if one.run else ""
+        click.echo(f"[{number:{width}}/{total}] {one.model} on {one.dataset}: {done}{run}")
+        failed += [one] * (one.status == "failed")
+    if failed:
+        click.echo(f"\n{len(failed)} of {total} runs failed; the same command tries them again:", err=True)
+        for one in failed:
+            click.echo(f"  {one.model} on {one.dataset}: {one.why}", err=True)
+        ctx.exit(1)
 
 
 def _probing(options: dict[str, Any]) -> Any:

@@ -1,0 +1,33 @@
+-- When in training a model came to know a concept, and at which depth
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, over checkpoints
+--
+-- One row per model, dataset, site and checkpoint whose revision tells a training step: the best accuracy of any layer
+-- and where it is, and the jump and converging points. A checkpoint without such a point has NULL there.
+--
+-- Parameters:
+--   model       texts = all          models, side by side
+--   dataset     texts = all          datasets
+--   site        text = resid_post    where the hidden state is read: resid_post or ffn_norm
+--   classifier  text = logistic      logistic, logistic-paper or random-forest
+--   split       text = paper         paper, stratified-SEED or grouped
+--   variant     text = default       what else sets the runs apart, such as bfloat16
+WITH best AS (
+    SELECT
+        model, dataset, run, site, classifier, split, max(accuracy) AS best_accuracy,
+        arg_max(layer, (accuracy, -layer)) AS best_layer
+    FROM probe_scores
+    GROUP BY ALL
+)
+
+SELECT
+    model, dataset, step, revision, site, n_layers, best_accuracy, best_layer, jump_layer, 100 * jump_point AS jump_percent,
+    converging_layer, 100 * converging_point AS converging_percent
+FROM best
+JOIN concept_depth() USING (model, dataset, run, site, classifier, split)
+JOIN checkpoints('probe_scores', getvariable('variant')) USING (model, dataset, run)
+WHERE among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
+    AND site = getvariable('site')
+    AND classifier = getvariable('classifier')
+    AND split = getvariable('split')
+ORDER BY model, dataset, step, revision;

@@ -1,0 +1,38 @@
+-- When in training attention and FFN layers came to hold each kind of knowledge
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4, over checkpoints
+--
+-- One row per model, category, checkpoint whose revision tells a training step, and component: the sum of its layers'
+-- mean log-probability increases over the kept prompts, and the layer that adds most. Each checkpoint counts the prompts
+-- that it knows; n_prompts says how many.
+--
+-- Parameters:
+--   model     texts = all     models, side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
+--   dataset   text = all      one dataset
+--   variant   text = default  what else sets the runs apart, such as bfloat16
+WITH kept AS (
+    SELECT model, dataset, run, step, revision, prompt_id, category
+    FROM prompts
+    JOIN checkpoints('layer_scores', getvariable('variant')) USING (model, dataset, run)
+    WHERE kept
+        AND among(model, getvariable('model'))
+        AND among(category, getvariable('category'))
+        AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
+),
+
+by_layer AS (
+    SELECT
+        model, category, step, revision, component, layer, count(DISTINCT (dataset, run, prompt_id)) AS n_prompts,
+        mean_over(sum(score), count(*)) AS score
+    FROM layer_scores
+    JOIN kept USING (model, dataset, run, prompt_id)
+    GROUP BY ALL
+)
+
+SELECT
+    model, category, step, revision, component, steady(sum(score)) AS score,
+    layer_name(component, arg_max(layer, (score, -layer))) AS best_layer, max(score) AS best_score,
+    max(n_prompts) AS n_prompts
+FROM by_layer
+GROUP BY model, category, step, revision, component
+ORDER BY model, category_order(category), step, revision, component;
