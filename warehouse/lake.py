@@ -181,6 +181,18 @@ class Lake:
         for folder in self.run_folders():
             yield from _verify_run(folder)
 
+    def adopt(self, folder: RunFolder) -> bool:
+        """Copy a run of another warehouse, and commit it if every file is what its manifest says.
+
+        False where the run is here already. Raises WarehouseError for a run that is damaged, of another schema
+        version, or being measured here; nothing of it is then visible.
+        """
+        with self.stage(folder.run, folder.model, folder.dataset) as staged:
+            if staged.committed:
+                return False
+            staged.adopt(folder.path)
+        return True
+
     def stage(self, run: str, model: str, dataset: str) -> StagedRun:
         """Begin or resume a run; use it in a ``with`` statement, which holds the run's lock."""
         return StagedRun(self, run, model, dataset)
@@ -284,6 +296,28 @@ class StagedRun:
         """
         with storage_errors(self.path):
             self._seal(run_row)
+            self._publish()
+
+    def adopt(self, folder: Path) -> None:
+        """Become a copy of a committed run's folder. Raises WarehouseError where that is damaged."""
+        records = _adoptable(folder)
+        try:
+            with storage_errors(self.path):
+                for record in records:
+                    copy = self.path / record.path
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with contextlib.suppress(FileNotFoundError):  # said below, as any other damage
+                        shutil.copyfile(folder / record.path, copy)
+                        _sync(copy)
+            for record in records:
+                if problem := _problem(self.path, record):
+                    raise WarehouseError(f"{folder / record.path} is damaged ({problem}): the run is not copied.")
+        except WarehouseError:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        with storage_errors(self.path):
+            # Written last, and as it was: it makes the copies the run.
+            write_json(self.path / "manifest.json", json.loads((folder / "manifest.json").read_text()))
             self._publish()
 
     def _publish(self) -> None:
@@ -432,6 +466,24 @@ def _record(path: Path, folder: Path) -> FileRecord:
 def _manifest(folder: Path) -> list[FileRecord]:
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return [FileRecord(**file) for file in files]
+
+
+def _adoptable(folder: Path) -> list[FileRecord]:
+    """The files of a run, if this kdb can read them and each lies within the run's folder; else WarehouseError."""
+    try:
+        version = json.loads((folder / "manifest.json").read_text())["schema_version"]
+        records = _manifest(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WarehouseError(f"{folder / 'manifest.json'} is unreadable ({error}): the run is not copied.") from error
+    if version != SCHEMA_VERSION:
+        raise WarehouseError(
+            f"{folder} was written with schema {version}, and this kdb has {SCHEMA_VERSION}: the run is not copied."
+        )
+    for record in records:
+        parts = Path(record.path).parts
+        if len(parts) != 2 or parts[0] not in TABLES or ".." in parts or Path(record.path).suffix != ".parquet":
+            raise WarehouseError(f"{folder / 'manifest.json'} names {record.path!r}, which is no table's file.")
+    return records
 
 
 def _verify_run(folder: RunFolder) -> Iterator[Damage]:
