@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.analysis.figures import FIGURES
-from kdb.analysis.look import CATEGORIES, look_of
+from kdb.analysis.look import look_of
 from kdb.errors import KdbError, QueryError, UnknownNameError
 from kdb.queries.catalogue import bind, find_query, load_catalogue
 from kdb.warehouse.paging import column_types
@@ -416,5 +416,3 @@ VIEWS: dict[str, Callable[[Warehouse, Given], dict[str, Any]]] = {
     "sql": _sql,
     "schema": _schema,
 }
-
-__all__ = ["CATEGORIES", "VIEWS", "render"]
