@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from platformdirs import user_cache_path
 
 from kdb.errors import QueryError
 
@@ -22,12 +28,40 @@ def to_svg(chart: Chart) -> str:
     return vl_convert.vegalite_to_svg(chart.to_dict())
 
 
+_PAGE = """<!DOCTYPE html>
+<html>
+<head>
+<meta charset="UTF-8">
+<title>kdb</title>
+<style>#chart.vega-embed {{ width: 100%; display: flex; }}</style>
+<script>{vega}</script>
+</head>
+<body>
+<div id="chart"></div>
+<script>vegaEmbed("#chart", {chart}, {{"renderer": "svg"}}).catch(console.error);</script>
+</body>
+</html>
+"""
+
+
 def _html(chart: Chart) -> bytes:
+    # The scripts are in the file, and nothing is fetched. No text of the data may end the script that it is in.
+    text = json.dumps(chart.to_dict()).replace("<", "\\u003c")
+    return _PAGE.format(vega=_vega(), chart=text).encode()
+
+
+def _vega() -> str:
+    """Vega, Vega-Lite and vega-embed in one script; kept in the user's cache, as putting it together takes a second."""
     import vl_convert
 
-    # bundle: the scripts are in the file, and nothing is fetched.
-    page: str = vl_convert.vegalite_to_html(chart.to_dict(), bundle=True)
-    return page.encode()
+    kept = user_cache_path("kdb") / f"vega-{version('vl-convert-python')}.js"
+    with contextlib.suppress(OSError):
+        return kept.read_text()
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for what it does not need
+    with contextlib.suppress(OSError, QueryError):  # a page can be written where nothing can be kept
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, script.encode())
+    return script
 
 
 def to_png(chart: Chart, scale: float = _PNG_SCALE) -> bytes:
@@ -70,7 +104,7 @@ def save(chart: Chart, path: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file by one rename; QueryError where that fails."""
-    staged = path.with_name(f".{path.name}.partial")
+    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         staged.write_bytes(content)
         staged.replace(path)

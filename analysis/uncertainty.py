@@ -130,18 +130,18 @@ def _extreme(holds: NDArray[np.bool_], *, first: bool) -> Floats:
 def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """J and C of each model and dataset over resampled test prompts.
 
-    ``params`` are those of the saved query ``probe-predictions``. One row per model, dataset and point: n_layers,
+    ``params`` are those of the saved query ``probe-outcomes``. One row per model, dataset and point: n_layers,
     layer, the 95 % interval in percent of depth (over the resamples that have the point), and the percentage of
     resamples in which it is at the same layer, and in which there is none. jump_p_value is McNemar's, of J's layer
     against the one before.
     """
-    return _depth_rows(wh.query("probe-predictions", **params))
+    return _depth_rows(wh.query("probe-outcomes", **params))
 
 
-def _depth_rows(predictions: pl.DataFrame) -> pl.DataFrame:
+def _depth_rows(outcomes: pl.DataFrame) -> pl.DataFrame:
     rows = [
         {"model": model, "dataset": dataset, **row}
-        for (model, dataset, _run), frame in _groups(predictions, ("model", "dataset", "run"))
+        for (model, dataset, _run), frame in _groups(outcomes, ("model", "dataset", "run"))
         for row in _points(frame)
     ]
     numbers = ("layer", "low_percent", "high_percent", "same_percent", "none_percent", "jump_p_value")
@@ -149,12 +149,12 @@ def _depth_rows(predictions: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema | dict.fromkeys(numbers, pl.Float64))
 
 
-def _points(predictions: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """J and C of one run, from the columns n_layers, layer, prompt_id and correct."""
-    n_layers = int(predictions["n_layers"][0])
-    prompts, places = np.unique(predictions["prompt_id"].to_numpy(), return_inverse=True)
-    correct = np.zeros((len(prompts), n_layers), dtype=np.float32)
-    correct[places, predictions["layer"].to_numpy()] = predictions["correct"].to_numpy()
+def _points(layers: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    """J and C of one run, from a row with the columns layer, n_layers and outcomes for each layer."""
+    n_layers = int(layers["n_layers"][0])
+    correct = np.zeros((len(layers["outcomes"][0]), n_layers), dtype=np.float32)
+    for layer, outcomes in layers.select("layer", "outcomes").iter_rows():
+        correct[:, layer] = np.frombuffer(outcomes.encode(), dtype=np.uint8) - ord("0")
     curve, resampled = correct.mean(axis=0, dtype=np.float64), resampled_means(correct)
     finders: dict[str, Callable[[Floats], Floats]] = {"J": jump_layers, "C": converging_layers}
     for point, find in finders.items():

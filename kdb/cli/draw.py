@@ -51,11 +51,14 @@ def _command(name: str) -> click.Command:
         from kdb.analysis import figures, save
 
         given = {key: value for key, value in params.items() if value not in (None, ())}
-        if output.suffix in (".csv", ".parquet"):
-            show(figures.frame(kdb.open(warehouse), name, **given), None, output)
-            return
-        save.check_format(output)
-        save.save(figures.chart(kdb.open(warehouse), name, **given), output)
+        as_numbers = output.suffix in (".csv", ".parquet")
+        if not as_numbers:
+            save.check_format(output)
+        with kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
+            if as_numbers:
+                show(figures.frame(opened, name, **given), None, output)
+            else:
+                save.save(figures.chart(opened, name, **given), output)
 
     command = click.Command(
         name,

@@ -1,0 +1,27 @@
+-- Which test prompts the probe gets right, layer by layer
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z that accuracy counts
+--
+-- One row per model, dataset, run and layer. outcomes has a character for each test prompt, in the order of prompt_id:
+-- 1 where the probe is right, 0 where it is wrong. So layers, or two runs on the same prompts, can be compared pair by
+-- pair, and resampled.
+--
+-- Parameters:
+--   model       texts = all        models, side by side
+--   dataset     texts = all        datasets
+--   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   classifier  text = logistic    logistic, logistic-paper, logistic-standardised or random-forest
+--   split       text = paper       paper, stratified-SEED or grouped
+--   variant     text = default     newest runs of this variant; `kdb runs` lists them
+--   run         text = all         this run alone, whatever its variant
+SELECT
+    model, dataset, run, layer, n_layers, string_agg(correct::TINYINT, '' ORDER BY prompt_id) AS outcomes
+FROM probe_predictions
+JOIN (SELECT run, n_layers FROM models) USING (run)
+JOIN chosen_runs('probe_predictions', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+WHERE among(model, getvariable('model'))
+    AND among(dataset, getvariable('dataset'))
+    AND site = getvariable('site')
+    AND classifier = getvariable('classifier')
+    AND split = getvariable('split')
+GROUP BY ALL
+ORDER BY model, dataset, run, layer;
