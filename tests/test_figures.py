@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import polars as pl
 import pytest
 from click.testing import Result
@@ -18,6 +19,7 @@ from test_uncertainty import curve_rows, prediction_rows, warehouse_of
 from kdb.analysis import figures
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.look import Look, look_of
+from kdb.analysis.save import save
 from kdb.errors import QueryError, UnknownNameError
 from kdb.ingest.probes import wilson_interval
 from kdb.queries.catalogue import find_query
@@ -226,6 +228,15 @@ def test_html_fetches_nothing(small: Warehouse, tmp_path: Path, run_kdb: Callabl
     page = path.read_text()
     assert "<script src=" not in page
     assert "cdn." not in page.partition("<body")[0].partition("<script")[0]
+
+
+def test_no_text_of_the_data_ends_the_script_of_a_page(tmp_path: Path) -> None:
+    text = "</script><script>alert(1)</script>"
+    chart = alt.Chart(pl.DataFrame({"text": [text], "x": [1]})).mark_point().encode(x="x", tooltip="text")
+    save(chart, tmp_path / "hostile.html")
+    page = (tmp_path / "hostile.html").read_text()
+    assert "alert(1)" in page
+    assert "<script>alert(1)" not in page
 
 
 @pytest.mark.parametrize(
