@@ -56,7 +56,7 @@ def _vega() -> str:
 
     kept = user_cache_path("kdb") / f"vega-{version('vl-convert-python')}.js"
     with contextlib.suppress(OSError):
-        return kept.read_text()
+        return kept.read_text(encoding="utf-8")
     script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for what it does not need
     with contextlib.suppress(OSError, QueryError):  # a page can be written where nothing can be kept
         kept.parent.mkdir(parents=True, exist_ok=True)
