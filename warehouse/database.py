@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import duckdb
 import polars as pl
@@ -50,12 +50,25 @@ class Limits:
     threads: int
 
 
-def view_statements(lake: Path) -> list[str]:
+class Remote(Protocol):
+    """A lake whose files are not all in its folder."""
+
+    def files(self, runs: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """The files of each table in these runs, by paths of which `filesystem` opens those that are not local."""
+
+    @property
+    def filesystem(self) -> Any:
+        """An fsspec file system."""
+
+
+def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
 
-    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell.
+    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. Each is a
+    glob over the lake, or reads the `files` of its table, where these are given by their paths or URLs.
     """
-    return [_create_view(lake, table) for table in TABLES.values()] + [macros()]
+    named = files or {}
+    return [_create_view(lake, table, named.get(table.name)) for table in TABLES.values()] + [macros()]
 
 
 def write_shell_file(warehouse: Path) -> None:
@@ -78,22 +91,27 @@ def write_shell_file(warehouse: Path) -> None:
     target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
 
 
-def connect(lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None) -> duckdb.DuckDBPyConnection:
+def connect(
+    lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None, remote: Remote | None = None
+) -> duckdb.DuckDBPyConnection:
     """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
 
     `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
-    table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do.
+    table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do. `remote`
+    has the files of a lake that is only mirrored here, and then `runs` must be given.
     Raises WarehouseError when the lake cannot be read.
     """
     connection = duckdb.connect()
     try:
         # Views are created first: that reads files, and creating anything is refused by the time users ask.
-        for statement in view_statements(lake):
+        if remote is not None:
+            connection.register_filesystem(remote.filesystem)
+        for statement in view_statements(lake, remote and remote.files(runs or ())):
             connection.execute(statement)
         if runs is not None:
             # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.
             connection.execute(f"SET VARIABLE kdb_runs = [{', '.join(map(literal, runs))}]::VARCHAR[]")
-        _lock(connection, lake, limits)
+        _lock(connection, lake, limits, ["kdb://lake/"] if remote else [])
     except duckdb.Error as error:
         connection.close()
         raise WarehouseError(
@@ -106,8 +124,14 @@ def connect(lake: Path, runs: Sequence[str] | None = None, limits: Limits | None
 class Database:
     """The committed runs as they were when it was opened, to be asked in SQL."""
 
-    def __init__(self, lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None) -> None:
-        self._connection = connect(lake, runs, limits)
+    def __init__(
+        self,
+        lake: Path,
+        runs: Sequence[str] | None = None,
+        limits: Limits | None = None,
+        remote: Remote | None = None,
+    ) -> None:
+        self._connection = connect(lake, runs, limits, remote)
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
         """The rows of one statement that reads.
@@ -170,7 +194,7 @@ class Database:
         self.close()
 
 
-def engine(lake: Path, runs: Callable[[], Sequence[str] | None]) -> Engine:
+def engine(lake: Path, runs: Callable[[], Sequence[str] | None], remote: Remote | None = None) -> Engine:
     """A SQLAlchemy engine that reads the lake, for pandas, notebooks and reflection.
 
     Each connection is a DuckDB of its own, with the snapshot that `runs` returns when it is opened.
@@ -182,7 +206,9 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None]) -> Engine:
     from sqlalchemy.types import NullType
 
     built = create_engine(
-        "duckdb:///:memory:", creator=lambda: ConnectionWrapper(connect(lake, runs())), poolclass=NullPool
+        "duckdb:///:memory:",
+        creator=lambda: ConnectionWrapper(connect(lake, runs(), remote=remote)),
+        poolclass=NullPool,
     )
     dialect: Any = built.dialect
     dialect.ischema_names = {**dialect.ischema_names, "list": NullType}  # else reflection warns of every list
@@ -211,10 +237,13 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 
-def _create_view(lake: Path, table: Table) -> str:
+def _create_view(lake: Path, table: Table, named: Sequence[str] | None) -> str:
     names = ", ".join(f'"{name}"' for name in (*PARTITIONS, *table.columns.keys()))
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
-    files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
+    if named is None:
+        files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
+    else:
+        files = f"[{', '.join(map(literal, named))}]"
     return (
         f"CREATE VIEW {table.name} AS SELECT {names} "
         f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}) "
@@ -255,10 +284,10 @@ def _reported() -> Iterator[None]:
         raise QueryError(message(error)) from error
 
 
-def _lock(connection: duckdb.DuckDBPyConnection, lake: Path, limits: Limits | None) -> None:
+def _lock(connection: duckdb.DuckDBPyConnection, lake: Path, limits: Limits | None, also: list[str]) -> None:
     """Leave the connection able to read the lake, and to change none of its settings."""
     # The path check sees a view's glob as it is written, escapes included.
-    readable = f"[{literal(str(lake.resolve()))}, {literal(_escape_glob(lake))}]"
+    readable = f"[{', '.join(map(literal, [str(lake.resolve()), _escape_glob(lake), *also]))}]"
     if limits is not None:
         connection.execute(
             f"SET memory_limit = '{limits.memory}B'; SET threads = {limits.threads};"

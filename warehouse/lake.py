@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, Vector, arrow_schema
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, arrow_schema, has_vectors
 
 NOBODY = "__none__"
 """Partition value of the empty typed files, which keep every view valid before the first run."""
@@ -77,13 +77,14 @@ def run_id(identity: Mapping[str, Any]) -> str:
 
 
 class Lake:
-    """The folders of one warehouse.
+    """The folders of one warehouse. ``location`` is what its user calls it.
 
     Raises WarehouseError if ``path`` is no warehouse, or one that a newer kdb wrote.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self.location = str(self.path)
         self.root = self.path / "lake"
         self.staging = self.path / "staging"
         self.marker = self.path / "warehouse.json"
@@ -111,27 +112,16 @@ class Lake:
         if not self.path.is_dir():
             raise WarehouseError(f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another.")
         try:
-            version = int(json.loads(self.marker.read_text())["schema_version"])
+            content = self.marker.read_text()
         except FileNotFoundError:
             raise WarehouseError(
                 f"{name} is not a kdb warehouse: it has no warehouse.json. --warehouse names another folder."
             ) from None
+        except UnicodeDecodeError:
+            content = ""
         except OSError as error:
             raise WarehouseError(f"The warehouse {name} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise WarehouseError(
-                f'{str(self.marker)!r} is damaged: expected {{"schema_version": {SCHEMA_VERSION}}}.'
-            ) from error
-        if version > SCHEMA_VERSION:
-            raise WarehouseError(
-                f"The warehouse {name} was written by a newer kdb (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
-            )
-        if version < SCHEMA_VERSION:
-            raise WarehouseError(
-                f"The warehouse {name} was written by an older kdb (schema {version}, this one needs "
-                f"{SCHEMA_VERSION}): measure again into a new folder, named with --warehouse."
-            )
+        check_version(str(self.path), content)
 
     def restore_empty_tables(self) -> None:
         """Write the empty typed files again, without which a view over no run is an error."""
@@ -199,13 +189,16 @@ class Lake:
 
 
 class StagedRun:
-    """A run in progress: parts that are finished stay finished, whatever happens to the writer."""
+    """A run in progress: parts that are finished stay finished, whatever happens to the writer.
+
+    ``committed`` says whether the run stands in the lake, and so has nothing left to be written.
+    """
 
     def __init__(self, lake: Lake, run: str, model: str, dataset: str) -> None:
         self.run, self.model, self.dataset = run, model, dataset
         self.path = lake.staging / run
-        partitions = [f"model={_encoded(model)}", f"dataset={_encoded(dataset)}", f"run={run}"]
-        self.target = lake.root.joinpath(*partitions)
+        self.target = lake.root / partitions(model, dataset, run)
+        self.committed = False
         self._lock = FileLock(lake.staging / f"{run}.lock")
 
     def __enter__(self) -> StagedRun:
@@ -236,6 +229,7 @@ class StagedRun:
         self._lock.release()
 
     def _begin(self) -> None:
+        self.committed = self._stands()
         if self.committed:  # by the process that held the lock a moment ago
             shutil.rmtree(self.path, ignore_errors=True)
             return
@@ -259,9 +253,8 @@ class StagedRun:
         """Keep facts of a run in progress that a resumed run could not know otherwise."""
         write_json(self.path / "run.json", {**self.facts, **facts})
 
-    @property
-    def committed(self) -> bool:
-        """Whether the run already stands in the lake."""
+    def _stands(self) -> bool:
+        """Whether the run is in the lake already."""
         return self.target.is_dir()
 
     def part(self, table: str, name: str) -> Path:
@@ -325,6 +318,7 @@ class StagedRun:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.path.rename(self.target)
         _sync(self.target.parent)
+        self.committed = True
 
     def _seal(self, run_row: Mapping[str, Any]) -> None:
         tables = {folder.name for folder in self.path.iterdir() if folder.is_dir()} | {"runs"}
@@ -345,15 +339,14 @@ class StagedRun:
 
     def _merged(self, table: str, paths: list[Path]) -> list[Path]:
         # Vectors stay as they are: their row groups are what lets a reader skip all other layers.
-        vectors = any(isinstance(column.type, Vector) for column in TABLES[table].columns)
-        if vectors or len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
+        if has_vectors(table) or len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
             return paths
         whole = self.part(table, "all")
         write_parquet(whole, [pa.concat_tables(pq.ParquetFile(path).read() for path in paths)])
         return [whole]
 
     def _drop_strays(self) -> None:
-        kept = {self.path / record.path for record in _manifest(self.path)} | {self.path / "manifest.json"}
+        kept = {self.path / record.path for record in read_manifest(self.path)} | {self.path / "manifest.json"}
         for path in self.path.rglob("*"):
             if path.is_file() and path not in kept:
                 path.unlink()
@@ -372,7 +365,7 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"compression": "zstd", "use_byte_stream_split": vectors or False}
     options["use_dictionary"] = [f.name for f in schema if not pa.types.is_nested(f.type)]
-    with _appears_whole(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
+    with appears_whole(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         writer.write_table(first, row_group_size=max(1, len(first)))
         for group in groups:
             writer.write_table(group, row_group_size=max(1, len(group)))
@@ -384,12 +377,12 @@ def _is_float32_vector(kind: pa.DataType) -> bool:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file that appears whole or not at all."""
-    with _appears_whole(path) as partial:
+    with appears_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
-def _appears_whole(path: Path) -> Iterator[Path]:
+def appears_whole(path: Path) -> Iterator[Path]:
     """A file to write, which takes the name ``path`` once it is whole, and else leaves nothing behind."""
     partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}{_PARTIAL}")  # two processes may write the same file
     try:
@@ -423,6 +416,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise WarehouseError(f"Cannot write to the warehouse at {str(path)!r}: {what}.") from error
 
 
+def partitions(model: str, dataset: str, run: str) -> str:
+    """A run's folder within the lake. Raises WarehouseError for a name that cannot be one of a folder."""
+    return f"model={_encoded(model)}/dataset={_encoded(dataset)}/run={run}"
+
+
 def _encoded(name: str) -> str:
     """A model's or dataset's name as a partition value, which every engine reads back as this text."""
     if name in (NOBODY, "__HIVE_DEFAULT_PARTITION__") or not name.strip():
@@ -430,6 +428,26 @@ def _encoded(name: str) -> str:
     text = quote(name, safe="")
     # DuckDB reads a bare null as NULL.
     return f"%{ord(text[0]):02X}{text[1:]}" if text.lower() == "null" else text
+
+
+def check_version(location: str, marker: str | bytes) -> None:
+    """Raise WarehouseError unless the content of a warehouse.json says that this kdb reads and writes its tables."""
+    try:
+        version = int(json.loads(marker)["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WarehouseError(
+            f'{location + "/warehouse.json"!r} is damaged: expected {{"schema_version": {SCHEMA_VERSION}}}.'
+        ) from error
+    if version > SCHEMA_VERSION:
+        raise WarehouseError(
+            f"The warehouse {location!r} was written by a newer kdb (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
+        )
+    if version < SCHEMA_VERSION:
+        raise WarehouseError(
+            f"The warehouse {location!r} was written by an older kdb (schema {version}, this one needs "
+            f"{SCHEMA_VERSION}): measure again into a new folder, named with --warehouse."
+        )
 
 
 def _is_vacant(path: Path) -> bool:
@@ -446,10 +464,14 @@ def _subfolders(parent: Path, prefix: str) -> list[Path]:
         return []
 
 
+def empty_file(root: Path, table: str) -> Path:
+    """The typed file without rows that keeps a table's view valid, in the lake at ``root``."""
+    return root / f"model={NOBODY}/dataset={NOBODY}/run={NOBODY}" / table / "empty.parquet"
+
+
 def _write_empty_tables(root: Path) -> None:
-    folder = root / f"model={NOBODY}/dataset={NOBODY}/run={NOBODY}"
     for table in TABLES:
-        write_parquet(folder / table / "empty.parquet", [arrow_schema(table).empty_table()])
+        write_parquet(empty_file(root, table), [arrow_schema(table).empty_table()])
 
 
 def _seconds(path: Path) -> float:
@@ -463,7 +485,8 @@ def _record(path: Path, folder: Path) -> FileRecord:
     return FileRecord(path.relative_to(folder).as_posix(), rows, path.stat().st_size, digest)
 
 
-def _manifest(folder: Path) -> list[FileRecord]:
+def read_manifest(folder: Path) -> list[FileRecord]:
+    """The files of a run, as its manifest names them."""
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return [FileRecord(**file) for file in files]
 
@@ -472,7 +495,7 @@ def _adoptable(folder: Path) -> list[FileRecord]:
     """The files of a run, if this kdb can read them and each lies within the run's folder; else WarehouseError."""
     try:
         version = json.loads((folder / "manifest.json").read_text())["schema_version"]
-        records = _manifest(folder)
+        records = read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WarehouseError(f"{folder / 'manifest.json'} is unreadable ({error}): the run is not copied.") from error
     if version != SCHEMA_VERSION:
@@ -488,7 +511,7 @@ def _adoptable(folder: Path) -> list[FileRecord]:
 
 def _verify_run(folder: RunFolder) -> Iterator[Damage]:
     try:
-        records = _manifest(folder.path)
+        records = read_manifest(folder.path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield Damage(folder.run, folder.path / "manifest.json", f"unreadable ({error})")
         return

@@ -375,6 +375,11 @@ _TYPES: dict[type[TypeEngine[Any]], tuple[pa.DataType, str]] = {
 """Each column type's Arrow type, and the name that DuckDB gives it."""
 
 
+def has_vectors(table: str) -> bool:
+    """Whether a table's rows hold vectors, which make it the largest by far."""
+    return any(isinstance(column.type, Vector) for column in TABLES[table].columns)
+
+
 def arrow_schema(table: str, *, vector_size: int | None = None, float16: bool = False) -> pa.Schema:
     """The Arrow schema of a table's Parquet files; partition columns are not in them.
 

@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kdb.errors import UnknownNameError, WarehouseError
 from kdb.warehouse import database
+from kdb.warehouse.bucket import is_url
 from kdb.warehouse.lake import Lake, storage_errors, write_json
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary
 
@@ -20,28 +21,37 @@ if TYPE_CHECKING:
     import polars as pl
     from sqlalchemy import Engine
 
+    from kdb.warehouse.cloud import CloudLake
+
 
 class Warehouse:
     """Measurements that can be asked for; ``kdb.open`` makes one.
 
     Every question sees the runs that were committed when it was asked, each of them whole.
-    Raises WarehouseError if ``path`` is no warehouse, or one that a newer kdb wrote.
+    ``location`` is a folder, or the URL of one in an object store. Raises WarehouseError if it is no warehouse, or one
+    that a newer kdb wrote.
     """
 
     _shared: database.Database | None = None
 
-    def __init__(self, path: str | Path) -> None:
-        self.lake = Lake(Path(path))
-        with contextlib.suppress(WarehouseError):  # on a read-only disk there is nothing to mend, only to ask
-            self._mend()
+    def __init__(self, location: str | Path) -> None:
+        self._open(lake_at(location))
 
     @classmethod
-    def create(cls, path: str | Path) -> Warehouse:
-        """Open the warehouse at ``path`` to write to it, making it first where the folder is missing or empty."""
-        Lake.create(Path(path))
-        opened = cls(path)
-        opened._mend()  # where that fails, so would whatever is to be written
+    def create(cls, location: str | Path) -> Warehouse:
+        """Open a warehouse to write to it, making it first where the folder is missing or empty, or the URL vacant."""
+        opened = cls.__new__(cls)
+        opened._open(lake_at(location, create=True))
+        if not opened._remote:
+            opened._mend()  # where that fails, so would whatever is to be written
         return opened
+
+    def _open(self, lake: Lake) -> None:
+        self.lake = lake
+        self._remote = _remote(lake)
+        if not self._remote:
+            with contextlib.suppress(WarehouseError):  # on a read-only disk there is nothing to mend, only to ask
+                self._mend()
 
     @property
     def tables(self) -> list[str]:
@@ -54,7 +64,7 @@ class Warehouse:
 
         `runs` are those that `runs()` gave a while ago; `limits` bound what questions may use.
         """
-        opening = self._database() if runs is None else database.Database(self.lake.root, runs, limits)
+        opening = self._database() if runs is None else self._database_of(runs, limits)
         with opening as opened:
             frozen = copy.copy(self)
             frozen._shared = opened
@@ -84,11 +94,14 @@ class Warehouse:
         """A table as a Polars LazyFrame, over all runs. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        return database.scan(self.lake.root, table, self.runs())
+        runs = self.runs()
+        if self._remote:
+            self._remote.fetch(table, runs)
+        return database.scan(self.lake.root, table, runs)
 
     def engine(self) -> Engine:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
-        return database.engine(self.lake.root, self.runs)
+        return database.engine(self.lake.root, self.runs, self._remote)
 
     def rebuild(self) -> Path:
         """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path."""
@@ -112,8 +125,24 @@ class Warehouse:
     def _database(self) -> contextlib.AbstractContextManager[database.Database]:
         if self._shared is not None:
             return contextlib.nullcontext(self._shared)
-        return database.Database(self.lake.root, self.runs())
+        return self._database_of(self.runs())
+
+    def _database_of(self, runs: Sequence[str], limits: database.Limits | None = None) -> database.Database:
+        return database.Database(self.lake.root, runs, limits, self._remote)
 
     def runs(self) -> list[str]:
         """Ids of the committed runs."""
         return [folder.run for folder in self.lake.run_folders()]
+
+
+def lake_at(location: str | Path, *, create: bool = False) -> Lake:
+    """The lake in a folder, or in an object store where the location is a URL."""
+    if not is_url(location):
+        return Lake.create(Path(location)) if create else Lake(Path(location))
+    from kdb.warehouse.cloud import CloudLake
+
+    return CloudLake.create_at(str(location)) if create else CloudLake(str(location))
+
+
+def _remote(lake: Lake) -> CloudLake | None:
+    return cast("CloudLake", lake) if is_url(lake.location) else None

@@ -47,7 +47,7 @@ def query() -> None:
 
 
 def _command(saved: SavedQuery) -> click.Command:
-    def answer(warehouse: Path, format_: str | None, output: Path | None, **params: Any) -> None:
+    def answer(warehouse: Path | str, format_: str | None, output: Path | None, **params: Any) -> None:
         given = {name: value for name, value in params.items() if value not in (None, ())}
         show(kdb.open(warehouse).query(saved.name, **given), format_, output)
 
@@ -93,7 +93,7 @@ def _entry(saved: SavedQuery) -> str:
 @click.argument("text", metavar="SELECT")
 @warehouse_option
 @output_options
-def sql(text: str, warehouse: Path, format_: str | None, output: Path | None) -> None:
+def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
     """Answer one SELECT; it can read the warehouse and nothing else.
 
     \b

@@ -16,7 +16,9 @@ from kdb.cli.options import output_options, show, warehouse_option
 @click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="Numbers shown, largest first.")
 @warehouse_option
 @output_options
-def compare(run_a: str, run_b: str, limit: int, warehouse: Path, format_: str | None, output: Path | None) -> None:
+def compare(
+    run_a: str, run_b: str, limit: int, warehouse: Path | str, format_: str | None, output: Path | None
+) -> None:
     """Show what differs between two runs: settings, versions, and the numbers that moved.
 
     Runs are given by their ids, or by the first digits (`kdb runs`). A change is in percent of the largest value of

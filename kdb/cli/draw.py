@@ -47,7 +47,7 @@ def _command(name: str) -> click.Command:
 
     figure = find_figure(name)
 
-    def draw(warehouse: Path, output: Path, **params: Any) -> None:
+    def draw(warehouse: Path | str, output: Path, **params: Any) -> None:
         from kdb.analysis import figures, save
 
         given = {key: value for key, value in params.items() if value not in (None, ())}
@@ -78,7 +78,7 @@ def _command(name: str) -> click.Command:
 )
 @warehouse_option
 @output_path
-def report(models: tuple[str, ...], format_: str | None, warehouse: Path, output: Path) -> None:
+def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, output: Path) -> None:
     """Write one page with the tables and figures of both studies, models side by side.
 
     HTML needs no other file and no network, and prints; Markdown has the tables alone. What was not measured is

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 import kdb
-from kdb.cli.options import output_options, show, warehouse_option
+from kdb.cli.options import Location, output_options, show, warehouse_option
 
 
 @click.group(invoke_without_command=True)
 @warehouse_option
 @output_options
 @click.pass_context
-def runs(ctx: click.Context, warehouse: Path, format_: str | None, output: Path | None) -> None:
+def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
     """List the runs in the warehouse, or remove one.
 
     \b
@@ -34,9 +34,9 @@ def runs(ctx: click.Context, warehouse: Path, format_: str | None, output: Path 
 
 @runs.command()
 @click.argument("run")
-@click.option("--warehouse", type=click.Path(file_okay=False, path_type=Path), help="Folder of the warehouse.")
+@click.option("--warehouse", type=Location(), help="Folder of the warehouse, or its URL.")
 @click.pass_obj
-def remove(parent_warehouse: Path, run: str, warehouse: Path | None) -> None:
+def remove(parent_warehouse: Path | str, run: str, warehouse: Path | str | None) -> None:
     """Delete a run for good.
 
     \b
@@ -48,7 +48,7 @@ def remove(parent_warehouse: Path, run: str, warehouse: Path | None) -> None:
 
 @click.command()
 @warehouse_option
-def verify(warehouse: Path) -> None:
+def verify(warehouse: Path | str) -> None:
     """Check every file against the checksums of its commit.
 
     Exits with 1 where something is damaged, and names it.
@@ -66,6 +66,6 @@ def verify(warehouse: Path) -> None:
 
 @click.command()
 @warehouse_option
-def rebuild(warehouse: Path) -> None:
+def rebuild(warehouse: Path | str) -> None:
     """Write kdb.duckdb, the DuckDB shell's file, anew."""
     click.echo(f"Wrote {kdb.open(warehouse).rebuild()}.")

@@ -158,7 +158,7 @@ def _model_options(command: Command) -> Command:
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 @warehouse_option
 @click.pass_context
-def ingest(ctx: click.Context, /, plan: Path | None, warehouse: Path, dry_run: bool, **options: Any) -> None:
+def ingest(ctx: click.Context, /, plan: Path | None, warehouse: Path | str, dry_run: bool, **options: Any) -> None:
     """Run models on datasets, and measure where they know what these ask.
 
     Texts with labels: stores the last token's hidden state at every layer and two sites, probes them, and stores
@@ -325,7 +325,7 @@ def _stored_options(command: Command) -> Command:
 @_stored_options
 @_probe_options
 @warehouse_option
-def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: Any) -> None:
+def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **options: Any) -> None:
     """Fit probes again on stored activations, without the model.
 
     The scores are a run of their own that names its source.
@@ -352,7 +352,7 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path, **options: An
     help="Two principal components; or UMAP too (`pip install 'kdb-lm[umap]'`).",
 )
 @warehouse_option
-def project(model: str, dataset: str, variant: str, method: str, warehouse: Path) -> None:
+def project(model: str, dataset: str, variant: str, method: str, warehouse: Path | str) -> None:
     """Project stored activations onto two axes at every layer, without the model.
 
     The points are a run of their own that names its source, in the table projections.
@@ -403,7 +403,7 @@ def ablate(
     variant: str,
     query_: str,
     label: str,
-    warehouse: Path,
+    warehouse: Path | str,
     **options: Any,
 ) -> None:
     """Zero the neurons or heads that a query names, in every prompt that counts.

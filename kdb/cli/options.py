@@ -26,15 +26,28 @@ _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
 _SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet"}
 
 
+class Location(click.Path):
+    """A folder, as a Path, or a URL such as s3://bucket/prefix, as it is given."""
+
+    name = "location"
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A URL is not a path: as one, it would lose a slash."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 def warehouse_option(command: Command) -> Command:
-    """``--warehouse DIR``, else $KDB_WAREHOUSE, else ./kdb-warehouse."""
+    """``--warehouse DIR`` or a URL, else $KDB_WAREHOUSE, else ./kdb-warehouse."""
     return click.option(
         "--warehouse",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=Location(),
         envvar="KDB_WAREHOUSE",
         default=DEFAULT_WAREHOUSE,
         show_default=True,
-        help="Folder of the warehouse; else $KDB_WAREHOUSE.",
+        help="Folder of the warehouse, or its URL (s3://, gs://, az://); else $KDB_WAREHOUSE.",
     )(command)
 
 

@@ -43,7 +43,7 @@ from kdb.cli.options import warehouse_option
     "--queue", type=click.IntRange(0), default=64, show_default=True, help="Questions that may wait; others get 503."
 )
 def serve(
-    warehouse: Path,
+    warehouse: Path | str,
     demo: bool,
     host: str,
     port: int,

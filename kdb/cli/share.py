@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import warehouse_option
+from kdb.cli.options import Location, warehouse_option
 from kdb.errors import QueryError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Location(), metavar="FOLDER|URL")
 @click.option(
     "--run", "runs", multiple=True, help="Run (`kdb runs`); repeatable. Runs that it was computed from go along."
 )
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--dataset", "datasets", multiple=True, help="Of these, the runs on this dataset; repeatable.")
 @warehouse_option
 def export(
-    folder: Path, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...], warehouse: Path
+    folder: Path | str, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...], warehouse: Path | str
 ) -> None:
     """Copy runs into a folder of their own, which is a warehouse too; all of them if none is named.
 
@@ -44,9 +44,9 @@ def export(
 
 
 @click.command("import")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Location(), metavar="FOLDER|URL")
 @warehouse_option
-def import_(folder: Path, warehouse: Path) -> None:
+def import_(folder: Path | str, warehouse: Path | str) -> None:
     """Copy every run of another warehouse into this one, such as one that was exported.
 
     Each file is checked against the checksum of its commit; a run appears whole or not at all. Runs that are there
@@ -55,10 +55,9 @@ def import_(folder: Path, warehouse: Path) -> None:
     \b
     kdb import shared/
     """
-    from kdb.warehouse.lake import Lake
-    from kdb.warehouse.store import Warehouse
+    from kdb.warehouse.store import Warehouse, lake_at
 
-    source = Lake(folder)
+    source = lake_at(folder)
     _copy(source, Warehouse.create(warehouse).lake, [found.run for found in source.run_folders()])
 
 

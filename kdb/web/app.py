@@ -44,10 +44,10 @@ _STALLED = 60.0
 """Seconds after which a client that reads nothing is given up: it would hold a worker."""
 
 
-def create_app(warehouse: Path, access: Access, settings: Settings | None = None) -> Guard:
+def create_app(warehouse: Path | str, access: Access, settings: Settings | None = None) -> Guard:
     """The application for one warehouse. Raises WarehouseError if there is none."""
     opened = Warehouse(warehouse)
-    desk = Desk(opened.lake.path, settings or Settings())
+    desk = Desk(opened.lake.location, settings or Settings())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

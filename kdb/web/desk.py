@@ -73,7 +73,7 @@ class Answer:
 class Desk:
     """Worker processes for one warehouse; use it in an ``async with`` statement."""
 
-    def __init__(self, warehouse: Path, settings: Settings) -> None:
+    def __init__(self, warehouse: Path | str, settings: Settings) -> None:
         self._warehouse, self.settings = warehouse, settings
         self._context = multiprocessing.get_context("forkserver")
         # A worker is then forked in milliseconds from a process that has imported all that it needs.

@@ -28,7 +28,7 @@ _PATIENCE = 10
 
 
 def run(
-    warehouse: Path | None,
+    warehouse: Path | str | None,
     *,
     host: str,
     port: int,

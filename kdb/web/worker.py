@@ -38,7 +38,7 @@ HEAD, CHUNK, END, REFUSED, FAILED, EXHAUSTED = b"H", b"C", b"E", b"R", b"F", b"X
 """First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
 
 
-def serve(connection: Connection, warehouse: Path, limits: Limits, folder: Path) -> None:
+def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder: Path) -> None:
     """Answer what comes over the connection until it is closed; spill into the folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets answers end first
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

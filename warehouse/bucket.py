@@ -1,0 +1,203 @@
+"""An object store, by its URL: S3, Google Cloud Storage or Azure, and whatever speaks like one of them.
+
+    bucket = Bucket.at("s3://lab/kdb")
+    bucket.put_new("commits/1f0c.json", content)
+
+Credentials come from where each vendor's own tools look for them (the environment, ``~/.aws``, a role of the machine),
+and stay in memory. The words of a server's refusal are not passed on: they can hold the key's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdb.errors import WarehouseError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+SCHEMES = ("s3", "gs", "az")
+
+_PATIENCE = timedelta(seconds=30)
+"""For one request and its retries; a transfer may take as long as it goes on."""
+
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+
+
+def is_url(location: object) -> bool:
+    """Whether a warehouse's location is an object store's, and not a folder's."""
+    return "://" in str(location)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object as a listing tells it; ``tag`` changes with its content."""
+
+    path: str
+    tag: str
+
+
+class Bucket:
+    """The objects under one URL. Every method raises WarehouseError where the store refuses or cannot be reached."""
+
+    def __init__(self, store: ObjectStore, url: str) -> None:
+        self.store, self.url = store, url
+
+    @classmethod
+    def at(cls, url: str) -> Bucket:
+        """The objects under ``url``. Raises WarehouseError for one of no known kind, or without its library."""
+        url = url.rstrip("/")
+        scheme, _, rest = url.partition("://")
+        if scheme not in SCHEMES or not rest.strip("/"):
+            known = ", ".join(f"{known}://BUCKET/PREFIX" for known in SCHEMES)
+            raise WarehouseError(f"{url!r} is no location of a warehouse: name a folder, or one of {known}.")
+        try:
+            from obstore.store import from_url
+        except ImportError:
+            raise WarehouseError(
+                f"{url!r} needs a library that is not installed: pip install 'kdb-lm[cloud]'."
+            ) from None
+        options: dict[str, Any] = _s3_options() if scheme == "s3" else {}
+        with _reported(url):
+            store = from_url(
+                url,
+                client_options={"connect_timeout": "10s", "timeout": "10m", "allow_http": True},
+                retry_config={"max_retries": 5, "retry_timeout": _PATIENCE},
+                **options,
+            )
+        return cls(store, url)
+
+    def get(self, path: str) -> bytes | None:
+        """The content of an object; None where there is none."""
+        import obstore
+
+        with _reported(self.url):
+            try:
+                return bytes(obstore.get(self.store, path).bytes())
+            except FileNotFoundError as error:
+                _refuse_missing_bucket(self.url, error)
+                return None
+
+    def chunks(self, path: str) -> Iterator[bytes]:
+        """The content of an object, piece by piece. Raises FileNotFoundError where there is none."""
+        import obstore
+
+        with _reported(self.url):
+            for chunk in obstore.get(self.store, path).stream(min_chunk_size=8 * 2**20):
+                yield bytes(chunk)
+
+    def range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` of an object. Raises FileNotFoundError where there is none."""
+        import obstore
+
+        with _reported(self.url):
+            return bytes(obstore.get_range(self.store, path, start=start, end=end))
+
+    def upload(self, path: str, file: Path) -> None:
+        """Write a file's content as an object."""
+        import obstore
+
+        with _reported(self.url):
+            obstore.put(self.store, path, file)
+
+    def put_new(self, path: str, content: bytes) -> bool:
+        """Write an object unless it exists, whoever else tries at the same moment; whether it was written."""
+        import obstore
+
+        with _reported(self.url):
+            try:
+                obstore.put(self.store, path, content, mode="create", use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+        return True
+
+    def put_over(self, path: str, content: bytes, tag: str) -> bool:
+        """Write an object anew if it is still what it was when a listing gave ``tag``; whether it was written."""
+        import obstore
+
+        with _reported(self.url):
+            try:
+                obstore.put(self.store, path, content, mode={"e_tag": tag, "version": None}, use_multipart=False)
+            except (obstore.exceptions.PreconditionError, FileNotFoundError):
+                return False
+        return True
+
+    def list(self, prefix: str) -> list[Found]:
+        """Every object under a prefix, by path."""
+        import obstore
+
+        with _reported(self.url):
+            found = [one for page in obstore.list(self.store, prefix) for one in page]
+        return sorted((Found(one["path"], one["e_tag"] or "") for one in found), key=lambda one: one.path)
+
+    def delete(self, paths: list[str]) -> None:
+        """Delete objects; those that are gone already are no matter."""
+        import obstore
+
+        with _reported(self.url), contextlib.suppress(FileNotFoundError):
+            if paths:
+                obstore.delete(self.store, paths)
+
+
+def _s3_options() -> dict[str, Any]:
+    """Credentials as boto3 finds them; without any, requests are not signed, as a public bucket wants them."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+    try:
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise WarehouseError("s3:// needs a library that is not installed: pip install 'kdb-lm[cloud]'.") from None
+    try:
+        return {"config": config, "credential_provider": Boto3CredentialProvider()}
+    except ValueError:
+        return {"config": {**config, "skip_signature": True}}
+    except BotoCoreError as error:  # such as a profile that is not in ~/.aws
+        raise WarehouseError(f"The credentials of AWS cannot be read: {error}.") from error
+
+
+@contextlib.contextmanager
+def _reported(url: str) -> Iterator[None]:
+    """Turn the store's refusals into WarehouseError; that an object is missing is the caller's to judge."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        _refuse_missing_bucket(url, error)
+        raise
+    except (BaseError, OSError) as error:
+        raise WarehouseError(f"{url}: {_why(str(error))}") from None  # what it was raised from may show the key's name
+
+
+def _refuse_missing_bucket(url: str, error: Exception) -> None:
+    if any(sign in str(error) for sign in _NO_BUCKET):
+        raise WarehouseError(
+            f"{url}: there is no such bucket. Make it first, or name another with --warehouse."
+        ) from None
+
+
+def _why(said: str) -> str:
+    """What a store's refusal means, and what to do."""
+    code = "".join(re.findall(r"<Code>(\w+)</Code>", said)[:1])
+    status = "".join(re.findall(r"status code: (\d{3})", said)[:1])
+    detail = f" ({' '.join(filter(None, (status, code)))})" if status or code else ""
+    if any(sign in said for sign in _NO_BUCKET):
+        return "there is no such bucket. Make it first, or name another with --warehouse."
+    if status in ("401", "403") or "credential" in said.lower():
+        return (
+            f"permission denied{detail}. Check the credentials that the vendor's own tools use, and what they may do."
+        )
+    if not status:
+        return (
+            "the store cannot be reached, or the connection was cut. Give the same command again: what is finished "
+            "is kept. (For a store of your own, AWS_ENDPOINT_URL says where it is.)"
+        )
+    return f"the store refused{detail}. Give the same command again: what is finished is kept."
