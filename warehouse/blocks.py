@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,4 +80,4 @@ class BlockFile(io.RawIOBase):
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f"{number}.{uuid.uuid4().hex[:8]}"
         partial.write_bytes(content)
-        os.replace(partial, self._folder / str(number))
+        partial.replace(self._folder / str(number))

@@ -30,6 +30,8 @@ _PATIENCE = timedelta(seconds=30)
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 
+_MAKE_IT = "there is no such bucket. Make it first, or name another with --warehouse."
+
 
 def is_url(location: object) -> bool:
     """Whether a warehouse's location is an object store's, and not a folder's."""
@@ -55,6 +57,8 @@ class Bucket:
         """The objects under ``url``. Raises WarehouseError for one of no known kind, or without its library."""
         url = url.rstrip("/")
         scheme, _, rest = url.partition("://")
+        if "@" in rest.partition("/")[0]:
+            raise WarehouseError("A URL holds no credentials: kdb looks for them where the vendor's tools do.")
         if scheme not in SCHEMES or not rest.strip("/"):
             known = ", ".join(f"{known}://BUCKET/PREFIX" for known in SCHEMES)
             raise WarehouseError(f"{url!r} is no location of a warehouse: name a folder, or one of {known}.")
@@ -179,9 +183,7 @@ def _reported(url: str) -> Iterator[None]:
 
 def _refuse_missing_bucket(url: str, error: Exception) -> None:
     if any(sign in str(error) for sign in _NO_BUCKET):
-        raise WarehouseError(
-            f"{url}: there is no such bucket. Make it first, or name another with --warehouse."
-        ) from None
+        raise WarehouseError(f"{url}: {_MAKE_IT}") from None
 
 
 def _why(said: str) -> str:
@@ -190,7 +192,7 @@ def _why(said: str) -> str:
     status = "".join(re.findall(r"status code: (\d{3})", said)[:1])
     detail = f" ({' '.join(filter(None, (status, code)))})" if status or code else ""
     if any(sign in said for sign in _NO_BUCKET):
-        return "there is no such bucket. Make it first, or name another with --warehouse."
+        return _MAKE_IT
     if status in ("401", "403") or "credential" in said.lower():
         return (
             f"permission denied{detail}. Check the credentials that the vendor's own tools use, and what they may do."

@@ -21,10 +21,10 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from platformdirs import user_cache_path
 
@@ -49,6 +49,8 @@ from kdb.warehouse.remote import SCHEME, CommittedFiles
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, has_vectors
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _AT_ONCE = 16
 """Requests under way at the same time."""
@@ -115,6 +117,9 @@ class CloudLake(Lake):
         """Open the warehouse at a URL, making it first where there is none."""
         bucket = bucket or Bucket.at(url)
         if bucket.get("warehouse.json") is None:
+            mirror = Lake.create(_mirror(url))
+            empty = [empty_file(mirror.root, table) for table in TABLES]
+            _at_once(bucket.upload, [file.relative_to(mirror.path).as_posix() for file in empty], empty)
             bucket.put_new("warehouse.json", json.dumps({"schema_version": SCHEMA_VERSION}).encode())
         return cls(url, bucket)
 
@@ -125,10 +130,9 @@ class CloudLake(Lake):
         listed = {Path(found.path).stem: found for found in self.bucket.list("commits")}
         seen = {run: known for run, known in self._known.items() if run in listed and known[0] == listed[run].tag}
         new = [found for run, found in listed.items() if run not in seen]
-        with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-            for found, commit in zip(new, pool.map(self._commit, new), strict=True):
-                if commit is not None:
-                    seen[commit.run] = found.tag, commit
+        for found, commit in zip(new, _at_once(self._commit, new), strict=True):
+            if commit is not None:
+                seen[commit.run] = found.tag, commit
         self._known = dict(sorted(seen.items()))
         return {run: commit for run, (_tag, commit) in self._known.items()}
 
@@ -222,9 +226,14 @@ class CloudLake(Lake):
         """What opens ``kdb://`` paths, for DuckDB."""
         return CommittedFiles(self)
 
-    def urls(self, table: str) -> list[str]:
-        """Where each committed file of a table lies in the store."""
-        return [f"{self.location}/{path}" for commit in self.commits().values() for path in commit.paths(table)]
+    def urls(self) -> dict[str, list[str]]:
+        """Where each committed file of each table lies in the store, an empty typed one first."""
+        commits = self.commits().values()
+        empty = {table: empty_file(self.root, table).relative_to(self.path).as_posix() for table in TABLES}
+        return {
+            table: [f"{self.location}/{path}" for path in (empty[table], *(p for c in commits for p in c.paths(table)))]
+            for table in TABLES
+        }
 
     def open(self, path: str) -> BinaryIO:
         """A committed file to be read: fetched whole, once, or block by block where it holds vectors.
@@ -249,8 +258,7 @@ class CloudLake(Lake):
 
     def _fetch(self, files: dict[str, FileRecord]) -> None:
         missing = {path: record for path, record in files.items() if self._local(path, record) is None}
-        with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(self._download, missing.keys(), missing.values()))
+        _at_once(self._download, missing.keys(), missing.values())
 
     def _local(self, path: str, record: FileRecord) -> Path | None:
         local = self.path / path
@@ -299,8 +307,7 @@ class _CloudRun(StagedRun):
         commit = Commit(self.run, self.model, self.dataset, attempt, tuple(local.values()))
         log.info("Uploading %.1f MB to %s", sum(f.bytes for f in local) / 1e6, self._lake.location)
         sources = [self.path / file.path for file in local]
-        with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(bucket.upload, commit.paths(), sources))
+        _at_once(bucket.upload, commit.paths(), sources)
         if not bucket.put_new(f"commits/{self.run}.json", commit.content()) and not self._is_ours(commit):
             bucket.delete(list(commit.paths()))
             shutil.rmtree(self.path, ignore_errors=True)
@@ -319,6 +326,12 @@ class _CloudRun(StagedRun):
             kept.parent.mkdir(parents=True, exist_ok=True)
             source.replace(kept)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _at_once(function: Callable[..., Result], *arguments: Iterable[Any]) -> list[Result]:
+    """What a function gives for each argument, in their order; the first error ends it."""
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def _renamed(path: str, attempt: str) -> str:

@@ -71,17 +71,21 @@ def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None
     return [_create_view(lake, table, named.get(table.name)) for table in TABLES.values()] + [macros()]
 
 
-def write_shell_file(warehouse: Path) -> None:
-    """Write `kdb.duckdb`: views only, with absolute paths. Replaces it without opening it.
+def write_shell_file(warehouse: Path, files: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Write `kdb.duckdb`: views only, with absolute paths or URLs. Replaces it without opening it.
 
-    A shell that holds the old file keeps it. Raises OSError when the folder cannot be written.
+    `files` are the URLs of each table's, where they do not lie in the folder. A shell that holds the old file keeps it.
+    Raises OSError when the folder cannot be written.
     """
     target = warehouse / SHELL_FILE
     staged = warehouse / f".{SHELL_FILE}.{secrets.token_hex(4)}"
+    if files:
+        from kdb.warehouse.remote import StandIns
     # Built elsewhere: DuckDB cannot attach every path (a ? ends the name of its log file).
     with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
         built = Path(folder) / SHELL_FILE
-        _build_shell_file(built, view_statements(warehouse / "lake") + list(map(_comments, TABLES.values())))
+        statements = view_statements(warehouse / "lake", files) + list(map(_comments, TABLES.values()))
+        _build_shell_file(built, statements, StandIns(warehouse / "lake") if files else None)
         try:
             shutil.copyfile(built, staged)
             staged.replace(target)
@@ -263,8 +267,10 @@ def _escape_glob(folder: Path) -> str:
     return re.sub(r"[\[*?{]", r"[\g<0>]", str(folder.resolve()))
 
 
-def _build_shell_file(path: Path, statements: list[str]) -> None:
+def _build_shell_file(path: Path, statements: list[str], filesystem: Any) -> None:
     with duckdb.connect() as connection:
+        if filesystem is not None:
+            connection.register_filesystem(filesystem)
         connection.execute(f"ATTACH {literal(str(path))} AS kdb (STORAGE_VERSION '{_STORAGE_VERSION}')")
         connection.execute("USE kdb; BEGIN")  # one transaction: each one waits for the disk
         for statement in statements:

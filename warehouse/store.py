@@ -104,10 +104,13 @@ class Warehouse:
         return database.engine(self.lake.root, self.runs, self._remote)
 
     def rebuild(self) -> Path:
-        """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path."""
+        """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path.
+
+        Of a warehouse in an object store, it reads the runs that are there now.
+        """
         self.lake.restore_empty_tables()
         with storage_errors(self.lake.path):
-            database.write_shell_file(self.lake.path)
+            database.write_shell_file(self.lake.path, self._remote and self._remote.urls())
             write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
         return self.lake.path / "kdb.duckdb"
 
