@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az")
 
 _PATIENCE = timedelta(seconds=30)
-"""For one request and its retries; a transfer may take as long as it goes on."""
+"""From the first try of a request to the last."""
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 
@@ -72,7 +72,7 @@ class Bucket:
         with _reported(url):
             store = from_url(
                 url,
-                client_options={"connect_timeout": "10s", "timeout": "10m", "allow_http": True},
+                client_options={"connect_timeout": "10s", "timeout": "2m", "allow_http": True},
                 retry_config={"max_retries": 5, "retry_timeout": _PATIENCE},
                 **options,
             )
