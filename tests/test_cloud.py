@@ -20,6 +20,7 @@ from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectstore import CUT, KEY, LOSE, SECRET, ObjectStore, object_store
+from served import served
 
 import kdb
 from kdb.cli import main
@@ -29,11 +30,12 @@ from kdb.warehouse.cloud import CloudLake
 from kdb.warehouse.store import Warehouse
 
 URL = "s3://lab/some/where"
-KILLS = 10
+KILLS = 6
 
 SUMS = """
 SELECT count(*) AS vectors, round(sum(list_sum(vector)), 2) AS total, (SELECT count(*) FROM prompts) AS prompts,
-    (SELECT count(*) FROM probe_predictions) AS predictions, (SELECT round(sum(accuracy), 6) FROM probe_scores) AS accuracy
+    (SELECT count(*) FROM probe_predictions) AS predictions,
+    (SELECT round(sum(accuracy), 6) FROM probe_scores) AS accuracy
 FROM activations
 """
 
@@ -134,6 +136,15 @@ def test_frames_engines_shells_and_servers_read_it_too(filled: ObjectStore, meas
         assert connection.exec_driver_sql("SELECT count(*) FROM prompts").scalar() == 40
     with remote.snapshot() as frozen:
         assert frozen.sql(SUMS).equals(local.sql(SUMS))
+
+
+def test_it_is_served_as_a_folder_is(filled: ObjectStore, measured: Path, tmp_path: Path) -> None:
+    environment = {**filled.environment, "XDG_CACHE_HOME": str(tmp_path)}
+    with served("--warehouse", URL, **environment) as running, running.client() as client:
+        rows = client.get("/api/queries/concept-depth?format=json").raise_for_status().json()
+        assert [row["site"] for row in rows] == kdb.open(measured).query("concept-depth")["site"].to_list()
+        vectors = client.get("/api/tables/activations?filter=layer=1&limit=1&format=json").raise_for_status().json()
+        assert len(vectors[0]["vector"]) == 16
 
 
 def test_the_shells_file_reads_the_bucket_itself(

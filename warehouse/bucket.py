@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -141,13 +141,13 @@ class Bucket:
             found = [one for page in obstore.list(self.store, prefix) for one in page]
         return sorted((Found(one["path"], one["e_tag"] or "") for one in found), key=lambda one: one.path)
 
-    def delete(self, paths: list[str]) -> None:
+    def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; those that are gone already are no matter."""
         import obstore
 
         with _reported(self.url), contextlib.suppress(FileNotFoundError):
             if paths:
-                obstore.delete(self.store, paths)
+                obstore.delete(self.store, list(paths))
 
 
 def _s3_options() -> dict[str, Any]:

@@ -110,7 +110,7 @@ def connect(
         # Views are created first: that reads files, and creating anything is refused by the time users ask.
         if remote is not None:
             connection.register_filesystem(remote.filesystem)
-        for statement in view_statements(lake, remote and remote.files(runs or ())):
+        for statement in view_statements(lake, remote.files(runs or ()) if remote else None):
             connection.execute(statement)
         if runs is not None:
             # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.

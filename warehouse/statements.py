@@ -113,5 +113,5 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def message(error: duckdb.Error) -> str:
-    """DuckDB's message, or ours that passed through it, without the excerpt of a statement or of code that follows it."""
+    """DuckDB's message, or ours that passed through it, without the excerpt of SQL or Python that follows it."""
     return str(error).split("\n\nLINE ")[0].split("\n\nAt:\n")[0].removeprefix("WarehouseError: ").strip()

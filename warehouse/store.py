@@ -110,7 +110,7 @@ class Warehouse:
         """
         self.lake.restore_empty_tables()
         with storage_errors(self.lake.path):
-            database.write_shell_file(self.lake.path, self._remote and self._remote.urls())
+            database.write_shell_file(self.lake.path, self._remote.urls() if self._remote else None)
             write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
         return self.lake.path / "kdb.duckdb"
 
