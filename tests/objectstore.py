@@ -1,14 +1,18 @@
-"""An S3 server on loopback, which counts what it is asked, and can refuse or cut off what a test tells it to."""
+"""An S3 server on loopback, which counts what it is asked, and can be slow, refuse, or cut a connection."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import duckdb
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -27,6 +31,7 @@ class ObjectStore:
 
     endpoint: str
     requests: list[tuple[str, str]] = field(default_factory=list)
+    latency: float = 0.0
     fault: Fault | None = None
     client: Any = field(default=None, repr=False)
 
@@ -65,6 +70,7 @@ class ObjectStore:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path))
+        time.sleep(self.latency)
         said = self.fault(method, path) if self.fault else None
         if said is None:
             return self.app(environ, start_response)
@@ -82,6 +88,15 @@ class ObjectStore:
 class _Quiet(WSGIRequestHandler):
     def log(self, *_: object, **__: object) -> None:
         pass
+
+
+def extension(name: str) -> Path | None:
+    """The file of an extension of DuckDB, where its package is installed for this version of it."""
+    package = importlib.util.find_spec(f"duckdb_extension_{name}")
+    if package is None or package.origin is None:
+        return None
+    found = Path(package.origin).parent.rglob(f"v{duckdb.__version__}/*.duckdb_extension")
+    return next(found, None)
 
 
 @contextlib.contextmanager

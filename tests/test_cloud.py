@@ -19,7 +19,7 @@ import pytest
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectstore import CUT, KEY, LOSE, SECRET, ObjectStore, object_store
+from objectstore import CUT, KEY, LOSE, SECRET, ObjectStore, extension, object_store
 from served import served
 
 import kdb
@@ -150,13 +150,12 @@ def test_it_is_served_as_a_folder_is(filled: ObjectStore, measured: Path, tmp_pa
 def test_the_shells_file_reads_the_bucket_itself(
     filled: ObjectStore, measured: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    extension = pytest.importorskip("duckdb_extension_httpfs")
-    found = sorted(Path(extension.__file__).parent.rglob(f"v{duckdb.__version__}/*.duckdb_extension"))
-    if not found:
-        pytest.skip(f"no httpfs for DuckDB {duckdb.__version__} is installed")
+    httpfs = extension("httpfs")
+    if httpfs is None:
+        pytest.skip(f"duckdb-extension-httpfs is not installed for DuckDB {duckdb.__version__}")
     path = run_kdb("rebuild", "--warehouse", URL).stdout.removeprefix("Wrote ").strip().removesuffix(".")
     with duckdb.connect(path, read_only=True) as shell:
-        shell.execute(f"LOAD '{found[0]}'")
+        shell.execute(f"LOAD '{httpfs}'")
         host = filled.endpoint.removeprefix("http://")
         shell.execute(
             f"CREATE SECRET (TYPE s3, KEY_ID '{KEY}', SECRET '{SECRET}', ENDPOINT '{host}', USE_SSL false, "
