@@ -60,13 +60,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(folder: Path) -> Path:
     """A folder for ``--model``: a Llama of 2 layers × 16, and a tokenizer of 256 bytes. It reads 128 tokens."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     # The vocabulary is an alphabet and nothing is merged: so every text has tokens, and none is unknown.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -115,7 +118,7 @@ def _installed(name: str) -> LoadedModel:
 # Datasets and jobs -----------------------------------------------------------------------------------------------
 
 
-def _weather(n: int) -> str:
+def weather(n: int) -> str:
     rows = (
         f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n)
     )
@@ -126,7 +129,7 @@ def _weather(n: int) -> str:
 def user_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``weather.csv``: 40 texts, 20 of each label, in four towns (column ``town``)."""
     path = tmp_path_factory.mktemp("datasets") / "weather.csv"
-    path.write_text(_weather(40))
+    path.write_text(weather(40))
     return path
 
 
@@ -172,14 +175,17 @@ def start_kdb() -> Callable[..., subprocess.Popen[str]]:
 def processes() -> ForkServerContext:
     """Starts processes in milliseconds, forked from one that has imported torch: to be killed at leisure."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            *("pytest", "hypothesis"),  # which the modules of the tests import
-            *("kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"),
-            *("torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
-        ]
-    )
+    context.set_forkserver_preload(preload())
     return context
+
+
+def preload() -> list[str]:
+    """What a process imports that ingests, and what the modules of the tests import."""
+    return [
+        *("pytest", "hypothesis"),
+        *("kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"),
+        *("torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
+    ]
 
 
 # Warehouses ------------------------------------------------------------------------------------------------------

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import polars as pl
 import pytest
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import Writers, kill_writers
 from objectstore import CUT, KEY, LOSE, SECRET, ObjectStore, extension, object_store
 from served import served
 
 import kdb
-from kdb.cli import main
 from kdb.errors import WarehouseError
 from kdb.warehouse.blocks import BLOCK, BlockFile
 from kdb.warehouse.cloud import CloudLake
@@ -318,81 +314,13 @@ def test_a_commit_whose_answer_is_lost_is_a_commit(
     assert kdb.open(URL).sql(SUMS).equals(kdb.open(measured).sql(SUMS))
 
 
-def ingest_into_bucket(environment: dict[str, str], cache: str, model: str, dataset: str, url: str) -> None:
-    """The command in a process of its own, in parts of four prompts."""
-    import os
-
-    import torch
-
-    from kdb.ingest import run
-    from kdb.warehouse import cloud
-
-    os.environ.update(environment)
-    cloud.user_cache_path = lambda _: Path(cache)  # type: ignore[assignment]
-    torch.set_num_threads(1)
-    run.prompts_per_part = lambda *_: 4  # type: ignore[assignment]
-    run._n_jobs = lambda *_: 1  # type: ignore[assignment]
-    main(["ingest", "--model", model, "--dataset", dataset, "--warehouse", url])
-
-
-@contextlib.contextmanager
-def reader(urls: list[str], expected: pl.DataFrame) -> Iterator[list[object]]:
-    """Ask the newest warehouse over and over; yields a list of whether what was seen was all or nothing."""
-    seen: list[object] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            try:
-                with kdb.open(urls[-1]).snapshot() as now:
-                    rows, runs = now.sql(SUMS), now.sql("SELECT count(*) FROM runs").item()
-                seen.append(rows.equals(expected) if runs else rows["vectors"].item() == 0)
-            except Exception as error:
-                seen.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        thread.join()
-
-
 def test_a_writer_that_is_killed_leaves_whole_runs_or_none(
-    store: ObjectStore,
-    processes: ForkServerContext,
-    tmp_path: Path,
-    tiny_model: Path,
-    user_dataset: Path,
-    measured: Path,
+    store: ObjectStore, processes: ForkServerContext, tmp_path: Path, tiny_model: Path, user_dataset: Path
 ) -> None:
-    expected = kdb.open(measured).sql(SUMS)
-    moments, kills, duration = random.Random(5), 0, 0.0
-    urls = [f"{URL}/0"]
-    Warehouse.create(urls[0])
-    with reader(urls, expected) as seen:
-        while kills < KILLS:
-            cache = tmp_path / f"writer-{kills % 2}"  # as many machines, each with what it has finished
-            arguments = (store.environment, str(cache), str(tiny_model), str(user_dataset), urls[-1])
-            begun = time.monotonic()
-            process = processes.Process(target=ingest_into_bucket, args=arguments)
-            process.start()
-            process.join(moments.uniform(0, duration) if duration else None)
-            process.kill()
-            process.join()
-            if process.exitcode == 0:
-                if len(urls) == 2:  # the first process waited for what the others are forked from
-                    duration = time.monotonic() - begun
-                assert list(Warehouse(urls[-1]).lake.verify()) == []
-                urls.append(Warehouse.create(f"{URL}/{len(urls)}").lake.location)
-                continue
-            assert process.exitcode == -signal.SIGKILL
-            kills += 1
-    assert seen
-    assert {True} == set(seen)
-    for url in urls[:-1]:
-        assert kdb.open(url).sql(SUMS).equals(expected)
+    location = f"{URL}/{{}}".format
+    tally = kill_writers(Writers(processes, tiny_model, user_dataset, location, tmp_path, store.environment), KILLS)
+    assert tally.sound, tally.troubles
+    assert tally.reads > 0
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------

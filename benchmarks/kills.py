@@ -1,0 +1,73 @@
+"""Ingest killed (SIGKILL) at random moments and resumed, while a reader asks: nothing lost, doubled or half visible.
+
+    python benchmarks/kills.py                       # 1,000 kills of writers into local folders
+    python benchmarks/kills.py --bucket --kills 200  # into an S3 server on loopback, from two machines' caches in turn
+
+A tiny random model is measured on 40 prompts in ten parts. After each commit the rows are compared with those of an
+ingest that was left alone, and every file with its checksum. Exits with 1 unless all of it is as it should be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from conftest import make_tiny_model, preload, weather
+from killing import Tally, Writers, kill_writers
+from objectstore import object_store
+
+from kdb.warehouse import cloud
+
+
+@contextlib.contextmanager
+def writers(folder: Path, *, bucket: bool) -> Iterator[Writers]:
+    """What starts writers, into folders or into a bucket."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in preload() if name not in ("pytest", "hypothesis")] + ["killing"])
+    model = make_tiny_model(folder / "tiny")
+    dataset = folder / "weather.csv"
+    dataset.write_text(weather(40))
+    if not bucket:
+        yield Writers(context, model, dataset, lambda number: str(folder / f"warehouse-{number}"), folder)
+        return
+    cloud.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
+    with object_store() as store:
+        os.environ.update(store.environment)
+        location = "s3://lab/{}".format
+        yield Writers(context, model, dataset, location, folder, store.environment)
+
+
+@click.command()
+@click.option("--kills", default=1000, show_default=True)
+@click.option("--bucket", is_flag=True, help="Write into an object store.")
+@click.option("--seed", default=3, show_default=True)
+def main(kills: int, bucket: bool, seed: int) -> None:
+    """Kill writers, and say what came of it."""
+    begun, shown = time.monotonic(), 0
+
+    def tell(tally: Tally) -> None:
+        nonlocal shown
+        if tally.kills >= shown + max(1, kills // 10):
+            shown = tally.kills
+            print(f"{time.monotonic() - begun:6.0f} s: {tally}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, writers(Path(folder), bucket=bucket) as started:
+        tally = kill_writers(started, kills, seed=seed, told=tell)
+    print(tally)
+    for trouble in tally.troubles[:5]:
+        print(f"  {trouble}")
+    sys.exit(0 if tally.sound else 1)
+
+
+if __name__ == "__main__":
+    main()
