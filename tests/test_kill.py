@@ -10,6 +10,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from killing import Writers, kill_writers
+
 from kdb.warehouse.store import Warehouse
 
 KILLS = 12
@@ -31,27 +33,32 @@ def made_true_by(part: str) -> str:
     return f"{ {'probe_predictions': 'probe_scores', 'zero_shot': 'activations'}.get(table, table) }/{name}"
 
 
+class Watched(Writers):
+    """Writers of which none may write again what a killed one had finished."""
+
+    before: dict[str, tuple[int, int]] = {}  # noqa: RUF012  # set anew for each, never changed
+    resumed = 0
+
+    def start(self, warehouse: str, machine: int = 0) -> Any:
+        self.check(warehouse)
+        self.resumed += "activations/part-00000" in self.before
+        return super().start(warehouse, machine)
+
+    def check(self, warehouse: str) -> None:
+        """Compare what is finished now with what was when the last writer began."""
+        after = finished_parts(Path(warehouse))
+        changed = {part for part, stat in self.before.items() if after.get(part, stat) != stat}
+        assert {part for part in changed if made_true_by(part) in self.before} == set()
+        self.before = after
+
+
 def test_a_killed_ingest_resumes_to_the_same_rows_and_no_reader_notices(
     tmp_path: Path, processes: ForkServerContext, tiny_model: Path, user_dataset: Path
 ) -> None:
-    before: dict[str, tuple[int, int]] = {}
-    resumed = 0
-
-    class Watched(Writers):
-        """What a killed writer had finished is not written again."""
-
-        def start(self, warehouse: str, machine: int = 0) -> Any:
-            nonlocal before, resumed
-            after = finished_parts(Path(warehouse))
-            changed = {part for part, stat in before.items() if after.get(part, stat) != stat}
-            assert {part for part in changed if made_true_by(part) in before} == set()
-            before, resumed = after, resumed + ("activations/part-00000" in after)
-            return super().start(warehouse, machine)
-
     writers = Watched(processes, tiny_model, user_dataset, lambda number: str(tmp_path / f"{number}"), tmp_path)
     tally = kill_writers(writers, KILLS)
     assert tally.sound, tally.troubles
     assert tally.reads > 0
-    assert resumed > 0  # else every kill came before the first part
+    assert writers.resumed > 0  # else every kill came before the first part
     for warehouse in tmp_path.glob("[0-9]*"):
         assert Warehouse(warehouse).lake.interrupted() == []
