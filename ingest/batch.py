@@ -14,7 +14,6 @@ Every combination is a run. Keys are the options of ``kdb ingest``, without thei
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import KdbError, PlanError, UnknownNameError
-from kdb.ingest.run import ingest
+from kdb.ingest.run import ingest_on
 
 if TYPE_CHECKING:
+    from kdb.ingest.engine import Engine
     from kdb.ingest.job import Job
-    from kdb.ingest.models import LoadedModel, ModelSource
+    from kdb.ingest.models import ModelSource
     from kdb.warehouse.lake import Lake
 
 log = logging.getLogger(__name__)
@@ -123,11 +123,11 @@ def measure_all(
     lake: Lake,
     asked: Sequence[Asked],
     jobs: Callable[[Asked], Sequence[Job]],
-    load: Callable[[Asked, ModelSource], LoadedModel],
+    engine: Callable[[Asked, ModelSource], Engine],
 ) -> Iterator[Ended]:
     """Measure everything that is asked for, each model loaded once, and say of each run how it ended.
 
-    ``jobs`` finds a model, ``load`` loads it. One that fails does not keep the next from being measured.
+    ``jobs`` finds a model, ``engine`` runs it. One that fails does not keep the next from being measured.
     """
     for one in asked:
         try:
@@ -135,14 +135,14 @@ def measure_all(
         except KdbError as error:  # no such revision, say, or no way to download it
             yield from (Ended(one.name, dataset, "failed", why=str(error)) for dataset in one.datasets)
             continue
-        loaded = functools.cache(functools.partial(load, one, planned[0].source))
-        for job in planned:
-            yield _measure(lake, one, job, loaded)
+        with engine(one, planned[0].source) as running:
+            for job in planned:
+                yield _measure(lake, one, job, running)
 
 
-def _measure(lake: Lake, one: Asked, job: Job, loaded: Callable[[], LoadedModel]) -> Ended:
+def _measure(lake: Lake, one: Asked, job: Job, engine: Engine) -> Ended:
     try:
-        outcome = ingest(lake, job, loaded, batch_tokens=one.options.get("batch_tokens"))
+        outcome = ingest_on(lake, job, engine)
     except KdbError as error:
         return Ended(one.name, job.dataset.name, "failed", why=str(error))
     except Exception as error:  # out of memory, say: the next run may be smaller

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
+from kdb.ingest.engine import Advance, Engine, Rows, Shard, timed, write_behind, write_part
 from kdb.ingest.job import Job
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
 from kdb.ingest.progress import progress
@@ -58,7 +59,7 @@ class Prompt:
     rivals: tuple[int, ...]
 
 
-def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None) -> None:
+def measure(staged: StagedRun, job: Job, engine: Engine) -> None:
     """Write every table of the run that is not finished yet.
 
     Raises DatasetError for prompts that cannot be used and ModelError for a model whose parts do not add up,
@@ -67,24 +68,20 @@ def measure(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_
     prompts, config = read_prompts(job), load_config(job.source)
     check_length(job, [p.token_ids for p in prompts], config)
 
-    @functools.cache
-    def circuit() -> Circuit:
-        from kdb.ingest.circuit import take_apart
-
-        loaded = load()
-        staged.remember(device=str(loaded.device))
-        return take_apart(loaded)
+    def ask(question: str, *arguments: Any) -> Any:
+        staged.remember(device=engine.ask(job, "device"))
+        return engine.ask(job, question, *arguments)
 
     if not staged.has("checks", "part"):
-        _check(staged, circuit(), prompts)
+        write_part(staged, ask("check"))
     if not staged.has("datasets", "part"):  # after the checks: a model that is refused leaves nothing behind
         describe_run(staged, job, config)
     if not staged.has("prompts", "part"):
-        _judge(staged, circuit(), job, prompts, batch_tokens)
+        write_part(staged, ask("judge"))
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
-    _attribute(staged, job, kept, circuit, batch_tokens)
+    _attribute(staged, job, kept, ask, engine)
     if kept and not staged.has("neuron_tokens", "part"):
-        _name_tokens(staged, circuit(), job.attributing.top_k)
+        write_part(staged, ask("name_tokens", _named_neurons(staged, job.attributing.top_k)))
 
 
 def read_prompts(job: Job) -> list[Prompt]:
@@ -101,21 +98,6 @@ def read_prompts(job: Job) -> list[Prompt]:
         Prompt(i, ids, target, tuple(sorted(of_category[category] - {target})))
         for i, ((ids, target), category) in enumerate(zip(found, categories, strict=True))
     ]
-
-
-def _check(staged: StagedRun, circuit: Circuit, prompts: Sequence[Prompt]) -> None:
-    from kdb.ingest.capture import CHECK_PROMPTS
-    from kdb.ingest.recording import check_circuit
-
-    begun = time.monotonic()
-    rows = check_circuit(circuit, [p.token_ids for p in prompts[:CHECK_PROMPTS]])
-    staged.write_rows("checks", "part", rows, seconds=time.monotonic() - begun)
-
-
-def _judge(staged: StagedRun, circuit: Circuit, job: Job, prompts: Sequence[Prompt], batch_tokens: int | None) -> None:
-    begun = time.monotonic()
-    rows = list(_prompt_rows(circuit, job, prompts, batch_tokens))
-    staged.write_rows("prompts", "part", rows, seconds=time.monotonic() - begun)
 
 
 def _prompt_rows(
@@ -146,43 +128,109 @@ def _prompt_rows(
         }
 
 
-# Attribution -----------------------------------------------------------------------------------------------------
-
-
-def _attribute(
-    staged: StagedRun, job: Job, kept: Sequence[Prompt], circuit: Callable[[], Circuit], batch_tokens: int | None
-) -> None:
+def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], ask: Callable[..., Any], engine: Engine) -> None:
     """Write the scores of every chunk of prompts that has none yet."""
-    import torch
+    chunks = _chunks(staged, kept, ask)
+    left = [
+        Shard(name, tuple(p.number for p in chunk), len(chunk))
+        for name, chunk in chunks.items()
+        if not staged.has("query_layer_scores", name)
+    ]
+    if not left:
+        return
+    staged.remember(device=ask("device"))
+    with progress("attribution", len(kept), "prompts", done=len(kept) - sum(s.size for s in left)) as shown:
+        write_behind(staged, engine.measure(job, left, shown.advance))
 
-    chunks = _chunks(staged, kept, circuit)
-    left = {name: chunk for name, chunk in chunks.items() if not staged.has("query_layer_scores", name)}
-    done = len(kept) - sum(map(len, left.values()))
-    with progress("attribution", len(kept), "prompts", done=done) as shown, torch.inference_mode():
-        for name, chunk in left.items():
-            begun = time.monotonic()
-            for table, rows in _scores(circuit(), job, chunk, batch_tokens):
-                staged.write(table, name, [rows], seconds=time.monotonic() - begun)
-                begun = time.monotonic()
-            shown.advance(len(chunk))
 
-
-def _chunks(staged: StagedRun, kept: Sequence[Prompt], circuit: Callable[[], Circuit]) -> dict[str, list[Prompt]]:
+def _chunks(staged: StagedRun, kept: Sequence[Prompt], ask: Callable[..., Any]) -> dict[str, list[Prompt]]:
     """Prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
-    from kdb.ingest.attribution import prompts_at_once
-    from kdb.ingest.recording import bytes_per_token
-
     if "chunks" not in staged.facts:
+        per_token, at_most = ask("room")
         order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
         sizes: list[int] = []
         while sum(sizes) < len(order):
-            tokens = len(order[sum(sizes)].token_ids)
-            fits = CHUNK_BYTES // (tokens * bytes_per_token(circuit()))
-            sizes.append(max(1, min(fits, prompts_at_once(circuit()))))
+            sizes.append(max(1, min(CHUNK_BYTES // (len(order[sum(sizes)].token_ids) * per_token), at_most)))
         bounds = np.cumsum([0, *sizes]).tolist()
         staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in itertools.pairwise(bounds)])
     by_number = {p.number: p for p in kept}
     return {f"part-{i:05}": [by_number[n] for n in chunk] for i, chunk in enumerate(staged.facts["chunks"])}
+
+
+def _named_neurons(staged: StagedRun, top_k: int) -> pa.Table:
+    """Every neuron in a top list: component, layer, head and neuron."""
+    scores = read_parts(staged.parts("neuron_scores"))
+    best = scores.filter(pc.less_equal(scores["rank"], top_k))
+    neurons = best.select(["component", "layer", "head", "neuron"])
+    queries = read_parts(staged.parts("query_neuron_scores")).select(["layer", "neuron"])
+    queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
+    every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])
+    return every.sort_by([(c, "ascending") for c in neurons.column_names])
+
+
+# What needs the model --------------------------------------------------------------------------------------------
+
+
+class Attributor:
+    """A model taken apart, and the prompts of a job of the knowledge study."""
+
+    def __init__(self, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None) -> None:
+        self._job, self._load, self._batch_tokens = job, load, batch_tokens
+
+    @functools.cached_property
+    def _circuit(self) -> Circuit:
+        from kdb.ingest.circuit import take_apart
+
+        return take_apart(self._load())
+
+    @functools.cached_property
+    def _prompts(self) -> list[Prompt]:
+        return read_prompts(self._job)
+
+    def device(self) -> str:
+        """Where the model runs."""
+        return str(self._circuit.loaded.device)
+
+    def check(self) -> Rows:
+        """How the recorded parts of the first prompts add up. Raises ModelError where they do not."""
+        from kdb.ingest.capture import CHECK_PROMPTS
+        from kdb.ingest.recording import check_circuit
+
+        circuit, begun = self._circuit, time.monotonic()
+        rows = check_circuit(circuit, [p.token_ids for p in self._prompts[:CHECK_PROMPTS]])
+        return timed("checks", [pa.Table.from_pylist(list(rows), schema=arrow_schema("checks"))], begun)
+
+    def judge(self) -> Rows:
+        """What the untouched model says of each prompt, and whether it counts: the rows of ``prompts``."""
+        circuit, begun = self._circuit, time.monotonic()
+        rows = list(_prompt_rows(circuit, self._job, self._prompts, self._batch_tokens))
+        return timed("prompts", [pa.Table.from_pylist(rows, schema=arrow_schema("prompts"))], begun)
+
+    def room(self) -> tuple[int, int]:
+        """Bytes that the recording of a token takes, and how many prompts are attributed at once at most."""
+        from kdb.ingest.attribution import prompts_at_once
+        from kdb.ingest.recording import bytes_per_token
+
+        return bytes_per_token(self._circuit), prompts_at_once(self._circuit)
+
+    def measure(self, prompts: Sequence[int], advance: Advance) -> Iterator[Rows]:
+        """The rows of every table of scores; advances by prompts."""
+        import torch
+
+        begun = time.monotonic()
+        with torch.inference_mode():
+            for table, rows in _scores(
+                self._circuit, self._job, [self._prompts[i] for i in prompts], self._batch_tokens
+            ):
+                yield timed(table, [rows], begun)
+                begun = time.monotonic()
+        advance(len(prompts))
+
+    def name_tokens(self, neurons: pa.Table) -> Rows:
+        """The tokens at both ends of the logits of each neuron: the rows of ``neuron_tokens``."""
+        circuit, begun = self._circuit, time.monotonic()
+        with progress("tokens", len(neurons), "neurons") as shown:
+            return timed("neuron_tokens", list(_token_rows(circuit, neurons, shown.advance)), begun)
 
 
 def _scores(
@@ -336,21 +384,6 @@ def silenced_ffn(places: Sequence[int], n: int) -> Any:
     for place in places:
         by_layer.setdefault(place // n, []).append(place % n)
     return Silenced(ffn=by_layer)
-
-
-def _name_tokens(staged: StagedRun, circuit: Circuit, top_k: int) -> None:
-    """Write the tokens at both ends of the logits of every neuron in a top list."""
-    scores = read_parts(staged.parts("neuron_scores"))
-    best = scores.filter(pc.less_equal(scores["rank"], top_k))
-    neurons = best.select(["component", "layer", "head", "neuron"])
-    queries = read_parts(staged.parts("query_neuron_scores")).select(["layer", "neuron"])
-    queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
-    every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])
-    every = every.sort_by([(c, "ascending") for c in neurons.column_names])
-    begun = time.monotonic()
-    with progress("tokens", len(every), "neurons") as shown:
-        groups = list(_token_rows(circuit, every, shown.advance))
-    staged.write("neuron_tokens", "part", groups, seconds=time.monotonic() - begun)
 
 
 def _token_rows(circuit: Circuit, neurons: pa.Table, on_batch: Callable[[int], None]) -> Iterator[pa.Table]:

@@ -24,15 +24,15 @@ from kdb.ingest import knowledge
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
+from kdb.ingest.engine import Engine, Here, Shard, write_behind, write_part
 from kdb.ingest.job import Job, Probing
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer, training_step
 from kdb.ingest.progress import progress
-from kdb.ingest.zero_shot import Question, answer, pose, zero_shot_rows
+from kdb.ingest.zero_shot import pose
 from kdb.warehouse.lake import Lake, StagedRun
-from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_vectors
+from kdb.warehouse.vectors import prompts_per_part, read_vectors
 
 if TYPE_CHECKING:
-    from kdb.ingest.capture import Capture
     from kdb.ingest.probes import ProbeScore, Split
 
 log = logging.getLogger(__name__)
@@ -54,29 +54,34 @@ class Outcome:
 
 
 def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_tokens: int | None = None) -> Outcome:
-    """Measure one model on one dataset and commit the run; a no-op where that run exists.
+    """Measure one model on one dataset in this process, and commit the run; a no-op where that run exists.
 
     ``load`` loads the model and is called only if something is still to be captured.
     Raises DatasetError, ModelError or WarehouseError; what is finished stays in staging, and the same job
     goes on from there.
     """
+    return ingest_on(lake, job, Here(load, batch_tokens))
+
+
+def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
+    """The same, with the model where the engine has it. This process alone writes."""
     with lake.stage(job.run, job.source.name, job.dataset.name) as staged:
         if staged.committed:
             return Outcome(job.run, "exists")
         if job.study == "knowledge":
-            knowledge.measure(staged, job, load, batch_tokens)
+            knowledge.measure(staged, job, engine)
         else:
-            _measure_concept(staged, job, load, batch_tokens)
+            _measure_concept(staged, job, engine)
         staged.commit(_run_row(job, staged.facts.get("device")))
     return Outcome(job.run, "committed")
 
 
-def _measure_concept(staged: StagedRun, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None) -> None:
+def _measure_concept(staged: StagedRun, job: Job, engine: Engine) -> None:
     if not staged.has("prompts", "part"):
         _describe(staged, job)
     missing = _missing_parts(staged)
     if missing:
-        _capture(staged, job, missing, load(), batch_tokens)
+        _capture(staged, job, missing, engine)
     probe_layers(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
 
 
@@ -120,61 +125,31 @@ def _prompt_rows(
         }
 
 
-def _missing_parts(staged: StagedRun) -> dict[str, list[int]]:
-    """The parts of activations still to be captured, each with its prompts, longest first."""
+def _missing_parts(staged: StagedRun) -> list[Shard]:
+    """The parts of activations still to be captured, each with its prompts, longest first; sizes are in tokens."""
     model = read_parts(staged.parts("models")).to_pylist()[0]
     n_tokens = read_parts(staged.parts("prompts"))["n_tokens"].to_pylist()
     order = sorted(range(len(n_tokens)), key=lambda i: -n_tokens[i])
     size = prompts_per_part(model["n_layers"], len(SITES), model["hidden_size"])
     parts = {f"part-{i // size:05}": order[i : i + size] for i in range(0, len(order), size)}
-    return {name: ids for name, ids in parts.items() if not staged.has("activations", name)}
+    return [
+        Shard(name, tuple(ids), sum(n_tokens[i] for i in ids))
+        for name, ids in parts.items()
+        if not staged.has("activations", name)
+    ]
 
 
-def _capture(
-    staged: StagedRun,
-    job: Job,
-    missing: dict[str, list[int]],
-    loaded: LoadedModel,
-    batch_tokens: int | None,
-) -> None:
-    from kdb.ingest.capture import Capture, shared_prefix
-    from kdb.ingest.plan import estimate
-
-    staged.remember(device=str(loaded.device))
-    token_ids = loaded.tokenizer(job.texts)["input_ids"]
-    prefix = token_ids[0][: shared_prefix(token_ids)]
-    capture, question = Capture(loaded, batch_tokens=batch_tokens), pose(loaded.tokenizer, job.dataset)
-    _check(staged, capture, token_ids, prefix, question)
-    cost = estimate(job, loaded.model.config, token_ids, str(loaded.device), n_cue=len(question.cue))
-    log.info("%s on %s: %s", job.source.name, job.dataset.name, cost)
-    total = sum(len(ids) for ids in token_ids)
-    left = sum(len(token_ids[i]) for ids in missing.values() for i in ids)
-    with progress("activations", total, "tokens", done=total - left) as shown:
-        for name, ids in missing.items():
-            begun = time.monotonic()
-            texts = [token_ids[i] for i in ids]
-            vectors, ends = capture.vectors_and_ends(texts, prefix, question.cue, on_batch=shown.advance)
-            if question.tells:
-                labels = np.array([job.dataset.examples[i].label for i in ids])
-                rows = zero_shot_rows(ids, labels, answer(capture, ends, question), question)
-                staged.write("zero_shot", name, [rows])
-            groups = activation_groups(ids, SITES, vectors, float16=job.measuring.store == "float16")
-            staged.write("activations", name, groups, seconds=time.monotonic() - begun)
-
-
-def _check(
-    staged: StagedRun, capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int], question: Question
-) -> None:
-    """Compare the first prompts with the untouched model, once a run, and say if its answers cannot be told apart."""
-    from kdb.ingest.capture import CHECK_PROMPTS, check_capture
-
-    if staged.has("checks", "part"):
-        return
-    begun = time.monotonic()
-    rows = check_capture(capture, token_ids[:CHECK_PROMPTS], prefix, question.cue)
-    staged.write_rows("checks", "part", rows, seconds=time.monotonic() - begun)
+def _capture(staged: StagedRun, job: Job, missing: Sequence[Shard], engine: Engine) -> None:
+    staged.remember(device=engine.ask(job, "device"))
+    if not staged.has("checks", "part"):  # compared with the untouched model, once a run
+        write_part(staged, engine.ask(job, "check"))
+    question = pose(load_tokenizer(job.source), job.dataset)
     if not question.tells:
         log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *question.answers)
+    log.info("%s on %s: %s", job.source.name, job.dataset.name, engine.ask(job, "cost"))
+    total = sum(read_parts(staged.parts("prompts"))["n_tokens"].to_pylist())
+    with progress("activations", total, "tokens", done=total - sum(shard.size for shard in missing)) as shown:
+        write_behind(staged, engine.measure(job, missing, shown.advance))
 
 
 def probe_layers(

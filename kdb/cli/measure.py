@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -156,9 +157,30 @@ def _model_options(command: Command) -> Command:
 @_probe_options
 @_attribution_options
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where models run: in this process, or on the workers of a Ray cluster.",
+)
+@click.option("--address", help="Ray's HOST:PORT; else a Ray of this machine's own.")
+@click.option("--worker-cpus", type=click.IntRange(1), help="Ray: CPUs of a worker; else all of the smallest node.")
+@click.option("--worker-gpus", type=click.IntRange(0), help="Ray: GPUs of a worker; else one, where there are any.")
 @warehouse_option
 @click.pass_context
-def ingest(ctx: click.Context, /, plan: Path | None, warehouse: Path | str, dry_run: bool, **options: Any) -> None:
+def ingest(
+    ctx: click.Context,
+    /,
+    plan: Path | None,
+    warehouse: Path | str,
+    dry_run: bool,
+    engine: str,
+    address: str | None,
+    worker_cpus: int | None,
+    worker_gpus: int | None,
+    **options: Any,
+) -> None:
     """Run models on datasets, and measure where they know what these ask.
 
     Texts with labels: stores the last token's hidden state at every layer and two sites, probes them, and stores
@@ -173,9 +195,10 @@ def ingest(ctx: click.Context, /, plan: Path | None, warehouse: Path | str, dry_
     kdb ingest --model smollm2-135m --dataset cities --data-dir data/
     kdb ingest --model EleutherAI/pythia-160m --revision step1000 --revision step2000 --dataset knowledge
     kdb ingest plan.yaml
+    kdb ingest plan.yaml --engine ray --address 10.0.0.1:6379
     """
-    from kdb.ingest import models as found
-    from kdb.ingest.batch import Asked, measure_all
+    from kdb.ingest.batch import measure_all
+    from kdb.ingest.models import pick_device
     from kdb.warehouse.store import Warehouse
 
     _log_to_stderr()
@@ -186,22 +209,48 @@ def ingest(ctx: click.Context, /, plan: Path | None, warehouse: Path | str, dry_
 
         for one in asked:
             for job in alone or _jobs(one):
-                click.echo(f"{one.name} on {job.dataset.name}: {cost(job, found.pick_device(one.options['device']))}")
+                click.echo(f"{one.name} on {job.dataset.name}: {cost(job, pick_device(one.options['device']))}")
         return
     opened = Warehouse.create(warehouse)
+    with _engines(engine, address, worker_cpus, worker_gpus) as engines:
+        if alone is not None and len(alone) == 1:  # there is nothing to go on with: what is wrong is wrong input
+            from kdb.ingest.run import ingest_on
 
-    def load(one: Asked, source: Any) -> found.LoadedModel:
-        device = found.pick_device(one.options["device"])
-        return found.load_model(source, device=device, dtype=one.options["dtype"], quantize=one.options["quantize"])
+            with engines(asked[0], alone[0].source) as running:
+                outcome = ingest_on(opened.lake, alone[0], running)
+            _report(outcome, alone[0].source.name, alone[0].dataset.name)
+            return
+        _report_all(ctx, measure_all(opened.lake, asked, _jobs, engines), sum(len(one.datasets) for one in asked))
 
-    if alone is not None and len(alone) == 1:  # there is nothing to go on with: what is wrong is wrong input
-        from kdb.ingest.run import ingest as measure
 
-        loading = functools.partial(load, asked[0], alone[0].source)
-        outcome = measure(opened.lake, alone[0], loading, batch_tokens=options["batch_tokens"])
-        _report(outcome, alone[0].source.name, alone[0].dataset.name)
+@contextlib.contextmanager
+def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | None) -> Iterator[Callable[..., Any]]:
+    """What runs a model of those asked for: this process, or workers of a Ray cluster."""
+    from kdb.ingest import models as found
+    from kdb.ingest.engine import Here
+
+    def settings(one: Any) -> dict[str, Any]:
+        return {"dtype": one.options["dtype"], "quantize": one.options["quantize"]}
+
+    def here(one: Any, source: Any) -> Here:
+        @functools.cache
+        def load() -> found.LoadedModel:
+            return found.load_model(source, device=found.pick_device(one.options["device"]), **settings(one))
+
+        return Here(load, one.options["batch_tokens"])
+
+    if engine == "local":
+        if address or cpus or gpus is not None:
+            raise click.UsageError("--address, --worker-cpus and --worker-gpus go with --engine ray.")
+        yield here
         return
-    _report_all(ctx, measure_all(opened.lake, asked, _jobs, load), sum(len(one.datasets) for one in asked))
+    from kdb.ingest.cluster import Cluster, Needs
+
+    with Cluster(address, Needs(cpus, gpus)) as cluster:
+        device = "cuda" if cluster.resources["num_gpus"] else "cpu"
+        yield lambda one, source: cluster.engine(
+            source, {"device": one.options["device"] or device, **settings(one)}, one.options["batch_tokens"]
+        )
 
 
 def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> list[Any]:

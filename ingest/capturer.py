@@ -1,0 +1,70 @@
+"""What the concept study asks of a model: hidden states and the model's own answers, part by part."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from kdb.ingest.anatomy import SITES
+from kdb.ingest.capture import CHECK_PROMPTS, Capture, check_capture, shared_prefix
+from kdb.ingest.engine import Advance, Rows, timed
+from kdb.ingest.job import Job
+from kdb.ingest.models import LoadedModel
+from kdb.ingest.plan import estimate
+from kdb.ingest.zero_shot import Question, answer, pose, zero_shot_rows
+from kdb.warehouse.schema import arrow_schema
+from kdb.warehouse.vectors import activation_groups
+
+
+class Capturer:
+    """A model and the prompts of a job of the concept study."""
+
+    def __init__(self, job: Job, load: Callable[[], LoadedModel], batch_tokens: int | None) -> None:
+        self._job, self._load, self._batch_tokens = job, load, batch_tokens
+
+    @functools.cached_property
+    def _capture(self) -> Capture:
+        return Capture(self._load(), batch_tokens=self._batch_tokens)
+
+    @functools.cached_property
+    def _token_ids(self) -> list[list[int]]:
+        return list(self._capture.loaded.tokenizer(self._job.texts)["input_ids"])
+
+    @functools.cached_property
+    def _prefix(self) -> list[int]:
+        return self._token_ids[0][: shared_prefix(self._token_ids)]
+
+    @functools.cached_property
+    def _question(self) -> Question:
+        return pose(self._capture.loaded.tokenizer, self._job.dataset)
+
+    def device(self) -> str:
+        """Where the model runs."""
+        return str(self._capture.loaded.device)
+
+    def check(self) -> Rows:
+        """How the first prompts compare with the untouched model. Raises ModelError where that is too far off."""
+        token_ids, begun = self._token_ids, time.monotonic()
+        rows = check_capture(self._capture, token_ids[:CHECK_PROMPTS], self._prefix, self._question.cue)
+        return timed("checks", [pa.Table.from_pylist(list(rows), schema=arrow_schema("checks"))], begun)
+
+    def cost(self) -> str:
+        """What the job takes in memory, disk and time, in a line."""
+        config, n_cue = self._capture.loaded.model.config, len(self._question.cue)
+        return str(estimate(self._job, config, self._token_ids, self.device(), n_cue=n_cue))
+
+    def measure(self, prompts: Sequence[int], advance: Advance) -> Iterator[Rows]:
+        """The rows of ``zero_shot`` and ``activations``; advances by tokens."""
+        begun, question = time.monotonic(), self._question
+        texts = [self._token_ids[i] for i in prompts]
+        vectors, ends = self._capture.vectors_and_ends(texts, self._prefix, question.cue, on_batch=advance)
+        if question.tells:
+            labels = np.array([self._job.dataset.examples[i].label for i in prompts])
+            rows = zero_shot_rows(prompts, labels, answer(self._capture, ends, question), question)
+            yield Rows("zero_shot", [rows], 0.0)
+        groups = activation_groups(prompts, SITES, vectors, float16=self._job.measuring.store == "float16")
+        yield timed("activations", list(groups), begun)
