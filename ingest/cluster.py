@@ -9,7 +9,6 @@ A shard whose worker dies is measured again by another. Rows come back to the pr
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import socket
@@ -61,7 +60,10 @@ class Cluster:
         try:
             ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except (Exception, SystemExit) as error:
-            raise KdbError(f"Cannot work with the Ray at {self._address!r}: {error}.") from error
+            raise KdbError(
+                f"Cannot work with the Ray at {self._address!r}: {str(error).rstrip('.')}. Where it wants a token, set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token lies in ~/.ray."
+            ) from error
         try:
             self.resources, self.places = _places(ray.nodes(), self._needs)
         except KdbError:
@@ -208,7 +210,8 @@ class Workers:
 
         try:
             kind, answer = ray.get(reference)
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError):
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError) as error:
+            log.debug("A worker died: %s", error)
             return None
         if kind == "refused":
             raise ModelError(answer)
@@ -269,12 +272,8 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, KdbError) else f"A worker failed: {type(error).__name__}: {error}"
 
 
-@functools.cache
-def _remote() -> Any:
+def _actor(resources: Mapping[str, int]) -> Any:
+    """The class of actors that take these resources; a new one, since Ray's are of one connection."""
     import ray
 
-    return ray.remote(Holder)
-
-
-def _actor(resources: Mapping[str, int]) -> Any:
-    return _remote().options(**resources, max_restarts=0, max_task_retries=0)
+    return ray.remote(Holder).options(**resources, max_restarts=0, max_task_retries=0)

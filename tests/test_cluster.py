@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import string
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from click.testing import Result
 
 import kdb
 from kdb.ingest import cluster, knowledge, run
+from kdb.ingest.cluster import Needs
+from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import TABLES
 from kdb.warehouse.store import Warehouse
 
@@ -77,15 +82,6 @@ def assert_same(found: Warehouse, expected: Warehouse) -> None:
     assert list(found.lake.verify()) == []
 
 
-@pytest.mark.parametrize("study", ["concept", "knowledge"])
-def test_a_cluster_stores_the_rows_that_one_process_does(
-    study: str, address: str, ingest: Callable[..., Warehouse], user_dataset: Path, facts: Path, one_thread: None
-) -> None:
-    dataset = user_dataset if study == "concept" else facts
-    expected = ingest("local", dataset)
-    assert_same(ingest("cluster", dataset, "--engine", "ray", "--address", address), expected)
-
-
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Kill the process of a worker that measures, once; the list tells which."""
@@ -93,12 +89,10 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     wait = ray.wait
 
     def kill_and_wait(references: list[Any], **options: Any) -> Any:
-        workers = wanted[0] if wanted else None
-        if workers is not None and not killed and len(workers._busy) == 2:
-            [actor, task], *_ = workers._busy.values()
-            if task.question == "measure":
-                os.kill(pids[actor._actor_id], signal.SIGKILL)
-                killed.append(pids[actor._actor_id])
+        measuring = [actor for workers in wanted for actor, task in workers._busy.values() if task.shard]
+        if measuring and not killed:
+            killed.append(pids[measuring[0]._actor_id])
+            os.kill(killed[0], signal.SIGKILL)
         return wait(references, **options)
 
     wanted: list[cluster.Workers] = []
@@ -116,7 +110,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("study", ["concept", "knowledge"])
-def test_a_shard_whose_worker_is_killed_is_measured_by_another(
+def test_a_cluster_stores_the_rows_that_one_process_does_though_a_worker_is_killed(
     study: str,
     address: str,
     ingest: Callable[..., Warehouse],
@@ -131,3 +125,119 @@ def test_a_shard_whose_worker_is_killed_is_measured_by_another(
     assert_same(ingest("cluster", dataset, "--engine", "ray", "--address", address), expected)
     assert killed
     assert "A worker died" in caplog.text
+
+
+def test_an_interrupted_run_goes_on_in_one_process(
+    address: str,
+    ingest: Callable[..., Warehouse],
+    user_dataset: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    run_kdb: Callable[..., Result],
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = ingest("local", user_dataset)
+    write, written, interrupts = StagedRun.write, [], [KeyboardInterrupt()]
+
+    def interrupt(staged: StagedRun, table: str, name: str, *args: Any, **options: Any) -> None:
+        write(staged, table, name, *args, **options)
+        written.append(f"{table}/{name}")
+        if interrupts and len(written) > 8:
+            raise interrupts.pop()
+
+    monkeypatch.setattr(StagedRun, "write", interrupt)
+    arguments = ["--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "stopped"]
+    result = run_kdb("ingest", *arguments, "--engine", "ray", "--address", address)
+    assert result.exit_code == 130
+    assert kdb.open(tmp_path / "stopped").runs() == []
+    begun = {name for name in written if name.startswith("activations")}
+    written.clear()
+    assert_same(ingest("stopped", user_dataset), expected)
+    assert begun.isdisjoint(written)
+
+
+def test_what_a_worker_refuses_is_said_as_here(
+    address: str, user_dataset: Path, tiny_model: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    arguments = ["ingest", "--model", folder, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
+    here, there = run_kdb(*arguments), run_kdb(*arguments, "--engine", "ray", "--address", address)
+    assert (here.exit_code, there.exit_code) == (2, 2)
+    assert there.stderr.strip() == here.stderr.strip()
+
+
+def test_a_shard_that_kills_every_worker_fails_the_run(
+    address: str,
+    user_dataset: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    run_kdb: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Deadly(cluster.Holder):
+        def answer(self, *_: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(cluster, "Holder", Deadly)
+    monkeypatch.setattr(cluster, "TRIES", 2)
+    arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
+    result = run_kdb(*arguments, "--engine", "ray", "--address", address)
+    assert result.exit_code == 2
+    assert "2 workers died of device of tiny" in result.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "no-such-host.invalid:6379", "nonsense"])
+def test_an_address_without_ray_is_one_message(
+    address: str, user_dataset: Path, tiny_model: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    begun = time.monotonic()
+    arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
+    result = run_kdb(*arguments, "--engine", "ray", "--address", address)
+    assert result.exit_code == 2
+    assert f"{address!r}" in result.stderr
+    assert time.monotonic() - begun < 60
+    assert not list((tmp_path / "w").glob("staging/*/*/*.parquet"))
+
+
+def test_workers_that_no_node_has_room_for_are_one_message(
+    address: str, user_dataset: Path, tiny_model: Path, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
+    result = run_kdb(*arguments, "--engine", "ray", "--address", address, "--worker-cpus", "64")
+    assert result.exit_code == 2
+    assert "No node of the cluster has 64 CPUs" in result.stderr
+
+
+def test_ray_is_asked_for_only_where_it_is_used(
+    user_dataset: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    run_kdb: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
+    result = run_kdb(*arguments, "--engine", "ray")
+    assert result.exit_code == 2
+    assert "pip install 'kdb-lm[ray]'" in result.stderr
+    result = run_kdb(*arguments, "--address", "127.0.0.1:6379")
+    assert result.exit_code == 2
+    assert "go with --engine ray" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "expected"),
+    [
+        ([{"CPU": 8}, {"CPU": 4}], Needs(), ({"num_cpus": 4, "num_gpus": 0}, 3)),
+        ([{"CPU": 8}, {"CPU": 4}], Needs(cpus=2), ({"num_cpus": 2, "num_gpus": 0}, 6)),
+        ([{"CPU": 32, "GPU": 8}, {"CPU": 8}], Needs(), ({"num_cpus": 1, "num_gpus": 1}, 8)),
+        ([{"CPU": 32, "GPU": 8}], Needs(cpus=4, gpus=4), ({"num_cpus": 4, "num_gpus": 4}, 2)),
+        ([{"CPU": 32, "GPU": 8}, {"CPU": 8}], Needs(gpus=0), ({"num_cpus": 8, "num_gpus": 0}, 5)),
+    ],
+)
+def test_workers_fill_the_cluster(nodes: list[dict[str, float]], needs: Needs, expected: Any) -> None:
+    assert cluster._places([{"Alive": True, "Resources": node} for node in nodes], needs) == expected
