@@ -21,6 +21,7 @@ PAGES = (
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
     ROOT / "docs/analysis.md",
+    ROOT / "docs/cluster.md",
     ROOT / "docs/object-storage.md",
     ROOT / "CONTRIBUTING.md",
 )
