@@ -56,7 +56,7 @@ class Cluster:
             raise KdbError("--engine ray needs Ray: `pip install 'kdb-lm[ray]'`.") from None
         if self._address:
             _refuse_silence(self._address)
-        own = {} if self._address else {"include_dashboard": False}
+        own: dict[str, Any] = {} if self._address else {"include_dashboard": False}
         try:
             ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except (Exception, SystemExit) as error:

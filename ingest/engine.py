@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kdb.ingest.job import Job
     from kdb.ingest.models import LoadedModel
 
-Advance = Callable[[int], object]
+Advance = Callable[[int], None]
 """Told how much more is done."""
 
 
