@@ -3,11 +3,10 @@
     python benchmarks/capture.py [--pairs smollm2-135m:cities gemma-3-270m:cities …] [--data DIR] [--memory imdb]
 
 Both run in this process on the same threads and weights. The loop runs on a sample of the prompts, half before and half
-after kdb, which runs on all of them and writes its Parquet files, a part while the next is captured, and once more each in
-its turn; what is compared is seconds per prompt. FLOP/s count
-two operations for each weight of the blocks and each token that had to be run (shared prefix and padding left out), as
-a share of what a plain square matrix product reaches here. With --memory, a last process ingests that dataset with each
-model and its peak is compared with the weights.
+after kdb, which runs on all of them and writes its Parquet files: a part while the next is captured, and once more each
+in its turn. What is compared is seconds per prompt. FLOP/s count two operations for each weight of the blocks and each
+token that had to be run (shared prefix and padding left out), as a share of what a plain square matrix product reaches
+here. With --memory, a last process ingests that dataset with each model and its peak is compared with the weights.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdb.ingest.capture import BATCH_TOKENS, batches
+from kdb.ingest.capture import batches
 from kdb.ingest.circuit import Circuit
+from kdb.ingest.memory import tokens_at_once
 from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def run_trials(
     """
     import torch
 
-    budget = batch_tokens or BATCH_TOKENS.get(circuit.loaded.device.type, BATCH_TOKENS["cpu"])
+    budget = batch_tokens or tokens_at_once(circuit.loaded)
     at_most = max(1, LOGITS_BYTES // (8 * circuit.readout.table.shape[0]))
     n = len(trials)
     out = Effects(np.empty(n, dtype=np.int64), np.empty(n), np.empty(n), np.empty(n, dtype=np.bool_))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.ingest.certificate import Best, Distributions, certified_top, distributions
 from kdb.ingest.circuit import Circuit
+from kdb.ingest.memory import room
 from kdb.ingest.recording import Recording, head_coefficients, head_vectors
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ WIDEST = 0.01
 
 def prompts_at_once(circuit: Circuit) -> int:
     """How many prompts are attributed together: as many as their distributions fit into memory."""
-    return max(1, BASES_BYTES // (2 * len(circuit.blocks) * circuit.readout.table.shape[0] * 4))
+    memory = room(circuit.loaded.device, BASES_BYTES)
+    return max(1, memory // (2 * len(circuit.blocks) * circuit.readout.table.shape[0] * 4))
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 
 from kdb.errors import ModelError
 from kdb.ingest.anatomy import SITES, Anatomy, describe
+from kdb.ingest.memory import tokens_at_once
 from kdb.ingest.models import LoadedModel
 
 if TYPE_CHECKING:
     import torch
-
-BATCH_TOKENS = {"cpu": 1536, "cuda": 16384}
-"""Tokens of a batch, padding included. On a CPU more would leave the cache, and cost speed and memory."""
 
 CHECK_PROMPTS = 8
 """Prompts on which each run is compared with the untouched model."""
@@ -60,7 +58,7 @@ class Capture:
     def __init__(self, loaded: LoadedModel, *, batch_tokens: int | None = None) -> None:
         self.loaded = loaded
         self.anatomy: Anatomy = describe(loaded.model)
-        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(loaded.device.type, BATCH_TOKENS["cpu"])
+        self.batch_tokens = batch_tokens or tokens_at_once(loaded)
         self._prefix: tuple[int, ...] = ()
         self._prefix_cache: Any = None
 
@@ -96,13 +94,31 @@ class Capture:
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
         lengths = [len(token_ids[i]) - len(prefix) + len(cue) for i in order]
         with torch.inference_mode():
-            for batch in batches(lengths, self.batch_tokens):
-                rows = [order[i] for i in batch]
+            while order:
+                n = len(next(batches(lengths, self.batch_tokens)))
+                rows = order[:n]
                 texts = [[*token_ids[row][len(prefix) :], *cue] for row in rows]
-                vectors[rows], ends[rows] = self._run(texts, tuple(prefix), len(cue))
+                try:
+                    vectors[rows], ends[rows] = self._run(texts, tuple(prefix), len(cue))
+                except torch.OutOfMemoryError:
+                    self._halve(n, lengths[0])
+                    continue
+                order, lengths = order[n:], lengths[n:]
                 if on_batch is not None:
                     on_batch(sum(len(token_ids[row]) for row in rows))
         return vectors, ends
+
+    def _halve(self, n: int, n_tokens: int) -> None:
+        """Take half as many tokens from now on. Raises ModelError where ``n`` is one prompt already."""
+        import torch
+
+        if n == 1:
+            raise ModelError(
+                f"A prompt of {n_tokens:,} tokens does not fit into the memory that {self.loaded.source.name} leaves: "
+                "give --quantize int8, --dtype bfloat16, or a device with more."
+            )
+        self.batch_tokens = n * n_tokens // 2
+        torch.cuda.empty_cache()
 
     def _run(
         self, token_ids: Sequence[Sequence[int]], prefix: tuple[int, ...], n_cue: int
@@ -135,7 +151,8 @@ class Capture:
 
         def keep(out: torch.Tensor, hidden: torch.Tensor, places: torch.Tensor) -> None:
             # OPT flattens batch and position before its FFN.
-            out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[rows, places].float()
+            at = rows.to(hidden.device), places.to(hidden.device)  # a block may lie on another GPU than the first
+            out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
 
         handles = []
         for layer, (block, ffn) in enumerate(zip(self.anatomy.blocks, self.anatomy.ffns, strict=True)):

@@ -293,6 +293,11 @@ def take_apart(loaded: LoadedModel) -> Circuit:
     """
     import torch
 
+    if len({parameter.device for parameter in loaded.model.parameters()}) > 1:
+        raise ModelError(
+            f"{loaded.source.name} lies on several devices, and attribution needs all of it on one: give "
+            "--quantize int8, --dtype bfloat16, or a device with more memory."
+        )
     anatomy = describe(loaded.model)
     size = int(loaded.model.config.get_text_config().hidden_size)
     if getattr(anatomy.unembed, "in_features", None) != size:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
 from kdb.ingest.engine import Advance, Engine, Rows, Shard, timed, write_behind, write_part
 from kdb.ingest.job import Job
+from kdb.ingest.memory import room
 from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
 from kdb.ingest.progress import progress
 from kdb.ingest.targets import check_candidates, target_token
@@ -146,11 +147,11 @@ def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], ask: Callabl
 def _chunks(staged: StagedRun, kept: Sequence[Prompt], ask: Callable[..., Any]) -> dict[str, list[Prompt]]:
     """Prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
     if "chunks" not in staged.facts:
-        per_token, at_most = ask("room")
+        per_token, at_most, memory = ask("room", CHUNK_BYTES)
         order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
         sizes: list[int] = []
         while sum(sizes) < len(order):
-            sizes.append(max(1, min(CHUNK_BYTES // (len(order[sum(sizes)].token_ids) * per_token), at_most)))
+            sizes.append(max(1, min(memory // (len(order[sum(sizes)].token_ids) * per_token), at_most)))
         bounds = np.cumsum([0, *sizes]).tolist()
         staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in itertools.pairwise(bounds)])
     by_number = {p.number: p for p in kept}
@@ -206,12 +207,16 @@ class Attributor:
         rows = list(_prompt_rows(circuit, self._job, self._prompts, self._batch_tokens))
         return timed("prompts", [pa.Table.from_pylist(rows, schema=arrow_schema("prompts"))], begun)
 
-    def room(self) -> tuple[int, int]:
-        """Bytes that the recording of a token takes, and how many prompts are attributed at once at most."""
+    def room(self, otherwise: int) -> tuple[int, int, int]:
+        """Bytes that recording a token takes, prompts attributed at once at most, and bytes that there are for both.
+
+        ``otherwise`` are those where the model is not on a GPU.
+        """
         from kdb.ingest.attribution import prompts_at_once
         from kdb.ingest.recording import bytes_per_token
 
-        return bytes_per_token(self._circuit), prompts_at_once(self._circuit)
+        memory = room(self._circuit.loaded.device, otherwise)
+        return bytes_per_token(self._circuit), prompts_at_once(self._circuit), memory
 
     def measure(self, prompts: Sequence[int], advance: Advance) -> Iterator[Rows]:
         """The rows of every table of scores; advances by prompts."""

@@ -230,6 +230,10 @@ def pick_device(device: str | None) -> str:
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        if not torch.cuda.is_available():
+            raise ModelError("--device auto spreads a model over GPUs, and there is none here: give cpu.")
+        return device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -262,7 +266,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model's weights; raises ModelError where transformers cannot.
 
-    ``quantize='int8'`` quantizes the weights alone: torchao on the CPU, bitsandbytes on CUDA.
+    ``quantize='int8'`` quantizes the weights alone: torchao on the CPU, bitsandbytes on CUDA. ``device='auto'`` spreads
+    the blocks over the GPUs that there are, for a model larger than one of them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -270,9 +275,14 @@ def load_model(
     pick_device(device)
     tokenizer = load_tokenizer(source)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-    on_cuda = device.startswith("cuda")
+    on_cuda = device.startswith("cuda") or device == "auto"
+    if on_cuda:
+        # Bounds count on float32 products that are rounded as float32, whatever this process had set for its own.
+        torch.set_float32_matmul_precision("highest")
     if quantize and on_cuda:
-        options |= {"quantization_config": _bitsandbytes_config(), "device_map": device}
+        options["quantization_config"] = _bitsandbytes_config()
+    if device == "auto" or (quantize and on_cuda):
+        options["device_map"] = device
     with _told(f"Cannot load {source.name}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             _folder(source), use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
@@ -283,7 +293,8 @@ def load_model(
     if "device_map" not in options:
         model.to(device)
     model.eval().requires_grad_(False)
-    return LoadedModel(source, model, tokenizer, dtype, torch.device(device), quantize)
+    first = next(model.parameters()).device if device == "auto" else torch.device(device)
+    return LoadedModel(source, model, tokenizer, dtype, first, quantize)
 
 
 def _refuse_misfit(source: ModelSource, info: dict[str, Any]) -> None:

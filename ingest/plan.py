@@ -8,9 +8,10 @@ from typing import Any
 
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.attribution import BASES_BYTES
-from kdb.ingest.capture import BATCH_TOKENS, gemm_rate, shared_prefix
+from kdb.ingest.capture import gemm_rate, shared_prefix
 from kdb.ingest.job import Job
 from kdb.ingest.knowledge import CHUNK_BYTES, read_prompts
+from kdb.ingest.memory import CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.models import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.ranking import METHODS
 from kdb.ingest.zero_shot import pose
@@ -99,7 +100,7 @@ def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: 
     unembedding = row["vocab_size"] * row["hidden_size"]
     block_params = row["n_params"] - tied * unembedding
     weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[job.measuring.dtype]
-    batch = BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
+    batch = CPU_TOKENS if device == "cpu" else GPU_TOKENS
     working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
     rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
     return Plan(

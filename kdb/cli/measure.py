@@ -123,7 +123,9 @@ def _model_options(command: Command) -> Command:
                 multiple=True,
                 help="Branch, tag or commit on the hub, or checkpoint in a folder of them; repeatable.",
             ),
-            click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one."),
+            click.option(
+                "--device", help="cpu, cuda, cuda:1, …, or auto: spread over all GPUs; else CUDA where there is one."
+            ),
             click.option(
                 "--dtype",
                 type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -442,7 +444,7 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     help="Sets of as many random neurons of the same layers.",
 )
 @click.option("--seed", type=int, default=42, show_default=True, help="Of the random sets.")
-@click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one.")
+@click.option("--device", help="cpu, cuda, cuda:1, …, or auto: spread over all GPUs; else CUDA where there is one.")
 @warehouse_option
 def ablate(
     model: str,
