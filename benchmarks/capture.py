@@ -1,6 +1,7 @@
 """Capture against the plain loop: one prompt, one forward pass, all hidden states.
 
     python benchmarks/capture.py [--pairs smollm2-135m:cities gemma-3-270m:cities …] [--data DIR] [--memory imdb]
+    python benchmarks/capture.py --shape llama-7b --device cuda            # random weights in bfloat16
 
 Both run in this process on the same threads and weights. The loop runs on a sample of the prompts, half before and half
 after kdb, which runs on all of them and writes its Parquet files: a part while the next is captured, and once more each
@@ -27,7 +28,7 @@ from kdb.ingest.anatomy import SITES
 from kdb.ingest.capture import Capture, shared_prefix
 from kdb.ingest.datasets import load_dataset, prompts
 from kdb.ingest.engine import Rows, write_behind
-from kdb.ingest.models import find_model, load_model
+from kdb.ingest.models import LoadedModel, find_model, load_model
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.vectors import activation_groups, prompts_per_part
 
@@ -37,12 +38,22 @@ PAIRS = ("smollm2-135m:cities", "gemma-3-270m:cities", "smollm2-135m:strategyqa"
 
 def loop(capture: Capture, token_ids: Sequence[Sequence[int]]) -> float:
     """Seconds per prompt of the plain loop."""
-    begun = time.perf_counter()
+    device = capture.loaded.device
+    begun = now(device)
     with torch.inference_mode():
         for ids in token_ids:
-            output = capture.loaded.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-            torch.stack([state[0, -1] for state in output.hidden_states])
-    return (time.perf_counter() - begun) / len(token_ids)
+            output = capture.loaded.model(
+                torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False
+            )
+            torch.stack([state[0, -1] for state in output.hidden_states]).float().cpu()
+    return (now(device) - begun) / len(token_ids)
+
+
+def now(device: torch.device) -> float:
+    """The time at which the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def batched(capture: Capture, token_ids: Sequence[Sequence[int]], lake: Lake, *, behind: bool) -> tuple[float, float]:
@@ -69,41 +80,58 @@ def batched(capture: Capture, token_ids: Sequence[Sequence[int]], lake: Lake, *,
     return time.perf_counter() - begun, capturing
 
 
-def square_product() -> float:
-    """FLOP/s of a plain float32 matrix product, 2,048 to a side: the median of seven."""
-    a = torch.randn(2048, 2048)
+def square_product(loaded: LoadedModel) -> float:
+    """FLOP/s of a plain matrix product in the model's dtype, on its device: the median of seven."""
+    n = 2048 if loaded.device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=loaded.device, dtype=getattr(torch, loaded.dtype))
     times = []
     for _ in range(7):
-        begun = time.perf_counter()
+        begun = now(loaded.device)
         a @ a
-        times.append(time.perf_counter() - begun)
-    return 2 * 2048**3 / sorted(times)[3]
+        times.append(now(loaded.device) - begun)
+    return 2 * n**3 / sorted(times)[3]
 
 
-def compare(pair: str, data: Path, sample: int) -> None:
+def compare_pair(pair: str, data: Path, sample: int) -> None:
     """Print one row: a model on a dataset."""
     name, dataset = pair.split(":")
     loaded = load_model(find_model(name))
+    compare(pair, loaded, loaded.tokenizer(prompts(load_dataset(dataset, data_dir=data)))["input_ids"], sample)
+
+
+def compare_shape(options: argparse.Namespace) -> None:
+    """Print one row: random weights, prompts of random tokens that share a beginning, as templates do."""
+    from attribution import SHAPES, random_model
+
+    loaded = random_model(options.device, options.dtype, **SHAPES[options.shape])
+    ids = torch.randint(32_000, (options.prompts, options.tokens), generator=torch.Generator().manual_seed(0))
+    ids[:, : options.tokens // 4] = ids[0, : options.tokens // 4]
+    compare(f"{options.shape} {options.dtype} {options.device}", loaded, ids.tolist(), options.sample)
+    if options.device.startswith("cuda"):
+        print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+
+def compare(label: str, loaded: LoadedModel, token_ids: Sequence[Sequence[int]], sample: int) -> None:
+    """Print how the loop and kdb compare."""
     capture = Capture(loaded)
-    token_ids = loaded.tokenizer(prompts(load_dataset(dataset, data_dir=data)))["input_ids"]
     by_length = sorted(token_ids, key=len)  # every so many of these: as long, on average, as all of them
     chosen = by_length[:: max(1, len(by_length) // sample)]
     random.Random(0).shuffle(chosen)
     loop(capture, chosen[:5]), capture.vectors(token_ids[:32])  # warm
     with tempfile.TemporaryDirectory() as folder:
         before = loop(capture, chosen[::2])
-        rate = square_product()
+        rate = square_product(loaded)
         lake = Lake.create(Path(folder) / "w")
         in_turn, capturing = batched(capture, token_ids, lake, behind=False)
         seconds, _ = batched(capture, token_ids, lake, behind=True)
-        rate = (rate + square_product()) / 2
+        rate = (rate + square_product(loaded)) / 2
         after = loop(capture, chosen[1::2])
     plain, each = (before + after) / 2, seconds / len(token_ids)
     tokens = sum(len(ids) - shared_prefix(token_ids) for ids in token_ids)
     weights = sum(p.numel() for block in capture.anatomy.blocks for p in block.parameters())
     flops = 2 * weights * tokens / capturing
     print(
-        f"{pair:26} loop {1000 * plain:6.1f} ms, kdb {1000 * each:6.2f} ms a prompt (writing included): "
+        f"{label:26} loop {1000 * plain:6.1f} ms, kdb {1000 * each:6.2f} ms a prompt (writing included): "
         f"{plain / each:5.1f} x; {flops / 1e9:4.0f} of {rate / 1e9:4.0f} GFLOP/s = {flops / rate:4.0%}; "
         f"{tokens / seconds:,.0f} tokens/s; {in_turn / seconds:.2f} x as fast as writing in turn",
         flush=True,
@@ -133,12 +161,20 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=PAIRS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/concept_depth")
     parser.add_argument("--sample", type=int, default=120, help="prompts that the plain loop runs on")
+    parser.add_argument("--shape", help="random weights of this shape: llama-7b, tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16", help="of a shape")
+    parser.add_argument("--prompts", type=int, default=4000, help="of a shape")
+    parser.add_argument("--tokens", type=int, default=64, help="of each of these")
     parser.add_argument("--memory", help="dataset whose ingest is watched for its peak memory")
     parser.add_argument("--limit", type=int, help="of each class of that dataset")
     options = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, float32")
+    print(f"{torch.get_num_threads()} threads")
+    if options.shape:
+        compare_shape(options)
+        return
     for pair in options.pairs:
-        compare(pair, options.data, options.sample)
+        compare_pair(pair, options.data, options.sample)
     if options.memory:
         for name in ("smollm2-135m", "gemma-3-270m"):
             peak_memory(name, options.memory, options.data, options.limit)
