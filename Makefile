@@ -38,6 +38,10 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/cli.py
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/kills.py
+	$(BIN)/python benchmarks/kills.py --bucket --kills 200
+	$(PIP) --group bench
+	$(BIN)/python benchmarks/commit.py
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
