@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, Vector, arrow_schema
+from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema
 
 NOBODY = "__none__"
 """Partition value of the empty typed files, which keep every view valid before the first run."""
@@ -282,7 +282,7 @@ class StagedRun:
         ``seconds`` is the time spent measuring what it holds; the parts' sum is the run's.
         """
         with storage_errors(self.path):
-            write_parquet(self.part(table, name), groups, seconds=seconds)
+            write_parquet(self.part(table, name), map(self._signed, groups), seconds=seconds)
 
     def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
         """Write one part of a small table from dictionaries; absent columns are NULL."""
@@ -349,8 +349,11 @@ class StagedRun:
         if vectors or len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
             return paths
         whole = self.part(table, "all")
-        write_parquet(whole, [pa.concat_tables(pq.ParquetFile(path).read() for path in paths)])
+        write_parquet(whole, [pa.concat_tables(self._signed(pq.ParquetFile(path).read()) for path in paths)])
         return [whole]
+
+    def _signed(self, rows: pa.Table) -> pa.Table:
+        return _signed(rows, self.model, self.dataset, self.run)
 
     def _drop_strays(self) -> None:
         kept = {self.path / record.path for record in _manifest(self.path)} | {self.path / "manifest.json"}
@@ -376,6 +379,14 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
         writer.write_table(first, row_group_size=max(1, len(first)))
         for group in groups:
             writer.write_table(group, row_group_size=max(1, len(group)))
+
+
+def _signed(rows: pa.Table, *names: str) -> pa.Table:
+    """The rows, with the columns that their path names: readers that know no partitions see where a file is from."""
+    rows = rows.drop_columns([name for name in PARTITIONS if name in rows.column_names])  # of a run that they come from
+    for column, name in zip(PARTITIONS, names, strict=True):
+        rows = rows.append_column(column, pa.repeat(name, len(rows)))
+    return rows
 
 
 def _is_float32_vector(kind: pa.DataType) -> bool:
@@ -449,7 +460,7 @@ def _subfolders(parent: Path, prefix: str) -> list[Path]:
 def _write_empty_tables(root: Path) -> None:
     folder = root / f"model={NOBODY}/dataset={NOBODY}/run={NOBODY}"
     for table in TABLES:
-        write_parquet(folder / table / "empty.parquet", [arrow_schema(table).empty_table()])
+        write_parquet(folder / table / "empty.parquet", [_signed(arrow_schema(table).empty_table(), *[NOBODY] * 3)])
 
 
 def _seconds(path: Path) -> float:
