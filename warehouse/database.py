@@ -26,6 +26,7 @@ import polars as pl
 
 from kdb.errors import QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
 from kdb.warehouse.statements import check_public, check_reads, message
 
@@ -50,12 +51,17 @@ class Limits:
     threads: int
 
 
-def view_statements(lake: Path) -> list[str]:
+def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
 
-    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell.
+    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
+    globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows.
     """
-    return [_create_view(lake, table) for table in TABLES.values()] + [macros()]
+    if files is None:
+        rows = {name: _rows(table, literal(f"{_escape_glob(lake)}/*/*/*/{name}/*.parquet")) for name, table in TABLES.items()}
+    else:
+        rows = {name: _rows(table, literal(tuple(files.get(name, ())))) for name, table in TABLES.items()}
+    return [_create_view(name, rows[name]) for name in TABLES] + [macros()]
 
 
 def write_shell_file(warehouse: Path) -> None:
@@ -76,6 +82,28 @@ def write_shell_file(warehouse: Path) -> None:
             staged.unlink(missing_ok=True)
     # A log left by a shell that crashed belongs to the old file; DuckDB would replay it into this one.
     target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
+
+
+def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]]) -> None:
+    """Write a DuckDB file whose views read Parquet files by their URLs, a list for each table; nothing is fetched.
+
+    Column types come from the lake's empty tables. Raises OSError when the file cannot be written.
+    """
+    empty = {name: literal(tuple(map(str, lake.glob(f"model=__none__/*/*/{name}/*.parquet")))) for name in TABLES}
+    statements = []
+    for name, table in TABLES.items():
+        # A view is tried out when it is created: on the empty file, as the others may not be there yet.
+        statements.append(f"SET VARIABLE kdb_files = {empty[name]}")
+        found = literal(tuple(urls.get(name, ())))
+        if found != "[]":
+            found = f"coalesce(getvariable('kdb_files')::VARCHAR[], {found})"
+        # A folder's name is encoded, and its URL encodes that again.
+        statements += [_create_view(name, _rows(table, found, name_of="url_decode({})")), _comments(table)]
+    statements += [f"SET VARIABLE kdb_files = {empty['runs']}", macros()]
+    with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
+        built = Path(folder) / SHELL_FILE
+        _build_shell_file(built, statements)
+        shutil.copyfile(built, path)
 
 
 def connect(lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None) -> duckdb.DuckDBPyConnection:
@@ -211,15 +239,25 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 
-def _create_view(lake: Path, table: Table) -> str:
-    names = ", ".join(f'"{name}"' for name in (*PARTITIONS, *table.columns.keys()))
+def _create_view(name: str, rows: str) -> str:
+    visible = "getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
+    return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
+
+
+def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:
+    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` is how a name is got from its path."""
+    if files == "[]":  # which read_parquet refuses
+        return f"SELECT {', '.join(f'NULL::{t} AS {_quoted(n)}' for n, t in column_types(table.name).items())} WHERE false"
+    names = [f"{name_of.format(_quoted(name))} AS {_quoted(name)}" for name in PARTITIONS]
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
-    files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
     return (
-        f"CREATE VIEW {table.name} AS SELECT {names} "
-        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}) "
-        "WHERE getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
+        f"SELECT {', '.join([*names, *map(_quoted, table.columns.keys())])} "
+        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}})"
     )
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
 
 
 def _comments(table: Table) -> str:

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -187,6 +188,8 @@ class Lake:
         False where the run is here already. Raises WarehouseError for a run that is damaged, of another schema
         version, or being measured here; nothing of it is then visible.
         """
+        if not re.fullmatch("[0-9a-f]{16}", folder.run):
+            raise WarehouseError(f"{folder.path} is no run's folder: run ids are 16 hex digits. It is not copied.")
         with self.stage(folder.run, folder.model, folder.dataset) as staged:
             if staged.committed:
                 return False
@@ -477,6 +480,15 @@ def _record(path: Path, folder: Path) -> FileRecord:
 def _manifest(folder: Path) -> list[FileRecord]:
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return [FileRecord(**file) for file in files]
+
+
+def row_counts(folder: RunFolder) -> dict[str, int]:
+    """The rows of each table of a run, as its manifest says. Raises WarehouseError where that is unreadable."""
+    counts: dict[str, int] = {}
+    for record in _adoptable(folder.path):
+        table = record.path.partition("/")[0]
+        counts[table] = counts.get(table, 0) + record.rows
+    return counts
 
 
 def _adoptable(folder: Path) -> list[FileRecord]:
