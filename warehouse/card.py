@@ -29,7 +29,7 @@ def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, b
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    old = DatasetCard(before, ignore_metadata_errors=True)
+    old = DatasetCard(before or "---\n{}\n---\n", ignore_metadata_errors=True)  # it warns where there is no header
     folders = warehouse.lake.run_folders()
     kept: dict[str, Any] = old.data.to_dict()
     kept["license"] = licence or kept.get("license") or UNKNOWN

@@ -89,17 +89,17 @@ def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]])
 
     Column types come from the lake's empty tables. Raises OSError when the file cannot be written.
     """
-    empty = {name: literal(tuple(map(str, lake.glob(f"model=__none__/*/*/{name}/*.parquet")))) for name in TABLES}
     statements = []
     for name, table in TABLES.items():
-        # A view is tried out when it is created: on the empty file, as the others may not be there yet.
-        statements.append(f"SET VARIABLE kdb_files = {empty[name]}")
+        # Views and macros are tried out as they are created: on empty files, as the others may not be there yet.
+        trial = literal(tuple(map(str, lake.glob(f"model=__none__/*/*/{name}/*.parquet"))))
+        statements.append(f"SET VARIABLE kdb_files_{name} = {trial}")
         found = literal(tuple(urls.get(name, ())))
         if found != "[]":
-            found = f"coalesce(getvariable('kdb_files')::VARCHAR[], {found})"
+            found = f"coalesce(getvariable('kdb_files_{name}')::VARCHAR[], {found})"
         # A folder's name is encoded, and its URL encodes that again.
         statements += [_create_view(name, _rows(table, found, name_of="url_decode({})")), _comments(table)]
-    statements += [f"SET VARIABLE kdb_files = {empty['runs']}", macros()]
+    statements.append(macros())
     with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
         built = Path(folder) / SHELL_FILE
         _build_shell_file(built, statements)

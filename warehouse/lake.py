@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -379,9 +380,9 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
     options: dict[str, Any] = {"compression": "zstd", "use_byte_stream_split": vectors or False}
     options["use_dictionary"] = [f.name for f in schema if not pa.types.is_nested(f.type)]
     with _appears_whole(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
-        writer.write_table(first, row_group_size=max(1, len(first)))
-        for group in groups:
-            writer.write_table(group, row_group_size=max(1, len(group)))
+        for group in itertools.chain([first], groups):
+            if len(group):  # `datasets` reads no file that has an empty row group
+                writer.write_table(group, row_group_size=len(group))
 
 
 def _signed(rows: pa.Table, *names: str) -> pa.Table:

@@ -7,11 +7,13 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-from kdb.errors import UnknownNameError, WarehouseError
+from kdb.errors import QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse import database
 from kdb.warehouse.lake import Lake, storage_errors, write_json
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary
@@ -97,6 +99,24 @@ class Warehouse:
             database.write_shell_file(self.lake.path)
             write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
         return self.lake.path / "kdb.duckdb"
+
+    def publish(self, url: str, path: Path) -> None:
+        """Write a DuckDB file over the committed runs as anyone reads them from ``url``, the warehouse's folder.
+
+        Raises QueryError where that is no URL, WarehouseError where the file cannot be written.
+        """
+        if not re.match(r"https?://[^/?#]+[^?#]*$", url):
+            raise QueryError(f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}")
+        files = {
+            table: [
+                f"{url.rstrip('/')}/{quote(file.relative_to(self.lake.path).as_posix(), safe='/=')}"
+                for folder in self.lake.run_folders()
+                for file in sorted((folder.path / table).glob("*.parquet"))
+            ]
+            for table in TABLES
+        }
+        with storage_errors(path.parent):
+            database.write_public_file(path, self.lake.root, files)
 
     def _mend(self) -> None:
         """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""
