@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import importlib.util
 import json
 import threading
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -191,16 +194,20 @@ def listening(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def attaching() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB with httpfs, as it is packaged for Python: DuckDB itself would fetch it."""
+    found = importlib.util.find_spec("duckdb_extension_httpfs")
+    if found is None or found.origin is None:
+        pytest.skip("duckdb-extension-httpfs is not installed")
+    extension = Path(found.origin).parent / f"extensions/v{duckdb.__version__}/httpfs.duckdb_extension"
+    with duckdb.connect() as connection:
+        connection.execute(f"LOAD '{extension}'")
+        yield connection
+
+
+@contextlib.contextmanager
 def pretended() -> Iterator[Hub]:
     """A hub that has no datasets yet."""
     hub = Hub()
     with listening(hub.app()) as hub.url:
         yield hub
-
-
-def stored(hub: Hub, name: str, folder: Path) -> Path:
-    """The files of a dataset, written to a folder, as a clone has them."""
-    for path, content in hub.files(name).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from hub import TOKEN, Hub, pretended
+from hub import TOKEN, Hub, attaching, pretended
 
 import kdb
 from kdb.warehouse.lake import Lake
@@ -90,7 +90,8 @@ def test_a_push_adds_to_what_is_there_and_sends_only_what_is_new(
 ) -> None:
     run_kdb("push", URL, "--license", "cc-by-4.0", "--warehouse", warehouse)
     before = hub.files(NAME)
-    assert run_kdb("push", URL, "--warehouse", second).exit_code == 0
+    result = run_kdb("push", URL, "--warehouse", second)
+    assert result.exit_code == 0, result.output
     after = hub.files(NAME)
     changed = {path for path in after if before.get(path) != after[path]}
     (new,) = runs_of(second)
@@ -109,7 +110,8 @@ def test_two_who_push_at_once_both_keep_their_runs(
     hub.commit(NAME, {".gitattributes": b""})
     # Between the look and the commit of this push, the other run and its card arrive.
     hub.rivals = [lambda: hub.commit(NAME, files)]
-    assert run_kdb("push", URL, "--warehouse", second).exit_code == 0
+    result = run_kdb("push", URL, "--warehouse", second)
+    assert result.exit_code == 0, result.output
     (mine,), (theirs,) = runs_of(second), runs_of(warehouse)
     assert all(any(f"run={run}/manifest.json" in path for path in hub.files(NAME)) for run in (mine, theirs))
     assert mine in card_of(hub)
@@ -134,6 +136,19 @@ def test_what_people_write_in_the_card_stays(
     run_kdb("push", URL, "--warehouse", second)
     for text in ("pretty_name: Depths", "Our paper.", "Cite us."):
         assert card_of(hub).count(text) == 1
+
+
+def test_a_pushed_dataset_is_asked_in_duckdb_without_a_download(
+    hub: Hub, warehouse: Path, second: Path, run_kdb: Callable[..., Result]
+) -> None:
+    run_kdb("push", URL, "--warehouse", warehouse)
+    run_kdb("push", URL, "--warehouse", second)
+    with attaching() as shell:
+        shell.execute(f"ATTACH '{hub.url}/datasets/{NAME}/resolve/main/kdb.duckdb' AS paper (READ_ONLY); USE paper")
+        depths = "SELECT model, site, jump_layer, converging_layer FROM concept_depth() ORDER BY ALL"
+        assert shell.execute(depths).fetchall() == kdb.open(warehouse).sql(depths).rows()
+        points = "SELECT count(*) FROM projections"
+        assert shell.execute(points).fetchall() == kdb.open(second).sql(points).rows()
 
 
 @pytest.mark.parametrize("command", ["push", "pull"])

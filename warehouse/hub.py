@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _complete(
         target = copy.lake.path / path.relative_to(known)
         if path.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(path.resolve())
+            shutil.copyfile(path, target)  # a link would lead out of what DuckDB may read
     text = write_card(copy, str(place), licence=licence, before=readme.read_text("utf-8") if readme.exists() else "")
     uploads |= {
         "README.md": text.encode(),
