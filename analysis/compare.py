@@ -16,7 +16,7 @@ import polars as pl
 
 from kdb.analysis.uncertainty import mcnemar
 from kdb.errors import QueryError, UnknownNameError
-from kdb.warehouse.schema import TABLES, Vector
+from kdb.warehouse.schema import TABLES, has_vectors
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -127,7 +127,7 @@ def _compared(wh: Warehouse, run_a: str, run_b: str) -> list[str]:
 def _measured(table: str) -> list[str]:
     """The columns of a table that hold numbers and are not part of its key; none where it has no key."""
     declared = TABLES[table]
-    if not declared.info["key"] or any(isinstance(column.type, Vector) for column in declared.columns):
+    if not declared.info["key"] or has_vectors(table):
         return []
     others = [column for column in declared.columns if column.name not in declared.info["key"]]
     return [column.name for column in others if column.type.python_type in (int, float, bool)]

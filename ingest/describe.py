@@ -70,4 +70,4 @@ def table_files(run: Path, table: str) -> list[Path]:
 
 def read_parts(parts: Sequence[Path]) -> pa.Table:
     """The rows of some Parquet files of one table."""
-    return pa.concat_tables(pq.ParquetFile(part).read() for part in parts)
+    return pa.concat_tables((pq.ParquetFile(part).read() for part in parts), promote_options="default")

@@ -91,7 +91,7 @@ class Commit:
 
     def paths(self, table: str | None = None) -> dict[str, FileRecord]:
         """The files of one table or of all, by their paths within the warehouse."""
-        return {f"{self.folder}/{f.path}": f for f in self.files if table is None or f.path.startswith(f"{table}/")}
+        return {f"{self.folder}/{f.path}": f for f in self.files if table in (None, f.table)}
 
 
 class CloudLake(Lake):
@@ -117,9 +117,6 @@ class CloudLake(Lake):
         """Open the warehouse at a URL, making it first where there is none."""
         bucket = bucket or Bucket.at(url)
         if bucket.get("warehouse.json") is None:
-            mirror = Lake.create(_mirror(url))
-            empty = [empty_file(mirror.root, table) for table in TABLES]
-            _at_once(bucket.upload, [file.relative_to(mirror.path).as_posix() for file in empty], empty)
             bucket.put_new("warehouse.json", json.dumps({"schema_version": SCHEMA_VERSION}).encode())
         return cls(url, bucket)
 
@@ -226,14 +223,9 @@ class CloudLake(Lake):
         """What opens ``kdb://`` paths, for DuckDB."""
         return CommittedFiles(self)
 
-    def urls(self) -> dict[str, list[str]]:
-        """Where each committed file of each table lies in the store, an empty typed one first."""
-        commits = self.commits().values()
-        empty = {table: empty_file(self.root, table).relative_to(self.path).as_posix() for table in TABLES}
-        return {
-            table: [f"{self.location}/{path}" for path in (empty[table], *(p for c in commits for p in c.paths(table)))]
-            for table in TABLES
-        }
+    def committed_files(self, table: str) -> list[str]:
+        """The committed files of a table by their URLs, from the commits of all runs."""
+        return [f"{self.location}/{path}" for commit in self.commits().values() for path in commit.paths(table)]
 
     def open(self, path: str) -> BinaryIO:
         """A committed file to be read: fetched whole, once, or block by block where it holds vectors.
@@ -241,7 +233,7 @@ class CloudLake(Lake):
         Raises WarehouseError where the run was removed.
         """
         record = self.record(path)
-        if has_vectors(record.path.partition("/")[0]):
+        if has_vectors(record.table):
             folder = self.path / "blocks" / path
             return cast(BinaryIO, BlockFile(record.bytes, lambda a, b: self._range(path, a, b), folder))
         return (self._local(path, record) or self._download(path, record)).open("rb")

@@ -26,6 +26,8 @@ import polars as pl
 
 from kdb.errors import QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse.lake import empty_file
+from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
 from kdb.warehouse.statements import check_public, check_reads, message
 
@@ -64,35 +66,56 @@ class Remote(Protocol):
 def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
 
-    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. Each is a
-    glob over the lake, or reads the `files` of its table, where these are given by their paths or URLs.
+    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
+    globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows.
     """
-    named = files or {}
-    return [_create_view(lake, table, named.get(table.name)) for table in TABLES.values()] + [macros()]
+
+    def source(name: str) -> str:
+        return literal(f"{_escape_glob(lake)}/*/*/*/{name}/*.parquet" if files is None else tuple(files.get(name, ())))
+
+    return [_create_view(name, _rows(table, source(name))) for name, table in TABLES.items()] + [macros()]
 
 
-def write_shell_file(warehouse: Path, files: Mapping[str, Sequence[str]] | None = None) -> None:
-    """Write `kdb.duckdb`: views only, with absolute paths or URLs. Replaces it without opening it.
+def write_shell_file(warehouse: Path) -> None:
+    """Write `kdb.duckdb`: views only, with absolute paths. Replaces it without opening it.
 
-    `files` are the URLs of each table's, where they do not lie in the folder. A shell that holds the old file keeps it.
-    Raises OSError when the folder cannot be written.
+    A shell that holds the old file keeps it. Raises OSError when the folder cannot be written.
     """
     target = warehouse / SHELL_FILE
-    staged = warehouse / f".{SHELL_FILE}.{secrets.token_hex(4)}"
-    if files:
-        from kdb.warehouse.remote import StandIns
+    _put_shell_file(target, view_statements(warehouse / "lake") + list(map(_comments, TABLES.values())))
+    # A log left by a shell that crashed belongs to the old file; DuckDB would replay it into this one.
+    target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
+
+
+def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]], *, encoded: bool) -> None:
+    """Write a DuckDB file whose views read Parquet files by their URLs, a list for each table; nothing is fetched.
+
+    `encoded`: a folder's name is encoded, and a URL of HTTP encodes that again. Column types come from the lake's empty
+    tables. Raises OSError when the file cannot be written.
+    """
+    statements = []
+    for name, table in TABLES.items():
+        # Views and macros are tried out as they are created: on empty files, as the others may not be there yet.
+        statements.append(f"SET VARIABLE kdb_files_{name} = {literal((str(empty_file(lake, name)),))}")
+        found = literal(tuple(urls.get(name, ())))
+        if found != "[]":
+            found = f"coalesce(getvariable('kdb_files_{name}')::VARCHAR[], {found})"
+        rows = _rows(table, found, name_of="url_decode({})" if encoded else "{}")
+        statements += [_create_view(name, rows), _comments(table)]
+    _put_shell_file(path, [*statements, macros()])
+
+
+def _put_shell_file(target: Path, statements: list[str]) -> None:
+    staged = target.with_name(f".{SHELL_FILE}.{secrets.token_hex(4)}")
     # Built elsewhere: DuckDB cannot attach every path (a ? ends the name of its log file).
     with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
         built = Path(folder) / SHELL_FILE
-        statements = view_statements(warehouse / "lake", files) + list(map(_comments, TABLES.values()))
-        _build_shell_file(built, statements, StandIns(warehouse / "lake") if files else None)
+        _build_shell_file(built, statements)
         try:
             shutil.copyfile(built, staged)
             staged.replace(target)
         finally:
             staged.unlink(missing_ok=True)
-    # A log left by a shell that crashed belongs to the old file; DuckDB would replay it into this one.
-    target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
 
 
 def connect(
@@ -241,18 +264,27 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 
-def _create_view(lake: Path, table: Table, named: Sequence[str] | None) -> str:
-    names = ", ".join(f'"{name}"' for name in (*PARTITIONS, *table.columns.keys()))
+def _create_view(name: str, rows: str) -> str:
+    visible = "getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
+    return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
+
+
+def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:
+    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` is how a name is got from its path."""
+    if files == "[]":  # which read_parquet refuses
+        return (
+            f"SELECT {', '.join(f'NULL::{t} AS {_quoted(n)}' for n, t in column_types(table.name).items())} WHERE false"
+        )
+    names = [f"{name_of.format(_quoted(name))} AS {_quoted(name)}" for name in PARTITIONS]
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
-    if named is None:
-        files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
-    else:
-        files = f"[{', '.join(map(literal, named))}]"
     return (
-        f"CREATE VIEW {table.name} AS SELECT {names} "
-        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}) "
-        "WHERE getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
+        f"SELECT {', '.join([*names, *map(_quoted, table.columns.keys())])} "
+        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}})"
     )
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
 
 
 def _comments(table: Table) -> str:
@@ -267,10 +299,8 @@ def _escape_glob(folder: Path) -> str:
     return re.sub(r"[\[*?{]", r"[\g<0>]", str(folder.resolve()))
 
 
-def _build_shell_file(path: Path, statements: list[str], filesystem: Any) -> None:
+def _build_shell_file(path: Path, statements: list[str]) -> None:
     with duckdb.connect() as connection:
-        if filesystem is not None:
-            connection.register_filesystem(filesystem)
         connection.execute(f"ATTACH {literal(str(path))} AS kdb (STORAGE_VERSION '{_STORAGE_VERSION}')")
         connection.execute("USE kdb; BEGIN")  # one transaction: each one waits for the disk
         for statement in statements:

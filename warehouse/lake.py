@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, arrow_schema, has_vectors
+from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, has_vectors
 
 NOBODY = "__none__"
 """Partition value of the empty typed files, which keep every view valid before the first run."""
@@ -59,6 +61,11 @@ class FileRecord:
     rows: int
     bytes: int
     sha256: str
+
+    @property
+    def table(self) -> str:
+        """The table whose rows it holds."""
+        return self.path.partition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,14 @@ class Lake:
             raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
         return folders[run]
 
+    def committed_files(self, table: str) -> list[str]:
+        """The committed files of a table by their absolute paths, from the manifests of all runs."""
+        files = []
+        for folder in self.run_folders():
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                files += [str(folder.path / f.path) for f in read_manifest(folder.path) if f.table == table]
+        return files
+
     def interrupted(self) -> list[dict[str, Any]]:
         """What each run in staging said of itself when it was begun."""
         said = []
@@ -177,6 +192,8 @@ class Lake:
         False where the run is here already. Raises WarehouseError for a run that is damaged, of another schema
         version, or being measured here; nothing of it is then visible.
         """
+        if not re.fullmatch("[0-9a-f]{16}", folder.run):
+            raise WarehouseError(f"{folder.path} is no run's folder: run ids are 16 hex digits. It is not copied.")
         with self.stage(folder.run, folder.model, folder.dataset) as staged:
             if staged.committed:
                 return False
@@ -275,7 +292,7 @@ class StagedRun:
         ``seconds`` is the time spent measuring what it holds; the parts' sum is the run's.
         """
         with storage_errors(self.path):
-            write_parquet(self.part(table, name), groups, seconds=seconds)
+            write_parquet(self.part(table, name), map(self._signed, groups), seconds=seconds)
 
     def write_rows(self, table: str, name: str, rows: Sequence[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
         """Write one part of a small table from dictionaries; absent columns are NULL."""
@@ -342,8 +359,11 @@ class StagedRun:
         if has_vectors(table) or len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
             return paths
         whole = self.part(table, "all")
-        write_parquet(whole, [pa.concat_tables(pq.ParquetFile(path).read() for path in paths)])
+        write_parquet(whole, [pa.concat_tables(self._signed(pq.ParquetFile(path).read()) for path in paths)])
         return [whole]
+
+    def _signed(self, rows: pa.Table) -> pa.Table:
+        return _signed(rows, self.model, self.dataset, self.run)
 
     def _drop_strays(self) -> None:
         kept = {self.path / record.path for record in read_manifest(self.path)} | {self.path / "manifest.json"}
@@ -366,9 +386,17 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
     options: dict[str, Any] = {"compression": "zstd", "use_byte_stream_split": vectors or False}
     options["use_dictionary"] = [f.name for f in schema if not pa.types.is_nested(f.type)]
     with appears_whole(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
-        writer.write_table(first, row_group_size=max(1, len(first)))
-        for group in groups:
-            writer.write_table(group, row_group_size=max(1, len(group)))
+        for group in itertools.chain([first], groups):
+            if len(group):  # `datasets` reads no file that has an empty row group
+                writer.write_table(group, row_group_size=len(group))
+
+
+def _signed(rows: pa.Table, *names: str) -> pa.Table:
+    """The rows, with the columns that their path names: readers that know no partitions see where a file is from."""
+    rows = rows.drop_columns([name for name in PARTITIONS if name in rows.column_names])  # of a run that they come from
+    for column, name in zip(PARTITIONS, names, strict=True):
+        rows = rows.append_column(column, pa.repeat(name, len(rows)))
+    return rows
 
 
 def _is_float32_vector(kind: pa.DataType) -> bool:
@@ -471,7 +499,7 @@ def empty_file(root: Path, table: str) -> Path:
 
 def _write_empty_tables(root: Path) -> None:
     for table in TABLES:
-        write_parquet(empty_file(root, table), [arrow_schema(table).empty_table()])
+        write_parquet(empty_file(root, table), [_signed(arrow_schema(table).empty_table(), *[NOBODY] * 3)])
 
 
 def _seconds(path: Path) -> float:
@@ -489,6 +517,15 @@ def read_manifest(folder: Path) -> list[FileRecord]:
     """The files of a run, as its manifest names them."""
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return [FileRecord(**file) for file in files]
+
+
+def row_counts(folder: RunFolder) -> dict[str, int]:
+    """The rows of each table of a run, as its manifest says. Raises WarehouseError where that is unreadable."""
+    counts: dict[str, int] = {}
+    for record in _adoptable(folder.path):
+        table = record.path.partition("/")[0]
+        counts[table] = counts.get(table, 0) + record.rows
+    return counts
 
 
 def _adoptable(folder: Path) -> list[FileRecord]:

@@ -402,10 +402,15 @@ def data_dictionary() -> str:
     lines = ["# The warehouse's tables", "", "Every table also has these columns, from its path:", ""]
     lines += [f"- `{name}` (VARCHAR): {meaning}" for name, meaning in PARTITIONS.items()]
     for table in TABLES.values():
-        lines += ["", f"## {table.name}", "", f"One row per {table.comment}.", ""]
-        lines += ["| column | type | unit | meaning | symbol |", "| --- | --- | --- | --- | --- |"]
-        for column in table.columns:
-            info = column.info
-            cells = (f"`{column.name}`", sql_type(column), info["unit"], column.comment, info["symbol"])
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        lines += ["", f"## {table.name}", "", f"One row per {table.comment}.", "", *columns_of(table)]
     return "\n".join(lines) + "\n"
+
+
+def columns_of(table: Table) -> list[str]:
+    """A table's columns as the lines of a Markdown table; those from its path are left out."""
+    lines = ["| column | type | unit | meaning | symbol |", "| --- | --- | --- | --- | --- |"]
+    for column in table.columns:
+        info = column.info
+        cells = (f"`{column.name}`", sql_type(column), info["unit"], column.comment, info["symbol"])
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines

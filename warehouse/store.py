@@ -7,11 +7,13 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+from urllib.parse import quote
 
-from kdb.errors import UnknownNameError, WarehouseError
+from kdb.errors import QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse import database
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.lake import Lake, storage_errors, write_json
@@ -103,16 +105,45 @@ class Warehouse:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
         return database.engine(self.lake.root, self.runs, self._remote)
 
+    def files(self, table: str) -> list[str]:
+        """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.
+
+        Model, dataset and run are in the path (``model=…/dataset=…/run=…``, percent-encoded). Raises UnknownNameError.
+        """
+        if table not in TABLES:
+            raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
+        return self.lake.committed_files(table)
+
     def rebuild(self) -> Path:
         """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path.
 
         Of a warehouse in an object store, it reads the runs that are there now.
         """
         self.lake.restore_empty_tables()
+        shell = self.lake.path / database.SHELL_FILE
         with storage_errors(self.lake.path):
-            database.write_shell_file(self.lake.path, self._remote.urls() if self._remote else None)
-            write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
-        return self.lake.path / "kdb.duckdb"
+            if self._remote:
+                urls = {table: self.files(table) for table in TABLES}
+                database.write_public_file(shell, self.lake.root, urls, encoded=False)
+            else:
+                database.write_shell_file(self.lake.path)
+                write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
+        return shell
+
+    def publish(self, url: str, path: Path) -> None:
+        """Write a DuckDB file over the committed runs as anyone reads them from ``url``, the warehouse's folder.
+
+        Raises QueryError where that is no URL, WarehouseError where the file cannot be written.
+        """
+        if not re.match(r"https?://[^/?#]+[^?#]*$", url):
+            raise QueryError(
+                f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}"
+            )
+        base = url.rstrip("/")
+        within = {table: [f.removeprefix(f"{self.lake.location}/") for f in self.files(table)] for table in TABLES}
+        urls = {table: [f"{base}/{quote(path, safe='/=')}" for path in paths] for table, paths in within.items()}
+        with storage_errors(path.parent):
+            database.write_public_file(path, self.lake.root, urls, encoded=True)
 
     def _mend(self) -> None:
         """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""

@@ -16,7 +16,7 @@ from kdb.cli.draw import plot, report
 from kdb.cli.keep import rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.cli.serve import serve
-from kdb.cli.share import export, import_
+from kdb.cli.share import export, import_, pull, push
 from kdb.errors import KdbError
 
 
@@ -54,6 +54,6 @@ def main() -> None:
 for command in (
     *(ingest, probe, project, ablate),
     *(query, queries, sql, plot, report, compare, serve),
-    *(schema, runs, verify, rebuild, export, import_, models, datasets),
+    *(schema, runs, verify, rebuild, export, import_, push, pull, models, datasets),
 ):
     main.add_command(command)

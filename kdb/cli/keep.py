@@ -65,7 +65,24 @@ def verify(warehouse: Path | str) -> None:
 
 
 @click.command()
+@click.option("--url", help="Where anyone reads the warehouse's folder, such as https://example.org/shared.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write, with --url.")
 @warehouse_option
-def rebuild(warehouse: Path | str) -> None:
-    """Write kdb.duckdb, the DuckDB shell's file, anew."""
-    click.echo(f"Wrote {kdb.open(warehouse).rebuild()}.")
+def rebuild(url: str | None, output: Path | None, warehouse: Path | str) -> None:
+    """Write kdb.duckdb, the DuckDB shell's file, anew.
+
+    With --url, write a file to publish beside the folder instead: its views read the Parquet files by their URLs, those
+    that the folder has now. Nothing is fetched, and the folder need not be there yet.
+
+    \b
+    kdb rebuild
+    kdb rebuild --url https://example.org/shared -o paper.duckdb
+    """
+    opened = kdb.open(warehouse)
+    if (url is None) != (output is None):
+        raise click.UsageError("--url and -o go together: kdb rebuild --url https://example.org/shared -o paper.duckdb")
+    if url is None or output is None:
+        click.echo(f"Wrote {opened.rebuild()}.")
+        return
+    opened.publish(url, output)
+    click.echo(f"Wrote {output}, over {url}.")

@@ -1,4 +1,4 @@
-"""Sharing: copy runs from one warehouse into another."""
+"""Sharing: copy runs from one warehouse into another, which may be a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -9,38 +9,131 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import Location, warehouse_option
+from kdb.cli.options import Command, Location, warehouse_option
 from kdb.errors import QueryError, UnknownNameError
 
 if TYPE_CHECKING:
-    from kdb.warehouse.lake import Lake
+    from kdb.warehouse.lake import Lake, RunFolder
     from kdb.warehouse.store import Warehouse
+
+
+def chosen_options(command: Command) -> Command:
+    """``--run``, ``--model`` and ``--dataset``, each repeatable: which runs are copied; all if none is given."""
+    for option in (
+        click.option("--dataset", "datasets", multiple=True, help="Of these, the runs on this dataset; repeatable."),
+        click.option("--model", "models", multiple=True, help="Every run of this model; repeatable."),
+        click.option(
+            "--run",
+            "runs",
+            multiple=True,
+            help="Run (`kdb runs`); repeatable. Runs that it was computed from go along.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def licence_option(command: Command) -> Command:
+    """``--license ID``."""
+    return click.option(
+        "--license",
+        "licence",
+        metavar="ID",
+        help="Licence of the numbers, for the dataset card, such as cc-by-4.0; else the card's, or unknown.",
+    )(command)
 
 
 @click.command("export")
 @click.argument("folder", type=Location(), metavar="FOLDER|URL")
-@click.option(
-    "--run", "runs", multiple=True, help="Run (`kdb runs`); repeatable. Runs that it was computed from go along."
-)
-@click.option("--model", "models", multiple=True, help="Every run of this model; repeatable.")
-@click.option("--dataset", "datasets", multiple=True, help="Of these, the runs on this dataset; repeatable.")
+@chosen_options
+@licence_option
 @warehouse_option
 def export(
-    folder: Path | str, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...], warehouse: Path | str
+    folder: Path | str,
+    runs: tuple[str, ...],
+    models: tuple[str, ...],
+    datasets: tuple[str, ...],
+    licence: str | None,
+    warehouse: Path | str,
 ) -> None:
     """Copy runs into a folder of their own, which is a warehouse too; all of them if none is named.
 
-    Each file is checked against the checksum of its commit. Runs that are there already are left alone.
+    Each file is checked against the checksum of its commit. Runs that are there already are left alone. The folder's
+    README.md is a dataset card, so that `datasets.load_dataset` reads it, a config for each table.
 
     \b
     kdb export shared/ --model smollm2-135m
     kdb export shared/ --run 1f0c9a3b5d7e2468
     """
+    from kdb.warehouse.bucket import is_url
+    from kdb.warehouse.card import write_card
+    from kdb.warehouse.lake import storage_errors
     from kdb.warehouse.store import Warehouse
 
     opened = kdb.open(warehouse)
     chosen = _chosen(opened, runs, models, datasets)
-    _copy(opened.lake, Warehouse.create(folder).lake, chosen)
+    target = Warehouse.create(folder)
+    _copy(opened.lake, target.lake, chosen)
+    if is_url(folder):  # a card is for people who find a folder
+        return
+    with storage_errors(target.lake.path):
+        readme = target.lake.path / "README.md"
+        before = readme.read_text("utf-8") if readme.exists() else ""
+        readme.write_text(write_card(target, str(folder), licence=licence, before=before), "utf-8")
+
+
+@click.command()
+@click.argument("url")
+@chosen_options
+@licence_option
+@click.option("--private", is_flag=True, help="Make the dataset private, where it is made.")
+@warehouse_option
+def push(
+    url: str,
+    runs: tuple[str, ...],
+    models: tuple[str, ...],
+    datasets: tuple[str, ...],
+    licence: str | None,
+    private: bool,
+    warehouse: Path | str,
+) -> None:
+    """Add runs to a dataset on the Hugging Face hub, with a card that says what they are.
+
+    The dataset is made if need be. Runs that it has already stay, and are not sent again; all others appear at once.
+    Log in with `hf auth login`, or set HF_TOKEN.
+
+    \b
+    kdb push hf://datasets/OWNER/NAME --model smollm2-135m --license cc-by-4.0
+    """
+    from kdb.warehouse import hub
+
+    hub.Place.of(url)  # said before anything is read
+    opened = kdb.open(warehouse)
+    chosen = _chosen(opened, runs, models, datasets)
+    pushed = hub.push(opened, chosen, url, licence=licence, private=private)
+    for run in chosen:
+        _tell(opened.lake.find(run), "pushed" if run in pushed else "is there already")
+
+
+@click.command()
+@click.argument("url")
+@warehouse_option
+def pull(url: str, warehouse: Path | str) -> None:
+    """Copy every run of a dataset on the Hugging Face hub into the warehouse.
+
+    Each file is checked against the checksum of its commit. Runs that are stored already are not fetched again. A
+    branch, tag or commit may follow the name: hf://datasets/OWNER/NAME@v1.
+
+    \b
+    kdb pull hf://datasets/OWNER/NAME
+    """
+    from kdb.warehouse import hub
+    from kdb.warehouse.store import Warehouse
+
+    hub.Place.of(url)  # else a warehouse would be made first
+    lake = Warehouse.create(warehouse).lake
+    for run, copied in hub.pull(url, lake):
+        _tell(lake.find(run), "copied" if copied else "is stored already")
 
 
 @click.command("import")
@@ -87,5 +180,8 @@ def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], d
 def _copy(source: Lake, target: Lake, runs: Iterable[str]) -> None:
     for run in runs:
         folder = source.find(run)
-        done = "copied" if target.adopt(folder) else "is stored already"
-        click.echo(f"{folder.model} on {folder.dataset}: {done} (run {run})")
+        _tell(folder, "copied" if target.adopt(folder) else "is stored already")
+
+
+def _tell(folder: RunFolder, done: str) -> None:
+    click.echo(f"{folder.model} on {folder.dataset}: {done} (run {folder.run})")

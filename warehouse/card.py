@@ -1,0 +1,139 @@
+"""The dataset card: README.md of a folder of runs, for the hub, for `datasets` and for whoever finds it.
+
+Its header names a config for each table that has rows (for each model, where there are vectors: these have one length in
+a config). What people write above or below kdb's part of the text stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from kdb.warehouse.lake import RunFolder, row_counts
+from kdb.warehouse.schema import PARTITIONS, TABLES, columns_of, has_vectors
+from kdb.warehouse.store import Warehouse
+
+BEGIN, END = "<!-- kdb: what stands from here on is written anew -->", "<!-- kdb: until here -->"
+UNKNOWN = "unknown"
+"""The hub's word for a licence that nobody has given."""
+
+_LISTED = 200
+"""Runs that the card lists; the table runs has all of them."""
+
+
+def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, before: str = "") -> str:
+    """The card of the warehouse's runs, which are to be found as ``name``, a folder or hf://datasets/OWNER/NAME.
+
+    ``before`` is the card that is there already: its licence, unless another is given, and its other text are kept.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    old = DatasetCard(before or "---\n{}\n---\n", ignore_metadata_errors=True)  # it warns where there is no header
+    folders = warehouse.lake.run_folders()
+    kept: dict[str, Any] = old.data.to_dict()
+    kept["license"] = licence or kept.get("license") or UNKNOWN
+    kept["tags"] = list(dict.fromkeys([*(kept.get("tags") or ()), "kdb", "interpretability"]))
+    kept["configs"] = [{"config_name": c, "data_files": files} for c, files in configs(folders).items()]
+    above, _, rest = old.text.partition(BEGIN)
+    below = rest.partition(END)[2]
+    text = "\n".join(_text(warehouse, name, folders, kept["license"]))
+    return (
+        f"---\n{DatasetCardData(**kept).to_yaml()}\n---\n{above.strip()}\n\n{BEGIN}\n\n{text}\n{END}\n\n{below.strip()}".strip()
+        + "\n"
+    )
+
+
+def configs(folders: Sequence[RunFolder]) -> dict[str, str]:
+    """Every config of `datasets`, and the files that it reads."""
+    found = {}
+    for name in TABLES:
+        having = [folder for folder in folders if row_counts(folder).get(name)]
+        if has_vectors(name):
+            for model in sorted({folder.path.parents[1].name for folder in having}):
+                found[f"{name}-{model.removeprefix('model=')}"] = f"lake/{model}/*/*/{name}/*.parquet"
+        elif having:
+            found[name] = f"lake/*/*/*/{name}/*.parquet"
+    return found
+
+
+def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence: str) -> list[str]:
+    title = name.rstrip("/").rpartition("/")[2]
+    return [
+        f"# {title}",
+        "",
+        "Where in language models what they know lives, as measured by kdb: runs of models over prompts, as Parquet files "
+        "under `lake/model=M/dataset=D/run=R/TABLE/`.",
+        "",
+        *_models(warehouse),
+        *_runs(warehouse),
+        *_loading(name, list(configs(folders))),
+        *_tables(sorted({table for folder in folders for table, rows in row_counts(folder).items() if rows})),
+        "## Licence",
+        "",
+        f"{_licence(licence)} The models and the datasets of prompts have licences of their own.",
+        "",
+    ]
+
+
+def _licence(licence: str) -> str:
+    if licence == UNKNOWN:
+        return "Nobody has said under which licence these numbers are: ask before you publish them."
+    return f"These numbers: {licence}."
+
+
+def _models(warehouse: Warehouse) -> list[str]:
+    rows = warehouse.sql(
+        "SELECT DISTINCT model, source, revision, architecture, n_layers, hidden_size, n_params, dtype, quantization "
+        "FROM models ORDER BY ALL"
+    ).to_dicts()
+    return ["## Models", "", *_markdown(rows), ""]
+
+
+def _runs(warehouse: Warehouse) -> list[str]:
+    rows = warehouse.sql(
+        "SELECT run, model, dataset, study, variant, kdb_version AS kdb, settings FROM runs "
+        "ORDER BY finished_at DESC, run"
+    ).to_dicts()
+    for row in rows:
+        row["settings"] = f"`{_short(row['settings'])}`"
+    more = [f"… and {len(rows) - _LISTED} more in the table `runs`.", ""] if len(rows) > _LISTED else []
+    return ["## Runs and settings", "", *_markdown(rows[:_LISTED]), "", *more]
+
+
+def _short(settings: str) -> str:
+    """Settings in short: without what other columns of the card say."""
+    said = {"study", "model", "dataset", "revision", "fingerprint", "source_run", "units"}
+    return json.dumps({k: v for k, v in json.loads(settings).items() if k not in said and v not in (None, False)})
+
+
+def _loading(name: str, names: Sequence[str]) -> list[str]:
+    place = name.removeprefix("hf://datasets/")
+    config = "head_scores" if "head_scores" in names else names[0]
+    table = config.partition("-")[0]
+    files = f"{name.rstrip('/')}/lake/*/*/*/{table}/*.parquet"
+    lines = [
+        *("## Read it", "", "With `datasets`:", "", "```python", "from datasets import load_dataset", ""),
+        *(f'rows = load_dataset("{place}", "{config}", split="train")', "```", ""),
+        *("In DuckDB, without downloading all of it:", "", "```sql"),
+        *(f"SELECT * FROM read_parquet('{files}', hive_partitioning = true) LIMIT 10;", "```", ""),
+    ]
+    command = f"kdb pull {name}" if name.startswith("hf:") else f"kdb import {name}"
+    return [*lines, "With kdb, into a warehouse, where saved queries answer:", "", f"    {command}", ""]
+
+
+def _tables(names: Sequence[str]) -> list[str]:
+    lines = ["## Tables", "", "Each is a config. Every table also has these columns:", ""]
+    lines += [f"- `{name}` (VARCHAR): {meaning}" for name, meaning in PARTITIONS.items()]
+    for name in names:
+        lines += ["", f"### {name}", "", f"One row per {TABLES[name].comment}.", "", *columns_of(TABLES[name])]
+    return [*lines, ""]
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows as a Markdown table."""
+    if not rows:
+        return ["None."]
+    lines = ["| " + " | ".join(rows[0]) + " |", "| " + " | ".join("---" for _ in rows[0]) + " |"]
+    cells = [["" if v is None else str(v).replace("|", "\\|").replace("\n", " ") for v in row.values()] for row in rows]
+    return lines + ["| " + " | ".join(row) + " |" for row in cells]

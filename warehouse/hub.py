@@ -1,0 +1,236 @@
+"""Runs on the hub: a dataset repository that is an exported folder, with a card, and ``kdb.duckdb`` over its URLs.
+
+push(kdb.open("kdb-warehouse"), ["1f0c9a3b5d7e2468"], "hf://datasets/lab/depths")
+pull("hf://datasets/lab/depths", lake)
+
+A push is one commit, and so is whole or not there; it adds runs and takes none away. Credentials are huggingface_hub's
+own: HF_TOKEN, or `hf auth login`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from kdb.errors import KdbError
+from kdb.warehouse.card import write_card
+from kdb.warehouse.database import SHELL_FILE, write_public_file
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
+from kdb.warehouse.store import Warehouse
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_TRIES = 5
+"""How often a push is tried, where others push at the same time."""
+
+_FILE = re.compile(
+    r"lake/(model=[^/]+/dataset=[^/]+/run=(?P<run>[0-9a-f]{16}))/"
+    r"((?P<table>\w+)/[^/]+\.parquet|manifest\.json)"
+)
+
+
+class HubError(KdbError):
+    """A dataset on the hub that does not exist, may not be read or written, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dataset on the hub: ``OWNER/NAME``, and its branch, tag or commit."""
+
+    name: str
+    revision: str
+
+    @classmethod
+    def of(cls, url: str) -> Place:
+        """The place that ``hf://datasets/OWNER/NAME[@REVISION]`` names; HubError for another text."""
+        from huggingface_hub import parse_hf_uri
+        from huggingface_hub.errors import HfUriError
+
+        expected = f"Expected hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME@REVISION, found {url!r}."
+        try:
+            uri = parse_hf_uri(url)
+        except HfUriError as error:
+            raise HubError(expected) from error
+        if uri.type != "dataset" or uri.path_in_repo:
+            raise HubError(expected)
+        return cls(uri.id, uri.revision or "main")
+
+    def __str__(self) -> str:
+        return f"hf://datasets/{self.name}" + (f"@{self.revision}" if self.revision != "main" else "")
+
+
+def push(
+    warehouse: Warehouse, runs: Iterable[str], url: str, *, licence: str | None = None, private: bool = False
+) -> list[str]:
+    """Add runs to a dataset on the hub, which is made if need be; returns those that were not there yet.
+
+    Raises HubError where the hub refuses, and WarehouseError for a run that is damaged; nothing of it is then there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    place, api = Place.of(url), HfApi(library_name="kdb")
+    runs = list(runs)
+    with _reported(place):
+        api.create_repo(place.name, repo_type="dataset", private=private or None, exist_ok=True)
+        for left in reversed(range(_TRIES)):
+            try:
+                return _push_once(api, place, warehouse, runs, licence)
+            except HfHubHTTPError as error:
+                # Somebody else has pushed since we looked: 412, or 409 while they do. The card must tell of both.
+                if error.response.status_code not in (409, 412) or not left:
+                    raise
+    raise AssertionError("the last try returns or raises")
+
+
+def pull(url: str, lake: Lake) -> Iterator[tuple[str, bool]]:
+    """Copy every run of a dataset on the hub; yields each run, and whether it was copied or is stored already.
+
+    Raises HubError where the hub refuses, and WarehouseError for a run that is damaged or of another schema.
+    """
+    from huggingface_hub import HfApi
+
+    place, api = Place.of(url), HfApi(library_name="kdb")
+    here = {folder.run for folder in lake.run_folders()}
+    with _reported(place):
+        head, files = _contents(api, place)
+        runs = {found["run"]: found[1] for found in filter(None, map(_FILE.fullmatch, files))}
+        wanted = {run: f"lake/{folder}/*" for run, folder in runs.items() if run not in here}
+        source = Lake(_download(api, place, head, files, list(wanted.values())))
+    found = {folder.run: folder for folder in source.run_folders()}
+    for run in runs:
+        yield run, run in wanted and lake.adopt(found[run])
+
+
+def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[str], licence: str | None) -> list[str]:
+    from huggingface_hub import CommitOperationAdd
+
+    head, files = _contents(api, place)
+    there = {found["run"] for found in filter(None, map(_FILE.fullmatch, files))}
+    new = [run for run in runs if run not in there]
+    if not new and licence is None:
+        return []
+    with tempfile.TemporaryDirectory(prefix="kdb-push-") as folder:
+        copy = Warehouse.create(folder)
+        for run in new:
+            copy.lake.adopt(warehouse.lake.find(run))
+        added = [path for run in new for path in sorted(copy.lake.find(run).path.rglob("*")) if path.is_file()]
+        uploads: dict[str, Any] = {path.relative_to(copy.lake.path).as_posix(): path for path in added}
+        _complete(copy, uploads, place, _known(api, place, head, files), files, licence)
+        operations = [CommitOperationAdd(path, content) for path, content in uploads.items()]
+        api.create_commit(
+            place.name,
+            operations,
+            commit_message=f"{len(new)} runs, by kdb push",
+            repo_type="dataset",
+            revision=place.revision,
+            parent_commit=head,
+        )
+    return new
+
+
+def _complete(
+    copy: Warehouse, uploads: dict[str, Any], place: Place, known: Path, files: Sequence[str], licence: str | None
+) -> None:
+    """Add what tells of all runs: the card, and ``kdb.duckdb``. The folder ``known`` holds the small tables of the rest."""
+    every = sorted({*files, *uploads})
+    urls: dict[str, list[str]] = {name: [] for name in TABLES}
+    for found in filter(None, map(_FILE.fullmatch, every)):
+        if found["table"] in urls:
+            urls[found["table"]].append(_url(place, found[0]))
+    shell = copy.lake.path / "public.duckdb"
+    write_public_file(shell, copy.lake.root, urls, encoded=True)
+    readme = known / "README.md"
+    # The rest of the runs is only told of: their small tables stand beside the new runs.
+    for path in known.glob("lake/*/*/*/**/*"):
+        target = copy.lake.path / path.relative_to(known)
+        if path.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # a link would lead out of what DuckDB may read
+    text = write_card(copy, str(place), licence=licence, before=readme.read_text("utf-8") if readme.exists() else "")
+    uploads |= {
+        "README.md": text.encode(),
+        "warehouse.json": json.dumps({"schema_version": SCHEMA_VERSION}).encode(),
+        SHELL_FILE: shell.read_bytes(),
+    }
+
+
+def _contents(api: HfApi, place: Place) -> tuple[str, list[str]]:
+    """The commit that a dataset is at, and its files."""
+    head = api.dataset_info(place.name, revision=place.revision).sha
+    return str(head), api.list_repo_files(place.name, repo_type="dataset", revision=head)
+
+
+def _known(api: HfApi, place: Place, head: str, files: Sequence[str]) -> Path:
+    """A folder with what a dataset tells of its runs: their manifests and small tables, and the card."""
+    small = ["README.md", "lake/*/manifest.json", "lake/*/runs/*.parquet", "lake/*/models/*.parquet"]
+    return _download(api, place, head, files, small)
+
+
+def _download(api: HfApi, place: Place, head: str, files: Sequence[str], wanted: Sequence[str]) -> Path:
+    """The cached copy of the files wanted (patterns). HubError for a dataset that is no warehouse of this schema."""
+    there = any(_FILE.fullmatch(file) for file in files)
+    wanted = [*wanted, "warehouse.json", ".gitattributes"]  # which every dataset has: none found is a warning
+    folder = Path(api.snapshot_download(place.name, repo_type="dataset", revision=head, allow_patterns=wanted))
+    if there:
+        try:
+            version = int(json.loads((folder / "warehouse.json").read_text())["schema_version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise HubError(f"{place} has no valid warehouse.json: it was not pushed by kdb, or is damaged.") from None
+        if version != SCHEMA_VERSION:
+            newer = "newer kdb: upgrade kdb" if version > SCHEMA_VERSION else "older kdb: name another dataset"
+            raise HubError(
+                f"{place} has schema {version}, and this kdb has {SCHEMA_VERSION}. It was made by a {newer}."
+            )
+    return folder
+
+
+def _url(place: Place, path: str) -> str:
+    """Where anyone reads a file of a dataset. = stays as it is: DuckDB takes a path's names from it."""
+    from huggingface_hub import hf_hub_url
+
+    base = hf_hub_url(place.name, "lake", repo_type="dataset", revision=place.revision)
+    return f"{base.removesuffix('lake')}{quote(path, safe='/=')}"
+
+
+@contextlib.contextmanager
+def _reported(place: Place) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError that says what to do; it holds no token."""
+    from huggingface_hub import errors
+
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may do this"
+    try:
+        yield
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{place}: there is no such branch, tag or commit.") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if isinstance(error, errors.RepositoryNotFoundError):
+            raise HubError(f"{place}: there is no such dataset, or you may not see it; {login}.") from None
+        if status in (401, 403):
+            raise HubError(f"{place}: the hub refuses ({status}); {login}.") from None
+        if status in (409, 412):
+            raise HubError(f"{place}: others push to it all the time; give the same command again.") from None
+        raise HubError(f"{place}: the hub answers {status}; give the same command again later.") from None
+    except ValueError as error:  # such as a licence that it does not know
+        raise HubError(f"{place}: {' '.join(str(error).split())}") from error
+    except (_transport_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise HubError(f"{place}: the hub cannot be reached ({type(error).__name__}); is there a network?") from None
+
+
+def _transport_error() -> type[Exception]:
+    """What the HTTP client raises when no answer comes; which client that is depends on huggingface_hub's version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    error: type[Exception] = HfHubHTTPError.__bases__[0]
+    return error
