@@ -23,6 +23,7 @@ PAGES = (
     ROOT / "docs/analysis.md",
     ROOT / "docs/cluster.md",
     ROOT / "docs/object-storage.md",
+    ROOT / "docs/sharing.md",
     ROOT / "CONTRIBUTING.md",
 )
 EVERY_BUILT_IN = "kdb ingest --model smollm2-135m"

@@ -142,7 +142,7 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
 def _complete(
     copy: Warehouse, uploads: dict[str, Any], place: Place, known: Path, files: Sequence[str], licence: str | None
 ) -> None:
-    """Add what tells of all runs: the card, and ``kdb.duckdb``. The folder ``known`` holds the small tables of the rest."""
+    """Add what tells of all runs: the card, and ``kdb.duckdb``. ``known`` holds the small tables of the other runs."""
     every = sorted({*files, *uploads})
     urls: dict[str, list[str]] = {name: [] for name in TABLES}
     for found in filter(None, map(_FILE.fullmatch, every)):
