@@ -60,6 +60,11 @@ class FileRecord:
     bytes: int
     sha256: str
 
+    @property
+    def table(self) -> str:
+        """The table whose rows it holds."""
+        return self.path.partition("/")[0]
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -145,6 +150,14 @@ class Lake:
         if run not in folders:
             raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
         return folders[run]
+
+    def committed_files(self, table: str) -> list[str]:
+        """The committed files of a table by their absolute paths, from the manifests of all runs."""
+        files = []
+        for folder in self.run_folders():
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                files += [str(folder.path / f.path) for f in read_manifest(folder.path) if f.table == table]
+        return files
 
     def interrupted(self) -> list[dict[str, Any]]:
         """What each run in staging said of itself when it was begun."""
