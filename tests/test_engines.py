@@ -1,4 +1,4 @@
-"""Other engines read the warehouse: the scripts of docs/engines.md give the same answer, and columns have their types."""
+"""Other engines read the warehouse: the scripts of docs/engines.md agree, and columns have their types."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ for name in ("head_scores", "activations"):
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, measured: Path, tiny_model: Path, facts: Path, run_kdb: Callable[..., Result]
+    tmp_path_factory: pytest.TempPathFactory,
+    measured: Path,
+    tiny_model: Path,
+    facts: Path,
+    run_kdb: Callable[..., Result],
 ) -> Path:
     """A folder with a ``kdb-warehouse``: two runs with scores of heads, one of a model with an odd name, and vectors.
 
@@ -127,8 +131,12 @@ def test_an_engine_finds_the_same_heads(
     places = dict.fromkeys(("model", "dataset", "run"), text)
     assert json.loads(scores) == {"prompt_id": integer, "layer": small, "head": small, "score": double, **places}
     assert json.loads(activations) == {
-        "prompt_id": integer, "layer": small, "site": text, "vector": vector, **places,
-    }  # fmt: skip
+        "prompt_id": integer,
+        "layer": small,
+        "site": text,
+        "vector": vector,
+        **places,
+    }
 
 
 def test_the_files_of_a_table_are_those_of_the_manifests(folder: Path) -> None:
