@@ -101,6 +101,15 @@ class Warehouse:
             self._remote.fetch(table, runs)
         return database.scan(self.lake.root, table, runs)
 
+    def files(self, table: str) -> list[str]:
+        """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.
+
+        Model, dataset and run are in the path (``model=…/dataset=…/run=…``, percent-encoded). Raises UnknownNameError.
+        """
+        if table not in TABLES:
+            raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
+        return self.lake.committed_files(table)
+
     def engine(self) -> Engine:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
         return database.engine(self.lake.root, self.runs, self._remote)
