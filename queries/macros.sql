@@ -202,23 +202,29 @@ best AS MATERIALIZED (
     QUALIFY rank <= wanted_k
 ),
 
-counts AS (
-    SELECT kind, best.rank, best.component, count(DISTINCT (run, prompt_id)) AS n_prompts
+hits AS MATERIALIZED (
+    SELECT run, prompt_id, places.component, places.layer, places.head, places.neuron
     FROM neuron_scores
-    JOIN best
-        ON neuron_scores.model = best.model AND neuron_scores.component = best.component
-        AND neuron_scores.layer = best.layer AND neuron_scores.neuron = best.neuron
-        AND neuron_scores.head IS NOT DISTINCT FROM best.head
-    JOIN kept USING (kind, run, prompt_id)
-    WHERE among(neuron_scores.model, wanted_models)
+    JOIN (SELECT DISTINCT component, layer, head, neuron FROM best) AS places
+        ON neuron_scores.neuron = places.neuron AND neuron_scores.layer = places.layer
+        AND neuron_scores.head IS NOT DISTINCT FROM places.head AND neuron_scores.component = places.component
+    WHERE among(model, wanted_models)
+),
+
+counts AS (
+    SELECT kind, component, layer, head, neuron, count(DISTINCT (run, prompt_id)) AS n_prompts
+    FROM hits
+    JOIN kept USING (run, prompt_id)
     GROUP BY ALL
 )
 
 SELECT
-    model, category, component, layer, head, neuron, score, n_prompts,
-    neuron_name(component, layer, head, neuron) AS neuron_name, rank
+    model, category, best.component, best.layer, best.head, best.neuron, score, n_prompts,
+    neuron_name(best.component, best.layer, best.head, best.neuron) AS neuron_name, rank
 FROM best
-JOIN counts USING (kind, component, rank);
+JOIN counts
+    ON best.kind = counts.kind AND best.component = counts.component AND best.layer = counts.layer
+    AND best.head IS NOT DISTINCT FROM counts.head AND best.neuron = counts.neuron;
 
 -- The ten tokens at either end of the logits of some neurons, a list of {component, layer, head, neuron}, as JSON strings:
 -- so spaces are seen, and a line end is no line end. Two datasets may store the same neuron; their texts are equal, or
