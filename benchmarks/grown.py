@@ -57,9 +57,11 @@ def build_vectors(folder: Path, rows: int) -> Path:
 def build_folders(folder: Path, runs: int) -> Path:
     """A warehouse of that many tiny runs: the first one's files under other names."""
     model = NINE_MODELS[0]
-    layers = np.arange(model.n_layers)
+    scores = arrow_rows("layer_scores", {"prompt_id": 0, "layer": np.arange(model.n_layers), "score": 1.0})
     for _, _, staged in _runs(folder):
-        staged.write("layer_scores", "part", [arrow_rows("layer_scores", {"prompt_id": 0, "layer": layers, "score": 1.0})])
+        staged.write(
+            "layer_scores", "part", [arrow_rows("layer_scores", {"prompt_id": 0, "layer": layers, "score": 1.0})]
+        )
     lake = Lake(folder)
     first = lake.run_folders()[0].path
     for i in range(len(lake.run_folders()), runs):
