@@ -59,9 +59,7 @@ def build_folders(folder: Path, runs: int) -> Path:
     model = NINE_MODELS[0]
     scores = arrow_rows("layer_scores", {"prompt_id": 0, "layer": np.arange(model.n_layers), "score": 1.0})
     for _, _, staged in _runs(folder):
-        staged.write(
-            "layer_scores", "part", [arrow_rows("layer_scores", {"prompt_id": 0, "layer": layers, "score": 1.0})]
-        )
+        staged.write("layer_scores", "part", [scores])
     lake = Lake(folder)
     first = lake.run_folders()[0].path
     for i in range(len(lake.run_folders()), runs):
