@@ -26,6 +26,7 @@ import polars as pl
 
 from kdb.errors import QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse.lake import empty_file
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
 from kdb.warehouse.statements import check_public, check_reads, message
 
@@ -61,14 +62,18 @@ class Remote(Protocol):
         """An fsspec file system."""
 
 
-def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+def view_statements(
+    lake: Path, files: Mapping[str, Sequence[str]] | None = None, *, movable: bool = False
+) -> list[str]:
     """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. Each is a
-    glob over the lake, or reads the `files` of its table, where these are given by their paths or URLs.
+    glob over the lake, or reads the `files` of its table, where these are given by their paths or URLs. `movable` ones
+    glob in the folders that the variable `kdb_lake` says at the time.
     """
     named = files or {}
-    return [_create_view(lake, table, named.get(table.name)) for table in TABLES.values()] + [macros()]
+    files_of = {name: _files(lake, name, named.get(name), movable) for name in TABLES}
+    return [_create_view(table, files_of[name]) for name, table in TABLES.items()] + [macros()]
 
 
 def write_shell_file(warehouse: Path, files: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -110,8 +115,12 @@ def connect(
         # Views are created first: that reads files, and creating anything is refused by the time users ask.
         if remote is not None:
             connection.register_filesystem(remote.filesystem)
-        for statement in view_statements(lake, remote.files(runs or ()) if remote else None):
+        # They are created over the empty files alone: each would list all folders, 3 s of them for a thousand runs.
+        empty = literal(_escape_glob(empty_file(lake, "runs").parents[1]))
+        connection.execute(f"SET VARIABLE kdb_lake = {empty}")
+        for statement in view_statements(lake, remote.files(runs or ()) if remote else None, movable=True):
             connection.execute(statement)
+        connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
             # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.
             connection.execute(f"SET VARIABLE kdb_runs = [{', '.join(map(literal, runs))}]::VARCHAR[]")
@@ -241,13 +250,23 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 
-def _create_view(lake: Path, table: Table, named: Sequence[str] | None) -> str:
+def _run_folders(lake: Path) -> str:
+    """The glob of all runs' folders."""
+    return f"{_escape_glob(lake)}/*/*/*"
+
+
+def _files(lake: Path, table: str, named: Sequence[str] | None, movable: bool) -> str:
+    """The SQL that says which files a table's view reads."""
+    if named is not None:
+        return f"[{', '.join(map(literal, named))}]"
+    if movable:
+        return f"getvariable('kdb_lake') || '/{table}/*.parquet'"
+    return literal(f"{_run_folders(lake)}/{table}/*.parquet")
+
+
+def _create_view(table: Table, files: str) -> str:
     names = ", ".join(f'"{name}"' for name in (*PARTITIONS, *table.columns.keys()))
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
-    if named is None:
-        files = literal(f"{_escape_glob(lake)}/*/*/*/{table.name}/*.parquet")
-    else:
-        files = f"[{', '.join(map(literal, named))}]"
     return (
         f"CREATE VIEW {table.name} AS SELECT {names} "
         f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}) "
