@@ -169,41 +169,88 @@ FROM (
     GROUP BY ALL
 );
 
--- Value neurons of each component by mean score over the kept prompts. A run stores each prompt's best neurons: one
--- that is not among them counts 0 there. An attention neuron counts with the sum over its positions. n_prompts: the
--- prompts in which it is stored.
+-- Value neurons of each component by mean score over the kept prompts, the best k. A run stores each prompt's best
+-- neurons: one that is not among them counts 0 there. An attention neuron counts with the sum over its positions.
+-- n_prompts: the prompts in which it is stored; they are counted for the best alone, for that takes most memory.
+-- Rows are joined and grouped by numbers: texts as keys make this twice as slow.
 CREATE MACRO ranked_neurons(
-    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k
 ) AS TABLE
-SELECT
-    *, neuron_name(component, layer, head, neuron) AS neuron_name,
-    row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) AS rank
-FROM (
-    SELECT
-        model, category, component, layer, head, neuron, mean_over(sum(score), n_kept) AS score,
-        count(DISTINCT (dataset, run, prompt_id)) AS n_prompts
-    FROM neuron_scores
-    JOIN kept_prompts(
+WITH kept AS MATERIALIZED (
+    SELECT *, dense_rank() OVER (ORDER BY model, category)::SMALLINT AS kind
+    FROM kept_prompts(
         'neuron_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
-    ) USING (model, dataset, run, prompt_id)
-    WHERE among(model, wanted_models)
-    GROUP BY model, category, component, layer, head, neuron, n_kept
-);
+    )
+),
 
--- The ten tokens at either end of each neuron's logits, as JSON strings: so spaces are seen, and a line end is no line
--- end. Two datasets may store the same neuron; their texts are equal, or the first of them is taken.
-CREATE MACRO tokens_of_neurons(wanted_models, wanted_variant, wanted_run) AS TABLE
+sums AS (
+    SELECT kind, component, layer, head, neuron, sum(score) AS total
+    FROM neuron_scores
+    JOIN kept USING (run, prompt_id)
+    WHERE among(neuron_scores.model, wanted_models)
+    GROUP BY ALL
+),
+
+best AS MATERIALIZED (
+    SELECT
+        kind, model, category, component, layer, head, neuron, mean_over(total, n_kept) AS score,
+        row_number() OVER (
+            PARTITION BY kind, component ORDER BY mean_over(total, n_kept) DESC, layer, head, neuron
+        ) AS rank
+    FROM sums
+    JOIN (SELECT DISTINCT kind, model, category, n_kept FROM kept) USING (kind)
+    QUALIFY rank <= wanted_k
+),
+
+hits AS MATERIALIZED (
+    SELECT run, prompt_id, places.component, places.layer, places.head, places.neuron
+    FROM neuron_scores
+    JOIN (SELECT DISTINCT component, layer, head, neuron FROM best) AS places
+        ON neuron_scores.neuron = places.neuron AND neuron_scores.layer = places.layer
+        AND neuron_scores.head IS NOT DISTINCT FROM places.head AND neuron_scores.component = places.component
+    WHERE among(model, wanted_models)
+),
+
+counts AS (
+    SELECT kind, component, layer, head, neuron, count(DISTINCT (run, prompt_id)) AS n_prompts
+    FROM hits
+    JOIN kept USING (run, prompt_id)
+    GROUP BY ALL
+)
+
+SELECT
+    model, category, best.component, best.layer, best.head, best.neuron, score, n_prompts,
+    neuron_name(best.component, best.layer, best.head, best.neuron) AS neuron_name, rank
+FROM best
+JOIN counts
+    ON best.kind = counts.kind AND best.component = counts.component AND best.layer = counts.layer
+    AND best.head IS NOT DISTINCT FROM counts.head AND best.neuron = counts.neuron;
+
+-- The ten tokens at either end of the logits of some neurons, a list of {component, layer, head, neuron}, as JSON strings:
+-- so spaces are seen, and a line end is no line end. Two datasets may store the same neuron; their texts are equal, or
+-- the first of them is taken.
+CREATE MACRO tokens_of_neurons(wanted_models, wanted_variant, wanted_run, wanted_neurons) AS TABLE
+WITH wanted AS (SELECT DISTINCT * FROM (SELECT unnest(wanted_neurons, recursive := true))),
+
+found AS MATERIALIZED (
+    SELECT
+        model, dataset, run, sign, rank, token,
+        neuron_name(wanted.component, wanted.layer, wanted.head, wanted.neuron) AS neuron_name
+    FROM neuron_tokens
+    JOIN wanted
+        ON neuron_tokens.component = wanted.component AND neuron_tokens.layer = wanted.layer
+        AND neuron_tokens.neuron = wanted.neuron AND neuron_tokens.head IS NOT DISTINCT FROM wanted.head
+    WHERE rank <= 10 AND among(model, wanted_models)
+)
+
 SELECT
     model, neuron_name,
     min(tokens) FILTER (sign = 'top') AS top_tokens,
     min(tokens) FILTER (sign = 'bottom') AS bottom_tokens
 FROM (
-    SELECT
-        model, run, sign, neuron_name(component, layer, head, neuron) AS neuron_name,
-        string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) AS tokens
-    FROM neuron_tokens
+    SELECT model, run, sign, neuron_name, string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) AS tokens
+    FROM found
     JOIN chosen_runs('neuron_tokens', wanted_variant, wanted_run) USING (model, dataset, run)
-    WHERE rank <= 10 AND among(model, wanted_models)
     GROUP BY ALL
 )
 GROUP BY ALL;

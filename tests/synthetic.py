@@ -96,13 +96,13 @@ def _write(lake: Lake, model: Model, dataset: str, study: str, tables: Iterator[
     with lake.stage(run_id({"model": model.name, "dataset": dataset}), model.name, dataset) as staged:
         if staged.committed:
             return
-        _describe(staged, model, study)
+        describe(staged, model, study)
         for table, rows in tables:
             staged.write(table, "part", [rows])
         staged.commit({"study": study, "variant": "default", "settings": "{}", "seed": 42, "kdb_version": "0"})
 
 
-def _describe(staged: StagedRun, model: Model, study: str) -> None:
+def describe(staged: StagedRun, model: Model, study: str) -> None:
     anatomy = {
         "family": model.family,
         "source": model.name,
@@ -119,7 +119,7 @@ def _describe(staged: StagedRun, model: Model, study: str) -> None:
         staged.write_rows("datasets", "part", [{"study": study, "source": "invented", "n_prompts": 0}])
 
 
-def _rng(*names: object) -> np.random.Generator:
+def rng_of(*names: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(" ".join(map(str, names)).encode()))
 
 
@@ -127,7 +127,7 @@ def _rng(*names: object) -> np.random.Generator:
 
 
 def _concept_tables(model: Model, concept: Concept) -> Iterator[tuple[str, pa.Table]]:
-    n, rng = concept.n_prompts, _rng(model.name, concept.name)
+    n, rng = concept.n_prompts, rng_of(model.name, concept.name)
     labels = np.arange(n) % 2
     sizes = {"study": "concept", "source": "invented", "n_prompts": n, "n_positive": int(labels.sum())}
     yield "datasets", arrow_rows("datasets", {name: np.array([value]) for name, value in sizes.items()})
@@ -159,10 +159,10 @@ def _probes(
                 wobble = rng.normal(0, 0.05, (model.n_layers, len(test)))
                 correct = ease + wobble < curve[:, None]
                 place = {"layer": layers, "site": site, "classifier": classifier, "split": split}
-                yield _score_rows(place, correct, model.n_layers), _prediction_rows(place, correct, test, labels)
+                yield score_rows(place, correct, model.n_layers), _prediction_rows(place, correct, test, labels)
 
 
-def _score_rows(place: dict[str, Any], correct: NDArray[np.bool_], n_layers: int) -> pa.Table:
+def score_rows(place: dict[str, Any], correct: NDArray[np.bool_], n_layers: int) -> pa.Table:
     n_test, right = correct.shape[1], correct.sum(axis=1)
     low, high = np.array([wilson_interval(int(r), n_test) for r in right]).T
     accuracy = right / n_test
@@ -192,7 +192,7 @@ def _projections(model: Model, labels: NDArray[Any], rng: np.random.Generator) -
 
 
 def _knowledge_tables(model: Model, per_category: int, top_k: int) -> Iterator[tuple[str, pa.Table]]:
-    rng = _rng(model.name, "knowledge")
+    rng = rng_of(model.name, "knowledge")
     n = per_category * len(CATEGORIES)
     ids, kept = np.arange(n), np.arange(n) % 10 != 9
     category = np.array(CATEGORIES, dtype=object)[ids % len(CATEGORIES)]
@@ -226,7 +226,7 @@ def _layer_scores(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> 
 
 def _head_scores(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
     heads = np.arange(model.n_heads)[:, None]
-    carried = _late(model, rng, len(ids), model.n_heads) * _rng(model.name, "heads").random((model.n_heads, 1))
+    carried = _late(model, rng, len(ids), model.n_heads) * rng_of(model.name, "heads").random((model.n_heads, 1))
     place = {"prompt_id": ids[:, None, None], "head": heads, "layer": np.arange(model.n_layers)}
     return arrow_rows("head_scores", place | {"score": carried / model.n_heads})
 
@@ -244,7 +244,7 @@ def _head_positions(model: Model, ids: NDArray[Any], rng: np.random.Generator) -
 def _neurons(model: Model, ids: NDArray[Any], k: int, component: str, rng: np.random.Generator) -> pa.Table:
     score = -np.sort(-rng.pareto(2.0, (len(ids), k)) / 10, axis=1)
     where = rng.choice(
-        model.n_layers, (len(ids), k), p=_late(model, _rng("where"))[:] / _late(model, _rng("where")).sum()
+        model.n_layers, (len(ids), k), p=_late(model, rng_of("where"))[:] / _late(model, rng_of("where")).sum()
     )
     cells = {
         "prompt_id": ids[:, None],

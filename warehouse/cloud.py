@@ -227,10 +227,6 @@ class CloudLake(Lake):
         """The committed files of a table by their URLs, from the commits of all runs."""
         return [f"{self.location}/{path}" for commit in self.commits().values() for path in commit.paths(table)]
 
-    def committed_files(self, table: str) -> list[str]:
-        """The committed files of a table by their URLs, from the commits of all runs."""
-        return self.urls()[table][1:]
-
     def open(self, path: str) -> BinaryIO:
         """A committed file to be read: fetched whole, once, or block by block where it holds vectors.
 

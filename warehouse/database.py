@@ -63,15 +63,22 @@ class Remote(Protocol):
         """An fsspec file system."""
 
 
-def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+def view_statements(
+    lake: Path, files: Mapping[str, Sequence[str]] | None = None, *, movable: bool = False
+) -> list[str]:
     """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
-    globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows.
+    globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows. `movable`
+    ones glob in the folders that the variable `kdb_lake` says at the time.
     """
 
     def source(name: str) -> str:
-        return literal(f"{_escape_glob(lake)}/*/*/*/{name}/*.parquet" if files is None else tuple(files.get(name, ())))
+        if files is not None:
+            return literal(tuple(files.get(name, ())))
+        if movable:
+            return f"getvariable('kdb_lake') || '/{name}/*.parquet'"
+        return literal(f"{_run_folders(lake)}/{name}/*.parquet")
 
     return [_create_view(name, _rows(table, source(name))) for name, table in TABLES.items()] + [macros()]
 
@@ -133,8 +140,12 @@ def connect(
         # Views are created first: that reads files, and creating anything is refused by the time users ask.
         if remote is not None:
             connection.register_filesystem(remote.filesystem)
-        for statement in view_statements(lake, remote.files(runs or ()) if remote else None):
+        # They are created over the empty files alone: each would list all folders, 3 s of them for a thousand runs.
+        empty = literal(_escape_glob(empty_file(lake, "runs").parents[1]))
+        connection.execute(f"SET VARIABLE kdb_lake = {empty}")
+        for statement in view_statements(lake, remote.files(runs or ()) if remote else None, movable=True):
             connection.execute(statement)
+        connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
             # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.
             connection.execute(f"SET VARIABLE kdb_runs = [{', '.join(map(literal, runs))}]::VARCHAR[]")
@@ -264,6 +275,11 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     return pl.concat(frames).select(*PARTITIONS, *columns.keys())
 
 
+def _run_folders(lake: Path) -> str:
+    """The glob of all runs' folders."""
+    return f"{_escape_glob(lake)}/*/*/*"
+
+
 def _create_view(name: str, rows: str) -> str:
     visible = "getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
     return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
@@ -272,9 +288,8 @@ def _create_view(name: str, rows: str) -> str:
 def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:
     """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` makes a name of its path's."""
     if files == "[]":  # which read_parquet refuses
-        return (
-            f"SELECT {', '.join(f'NULL::{t} AS {_quoted(n)}' for n, t in column_types(table.name).items())} WHERE false"
-        )
+        typed = (f"NULL::{kind} AS {_quoted(name)}" for name, kind in column_types(table.name).items())
+        return f"SELECT {', '.join(typed)} WHERE false"
     names = [f"{name_of.format(_quoted(name))} AS {_quoted(name)}" for name in PARTITIONS]
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
     return (

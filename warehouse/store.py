@@ -114,15 +114,6 @@ class Warehouse:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
         return database.engine(self.lake.root, self.runs, self._remote)
 
-    def files(self, table: str) -> list[str]:
-        """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.
-
-        Model, dataset and run are in the path (``model=…/dataset=…/run=…``, percent-encoded). Raises UnknownNameError.
-        """
-        if table not in TABLES:
-            raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        return self.lake.committed_files(table)
-
     def rebuild(self) -> Path:
         """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path.
 

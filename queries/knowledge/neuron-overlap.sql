@@ -16,9 +16,9 @@ WITH best AS (
     SELECT model, category, list(neuron_name) AS neurons
     FROM ranked_neurons(
         getvariable('model'), getvariable('category'), getvariable('dataset'),
-        getvariable('variant'), getvariable('run')
+        getvariable('variant'), getvariable('run'), getvariable('k')
     )
-    WHERE rank <= getvariable('k') AND component = getvariable('component')
+    WHERE component = getvariable('component')
     GROUP BY ALL
 )
 

@@ -54,7 +54,7 @@ parts AS (
     WHERE prompt_id = getvariable('prompt')
 ),
 
-best AS (
+best AS MATERIALIZED (
     SELECT
         *, row_number() OVER (PARTITION BY run, part ORDER BY score DESC, layer, head, neuron, position) AS rank
     FROM parts
@@ -67,7 +67,14 @@ SELECT
     text, target_token, target_prob
 FROM best
 JOIN prompts ON prompts.run = best.run AND prompts.prompt_id = getvariable('prompt')
-LEFT JOIN tokens_of_neurons(getvariable('model'), getvariable('variant'), getvariable('run')) AS named
+LEFT JOIN tokens_of_neurons(
+    getvariable('model'), getvariable('variant'), getvariable('run'),
+    (
+        SELECT list({component: component, layer: layer, head: head, neuron: neuron})
+        FROM best
+        WHERE neuron IS NOT NULL
+    )
+) AS named
     ON named.model = best.model AND neuron IS NOT NULL AND neuron_name = name
 ORDER BY
     best.model, best.dataset,

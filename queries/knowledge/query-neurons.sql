@@ -27,7 +27,7 @@ WITH scores AS (
     GROUP BY model, category, activates, layer, neuron, n_kept
 ),
 
-best AS (
+best AS MATERIALIZED (
     SELECT
         *, row_number() OVER (PARTITION BY model, category, activates ORDER BY score DESC, layer, neuron) AS rank
     FROM scores
@@ -37,6 +37,9 @@ best AS (
 SELECT
     model, category, activates, rank, neuron_name, layer, neuron, score, n_prompts, top_tokens, bottom_tokens
 FROM best
-LEFT JOIN tokens_of_neurons(getvariable('model'), getvariable('variant'), getvariable('run'))
+LEFT JOIN tokens_of_neurons(
+    getvariable('model'), getvariable('variant'), getvariable('run'),
+    (SELECT list({component: 'ffn', layer: layer, head: NULL::SMALLINT, neuron: neuron}) FROM best)
+)
     USING (model, neuron_name)
 ORDER BY model, category_order(category), activates, rank;

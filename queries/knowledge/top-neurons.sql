@@ -14,14 +14,21 @@
 --   run        text = all      this run alone, whatever its variant
 --   component  text = all      attn or ffn
 --   k          integer = 10    neurons of each category and component
+WITH best AS MATERIALIZED (
+    SELECT *
+    FROM ranked_neurons(
+        getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run'), getvariable('k')
+    )
+    WHERE getvariable('component') IS NULL OR component = getvariable('component')
+)
+
 SELECT
     model, category, component, rank, neuron_name, layer, head, neuron, score, n_prompts, top_tokens, bottom_tokens
-FROM ranked_neurons(
-    getvariable('model'), getvariable('category'), getvariable('dataset'),
-    getvariable('variant'), getvariable('run')
+FROM best
+LEFT JOIN tokens_of_neurons(
+    getvariable('model'), getvariable('variant'), getvariable('run'),
+    (SELECT list({component: component, layer: layer, head: head, neuron: neuron}) FROM best)
 )
-LEFT JOIN tokens_of_neurons(getvariable('model'), getvariable('variant'), getvariable('run'))
     USING (model, neuron_name)
-WHERE rank <= getvariable('k')
-    AND (getvariable('component') IS NULL OR component = getvariable('component'))
 ORDER BY model, category_order(category), component, rank;

@@ -1,0 +1,289 @@
+"""What questions cost as a warehouse grows: 1, 10 and 100 million neuron scores in 81 runs of nine models.
+
+    python benchmarks/scale.py --rows 1000000 --rows 10000000 --rows 100000000 --keep DIR
+
+The numbers are invented (benchmarks/grown.py). ``--keep`` leaves the warehouses in DIR (12 GB), and uses those that are
+there. Each question is asked four times in a process of its own: printed are the first time, the median of the other
+three, the processor's seconds of that one, and the process's peak memory. Beside kdb's answers to the ten best neurons
+stand the same SQL over the same files without kdb's views and snapshot, over one unpartitioned Parquet file, over sums
+for each run and category that a commit could write, and Polars. ``--vectors`` and ``--runs`` measure activations
+and many tiny runs. At the end, the bytes of a row are carried on to 80 models of 100 checkpoints each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+import pyarrow.parquet as pq
+from grown import HIDDEN, build, build_folders, build_vectors
+
+import kdb
+from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.schema import TABLES
+from kdb.warehouse.vectors import read_vectors
+
+MODEL = "llama-7b"
+NEURON = "f0_0"
+
+SUMS = """
+SELECT category, component, layer, head, neuron, sum(score) AS total, count(DISTINCT prompt_id) AS n_prompts
+FROM neuron_scores JOIN prompts USING (run, prompt_id)
+WHERE kept AND neuron_scores.run = {run} AND prompts.run = {run} GROUP BY ALL
+"""
+
+BEST_OF_SUMS = """
+SELECT model, category, component, layer, head, neuron, sum(total) / any_value(n_kept) AS score,
+    sum(n_prompts) AS n_prompts
+FROM read_parquet({files}, hive_partitioning = true) AS sums
+JOIN (SELECT model, category, count(*) AS n_kept FROM prompts WHERE kept GROUP BY ALL) USING (model, category)
+WHERE {model} IS NULL OR model = {model}
+GROUP BY model, category, component, layer, head, neuron
+QUALIFY row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) <= 10
+"""
+
+Question = Callable[[], object]
+
+
+def saved(name: str, **params: object) -> Callable[[Path], Question]:
+    """A saved query, as Python asks it: the warehouse is opened for each answer."""
+
+    def prepare(folder: Path) -> Question:
+        warehouse = kdb.open(folder)
+        return lambda: warehouse.query(name, **params)
+
+    return prepare
+
+
+def bare(models: list[str] | None, single: bool = False) -> Callable[[Path], Question]:
+    """The SQL of `top-neurons` over globs, or over one file of all neuron scores."""
+
+    def prepare(folder: Path) -> Question:
+        connection = _globs(folder, {"neuron_scores": f"{folder}.single.parquet"} if single else {})
+        query = find_query("top-neurons")
+        for variable, value in query.bind({"model": models} if models else {}).items():
+            connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
+        return lambda: connection.execute(query.sql).pl()
+
+    return prepare
+
+
+def sums(models: list[str] | None) -> Callable[[Path], Question]:
+    """The ten best neurons from sums that each run could store."""
+
+    def prepare(folder: Path) -> Question:
+        files = literal(f"{folder}.sums/*/*/*.parquet")
+        text = BEST_OF_SUMS.format(files=files, model=literal(models[0]) if models else "NULL")
+        connection = _globs(folder)
+        return lambda: connection.execute(text).pl()
+
+    return prepare
+
+
+def in_polars(models: list[str] | None) -> Callable[[Path], Question]:
+    """The ten best neurons of each category and component, without tokens and counts, as a lazy scan."""
+
+    def prepare(folder: Path) -> Question:
+        warehouse = kdb.open(folder)
+        wanted = pl.col("model").is_in(models) if models else pl.lit(value=True)
+        kind, place = ["model", "category"], ["component", "layer", "head", "neuron"]
+        prompts = warehouse.scan("prompts").filter(wanted, pl.col("kept")).select(*kind, "run", "prompt_id")
+        scores = warehouse.scan("neuron_scores").filter(wanted).select("run", "prompt_id", *place, "score")
+        totals = scores.join(prompts, on=["run", "prompt_id"]).group_by(*kind, *place).agg(pl.col("score").sum())
+        best = totals.sort("score", descending=True).group_by(*kind, "component").head(10)
+        return lambda: best.collect(engine="streaming")
+
+    return prepare
+
+
+def opening(folder: Path) -> Question:
+    """`kdb.open`, and the list of its runs."""
+    return lambda: kdb.open(folder).runs()
+
+
+QUESTIONS: dict[str, Callable[[Path], Question]] = {
+    "open, list runs": opening,
+    "top-neurons, one model": saved("top-neurons", model=[MODEL]),
+    "the same, bare Parquet": bare([MODEL]),
+    "the same, one file": bare([MODEL], single=True),
+    "the same, sums by run": sums([MODEL]),
+    "the same, Polars": in_polars([MODEL]),
+    "top-neurons, nine models": saved("top-neurons"),
+    "nine models, bare Parquet": bare(None),
+    "nine models, one file": bare(None, single=True),
+    "nine models, sums by run": sums(None),
+    "nine models, Polars": in_polars(None),
+    "concept-depth": saved("concept-depth"),
+    "converging-point-by-size": saved("converging-point-by-size"),
+    "prompt-story": saved("prompt-story", prompt=3, model=[MODEL], dataset="cities"),
+    "neuron-by-category": saved("neuron-by-category", neuron=NEURON),
+    "neuron-in-prompts": saved("neuron-in-prompts", neuron=NEURON),
+}
+
+FOLDERS: dict[str, Callable[[Path], Question]] = {
+    "list run folders": lambda folder: Lake(folder).run_folders,
+    "open the database": lambda folder: kdb.open(folder)._database,
+    "kdb runs": saved("runs"),
+    "count(*) of layer_scores": lambda folder: lambda: kdb.open(folder).sql("SELECT count(*) FROM layer_scores"),
+    "top-layers": saved("top-layers"),
+}
+
+
+def _globs(folder: Path, files: dict[str, str] | None = None) -> duckdb.DuckDBPyConnection:
+    """A plain DuckDB with a view for each table: its glob over the lake, or its file."""
+    connection = duckdb.connect()
+    for table in TABLES:
+        file = (files or {}).get(table, f"{folder}/lake/*/*/*/{table}/*.parquet")
+        connection.execute(f"CREATE VIEW {table} AS FROM read_parquet({literal(file)}, hive_partitioning = true)")
+    connection.execute(macros())
+    return connection
+
+
+def prepare_baselines(folder: Path) -> None:
+    """Write the one file and the sums by run, unless they are there."""
+    single, stored = Path(f"{folder}.single.parquet"), Path(f"{folder}.sums")
+    with _globs(folder) as connection:
+        if not single.exists():
+            partial = f"{single}.partial"
+            connection.execute(f"COPY (FROM neuron_scores) TO {literal(partial)} (FORMAT parquet, COMPRESSION zstd)")
+            Path(partial).rename(single)
+        for run in Lake(folder).run_folders():
+            target = stored / f"model={run.model}/run={run.run}/sums.parquet"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                text = SUMS.format(run=literal(run.run))
+                connection.execute(f"COPY ({text}) TO {literal(str(target))} (FORMAT parquet, COMPRESSION zstd)")
+
+
+def ask(question: Question) -> dict[str, float]:
+    """Seconds of the first answer, of the median of the next three and of the processor, and MiB at most."""
+    walls, cpus = [], []
+    for _ in range(4):
+        begun, cpu = time.perf_counter(), time.process_time()
+        question()
+        walls.append(time.perf_counter() - begun)
+        cpus.append(time.process_time() - cpu)
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return {
+        "first": walls[0],
+        "warm": statistics.median(walls[1:]),
+        "cpu": statistics.median(cpus[1:]),
+        "peak": peak,
+    }
+
+
+def measured(name: str, folder: Path) -> dict[str, float]:
+    """The same, in a process of its own."""
+    command = [sys.executable, __file__, "--ask", name, "--keep", str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    answer: dict[str, float] = json.loads(done.stdout)
+    return answer
+
+
+def print_answers(names: list[str], folders: dict[int, Path], what: str) -> None:
+    """A table of the questions' cost, and how the warm one grows from size to size."""
+    print(f"\n| {what} | question | first s | warm s | CPU s | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
+    warm: dict[str, list[float]] = {name: [] for name in names}
+    for n, folder in folders.items():
+        for name in names:
+            a = measured(name, folder)
+            warm[name].append(a["warm"])
+            cells = f"{a['first']:.2f} | {a['warm']:.2f} | {a['cpu']:.2f} | {a['peak']:.0f}"
+            print(f"| {n:,} | {name} | {cells} |", flush=True)
+    print(f"\n| question | warm s at {', '.join(f'{n:,}' for n in folders)} {what} |\n| --- | --- |")
+    for name in names:
+        print(f"| {name} | {' → '.join(f'{seconds:.2f}' for seconds in warm[name])} |")
+
+
+def bytes_per_row(folder: Path) -> dict[str, float]:
+    """Bytes of Parquet for a row of each table that the warehouse's runs have."""
+    sizes: dict[str, float] = {}
+    for table in TABLES:
+        files = [file for run in Lake(folder).run_folders() for file in (run.path / table).glob("*.parquet")]
+        rows = sum(pq.read_metadata(file).num_rows for file in files)
+        if rows:
+            sizes[table] = sum(file.stat().st_size for file in files) / rows
+    return sizes
+
+
+def print_sizes(folders: dict[int, Path], what: str) -> None:
+    """Bytes of a row, for each size of the warehouse."""
+    print(f"\n| {what} | table | bytes a row |\n| --- | --- | --- |")
+    for n, folder in folders.items():
+        for table, size in bytes_per_row(folder).items():
+            print(f"| {n:,} | {table} | {size:.1f} |")
+
+
+def print_vectors(folder: Path) -> None:
+    """The cost of one layer of one run's vectors."""
+    print_sizes({0: folder}, f"vectors of {HIDDEN} float32")
+    parts = sorted(Lake(folder).run_folders()[0].path.glob("activations/*.parquet"))
+    answer = ask(lambda: read_vectors(parts, 3, "resid_post"))
+    print(f"\nOne layer of one run: {answer['warm']:.3f} s.")
+
+
+def print_model(sizes: dict[str, float]) -> None:
+    """Modelled: the bytes of 80 models × 100 checkpoints × 50,000 prompts, of a shape such as Qwen3-4B's."""
+    layers, heads, hidden, ffn, entries, tokens, runs, prompts = 36, 32, 2560, 9728, 4096, 10, 8000, 50_000
+    every = layers * (ffn + tokens * entries)
+    rows: dict[str, Any] = {
+        "layer_scores": 2 * layers,
+        "head_scores": layers * heads,
+        "neuron_scores, --top-k 300": 600,
+        "neuron_scores, --all-neurons": every,
+        "activations, float32": 2 * layers,
+    }
+    each = {**sizes, "activations": 4 * hidden}
+    print("\n| modelled | rows a prompt | bytes a row | bytes a run | bytes of all |\n| --- | --- | --- | --- | --- |")
+    for table, n in rows.items():
+        size = each[table.partition(",")[0]]
+        run = n * size * prompts
+        print(f"| {table} | {n:,} | {size:.1f} | {run / 1e9:.2f} GB | {run * runs / 1e12:,.1f} TB |")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, action="append", default=[], help="neuron scores; may be repeated")
+    parser.add_argument("--vectors", type=int, help="activation vectors")
+    parser.add_argument("--runs", type=int, action="append", default=[], help="tiny runs; may be repeated")
+    parser.add_argument("--only", action="append", help="ask this question alone; may be repeated")
+    parser.add_argument("--keep", type=Path, help="where the warehouses are kept")
+    parser.add_argument("--ask", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ask:
+        print(json.dumps(ask({**QUESTIONS, **FOLDERS}[args.ask](args.keep))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        run(args, args.keep or Path(temporary))
+
+
+def run(args: argparse.Namespace, keep: Path) -> None:
+    """Build what is asked for, and measure it."""
+    if args.rows:
+        folders = {rows: build(keep / str(rows), rows) for rows in args.rows}
+        for folder in folders.values():
+            prepare_baselines(folder)
+        print_sizes(folders, "scores")
+        print_answers(args.only or list(QUESTIONS), folders, "scores")
+        print_model(bytes_per_row(folder))
+    if args.vectors:
+        print_vectors(build_vectors(keep / f"vectors-{args.vectors}", args.vectors))
+    if args.runs:
+        print_answers(list(FOLDERS), {n: build_folders(keep / f"runs-{n}", n) for n in args.runs}, "runs")
+
+
+if __name__ == "__main__":
+    main()
