@@ -156,7 +156,9 @@ class Hub:
             return self._part(request, content, about)
         about |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
         raw = request.scope["raw_path"].decode().removeprefix(f"/datasets/{name}/resolve/{revision}/")
-        elsewhere = self.url.replace("127.0.0.1", "localhost")  # huggingface_hub stays on the host that tells a file's hash
+        elsewhere = self.url.replace(
+            "127.0.0.1", "localhost"
+        )  # huggingface_hub stays on the host that tells a file's hash
         return RedirectResponse(f"{elsewhere}/content/{name}/{sha}/{raw}", 302, about)
 
     async def _content(self, request: Request) -> Response:

@@ -31,7 +31,9 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
     server.commits, server.asked, server.rivals, server.read_only, server.sent = {}, [], [], False, 0
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -131,7 +133,11 @@ def test_what_people_write_in_the_card_stays(
     hub: Hub, warehouse: Path, second: Path, run_kdb: Callable[..., Result]
 ) -> None:
     run_kdb("push", URL, "--warehouse", warehouse)
-    edited = card_of(hub).replace("tags:", "pretty_name: Depths\ntags:").replace("<!-- kdb: what", "Our paper.\n\n<!-- kdb: what")
+    edited = (
+        card_of(hub)
+        .replace("tags:", "pretty_name: Depths\ntags:")
+        .replace("<!-- kdb: what", "Our paper.\n\n<!-- kdb: what")
+    )
     hub.commit(NAME, {"README.md": (edited + "\nCite us.\n").encode()})
     run_kdb("push", URL, "--warehouse", second)
     for text in ("pretty_name: Depths", "Our paper.", "Cite us."):
@@ -152,7 +158,9 @@ def test_a_pushed_dataset_is_asked_in_duckdb_without_a_download(
 
 
 @pytest.mark.parametrize("command", ["push", "pull"])
-@pytest.mark.parametrize("url", ["hf://models/lab/x", "hf://datasets/x", "s3://bucket", "hf://datasets/lab/x/lake", "lab/x"])
+@pytest.mark.parametrize(
+    "url", ["hf://models/lab/x", "hf://datasets/x", "s3://bucket", "hf://datasets/lab/x/lake", "lab/x"]
+)
 def test_what_is_no_dataset_is_refused_before_anything_is_read(
     run_kdb: Callable[..., Result], tmp_path: Path, command: str, url: str
 ) -> None:

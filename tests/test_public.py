@@ -106,7 +106,9 @@ def test_files_that_do_not_tell_are_read_beside_those_that_do(shared_folder: Pat
     old, new = kdb.open(copy), kdb.open(shared_folder)
     for table in TABLES:
         assert sorted(map(repr, old.sql(f"FROM {table}").rows())) == sorted(map(repr, new.sql(f"FROM {table}").rows()))
-        assert sorted(map(repr, old.scan(table).collect().rows())) == sorted(map(repr, new.scan(table).collect().rows()))
+        assert sorted(map(repr, old.scan(table).collect().rows())) == sorted(
+            map(repr, new.scan(table).collect().rows())
+        )
 
 
 # Over HTTP -------------------------------------------------------------------------------------------------------
@@ -140,7 +142,9 @@ def site(shared_folder: Path, run_kdb: Callable[..., Result]) -> Iterator[Site]:
     site = Site(shared_folder)
     with listening(site.app()) as base:
         site.url = f"{base}/shared"
-        result = run_kdb("rebuild", "--url", f"{site.url}/", "-o", shared_folder / "paper.duckdb", "--warehouse", shared_folder)
+        result = run_kdb(
+            "rebuild", "--url", f"{site.url}/", "-o", shared_folder / "paper.duckdb", "--warehouse", shared_folder
+        )
         assert result.exit_code == 0, result.output
         assert site.sent == 0  # nothing was fetched to write it
         yield site
@@ -156,7 +160,7 @@ def shell(site: Site) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def test_views_and_macros_answer_over_http(shared_folder: Path, shell: duckdb.DuckDBPyConnection) -> None:
     assert shell.execute("SELECT count(*) FROM paper.probe_scores").fetchall() == [(8,)]
-    shell.execute("USE paper")
+    shell.execute("USE paper; SET TimeZone = 'UTC'")
     opened = kdb.open(shared_folder)
     for query in ("FROM concept_depth()", "FROM current_runs", *(f"FROM {table}" for table in TABLES)):
         there = pl.DataFrame(shell.execute(query).to_arrow_table())
@@ -178,7 +182,9 @@ def test_the_file_has_the_storage_version_of_the_shell_file(shared_folder: Path,
     assert version(shared_folder / "paper.duckdb") == version(shared_folder / "kdb.duckdb") == 64
 
 
-@pytest.mark.parametrize("options", [["--url", "https://host/w"], ["-o", "x.duckdb"], ["--url", "ftp://host", "-o", "x.duckdb"]])
+@pytest.mark.parametrize(
+    "options", [["--url", "https://host/w"], ["-o", "x.duckdb"], ["--url", "ftp://host", "-o", "x.duckdb"]]
+)
 def test_half_an_address_is_refused(shared_folder: Path, run_kdb: Callable[..., Result], options: list[str]) -> None:
     result = run_kdb("rebuild", *options, "--warehouse", shared_folder)
     assert result.exit_code == 2

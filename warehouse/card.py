@@ -38,7 +38,10 @@ def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, b
     above, _, rest = old.text.partition(BEGIN)
     below = rest.partition(END)[2]
     text = "\n".join(_text(warehouse, name, folders, kept["license"]))
-    return f"---\n{DatasetCardData(**kept).to_yaml()}\n---\n{above.strip()}\n\n{BEGIN}\n\n{text}\n{END}\n\n{below.strip()}".strip() + "\n"
+    return (
+        f"---\n{DatasetCardData(**kept).to_yaml()}\n---\n{above.strip()}\n\n{BEGIN}\n\n{text}\n{END}\n\n{below.strip()}".strip()
+        + "\n"
+    )
 
 
 def configs(folders: Sequence[RunFolder]) -> dict[str, str]:

@@ -58,7 +58,10 @@ def view_statements(lake: Path, files: Mapping[str, Sequence[str]] | None = None
     globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows.
     """
     if files is None:
-        rows = {name: _rows(table, literal(f"{_escape_glob(lake)}/*/*/*/{name}/*.parquet")) for name, table in TABLES.items()}
+        rows = {
+            name: _rows(table, literal(f"{_escape_glob(lake)}/*/*/*/{name}/*.parquet"))
+            for name, table in TABLES.items()
+        }
     else:
         rows = {name: _rows(table, literal(tuple(files.get(name, ())))) for name, table in TABLES.items()}
     return [_create_view(name, rows[name]) for name in TABLES] + [macros()]
@@ -247,7 +250,9 @@ def _create_view(name: str, rows: str) -> str:
 def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:
     """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` is how a name is got from its path."""
     if files == "[]":  # which read_parquet refuses
-        return f"SELECT {', '.join(f'NULL::{t} AS {_quoted(n)}' for n, t in column_types(table.name).items())} WHERE false"
+        return (
+            f"SELECT {', '.join(f'NULL::{t} AS {_quoted(n)}' for n, t in column_types(table.name).items())} WHERE false"
+        )
     names = [f"{name_of.format(_quoted(name))} AS {_quoted(name)}" for name in PARTITIONS]
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
     return (

@@ -112,9 +112,7 @@ def pull(url: str, lake: Lake) -> Iterator[tuple[str, bool]]:
         yield run, run in wanted and lake.adopt(found[run])
 
 
-def _push_once(
-    api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[str], licence: str | None
-) -> list[str]:
+def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[str], licence: str | None) -> list[str]:
     from huggingface_hub import CommitOperationAdd
 
     head, files = _contents(api, place)
@@ -191,7 +189,9 @@ def _download(api: HfApi, place: Place, head: str, files: Sequence[str], wanted:
             raise HubError(f"{place} has no valid warehouse.json: it was not pushed by kdb, or is damaged.") from None
         if version != SCHEMA_VERSION:
             newer = "newer kdb: upgrade kdb" if version > SCHEMA_VERSION else "older kdb: name another dataset"
-            raise HubError(f"{place} has schema {version}, and this kdb has {SCHEMA_VERSION}. It was made by a {newer}.")
+            raise HubError(
+                f"{place} has schema {version}, and this kdb has {SCHEMA_VERSION}. It was made by a {newer}."
+            )
     return folder
 
 

@@ -106,7 +106,9 @@ class Warehouse:
         Raises QueryError where that is no URL, WarehouseError where the file cannot be written.
         """
         if not re.match(r"https?://[^/?#]+[^?#]*$", url):
-            raise QueryError(f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}")
+            raise QueryError(
+                f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}"
+            )
         files = {
             table: [
                 f"{url.rstrip('/')}/{quote(file.relative_to(self.lake.path).as_posix(), safe='/=')}"

@@ -23,7 +23,10 @@ def chosen_options(command: Command) -> Command:
         click.option("--dataset", "datasets", multiple=True, help="Of these, the runs on this dataset; repeatable."),
         click.option("--model", "models", multiple=True, help="Every run of this model; repeatable."),
         click.option(
-            "--run", "runs", multiple=True, help="Run (`kdb runs`); repeatable. Runs that it was computed from go along."
+            "--run",
+            "runs",
+            multiple=True,
+            help="Run (`kdb runs`); repeatable. Runs that it was computed from go along.",
         ),
     ):
         command = option(command)
