@@ -1,4 +1,4 @@
-"""Exported folders as others read them: with `datasets`, a config a table, and in DuckDB over HTTP, without a download."""
+"""Exported folders as others read them: with `datasets`, a config a table, and in DuckDB over HTTP."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The dataset card: README.md of a folder of runs, for the hub, for `datasets` and for whoever finds it.
 
-Its header names a config for each table that has rows (for each model, where there are vectors: these have one length in
-a config). What people write above or below kdb's part of the text stays.
+Its header names a config for each table that has rows; for each model, where there are vectors, as these have one length
+in a config. What people write above or below kdb's part of the text stays.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence
     return [
         f"# {title}",
         "",
-        "Where in language models what they know lives, as measured by kdb: runs of models over prompts, as Parquet files "
-        "under `lake/model=M/dataset=D/run=R/TABLE/`.",
+        "Where in language models what they know lives, as measured by kdb: runs of models over prompts, as Parquet "
+        "files under `lake/model=M/dataset=D/run=R/TABLE/`.",
         "",
         *_models(warehouse),
         *_runs(warehouse),

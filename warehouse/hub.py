@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
-from kdb.errors import KdbError, WarehouseError
+from kdb.errors import KdbError
 from kdb.warehouse.card import write_card
 from kdb.warehouse.database import SHELL_FILE, write_public_file
 from kdb.warehouse.lake import Lake
@@ -142,7 +142,7 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
 def _complete(
     copy: Warehouse, uploads: dict[str, Any], place: Place, known: Path, files: Sequence[str], licence: str | None
 ) -> None:
-    """Add what tells of all runs: the card, and ``kdb.duckdb``. The folder ``known`` holds the small tables of the rest."""
+    """Add what tells of all runs: the card, and ``kdb.duckdb``. ``known`` holds the small tables of the rest."""
     every = sorted({*files, *uploads})
     urls: dict[str, list[str]] = {name: [] for name in TABLES}
     for found in filter(None, map(_FILE.fullmatch, every)):

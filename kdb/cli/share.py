@@ -145,7 +145,7 @@ def import_(folder: Path, warehouse: Path) -> None:
     \b
     kdb import shared/
     """
-    from kdb.warehouse.lake import Lake, RunFolder
+    from kdb.warehouse.lake import Lake
     from kdb.warehouse.store import Warehouse
 
     source = Lake(folder)
