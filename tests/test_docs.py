@@ -18,6 +18,7 @@ PAGES = (
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
     ROOT / "docs/analysis.md",
+    ROOT / "docs/sharing.md",
     ROOT / "CONTRIBUTING.md",
 )
 EVERY_BUILT_IN = "kdb ingest --model smollm2-135m"

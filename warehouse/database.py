@@ -248,7 +248,7 @@ def _create_view(name: str, rows: str) -> str:
 
 
 def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:
-    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` is how a name is got from its path."""
+    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` gets a name out of its path."""
     if files == "[]":  # which read_parquet refuses
         return (
             f"SELECT {', '.join(f'NULL::{t} AS {_quoted(n)}' for n, t in column_types(table.name).items())} WHERE false"
