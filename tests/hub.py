@@ -183,7 +183,8 @@ class Hub:
 @contextlib.contextmanager
 def listening(app: Any) -> Iterator[str]:
     """An ASGI application on a port of its own, until the block ends; its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

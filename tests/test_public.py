@@ -1,4 +1,4 @@
-"""Exported folders as others read them: with `datasets`, a config a table, and in DuckDB over HTTP, not downloaded."""
+"""Exported folders as others read them: with `datasets`, a config a table, and in DuckDB over HTTP."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def shell(site: Site) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def test_views_and_macros_answer_over_http(shared_folder: Path, shell: duckdb.DuckDBPyConnection) -> None:
     assert shell.execute("SELECT count(*) FROM paper.probe_scores").fetchall() == [(8,)]
-    shell.execute("USE paper")
+    shell.execute("USE paper; SET TimeZone = 'UTC'")
     opened = kdb.open(shared_folder)
     for query in ("FROM concept_depth()", "FROM current_runs", *(f"FROM {table}" for table in TABLES)):
         there = pl.DataFrame(shell.execute(query).to_arrow_table())

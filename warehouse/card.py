@@ -1,7 +1,7 @@
 """The dataset card: README.md of a folder of runs, for the hub, for `datasets` and for whoever finds it.
 
-Its header names a config for each table that has rows (for each model, where there are vectors: these have one length
-in a config). What people write above or below kdb's part of the text stays.
+Its header names a config for each table that has rows; where there are vectors, one for each model, as the vectors of a
+config have one length. What people write above or below kdb's part of the text stays.
 """
 
 from __future__ import annotations
