@@ -38,6 +38,7 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/cli.py
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/scale.py --rows 1000000 --rows 10000000 --runs 1000
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
