@@ -42,6 +42,7 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/kills.py --bucket --kills 200
 	$(PIP) --group bench
 	$(BIN)/python benchmarks/commit.py
+	$(BIN)/python benchmarks/scale.py --rows 1000000 --rows 10000000 --runs 1000
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md

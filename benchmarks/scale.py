@@ -155,15 +155,19 @@ def prepare_baselines(folder: Path) -> None:
     single, stored = Path(f"{folder}.single.parquet"), Path(f"{folder}.sums")
     with _globs(folder) as connection:
         if not single.exists():
-            partial = f"{single}.partial"
-            connection.execute(f"COPY (FROM neuron_scores) TO {literal(partial)} (FORMAT parquet, COMPRESSION zstd)")
-            Path(partial).rename(single)
+            _copy(connection, "FROM neuron_scores", single)
         for run in Lake(folder).run_folders():
             target = stored / f"model={run.model}/run={run.run}/sums.parquet"
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
-                text = SUMS.format(run=literal(run.run))
-                connection.execute(f"COPY ({text}) TO {literal(str(target))} (FORMAT parquet, COMPRESSION zstd)")
+                _copy(connection, SUMS.format(run=literal(run.run)), target)
+
+
+def _copy(connection: duckdb.DuckDBPyConnection, query: str, target: Path) -> None:
+    """Write a query's rows to a file that appears whole."""
+    partial = f"{target}.partial"
+    connection.execute(f"COPY ({query}) TO {literal(partial)} (FORMAT parquet, COMPRESSION zstd)")
+    Path(partial).rename(target)
 
 
 def ask(question: Question) -> dict[str, float]:
