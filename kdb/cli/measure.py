@@ -12,163 +12,26 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import Command, warehouse_option
+from kdb.cli.options import warehouse_option
+from kdb.cli.settings import (
+    attribution_options,
+    dataset_options,
+    engine_options,
+    model_options,
+    probe_options,
+    stored_options,
+)
 from kdb.errors import UnknownNameError
-
-
-def _dataset_options(command: Command) -> Command:
-    for option in reversed(
-        (
-            click.option(
-                "--dataset",
-                "datasets_",
-                multiple=True,
-                help="Name or .csv, .jsonl or .parquet file; repeatable. Else every built-in one.",
-            ),
-            click.option("--dataset-name", help="Name to store a file of your own under; else its stem."),
-            click.option(
-                "--data-dir",
-                type=click.Path(path_type=Path),
-                envvar="KDB_DATA_DIR",
-                help="Folder with the papers' original files; else $KDB_DATA_DIR, else the cache.",
-            ),
-            click.option("--template", help="Prompt template, such as 'Is it true? {text}'."),
-            click.option("--limit", type=int, help="Take the first N of each class."),
-            click.option("--group-by", help="Column that a grouped split keeps on one side."),
-            click.option("--noise", is_flag=True, help="Put aaa or bbb before each text, by seed."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _probe_options(command: Command) -> Command:
-    for option in reversed(
-        (
-            click.option(
-                "--classifier",
-                "classifiers",
-                multiple=True,
-                type=click.Choice(["logistic", "logistic-paper", "logistic-standardised", "random-forest"]),
-                help="Fit this too; logistic and logistic-paper always are.",
-            ),
-            click.option(
-                "--splits",
-                type=click.IntRange(1),
-                default=1,
-                show_default=True,
-                help="Splits in all: the paper's, then seeded stratified ones.",
-            ),
-            click.option(
-                "--seed",
-                type=int,
-                default=42,
-                show_default=True,
-                help="Seed of noise, of shuffled labels and of all splits but the paper's.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _attribution_options(command: Command) -> Command:
-    for option in reversed(
-        (
-            click.option(
-                "--top-k",
-                type=click.IntRange(1),
-                default=300,
-                show_default=True,
-                help="Knowledge: neurons of each component to store for a prompt, proved to be the best.",
-            ),
-            click.option(
-                "--all-neurons",
-                is_flag=True,
-                help="Knowledge: store every neuron, with a certified interval of its score.",
-            ),
-            click.option(
-                "--query-values",
-                type=click.IntRange(1),
-                default=30,
-                show_default=True,
-                help="Knowledge: value neurons that are traced back to query neurons.",
-            ),
-            click.option(
-                "--ablate-k",
-                type=click.IntRange(0),
-                default=10,
-                show_default=True,
-                help="Knowledge: neurons of each method that are zeroed; 0 skips the comparison.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _model_options(command: Command) -> Command:
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                "models_",
-                multiple=True,
-                help="Name (`kdb models`), hub id, folder, or .gguf file; repeatable.",
-            ),
-            click.option("--name", help="Name to store the model under; else its own."),
-            click.option(
-                "--revision",
-                "revisions",
-                multiple=True,
-                help="Branch, tag or commit on the hub, or checkpoint in a folder of them; repeatable.",
-            ),
-            click.option(
-                "--device", help="cpu, cuda, cuda:1, …, or auto: spread over all GPUs; else CUDA where there is one."
-            ),
-            click.option(
-                "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                default="float32",
-                show_default=True,
-                help="Of the weights in the forward pass.",
-            ),
-            click.option("--quantize", type=click.Choice(["int8"]), help="Quantize the weights alone."),
-            click.option(
-                "--store",
-                type=click.Choice(["float32", "float16"]),
-                default="float32",
-                show_default=True,
-                help="Of the vectors on disk.",
-            ),
-            click.option(
-                "--batch-tokens",
-                type=click.IntRange(1),
-                help="Tokens per batch; changes speed and memory, not results.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
 
 
 @click.command()
 @click.argument("plan", required=False, type=click.Path(path_type=Path), metavar="[PLAN.yaml]")
-@_model_options
-@_dataset_options
-@_probe_options
-@_attribution_options
+@model_options
+@dataset_options
+@probe_options
+@attribution_options
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
-@click.option(
-    "--engine",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="Where models run: in this process, or on the workers of a Ray cluster.",
-)
-@click.option("--address", help="Ray's HOST:PORT; else a Ray of this machine's own.")
-@click.option("--worker-cpus", type=click.IntRange(1), help="Ray: CPUs of a worker; else all of the smallest node.")
-@click.option("--worker-gpus", type=click.IntRange(0), help="Ray: GPUs of a worker; else one, where there are any.")
+@engine_options
 @warehouse_option
 @click.pass_context
 def ingest(
@@ -360,21 +223,9 @@ def _report(outcome: Any, model: str, dataset: str) -> None:
     click.echo(f"{model} on {dataset}: {done} (run {outcome.run})")
 
 
-def _stored_options(command: Command) -> Command:
-    for option in reversed(
-        (
-            click.option("--model", required=True, help="Model, as stored."),
-            click.option("--dataset", required=True, help="Dataset, as stored."),
-            click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`)."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 @click.command()
-@_stored_options
-@_probe_options
+@stored_options
+@probe_options
 @warehouse_option
 def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **options: Any) -> None:
     """Fit probes again on stored activations, without the model.
@@ -394,7 +245,7 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **optio
 
 
 @click.command()
-@_stored_options
+@stored_options
 @click.option(
     "--method",
     type=click.Choice(["pca", "umap"]),
@@ -444,7 +295,7 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     help="Sets of as many random neurons of the same layers.",
 )
 @click.option("--seed", type=int, default=42, show_default=True, help="Of the random sets.")
-@click.option("--device", help="cpu, cuda, cuda:1, …, or auto: spread over all GPUs; else CUDA where there is one.")
+@click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one.")
 @warehouse_option
 def ablate(
     model: str,
