@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
 from kdb.ingest.describe import arrow_rows, read_parts, table_files
@@ -65,8 +66,7 @@ def _derive(
 ) -> Outcome:
     """Let ``fill`` write the tables of a run that is ``source`` but for its settings and ``changed`` of its row."""
     activations = table_files(source.path, "activations")
-    if not activations:
-        raise WarehouseError(f"Run {source.run} has no activations to compute from: `kdb ingest` stores them.")
+    _check_vectors(source, activations)
     with lake.stage(run_id({"source_run": source.run, **settings}), source.model, source.dataset) as staged:
         if staged.committed:
             return Outcome(staged.run, "exists")
@@ -78,6 +78,20 @@ def _derive(
         no_model = dict.fromkeys(("torch_version", "transformers_version", "device"))
         staged.commit(row | changed | no_model | {"kdb_version": importlib.metadata.version("kdb-lm")})
     return Outcome(staged.run, "committed")
+
+
+def _check_vectors(source: RunFolder, activations: Sequence[Path]) -> None:
+    """Raise WarehouseError unless the run has the vectors of all of its prompts."""
+    again = f"To have them again, `kdb runs remove {source.run}` and `kdb ingest`."
+    if not activations:
+        raise WarehouseError(f"Run {source.run} has no activations to compute from. {again}")
+    n_prompts = len(read_parts(table_files(source.path, "prompts")))
+    kept = sum(pq.ParquetFile(path).metadata.row_group(0).num_rows for path in activations)
+    if kept < n_prompts:
+        raise WarehouseError(
+            f"Run {source.run} keeps the vectors of {kept:,} of its {n_prompts:,} prompts (kdb runs keep-vectors), and "
+            f"this needs all of them. {again}"
+        )
 
 
 def _project_layers(staged: StagedRun, activations: Sequence[Path], projectors: Mapping[str, Project]) -> None:

@@ -232,6 +232,11 @@ class Database:
         self.close()
 
 
+def is_gone(error: QueryError) -> bool:
+    """Whether a question failed because a file that was there when it was asked is no longer."""
+    return bool(re.search(r"No such file or directory|No files found|its run was removed", str(error)))
+
+
 def engine(lake: Path, runs: Callable[[], Sequence[str] | None], remote: Remote | None = None) -> Engine:
     """A SQLAlchemy engine that reads the lake, for pandas, notebooks and reflection.
 

@@ -161,6 +161,17 @@ class Lake:
                 files += [str(folder.path / f.path) for f in read_manifest(folder.path) if f.table == table]
         return files
 
+    @contextlib.contextmanager
+    def locked(self, folder: RunFolder) -> Iterator[None]:
+        """Keep other processes from a committed run; raises WarehouseError if one has it."""
+        self.staging.mkdir(exist_ok=True)
+        lock = FileLock(self.staging / f"{folder.run}.lock")
+        try:
+            with lock.acquire(timeout=0):
+                yield
+        except Timeout:
+            raise WarehouseError(f"Run {folder.run} is being written by another process: ask again later.") from None
+
     def interrupted(self) -> list[dict[str, Any]]:
         """What each run in staging said of itself when it was begun."""
         said = []
@@ -351,7 +362,7 @@ class StagedRun:
         files = [self.part("runs", "all")]
         for table, paths in parts.items():
             files += self._merged(table, paths)
-        records = [asdict(_record(path, self.path)) for path in files]
+        records = [asdict(file_record(path, self.path)) for path in files]
         write_json(self.path / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": records})
 
     def _merged(self, table: str, paths: list[Path]) -> list[Path]:
@@ -506,7 +517,8 @@ def _seconds(path: Path) -> float:
     return float(pq.read_schema(path).metadata[_SECONDS])
 
 
-def _record(path: Path, folder: Path) -> FileRecord:
+def file_record(path: Path, folder: Path) -> FileRecord:
+    """What a manifest says of a file in a run's folder."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     rows = pq.read_metadata(path).num_rows
@@ -566,7 +578,7 @@ def _problem(folder: Path, record: FileRecord) -> str:
     if not path.exists():
         return "missing"
     try:
-        found = _record(path, folder)
+        found = file_record(path, folder)
     except (OSError, pa.ArrowException) as error:
         return f"unreadable ({error})"
     for what in ("bytes", "rows", "sha256"):

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
@@ -77,13 +77,22 @@ class Warehouse:
 
         Raises UnknownNameError for a name that is none, QueryError for wrong parameters.
         """
-        with self._database() as opened:
-            return opened.query(name, **params)
+        return self._ask(lambda opened: opened.query(name, **params))
 
     def sql(self, text: str, params: Sequence[object] | Mapping[str, object] | None = None) -> pl.DataFrame:
         """Answer one SELECT; ``params`` fill ``?`` or ``$name``. Raises QueryError for anything else."""
+        return self._ask(lambda opened: opened.sql(text, params))
+
+    def _ask(self, question: Callable[[database.Database], pl.DataFrame]) -> pl.DataFrame:
+        """The answer of the runs as they are now; asked again where a file was gone that had just been listed."""
+        try:
+            with self._database() as opened:
+                return question(opened)
+        except QueryError as error:
+            if self._shared is not None or not database.is_gone(error):
+                raise
         with self._database() as opened:
-            return opened.sql(text, params)
+            return question(opened)
 
     @property
     def opened(self) -> database.Database:

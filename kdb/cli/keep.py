@@ -1,4 +1,4 @@
-"""Keeping: list, remove and verify runs, and rebuild the shell's file."""
+"""Keeping: list, remove, shrink and verify runs, and rebuild the shell's file."""
 
 from __future__ import annotations
 
@@ -81,6 +81,82 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
     if not yes:
         click.confirm(f"Remove these {len(old)} runs for good?", abort=True, err=True)
     return old["run"].to_list()
+
+
+@runs.command("keep-vectors")
+@click.argument("which", type=click.Choice(["none", "sampled"]))
+@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.")
+@click.option("--model", "models", multiple=True, help="Every run of this model; repeatable.")
+@click.option(
+    "--older-than", metavar="AGE", help="Of these (else of all), runs that ended before: 90d, 12h, a date."
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--warehouse", type=Location(), help="Folder of the warehouse.")
+@click.pass_obj
+def keep_vectors(
+    parent_warehouse: Path | str,
+    which: str,
+    chosen: tuple[str, ...],
+    models: tuple[str, ...],
+    older_than: str | None,
+    yes: bool,
+    warehouse: Path | str | None,
+) -> None:
+    """Drop the hidden states of runs, and keep what was worked out from them.
+
+    They are most of a warehouse's bytes. `sampled` keeps those of 100 prompts. To have them all again, remove the run
+    and measure it again.
+
+    \b
+    kdb runs keep-vectors none --older-than 90d
+    kdb runs keep-vectors sampled --model smollm2-135m
+    """
+    from kdb.warehouse import upkeep
+
+    opened = kdb.open(warehouse or parent_warehouse)
+    wanted = _having_vectors(opened, chosen, models, older_than)
+    if not wanted:
+        click.echo("No such run has vectors.", err=True)
+        return
+    if not yes:
+        click.confirm(f"Drop the vectors of {len(wanted)} runs for good?", abort=True, err=True)
+    for run in wanted:
+        upkeep.keep_vectors(opened.lake, opened.lake.find(run), which)
+        click.echo(f"Dropped vectors of run {run}.")
+
+
+def _having_vectors(
+    opened: Warehouse, chosen: tuple[str, ...], models: tuple[str, ...], older_than: str | None
+) -> list[str]:
+    """The runs that are meant and have vectors. Raises UnknownNameError for one that is not there."""
+    before = moment(older_than, datetime.now(UTC)).isoformat() if older_than else None
+    rows = opened.sql(
+        "SELECT run, model FROM runs WHERE list_contains(tables, 'activations') "
+        "AND ($1 IS NULL OR finished_at < $1::TIMESTAMPTZ) ORDER BY finished_at, run",
+        [before],
+    ).to_dicts()
+    for run in chosen:
+        opened.lake.find(run)
+    return [r["run"] for r in rows if r["run"] in chosen or r["model"] in models or not (chosen or models)]
+
+
+@click.command()
+@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable. Else every one.")
+@warehouse_option
+def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
+    """Merge the small files of committed runs: a file for each table of a run.
+
+    Nothing else changes, and nobody who asks meanwhile notices.
+
+    \b
+    kdb compact
+    """
+    from kdb.warehouse import upkeep
+
+    lake = kdb.open(warehouse).lake
+    folders = [lake.find(run) for run in chosen] if chosen else lake.run_folders()
+    fewer = sum(upkeep.compact(lake, folder) for folder in folders)
+    click.echo(f"{fewer} files fewer in {len(folders)} runs.")
 
 
 def moment(older_than: str, now: datetime) -> datetime:
