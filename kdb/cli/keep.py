@@ -74,7 +74,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
         [moment(older_than, datetime.now(UTC)).isoformat()],
     )
     if old.is_empty():
-        click.echo("No run is that old.", err=True)
+        click.echo("No run is that old.")
         return []
     for row in old.rows():
         click.echo(" ".join(map(str, row)), err=True)
