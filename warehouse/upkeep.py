@@ -102,9 +102,7 @@ def _sampled(paths: Sequence[Path]) -> Iterator[pa.Table]:
 def _rewrite(lake: Lake, folder: RunFolder, changed: Mapping[str, Iterable[pa.Table] | None]) -> None:
     """Put a run in its own place again, with the tables that ``changed`` names replaced, or dropped where None."""
     if lake.location != str(lake.path):
-        raise WarehouseError(
-            f"{lake.location}: runs in a bucket are not written anew. Do it in a folder, and export."
-        )
+        raise WarehouseError(f"{lake.location}: runs in a bucket are not written anew. Do it in a folder, and export.")
     with lake.locked(folder), storage_errors(lake.path):
         for left in lake.staging.glob(f"rewritten-{folder.run}-*"):  # by one that was killed
             shutil.rmtree(left)

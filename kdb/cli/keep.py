@@ -74,7 +74,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
         [moment(older_than, datetime.now(UTC)).isoformat()],
     )
     if old.is_empty():
-        click.echo("No run is that old.", err=True)
+        click.echo("No run is that old.")
         return []
     for row in old.rows():
         click.echo(" ".join(map(str, row)), err=True)
@@ -87,9 +87,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
 @click.argument("which", type=click.Choice(["none", "sampled"]))
 @click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.")
 @click.option("--model", "models", multiple=True, help="Every run of this model; repeatable.")
-@click.option(
-    "--older-than", metavar="AGE", help="Of these (else of all), runs that ended before: 90d, 12h, a date."
-)
+@click.option("--older-than", metavar="AGE", help="Of these (else of all), runs that ended before: 90d, 12h, a date.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--warehouse", type=Location(), help="Folder of the warehouse.")
 @click.pass_obj
