@@ -21,6 +21,7 @@ from served import served
 
 import kdb
 from kdb.errors import WarehouseError
+from kdb.warehouse import upkeep
 from kdb.warehouse.blocks import BLOCK, BlockFile
 from kdb.warehouse.cloud import CloudLake
 from kdb.warehouse.store import Warehouse
@@ -223,6 +224,37 @@ def test_a_file_read_by_blocks_is_the_file(tmp_path_factory: Any, reads: list[tu
         assert file.read(count) == content[start : start + count]
     blocks = [number for span in fetched for number in span]
     assert len(blocks) == len(set(blocks))  # none is fetched twice
+
+
+def test_runs_are_compacted_and_lose_their_vectors(
+    store: ObjectStore,
+    tiny_model: Path,
+    user_dataset: Path,
+    run_kdb: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kdb.ingest.run.prompts_per_part", lambda *_: 10)
+    assert run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL).exit_code == 0
+    reader, before = kdb.open(URL), kdb.open(URL).sql(SUMS)
+    assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 runs.\n"
+    assert reader.sql(SUMS).equals(before)
+    assert len(reader.files("activations")) == 1
+    assert run_kdb("runs", "keep-vectors", "none", "--yes", "--warehouse", URL).exit_code == 0
+    assert reader.sql("SELECT count(*) FROM activations").item() == 0
+    assert reader.sql("SELECT count(*) FROM probe_scores").item() > 0
+    [commit] = kdb.open(URL).lake.commits().values()
+    assert sorted(commit.paths()) == objects()  # nothing is left of what was
+    assert run_kdb("verify", "--warehouse", URL).exit_code == 0
+
+
+def test_of_two_who_replace_a_run_one_is_told(filled: ObjectStore) -> None:
+    one, other = kdb.open(URL).lake, kdb.open(URL).lake
+    folders = [lake.find(lake.run_folders()[0].run) for lake in (one, other)]
+    assert upkeep.keep_vectors(one, folders[0], "none")
+    with pytest.raises(WarehouseError, match="changed by somebody else"):
+        upkeep.keep_vectors(other, folders[1], "sampled")
+    assert list(kdb.open(URL).lake.verify()) == []
+    assert sorted(next(iter(kdb.open(URL).lake.commits().values())).paths()) == objects()
 
 
 # Writing ---------------------------------------------------------------------------------------------------------

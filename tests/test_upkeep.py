@@ -71,7 +71,7 @@ def test_a_reader_notices_nothing_of_compactions(scattered: Path, tmp_path: Path
     for copy in copies:
         current[0] = copy
         lake = Lake(copy)
-        upkeep.compact(lake, lake.run_folders()[0])
+        upkeep.compact(lake, lake.run_folders()[0].run)
     done.set()
     reader.join()
     assert seen

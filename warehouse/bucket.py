@@ -128,7 +128,7 @@ class Bucket:
 
         with _reported(self.url):
             try:
-                obstore.put(self.store, path, content, mode={"e_tag": tag, "version": None}, use_multipart=False)
+                obstore.put(self.store, path, content, mode={"e_tag": tag}, use_multipart=False)
             except (obstore.exceptions.PreconditionError, FileNotFoundError):
                 return False
         return True

@@ -163,6 +163,10 @@ class CloudLake(Lake):
         write_json(folder / "manifest.json", json.loads(commit.content()))
         return RunFolder(run, commit.model, commit.dataset, folder)
 
+    def records(self, run: str) -> list[FileRecord]:
+        """The files of a committed run, none of which is fetched. Raises UnknownNameError."""
+        return list(self._named(run).files)
+
     def _named(self, run: str) -> Commit:
         commits = self.commits()
         if run not in commits:
@@ -175,6 +179,22 @@ class CloudLake(Lake):
         self.bucket.delete([f"commits/{run}.json"])
         self.bucket.delete(list(commit.paths()))
         shutil.rmtree(self.path / commit.folder, ignore_errors=True)
+
+    def replace(self, folder: RunFolder, new: Path, kept: Sequence[FileRecord], written: Sequence[FileRecord]) -> None:
+        """Upload what was written, and let the commit name it and what is kept.
+
+        Raises WarehouseError where another has replaced or removed the run meanwhile.
+        """
+        tag, before = self._known[folder.run]
+        attempt = uuid.uuid4().hex[:8]
+        renamed = [replace(file, path=_renamed(file.path, attempt)) for file in written]
+        commit = replace(before, attempt=attempt, files=(*kept, *renamed))
+        added = [f"{commit.folder}/{file.path}" for file in renamed]
+        _at_once(self.bucket.upload, added, [new / file.path for file in written])
+        if not self.bucket.put_over(f"commits/{folder.run}.json", commit.content(), tag):
+            self.bucket.delete(added)
+            raise WarehouseError(f"Run {folder.run} was changed by somebody else meanwhile: look, and ask again.")
+        self.bucket.delete([path for path in before.paths() if path not in commit.paths()])
 
     def verify(self) -> Iterator[Damage]:
         """Read every committed file again and check it against its commit, naming what is damaged."""

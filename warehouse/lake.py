@@ -11,6 +11,7 @@ rename, so a reader sees all of it or nothing, whenever the writer is killed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -153,6 +155,10 @@ class Lake:
             raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
         return folders[run]
 
+    def records(self, run: str) -> list[FileRecord]:
+        """The files of a committed run. Raises UnknownNameError."""
+        return read_manifest(self.find(run).path)
+
     def committed_files(self, table: str) -> list[str]:
         """The committed files of a table by their absolute paths, from the manifests of all runs."""
         files = []
@@ -171,6 +177,15 @@ class Lake:
                 yield
         except Timeout:
             raise WarehouseError(f"Run {folder.run} is being written by another process: ask again later.") from None
+
+    def replace(self, folder: RunFolder, new: Path, kept: Sequence[FileRecord], written: Sequence[FileRecord]) -> None:
+        """Put ``new``, which holds the files kept and written, in a committed run's place, in one step.
+
+        Raises WarehouseError where the system has no such step: with two, a reader in between would miss the run.
+        """
+        files = [asdict(file) for file in (*kept, *written)]
+        write_json(new / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": files})
+        _exchange(new, folder.path)
 
     def interrupted(self) -> list[dict[str, Any]]:
         """What each run in staging said of itself when it was begun."""
@@ -586,6 +601,20 @@ def _problem(folder: Path, record: FileRecord) -> str:
         if expected != actual:
             return f"{what}: {expected} at commit, {actual} now"
     return ""
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two folders change names. Raises WarehouseError where the system has no such step."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        at_here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        names = (at_here, os.fsencode(one), at_here, os.fsencode(other))
+        if hasattr(libc, "renameat2") and libc.renameat2(*names, exchange) == 0:
+            return
+    raise WarehouseError(
+        f"{other}: this system cannot exchange two folders in one step, and a reader would miss the run in between. "
+        "Export the runs to a disk of Linux's, and do it there."
+    )
 
 
 def _sync(path: Path) -> None:

@@ -1,22 +1,20 @@
 """Committed runs written anew without a reader noticing: small files merged, vectors dropped.
 
-    compact(lake, lake.find(run))
+    compact(lake, run)
     keep_vectors(lake, lake.find(run), "none")
 
-The run's new folder is built in staging, of links to what stays, and takes the old one's place by one exchange. Who
-asks in that moment has listed the old files or the new: a file that is gone by then is an error, never a row less, and
-kdb asks again (`Warehouse.sql`).
+The run's new folder is built in staging, of links to what stays, and takes the old one's place in one step: two folders
+change names, or in an object store the commit is replaced. Who asks in that moment has listed the old files or the new:
+a file that is gone by then is an error, never a row less, and kdb asks again (`Warehouse.sql`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdb.errors import WarehouseError
-from kdb.warehouse.lake import Lake, RunFolder, file_record, read_manifest, storage_errors, write_json, write_parquet
-from kdb.warehouse.schema import SCHEMA_VERSION, has_vectors
+from kdb.warehouse.lake import FileRecord, Lake, RunFolder, file_record, read_manifest, storage_errors, write_parquet
+from kdb.warehouse.schema import has_vectors
 
 SAMPLE = 100
 """Prompts whose vectors ``sampled`` keeps."""
@@ -35,18 +32,18 @@ _ROWS = 2**20
 """Rows of a row group of a merged table."""
 
 
-def compact(lake: Lake, folder: RunFolder) -> int:
+def compact(lake: Lake, run: str) -> int:
     """Merge the files of each table of a run into one; returns by how many there are fewer.
 
     Vectors keep their row groups, one for each site and layer, with the prompts of all parts. Raises WarehouseError
-    where the run is being written, or its file system cannot exchange two folders.
+    where the run is being written, or where it cannot be replaced in one step (`Lake.replace`).
     """
-    files = _files(folder)
-    several = {table: paths for table, paths in files.items() if len(paths) > 1}
-    if several:
-        merged = {table: _by_layer(p) if has_vectors(table) else _in_turn(p) for table, p in several.items()}
-        _rewrite(lake, folder, merged)
-    return sum(len(paths) - 1 for paths in several.values())
+    tables = Counter(file.table for file in lake.records(run))
+    if max(tables.values()) > 1:
+        folder = lake.find(run)
+        several = {table: paths for table, paths in _files(folder).items() if len(paths) > 1}
+        _rewrite(lake, folder, {t: _by_layer(p) if has_vectors(t) else _in_turn(p) for t, p in several.items()})
+    return sum(n - 1 for n in tables.values())
 
 
 def keep_vectors(lake: Lake, folder: RunFolder, which: str) -> bool:
@@ -101,26 +98,27 @@ def _sampled(paths: Sequence[Path]) -> Iterator[pa.Table]:
 
 def _rewrite(lake: Lake, folder: RunFolder, changed: Mapping[str, Iterable[pa.Table] | None]) -> None:
     """Put a run in its own place again, with the tables that ``changed`` names replaced, or dropped where None."""
-    if lake.location != str(lake.path):
-        raise WarehouseError(f"{lake.location}: runs in a bucket are not written anew. Do it in a folder, and export.")
     with lake.locked(folder), storage_errors(lake.path):
         for left in lake.staging.glob(f"rewritten-{folder.run}-*"):  # by one that was killed
             shutil.rmtree(left)
         new = lake.staging / f"rewritten-{folder.run}-{uuid.uuid4().hex[:8]}"
         try:
-            records = [file for file in read_manifest(folder.path) if file.table not in changed]
-            for file in records:
+            kept = [file for file in read_manifest(folder.path) if file.table not in changed]
+            for file in kept:
                 (new / file.path).parent.mkdir(parents=True, exist_ok=True)
                 _link(folder.path / file.path, new / file.path)
-            for table, groups in changed.items():
-                if groups is not None:
-                    write_parquet(new / table / "all.parquet", groups, seconds=_seconds(folder, table))
-                    records.append(file_record(new / table / "all.parquet", new))
-            files = [asdict(file) for file in records]
-            write_json(new / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": files})
-            _exchange(new, folder.path)
+            written = [
+                _written(new, table, groups, _seconds(folder, table)) for table, groups in changed.items() if groups
+            ]
+            lake.replace(folder, new, kept, written)
         finally:
-            shutil.rmtree(new, ignore_errors=True)  # the old folder, once they were exchanged
+            shutil.rmtree(new, ignore_errors=True)  # of a folder's, what was there before
+
+
+def _written(new: Path, table: str, groups: Iterable[pa.Table], seconds: float) -> FileRecord:
+    path = new / table / "all.parquet"
+    write_parquet(path, groups, seconds=seconds)
+    return file_record(path, new)
 
 
 def _seconds(folder: RunFolder, table: str) -> float:
@@ -133,17 +131,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Let two folders change names in one step. Raises WarehouseError where the system has no such step."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        at_here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        names = (at_here, os.fsencode(one), at_here, os.fsencode(other))
-        if hasattr(libc, "renameat2") and libc.renameat2(*names, exchange) == 0:
-            return
-    raise WarehouseError(
-        f"{other}: this system cannot exchange two folders in one step, and a reader would miss the run in between. "
-        "Export the runs to a disk of Linux's, and do it there."
-    )

@@ -152,9 +152,9 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     from kdb.warehouse import upkeep
 
     lake = kdb.open(warehouse).lake
-    folders = [lake.find(run) for run in chosen] if chosen else lake.run_folders()
-    fewer = sum(upkeep.compact(lake, folder) for folder in folders)
-    click.echo(f"{fewer} files fewer in {len(folders)} runs.")
+    found = chosen or [folder.run for folder in lake.run_folders()]
+    fewer = sum(upkeep.compact(lake, run) for run in found)
+    click.echo(f"{fewer} files fewer in {len(found)} runs.")
 
 
 def moment(older_than: str, now: datetime) -> datetime:
