@@ -29,8 +29,14 @@ def finished_parts(warehouse: Path) -> dict[str, tuple[int, int]]:
 
 def made_true_by(part: str) -> str:
     """The part that is written after it, and without which it is written again."""
+    after = {
+        "models": "prompts",
+        "datasets": "prompts",
+        "zero_shot": "activations",
+        "probe_predictions": "probe_scores",
+    }
     table, name = part.split("/")
-    return f"{ {'probe_predictions': 'probe_scores', 'zero_shot': 'activations'}.get(table, table) }/{name}"
+    return f"{after.get(table, table)}/{name}"
 
 
 class Watched(Writers):
