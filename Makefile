@@ -19,7 +19,7 @@ demo: .venv/.demo
 	$(BIN)/kdb report --model smollm2-135m -o report.html --warehouse $(DEMO)
 
 test: .venv/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test
 	$(BIN)/ruff check .

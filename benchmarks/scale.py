@@ -5,9 +5,9 @@
 The numbers are invented (benchmarks/grown.py). ``--keep`` leaves the warehouses in DIR (12 GB), and uses those that are
 there. Each question is asked four times in a process of its own: printed are the first time, the median of the other
 three, the processor's seconds of that one, and the process's peak memory. Beside kdb's answers to the ten best neurons
-stand the same SQL over the same files without kdb's views and snapshot, over one unpartitioned Parquet file, over sums
-for each run and category that a commit could write, and Polars. ``--vectors`` and ``--runs`` measure activations
-and many tiny runs. At the end, the bytes of a row are carried on to 80 models of 100 checkpoints each.
+stand the same SQL over the same files without kdb's views and snapshot; and the same answers without the stored sums:
+in DuckDB from all the scores or from one unpartitioned file, and in Polars. ``--vectors`` and ``--runs`` measure
+activations and many tiny runs. At the end, the bytes of a row are carried on to 80 models of 100 checkpoints each.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from kdb.warehouse.vectors import read_vectors
 MODEL = "llama-7b"
 NEURON = "f0_0"
 
-SUMS = """
-SELECT category, component, layer, head, neuron, sum(score) AS total, count(DISTINCT prompt_id) AS n_prompts
-FROM neuron_scores JOIN prompts USING (run, prompt_id)
-WHERE kept AND neuron_scores.run = {run} AND prompts.run = {run} GROUP BY ALL
-"""
-
-BEST_OF_SUMS = """
-SELECT model, category, component, layer, head, neuron, sum(total) / any_value(n_kept) AS score,
-    sum(n_prompts) AS n_prompts
-FROM read_parquet({files}, hive_partitioning = true) AS sums
-JOIN (SELECT model, category, count(*) AS n_kept FROM prompts WHERE kept GROUP BY ALL) USING (model, category)
-WHERE {model} IS NULL OR model = {model}
-GROUP BY model, category, component, layer, head, neuron
-QUALIFY row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) <= 10
+FROM_SCORES = """
+WITH kept AS MATERIALIZED (
+    SELECT *, dense_rank() OVER (ORDER BY model, category)::SMALLINT AS kind
+    FROM kept_prompts('neuron_scores', {models}, NULL, NULL, 'default', NULL)
+),
+best AS (
+    SELECT kind, component, layer, head, neuron, sum(score) AS total
+    FROM neuron_scores JOIN kept USING (run, prompt_id)
+    WHERE among(neuron_scores.model, {models})
+    GROUP BY kind, component, layer, head, neuron
+    QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY total DESC, layer, head, neuron) <= 10
+)
+SELECT model, category, component, layer, head, neuron, total / n_kept AS score
+FROM best JOIN (SELECT DISTINCT kind, model, category, n_kept FROM kept) USING (kind)
 """
 
 Question = Callable[[], object]
@@ -66,12 +66,11 @@ def saved(name: str, **params: object) -> Callable[[Path], Question]:
     return prepare
 
 
-def bare(models: list[str] | None, single: bool = False) -> Callable[[Path], Question]:
-    """The SQL of `top-neurons` over globs, or over one file of all neuron scores."""
+def bare(models: list[str] | None) -> Callable[[Path], Question]:
+    """The SQL of `top-neurons` over globs of the warehouse's files."""
 
     def prepare(folder: Path) -> Question:
-        connection = _globs(folder, {"neuron_scores": f"{folder}.single.parquet"} if single else {})
-        query = find_query("top-neurons")
+        connection, query = _globs(folder), find_query("top-neurons")
         for variable, value in query.bind({"model": models} if models else {}).items():
             connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
         return lambda: connection.execute(query.sql).pl()
@@ -79,13 +78,12 @@ def bare(models: list[str] | None, single: bool = False) -> Callable[[Path], Que
     return prepare
 
 
-def sums(models: list[str] | None) -> Callable[[Path], Question]:
-    """The ten best neurons from sums that each run could store."""
+def from_scores(models: list[str] | None, *, single: bool = False) -> Callable[[Path], Question]:
+    """The ten best neurons from neuron_scores and no sums, over globs, or over one file of all scores."""
 
     def prepare(folder: Path) -> Question:
-        files = literal(f"{folder}.sums/*/*/*.parquet")
-        text = BEST_OF_SUMS.format(files=files, model=literal(models[0]) if models else "NULL")
-        connection = _globs(folder)
+        connection = _globs(folder, {"neuron_scores": f"{folder}.single.parquet"} if single else {})
+        text = FROM_SCORES.format(models=literal(tuple(models) if models else None))
         return lambda: connection.execute(text).pl()
 
     return prepare
@@ -115,14 +113,14 @@ def opening(folder: Path) -> Question:
 QUESTIONS: dict[str, Callable[[Path], Question]] = {
     "open, list runs": opening,
     "top-neurons, one model": saved("top-neurons", model=[MODEL]),
-    "the same, bare Parquet": bare([MODEL]),
-    "the same, one file": bare([MODEL], single=True),
-    "the same, sums by run": sums([MODEL]),
-    "the same, Polars": in_polars([MODEL]),
+    "one model, bare Parquet": bare([MODEL]),
+    "one model, from the scores": from_scores([MODEL]),
+    "one model, from one file": from_scores([MODEL], single=True),
+    "one model, Polars": in_polars([MODEL]),
     "top-neurons, nine models": saved("top-neurons"),
     "nine models, bare Parquet": bare(None),
-    "nine models, one file": bare(None, single=True),
-    "nine models, sums by run": sums(None),
+    "nine models, from the scores": from_scores(None),
+    "nine models, from one file": from_scores(None, single=True),
     "nine models, Polars": in_polars(None),
     "concept-depth": saved("concept-depth"),
     "converging-point-by-size": saved("converging-point-by-size"),
@@ -150,23 +148,14 @@ def _globs(folder: Path, files: dict[str, str] | None = None) -> duckdb.DuckDBPy
     return connection
 
 
-def prepare_baselines(folder: Path) -> None:
-    """Write the one file and the sums by run, unless they are there."""
-    single, stored = Path(f"{folder}.single.parquet"), Path(f"{folder}.sums")
-    with _globs(folder) as connection:
-        if not single.exists():
-            _copy(connection, "FROM neuron_scores", single)
-        for run in Lake(folder).run_folders():
-            target = stored / f"model={run.model}/run={run.run}/sums.parquet"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                _copy(connection, SUMS.format(run=literal(run.run)), target)
-
-
-def _copy(connection: duckdb.DuckDBPyConnection, query: str, target: Path) -> None:
-    """Write a query's rows to a file that appears whole."""
+def write_one_file(folder: Path) -> None:
+    """Write all neuron scores to one file beside the warehouse, unless it is there."""
+    target = Path(f"{folder}.single.parquet")
+    if target.exists():
+        return
     partial = f"{target}.partial"
-    connection.execute(f"COPY ({query}) TO {literal(partial)} (FORMAT parquet, COMPRESSION zstd)")
+    with _globs(folder) as connection:
+        connection.execute(f"COPY neuron_scores TO {literal(partial)} (FORMAT parquet, COMPRESSION zstd)")
     Path(partial).rename(target)
 
 
@@ -279,7 +268,7 @@ def run(args: argparse.Namespace, keep: Path) -> None:
     if args.rows:
         folders = {rows: build(keep / str(rows), rows) for rows in args.rows}
         for folder in folders.values():
-            prepare_baselines(folder)
+            write_one_file(folder)
         print_sizes(folders, "scores")
         print_answers(args.only or list(QUESTIONS), folders, "scores")
         print_model(bytes_per_row(folder))

@@ -22,6 +22,7 @@ import kdb
 from kdb.warehouse.lake import Lake, run_id
 from kdb.warehouse.schema import TABLES, arrow_schema
 from kdb.warehouse.store import Warehouse
+from kdb.warehouse.sums import sum_neurons
 
 DATASETS = ("world-cities", "coinflip-synthetic", "knowledge")
 
@@ -48,13 +49,16 @@ def cut(full: Warehouse, small: Path) -> None:
     for row in runs:
         with lake.stage(named[row["run"]], row["model"], row["dataset"]) as staged:
             took = row["seconds"]  # a run's time is its parts', so the first of them is given all of it
-            for table in (name for name in row["tables"] if name != "runs"):
+            for table in (name for name in row["tables"] if name not in ("runs", "neuron_sums")):
                 columns = ", ".join(f'"{column.name}"' for column in TABLES[table].columns)
                 text = f"SELECT {columns} FROM {table} WHERE run = $run AND {KEPT.get(table, 'true')}"
                 found = full.sql(text, {"run": row["run"]}).to_arrow()
                 if len(found):
                     staged.write(table, "part", [found.cast(arrow_schema(table))], seconds=took)
                     took = 0.0
+            if "neuron_sums" in row["tables"]:  # of what is left
+                sums = sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))
+                staged.write("neuron_sums", "part", [sums])
             stored = {name: value for name, value in row.items() if name in TABLES["runs"].columns}
             staged.commit({**stored, "source_run": named.get(row["source_run"])})
             print(row["model"], row["dataset"], row["variant"])

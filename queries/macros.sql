@@ -170,61 +170,37 @@ FROM (
 );
 
 -- Value neurons of each component by mean score over the kept prompts, the best k. A run stores each prompt's best
--- neurons: one that is not among them counts 0 there. An attention neuron counts with the sum over its positions.
--- n_prompts: the prompts in which it is stored; they are counted for the best alone, for that takes most memory.
--- Rows are joined and grouped by numbers: texts as keys make this twice as slow.
+-- neurons, and their sums in neuron_sums: one that is not among a prompt's counts 0 there. An attention neuron counts with
+-- the sum over its positions. n_prompts: the prompts in which it is stored.
+-- Rows are grouped by numbers: texts as keys make this slower.
 CREATE MACRO ranked_neurons(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k
 ) AS TABLE
 WITH kept AS MATERIALIZED (
     SELECT *, dense_rank() OVER (ORDER BY model, category)::SMALLINT AS kind
-    FROM kept_prompts(
-        'neuron_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    FROM (
+        SELECT DISTINCT model, run, category, n_kept
+        FROM kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
     )
 ),
 
 sums AS (
-    SELECT kind, component, layer, head, neuron, sum(score) AS total
-    FROM neuron_scores
-    JOIN kept USING (run, prompt_id)
-    WHERE among(neuron_scores.model, wanted_models)
-    GROUP BY ALL
-),
-
-best AS MATERIALIZED (
-    SELECT
-        kind, model, category, component, layer, head, neuron, mean_over(total, n_kept) AS score,
-        row_number() OVER (
-            PARTITION BY kind, component ORDER BY mean_over(total, n_kept) DESC, layer, head, neuron
-        ) AS rank
-    FROM sums
-    JOIN (SELECT DISTINCT kind, model, category, n_kept FROM kept) USING (kind)
-    QUALIFY rank <= wanted_k
-),
-
-hits AS MATERIALIZED (
-    SELECT run, prompt_id, places.component, places.layer, places.head, places.neuron
-    FROM neuron_scores
-    JOIN (SELECT DISTINCT component, layer, head, neuron FROM best) AS places
-        ON neuron_scores.neuron = places.neuron AND neuron_scores.layer = places.layer
-        AND neuron_scores.head IS NOT DISTINCT FROM places.head AND neuron_scores.component = places.component
-    WHERE among(model, wanted_models)
-),
-
-counts AS (
-    SELECT kind, component, layer, head, neuron, count(DISTINCT (run, prompt_id)) AS n_prompts
-    FROM hits
-    JOIN kept USING (run, prompt_id)
+    SELECT kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts) AS n_prompts
+    FROM neuron_sums
+    JOIN kept USING (run, category)
+    WHERE among(neuron_sums.model, wanted_models)
     GROUP BY ALL
 )
 
 SELECT
-    model, category, best.component, best.layer, best.head, best.neuron, score, n_prompts,
-    neuron_name(best.component, best.layer, best.head, best.neuron) AS neuron_name, rank
-FROM best
-JOIN counts
-    ON best.kind = counts.kind AND best.component = counts.component AND best.layer = counts.layer
-    AND best.head IS NOT DISTINCT FROM counts.head AND best.neuron = counts.neuron;
+    model, category, component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts,
+    neuron_name(component, layer, head, neuron) AS neuron_name,
+    row_number() OVER (
+        PARTITION BY model, category, component ORDER BY mean_over(total, n_kept) DESC, layer, head, neuron
+    ) AS rank
+FROM sums
+JOIN (SELECT DISTINCT kind, model, category, n_kept FROM kept) USING (kind)
+QUALIFY rank <= wanted_k;
 
 -- The ten tokens at either end of the logits of some neurons, a list of {component, layer, head, neuron}, as JSON strings:
 -- so spaces are seen, and a line end is no line end. Two datasets may store the same neuron; their texts are equal, or

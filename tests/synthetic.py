@@ -22,6 +22,7 @@ from kdb.ingest.describe import arrow_rows
 from kdb.ingest.probes import wilson_interval
 from kdb.warehouse.lake import Lake, StagedRun, run_id
 from kdb.warehouse.store import Warehouse
+from kdb.warehouse.sums import sum_neurons
 
 CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 METHODS = (
@@ -99,6 +100,8 @@ def _write(lake: Lake, model: Model, dataset: str, study: str, tables: Iterator[
         describe(staged, model, study)
         for table, rows in tables:
             staged.write(table, "part", [rows])
+        if study == "knowledge":
+            staged.write("neuron_sums", "part", [sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))])
         staged.commit({"study": study, "variant": "default", "settings": "{}", "seed": 42, "kdb_version": "0"})
 
 

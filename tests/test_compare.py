@@ -75,7 +75,7 @@ def wh(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
         neuron_scores=[neuron(None, 1.5), neuron(3, 2.0)],
     )
     add_run(lake, "m", "other", OTHER, models=models, datasets=[{"fingerprint": "y"}], checks=[{"check": "c"}])
-    (folder / "warehouse.json").write_text('{"schema_version": 2}')
+    (folder / "warehouse.json").write_text('{"schema_version": 3}')
     return Warehouse(folder)
 
 

@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from test_database import NOON, Rows, add_run, create_lake, needs_shell
+from test_database import NOON, Rows, add_run, create_lake, encoded, needs_shell, write_part
 from test_queries import assert_same_in_the_shell
 
 import kdb
 from kdb.errors import QueryError
+from kdb.ingest.describe import table_files
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.database import Database
 from kdb.warehouse.lake import Lake
+from kdb.warehouse.sums import sum_neurons
 
 LATER = NOON + timedelta(hours=1)
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -185,8 +187,14 @@ BETA: dict[str, Rows] = {
 
 
 def add_knowledge(lake: Path, model: str, dataset: str, run: str, tables: dict[str, Rows], **info: Any) -> None:
-    """Commit a run of the knowledge study."""
-    add_run(lake, model, dataset, run, runs=[{"study": "knowledge", **info}], **tables)
+    """Commit a run of the knowledge study, with the sums of its neurons' scores."""
+    derived = ["neuron_sums"] if "neuron_scores" in tables else []
+    named = [*tables, "runs", *derived]
+    add_run(lake, model, dataset, run, runs=[{"study": "knowledge", "tables": named, **info}], **tables)
+    folder = lake / f"model={encoded(model)}/dataset={encoded(dataset)}/run={run}"
+    for table in derived:
+        sums = sum_neurons(table_files(folder, "neuron_scores"), table_files(folder, "prompts"))
+        write_part(folder / table, sums)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ SCORES = {
 }
 """The tables of scores: what a row of a prompt is about, and what it says."""
 
-TABLES = (*SCORES, "neuron_tokens", "prompts", "checks", "models", "datasets")
+TABLES = (*SCORES, "neuron_sums", "neuron_tokens", "prompts", "checks", "models", "datasets")
 
 
 # The dataset -----------------------------------------------------------------------------------------------------
@@ -285,6 +285,17 @@ def test_neurons_are_ranked_by_falling_score_and_certified(stored: Warehouse) ->
     assert_ranked(found)
     heads = "SELECT DISTINCT component, head IS NULL, position IS NULL FROM neuron_scores ORDER BY 1"
     assert rows(stored, heads) == [("attn", False, False), ("ffn", True, True)]
+
+
+def test_sums_are_those_of_the_kept_prompts_scores(stored: Warehouse) -> None:
+    place = "run, category, component, layer, head, neuron"
+    expected = (
+        f"SELECT {place}, sum(score), count(DISTINCT prompt_id) FROM neuron_scores JOIN prompts USING (run, prompt_id)"
+        " WHERE kept GROUP BY ALL ORDER BY ALL"
+    )
+    found = rows(stored, f"SELECT {place}, total, n_prompts FROM neuron_sums ORDER BY ALL")
+    assert [(*place, pytest.approx(total, rel=1e-12), n) for *place, total, n in rows(stored, expected)] == found
+    assert {row[1] for row in found} == set(CATEGORIES)
 
 
 def assert_ranked(found: Rows) -> None:
@@ -538,6 +549,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
         ("neuron_scores", 2, [3, 3, 3]),
         ("ablations", 3, [3, 3]),
         ("query_layer_scores", 4, [3]),
+        ("neuron_sums", 1, []),
         ("neuron_tokens", 1, []),
     ],
 )

@@ -21,14 +21,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grown, "POOL", 512)  # fewer neurons, whose tokens are most of the rows here
         built = scale.build(tmp_path_factory.mktemp("scale") / "lake", ROWS)
-    scale.prepare_baselines(built)
+    scale.write_one_file(built)
     return built
 
 
 def test_every_way_names_the_same_best_neurons(folder: Path) -> None:
     answers = [
         scale.QUESTIONS[name](folder)().select("model", "category", "component", "layer", "head", "neuron")
-        for name in ("top-neurons, one model", "the same, one file", "the same, sums by run", "the same, Polars")
+        for name in (
+            "top-neurons, one model",
+            "one model, bare Parquet",
+            "one model, from one file",
+            "one model, Polars",
+        )
     ]
     rows = [sorted(answer.rows(), key=str) for answer in answers]
     assert len(rows[0]) == 6 * 2 * 10

@@ -59,7 +59,7 @@ def warehouse_of(folder: Path, curves: Rows, predictions: Rows, n_layers: int, n
         probe_scores=curves,
         probe_predictions=predictions,
     )
-    (folder / "warehouse.json").write_text('{"schema_version": 2}')
+    (folder / "warehouse.json").write_text('{"schema_version": 3}')
     return Warehouse(folder)
 
 

@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a table or column is changed or added; part of every run id."""
 
 PARTITIONS = {
@@ -304,6 +304,19 @@ neuron_scores = _table(
     _column("exact", Boolean(), "score was computed over the whole vocabulary, not bounded"),
     _rank("place among the prompt's neurons of this component"),
     key=("prompt_id", "component", "layer", "head", "neuron", "position"),
+)
+
+neuron_sums = _table(
+    "neuron_sums",
+    "category × neuron, of those in neuron_scores",
+    _column("category", Text(), "kind of knowledge, as in prompts"),
+    _component(),
+    _layer(),
+    _head(),
+    _neuron(),
+    _column("total", Double(), "sum of score over the category's kept prompts, and over positions", unit="nat"),
+    _column("n_prompts", Integer(), "kept prompts that have the neuron"),
+    key=("category", "component", "layer", "head", "neuron"),
 )
 
 query_neuron_scores = _table(
