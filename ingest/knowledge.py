@@ -227,13 +227,12 @@ class Attributor:
         """The rows of every table of scores; advances by prompts."""
         import torch
 
-        begun = time.monotonic()
-        with torch.inference_mode():
-            for table, rows in _scores(
-                self._circuit, self._job, [self._prompts[i] for i in prompts], self._batch_tokens
-            ):
-                yield timed(table, [rows], begun)
-                begun = time.monotonic()
+        begun, chunk = time.monotonic(), [self._prompts[i] for i in prompts]
+        # The mode is the thread's: held across a yield it would be the caller's too, and end when this is let go.
+        scores = torch.inference_mode()(_scores)
+        for table, rows in scores(self._circuit, self._job, chunk, self._batch_tokens):
+            yield timed(table, [rows], begun)
+            begun = time.monotonic()
         advance(len(prompts))
 
     def name_tokens(self, neurons: pa.Table) -> Rows:

@@ -541,6 +541,17 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     assert everything(opened) == uninterrupted
 
 
+def test_rows_that_are_waited_for_leave_torchs_mode_alone(
+    job: Callable[..., Job], tiny_loaded: LoadedModel, known: list[tuple[str, str, str]]
+) -> None:
+    measured = knowledge.Attributor(job(), lambda: tiny_loaded, None).measure(range(len(known)), lambda _: None)
+    assert next(measured).table == "layer_scores"
+    assert not torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        measured.close()  # as when it is forgotten while the next run is under way
+        assert torch.is_inference_mode_enabled()
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("table", "time", "left"),
