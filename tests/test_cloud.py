@@ -247,6 +247,24 @@ def test_runs_are_compacted_and_lose_their_vectors(
     assert run_kdb("verify", "--warehouse", URL).exit_code == 0
 
 
+def test_a_server_goes_on_where_a_run_is_compacted(
+    store: ObjectStore,
+    tiny_model: Path,
+    user_dataset: Path,
+    run_kdb: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kdb.ingest.run.prompts_per_part", lambda *_: 10)
+    assert run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL).exit_code == 0
+    environment = {**store.environment, "XDG_CACHE_HOME": str(tmp_path)}
+    with served("--warehouse", URL, "--workers", "1", **environment) as running, running.client() as client:
+        client.get("/api/queries/runs?format=json").raise_for_status()  # now it knows the run's files
+        assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 runs.\n"
+        vectors = client.get("/api/tables/activations?format=csv").raise_for_status()
+        assert len(vectors.text.splitlines()) == 1 + kdb.open(URL).sql("SELECT count(*) FROM activations").item()
+
+
 def test_of_two_who_replace_a_run_one_is_told(filled: ObjectStore) -> None:
     one, other = kdb.open(URL).lake, kdb.open(URL).lake
     folders = [lake.find(lake.run_folders()[0].run) for lake in (one, other)]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import duckdb
 import polars as pl
 
-from kdb.errors import QueryError, WarehouseError
+from kdb.errors import KdbError, QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
 from kdb.warehouse.lake import empty_file
 from kdb.warehouse.paging import column_types
@@ -232,7 +232,7 @@ class Database:
         self.close()
 
 
-def is_gone(error: QueryError) -> bool:
+def is_gone(error: KdbError) -> bool:
     """Whether a question failed because a file that was there when it was asked is no longer."""
     return bool(re.search(r"No such file or directory|No files found|its run was removed", str(error)))
 

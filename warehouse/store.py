@@ -89,7 +89,7 @@ class Warehouse:
             with self._database() as opened:
                 return question(opened)
         except QueryError as error:
-            if self._shared is not None or not database.is_gone(error):
+            if not database.is_gone(error):
                 raise
         with self._database() as opened:
             return question(opened)

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from kdb.errors import KdbError, UnknownNameError
 from kdb.formats import encode
-from kdb.warehouse.database import Limits
+from kdb.warehouse.database import Limits, is_gone
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
 
@@ -54,9 +54,13 @@ def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder:
 
 def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
     try:
-        head, chunks = answers.KINDS[question.kind](opened.at(question.runs), **question.params)
-        chunks = iter(chunks)
-        first = next(chunks, b"")  # what fails, fails here mostly, while it can still be said
+        try:
+            head, first, chunks = _begin(opened, question)
+        except KdbError as error:
+            if not is_gone(error):
+                raise
+            opened.refresh()  # a run was compacted meanwhile: it has other files now, and the same rows
+            head, first, chunks = _begin(opened, question)
         yield HEAD + json.dumps(head).encode()
         yield CHUNK + first
         for chunk in chunks:
@@ -70,6 +74,13 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
         yield REFUSED + json.dumps({"error": text, "unknown": isinstance(error, UnknownNameError)}).encode()
     except Exception as error:  # one question that fails must not take the next ones with it
         yield FAILED + json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+
+
+def _begin(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:
+    """An answer's head, and its first chunk: what fails, fails here mostly, while it can still be said."""
+    head, body = answers.KINDS[question.kind](opened.at(question.runs), **question.params)
+    chunks = iter(body)
+    return head, next(chunks, b""), chunks
 
 
 class _Opened:
@@ -88,6 +99,11 @@ class _Opened:
             self._frozen = self._open.enter_context(self._warehouse.snapshot(list(runs), self.limits))
             self._runs = runs
         return self._frozen
+
+    def refresh(self) -> None:
+        """Look anew which files the runs have."""
+        self._runs = None
+        self._warehouse.runs()
 
 
 def _warm_up() -> None:
