@@ -171,65 +171,58 @@ FROM (
 
 -- Value neurons of each component by mean score over the kept prompts, the best k. A run stores each prompt's best
 -- neurons, and their sums in neuron_sums: one that is not among a prompt's counts 0 there. An attention neuron counts with
--- the sum over its positions. n_prompts: the prompts in which it is stored.
--- Rows are grouped by numbers: texts as keys make this slower.
+-- the sum over its positions. n_prompts: the prompts in which it is stored; run: of the runs that store it, the one with
+-- the most prompts of the category. Rows are grouped by numbers: texts as keys make this slower.
 CREATE MACRO ranked_neurons(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k
 ) AS TABLE
 WITH kept AS MATERIALIZED (
-    SELECT *, dense_rank() OVER (ORDER BY model, category)::SMALLINT AS kind
-    FROM (
-        SELECT DISTINCT model, run, category, n_kept
-        FROM kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
-    )
+    SELECT
+        model, run, category, n_kept, dense_rank() OVER (ORDER BY model, category)::INTEGER AS kind,
+        row_number() OVER (ORDER BY count(*) DESC, run, category)::INTEGER AS number
+    FROM kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
+    GROUP BY model, run, category, n_kept
 ),
 
 sums AS (
-    SELECT kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts) AS n_prompts
+    SELECT
+        kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts) AS n_prompts, min(number) AS number
     FROM neuron_sums
     JOIN kept USING (run, category)
     WHERE among(neuron_sums.model, wanted_models)
     GROUP BY ALL
+),
+
+-- Ordered by one value: so DuckDB keeps the best k of each group, and sorts no others.
+best AS (
+    SELECT component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts, number
+    FROM sums
+    JOIN (SELECT DISTINCT kind, n_kept FROM kept) USING (kind)
+    QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY (-score, layer, head, neuron)) <= wanted_k
 )
 
 SELECT
-    model, category, component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts,
+    model, category, component, layer, head, neuron, score, n_prompts, run,
     neuron_name(component, layer, head, neuron) AS neuron_name,
-    row_number() OVER (
-        PARTITION BY model, category, component ORDER BY mean_over(total, n_kept) DESC, layer, head, neuron
-    ) AS rank
-FROM sums
-JOIN (SELECT DISTINCT kind, model, category, n_kept FROM kept) USING (kind)
-QUALIFY rank <= wanted_k;
+    row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) AS rank
+FROM best
+JOIN kept USING (number);
 
--- The ten tokens at either end of the logits of some neurons, a list of {component, layer, head, neuron}, as JSON strings:
--- so spaces are seen, and a line end is no line end. Two datasets may store the same neuron; their texts are equal, or
--- the first of them is taken.
-CREATE MACRO tokens_of_neurons(wanted_models, wanted_variant, wanted_run, wanted_neurons) AS TABLE
-WITH wanted AS (SELECT DISTINCT * FROM (SELECT unnest(wanted_neurons, recursive := true))),
-
-found AS MATERIALIZED (
-    SELECT
-        model, dataset, run, sign, rank, token,
-        neuron_name(wanted.component, wanted.layer, wanted.head, wanted.neuron) AS neuron_name
-    FROM neuron_tokens
-    JOIN wanted
-        ON neuron_tokens.component = wanted.component AND neuron_tokens.layer = wanted.layer
-        AND neuron_tokens.neuron = wanted.neuron AND neuron_tokens.head IS NOT DISTINCT FROM wanted.head
-    WHERE rank <= 10 AND among(model, wanted_models)
-)
+-- The ten tokens at either end of the logits of some neurons, a list of {run, component, layer, head, neuron}, as JSON
+-- strings: so spaces are seen, and a line end is no line end. No other runs' files are read.
+CREATE MACRO tokens_of_neurons(wanted_neurons) AS TABLE
+WITH wanted AS (SELECT DISTINCT * FROM (SELECT unnest(wanted_neurons, recursive := true)))
 
 SELECT
-    model, neuron_name,
-    min(tokens) FILTER (sign = 'top') AS top_tokens,
-    min(tokens) FILTER (sign = 'bottom') AS bottom_tokens
-FROM (
-    SELECT model, run, sign, neuron_name, string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) AS tokens
-    FROM found
-    JOIN chosen_runs('neuron_tokens', wanted_variant, wanted_run) USING (model, dataset, run)
-    GROUP BY ALL
-)
-GROUP BY ALL;
+    run, neuron_name(component, layer, head, neuron) AS neuron_name,
+    string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) FILTER (sign = 'top') AS top_tokens,
+    string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) FILTER (sign = 'bottom') AS bottom_tokens
+FROM (FROM neuron_tokens SEMI JOIN (SELECT DISTINCT run FROM wanted) USING (run)) AS named
+SEMI JOIN wanted
+    ON named.run = wanted.run AND named.component = wanted.component AND named.layer = wanted.layer
+    AND named.neuron = wanted.neuron AND named.head IS NOT DISTINCT FROM wanted.head
+WHERE rank <= 10
+GROUP BY run, component, layer, head, neuron;
 
 -- What is left of the right token in each kept prompt when a method's k best neurons are zeroed (ibid., table 2); the
 -- untouched model is the method none, with k = 0.

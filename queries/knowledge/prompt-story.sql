@@ -68,14 +68,13 @@ SELECT
 FROM best
 JOIN prompts ON prompts.run = best.run AND prompts.prompt_id = getvariable('prompt')
 LEFT JOIN tokens_of_neurons(
-    getvariable('model'), getvariable('variant'), getvariable('run'),
     (
-        SELECT list({component: component, layer: layer, head: head, neuron: neuron})
+        SELECT list({run: run, component: component, layer: layer, head: head, neuron: neuron})
         FROM best
         WHERE neuron IS NOT NULL
     )
 ) AS named
-    ON named.model = best.model AND neuron IS NOT NULL AND neuron_name = name
+    ON named.run = best.run AND neuron IS NOT NULL AND neuron_name = name
 ORDER BY
     best.model, best.dataset,
     list_position(

@@ -27,8 +27,7 @@ SELECT
     model, category, component, rank, neuron_name, layer, head, neuron, score, n_prompts, top_tokens, bottom_tokens
 FROM best
 LEFT JOIN tokens_of_neurons(
-    getvariable('model'), getvariable('variant'), getvariable('run'),
-    (SELECT list({component: component, layer: layer, head: head, neuron: neuron}) FROM best)
+    (SELECT list({run: run, component: component, layer: layer, head: head, neuron: neuron}) FROM best)
 )
-    USING (model, neuron_name)
+    USING (run, neuron_name)
 ORDER BY model, category_order(category), component, rank;
