@@ -12,15 +12,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kdb.errors import WarehouseError
 
 if TYPE_CHECKING:
+    from obstore import UpdateVersion
     from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "gs", "az")
@@ -122,13 +123,18 @@ class Bucket:
                 return False
         return True
 
-    def put_over(self, path: str, content: bytes, tag: str) -> bool:
-        """Write an object anew if it is still what it was when a listing gave ``tag``; whether it was written."""
+    def put_over(self, path: str, content: bytes, expected: Callable[[bytes], bool]) -> bool:
+        """Write an object anew if it holds what is expected, whoever else tries at once; whether it was written."""
         import obstore
 
         with _reported(self.url):
             try:
-                obstore.put(self.store, path, content, mode={"e_tag": tag}, use_multipart=False)
+                found = obstore.get(self.store, path)
+                if not expected(bytes(found.bytes())):
+                    return False
+                # Google's store goes by the version, the others by the tag.
+                version = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key]}
+                obstore.put(self.store, path, content, mode=cast("UpdateVersion", version), use_multipart=False)
             except (obstore.exceptions.PreconditionError, FileNotFoundError):
                 return False
         return True
