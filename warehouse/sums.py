@@ -32,11 +32,14 @@ ORDER BY ALL
 def sum_neurons(scores: Sequence[Path], prompts: Sequence[Path]) -> pa.Table:
     """The rows of ``neuron_sums`` for the parts of ``neuron_scores``, of which each has prompts of its own.
 
-    The parts are read one by one, for a part is what fits into memory, and rows are added in their order: the same
-    parts make the same sums, to the last bit.
+    Parts are added one by one, for a part is what fits into memory, and rows in their order: the same parts make the
+    same sums, to the last bit.
     """
+    schema, paths = arrow_schema("neuron_sums"), [str(path) for path in prompts]
+    summed = schema.empty_table()
     with duckdb.connect(config={"threads": 1}) as connection:
-        paths = [str(path) for path in prompts]
-        parts = [connection.execute(_OF_A_PART, [str(path), paths]).to_arrow_table() for path in scores]
-        connection.register("parts", pa.concat_tables(parts))
-        return connection.execute(_OF_A_RUN).to_arrow_table().cast(arrow_schema("neuron_sums"))
+        for path in scores:
+            part = connection.execute(_OF_A_PART, [str(path), paths]).to_arrow_table().cast(schema)
+            connection.register("parts", pa.concat_tables([summed, part]))
+            summed = connection.execute(_OF_A_RUN).to_arrow_table().cast(schema)
+    return summed
