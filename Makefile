@@ -18,8 +18,9 @@ demo: .venv/.demo
 	$(BIN)/kdb query top-heads --category capital --variant limit=5 --warehouse $(DEMO)
 	$(BIN)/kdb report --model smollm2-135m -o report.html --warehouse $(DEMO)
 
+# Two processes share the cores: OpenMP's threads must not spin while they wait for each other.
 test: .venv/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test
 	$(BIN)/ruff check .
