@@ -219,9 +219,9 @@ def print_sizes(folders: dict[int, Path], what: str) -> None:
             print(f"| {n:,} | {table} | {size:.1f} |")
 
 
-def print_vectors(folder: Path) -> None:
+def print_vectors(folder: Path, rows: int) -> None:
     """The cost of one layer of one run's vectors."""
-    print_sizes({0: folder}, f"vectors of {HIDDEN} float32")
+    print_sizes({rows: folder}, f"vectors of {HIDDEN} float32")
     parts = sorted(Lake(folder).run_folders()[0].path.glob("activations/*.parquet"))
     answer = ask(lambda: read_vectors(parts, 3, "resid_post"))
     print(f"\nOne layer of one run: {answer['warm']:.3f} s.")
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace, keep: Path) -> None:
         print_answers(args.only or list(QUESTIONS), folders, "scores")
         print_model(bytes_per_row(folder))
     if args.vectors:
-        print_vectors(build_vectors(keep / f"vectors-{args.vectors}", args.vectors))
+        print_vectors(build_vectors(keep / f"vectors-{args.vectors}", args.vectors), args.vectors)
     if args.runs:
         print_answers(list(FOLDERS), {n: build_folders(keep / f"runs-{n}", n) for n in args.runs}, "runs")
 

@@ -147,8 +147,9 @@ def connect(
             connection.execute(statement)
         connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
-            # As text: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s.
-            connection.execute(f"SET VARIABLE kdb_runs = [{', '.join(map(literal, runs))}]::VARCHAR[]")
+            # As a literal: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s. And as
+            # one text, which DuckDB copies for each file that it asks about: 0.14 ms for a list of 5,000.
+            connection.execute(f"SET VARIABLE kdb_runs = {literal(','.join(['', *runs, '']))}")
         _lock(connection, lake, limits, ["kdb://lake/"] if remote else [])
     except duckdb.Error as error:
         connection.close()
@@ -286,7 +287,7 @@ def _run_folders(lake: Path) -> str:
 
 
 def _create_view(name: str, rows: str) -> str:
-    visible = "getvariable('kdb_runs') IS NULL OR list_contains(getvariable('kdb_runs')::VARCHAR[], run)"
+    visible = "getvariable('kdb_runs') IS NULL OR contains(getvariable('kdb_runs')::VARCHAR, ',' || run || ',')"
     return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
 
 
