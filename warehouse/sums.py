@@ -39,7 +39,7 @@ def sum_neurons(scores: Sequence[Path], prompts: Sequence[Path]) -> pa.Table:
     summed = schema.empty_table()
     with duckdb.connect(config={"threads": 1}) as connection:
         for path in scores:
-            part = connection.execute(_OF_A_PART, [str(path), paths]).to_arrow_table().cast(schema)
+            part = connection.sql(_OF_A_PART, params=[str(path), paths]).to_arrow_table().cast(schema)
             connection.register("parts", pa.concat_tables([summed, part]))
-            summed = connection.execute(_OF_A_RUN).to_arrow_table().cast(schema)
+            summed = connection.sql(_OF_A_RUN).to_arrow_table().cast(schema)
     return summed
