@@ -1,6 +1,8 @@
 """Scores added up when a run is stored, so that questions about all of its prompts read no single one.
 
-staged.write("neuron_sums", "part", [sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))])
+    staged.write("neuron_sums", "part", [sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))])
+
+Whoever writes a run's scores writes their sums, too: no reader looks whether they are there.
 """
 
 from __future__ import annotations
