@@ -82,14 +82,14 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_few_facts(command: str) -> str:
-    """The same command, with a few facts in the place of the built-in ones, few cities, and runs that are there."""
+    """The same command, with few facts in the place of the built-in ones, few cities and texts, and runs that exist."""
     if command == EVERY_BUILT_IN:
         return f"{command} --dataset world-cities --dataset coinflip-synthetic --dataset facts.csv"
     if command.startswith("kdb compare"):
         return 'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "FROM runs SELECT run LIMIT 2")'
     if command.startswith("kdb serve"):  # which ends when it is told to
         return f"timeout --preserve-status --signal INT 5 {command}"
-    command = command.replace("--dataset cities", "--dataset cities --limit 50")
+    command = command.replace("--dataset cities", "--dataset cities --limit 50").replace("--limit 100", "--limit 20")
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"
     return command.replace("--dataset knowledge", f"--dataset {few}")
 
