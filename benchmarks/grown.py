@@ -22,7 +22,7 @@ from synthetic import CATEGORIES, NINE_CONCEPTS, NINE_MODELS, SITES, Concept, Mo
 from kdb.ingest.describe import arrow_rows
 from kdb.warehouse.lake import Lake, StagedRun, partitions, run_id
 from kdb.warehouse.schema import arrow_schema
-from kdb.warehouse.sums import sum_neurons
+from kdb.warehouse.sums import write_neuron_sums
 from kdb.warehouse.vectors import activation_groups
 
 HIDDEN = 32
@@ -41,8 +41,7 @@ def build(folder: Path, rows: int) -> Path:
     for model, concept, staged in _runs(folder):
         for table, part in _tables(model, concept, n_prompts, max(1, each // (2 * n_prompts))):
             staged.write(table, "part", [part])
-        sums = sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))
-        staged.write("neuron_sums", "part", [sums])
+        write_neuron_sums(staged)
     return folder
 
 

@@ -200,23 +200,23 @@ def print_answers(names: list[str], folders: dict[int, Path], what: str) -> None
         print(f"| {name} | {' → '.join(f'{seconds:.2f}' for seconds in warm[name])} |")
 
 
-def bytes_per_row(folder: Path) -> dict[str, float]:
-    """Bytes of Parquet for a row of each table that the warehouse's runs have."""
-    sizes: dict[str, float] = {}
+def sizes_of(folder: Path) -> dict[str, tuple[int, float]]:
+    """Rows of each table that the warehouse's runs have, and bytes of Parquet for a row."""
+    sizes: dict[str, tuple[int, float]] = {}
     for table in TABLES:
         files = [file for run in Lake(folder).run_folders() for file in (run.path / table).glob("*.parquet")]
         rows = sum(pq.read_metadata(file).num_rows for file in files)
         if rows:
-            sizes[table] = sum(file.stat().st_size for file in files) / rows
+            sizes[table] = rows, sum(file.stat().st_size for file in files) / rows
     return sizes
 
 
 def print_sizes(folders: dict[int, Path], what: str) -> None:
-    """Bytes of a row, for each size of the warehouse."""
-    print(f"\n| {what} | table | bytes a row |\n| --- | --- | --- |")
+    """Rows, and bytes of a row, for each size of the warehouse."""
+    print(f"\n| {what} | table | rows | bytes a row |\n| --- | --- | --- | --- |")
     for n, folder in folders.items():
-        for table, size in bytes_per_row(folder).items():
-            print(f"| {n:,} | {table} | {size:.1f} |")
+        for table, (rows, size) in sizes_of(folder).items():
+            print(f"| {n:,} | {table} | {rows:,} | {size:.1f} |")
 
 
 def print_vectors(folder: Path, rows: int) -> None:
@@ -227,7 +227,7 @@ def print_vectors(folder: Path, rows: int) -> None:
     print(f"\nOne layer of one run: {answer['warm']:.3f} s.")
 
 
-def print_model(sizes: dict[str, float]) -> None:
+def print_model(sizes: dict[str, tuple[int, float]]) -> None:
     """Modelled: the bytes of 80 models × 100 checkpoints × 50,000 prompts, of a shape such as Qwen3-4B's."""
     layers, heads, hidden, ffn, entries, tokens, runs, prompts = 36, 32, 2560, 9728, 4096, 10, 8000, 50_000
     every = layers * (ffn + tokens * entries)
@@ -238,7 +238,7 @@ def print_model(sizes: dict[str, float]) -> None:
         "neuron_scores, --all-neurons": every,
         "activations, float32": 2 * layers,
     }
-    each = {**sizes, "activations": 4 * hidden}
+    each = {table: size for table, (_rows, size) in sizes.items()} | {"activations": 4 * hidden}
     print("\n| modelled | rows a prompt | bytes a row | bytes a run | bytes of all |\n| --- | --- | --- | --- | --- |")
     for table, n in rows.items():
         size = each[table.partition(",")[0]]
@@ -271,7 +271,7 @@ def run(args: argparse.Namespace, keep: Path) -> None:
             write_one_file(folder)
         print_sizes(folders, "scores")
         print_answers(args.only or list(QUESTIONS), folders, "scores")
-        print_model(bytes_per_row(folder))
+        print_model(sizes_of(folder))
     if args.vectors:
         print_vectors(build_vectors(keep / f"vectors-{args.vectors}", args.vectors), args.vectors)
     if args.runs:

@@ -22,7 +22,7 @@ import kdb
 from kdb.warehouse.lake import Lake, run_id
 from kdb.warehouse.schema import TABLES, arrow_schema
 from kdb.warehouse.store import Warehouse
-from kdb.warehouse.sums import sum_neurons
+from kdb.warehouse.sums import write_neuron_sums
 
 DATASETS = ("world-cities", "coinflip-synthetic", "knowledge")
 
@@ -57,8 +57,7 @@ def cut(full: Warehouse, small: Path) -> None:
                     staged.write(table, "part", [found.cast(arrow_schema(table))], seconds=took)
                     took = 0.0
             if "neuron_sums" in row["tables"]:  # of what is left
-                sums = sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))
-                staged.write("neuron_sums", "part", [sums])
+                write_neuron_sums(staged)
             stored = {name: value for name, value in row.items() if name in TABLES["runs"].columns}
             staged.commit({**stored, "source_run": named.get(row["source_run"])})
             print(row["model"], row["dataset"], row["variant"])

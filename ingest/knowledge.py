@@ -27,7 +27,7 @@ from kdb.ingest.progress import progress
 from kdb.ingest.targets import check_candidates, target_token
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import arrow_schema
-from kdb.warehouse.sums import sum_neurons
+from kdb.warehouse.sums import write_neuron_sums
 
 if TYPE_CHECKING:
     from kdb.ingest.attribution import Attribution, Neurons, Queries
@@ -83,9 +83,7 @@ def measure(staged: StagedRun, job: Job, engine: Engine) -> None:
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
     _attribute(staged, job, kept, ask, engine)
     if kept and not staged.has("neuron_sums", "part"):
-        begun = time.monotonic()
-        sums = sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))
-        staged.write("neuron_sums", "part", [sums], seconds=time.monotonic() - begun)
+        write_neuron_sums(staged)
     if kept and not staged.has("neuron_tokens", "part"):
         write_part(staged, ask("name_tokens", _named_neurons(staged, job.attributing.top_k)))
 

@@ -179,6 +179,11 @@ def macros() -> str:
     return (FOLDER / "macros.sql").read_text(encoding="utf-8")
 
 
+def neuron_sums() -> str:
+    """The SQL that adds one part's scores to the sums that a run stores."""
+    return (FOLDER / "neuron_sums.sql").read_text(encoding="utf-8")
+
+
 def _read_query(path: Path) -> SavedQuery:
     sql = path.read_text(encoding="utf-8")
     header = [line[2:].strip() for line in takewhile(lambda line: line.startswith("--"), sql.splitlines())]

@@ -22,7 +22,7 @@ from kdb.ingest.describe import arrow_rows
 from kdb.ingest.probes import wilson_interval
 from kdb.warehouse.lake import Lake, StagedRun, run_id
 from kdb.warehouse.store import Warehouse
-from kdb.warehouse.sums import sum_neurons
+from kdb.warehouse.sums import write_neuron_sums
 
 CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 METHODS = (
@@ -101,7 +101,7 @@ def _write(lake: Lake, model: Model, dataset: str, study: str, tables: Iterator[
         for table, rows in tables:
             staged.write(table, "part", [rows])
         if study == "knowledge":
-            staged.write("neuron_sums", "part", [sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))])
+            write_neuron_sums(staged)
         staged.commit({"study": study, "variant": "default", "settings": "{}", "seed": 42, "kdb_version": "0"})
 
 

@@ -42,7 +42,7 @@ def test_every_way_names_the_same_best_neurons(folder: Path) -> None:
 
 def test_a_question_is_measured_and_the_model_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scale.print_answers(["open, list runs"], {ROWS: folder}, "scores")
-    scale.print_model(scale.bytes_per_row(folder))
+    scale.print_model(scale.sizes_of(folder))
     printed = capsys.readouterr().out
     assert f"| {ROWS:,} | open, list runs |" in printed
     assert "neuron_scores, --top-k 300 | 600 |" in printed

@@ -185,14 +185,15 @@ class CloudLake(Lake):
 
         Raises WarehouseError where another has replaced or removed the run meanwhile.
         """
-        _tag, before = self._known[folder.run]
+        before = self._known[folder.run][1]
         attempt = uuid.uuid4().hex[:8]
         renamed = [replace(file, path=_renamed(file.path, attempt)) for file in written]
         commit = replace(before, attempt=attempt, files=(*kept, *renamed))
         added = [f"{commit.folder}/{file.path}" for file in renamed]
         _at_once(self.bucket.upload, added, [new / file.path for file in written])
-        path = f"commits/{folder.run}.json"
-        if not self.bucket.put_over(path, commit.content(), lambda found: Commit.read(found, path) == before):
+        place = f"commits/{folder.run}.json"
+        where = f"{self.location}/{place}"
+        if not self.bucket.put_over(place, commit.content(), lambda found: Commit.read(found, where) == before):
             self.bucket.delete(added)
             raise WarehouseError(f"Run {folder.run} was changed by somebody else meanwhile: look, and ask again.")
         self.bucket.delete([path for path in before.paths() if path not in commit.paths()])

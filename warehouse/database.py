@@ -148,7 +148,7 @@ def connect(
         connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
             # As a literal: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s. And as
-            # one text, which DuckDB copies for each file that it asks about: 0.14 ms for a list of 5,000.
+            # one text, which DuckDB copies for each file that it asks about: a list of thousands takes longer.
             connection.execute(f"SET VARIABLE kdb_runs = {literal(','.join(['', *runs, '']))}")
         _lock(connection, lake, limits, ["kdb://lake/"] if remote else [])
     except duckdb.Error as error:

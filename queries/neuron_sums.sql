@@ -1,0 +1,14 @@
+-- The rows of neuron_sums, with those of one more part of neuron_scores: $scores is its file, $prompts those of the run's
+-- prompts, and summed the rows so far. A part has prompts of its own, so they are counted within it.
+SELECT category, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::INTEGER AS n_prompts
+FROM (
+    FROM summed
+    UNION ALL
+    SELECT category, component, layer, head, neuron, sum(score) AS total, count(DISTINCT prompt_id) AS n_prompts
+    FROM read_parquet($scores) AS scores
+    JOIN read_parquet($prompts) AS prompts USING (prompt_id)
+    WHERE kept
+    GROUP BY ALL
+)
+GROUP BY ALL
+ORDER BY ALL;
