@@ -26,8 +26,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-SCHEMA_VERSION = 3
-"""Raised when a table or column is changed or added; part of every run id."""
+SCHEMA_VERSION = 4
+"""Raised when a table or column is added or changed. No part of a run's id: a new column measures nothing anew."""
+
+OLDEST_SCHEMA = 3
+"""Runs written since this version are read as they are: what they lack is NULL."""
 
 PARTITIONS = {
     "model": "model, as named in the registry or by --name",
@@ -52,8 +55,11 @@ class TextList(UserDefinedType[Any]):
 metadata = MetaData()
 
 
-def _column(name: str, type_: TypeEngine[Any], meaning: str, unit: str = "", symbol: str = "") -> Column[Any]:
-    return Column(name, type_, comment=meaning, info={"unit": unit, "symbol": symbol})
+def _column(
+    name: str, type_: TypeEngine[Any], meaning: str, unit: str = "", symbol: str = "", since: int = OLDEST_SCHEMA
+) -> Column[Any]:
+    """A column; ``since`` is the schema version that brought it, before which it is NULL."""
+    return Column(name, type_, comment=meaning, info={"unit": unit, "symbol": symbol, "since": since})
 
 
 def _table(name: str, rows: str, *columns: Column[Any], key: tuple[str, ...] = ()) -> Table:
@@ -108,7 +114,9 @@ models = _table(
     "run",
     _column("family", Text(), "model family, such as llama or gemma"),
     _column("source", Text(), "hub id, or file or folder name, that the weights came from"),
-    _column("revision", Text(), "commit on the hub, or sha256 of the weights"),
+    _column(
+        "revision", Text(), "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer"
+    ),
     _column("architecture", Text(), "transformers' class"),
     _column("n_layers", SmallInteger(), "transformer blocks", symbol="d, L"),
     _column("n_heads", SmallInteger(), "attention heads per layer", symbol="H"),
@@ -118,8 +126,16 @@ models = _table(
     _column("intermediate_size", Integer(), "FFN neurons per layer", symbol="N"),
     _column("vocab_size", Integer(), "rows of the unembedding", symbol="B"),
     _column("n_params", BigInteger(), "parameters, tied weights counted once"),
-    _column("dtype", Text(), "of the weights in the forward pass"),
-    _column("quantization", Text(), "int8, or NULL when not quantized"),
+    _column("dtype", Text(), "number format of the weights in the forward pass"),
+    _column(
+        "quantization",
+        Text(),
+        "how the weights are quantized, with each format's share of the parameters, such as 'Q4_1 81 %, F32 19 %'; "
+        "NULL when they are not",
+    ),
+    _column("weights_dtype", Text(), "number formats of the weights in the file, the most frequent first", since=4),
+    _column("base_model", Text(), "model that this one was made from, where its files say so", since=4),
+    _column("instruct", Boolean(), "trained to follow instructions, where its files say so; else NULL", since=4),
 )
 
 datasets = _table(
@@ -150,6 +166,9 @@ runs = _table(
     _column("started_at", DateTime(timezone=True), "when the run was begun", unit="UTC"),
     _column("finished_at", DateTime(timezone=True), "when the run was committed", unit="UTC"),
     _column("seconds", Double(), "time spent measuring, interruptions left out", unit="s"),
+    _column("imported_from", Text(), "warehouse that the run was copied from; NULL for a run measured here", since=4),
+    _column("imported_at", DateTime(timezone=True), "when the run was copied from there", unit="UTC", since=4),
+    _column("preferred", Boolean(), "imported to take precedence over runs measured here", since=4),
 )
 
 checks = _table(
@@ -212,6 +231,7 @@ probe_scores = _table(
     _column("auc", Double(), "area under the ROC curve of the decision function"),
     _column("control_accuracy", Double(), "accuracy of the same classifier where it is fitted to shuffled labels"),
     _column("selectivity", Double(), "accuracy - control_accuracy"),
+    _column("is_default", Boolean(), "the default classifier on the default split: what `current` shows", since=4),
     key=("layer", "site", "classifier", "split"),
 )
 
@@ -403,6 +423,11 @@ def arrow_schema(table: str, *, vector_size: int | None = None, float16: bool = 
         pa.field(column.name, vector if isinstance(column.type, Vector) else _TYPES[type(column.type)][0])
         for column in TABLES[table].columns
     )
+
+
+def column_names(table: str, version: int = SCHEMA_VERSION) -> list[str]:
+    """The columns that a table's files have in a run of this schema version; those from its path are left out."""
+    return [column.name for column in TABLES[table].columns if column.info["since"] <= version]
 
 
 def sql_type(column: Column[Any]) -> str:
