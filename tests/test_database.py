@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import inspect, text
 
 from kdb.errors import QueryError, WarehouseError
-from kdb.warehouse.database import Database, engine, scan, write_shell_file
+from kdb.warehouse.database import Database, connect, engine, scan, write_shell_file
 from kdb.warehouse.schema import PARTITIONS, TABLES, arrow_schema, sql_type
 
 ODD_NAMES = ["007", "true", "1e5", "null", "a=b/c d%", "2024-01-01", "ü", "it's"]
@@ -120,7 +120,7 @@ def test_partition_values_stay_text(filled: Path, database: Database) -> None:
     select = "SELECT model, dataset, run FROM checks"
     assert sorted(database.sql(select).rows()) == expected
     assert sorted(scan(filled, "checks").select("model", "dataset", "run").collect().rows()) == expected
-    frame = pd.read_sql(select, engine(filled, lambda: None))
+    frame = pd.read_sql(select, engine(lambda: connect(filled)))
     assert sorted(frame.itertuples(index=False, name=None)) == expected
 
 
@@ -291,7 +291,7 @@ def test_a_missing_or_damaged_lake_is_a_warehouse_error(tmp_path: Path, lake: Pa
 
 @pytest.mark.filterwarnings("error")
 def test_engine_reflects_every_view(filled: Path, database: Database) -> None:
-    opened = engine(filled, lambda: None)
+    opened = engine(lambda: connect(filled))
     with opened.connect() as connection:
         inspector = inspect(connection)
         assert sorted(inspector.get_view_names()) == sorted([*TABLES, "current_runs"])
@@ -301,7 +301,7 @@ def test_engine_reflects_every_view(filled: Path, database: Database) -> None:
 
 
 def test_engine_takes_parameters_and_refuses_writes(filled: Path) -> None:
-    opened = engine(filled, lambda: [f"{0:016x}", f"{1:016x}"])
+    opened = engine(lambda: connect(filled, [f"{0:016x}", f"{1:016x}"]))
     with opened.connect() as connection:
         rows = connection.execute(text("SELECT model FROM checks WHERE model <> :name"), {"name": "true"}).all()
         assert [tuple(row) for row in rows] == [("007",)]
@@ -311,7 +311,7 @@ def test_engine_takes_parameters_and_refuses_writes(filled: Path) -> None:
 
 def test_engine_connections_see_runs_committed_since(lake: Path) -> None:
     runs: list[str] = []
-    opened = engine(lake, lambda: runs)
+    opened = engine(lambda: connect(lake, runs))
     assert pd.read_sql("FROM runs", opened).empty
     add_run(lake, "m", "d", "a" * 16)
     runs.append("a" * 16)

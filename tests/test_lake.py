@@ -104,7 +104,8 @@ def test_a_run_is_invisible_until_it_is_committed(lake: Lake) -> None:
 def test_a_run_in_progress_tells_what_it_is(lake: Lake) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
-    (begun,) = lake.interrupted()
+    (left,) = lake.interrupted()
+    begun = left.begun
     assert (begun["run"], begun["model"], begun["dataset"]) == (RUN, "tiny", "weather")
     measure(lake)
     assert lake.interrupted() == []
@@ -311,14 +312,12 @@ def test_many_processes_may_make_one_warehouse_at_once(tmp_path: Path, processes
 
 
 def test_a_run_id_is_the_same_on_every_machine() -> None:
-    assert run_id({"model": "tiny", "seed": 42}) == "519655a65249c829"
-    assert run_id({"seed": 42, "model": "tiny"}) == "519655a65249c829"
+    assert run_id({"model": "tiny", "seed": 42}) == "a11f1cf21f7756e5"
+    assert run_id({"seed": 42, "model": "tiny"}) == "a11f1cf21f7756e5"
 
 
-def test_a_run_id_changes_with_the_schema_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = run_id({"model": "tiny"})
-    monkeypatch.setattr(lake_module, "SCHEMA_VERSION", lake_module.SCHEMA_VERSION + 1)
-    assert run_id({"model": "tiny"}) != before
+def test_the_id_of_a_run_measured_before_schema_4_is_computed_as_it_was_then() -> None:
+    assert run_id({"model": "tiny", "seed": 42}, 1) == "519655a65249c829"
 
 
 # Damage ----------------------------------------------------------------------------------------------------------
@@ -504,21 +503,21 @@ def test_an_empty_folder_becomes_a_warehouse(tmp_path: Path) -> None:
 
 def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> None:
     lake.marker.write_text('{"schema_version": 99}')
-    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 3\): upgrade kdb"):
+    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 4\): upgrade kdb"):
         Warehouse.create(lake.path)
     assert json.loads(lake.marker.read_text()) == {"schema_version": 99}
 
 
 def test_a_warehouse_of_an_older_kdb_is_refused(lake: Lake) -> None:
     lake.marker.write_text('{"schema_version": 1}')
-    with pytest.raises(WarehouseError, match=r"written by an older kdb \(schema 1, this one needs 3\): measure again"):
+    with pytest.raises(WarehouseError, match=r"written by an older kdb \(schema 1, this one reads 3 and later\): measure again"):
         Warehouse(lake.path)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": "new"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": "new"}', '{"schema_version": 1e999}', "\x00", "[" * 200_000])
 def test_a_damaged_marker_is_named(lake: Lake, content: str) -> None:
     lake.marker.write_text(content)
-    with pytest.raises(WarehouseError, match=r"warehouse\.json' is damaged: expected \{\"schema_version\": 3\}"):
+    with pytest.raises(WarehouseError, match=r"warehouse\.json is damaged: "):
         Warehouse(lake.path)
 
 

@@ -46,7 +46,7 @@ def test_compact_leaves_one_file_a_table_and_every_row(folder: Path, run_kdb: Ca
     before = kdb.open(folder).sql(ROWS)
     assert len(files(folder)) == 10
     assert run_kdb("compact", "--warehouse", folder).stdout == "9 files fewer in 1 runs.\n"
-    assert files(folder) == ["all.parquet"]
+    assert len(files(folder)) == 1
     assert kdb.open(folder).sql(ROWS).equals(before)
     assert run_kdb("verify", "--warehouse", folder).exit_code == 0
     assert run_kdb("compact", "--warehouse", folder).stdout == "0 files fewer in 1 runs.\n"

@@ -21,8 +21,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -31,19 +31,17 @@ from platformdirs import user_cache_path
 from kdb.errors import UnknownNameError, WarehouseError
 from kdb.warehouse.blocks import BlockFile
 from kdb.warehouse.bucket import Bucket, Found
-from kdb.warehouse.lake import (
-    Damage,
+from kdb.warehouse.files import appears_whole, storage_errors, write_json
+from kdb.warehouse.lake import Damage, Lake, StagedRun, check_version, empty_file, partitions
+from kdb.warehouse.manifest import (
+    MANIFEST,
+    RUN_ID,
     FileRecord,
-    Lake,
+    Manifest,
     RunFolder,
-    StagedRun,
-    appears_whole,
-    check_version,
-    empty_file,
-    partitions,
+    parse_json,
+    parse_manifest,
     read_manifest,
-    storage_errors,
-    write_json,
 )
 from kdb.warehouse.remote import SCHEME, CommittedFiles
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, has_vectors
@@ -58,31 +56,32 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Commit:
-    """A committed run. The files' paths are relative to the run's folder; ``attempt`` is in the name of each."""
+    """A committed run. The manifest's paths are relative to the run's folder; ``attempt`` is in the name of each."""
 
     run: str
     model: str
     dataset: str
     attempt: str
-    files: tuple[FileRecord, ...]
+    manifest: Manifest
 
     @classmethod
     def read(cls, content: bytes, where: str) -> Commit:
-        """What a commit object says. Raises WarehouseError where it is none, or of another schema."""
-        try:
-            said = json.loads(content)
-            version = said.pop("schema_version")
-            files = tuple(FileRecord(**file) for file in said.pop("files"))
-            commit = cls(files=files, **said)
-        except (ValueError, KeyError, TypeError) as error:
-            raise WarehouseError(f"{where} is damaged ({error}): `kdb runs remove` takes its run away.") from error
-        if version != SCHEMA_VERSION:
-            raise WarehouseError(f"{where} was written with schema {version}, and this kdb has {SCHEMA_VERSION}.")
+        """The commit in an object. Raises WarehouseError where it is none, or of a schema that kdb does not read."""
+        said = parse_json(content, where)
+        names = {name: said.get(name) for name in ("run", "model", "dataset", "attempt")}
+        if not all(isinstance(name, str) and name for name in names.values()):
+            raise WarehouseError(f"{where} is damaged: run, model, dataset and attempt are not texts.")
+        run = str(names["run"])
+        if not RUN_ID.fullmatch(run):
+            raise WarehouseError(f"{where} is damaged: run ids are 16 hex digits.")
+        commit = cls(**cast("dict[str, str]", names), manifest=parse_manifest(content, run, where))
+        partitions(commit.model, commit.dataset, commit.run)  # refuses what cannot be a name
         return commit
 
     def content(self) -> bytes:
-        """What the commit object holds."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1).encode()
+        """The content of the commit's object."""
+        names = {"run": self.run, "model": self.model, "dataset": self.dataset, "attempt": self.attempt}
+        return json.dumps({**self.manifest.content(), **names}, indent=1).encode()
 
     @property
     def folder(self) -> str:
@@ -91,7 +90,7 @@ class Commit:
 
     def paths(self, table: str | None = None) -> dict[str, FileRecord]:
         """The files of one table or of all, by their paths within the warehouse."""
-        return {f"{self.folder}/{f.path}": f for f in self.files if table in (None, f.table)}
+        return {f"{self.folder}/{f.path}": f for f in self.manifest.files if table in (None, f.table)}
 
 
 class CloudLake(Lake):
@@ -107,8 +106,9 @@ class CloudLake(Lake):
             raise WarehouseError(
                 f"There is no warehouse at {url!r}: `kdb ingest` makes one, --warehouse names another."
             )
-        check_version(url, content)
+        version = check_version(url, content)
         super().__init__(Lake.create(_mirror(url)).path)
+        self.schema_version = version
         self.location = url
         self._known: dict[str, tuple[str, Commit]] = {}
 
@@ -118,7 +118,16 @@ class CloudLake(Lake):
         bucket = bucket or Bucket.at(url)
         if bucket.get("warehouse.json") is None:
             bucket.put_new("warehouse.json", json.dumps({"schema_version": SCHEMA_VERSION}).encode())
-        return cls(url, bucket)
+        lake = cls(url, bucket)
+        lake.raise_version()
+        return lake
+
+    def raise_version(self) -> None:
+        """Let the warehouse say that it may hold runs of this kdb's schema, so that an older kdb leaves it alone."""
+        if self.schema_version < SCHEMA_VERSION:
+            marker = json.dumps({"schema_version": SCHEMA_VERSION}).encode()
+            self.bucket.put_over("warehouse.json", marker, lambda found: found != marker)
+            self.schema_version = SCHEMA_VERSION
 
     # What is committed -----------------------------------------------------------------------------------------------
 
@@ -135,13 +144,16 @@ class CloudLake(Lake):
 
     def _commit(self, found: Found) -> Commit | None:
         """A commit as it was listed, kept in the mirror under its tag; None where it was removed meanwhile."""
+        where = f"{self.location}/{found.path}"
         kept = self.path / "commits" / hashlib.sha256(f"{found.path} {found.tag}".encode()).hexdigest()
         with contextlib.suppress(FileNotFoundError):
-            return Commit.read(kept.read_bytes(), f"{self.location}/{found.path}")
+            return Commit.read(kept.read_bytes(), where)
         content = self.bucket.get(found.path)
         if content is None:
             return None
-        commit = Commit.read(content, f"{self.location}/{found.path}")
+        commit = Commit.read(content, where)
+        if found.path != f"commits/{commit.run}.json":
+            raise WarehouseError(f"{where} is damaged: it is the commit of run {commit.run}.")
         kept.parent.mkdir(exist_ok=True)
         with appears_whole(kept) as partial:
             partial.write_bytes(content)
@@ -149,7 +161,11 @@ class CloudLake(Lake):
 
     def run_folders(self) -> list[RunFolder]:
         """Every committed run, by model, dataset and run; its folder holds what was read of it so far."""
-        found = [RunFolder(c.run, c.model, c.dataset, self.path / c.folder) for c in self.commits().values()]
+        self.commits()
+        found = [
+            RunFolder(commit.run, commit.model, commit.dataset, self.path / commit.folder, tag)
+            for tag, commit in self._known.values()
+        ]
         return sorted(found, key=lambda folder: (folder.model, folder.dataset, folder.run))
 
     def find(self, run: str) -> RunFolder:
@@ -160,12 +176,32 @@ class CloudLake(Lake):
         for path in folder.rglob("*.parquet"):  # of a run with this id that was removed and measured again
             if path.relative_to(self.path).as_posix() not in commit.paths():
                 path.unlink()
-        write_json(folder / "manifest.json", json.loads(commit.content()))
-        return RunFolder(run, commit.model, commit.dataset, folder)
+        write_json(folder / MANIFEST, json.loads(commit.content()))
+        return RunFolder(run, commit.model, commit.dataset, folder, self._known[run][0])
+
+    def still(self, folders: Iterable[RunFolder]) -> bool:
+        """Always: no object is written twice under its name, so one that is read is of the commit that named it."""
+        return True
+
+    def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
+        """Nothing: an object is checked against its commit when it is fetched."""
+
+    def schema_versions(self, folders: Sequence[RunFolder]) -> dict[str, int]:
+        """The schema version of each run, by its id."""
+        return {folder.run: self._known[folder.run][1].manifest.schema_version for folder in folders}
+
+    def manifest(self, folder: RunFolder) -> Manifest:
+        """The manifest of a committed run. Raises UnknownNameError."""
+        return self._named(folder.run).manifest
+
+    @contextlib.contextmanager
+    def held(self, folders: Sequence[RunFolder]) -> Iterator[tuple[Path, list[RunFolder]]]:
+        """The lake itself: an object store has no links."""
+        yield self.root, list(folders)
 
     def records(self, run: str) -> list[FileRecord]:
         """The files of a committed run, none of which is fetched. Raises UnknownNameError."""
-        return list(self._named(run).files)
+        return list(self._named(run).manifest.files)
 
     def _named(self, run: str) -> Commit:
         commits = self.commits()
@@ -180,21 +216,21 @@ class CloudLake(Lake):
         self.bucket.delete(list(commit.paths()))
         shutil.rmtree(self.path / commit.folder, ignore_errors=True)
 
-    def replace(self, folder: RunFolder, new: Path, kept: Sequence[FileRecord], written: Sequence[FileRecord]) -> None:
+    def replace(self, folder: RunFolder, new: Path, manifest: Manifest) -> None:
         """Upload what was written, and let the commit name it and what is kept.
 
         Raises WarehouseError where another has replaced or removed the run meanwhile.
         """
         before = self._known[folder.run][1]
         attempt = uuid.uuid4().hex[:8]
-        renamed = [replace(file, path=_renamed(file.path, attempt)) for file in written]
-        commit = replace(before, attempt=attempt, files=(*kept, *renamed))
-        added = [f"{commit.folder}/{file.path}" for file in renamed]
-        _at_once(self.bucket.upload, added, [new / file.path for file in written])
+        renamed = {f.path: f if f in before.manifest.files else _renamed(f, attempt) for f in manifest.files}
+        commit = replace(before, attempt=attempt, manifest=replace(manifest, files=tuple(renamed.values())))
+        added = {f"{commit.folder}/{f.path}": new / path for path, f in renamed.items() if f.path != path}
+        _at_once(self.bucket.upload, added.keys(), added.values())
         place = f"commits/{folder.run}.json"
         where = f"{self.location}/{place}"
         if not self.bucket.put_over(place, commit.content(), lambda found: Commit.read(found, where) == before):
-            self.bucket.delete(added)
+            self.bucket.delete(list(added))
             raise WarehouseError(f"Run {folder.run} was changed by somebody else meanwhile: look, and ask again.")
         self.bucket.delete([path for path in before.paths() if path not in commit.paths()])
 
@@ -214,31 +250,27 @@ class CloudLake(Lake):
             return "missing"
         return "" if digest.hexdigest() == record.sha256 else f"sha256: {record.sha256} at commit, another now"
 
-    def stage(self, run: str, model: str, dataset: str) -> StagedRun:
+    def stage(self, run: str, model: str, dataset: str, *, identity: Mapping[str, Any] | None = None) -> StagedRun:
         """Begin or resume a run, staged in the mirror; use it in a ``with`` statement."""
-        return _CloudRun(self, run, model, dataset)
+        return _CloudRun(self, run, model, dataset, identity)
 
     # What is read ----------------------------------------------------------------------------------------------------
 
-    def files(self, runs: Sequence[str]) -> dict[str, list[str]]:
+    def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
         """The files of each table in these runs: a local path where it is mirrored, else ``kdb://`` and its path.
 
-        The empty typed file comes first: it tells a table's types without a request.
+        For each schema version that they follow; the empty typed file comes first in today's.
         """
-        if any(run not in self._known for run in runs):
+        if any(folder.run not in self._known for folder in folders):
             self.commits()
-        commits = [self._known[run][1] for run in runs if run in self._known]  # those removed meanwhile are gone
-        return {
-            table: [
-                str(empty_file(self.root, table)),
-                *(
-                    str(self._local(path, record) or SCHEME + path)
-                    for commit in commits
-                    for path, record in commit.paths(table).items()
-                ),
-            ]
-            for table in TABLES
-        }
+        found = {SCHEMA_VERSION: {table: [str(empty_file(self.root, table))] for table in TABLES}}
+        for folder in folders:
+            if folder.run in self._known:  # else removed meanwhile
+                commit = self._known[folder.run][1]
+                tables = found.setdefault(commit.manifest.schema_version, {})
+                for path, record in commit.paths().items():
+                    tables.setdefault(record.table, []).append(str(self._local(path, record) or SCHEME + path))
+        return found
 
     @property
     def filesystem(self) -> CommittedFiles:
@@ -302,8 +334,10 @@ class CloudLake(Lake):
 class _CloudRun(StagedRun):
     """A run in progress, staged in the mirror and uploaded when it is whole."""
 
-    def __init__(self, lake: CloudLake, run: str, model: str, dataset: str) -> None:
-        super().__init__(lake, run, model, dataset)
+    def __init__(
+        self, lake: CloudLake, run: str, model: str, dataset: str, identity: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(lake, run, model, dataset, identity)
         self._lake = lake
 
     def _stands(self) -> bool:
@@ -317,8 +351,10 @@ class _CloudRun(StagedRun):
         if "attempt" not in self.facts:
             self.remember(attempt=uuid.uuid4().hex[:8])  # before any upload: a resumed one writes the same objects
         attempt, bucket = self.facts["attempt"], self._lake.bucket
-        local = {file: replace(file, path=_renamed(file.path, attempt)) for file in read_manifest(self.path)}
-        commit = Commit(self.run, self.model, self.dataset, attempt, tuple(local.values()))
+        manifest = read_manifest(self.path, self.run)
+        local = {file: _renamed(file, attempt) for file in manifest.files}
+        manifest = replace(manifest, files=tuple(local.values()))
+        commit = Commit(self.run, self.model, self.dataset, attempt, manifest)
         log.info("Uploading %.1f MB to %s", sum(f.bytes for f in local) / 1e6, self._lake.location)
         sources = [self.path / file.path for file in local]
         _at_once(bucket.upload, commit.paths(), sources)
@@ -348,8 +384,8 @@ def _at_once(function: Callable[..., Result], *arguments: Iterable[Any]) -> list
         return list(pool.map(function, *arguments))
 
 
-def _renamed(path: str, attempt: str) -> str:
-    return f"{path.removesuffix('.parquet')}-{attempt}.parquet"
+def _renamed(file: FileRecord, attempt: str) -> FileRecord:
+    return replace(file, path=f"{file.path.removesuffix('.parquet')}-{attempt}.parquet")
 
 
 def _mirror(url: str) -> Path:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import duckdb
 import polars as pl
@@ -28,7 +28,7 @@ from kdb.errors import KdbError, QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
 from kdb.warehouse.lake import empty_file
 from kdb.warehouse.paging import column_types
-from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
+from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema, column_names, sql_type
 from kdb.warehouse.statements import check_public, check_reads, message
 
 if TYPE_CHECKING:
@@ -52,20 +52,11 @@ class Limits:
     threads: int
 
 
-class Remote(Protocol):
-    """A lake whose files are not all in its folder."""
-
-    def files(self, runs: Sequence[str]) -> Mapping[str, Sequence[str]]:
-        """The files of each table in these runs, by paths of which `filesystem` opens those that are not local."""
-
-    @property
-    def filesystem(self) -> Any:
-        """An fsspec file system."""
+Files = Mapping[int, Mapping[str, Sequence[str]]]
+"""The files of each table by their addresses, for each schema version that they follow."""
 
 
-def view_statements(
-    lake: Path, files: Mapping[str, Sequence[str]] | None = None, *, movable: bool = False
-) -> list[str]:
+def view_statements(lake: Path, files: Files | None = None, *, movable: bool = False) -> list[str]:
     """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
@@ -73,14 +64,24 @@ def view_statements(
     ones glob in the folders that the variable `kdb_lake` says at the time.
     """
 
-    def source(name: str) -> str:
+    def rows(name: str, table: Table) -> str:
         if files is not None:
-            return literal(tuple(files.get(name, ())))
+            return _rows_of_versions(table, files)
         if movable:
-            return f"getvariable('kdb_lake') || '/{name}/*.parquet'"
-        return literal(f"{_run_folders(lake)}/{name}/*.parquet")
+            return _rows(table, f"getvariable('kdb_lake') || '/{name}/*.parquet'")
+        return _rows(table, literal(f"{_run_folders(lake)}/{name}/*.parquet"))
 
-    return [_create_view(name, _rows(table, source(name))) for name, table in TABLES.items()] + [macros()]
+    return [_create_view(name, rows(name, table)) for name, table in TABLES.items()] + [macros()]
+
+
+def _rows_of_versions(table: Table, files: Files) -> str:
+    """The SELECT of a table's rows in files of several schemas: a column that an older one lacks is NULL."""
+    selects = [
+        _rows(table, literal(tuple(tables[table.name])), version=version)
+        for version, tables in sorted(files.items(), reverse=True)
+        if tables.get(table.name)
+    ]
+    return " UNION ALL ".join(selects) if selects else _rows(table, "[]")
 
 
 def write_shell_file(warehouse: Path) -> None:
@@ -126,31 +127,36 @@ def _put_shell_file(target: Path, statements: list[str]) -> None:
 
 
 def connect(
-    lake: Path, runs: Sequence[str] | None = None, limits: Limits | None = None, remote: Remote | None = None
+    lake: Path,
+    runs: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    *,
+    files: Files | None = None,
+    filesystem: Any = None,
 ) -> duckdb.DuckDBPyConnection:
     """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
 
     `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
-    table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do. `remote`
-    has the files of a lake that is only mirrored here, and then `runs` must be given.
-    Raises WarehouseError when the lake cannot be read.
+    table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do. `files`
+    name what is read, where globs over the lake would not do: for runs of an older schema, and where `filesystem`
+    (fsspec's) opens those that are not local. Raises WarehouseError when the lake cannot be read.
     """
     connection = duckdb.connect()
     try:
         # Views are created first: that reads files, and creating anything is refused by the time users ask.
-        if remote is not None:
-            connection.register_filesystem(remote.filesystem)
+        if filesystem is not None:
+            connection.register_filesystem(filesystem)
         # They are created over the empty files alone: each would list all folders, 3 s of them for a thousand runs.
         empty = literal(_escape_glob(empty_file(lake, "runs").parents[1]))
         connection.execute(f"SET VARIABLE kdb_lake = {empty}")
-        for statement in view_statements(lake, remote.files(runs or ()) if remote else None, movable=True):
+        for statement in view_statements(lake, files, movable=True):
             connection.execute(statement)
         connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
             # As a literal: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s. And as
             # one text, which DuckDB copies for each file that it asks about: a list of thousands takes longer.
             connection.execute(f"SET VARIABLE kdb_runs = {literal(','.join(['', *runs, '']))}")
-        _lock(connection, lake, limits, ["kdb://lake/"] if remote else [])
+        _lock(connection, lake, limits, ["kdb://lake/"] if filesystem is not None else [])
     except duckdb.Error as error:
         connection.close()
         raise WarehouseError(
@@ -161,16 +167,23 @@ def connect(
 
 
 class Database:
-    """The committed runs as they were when it was opened, to be asked in SQL."""
+    """The committed runs as they were when it was opened, to be asked in SQL.
+
+    ``before`` is called with the text of each statement before it is run.
+    """
 
     def __init__(
         self,
         lake: Path,
         runs: Sequence[str] | None = None,
         limits: Limits | None = None,
-        remote: Remote | None = None,
+        *,
+        files: Files | None = None,
+        filesystem: Any = None,
+        before: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._connection = connect(lake, runs, limits, remote)
+        self._connection = connect(lake, runs, limits, files=files, filesystem=filesystem)
+        self._before = before
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
         """The rows of one statement that reads.
@@ -178,6 +191,7 @@ class Database:
         `params` are the values of its `?` (a sequence) or `$name` (a mapping). Raises QueryError for a
         statement that would change anything, and with DuckDB's words for one that fails.
         """
+        self._before(text)
         return self._frame(check_reads(self._connection, text), params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
@@ -189,6 +203,7 @@ class Database:
 
         Raises QueryError for a statement that reads anything but the views; see `check_public`.
         """
+        self._before(text)
         with _reported():
             return self._batches(check_public(self._connection, text))
 
@@ -198,11 +213,13 @@ class Database:
 
     def batches(self, text: str, params: Sequence[Any] = ()) -> pa.RecordBatchReader:
         """The rows of kdb's own SQL, as batches that are computed as they are read."""
+        self._before(text)
         return self._batches(text, params)
 
     def _bound(self, name: str, params: Mapping[str, object]) -> str:
         """The text of a saved query, whose parameters are set."""
         saved = find_query(name)
+        self._before(saved.sql)
         for variable, value in saved.bind(params).items():
             if variable in params:
                 self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
@@ -238,10 +255,13 @@ def is_gone(error: KdbError) -> bool:
     return bool(re.search(r"No such file or directory|No files found|its run was removed", str(error)))
 
 
-def engine(lake: Path, runs: Callable[[], Sequence[str] | None], remote: Remote | None = None) -> Engine:
+def engine(
+    opened: Callable[[], duckdb.DuckDBPyConnection], before: Callable[[str], None] = lambda _text: None
+) -> Engine:
     """A SQLAlchemy engine that reads the lake, for pandas, notebooks and reflection.
 
-    Each connection is a DuckDB of its own, with the snapshot that `runs` returns when it is opened.
+    Each connection is one that ``opened`` returns, see `connect`. ``before`` is called with the text of each statement
+    before it is run.
     """
     # Imported here: only who asks for an engine waits for it.
     from duckdb_engine import ConnectionWrapper
@@ -251,7 +271,7 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None], remote: Remote 
 
     built = create_engine(
         "duckdb:///:memory:",
-        creator=lambda: ConnectionWrapper(connect(lake, runs(), remote=remote)),
+        creator=lambda: ConnectionWrapper(opened()),
         poolclass=NullPool,
     )
     dialect: Any = built.dialect
@@ -260,6 +280,7 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None], remote: Remote 
     @event.listens_for(built, "before_cursor_execute")
     def check(_connection: object, cursor: Any, statement: str, *_: object) -> None:
         check_reads(cursor.connection, statement)
+        before(statement)
 
     return built
 
@@ -271,6 +292,7 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     """
     columns = TABLES[table].columns
     vectors = [pl.col(c.name).cast(pl.List(pl.Float32)) for c in columns if isinstance(c.type, Vector)]
+    typed = pl.DataFrame(arrow_schema(table).empty_table()).with_columns(vectors).lazy()
     folders = [
         folder
         for folder in sorted(lake.glob(f"model=*/dataset=*/run=*/{table}"))
@@ -278,7 +300,8 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     ]
     # One scan per run: Polars reads fixed-size vectors as arrays, whose lengths differ between models.
     frames = [_scan_files(sorted(folder.glob("*.parquet"))).with_columns(vectors) for folder in folders]
-    return pl.concat(frames).select(*PARTITIONS, *columns.keys())
+    # What a run of an older schema lacks is NULL.
+    return pl.concat([*frames, typed], how="diagonal").select(*PARTITIONS, *columns.keys())
 
 
 def _run_folders(lake: Path) -> str:
@@ -291,15 +314,22 @@ def _create_view(name: str, rows: str) -> str:
     return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
 
 
-def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:
-    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` makes a name of its path's."""
+def _rows(table: Table, files: str, *, name_of: str = "{}", version: int = SCHEMA_VERSION) -> str:
+    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` makes a name of its path's.
+
+    The files follow the schema `version`: a column that came later is NULL.
+    """
     if files == "[]":  # which read_parquet refuses
         typed = (f"NULL::{kind} AS {_quoted(name)}" for name, kind in column_types(table.name).items())
         return f"SELECT {', '.join(typed)} WHERE false"
     names = [f"{name_of.format(_quoted(name))} AS {_quoted(name)}" for name in PARTITIONS]
     types = ", ".join(f"'{name}': VARCHAR" for name in PARTITIONS)
+    there = column_names(table.name, version)
+    columns = [
+        _quoted(c.name) if c.name in there else f"NULL::{sql_type(c)} AS {_quoted(c.name)}" for c in table.columns
+    ]
     return (
-        f"SELECT {', '.join([*names, *map(_quoted, table.columns.keys())])} "
+        f"SELECT {', '.join([*names, *columns])} "
         f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}})"
     )
 

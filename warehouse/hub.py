@@ -10,6 +10,7 @@ own: HF_TOKEN, or `hf auth login`.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import re
 import shutil
@@ -23,7 +24,8 @@ from urllib.parse import quote
 from kdb.errors import KdbError
 from kdb.warehouse.card import write_card
 from kdb.warehouse.database import SHELL_FILE, write_public_file
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.imports import Origin, take_in
+from kdb.warehouse.lake import Lake, check_version
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
 from kdb.warehouse.store import Warehouse
 
@@ -93,10 +95,11 @@ def push(
     raise AssertionError("the last try returns or raises")
 
 
-def pull(url: str, lake: Lake) -> Iterator[tuple[str, bool]]:
+def pull(url: str, lake: Lake, *, preferred: bool = False) -> Iterator[tuple[str, bool]]:
     """Copy every run of a dataset on the hub; yields each run, and whether it was copied or is stored already.
 
-    Raises HubError where the hub refuses, and WarehouseError for a run that is damaged or of another schema.
+    ``preferred`` runs take precedence over those measured here. Raises HubError where the hub refuses, and
+    WarehouseError for a run that is damaged, or is not what it says (`take_in`).
     """
     from huggingface_hub import HfApi
 
@@ -105,11 +108,11 @@ def pull(url: str, lake: Lake) -> Iterator[tuple[str, bool]]:
     with _reported(place):
         head, files = _contents(api, place)
         runs = {found["run"]: found[1] for found in filter(None, map(_FILE.fullmatch, files))}
-        wanted = {run: f"lake/{folder}/*" for run, folder in runs.items() if run not in here}
+        wanted = {run: f"lake/{glob.escape(folder)}/*" for run, folder in runs.items() if run not in here}
         source = Lake(_download(api, place, head, files, list(wanted.values())))
-    found = {folder.run: folder for folder in source.run_folders()}
+    origin = Origin(f"{place} ({head[:12]})", preferred)
     for run in runs:
-        yield run, run in wanted and lake.adopt(found[run])
+        yield run, run in wanted and take_in(lake, source, source.find(run), origin)
 
 
 def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[str], licence: str | None) -> list[str]:
@@ -123,7 +126,10 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
     with tempfile.TemporaryDirectory(prefix="kdb-push-") as folder:
         copy = Warehouse.create(folder)
         for run in new:
-            copy.lake.adopt(warehouse.lake.find(run))
+            found = warehouse.lake.find(run)
+            if warehouse.lake.manifest(found).schema_version < SCHEMA_VERSION:
+                raise HubError(f"Run {run} was measured by an older kdb: `kdb migrate`, then push it.")
+            copy.lake.adopt(found)
         added = [path for run in new for path in sorted(copy.lake.find(run).path.rglob("*")) if path.is_file()]
         uploads: dict[str, Any] = {path.relative_to(copy.lake.path).as_posix(): path for path in added}
         _complete(copy, uploads, place, _known(api, place, head, files), files, licence)
@@ -178,20 +184,18 @@ def _known(api: HfApi, place: Place, head: str, files: Sequence[str]) -> Path:
 
 
 def _download(api: HfApi, place: Place, head: str, files: Sequence[str], wanted: Sequence[str]) -> Path:
-    """The cached copy of the files wanted (patterns). HubError for a dataset that is no warehouse of this schema."""
+    """The cached copy of the files wanted (patterns).
+
+    Raises HubError and WarehouseError for a dataset that is no warehouse, or of a schema that this kdb does not read.
+    """
     there = any(_FILE.fullmatch(file) for file in files)
     wanted = [*wanted, "warehouse.json", ".gitattributes"]  # which every dataset has: none found is a warning
     folder = Path(api.snapshot_download(place.name, repo_type="dataset", revision=head, allow_patterns=wanted))
     if there:
         try:
-            version = int(json.loads((folder / "warehouse.json").read_text())["schema_version"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise HubError(f"{place} has no valid warehouse.json: it was not pushed by kdb, or is damaged.") from None
-        if version != SCHEMA_VERSION:
-            newer = "newer kdb: upgrade kdb" if version > SCHEMA_VERSION else "older kdb: name another dataset"
-            raise HubError(
-                f"{place} has schema {version}, and this kdb has {SCHEMA_VERSION}. It was made by a {newer}."
-            )
+            check_version(str(place), (folder / "warehouse.json").read_bytes())
+        except OSError:
+            raise HubError(f"{place} has no warehouse.json: it was not pushed by kdb, or is damaged.") from None
     return folder
 
 

@@ -6,23 +6,24 @@
 
 A part counts once it has its final name; a run counts once its folder stands in ``lake``. Both appear by
 rename, so a reader sees all of it or nothing, whenever the writer is killed.
+
+A warehouse may come from anybody: names of folders are checked where they are read (`Lake.run_folders`), manifests in
+``manifest.py``, and the files themselves in ``inspection.py`` before they are first read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,21 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, has_vectors
+from kdb.warehouse.files import appears_whole, is_partial, storage_errors, sync, write_json
+from kdb.warehouse.inspection import Inspector, file_record, problem_of, strays
+from kdb.warehouse.manifest import (
+    FORMULA,
+    MANIFEST,
+    RUN_ID,
+    FileRecord,
+    Manifest,
+    RunFolder,
+    parse_json,
+    read_manifest,
+    run_id,
+    schema_version_of,
+)
+from kdb.warehouse.schema import OLDEST_SCHEMA, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, has_vectors
 
 NOBODY = "__none__"
 """Partition value of the empty typed files, which keep every view valid before the first run."""
@@ -42,32 +57,15 @@ _MERGE_BELOW = 64 * 2**20
 """A table whose parts hold fewer bytes than this is committed as one file: few files keep queries fast."""
 
 _SECONDS = b"kdb_seconds"
-_PARTIAL = ".partial"
 
+_PATIENCE = 600
+"""Seconds for which a check waits for a run that is being written anew."""
 
-@dataclass(frozen=True)
-class RunFolder:
-    """A committed run, as its path tells it."""
+_LONGEST_NAME = 200
+"""Bytes of the longest name, as a folder spells it: file systems end at 255."""
 
-    run: str
-    model: str
-    dataset: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest records of a file at commit; ``path`` is relative to the run's folder."""
-
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
-
-    @property
-    def table(self) -> str:
-        """The table whose rows it holds."""
-        return self.path.partition("/")[0]
+_WORDS = {NOBODY, "__HIVE_DEFAULT_PARTITION__", "all"}
+"""Names that mean something else: nobody's files, no value, and every name."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,13 @@ class Damage:
     problem: str
 
 
-def run_id(identity: Mapping[str, Any]) -> str:
-    """Sixteen hex digits derived from everything that determines a result, the schema version included."""
-    text = json.dumps({**identity, "schema_version": SCHEMA_VERSION}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Leftover:
+    """Something in staging: a run in progress (``begun`` has its names), or a folder that nothing reads any more."""
+
+    path: Path
+    bytes: int
+    begun: Mapping[str, Any] | None = None
 
 
 class Lake:
@@ -97,7 +98,8 @@ class Lake:
         self.root = self.path / "lake"
         self.staging = self.path / "staging"
         self.marker = self.path / "warehouse.json"
-        self._check_marker()
+        self.schema_version = self._check_marker()
+        self.inspector = Inspector(self.root)
 
     @classmethod
     def create(cls, path: Path) -> Lake:
@@ -114,10 +116,26 @@ class Lake:
                 path.mkdir(parents=True, exist_ok=True)
                 write_json(marker, {"schema_version": SCHEMA_VERSION})
                 _write_empty_tables(path / "lake")
-        return cls(path)
+            lake = cls(path)
+            lake.raise_version()
+        return lake
 
-    def _check_marker(self) -> None:
+    def raise_version(self) -> None:
+        """Let the warehouse say that it may hold runs of this kdb's schema, so that an older kdb leaves it alone."""
+        if self.schema_version < SCHEMA_VERSION:
+            _write_empty_tables(self.root)
+            write_json(
+                self.marker, {**parse_json(self.marker.read_bytes(), self.marker), "schema_version": SCHEMA_VERSION}
+            )
+            self.schema_version = SCHEMA_VERSION
+
+    def _check_marker(self) -> int:
         name = repr(str(self.path))
+        for folder in (self.root, self.staging):
+            if folder.is_symlink():
+                raise WarehouseError(
+                    f"{str(folder)!r} is a link: a warehouse's folders lie within it. Put a folder there."
+                )
         if not self.path.is_dir():
             raise WarehouseError(f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another.")
         try:
@@ -130,7 +148,7 @@ class Lake:
             content = ""
         except OSError as error:
             raise WarehouseError(f"The warehouse {name} cannot be read: {error.strerror}.") from error
-        check_version(str(self.path), content)
+        return check_version(str(self.path), content)
 
     def restore_empty_tables(self) -> None:
         """Write the empty typed files again, without which a view over no run is an error."""
@@ -138,15 +156,26 @@ class Lake:
             _write_empty_tables(self.root)
 
     def run_folders(self) -> list[RunFolder]:
-        """Every committed run, by model, dataset and run."""
-        found = []
+        """Every committed run, by model, dataset and run.
+
+        Raises WarehouseError for a folder that kdb would not have written: a link, another spelling of a name, or a
+        run id that stands twice.
+        """
+        found: dict[str, RunFolder] = {}
         for model in _subfolders(self.root, "model="):
             for dataset in _subfolders(model, "dataset="):
-                for run in _subfolders(dataset, "run="):
-                    names = [unquote(folder.name.partition("=")[2]) for folder in (run, model, dataset)]
-                    if names[0] != NOBODY:
-                        found.append(RunFolder(names[0], names[1], names[2], run))
-        return found
+                for path in _subfolders(dataset, "run="):
+                    run = path.name.partition("=")[2]
+                    if run == NOBODY:
+                        continue
+                    if not RUN_ID.fullmatch(run):
+                        raise _odd(path, "run ids are 16 hex digits")
+                    if run in found:
+                        raise _odd(path, f"run {run} is also at {str(found[run].path)!r}")
+                    version = _version(path)
+                    if version is not None:
+                        found[run] = RunFolder(run, _decoded(model), _decoded(dataset), path, version)
+        return sorted(found.values(), key=lambda folder: (folder.model, folder.dataset, folder.run))
 
     def find(self, run: str) -> RunFolder:
         """The committed run with this id; raises UnknownNameError."""
@@ -155,45 +184,140 @@ class Lake:
             raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
         return folders[run]
 
+    def still(self, folders: Iterable[RunFolder]) -> bool:
+        """Whether runs that were listed a while ago are as they were: none removed, none written anew."""
+        return all(_version(folder.path) == folder.version for folder in folders)
+
+    def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
+        """Raise DamagedRunError unless the files of these runs are those of their manifests; see `Inspector`."""
+        self.inspector.look(folders, vectors=vectors)
+
+    def schema_versions(self, folders: Sequence[RunFolder]) -> dict[str, int]:
+        """The schema version of each run, by its id; of runs that were looked at."""
+        return self.inspector.schema_versions(folders)
+
+    def manifest(self, folder: RunFolder) -> Manifest:
+        """The manifest of a committed run. Raises WarehouseError where it is damaged or gone."""
+        try:
+            return read_manifest(folder.path, folder.run)
+        except FileNotFoundError:
+            raise WarehouseError(
+                f"{folder.path / MANIFEST} is missing: run {folder.run} was removed, or is damaged."
+            ) from None
+
     def records(self, run: str) -> list[FileRecord]:
         """The files of a committed run. Raises UnknownNameError."""
-        return read_manifest(self.find(run).path)
+        return list(self.manifest(self.find(run)).files)
+
+    def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
+        """The files of each table in these runs by their absolute paths, for each schema version that they follow.
+
+        The empty typed file comes first in today's version: it tells a table's types.
+        """
+        found = {SCHEMA_VERSION: {table: [str(empty_file(self.root, table))] for table in TABLES}}
+        for folder in folders:
+            manifest = self.manifest(folder)
+            tables = found.setdefault(manifest.schema_version, {})
+            for file in manifest.files:
+                tables.setdefault(file.table, []).append(str(folder.path / file.path))
+        return found
 
     def committed_files(self, table: str) -> list[str]:
         """The committed files of a table by their absolute paths, from the manifests of all runs."""
         files = []
         for folder in self.run_folders():
             with contextlib.suppress(FileNotFoundError):  # removed a moment ago
-                files += [str(folder.path / f.path) for f in read_manifest(folder.path) if f.table == table]
+                files += [str(folder.path / f.path) for f in read_manifest(folder.path, folder.run).of(table)]
         return files
 
     @contextlib.contextmanager
-    def locked(self, folder: RunFolder) -> Iterator[None]:
-        """Keep other processes from a committed run; raises WarehouseError if one has it."""
+    def locked(self, folder: RunFolder, *, patience: float = 0) -> Iterator[None]:
+        """Keep other processes from a committed run; raises WarehouseError if one has it for ``patience`` seconds."""
         self.staging.mkdir(exist_ok=True)
         lock = FileLock(self.staging / f"{folder.run}.lock")
         try:
-            with lock.acquire(timeout=0):
+            with lock.acquire(timeout=patience):
                 yield
         except Timeout:
             raise WarehouseError(f"Run {folder.run} is being written by another process: ask again later.") from None
 
-    def replace(self, folder: RunFolder, new: Path, kept: Sequence[FileRecord], written: Sequence[FileRecord]) -> None:
-        """Put ``new``, which holds the files kept and written, in a committed run's place, in one step.
+    def replace(self, folder: RunFolder, new: Path, manifest: Manifest) -> None:
+        """Put ``new``, which holds the files of the manifest, in a committed run's place, in one step.
+
+        Every file is one that was verified a moment ago.
 
         Raises WarehouseError where the system has no such step: with two, a reader in between would miss the run.
         """
-        files = [asdict(file) for file in (*kept, *written)]
-        write_json(new / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": files})
+        write_json(new / MANIFEST, manifest.content())
         _exchange(new, folder.path)
+        self.inspector.remember(replace(folder, version=_version(folder.path) or ""), manifest)
 
-    def interrupted(self) -> list[dict[str, Any]]:
-        """What each run in staging said of itself when it was begun."""
-        said = []
+    # Staging ---------------------------------------------------------------------------------------------------------
+
+    def interrupted(self) -> list[Leftover]:
+        """Runs in progress or interrupted, each with what it said of itself when it was begun."""
+        found = []
         for file in sorted(self.staging.glob("*/run.json")):
-            with contextlib.suppress(FileNotFoundError):  # committed a moment ago
-                said.append(json.loads(file.read_text()))
-        return said
+            with contextlib.suppress(OSError, WarehouseError):  # committed a moment ago
+                begun = parse_json(file.read_bytes(), file)
+                if {"run", "model", "dataset"} <= set(begun):
+                    found.append(Leftover(file.parent, _bytes_of(file.parent), begun))
+        return found
+
+    def leftovers(self) -> list[Leftover]:
+        """Folders in staging that nothing reads any more, left by a process that is gone."""
+        found = []
+        for path in sorted(self.staging.glob("*-*")):
+            kind, _, rest = path.name.partition("-")
+            if kind in ("removed", "rewritten", "held") and path.is_dir() and not path.is_symlink():
+                # Who writes a run anew holds its lock, and who holds a snapshot that of its folder.
+                lock = path.name if kind == "held" else rest.partition("-")[0]
+                if kind == "removed" or _is_free(self.staging / f"{lock}.lock"):
+                    found.append(Leftover(path, _bytes_of(path)))
+        return found
+
+    def sweep(self) -> int:
+        """Delete what nothing reads any more from staging (`leftovers`); returns its bytes."""
+        swept = 0
+        for left in self.leftovers():
+            shutil.rmtree(left.path, ignore_errors=True)
+            (self.staging / f"{left.path.name}.lock").unlink(missing_ok=True)
+            swept += left.bytes
+        return swept
+
+    def discard(self, left: Leftover) -> bool:
+        """Delete a run in progress, unless a process is at work on it; whether it was deleted."""
+        lock = FileLock(self.staging / f"{left.path.name}.lock")
+        try:
+            with lock.acquire(timeout=0):
+                shutil.rmtree(left.path, ignore_errors=True)
+        except Timeout:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def held(self, folders: Sequence[RunFolder]) -> Iterator[tuple[Path, list[RunFolder]]]:
+        """A lake of links to the files of some runs, which stay readable whatever becomes of the runs.
+
+        Yields its root and the runs in it; the lake itself where the disk has no links or may not be written. Raises
+        FileNotFoundError where a run is gone already.
+        """
+        name = f"held-{uuid.uuid4().hex[:16]}"
+        with contextlib.ExitStack() as stack:
+            try:
+                self.staging.mkdir(exist_ok=True)
+                stack.enter_context(FileLock(self.staging / f"{name}.lock").acquire(timeout=0))
+                stack.callback(lambda: (self.staging / f"{name}.lock").unlink(missing_ok=True))
+                stack.callback(lambda: shutil.rmtree(self.staging / name, ignore_errors=True))
+                root = self.staging / name / "lake"
+                empty = empty_file(self.root, "runs").parents[1]
+                for path in (*(folder.path for folder in folders), *([empty] if empty.is_dir() else [])):
+                    _link_folder(path, root / path.relative_to(self.root))
+            except FileNotFoundError:
+                raise
+            except OSError:
+                root = self.root
+            yield root, [replace(run, path=root / run.path.relative_to(self.root)) for run in folders]
 
     def remove(self, run: str) -> None:
         """Delete a committed run: one rename takes it out of every reader's sight."""
@@ -202,33 +326,41 @@ class Lake:
             self.staging.mkdir(exist_ok=True)
             grave = self.staging / f"removed-{run}-{uuid.uuid4().hex[:8]}"
             folder.path.rename(grave)
-            shutil.rmtree(grave)
+            shutil.rmtree(grave, ignore_errors=True)  # what is left is swept away later: see `sweep`
             for parent in folder.path.parents[:2]:
                 with contextlib.suppress(OSError):  # another run lives there
                     parent.rmdir()
 
     def verify(self) -> Iterator[Damage]:
-        """Check every committed file against its manifest, naming what is damaged."""
-        for folder in self.run_folders():
-            yield from _verify_run(folder)
+        """Check every committed file against its manifest, naming what is damaged. Each run is locked meanwhile."""
+        for listed in self.run_folders():
+            with self.locked(listed, patience=_PATIENCE):
+                folder = replace(listed, version=_version(listed.path) or "")
+                if not folder.version and not folder.path.is_dir():
+                    continue  # removed meanwhile
+                damages = list(_verify_run(folder))
+                if not damages:
+                    self.inspector.remember(folder, self.manifest(folder))
+                yield from damages
 
-    def adopt(self, folder: RunFolder) -> bool:
+    def adopt(self, folder: RunFolder, *, changed: Mapping[str, pa.Table] | None = None) -> bool:
         """Copy a run of another warehouse, and commit it if every file is what its manifest says.
 
-        False where the run is here already. Raises WarehouseError for a run that is damaged, of another schema
-        version, or being measured here; nothing of it is then visible.
+        ``changed`` are tables that it is committed with instead of its own. False where the run is here already.
+        Raises WarehouseError for a run that is damaged, or being measured here; nothing of it is then visible.
         """
-        if not re.fullmatch("[0-9a-f]{16}", folder.run):
-            raise WarehouseError(f"{folder.path} is no run's folder: run ids are 16 hex digits. It is not copied.")
         with self.stage(folder.run, folder.model, folder.dataset) as staged:
             if staged.committed:
                 return False
-            staged.adopt(folder.path)
+            staged.adopt(folder, changed or {})
         return True
 
-    def stage(self, run: str, model: str, dataset: str) -> StagedRun:
-        """Begin or resume a run; use it in a ``with`` statement, which holds the run's lock."""
-        return StagedRun(self, run, model, dataset)
+    def stage(self, run: str, model: str, dataset: str, *, identity: Mapping[str, Any] | None = None) -> StagedRun:
+        """Begin or resume a run; use it in a ``with`` statement, which holds the run's lock.
+
+        ``identity`` is what the run's id was computed from (`run_id`); without it nobody can import the run.
+        """
+        return StagedRun(self, run, model, dataset, identity)
 
 
 class StagedRun:
@@ -237,11 +369,17 @@ class StagedRun:
     ``committed`` says whether the run stands in the lake, and so has nothing left to be written.
     """
 
-    def __init__(self, lake: Lake, run: str, model: str, dataset: str) -> None:
-        self.run, self.model, self.dataset = run, model, dataset
+    def __init__(
+        self, lake: Lake, run: str, model: str, dataset: str, identity: Mapping[str, Any] | None = None
+    ) -> None:
+        if identity is not None and run_id(identity) != run:
+            raise AssertionError(f"the run id {run} is not that of its identity")
+        self.run, self.model, self.dataset, self.identity = run, model, dataset, identity
+        self._inspector = lake.inspector
         self.path = lake.staging / run
         self.target = lake.root / partitions(model, dataset, run)
         self.committed = False
+        self._hashed: Manifest | None = None
         self._lock = FileLock(lake.staging / f"{run}.lock")
 
     def __enter__(self) -> StagedRun:
@@ -276,10 +414,10 @@ class StagedRun:
         if self.committed:  # by the process that held the lock a moment ago
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        if (self.path / "manifest.json").exists():  # its commit was cut off
+        if (self.path / MANIFEST).exists():  # its commit was cut off
             self._publish()
             return
-        for stray in filter(_is_partial, self.path.rglob("*")):
+        for stray in filter(is_partial, self.path.rglob("*")):
             stray.unlink()
         if not (self.path / "run.json").exists():
             begun = datetime.now(UTC).isoformat()
@@ -334,34 +472,42 @@ class StagedRun:
             self._seal(run_row)
             self._publish()
 
-    def adopt(self, folder: Path) -> None:
-        """Become a copy of a committed run's folder. Raises WarehouseError where that is damaged."""
-        records = _adoptable(folder)
+    def adopt(self, folder: RunFolder, changed: Mapping[str, pa.Table]) -> None:
+        """Become a copy of a committed run, but for the tables ``changed``. Raises WarehouseError if it is damaged."""
+        try:
+            manifest = read_manifest(folder.path, folder.run)
+        except FileNotFoundError:
+            raise WarehouseError(f"{folder.path / MANIFEST} is missing: the run is not copied.") from None
+        records = [record for record in manifest.files if record.table not in changed]
         try:
             with storage_errors(self.path):
                 for record in records:
-                    copy = self.path / record.path
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    with contextlib.suppress(FileNotFoundError):  # said below, as any other damage
-                        shutil.copyfile(folder / record.path, copy)
-                        _sync(copy)
+                    _copy_regular(folder.path / record.path, self.path / record.path)
             for record in records:
                 if problem := _problem(self.path, record):
-                    raise WarehouseError(f"{folder / record.path} is damaged ({problem}): the run is not copied.")
+                    raise WarehouseError(f"{folder.path / record.path} is damaged ({problem}): the run is not copied.")
+            with storage_errors(self.path):
+                for table, rows in changed.items():
+                    self.write(table, "all", [rows], seconds=_seconds(folder.path / manifest.of(table)[0].path))
+                    records.append(file_record(self.part(table, "all"), self.path))
         except WarehouseError:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
+        version = SCHEMA_VERSION if changed else manifest.schema_version
         with storage_errors(self.path):
-            # Written last, and as it was: it makes the copies the run.
-            write_json(self.path / "manifest.json", json.loads((folder / "manifest.json").read_text()))
+            # Written last: it makes the copies the run.
+            self._write_manifest(replace(manifest, files=tuple(records), schema_version=version))
             self._publish()
 
     def _publish(self) -> None:
         self._drop_strays()
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.path.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         self.committed = True
+        if self._hashed is not None:  # a moment ago, from the disk
+            folder = RunFolder(self.run, self.model, self.dataset, self.target, _version(self.target) or "")
+            self._inspector.remember(folder, self._hashed)
 
     def _seal(self, run_row: Mapping[str, Any]) -> None:
         tables = {folder.name for folder in self.path.iterdir() if folder.is_dir()} | {"runs"}
@@ -377,8 +523,13 @@ class StagedRun:
         files = [self.part("runs", "all")]
         for table, paths in parts.items():
             files += self._merged(table, paths)
-        records = [asdict(file_record(path, self.path)) for path in files]
-        write_json(self.path / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": records})
+        records = tuple(file_record(path, self.path) for path in files)
+        formula = None if self.identity is None else FORMULA
+        self._write_manifest(Manifest(records, formula=formula, identity=self.identity))
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        write_json(self.path / MANIFEST, manifest.content())
+        self._hashed = manifest
 
     def _merged(self, table: str, paths: list[Path]) -> list[Path]:
         # Vectors stay as they are: their row groups are what lets a reader skip all other layers.
@@ -392,7 +543,8 @@ class StagedRun:
         return _signed(rows, self.model, self.dataset, self.run)
 
     def _drop_strays(self) -> None:
-        kept = {self.path / record.path for record in read_manifest(self.path)} | {self.path / "manifest.json"}
+        manifest = read_manifest(self.path, self.run)
+        kept = {self.path / record.path for record in manifest.files} | {self.path / MANIFEST}
         for path in self.path.rglob("*"):
             if path.is_file() and path not in kept:
                 path.unlink()
@@ -429,47 +581,6 @@ def _is_float32_vector(kind: pa.DataType) -> bool:
     return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type))
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    with appears_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the name ``path`` once it is whole, and else leaves nothing behind."""
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}{_PARTIAL}")  # two processes may write the same file
-    try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether a file is what a killed writer left."""
-    return path.suffix == _PARTIAL
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals into a WarehouseError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "the disk is full. Free some space and give the same command again: what is finished is kept",
-            errno.EDQUOT: "the disk quota is used up. Free some space and give the same command again: what "
-            "is finished is kept",
-            errno.EACCES: "permission denied. Name a folder that you can write to with --warehouse",
-            errno.EPERM: "permission denied. Name a folder that you can write to with --warehouse",
-            errno.EROFS: "the file system is read-only. Name another folder with --warehouse",
-        }
-        what = advice.get(error.errno or 0, str(error))
-        raise WarehouseError(f"Cannot write to the warehouse at {str(path)!r}: {what}.") from error
-
-
 def partitions(model: str, dataset: str, run: str) -> str:
     """A run's folder within the lake. Raises WarehouseError for a name that cannot be one of a folder."""
     return f"model={_encoded(model)}/dataset={_encoded(dataset)}/run={run}"
@@ -477,45 +588,79 @@ def partitions(model: str, dataset: str, run: str) -> str:
 
 def _encoded(name: str) -> str:
     """A model's or dataset's name as a partition value, which every engine reads back as this text."""
-    if name in (NOBODY, "__HIVE_DEFAULT_PARTITION__") or not name.strip():
-        raise WarehouseError(f"{name!r} cannot be stored as a name: give another with --name or --dataset-name.")
-    text = quote(name, safe="")
+    text = quote(name, safe="", errors="surrogatepass")
+    if name in _WORDS or not name.strip() or len(text) > _LONGEST_NAME:
+        raise WarehouseError(f"{name[:200]!r} cannot be stored as a name: give another with --name or --dataset-name.")
     # DuckDB reads a bare null as NULL.
     return f"%{ord(text[0]):02X}{text[1:]}" if text.lower() == "null" else text
 
 
-def check_version(location: str, marker: str | bytes) -> None:
-    """Raise WarehouseError unless the content of a warehouse.json says that this kdb reads and writes its tables."""
+def _decoded(folder: Path) -> str:
+    """The name that a partition's folder spells. Raises WarehouseError for one that kdb would spell otherwise."""
+    value = folder.name.partition("=")[2]
+    if value == NOBODY:
+        return value
+    name = unquote(value, errors="surrogatepass")
     try:
-        version = int(json.loads(marker)["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise WarehouseError(
-            f'{location + "/warehouse.json"!r} is damaged: expected {{"schema_version": {SCHEMA_VERSION}}}.'
-        ) from error
+        spelled = _encoded(name)
+    except (WarehouseError, UnicodeError):
+        raise _odd(folder, "that is no name that can be stored") from None
+    if spelled != value:
+        raise _odd(folder, f"the name would be spelled {spelled!r}")
+    return name
+
+
+def _odd(path: Path, why: str) -> WarehouseError:
+    return WarehouseError(
+        f"{str(path)!r} is no folder that kdb writes: {why}. Delete it, or put it where it came from, and ask again."
+    )
+
+
+def _version(run: Path) -> str | None:
+    """What changes when the run in this folder is written anew; None where it is gone, empty without a manifest."""
+    try:
+        status = os.lstat(f"{run}/{MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError):
+        return "" if run.is_dir() else None
+    except OSError:  # a folder that may not be read: said when its files are looked at
+        return ""
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def check_version(location: str, marker: str | bytes) -> int:
+    """The schema version in the content of a warehouse.json. Raises WarehouseError unless this kdb reads its tables."""
+    version = schema_version_of(marker, location + "/warehouse.json")
     if version > SCHEMA_VERSION:
         raise WarehouseError(
             f"The warehouse {location!r} was written by a newer kdb (schema {version}, this one knows "
             f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
         )
-    if version < SCHEMA_VERSION:
+    if version < OLDEST_SCHEMA:
         raise WarehouseError(
-            f"The warehouse {location!r} was written by an older kdb (schema {version}, this one needs "
-            f"{SCHEMA_VERSION}): measure again into a new folder, named with --warehouse."
+            f"The warehouse {location!r} was written by an older kdb (schema {version}, this one reads "
+            f"{OLDEST_SCHEMA} and later): measure again into a new folder, named with --warehouse."
         )
+    return version
 
 
 def _is_vacant(path: Path) -> bool:
     """Whether a warehouse can be made here: nothing is, or an empty folder, or what a killed kdb left of one."""
-    return not path.exists() or (path.is_dir() and all(map(_is_partial, path.iterdir())))
+    return not path.exists() or (path.is_dir() and all(map(is_partial, path.iterdir())))
 
 
 def _subfolders(parent: Path, prefix: str) -> list[Path]:
     # A folder can vanish between two looks, when another process removes a run.
     try:
         with os.scandir(parent) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.name.startswith(prefix))
+            found = [entry for entry in entries if entry.name.startswith(prefix)]
+            for entry in found:
+                if not entry.is_dir(follow_symlinks=False):
+                    raise _odd(Path(entry.path), "it is a link or a file")
+            return sorted(Path(entry.path) for entry in found)
     except FileNotFoundError:
         return []
+    except PermissionError as error:
+        raise WarehouseError(f"{str(parent)!r} cannot be read: {error.strerror}.") from error
 
 
 def empty_file(root: Path, table: str) -> Path:
@@ -532,75 +677,70 @@ def _seconds(path: Path) -> float:
     return float(pq.read_schema(path).metadata[_SECONDS])
 
 
-def file_record(path: Path, folder: Path) -> FileRecord:
-    """What a manifest says of a file in a run's folder."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = pq.read_metadata(path).num_rows
-    return FileRecord(path.relative_to(folder).as_posix(), rows, path.stat().st_size, digest)
-
-
-def read_manifest(folder: Path) -> list[FileRecord]:
-    """The files of a run, as its manifest names them."""
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    return [FileRecord(**file) for file in files]
-
-
 def row_counts(folder: RunFolder) -> dict[str, int]:
     """The rows of each table of a run, as its manifest says. Raises WarehouseError where that is unreadable."""
-    counts: dict[str, int] = {}
-    for record in _adoptable(folder.path):
-        table = record.path.partition("/")[0]
-        counts[table] = counts.get(table, 0) + record.rows
-    return counts
-
-
-def _adoptable(folder: Path) -> list[FileRecord]:
-    """The files of a run, if this kdb can read them and each lies within the run's folder; else WarehouseError."""
     try:
-        version = json.loads((folder / "manifest.json").read_text())["schema_version"]
-        records = read_manifest(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WarehouseError(f"{folder / 'manifest.json'} is unreadable ({error}): the run is not copied.") from error
-    if version != SCHEMA_VERSION:
-        raise WarehouseError(
-            f"{folder} was written with schema {version}, and this kdb has {SCHEMA_VERSION}: the run is not copied."
-        )
-    for record in records:
-        parts = Path(record.path).parts
-        if len(parts) != 2 or parts[0] not in TABLES or ".." in parts or Path(record.path).suffix != ".parquet":
-            raise WarehouseError(f"{folder / 'manifest.json'} names {record.path!r}, which is no table's file.")
-    return records
+        return read_manifest(folder.path, folder.run).row_counts()
+    except FileNotFoundError:
+        raise WarehouseError(f"{folder.path / MANIFEST} is missing: run {folder.run} is damaged.") from None
 
 
 def _verify_run(folder: RunFolder) -> Iterator[Damage]:
     try:
-        records = read_manifest(folder.path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Damage(folder.run, folder.path / "manifest.json", f"unreadable ({error})")
+        manifest = read_manifest(folder.path, folder.run)
+        added = strays(folder, manifest)
+    except (OSError, WarehouseError) as error:
+        yield Damage(folder.run, folder.path / MANIFEST, f"unreadable ({error})")
         return
-    for record in records:
+    for record in manifest.files:
         problem = _problem(folder.path, record)
         if problem:
             yield Damage(folder.run, folder.path / record.path, problem)
-    known = {folder.path / record.path for record in records}
-    for path in sorted(set(folder.path.rglob("*.parquet")) - known):
-        yield Damage(folder.run, path, "not part of the run: it was added after commit")
+    for path in added:
+        yield Damage(folder.run, folder.path / path, "not part of the run: it was added after commit")
 
 
 def _problem(folder: Path, record: FileRecord) -> str:
-    path = folder / record.path
-    if not path.exists():
-        return "missing"
+    return problem_of(folder, record)
+
+
+def _copy_regular(source: Path, target: Path) -> None:
+    """Copy a file, if it is one: what else stands in its place is left out, and then missed as any other damage."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISREG(source.lstat().st_mode) and not source.parent.is_symlink():
+            shutil.copyfile(source, target)
+            sync(target)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Make a folder like ``source``, a level deep, of links to its files."""
+    target.mkdir(parents=True)
+    with os.scandir(source) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.link(entry.path, target / entry.name, follow_symlinks=False)
+                continue
+            (target / entry.name).mkdir()
+            for file in os.scandir(entry.path):
+                os.link(file.path, target / entry.name / file.name, follow_symlinks=False)
+
+
+def _bytes_of(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.lstat().st_size
+    return total
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether no process holds a lock."""
     try:
-        found = file_record(path, folder)
-    except (OSError, pa.ArrowException) as error:
-        return f"unreadable ({error})"
-    for what in ("bytes", "rows", "sha256"):
-        expected, actual = getattr(record, what), getattr(found, what)
-        if expected != actual:
-            return f"{what}: {expected} at commit, {actual} now"
-    return ""
+        with FileLock(lock).acquire(timeout=0):
+            return True
+    except (Timeout, OSError):
+        return False
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -615,12 +755,3 @@ def _exchange(one: Path, other: Path) -> None:
         f"{other}: this system cannot exchange two folders in one step, and a reader would miss the run in between. "
         "Export the runs to a disk of Linux's, and do it there."
     )
-
-
-def _sync(path: Path) -> None:
-    # A rename must not reach the disk before what it makes visible.
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

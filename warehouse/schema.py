@@ -32,6 +32,9 @@ SCHEMA_VERSION = 4
 OLDEST_SCHEMA = 3
 """Runs written since this version are read as they are: what they lack is NULL."""
 
+DEFAULT_PROBE = ("logistic", "paper")
+"""Classifier and split of the rows of ``probe_scores`` that are shown where nothing else is asked for."""
+
 PARTITIONS = {
     "model": "model, as named in the registry or by --name",
     "dataset": "dataset, as listed by `kdb datasets` or by --dataset-name",
@@ -115,7 +118,9 @@ models = _table(
     _column("family", Text(), "model family, such as llama or gemma"),
     _column("source", Text(), "hub id, or file or folder name, that the weights came from"),
     _column(
-        "revision", Text(), "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer"
+        "revision",
+        Text(),
+        "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer",
     ),
     _column("architecture", Text(), "transformers' class"),
     _column("n_layers", SmallInteger(), "transformer blocks", symbol="d, L"),

@@ -6,24 +6,35 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from kdb.errors import QueryError, UnknownNameError, WarehouseError
+from kdb.errors import KdbError, QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse import database
 from kdb.warehouse.bucket import is_url
-from kdb.warehouse.lake import Lake, storage_errors, write_json
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary
+from kdb.warehouse.files import storage_errors, write_json
+from kdb.warehouse.inspection import DamagedRunError
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import RunFolder, parse_json
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary, has_vectors
 
 if TYPE_CHECKING:
+    import duckdb
     import polars as pl
     from sqlalchemy import Engine
 
     from kdb.warehouse.cloud import CloudLake
+
+
+_TRIES = 5
+"""How often a question is asked while runs are being changed, before its runs are held."""
+
+_CHANGING = WarehouseError("The runs of the warehouse are changed all the time: ask again in a moment.")
+
+_VECTORS = re.compile(rf"\b({'|'.join(filter(has_vectors, TABLES))})\b", re.IGNORECASE)
 
 
 class Warehouse:
@@ -35,6 +46,7 @@ class Warehouse:
     """
 
     _shared: database.Database | None = None
+    _folders: Sequence[RunFolder] = ()
 
     def __init__(self, location: str | Path) -> None:
         self._open(lake_at(location))
@@ -52,7 +64,10 @@ class Warehouse:
         self.lake = lake
         self._remote = _remote(lake)
         if not self._remote:
-            with contextlib.suppress(WarehouseError):  # on a read-only disk there is nothing to mend, only to ask
+            with contextlib.suppress(
+                WarehouseError, OSError
+            ):  # on a read-only disk there is nothing to mend, only to ask
+                lake.sweep()
                 self._mend()
 
     @property
@@ -62,15 +77,39 @@ class Warehouse:
 
     @contextlib.contextmanager
     def snapshot(self, runs: Sequence[str] | None = None, limits: database.Limits | None = None) -> Iterator[Warehouse]:
-        """The warehouse as it is now, opened once for many questions: all see the same runs.
+        """The warehouse as it is now, opened once for many questions: all see the same runs, and the same rows of them.
 
-        `runs` are those that `runs()` gave a while ago; `limits` bound what questions may use.
+        In a folder that can be written, it stays as it is whatever becomes of the runs meanwhile (`Lake.held`). `runs`
+        are the only ones of it; `limits` bound what questions may use.
         """
-        opening = self._database() if runs is None else self._database_of(runs, limits)
-        with opening as opened:
+        with contextlib.ExitStack() as stack:
+            root, folders = self._held(stack, runs)
             frozen = copy.copy(self)
-            frozen._shared = opened
+            frozen._folders = folders
+            frozen._shared = stack.enter_context(self._database_of(folders, limits, root))
             yield frozen
+
+    def _held(self, stack: contextlib.ExitStack, runs: Sequence[str] | None) -> tuple[Path, list[RunFolder]]:
+        for _ in range(_TRIES):
+            folders = self._listed(runs)
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                root, held = stack.enter_context(self.lake.held(folders))
+                if self.lake.still(folders):
+                    return root, held
+        raise _CHANGING
+
+    @contextlib.contextmanager
+    def snapshot_of(self, folders: Sequence[RunFolder], limits: database.Limits | None = None) -> Iterator[Warehouse]:
+        """The runs that were listed a moment ago, opened for many questions; `unchanged` tells how long it holds."""
+        self.lake.look(folders, vectors=False)
+        with self._database_of(folders, limits) as opened:
+            frozen = copy.copy(self)
+            frozen._folders, frozen._shared = list(folders), opened
+            yield frozen
+
+    def unchanged(self) -> bool:
+        """Whether the runs of a snapshot are as they were when it was opened."""
+        return self.lake.still(self._folders)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
         """Answer a saved query; ``kdb queries`` lists them with their parameters.
@@ -84,15 +123,22 @@ class Warehouse:
         return self._ask(lambda opened: opened.sql(text, params))
 
     def _ask(self, question: Callable[[database.Database], pl.DataFrame]) -> pl.DataFrame:
-        """The answer of the runs as they are now; asked again where a file was gone that had just been listed."""
-        try:
-            with self._database() as opened:
-                return question(opened)
-        except QueryError as error:
-            if not database.is_gone(error):
-                raise
-        with self._database() as opened:
-            return question(opened)
+        """The answer of the runs as they are now; asked again where a run was removed or written anew meanwhile."""
+        if self._shared is not None:
+            return question(self._shared)
+        for _ in range(_TRIES):
+            folders = self._listed()
+            try:
+                with self._database_of(folders) as opened:
+                    answer = question(opened)
+            except KdbError as error:
+                if self.lake.still(folders) and not database.is_gone(error):
+                    raise
+            else:
+                if self.lake.still(folders):
+                    return answer
+        with self.snapshot() as held:
+            return question(held.opened)
 
     @property
     def opened(self) -> database.Database:
@@ -105,10 +151,13 @@ class Warehouse:
         """A table as a Polars LazyFrame, over all runs. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        runs = self.runs()
+        folders = self._folders if self._shared else self._listed()
+        self.lake.look(folders, vectors=has_vectors(table))
+        runs = _ids(folders)
         if self._remote:
             self._remote.fetch(table, runs)
-        return database.scan(self.lake.root, table, runs)
+        root = folders[0].path.parents[2] if folders else self.lake.root
+        return database.scan(root, table, runs)
 
     def files(self, table: str) -> list[str]:
         """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.
@@ -121,7 +170,12 @@ class Warehouse:
 
     def engine(self) -> Engine:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
-        return database.engine(self.lake.root, self.runs, self._remote)
+
+        def opened() -> duckdb.DuckDBPyConnection:
+            folders = self._listed()
+            return database.connect(self.lake.root, _ids(folders), **self._sources(folders))
+
+        return database.engine(opened, lambda text: self._before(self._listed(), text))
 
     def rebuild(self) -> Path:
         """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path.
@@ -136,7 +190,7 @@ class Warehouse:
                 database.write_public_file(shell, self.lake.root, urls, encoded=False)
             else:
                 database.write_shell_file(self.lake.path)
-                write_json(self.lake.marker, {"schema_version": SCHEMA_VERSION, "views": self._views})
+                write_json(self.lake.marker, {"schema_version": self.lake.schema_version, "views": self._views})
         return shell
 
     def publish(self, url: str, path: Path) -> None:
@@ -156,7 +210,7 @@ class Warehouse:
 
     def _mend(self) -> None:
         """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""
-        marker = json.loads(self.lake.marker.read_text())
+        marker = parse_json(self.lake.marker.read_bytes(), self.lake.marker)
         if marker.get("views") != self._views or not (self.lake.path / "kdb.duckdb").exists():
             self.rebuild()
 
@@ -165,17 +219,40 @@ class Warehouse:
         statements = [*database.view_statements(self.lake.root), data_dictionary()]  # comments on columns, too
         return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
-    def _database(self) -> contextlib.AbstractContextManager[database.Database]:
-        if self._shared is not None:
-            return contextlib.nullcontext(self._shared)
-        return self._database_of(self.runs())
+    def _listed(self, runs: Sequence[str] | None = None) -> list[RunFolder]:
+        """The committed runs as they are now, looked at: each is whole. Raises DamagedRunError."""
+        for left in reversed(range(_TRIES)):
+            folders = [folder for folder in self.lake.run_folders() if runs is None or folder.run in runs]
+            try:
+                self.lake.look(folders, vectors=False)
+            except DamagedRunError:
+                if not left or self.lake.still(folders):
+                    raise
+            else:
+                return folders
+        raise _CHANGING
 
-    def _database_of(self, runs: Sequence[str], limits: database.Limits | None = None) -> database.Database:
-        return database.Database(self.lake.root, runs, limits, self._remote)
+    def _database_of(
+        self, folders: Sequence[RunFolder], limits: database.Limits | None = None, root: Path | None = None
+    ) -> database.Database:
+        before = functools.partial(self._before, folders)
+        return database.Database(root or self.lake.root, _ids(folders), limits, before=before, **self._sources(folders))
+
+    def _before(self, folders: Sequence[RunFolder], text: str) -> None:
+        """Look at the files of vectors before a statement that names their table."""
+        if _VECTORS.search(text):
+            self.lake.look(folders, vectors=True)
+
+    def _sources(self, folders: Sequence[RunFolder]) -> dict[str, Any]:
+        """What a connection reads where globs over the lake would not do; see `database.connect`."""
+        if self._remote:
+            return {"files": self.lake.files(folders), "filesystem": self._remote.filesystem}
+        older = set(self.lake.schema_versions(folders).values()) - {SCHEMA_VERSION}
+        return {"files": self.lake.files(folders)} if older else {}
 
     def runs(self) -> list[str]:
-        """Ids of the committed runs."""
-        return [folder.run for folder in self.lake.run_folders()]
+        """Ids of the committed runs; of a snapshot, those that it sees."""
+        return _ids(self._folders if self._shared else self.lake.run_folders())
 
 
 def lake_at(location: str | Path, *, create: bool = False) -> Lake:
@@ -185,6 +262,10 @@ def lake_at(location: str | Path, *, create: bool = False) -> Lake:
     from kdb.warehouse.cloud import CloudLake
 
     return CloudLake.create_at(str(location)) if create else CloudLake(str(location))
+
+
+def _ids(folders: Sequence[RunFolder]) -> list[str]:
+    return [folder.run for folder in folders]
 
 
 def _remote(lake: Lake) -> CloudLake | None:

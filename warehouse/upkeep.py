@@ -4,25 +4,32 @@
     keep_vectors(lake, lake.find(run), "none")
 
 The run's new folder is built in staging, of links to what stays, and takes the old one's place in one step: two folders
-change names, or in an object store the commit is replaced. Who asks in that moment has listed the old files or the new:
-a file that is gone by then is an error, never a row less, and kdb asks again (`Warehouse.sql`).
+change names, or in an object store the commit is replaced. Files that are written get names of their own, so that no
+reader takes a new file for an old one; a question that meets the change is asked again (`Warehouse.sql`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdb.warehouse.lake import FileRecord, Lake, RunFolder, file_record, read_manifest, storage_errors, write_parquet
+from kdb.errors import WarehouseError
+from kdb.warehouse.files import storage_errors
+from kdb.warehouse.inspection import file_record, problem_of
+from kdb.warehouse.lake import Lake, write_parquet
+from kdb.warehouse.manifest import FileRecord, RunFolder
 from kdb.warehouse.schema import has_vectors
 
 SAMPLE = 100
@@ -36,13 +43,15 @@ def compact(lake: Lake, run: str) -> int:
     """Merge the files of each table of a run into one; returns by how many there are fewer.
 
     Vectors keep their row groups, one for each site and layer, with the prompts of all parts. Raises WarehouseError
-    where the run is being written, or where it cannot be replaced in one step (`Lake.replace`).
+    where the run is damaged or being written, or where it cannot be replaced in one step (`Lake.replace`).
     """
     tables = Counter(file.table for file in lake.records(run))
     if max(tables.values()) > 1:
         folder = lake.find(run)
-        several = {table: paths for table, paths in _files(folder).items() if len(paths) > 1}
-        _rewrite(lake, folder, {t: _by_layer(p) if has_vectors(t) else _in_turn(p) for t, p in several.items()})
+        with rewriting(lake, folder) as files:
+            several = {table: paths for table, paths in files.paths.items() if len(paths) > 1}
+            files.write({t: _by_layer(p) if has_vectors(t) else _in_turn(p) for t, p in several.items()})
+            files.commit()
     return sum(n - 1 for n in tables.values())
 
 
@@ -51,26 +60,21 @@ def keep_vectors(lake: Lake, folder: RunFolder, which: str) -> bool:
 
     Its row in ``runs`` says what it still has. Raises WarehouseError as `compact` does.
     """
-    files = _files(folder)
-    dropped = [table for table in files if has_vectors(table)]
-    if not dropped:
-        return False
-    if which == "sampled":
-        _rewrite(lake, folder, {table: _sampled(files[table]) for table in dropped})
-        return True
-    row = pq.ParquetFile(files["runs"][0]).read()
-    tables = [table for table in row["tables"].to_pylist()[0] if table not in dropped]
-    column = row.schema.get_field_index("tables")
-    row = row.set_column(column, row.schema.field(column), pa.array([tables], row.schema.field(column).type))
-    _rewrite(lake, folder, {"runs": [row], **dict.fromkeys(dropped)})
+    with rewriting(lake, folder) as files:
+        dropped = [table for table in files.paths if has_vectors(table)]
+        if not dropped:
+            return False
+        if which == "sampled":
+            files.write({table: _sampled(files.paths[table]) for table in dropped})
+            files.commit()
+            return True
+        row = pq.ParquetFile(files.paths["runs"][0]).read()
+        tables = [table for table in row["tables"].to_pylist()[0] if table not in dropped]
+        column = row.schema.get_field_index("tables")
+        row = row.set_column(column, row.schema.field(column), pa.array([tables], row.schema.field(column).type))
+        files.write({"runs": [row], **dict.fromkeys(dropped)})
+        files.commit()
     return True
-
-
-def _files(folder: RunFolder) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for file in read_manifest(folder.path):
-        found.setdefault(file.table, []).append(folder.path / file.path)
-    return found
 
 
 def _in_turn(paths: Sequence[Path]) -> Iterator[pa.Table]:
@@ -96,34 +100,70 @@ def _sampled(paths: Sequence[Path]) -> Iterator[pa.Table]:
         yield group.filter(pc.is_in(group["prompt_id"], chosen))
 
 
-def _rewrite(lake: Lake, folder: RunFolder, changed: Mapping[str, Iterable[pa.Table] | None]) -> None:
-    """Put a run in its own place again, with the tables that ``changed`` names replaced, or dropped where None."""
+class Rewriting:
+    """A committed run that is written anew while its lock is held. ``paths`` are its files, by table."""
+
+    def __init__(self, lake: Lake, folder: RunFolder) -> None:
+        self._lake, self._folder = lake, folder
+        self.manifest = lake.manifest(folder)
+        self._mark = uuid.uuid4().hex[:8]
+        self._new = lake.staging / f"rewritten-{folder.run}-{self._mark}"
+        self._files: tuple[FileRecord, ...] = ()
+        self.paths: dict[str, list[Path]] = {}
+        for file in self.manifest.files:
+            self.paths.setdefault(file.table, []).append(folder.path / file.path)
+
+    def write(self, changed: Mapping[str, Iterable[pa.Table] | None]) -> dict[str, Path]:
+        """Write the tables ``changed``, and link the files of the others; a table that is None is dropped.
+
+        Returns the new files by table. Raises WarehouseError for a file that is not what it should be; nothing of the
+        run is changed before `commit`.
+        """
+        kept = [self._kept(file) for file in self.manifest.files if file.table not in changed]
+        written = [self._written(table, groups) for table, groups in changed.items() if groups is not None]
+        for record in written:
+            if problem := problem_of(self._new, record):
+                raise WarehouseError(
+                    f"{self._new / record.path} was not written well ({problem}): give the command again."
+                )
+        self._files = (*kept, *written)
+        return {record.table: self._new / record.path for record in written}
+
+    def commit(self, **fields: Any) -> None:
+        """Put the run with the files written in its own place, in one step. ``fields`` are changed in its manifest."""
+        self._lake.replace(self._folder, self._new, replace(self.manifest, files=self._files, **fields))
+
+    def close(self) -> None:
+        """Delete what was built and not committed, or in a folder what was there before."""
+        shutil.rmtree(self._new, ignore_errors=True)
+
+    def _kept(self, file: FileRecord) -> FileRecord:
+        source, target = self._folder.path / file.path, self._new / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
+            raise WarehouseError(
+                f"{source} is not a regular file: run {self._folder.run} is damaged. Nothing was changed."
+            )
+        _link(source, target)
+        return file
+
+    def _written(self, table: str, groups: Iterable[pa.Table]) -> FileRecord:
+        path = self._new / table / f"all-{self._mark}.parquet"
+        seconds = sum(float(pq.read_schema(path).metadata[b"kdb_seconds"]) for path in self.paths.get(table, []))
+        write_parquet(path, groups, seconds=seconds)
+        return file_record(path, self._new)
+
+
+@contextlib.contextmanager
+def rewriting(lake: Lake, folder: RunFolder) -> Iterator[Rewriting]:
+    """Take a run's lock to write it anew, once its files were found to be those of its manifest."""
     with lake.locked(folder), storage_errors(lake.path):
-        for left in lake.staging.glob(f"rewritten-{folder.run}-*"):  # by one that was killed
-            shutil.rmtree(left)
-        new = lake.staging / f"rewritten-{folder.run}-{uuid.uuid4().hex[:8]}"
+        lake.look([lake.find(folder.run)], vectors=True)
+        files = Rewriting(lake, folder)
         try:
-            kept = [file for file in read_manifest(folder.path) if file.table not in changed]
-            for file in kept:
-                (new / file.path).parent.mkdir(parents=True, exist_ok=True)
-                _link(folder.path / file.path, new / file.path)
-            written = [
-                _written(new, table, groups, _seconds(folder, table)) for table, groups in changed.items() if groups
-            ]
-            lake.replace(folder, new, kept, written)
+            yield files
         finally:
-            shutil.rmtree(new, ignore_errors=True)  # of a folder's, what was there before
-
-
-def _written(new: Path, table: str, groups: Iterable[pa.Table], seconds: float) -> FileRecord:
-    path = new / table / "all.parquet"
-    write_parquet(path, groups, seconds=seconds)
-    return file_record(path, new)
-
-
-def _seconds(folder: RunFolder, table: str) -> float:
-    paths = _files(folder)[table]
-    return sum(float(pq.read_schema(path).metadata[b"kdb_seconds"]) for path in paths)
+            files.close()
 
 
 def _link(source: Path, target: Path) -> None:

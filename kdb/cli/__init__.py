@@ -13,7 +13,7 @@ import click
 from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.compare import compare
 from kdb.cli.draw import plot, report
-from kdb.cli.keep import compact, rebuild, runs, verify
+from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.cli.serve import serve
 from kdb.cli.share import export, import_, pull, push
@@ -54,6 +54,6 @@ def main() -> None:
 for command in (
     *(ingest, probe, project, ablate),
     *(query, queries, sql, plot, report, compare, serve),
-    *(schema, runs, verify, compact, rebuild, export, import_, push, pull, models, datasets),
+    *(schema, runs, verify, clean, compact, migrate, rebuild, export, import_, push, pull, models, datasets),
 ):
     main.add_command(command)

@@ -34,10 +34,12 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
     if ctx.invoked_subcommand is None:
         opened = kdb.open(warehouse)
         show(opened.query("runs"), format_, output)
-        for begun in opened.lake.interrupted():
+        for left in opened.lake.interrupted():
+            names = f"{left.begun['model']} on {left.begun['dataset']} (run {left.begun['run']})"
+            click.echo(f"In progress or interrupted: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
+        for left in opened.lake.leftovers():
             click.echo(
-                f"In progress or interrupted: {begun['model']} on {begun['dataset']} (run {begun['run']}).",
-                err=True,
+                f"Dropped and not deleted: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes it.", err=True
             )
 
 
@@ -166,6 +168,63 @@ def moment(older_than: str, now: datetime) -> datetime:
     raise QueryError(
         f"--older-than: expected an age such as 90d or 12h, or a date such as 2026-01-31, found {older_than!r}."
     )
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@warehouse_option
+def clean(yes: bool, warehouse: Path | str) -> None:
+    """Delete what killed commands left in staging: dropped files, and runs that were begun and not finished.
+
+    A run that a process is measuring now is left alone. An unfinished run that is deleted begins anew when it is
+    measured again.
+
+    \b
+    kdb clean
+    """
+    lake = kdb.open(warehouse).lake
+    unfinished = lake.interrupted()
+    for left in unfinished:
+        click.echo(
+            f"Not finished: {left.begun['model']} on {left.begun['dataset']}, {left.bytes / 1e6:,.1f} MB.", err=True
+        )
+    swept = lake.sweep()
+    if unfinished and not yes:
+        click.confirm(f"Delete these {len(unfinished)} unfinished runs?", abort=True, err=True)
+    for left in unfinished:
+        if lake.discard(left):
+            swept += left.bytes
+        else:
+            click.echo(f"Run {left.begun['run']} is being measured: left alone.", err=True)
+    click.echo(f"Deleted {swept / 1e6:,.1f} MB from staging.")
+
+
+@click.command()
+@warehouse_option
+def migrate(warehouse: Path | str) -> None:
+    """Write runs that an older kdb measured anew in this kdb's schema, one after the other.
+
+    Rows and run ids stay as they are. Each run is replaced in one step, after its new files were compared with the old
+    ones; interrupted, the same command continues with the runs that are left. Queries read older runs without it, more
+    slowly.
+
+    \b
+    kdb migrate
+    """
+    from kdb.warehouse import migration
+    from kdb.warehouse.store import Warehouse
+
+    opened = Warehouse.create(kdb.open(warehouse).lake.location)
+    missing: dict[str, None] = {}
+    left = migration.older(opened.lake)
+    for number, folder in enumerate(left, start=1):
+        missing |= dict.fromkeys(migration.migrate(opened.lake, folder))
+        click.echo(f"{number} of {len(left)}: {folder.model} on {folder.dataset} (run {folder.run}).")
+    click.echo(f"{len(left)} runs migrated.")
+    if missing:
+        click.echo(f"NULL until the model is measured again: {', '.join(missing)}.", err=True)
+    if not opened.lake.location.count("://"):
+        opened.rebuild()
 
 
 @click.command()

@@ -13,7 +13,8 @@ from kdb.cli.options import Command, Location, warehouse_option
 from kdb.errors import QueryError, UnknownNameError
 
 if TYPE_CHECKING:
-    from kdb.warehouse.lake import Lake, RunFolder
+    from kdb.warehouse.lake import Lake
+    from kdb.warehouse.manifest import RunFolder
     from kdb.warehouse.store import Warehouse
 
 
@@ -67,7 +68,7 @@ def export(
     """
     from kdb.warehouse.bucket import is_url
     from kdb.warehouse.card import write_card
-    from kdb.warehouse.lake import storage_errors
+    from kdb.warehouse.files import storage_errors
     from kdb.warehouse.store import Warehouse
 
     opened = kdb.open(warehouse)
@@ -115,14 +116,24 @@ def push(
         _tell(opened.lake.find(run), "pushed" if run in pushed else "is there already")
 
 
+def prefer_option(command: Command) -> Command:
+    """``--prefer-imported``."""
+    return click.option(
+        "--prefer-imported",
+        is_flag=True,
+        help="Show the copied runs in place of runs measured here of the same model, dataset and variant.",
+    )(command)
+
+
 @click.command()
 @click.argument("url")
+@prefer_option
 @warehouse_option
-def pull(url: str, warehouse: Path | str) -> None:
+def pull(url: str, prefer_imported: bool, warehouse: Path | str) -> None:
     """Copy every run of a dataset on the Hugging Face hub into the warehouse.
 
-    Each file is checked against the checksum of its commit. Runs that are stored already are not fetched again. A
-    branch, tag or commit may follow the name: hf://datasets/OWNER/NAME@v1.
+    Each run is checked as `kdb import` does. Runs that are stored already are not fetched again. A branch, tag or
+    commit may follow the name: hf://datasets/OWNER/NAME@v1.
 
     \b
     kdb pull hf://datasets/OWNER/NAME
@@ -132,26 +143,33 @@ def pull(url: str, warehouse: Path | str) -> None:
 
     hub.Place.of(url)  # else a warehouse would be made first
     lake = Warehouse.create(warehouse).lake
-    for run, copied in hub.pull(url, lake):
+    for run, copied in hub.pull(url, lake, preferred=prefer_imported):
         _tell(lake.find(run), "copied" if copied else "is stored already")
 
 
 @click.command("import")
 @click.argument("folder", type=Location(), metavar="FOLDER|URL")
+@prefer_option
 @warehouse_option
-def import_(folder: Path | str, warehouse: Path | str) -> None:
+def import_(folder: Path | str, prefer_imported: bool, warehouse: Path | str) -> None:
     """Copy every run of another warehouse into this one, such as one that was exported.
 
-    Each file is checked against the checksum of its commit; a run appears whole or not at all. Runs that are there
-    already are left alone, so the same import again does nothing.
+    Checked first: each file's checksum, columns and types, and that the run's id follows from what determined its
+    result. A run appears whole or not at all; one that is there already is left alone. `runs` says where it came from
+    and when. Runs measured here are shown before imported ones, unless --prefer-imported is given.
 
     \b
     kdb import shared/
+    kdb import shared/ --prefer-imported
     """
+    from kdb.warehouse.imports import Origin, take_in
     from kdb.warehouse.store import Warehouse, lake_at
 
     source = lake_at(folder)
-    _copy(source, Warehouse.create(warehouse).lake, [found.run for found in source.run_folders()])
+    lake, origin = Warehouse.create(warehouse).lake, Origin(source.location, prefer_imported)
+    for listed in source.run_folders():
+        found = source.find(listed.run)
+        _tell(found, "copied" if take_in(lake, source, found, origin) else "is stored already")
 
 
 def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...]) -> list[str]:

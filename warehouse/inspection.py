@@ -1,0 +1,297 @@
+"""The first look at a run: its files are held against its manifest before anything of them is an answer.
+
+    inspector = Inspector(lake)
+    inspector.look(lake.run_folders(), vectors=False)
+
+Names and sizes are compared whenever a process first sees a run. A file whose size, time and inode this machine has not
+verified yet is hashed once, before it is first read; files of vectors when vectors are asked for. What was verified is
+remembered in the user's cache and not in the warehouse: a warehouse from somebody else must not bring its own proof.
+Damage that leaves size, time and inode as they were is for ``kdb verify`` to find.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from platformdirs import user_cache_path
+
+from kdb.errors import WarehouseError
+from kdb.warehouse.files import appears_whole
+from kdb.warehouse.manifest import FileRecord, Manifest, RunFolder, read_manifest
+from kdb.warehouse.schema import TABLES, has_vectors
+
+log = logging.getLogger(__name__)
+
+_HEAVY = frozenset(table for table in TABLES if has_vectors(table))
+"""Tables of vectors, whose files are hashed when they are asked for."""
+
+_AT_ONCE = 4
+"""Files hashed at the same time."""
+
+_WORTH_TELLING = 256 * 2**20
+"""Bytes to hash from which on the user is told why it takes a while."""
+
+
+class DamagedRunError(WarehouseError):
+    """A run whose files are not those of its manifest. The message names the run and the file."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was found right of one version of a run."""
+
+    version: str
+    schema_version: int
+    light: str
+    heavy: str | None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as a listing tells it; ``regular`` is false for links, devices, pipes and folders."""
+
+    size: int
+    mtime: int
+    inode: int
+    regular: bool
+
+
+class Inspector:
+    """Looks at the runs of the lake at ``root`` before they are read, and remembers what it verified."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: dict[str, _Seen] = {}
+
+    def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
+        """Raise DamagedRunError unless the files of every run are those of its manifest.
+
+        ``vectors`` says whether files of vectors are about to be read, too.
+        """
+        new = [folder for folder in folders if not self._is_seen(folder, vectors)]
+        if not new:
+            return
+        memory = Memory.of(self._root)
+        found: list[tuple[RunFolder, _Seen]] = []
+        unknown: list[tuple[RunFolder, dict[str, _File]]] = []
+        for folder in new:
+            files = _listing(folder)
+            known = memory.known(folder, *_signatures(folder, files))
+            if known and (known.heavy or not vectors):
+                self._seen[folder.run] = known
+            else:
+                unknown.append((folder, files))
+        if unknown:
+            found = _verified(unknown, vectors)
+            self._seen.update((folder.run, seen) for folder, seen in found)
+            memory.remember(found)
+
+    def remember(self, folder: RunFolder, manifest: Manifest) -> None:
+        """Remember a run whose every file was hashed a moment ago."""
+        light, heavy = _signatures(folder, _listing(folder))
+        seen = _Seen(folder.version, manifest.schema_version, light, heavy)
+        self._seen[folder.run] = seen
+        Memory.of(self._root).remember([(folder, seen)])
+
+    def schema_versions(self, folders: Iterable[RunFolder]) -> dict[str, int]:
+        """The schema version of each run that was looked at, by its id."""
+        return {folder.run: self._seen[folder.run].schema_version for folder in folders}
+
+    def _is_seen(self, folder: RunFolder, vectors: bool) -> bool:
+        seen = self._seen.get(folder.run)
+        return seen is not None and seen.version == folder.version and bool(seen.heavy or not vectors)
+
+
+class Memory:
+    """What this machine has verified of one lake: a JSON file in the user's cache, an entry for each run."""
+
+    def __init__(self, root: Path, path: Path) -> None:
+        self._root, self._path = root, path
+        self._entries = self._read()
+
+    @classmethod
+    def of(cls, root: Path) -> Memory:
+        """The memory of the lake at ``root``."""
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
+        return cls(root, user_cache_path("kdb") / "verified" / f"{name}.json")
+
+    def known(self, folder: RunFolder, light: str, heavy: str) -> _Seen | None:
+        """What was verified of a run whose files have these signatures; None where nothing was."""
+        entry = self._entries.get(self._key(folder))
+        if not isinstance(entry, list) or len(entry) != 3 or entry[0] != light:
+            return None
+        return _Seen(folder.version, int(entry[2]), light, heavy if entry[1] == heavy else None)
+
+    def remember(self, found: Iterable[tuple[RunFolder, _Seen]]) -> None:
+        """Add what was verified. Where the cache cannot be written, it is verified again next time."""
+        added = {self._key(folder): [seen.light, seen.heavy, seen.schema_version] for folder, seen in found}
+        entries = {**self._read(), **added}
+        there = {key: entry for key, entry in entries.items() if key in added or (self._root / key).is_dir()}
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with appears_whole(self._path) as partial:
+                partial.write_text(json.dumps({"lake": str(self._root.resolve()), "runs": there}))
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return dict(json.loads(self._path.read_text())["runs"])
+        return {}
+
+    def _key(self, folder: RunFolder) -> str:
+        return "/".join(folder.path.parts[-3:])  # model=…/dataset=…/run=…, in the lake or linked to it
+
+
+def file_record(path: Path, folder: Path) -> FileRecord:
+    """The record of a file in a run's folder, for its manifest."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = pq.read_metadata(path).num_rows
+    return FileRecord(path.relative_to(folder).as_posix(), rows, path.stat().st_size, digest)
+
+
+def problem_of(folder: Path, record: FileRecord) -> str:
+    """The way in which a file differs from its record; empty where it does not."""
+    path = folder / record.path
+    try:
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) or path.parent.is_symlink():
+            return "not a regular file"
+        found = file_record(path, folder)
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, pa.ArrowException) as error:
+        return f"unreadable ({error})"
+    for what in ("bytes", "rows", "sha256"):
+        expected, actual = getattr(record, what), getattr(found, what)
+        if expected != actual:
+            return f"{what}: {expected} at commit, {actual} now"
+    return ""
+
+
+def strays(folder: RunFolder, manifest: Manifest) -> list[str]:
+    """The Parquet files in a run's folder that its manifest does not name, by their paths within the folder."""
+    named = {file.path for file in manifest.files}
+    return sorted(path for path in _listing(folder) if path.endswith(".parquet") and path not in named)
+
+
+def _verified(unknown: Sequence[tuple[RunFolder, dict[str, _File]]], vectors: bool) -> list[tuple[RunFolder, _Seen]]:
+    manifests = [_compared(folder, files) for folder, files in unknown]
+    wanted = [
+        (folder, record)
+        for (folder, _), manifest in zip(unknown, manifests, strict=True)
+        for record in manifest.files
+        if vectors or record.table not in _HEAVY
+    ]
+    _hash_all(wanted)
+    return [
+        (folder, _seen(folder, files, manifest, vectors))
+        for (folder, files), manifest in zip(unknown, manifests, strict=True)
+    ]
+
+
+def _seen(folder: RunFolder, files: Mapping[str, _File], manifest: Manifest, vectors: bool) -> _Seen:
+    light, heavy = _signatures(folder, files)
+    all_hashed = vectors or not any(record.table in _HEAVY for record in manifest.files)
+    return _Seen(folder.version, manifest.schema_version, light, heavy if all_hashed else None)
+
+
+def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
+    """The manifest of a run whose files have the names and sizes that it says; else DamagedRunError."""
+    try:
+        manifest = read_manifest(folder.path, folder.run)
+    except FileNotFoundError:
+        raise _damaged(folder, "manifest.json", "missing") from None
+    except WarehouseError as error:
+        raise DamagedRunError(f"{_named(folder)}: {error} {_advice(folder)}") from error
+    for record in manifest.files:
+        found = files.get(record.path)
+        if found is None:
+            raise _damaged(folder, record.path, "missing")
+        if not found.regular:
+            raise _damaged(folder, record.path, "not a regular file")
+        if found.size != record.bytes:
+            raise _damaged(folder, record.path, f"bytes: {record.bytes} at commit, {found.size} now")
+    for path in strays(folder, manifest):
+        raise _damaged(folder, path, "not part of the run: it was added after commit")
+    return manifest
+
+
+def _hash_all(wanted: Sequence[tuple[RunFolder, FileRecord]]) -> None:
+    total, begun = sum(record.bytes for _, record in wanted), time.monotonic()
+    if total >= _WORTH_TELLING:
+        log.warning("Verifying %s MB that this machine reads for the first time.", f"{total / 1e6:,.0f}")
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="verify") as pool:
+        problems = pool.map(lambda pair: problem_of(pair[0].path, pair[1]), wanted)
+        for (folder, record), problem in zip(wanted, problems, strict=True):
+            if problem:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise _damaged(folder, record.path, problem)
+    seconds = time.monotonic() - begun
+    log.debug("Verified %d files, %.1f MB, in %.2f s.", len(wanted), total / 1e6, seconds)
+
+
+def _listing(folder: RunFolder) -> dict[str, _File]:
+    """Every file of a run's folder by its path within it, as the folder lists it: nothing is followed or opened."""
+    found: dict[str, _File] = {}
+    try:
+        with os.scandir(folder.path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    with os.scandir(entry.path) as inner:
+                        found.update((f"{entry.name}/{file.name}", _file(file)) for file in inner)
+                else:
+                    found[entry.name] = _file(entry)
+    except OSError as error:
+        within = str(error.filename or "").removeprefix(f"{folder.path}/")
+        raise _damaged(folder, within, error.strerror or str(error)) from error
+    return found
+
+
+def _file(entry: os.DirEntry[str]) -> _File:
+    status = entry.stat(follow_symlinks=False)
+    return _File(status.st_size, status.st_mtime_ns, status.st_ino, stat.S_ISREG(status.st_mode))
+
+
+def _signatures(folder: RunFolder, files: Mapping[str, _File]) -> tuple[str, str]:
+    """Two texts that change when a file of a run does: one for the tables without vectors, one for those with them."""
+    return (
+        _signature(folder, files, lambda path: path.partition("/")[0] not in _HEAVY),
+        _signature(folder, files, lambda path: path.partition("/")[0] in _HEAVY),
+    )
+
+
+def _signature(folder: RunFolder, files: Mapping[str, _File], wanted: Callable[[str], bool]) -> str:
+    lines = sorted(
+        f"{path}\0{file.size}\0{file.mtime}\0{file.inode}\0{file.regular}"
+        for path, file in files.items()
+        if wanted(path)
+    )
+    return hashlib.blake2b("\n".join([folder.run, *lines]).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+
+
+def _damaged(folder: RunFolder, path: str, problem: str) -> DamagedRunError:
+    return DamagedRunError(f"{_named(folder)} is damaged: {folder.path / path}: {problem}. {_advice(folder)}")
+
+
+def _named(folder: RunFolder) -> str:
+    return f"Run {folder.run} ({folder.model} on {folder.dataset})"
+
+
+def _advice(folder: RunFolder) -> str:
+    return (
+        "`kdb verify` names every damaged file. Put the files back, or remove the run with "
+        f"`kdb runs remove {folder.run}` and measure it again."
+    )

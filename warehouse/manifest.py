@@ -1,0 +1,190 @@
+"""Manifests: what a committed run holds, read as input from somebody else, whoever wrote it.
+
+    manifest = read_manifest(folder, run="1f0c9a3b5d7e2468")
+
+A manifest is JSON that names each file of a run by its path within the run's folder, with its rows, bytes and SHA-256,
+and says how the run's id follows from what determined the result. Nothing here opens a file that a manifest names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from kdb.errors import WarehouseError
+from kdb.warehouse.schema import OLDEST_SCHEMA, SCHEMA_VERSION, TABLES
+
+MANIFEST = "manifest.json"
+
+FORMULA = 2
+"""How a run's id is computed today; see `run_id`."""
+
+_LARGEST = 64 * 2**20
+"""Bytes of the largest manifest that is read: some hundred thousand files."""
+
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.parquet", re.ASCII)
+_SHA256 = re.compile("[0-9a-f]{64}")
+RUN_ID = re.compile("[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A committed run, as its path tells it. ``version`` changes whenever the run is written anew under its id."""
+
+    run: str
+    model: str
+    dataset: str
+    path: Path
+    version: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Record of a file at commit; ``path`` is ``<table>/<name>.parquet``, relative to the run's folder."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @property
+    def table(self) -> str:
+        """The table whose rows it holds."""
+        return self.path.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a run, the schema that they follow, and what its id was computed from.
+
+    ``formula`` and ``identity`` are None where the run's id follows from nothing that is recorded.
+    """
+
+    files: tuple[FileRecord, ...]
+    schema_version: int = SCHEMA_VERSION
+    formula: int | None = None
+    identity: Mapping[str, Any] | None = None
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables that the run has files of, in alphabetical order."""
+        return sorted({file.table for file in self.files})
+
+    def of(self, table: str) -> list[FileRecord]:
+        """The files of one table."""
+        return [file for file in self.files if file.table == table]
+
+    def row_counts(self) -> dict[str, int]:
+        """The rows of each table."""
+        return {table: sum(file.rows for file in self.of(table)) for table in self.tables}
+
+    def content(self) -> dict[str, Any]:
+        """The manifest as the object that its JSON holds."""
+        return asdict(self)
+
+
+def run_id(identity: Mapping[str, Any], formula: int = FORMULA) -> str:
+    """Sixteen hex digits derived from everything that determines a result.
+
+    Formula 1, of runs measured before schema 4, hashed the schema version too; a new column then changed every id.
+    """
+    salt = {1: {"schema_version": 3}, 2: {"formula": 2}}[formula]
+    text = json.dumps({**identity, **salt}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: Path, run: str) -> Manifest:
+    """The manifest of the run in ``folder``. Raises WarehouseError, and FileNotFoundError where there is none."""
+    path = folder / MANIFEST
+    try:
+        if path.is_symlink() or not path.is_file():
+            path.lstat()
+            raise _damaged(path, "it is not a regular file")
+        if path.stat().st_size > _LARGEST:
+            raise _damaged(path, f"it is longer than {_LARGEST:,} bytes")
+        return parse_manifest(path.read_bytes(), run, str(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise WarehouseError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def parse_manifest(content: bytes, run: str, where: str) -> Manifest:
+    """The manifest in ``content``, of the run with this id. Raises WarehouseError for anything that is none."""
+    said = parse_json(content, where)
+    version = _whole(said.get("schema_version"), "schema_version", where)
+    if not OLDEST_SCHEMA <= version <= SCHEMA_VERSION:
+        raise WarehouseError(
+            f"{where} was written with schema {version}, and this kdb reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}: "
+            f"{'upgrade kdb' if version > SCHEMA_VERSION else 'measure the run again'}."
+        )
+    files = said.get("files")
+    if not isinstance(files, list) or not files:
+        raise _damaged(where, "it names no files")
+    records = tuple(_record(file, where) for file in files)
+    if len({record.path.lower() for record in records}) < len(records):
+        raise _damaged(where, "it names a file twice")
+    if [record.table for record in records].count("runs") != 1:
+        raise _damaged(where, "it does not name one file of the table runs")
+    formula = 1 if version < 4 else said.get("formula")
+    return Manifest(records, version, *_checked_identity(formula, said.get("identity"), run, where))
+
+
+def parse_json(content: bytes | str, where: object) -> dict[str, Any]:
+    """The JSON object in ``content``. Raises WarehouseError for any other content, however deep or long."""
+    try:
+        said = json.loads(content)
+    except RecursionError:
+        raise _damaged(where, "it is nested too deeply") from None
+    except ValueError as error:
+        raise _damaged(where, f"it is not JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise _damaged(where, "it is not a JSON object")
+    return cast("dict[str, Any]", said)
+
+
+def schema_version_of(content: bytes | str, where: str) -> int:
+    """The schema version that a ``warehouse.json`` names. Raises WarehouseError where it names none."""
+    return _whole(parse_json(content, where).get("schema_version"), "schema_version", where)
+
+
+def _record(file: object, where: object) -> FileRecord:
+    if not isinstance(file, dict) or set(file) != {"path", "rows", "bytes", "sha256"}:
+        raise _damaged(where, "a file has other fields than path, rows, bytes and sha256")
+    path, sha256 = file["path"], file["sha256"]
+    table, _, name = path.partition("/") if isinstance(path, str) else ("", "", "")
+    if table not in TABLES or not _FILE_NAME.fullmatch(name):
+        raise _damaged(where, f"it names {str(path)[:200]!r}, which is not TABLE/NAME.parquet")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise _damaged(where, f"the sha256 of {path} is not 64 hex digits")
+    return FileRecord(path, _whole(file["rows"], "rows", where), _whole(file["bytes"], "bytes", where), sha256)
+
+
+def _whole(value: object, name: str, where: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise _damaged(where, f"{name} is not a whole number")
+    return value
+
+
+def _checked_identity(formula: object, identity: object, run: str, where: object) -> tuple[int | None, Any]:
+    """Formula and identity, once the run's id was computed from them; None and None where a manifest has neither."""
+    if formula is None and identity is None:
+        return None, None
+    if formula not in (1, FORMULA):
+        raise _damaged(where, f"it computes its run id by formula {formula!r}, and this kdb knows 1 and {FORMULA}")
+    if identity is None and formula == 1:
+        return 1, None  # the table runs has what it was computed from: see `kdb.warehouse.imports`
+    if not isinstance(identity, dict):
+        raise _damaged(where, "its identity is not a JSON object")
+    if run_id(identity, formula) != run:
+        raise _damaged(where, f"the run id {run} does not follow from its identity")
+    return formula, identity
+
+
+def _damaged(where: object, why: str) -> WarehouseError:
+    return WarehouseError(f"{where} is damaged: {why}.")

@@ -1,0 +1,90 @@
+"""Runs of an older schema, written anew in today's: the same rows under the same id, with the columns that came since.
+
+    for folder in older(lake):
+        migrate(lake, folder)
+
+A run is replaced in one step, once its new files were read back; wherever the process is killed, the run that is there
+is the old one or the new one, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kdb.errors import WarehouseError
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, column_names
+from kdb.warehouse.upkeep import rewriting
+
+
+def older(lake: Lake) -> list[RunFolder]:
+    """The committed runs whose files follow an older schema than this kdb's."""
+    return [folder for folder in lake.run_folders() if lake.manifest(folder).schema_version < SCHEMA_VERSION]
+
+
+def migrate(lake: Lake, folder: RunFolder) -> list[str]:
+    """Write a run anew in today's schema; returns the columns that stay NULL until the run is measured again.
+
+    Raises WarehouseError for a run that is damaged, and where it cannot be replaced in one step (`Lake.replace`).
+    """
+    with rewriting(lake, folder) as files:
+        version = files.manifest.schema_version
+        tables = [table for table in files.paths if column_names(table, version) != column_names(table)]
+        written = files.write({table: _groups(table, files.paths[table]) for table in tables})
+        for table, path in written.items():
+            _check_same_rows(table, version, files.paths[table], path)
+        files.commit(schema_version=SCHEMA_VERSION, formula=files.manifest.formula or 1)
+    return [f"{table}.{name}" for table in tables for name in missing(table, version)]
+
+
+def missing(table: str, version: int) -> list[str]:
+    """The columns of a table that only a new measurement can fill in a run of this schema version."""
+    there = {*column_names(table, version), *_COMPUTED.get(table, ())}
+    return [column.name for column in TABLES[table].columns if column.name not in there and table != "runs"]
+
+
+_COMPUTED = {"probe_scores": ("is_default",)}
+"""Columns that follow from those that an older schema has."""
+
+
+def upgraded(table: str, rows: pa.Table) -> pa.Table:
+    """Rows of an older schema with today's columns: NULL, or computed from those that are there."""
+    columns = []
+    for field in arrow_schema(table):
+        if field.name in rows.column_names:
+            columns.append((rows.schema.field(field.name), rows[field.name]))
+        elif field.name == "is_default":
+            columns.append((field, is_default_probe(rows)))
+        else:
+            columns.append((field, pa.chunked_array([pa.nulls(len(rows), field.type)])))
+    columns += [(rows.schema.field(name), rows[name]) for name in PARTITIONS if name in rows.column_names]
+    return pa.table([values for _, values in columns], schema=pa.schema([field for field, _ in columns]))
+
+
+def is_default_probe(rows: pa.Table) -> pa.ChunkedArray:
+    """Whether each row of ``probe_scores`` is of the default classifier on the default split."""
+    classifier, split = DEFAULT_PROBE
+    return pc.and_(pc.equal(rows["classifier"], classifier), pc.equal(rows["split"], split))
+
+
+def _groups(table: str, paths: Sequence[Path]) -> Iterator[pa.Table]:
+    for path in paths:
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            yield upgraded(table, file.read_row_group(group))
+        if not file.num_row_groups:
+            yield upgraded(table, file.read())
+
+
+def _check_same_rows(table: str, version: int, before: Sequence[Path], after: Path) -> None:
+    """Raise WarehouseError unless a table's new file has, in the columns that there were, the rows of the old ones."""
+    columns = [*column_names(table, version), *PARTITIONS]
+    old = pa.concat_tables(pq.ParquetFile(path).read(columns) for path in before)
+    if not pq.ParquetFile(after).read(columns).equals(old):
+        raise WarehouseError(f"{after} does not hold the rows of {before[0]}: the run is left as it was.")
