@@ -25,8 +25,10 @@ from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
 from kdb.ingest.engine import Engine, Here, Shard, write_behind, write_part
+from kdb.ingest.guard import told
 from kdb.ingest.job import Job, Probing
-from kdb.ingest.models import LoadedModel, load_config, load_tokenizer, training_step
+from kdb.ingest.load import load_config, load_tokenizer
+from kdb.ingest.models import LoadedModel, training_step
 from kdb.ingest.progress import progress
 from kdb.ingest.zero_shot import pose
 from kdb.warehouse.lake import Lake, StagedRun
@@ -78,7 +80,8 @@ def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
 
 def _measure_concept(staged: StagedRun, job: Job, engine: Engine) -> None:
     if not staged.has("prompts", "part"):
-        _describe(staged, job)
+        with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+            _describe(staged, job)
     missing = _missing_parts(staged)
     if missing:
         _capture(staged, job, missing, engine)

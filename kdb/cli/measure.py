@@ -63,7 +63,7 @@ def ingest(
     kdb ingest plan.yaml --engine ray --address 10.0.0.1:6379
     """
     from kdb.ingest.batch import measure_all
-    from kdb.ingest.models import pick_device
+    from kdb.ingest.load import pick_device
     from kdb.warehouse.store import Warehouse
 
     _log_to_stderr()
