@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
         "n_positive": job.dataset.n_positive,
     }
     staged.write_rows("datasets", "part", [dataset])
+
+
+def made_by(device: str | None, *, with_model: bool = True) -> dict[str, Any]:
+    """The columns of ``runs`` that say which versions computed a run, and where; ``with_model`` if a model ran."""
+    libraries = ("torch", "transformers")
+    return {
+        "kdb_version": importlib.metadata.version("kdb-lm"),
+        **{f"{name}_version": importlib.metadata.version(name) if with_model else None for name in libraries},
+        "device": device,
+    }
 
 
 def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n_cue: int = 0) -> None:

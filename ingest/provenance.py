@@ -19,7 +19,10 @@ from kdb.ingest.models import ModelSource
 from kdb.ingest.tensors import Tensor, tensors_of
 
 _PLAIN = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
 }
 """Number formats that are not quantized, and what torch calls them."""
 

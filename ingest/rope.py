@@ -85,7 +85,8 @@ def _from_factors(config: Any, factors: NDArray[Any], name: str) -> dict[str, An
             _check_transformers(config, rope, found, plain / factors, name)
             return {"rope_type": "llama3"} | _spelled(found)
     raise ModelError(
-        f"{name!r} divides RoPE's frequencies ({FACTORS}) in another way than Llama 3, and no other is known: {_INSTEAD}."
+        f"{name!r} divides RoPE's frequencies ({FACTORS}) in another way than Llama 3, and kdb knows no other: "
+        f"{_INSTEAD}."
     )
 
 

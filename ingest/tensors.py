@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdb.ingest.guard import told
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -23,12 +25,12 @@ class Tensor:
 
 
 def tensors_of(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of some files by their names; raises what safetensors raises for a file that is none."""
+    """The tensors of some files by their names. Raises ModelError for a file that has none."""
     from safetensors import safe_open
 
     found = {}
     for file in files:
-        with safe_open(file, framework="numpy") as opened:
+        with told(f"Cannot read the weights in {file.name!r}"), safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
                 part = opened.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), str(part.get_dtype())

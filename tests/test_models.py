@@ -316,7 +316,9 @@ def test_a_model_without_tokenizer_is_refused(folder: Path) -> None:
 def test_damaged_safetensors_are_refused(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(damage(weights.read_bytes()))
-    assert refusal(load_model, find_model(str(folder))).startswith("Cannot load mine: Error while deserializing")
+    assert refusal(load_model, find_model(str(folder))).startswith(
+        "Cannot read the weights in 'model.safetensors': Error while deserializing"
+    )
 
 
 def test_weights_that_a_file_lacks_are_not_made_up(folder: Path) -> None:
@@ -390,7 +392,9 @@ def test_a_gguf_file_that_lacks_weights_is_refused_and_leaves_nothing(
     tmp_path: Path, user_cache: Path, qwen2: Any
 ) -> None:
     path = write_gguf(tmp_path / "small.gguf", qwen2, leave_out="model.layers.0.mlp.up_proj.weight")
-    assert "do not fit its config: 1 of its weights" in refusal(load_model, find_model(str(path)))
+    assert "does not fit the config that it gives: 1 of the model's weights" in refusal(
+        load_model, find_model(str(path))
+    )
     assert list((user_cache / "kdb" / "models").iterdir()) == []
 
 
@@ -516,6 +520,7 @@ def test_int8_without_its_package_says_what_to_install(
 @needs_torchao
 def test_loading_prints_nothing(folder: Path) -> None:
     """torchao warns of what it does not need when transformers imports it; so this takes a fresh process."""
-    code = f"from kdb.ingest.load import *; from kdb.ingest.models import *; load_model(find_model({str(folder)!r}), quantize='int8')"
+    code = "from kdb.ingest.load import load_model; from kdb.ingest.models import find_model; "
+    code += f"load_model(find_model({str(folder)!r}), quantize='int8')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
