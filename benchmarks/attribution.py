@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kdb.ingest.attribution import Attribution, Neurons, prompts_at_once
 from kdb.ingest.circuit import Circuit, take_apart
 from kdb.ingest.datasets import load_dataset, prompts
-from kdb.ingest.models import LoadedModel, ModelSource, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import LoadedModel, ModelSource, find_model
 from kdb.ingest.recording import head_coefficients, head_vectors, record
 from kdb.ingest.targets import target_token
 

@@ -28,7 +28,8 @@ from kdb.ingest.anatomy import SITES
 from kdb.ingest.capture import Capture, shared_prefix
 from kdb.ingest.datasets import load_dataset, prompts
 from kdb.ingest.engine import Rows, write_behind
-from kdb.ingest.models import LoadedModel, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import LoadedModel, find_model
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.vectors import activation_groups, prompts_per_part
 

@@ -26,7 +26,8 @@ from golden_attribution import compare_sums
 from kdb.ingest.circuit import take_apart
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job, Measuring, Probing
-from kdb.ingest.models import LoadedModel, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import LoadedModel, find_model
 from kdb.ingest.run import ingest
 from kdb.warehouse.store import Warehouse
 

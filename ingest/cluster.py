@@ -20,7 +20,8 @@ from typing import Any, Self
 from kdb.errors import KdbError, ModelError
 from kdb.ingest.engine import Advance, Rows, Shard, make_worker
 from kdb.ingest.job import Job
-from kdb.ingest.models import ModelSource, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import ModelSource
 
 log = logging.getLogger(__name__)
 

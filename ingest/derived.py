@@ -6,7 +6,6 @@ project(lake, lake.find(source), ("pca",))
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
-from kdb.ingest.describe import arrow_rows, read_parts, table_files
-from kdb.ingest.job import Measuring, Probing
+from kdb.ingest.describe import arrow_rows, made_by, read_parts, table_files
+from kdb.ingest.job import Measuring, Probing, begin, derived_identity
 from kdb.ingest.progress import progress
 from kdb.ingest.run import Key, Outcome, layer_keys, part_name, probe_layers, read_layer
-from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
+from kdb.warehouse.lake import Lake, RunFolder, StagedRun
 
 if TYPE_CHECKING:
     from kdb.ingest.projections import Project, Projection
@@ -38,7 +37,7 @@ def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measur
     def fill(staged: StagedRun, activations: Sequence[Path]) -> None:
         probe_layers(staged, table_files(source.path, "prompts"), activations, probing, seed)
 
-    return _derive(lake, source, {"seed": seed, **asdict(probing)}, fill, seed=seed)
+    return _derive(lake, source, "probe", {"seed": seed, **asdict(probing)}, fill, seed=seed)
 
 
 def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
@@ -54,12 +53,13 @@ def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
     def fill(staged: StagedRun, activations: Sequence[Path]) -> None:
         _project_layers(staged, activations, projectors)
 
-    return _derive(lake, source, {"projections": list(methods)}, fill)
+    return _derive(lake, source, "project", {"projections": list(methods)}, fill)
 
 
 def _derive(
     lake: Lake,
     source: RunFolder,
+    kind: str,
     settings: Mapping[str, Any],
     fill: Callable[[StagedRun, Sequence[Path]], None],
     **changed: Any,
@@ -67,7 +67,8 @@ def _derive(
     """Let ``fill`` write the tables of a run that is ``source`` but for its settings and ``changed`` of its row."""
     activations = table_files(source.path, "activations")
     _check_vectors(source, activations)
-    with lake.stage(run_id({"source_run": source.run, **settings}), source.model, source.dataset) as staged:
+    identity = derived_identity(kind, "concept", source, settings)
+    with begin(lake, identity, source.model, source.dataset) as staged:
         if staged.committed:
             return Outcome(staged.run, "exists")
         for table in ("models", "datasets"):
@@ -75,8 +76,7 @@ def _derive(
         fill(staged, activations)
         row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
         changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
-        no_model = dict.fromkeys(("torch_version", "transformers_version", "device"))
-        staged.commit(row | changed | no_model | {"kdb_version": importlib.metadata.version("kdb-lm")})
+        staged.commit(row | changed | made_by("cpu", with_model=False))
     return Outcome(staged.run, "committed")
 
 

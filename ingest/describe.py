@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdb.errors import DatasetError
+from kdb.errors import DatasetError, ModelError
 from kdb.ingest.job import Job
-from kdb.ingest.models import count_params, model_row
+from kdb.ingest.load import count_params, model_row
+from kdb.ingest.provenance import provenance
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import arrow_schema
 
@@ -20,7 +22,8 @@ from kdb.warehouse.schema import arrow_schema
 def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
     """Write the rows of ``models`` and ``datasets``."""
     m = job.measuring
-    staged.write_rows("models", "part", [model_row(job.source, config, count_params(config), m.dtype, m.quantize)])
+    shape = model_row(job.source, config, count_params(config), m.dtype)
+    staged.write_rows("models", "part", [shape | provenance(job.source, m.quantize)])
     dataset = {
         "study": job.study,
         "source": job.dataset.source,
@@ -32,9 +35,29 @@ def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
     staged.write_rows("datasets", "part", [dataset])
 
 
+def made_by(device: str | None, *, with_model: bool = True) -> dict[str, Any]:
+    """The columns of ``runs`` that say which versions computed a run, and where; ``with_model`` if a model ran."""
+    libraries = ("torch", "transformers")
+    return {
+        "kdb_version": importlib.metadata.version("kdb-lm"),
+        **{f"{name}_version": importlib.metadata.version(name) if with_model else None for name in libraries},
+        "device": device,
+    }
+
+
 def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n_cue: int = 0) -> None:
-    """Raise DatasetError for a prompt without tokens, or with more, its cue's included, than the model reads."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Raise DatasetError for a prompt without tokens, or with more, its cue's included, than the model reads.
+
+    Raise ModelError for a tokenizer that is another model's: it has tokens that this one does not.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    largest = max((max(ids) for ids in token_ids if ids), default=0)
+    if largest >= text.vocab_size:
+        raise ModelError(
+            f"The tokenizer of {job.source.name} does not belong to its weights: it gives token {largest:,}, and there "
+            f"are {text.vocab_size:,}, numbered from 0."
+        )
     for number, ids in enumerate(token_ids):
         if limit is not None and len(ids) + n_cue > limit:
             cue = f" and {n_cue} of its cue" if n_cue else ""

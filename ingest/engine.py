@@ -6,6 +6,7 @@ shards of prompts, and writes the rows that come back while the next are compute
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pyarrow as pa
 
+from kdb.ingest.guard import told
 from kdb.warehouse.lake import StagedRun
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ class Engine(Protocol):
         """Let go of the workers."""
 
 
+_FIRST = ("device", "check")
+"""Questions for which the model is loaded, and runs for the first time: whatever is odd about it shows here."""
+
+
 class Here:
     """One worker, in this process."""
 
@@ -79,8 +85,10 @@ class Here:
         self._at: tuple[Job, Worker] | None = None
 
     def ask(self, job: Job, question: str, *arguments: Any) -> Any:
-        """What the worker answers."""
-        return getattr(self._worker(job), question)(*arguments)
+        """What the worker answers. Raises ModelError where the model fails before anything is measured."""
+        worker = self._worker(job)
+        with told(f"{job.source.name} cannot be run") if question in _FIRST else contextlib.nullcontext():
+            return getattr(worker, question)(*arguments)
 
     def measure(self, job: Job, shards: Iterable[Shard], advance: Advance) -> Iterator[tuple[str, Rows]]:
         """The rows of one shard after the other."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import QueryError, WarehouseError
-from kdb.ingest.describe import read_parts, table_files
+from kdb.ingest.describe import made_by, read_parts, table_files
+from kdb.ingest.job import begin, derived_identity
 from kdb.ingest.models import LoadedModel
 from kdb.ingest.progress import progress
 from kdb.ingest.run import Outcome
 from kdb.ingest.targets import target_token
-from kdb.warehouse.lake import Lake, RunFolder, run_id
+from kdb.warehouse.lake import Lake, RunFolder
 
 if TYPE_CHECKING:
     from kdb.ingest.ablation import Silenced
@@ -160,7 +161,8 @@ def ablate(
     prompts = [row for row in read_parts(table_files(source.path, "prompts")).to_pylist() if row["kept"]]
     if not prompts:
         raise WarehouseError(f"Run {source.run} has no prompt that counts: there is nothing to intervene on.")
-    with lake.stage(run_id(settings), source.model, source.dataset) as staged:
+    identity = derived_identity("ablate", "knowledge", source, settings)
+    with begin(lake, identity, source.model, source.dataset) as staged:
         if staged.committed:
             return Outcome(staged.run, "exists")
         loaded = load()
@@ -175,8 +177,14 @@ def ablate(
         row = _first(source, "runs")
         variant = " ".join(filter(None, [row["variant"] if row["variant"] != "default" else "", f"ablate={name}"]))
         changed = {"source_run": source.run, "seed": seed, "variant": variant, "settings": json.dumps(settings)}
-        staged.commit(row | changed | {"kdb_version": importlib.metadata.version("kdb-lm")})
+        staged.commit(row | changed | made_by(str(loaded.device)))
     return Outcome(staged.run, "committed")
+
+
+def source_options(source: RunFolder) -> dict[str, Any]:
+    """How the model of a run was loaded: number format, and whether kdb quantized its weights."""
+    settings = json.loads(_first(source, "runs")["settings"])
+    return {"dtype": _first(source, "models")["dtype"], "quantize": settings.get("quantize")}
 
 
 def _intervene(
@@ -203,8 +211,10 @@ def _intervene(
         for row in prompts
         for method, what in sets.items()
     ]
+    begun = time.monotonic()
     with progress("interventions", len(interventions) + len(prompts), "trials") as shown:
-        staged.write("ablations", "part", [intervene(take_apart(loaded), interventions, on_batch=shown.advance)])
+        rows = intervene(take_apart(loaded), interventions, on_batch=shown.advance)
+    staged.write("ablations", "part", [rows], seconds=time.monotonic() - begun)
 
 
 def _first(run: RunFolder, table: str) -> dict[str, Any]:

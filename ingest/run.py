@@ -6,8 +6,8 @@ run is cut off is not computed again, and probes refit without the model (``deri
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.metadata
 import json
 import logging
 import time
@@ -23,13 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 from kdb.ingest import knowledge
 from kdb.ingest.anatomy import SITES
 from kdb.ingest.datasets import Dataset
-from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
+from kdb.ingest.describe import arrow_rows, check_length, describe_run, made_by, read_parts, table_files
 from kdb.ingest.engine import Engine, Here, Shard, write_behind, write_part
-from kdb.ingest.job import Job, Probing
-from kdb.ingest.models import LoadedModel, load_config, load_tokenizer, training_step
+from kdb.ingest.guard import told
+from kdb.ingest.job import Job, Probing, begin
+from kdb.ingest.load import load_config, load_tokenizer
+from kdb.ingest.models import LoadedModel, training_step
 from kdb.ingest.progress import progress
 from kdb.ingest.zero_shot import pose
-from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.lake import Lake, RunFolder, StagedRun
 from kdb.warehouse.vectors import prompts_per_part, read_vectors
 
 if TYPE_CHECKING:
@@ -65,9 +67,10 @@ def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_token
 
 def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
     """The same, with the model where the engine has it. This process alone writes."""
-    with lake.stage(job.run, job.source.name, job.dataset.name) as staged:
+    with begin(lake, job.identity, job.source.name, job.dataset.name) as staged:
         if staged.committed:
             return Outcome(job.run, "exists")
+        _tell_of_namesakes(lake, job)
         if job.study == "knowledge":
             knowledge.measure(staged, job, engine)
         else:
@@ -76,9 +79,35 @@ def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
     return Outcome(job.run, "committed")
 
 
+def _tell_of_namesakes(lake: Lake, job: Job) -> None:
+    """Say so where the model's name is taken by another one, the first time that this one is measured."""
+    source, others = job.source, dict[str, int]()
+    mark = f"revision={source.pinned}" if source.pinned else ""
+    for folder in lake.run_folders():
+        if folder.model != source.name:
+            continue
+        with contextlib.suppress(OSError, LookupError, pa.ArrowException):  # removed a moment ago, or damaged
+            variant = _value(folder, "runs", "variant").split(" ")[0]
+            if (variant if variant.startswith("revision=") else "") == mark:
+                revision = _value(folder, "models", "revision")
+                others[revision] = others.get(revision, 0) + 1
+    if others and source.revision not in others:
+        found = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
+        log.warning(
+            "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is kept "
+            "apart by its revision, %s…; to give it a name of its own, add --name.",
+            *(source.name, found, source.revision[:12]),
+        )
+
+
+def _value(folder: RunFolder, table: str, column: str) -> str:
+    return str(read_parts(table_files(folder.path, table))[column][0].as_py())
+
+
 def _measure_concept(staged: StagedRun, job: Job, engine: Engine) -> None:
     if not staged.has("prompts", "part"):
-        _describe(staged, job)
+        with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+            _describe(staged, job)
     missing = _missing_parts(staged)
     if missing:
         _capture(staged, job, missing, engine)
@@ -227,8 +256,5 @@ def _run_row(job: Job, device: str | None) -> dict[str, Any]:
         "settings": json.dumps(job.identity | ({} if step is None else {"step": step})),
         "seed": job.measuring.seed,
         "noise": "aaa or bbb" if job.measuring.noise else None,
-        "kdb_version": importlib.metadata.version("kdb-lm"),
-        "torch_version": importlib.metadata.version("torch"),
-        "transformers_version": importlib.metadata.version("transformers"),
-        "device": device,
+        **made_by(device),
     }

@@ -23,7 +23,8 @@ import kdb
 from kdb.cli import main
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job, Measuring, Probing
-from kdb.ingest.models import REGISTRY, LoadedModel, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import REGISTRY, LoadedModel, find_model
 
 TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
 

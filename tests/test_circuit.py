@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 from kdb.errors import ModelError
 from kdb.ingest.circuit import ATTENTION, Circuit, take_apart
-from kdb.ingest.models import LoadedModel, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import LoadedModel, find_model
 from kdb.ingest.recording import Recording, check_circuit, record
 
 pytestmark = pytest.mark.usefixtures("one_thread")

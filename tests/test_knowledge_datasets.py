@@ -21,7 +21,8 @@ from kdb.ingest.datasets import Dataset, Example, available_datasets, cloze, fet
 from kdb.ingest.datasets.answers import with_one_answer
 from kdb.ingest.datasets.published import PUBLISHED
 from kdb.ingest.datasets.world import CATEGORIES, answers_by_category
-from kdb.ingest.models import REGISTRY, find_model, load_tokenizer
+from kdb.ingest.load import load_tokenizer
+from kdb.ingest.models import REGISTRY, find_model
 from kdb.ingest.targets import check_candidates, target_token
 
 GOOD_CSV = """prompt,answer,category

@@ -78,7 +78,7 @@ def test_a_projection_is_a_run_of_its_own_that_names_its_source(warehouse: Path)
     (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
     assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
     assert row["tables"] == ["datasets", "models", "projections", "runs"]
-    assert (row["torch_version"], row["device"], json.loads(row["settings"])["projections"]) == (None, None, ["pca"])
+    assert (row["torch_version"], row["device"], json.loads(row["settings"])["projections"]) == (None, "cpu", ["pca"])
     assert project(opened.lake, source, ("pca",)) == Outcome(outcome.run, "exists")
 
 

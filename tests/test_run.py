@@ -383,7 +383,7 @@ def test_a_refit_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> N
     (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
     assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
     assert row["tables"] == ["datasets", "models", "probe_predictions", "probe_scores", "runs"]
-    assert (row["torch_version"], row["transformers_version"], row["device"]) == (None, None, None)
+    assert (row["torch_version"], row["transformers_version"], row["device"]) == (None, None, "cpu")
     settings = json.loads(row["settings"])
     assert (settings["model"], settings["splits"]) == ("tiny", 2)
 

@@ -63,7 +63,7 @@ def ingest(
     kdb ingest plan.yaml --engine ray --address 10.0.0.1:6379
     """
     from kdb.ingest.batch import measure_all
-    from kdb.ingest.models import pick_device
+    from kdb.ingest.load import pick_device
     from kdb.warehouse.store import Warehouse
 
     _log_to_stderr()
@@ -91,7 +91,7 @@ def ingest(
 @contextlib.contextmanager
 def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | None) -> Iterator[Callable[..., Any]]:
     """What runs a model of those asked for: this process, or workers of a Ray cluster."""
-    from kdb.ingest import models as found
+    from kdb.ingest import load as loading
     from kdb.ingest.engine import Here
 
     def settings(one: Any) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | Non
 
     def here(one: Any, source: Any) -> Here:
         @functools.cache
-        def load() -> found.LoadedModel:
-            return found.load_model(source, device=found.pick_device(one.options["device"]), **settings(one))
+        def load() -> loading.LoadedModel:
+            return loading.load_model(source, device=loading.pick_device(one.options["device"]), **settings(one))
 
         return Here(load, one.options["batch_tokens"])
 
@@ -318,19 +318,20 @@ def ablate(
         SELECT layer, 'attn' AS component, head, NULL AS neuron FROM head_scores
         GROUP BY ALL ORDER BY avg(score) DESC LIMIT 5"
     """
-    from kdb.ingest import models as found
+    from kdb.ingest import load as loading
     from kdb.ingest.intervention import ablate as intervene
+    from kdb.ingest.intervention import source_options
+    from kdb.ingest.models import find_model
 
     _log_to_stderr()
     opened = kdb.open(warehouse)
-    source = found.find_model(model, name=model_name, revision=revision)
+    source = find_model(model, name=model_name, revision=revision)
     run = opened.lake.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
     rows = opened.sql(query_).rows(named=True)
-    stored = opened.sql("SELECT dtype, quantization FROM models WHERE run = ?", [run.run]).rows()[0]
 
-    def load() -> found.LoadedModel:
-        device = found.pick_device(options["device"])
-        return found.load_model(source, device=device, dtype=stored[0], quantize=stored[1])
+    def load() -> loading.LoadedModel:
+        device = loading.pick_device(options["device"])
+        return loading.load_model(source, device=device, **source_options(run))
 
     outcome = intervene(
         opened.lake,

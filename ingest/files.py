@@ -1,0 +1,195 @@
+"""The files of a model's folder that determine what the model computes, and the fingerprint of them.
+
+Loading sees these files and no others (``only``): what is not part of the fingerprint cannot change a result, and
+neither a pickle nor code that lies beside them can be loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdb.errors import ModelError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm"),
+)
+"""Everything that transformers' tokenizers are read from."""
+
+HARMLESS_FIELDS = {
+    "transformers_version": "names the version that wrote the file",
+    "torch_dtype": "kdb sets the number format (--dtype)",
+    "dtype": "kdb sets the number format (--dtype)",
+    "_name_or_path": "says where the files lay",
+    "name_or_path": "says where the files lay",
+    "_commit_hash": "says where the files lay",
+    "auto_map": "names code that kdb never runs",
+    "use_cache": "a cache of keys and values changes speed alone",
+    "initializer_range": "is for weights that are not in the files, and such models are refused",
+    "output_attentions": "kdb asks for what it reads",
+    "output_hidden_states": "kdb asks for what it reads",
+    "task_specific_params": "are settings of generating text",
+    "chat_template": "kdb gives a model plain text",
+}
+"""Fields of config.json and tokenizer_config.json that cannot change a forward pass or a token, with the reason."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that a model in a folder is loaded from: config, weights, index, tokenizer.
+
+    Raises ModelError where the folder holds no model, or one that only a pickle or an adapter would make whole.
+    """
+    _refuse_adapter(folder)
+    if not (folder / CONFIG).is_file() or not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{str(folder)!r} holds no model that kdb reads: expected config.json and *.safetensors there, "
+            "or name a .gguf file."
+        )
+    weights = weight_files(folder)
+    index = [] if weights[0].name == WEIGHTS else [folder / INDEX]
+    return [folder / CONFIG, *weights, *index, *_tokenizer_files(folder)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that hold a model's weights: one file, or those that its index names. Raises ModelError."""
+    named = _field(folder / CONFIG, "transformers_weights")
+    if named is not None:
+        raise ModelError(
+            f"{str(folder / CONFIG)!r} names a weights file of its own, {named!r} (transformers_weights): rename that "
+            f"file {WEIGHTS} and remove the field."
+        )
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}: its weights cannot be told from others.")
+    shards = sorted({str(name) for name in _weight_map(folder / INDEX).values()})
+    for shard in shards:
+        _check_shard(folder, shard)
+    return [folder / shard for shard in shards]
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over everything in a model's folder that determines its tokens and its forward pass.
+
+    JSON files are read, so that neither their layout nor their harmless fields count. Raises ModelError.
+    """
+    digests = {}
+    for file in model_files(folder):
+        if file.name == INDEX:
+            digests[file.name] = _sha256_json(_weight_map(file))
+        elif file.name in (CONFIG, "tokenizer_config.json"):
+            digests[file.name] = _sha256_json(_without(read_json(file), HARMLESS_FIELDS))
+        else:
+            digests[file.name] = sha256(file)
+    return _sha256_json(digests)
+
+
+@contextlib.contextmanager
+def only(files: Sequence[Path]) -> Iterator[Path]:
+    """A folder in which these files alone are seen, for as long as a model is loaded from it."""
+    with tempfile.TemporaryDirectory(prefix="kdb-") as seen:
+        for file in files:
+            (Path(seen) / file.name).symlink_to(file.resolve())
+        yield Path(seen)
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes. Raises ModelError where it cannot be read."""
+    with _readable(file), file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """SHA-256 of a file's bytes; of several files, that of their sums."""
+    sums = [sha256(file) for file in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ModelError where there is none."""
+    with _readable(file):
+        text = file.read_bytes()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{str(file)!r} is not a valid JSON file: {error}.") from error
+
+
+def _refuse_adapter(folder: Path) -> None:
+    found = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
+    if found is not None:
+        raise ModelError(
+            f"{str(folder)!r} holds an adapter ({found}), and kdb measures whole models: merge it first (peft's "
+            "merge_and_unload, then save_pretrained into a folder of its own)."
+        )
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    found = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found)
+
+
+def _check_shard(folder: Path, name: str) -> None:
+    """Raise ModelError unless an index may name this file: safetensors, in the folder itself."""
+    problem = None
+    if not re.fullmatch(r"[^/\\]+\.safetensors", name):
+        problem = "kdb reads weights from safetensors in the model's own folder, never from pickles"
+    elif not (folder / name).is_file():
+        problem = "there is no such file"
+    elif not _lies_in(folder, folder / name):
+        problem = "that is a link to a file outside of the folder. Copy the file there"
+    if problem is not None:
+        raise ModelError(f"{str(folder / INDEX)!r} names {name!r}: {problem}.")
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    """Whether a file lies in a folder; the hub's cache links to files beside its snapshots."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parents[1]
+    return file.resolve().is_relative_to(root)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise ModelError(f"{str(index)!r} is no index of weights: it has no 'weight_map' of file names.")
+    return found
+
+
+def _field(file: Path, name: str) -> Any:
+    content = read_json(file)
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def _without(content: Any, fields: Any) -> Any:
+    """JSON content without some fields, at any depth."""
+    if isinstance(content, dict):
+        return {key: _without(value, fields) for key, value in content.items() if key not in fields}
+    return [_without(value, fields) for value in content] if isinstance(content, list) else content
+
+
+def _sha256_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    if file.exists() and not file.is_file():
+        raise ModelError(f"{str(file)!r} is no regular file.")
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"Cannot read {str(file)!r}: {error.strerror}.") from error
