@@ -149,4 +149,4 @@ def derived_identity(kind: str, study: str, source: RunFolder, settings: Mapping
 
 def begin(lake: Lake, identity: Mapping[str, Any], model: str, dataset: str) -> StagedRun:
     """The run of this identity, begun or resumed; use it in a ``with`` statement."""
-    return lake.stage(run_id(identity), model, dataset)
+    return lake.stage(run_id(identity), model, dataset, identity=identity)
