@@ -32,7 +32,7 @@ from objectstore import KEY, SECRET, ObjectStore, extension, object_store
 
 import kdb
 from kdb.warehouse import cloud
-from kdb.warehouse.lake import RunFolder, read_manifest
+from kdb.warehouse.manifest import RunFolder, read_manifest
 from kdb.warehouse.schema import PARTITIONS
 from kdb.warehouse.store import Warehouse
 from kdb.web.serve import DEMO

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from synthetic import CATEGORIES, NINE_CONCEPTS, NINE_MODELS, SITES, Concept, Model, describe, rng_of, score_rows
 
 from kdb.ingest.describe import arrow_rows
-from kdb.warehouse.lake import Lake, StagedRun, partitions, run_id
+from kdb.warehouse.lake import Lake, StagedRun, partitions
+from kdb.warehouse.manifest import run_id
 from kdb.warehouse.schema import arrow_schema
 from kdb.warehouse.sums import write_neuron_sums
 from kdb.warehouse.vectors import activation_groups

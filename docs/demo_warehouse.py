@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import kdb
-from kdb.warehouse.lake import Lake, run_id
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import run_id
 from kdb.warehouse.schema import TABLES, arrow_schema
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.sums import write_neuron_sums

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kdb.ingest.capture import batches
 from kdb.ingest.circuit import Circuit
+from kdb.ingest.lengths import LengthClasses, forget_longest
 from kdb.ingest.memory import tokens_at_once
 from kdb.warehouse.schema import arrow_schema
 
@@ -83,7 +84,7 @@ def run_trials(
     order = sorted(range(len(trials)), key=lambda i: -len(trials[i].token_ids))
     lengths = [len(trials[i].token_ids) for i in order]
     with torch.inference_mode():
-        for batch in batches(lengths, budget):
+        for batch in batches(lengths, budget, LengthClasses(circuit.loaded.model.config)):
             for start in range(0, len(batch), at_most):
                 rows = [order[i] for i in batch[start : start + at_most]]
                 found = _run(circuit, [trials[i] for i in rows])
@@ -101,6 +102,7 @@ def _run(circuit: Circuit, trials: Sequence[Trial]) -> tuple[Any, ...]:
     for row, trial in enumerate(trials):
         ids[row, : len(trial.token_ids)] = torch.tensor(trial.token_ids)
     last = torch.tensor([len(t.token_ids) - 1 for t in trials])
+    forget_longest(circuit.loaded)
     with _silencing(circuit, trials, last):
         hidden = circuit.anatomy.decoder(ids.to(device), use_cache=False)[0]
     # The decoder has applied the final norm; what is left of the readout is linear, but for the soft cap.

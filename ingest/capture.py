@@ -3,15 +3,19 @@
 Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
 padding cannot change a result and needs no mask. A prefix that all prompts share is run once. For the same reason a
 cue may follow each prompt, after which the model would answer. The unembedding, a third of a small model's work, is
-not run here at all.
+not run here at all. Where the model's RoPE depends on the length of a text, all this holds for texts of one length class
+(``lengths.py``), and only those share a pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +24,7 @@ from numpy.typing import NDArray
 
 from kdb.errors import ModelError
 from kdb.ingest.anatomy import SITES, Anatomy, describe
+from kdb.ingest.lengths import LengthClasses, forget_longest
 from kdb.ingest.memory import tokens_at_once
 from kdb.ingest.models import LoadedModel
 
@@ -40,16 +45,48 @@ def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Split prompts, given by falling length, into batches of at most ``budget`` padded tokens.
+def batches(
+    lengths: Sequence[int], budget: int, length_class: Callable[[int], Hashable], at_most: int | None = None
+) -> Iterator[list[int]]:
+    """Split prompts, given by falling length, into batches of one length class and at most ``budget`` padded tokens.
 
-    Yields the prompts' places in ``lengths``.
+    A batch has ``at_most`` prompts, if that is given. Yields the prompts' places in ``lengths``.
     """
     start = 0
     while start < len(lengths):
-        stop = start + max(1, budget // lengths[start])
-        yield list(range(start, min(stop, len(lengths))))
+        same, room = length_class(lengths[start]), max(1, budget // lengths[start])
+        limit = min(start + min(room, at_most or room), len(lengths))
+        stop = start + 1
+        while stop < limit and length_class(lengths[stop]) == same:
+            stop += 1
+        yield list(range(start, stop))
         start = stop
+
+
+def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
+    """The prompts on which a run is checked: the shortest, the longest, the last, and one with the rarest token.
+
+    And the first ones, up to ``CHECK_PROMPTS``.
+    """
+    counts = Counter(itertools.chain.from_iterable(token_ids))
+    places = range(len(token_ids))
+    by_length = sorted(places, key=lambda i: len(token_ids[i]))
+    # Of tokens that are as rare, the one with the highest id: vocabularies list frequent tokens first.
+    rarest = min(counts, key=lambda token: (counts[token], -token))
+    rare = next(i for i in places if rarest in token_ids[i])
+    return list(dict.fromkeys([by_length[0], by_length[-1], places[-1], rare, *places]))[:CHECK_PROMPTS]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How prompts go through the model: after a cached prefix or whole, with the cue or without.
+
+    ``states``: their hidden states are read. Where the cue is there, so is what the model would answer from.
+    """
+
+    cached: bool
+    cued: bool
+    states: bool
 
 
 class Capture:
@@ -59,6 +96,7 @@ class Capture:
         self.loaded = loaded
         self.anatomy: Anatomy = describe(loaded.model)
         self.batch_tokens = batch_tokens or tokens_at_once(loaded)
+        self._length_class = LengthClasses(loaded.model.config)
         self._prefix: tuple[int, ...] = ()
         self._prefix_cache: Any = None
 
@@ -91,22 +129,54 @@ class Capture:
 
         vectors = np.empty((len(token_ids), *self.shape), dtype=np.float32)
         ends = np.empty((len(token_ids), self.shape[-1]), dtype=np.float32)
-        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        lengths = [len(token_ids[i]) - len(prefix) + len(cue) for i in order]
+        ways = self._ways([len(ids) for ids in token_ids], len(prefix), len(cue))
         with torch.inference_mode():
-            while order:
-                n = len(next(batches(lengths, self.batch_tokens)))
-                rows = order[:n]
-                texts = [[*token_ids[row][len(prefix) :], *cue] for row in rows]
-                try:
-                    vectors[rows], ends[rows] = self._run(texts, tuple(prefix), len(cue))
-                except torch.OutOfMemoryError:
-                    self._halve(n, lengths[0])
-                    continue
-                order, lengths = order[n:], lengths[n:]
-                if on_batch is not None:
-                    on_batch(sum(len(token_ids[row]) for row in rows))
+            for way, prompts in ways.items():
+                before, behind = tuple(prefix) if way.cached else (), tuple(cue) if way.cued else ()
+                for rows, states, after in self._batched(token_ids, prompts, before, behind):
+                    if way.cued:
+                        ends[rows] = after
+                    if way.states:
+                        vectors[rows] = states
+                        if on_batch is not None:
+                            on_batch(sum(len(token_ids[row]) for row in rows))
         return vectors, ends
+
+    def _ways(self, lengths: Sequence[int], n_prefix: int, n_cue: int) -> dict[_Way, list[int]]:
+        """Which prompts go through the model in which way; those of ordinary models all in one.
+
+        A prompt whose cue would put it into another length class goes twice, first without it. A cached prefix serves
+        prompts of its own class.
+        """
+        ways: dict[_Way, list[int]] = {}
+        of = self._length_class
+        for row, n in enumerate(lengths):
+            together = of(n) == of(n + n_cue)
+            for cued in [True] if together else [False, True]:
+                cached = n_prefix > 0 and of(n_prefix) == of(n + n_cue * cued)
+                ways.setdefault(_Way(cached, cued, states=together or not cued), []).append(row)
+        return ways
+
+    def _batched(
+        self, token_ids: Sequence[Sequence[int]], prompts: Sequence[int], prefix: tuple[int, ...], cue: tuple[int, ...]
+    ) -> Iterator[tuple[list[int], NDArray[np.float32], NDArray[np.float32]]]:
+        """Run prompts, given by their places, batch by batch: yields places, hidden states and last blocks' outputs."""
+        import torch
+
+        n_prefix = len(prefix)
+        order = sorted(prompts, key=lambda i: -len(token_ids[i]))
+        lengths = [len(token_ids[i]) - n_prefix + len(cue) for i in order]
+        while order:
+            n = len(next(batches(lengths, self.batch_tokens, lambda n: self._length_class(n + n_prefix))))
+            rows = order[:n]
+            texts = [[*token_ids[row][n_prefix:], *cue] for row in rows]
+            try:
+                found = self._run(texts, prefix, len(cue))
+            except torch.OutOfMemoryError:
+                self._halve(n, lengths[0])
+                continue
+            yield rows, *found
+            order, lengths = order[n:], lengths[n:]
 
     def _halve(self, n: int, n_tokens: int) -> None:
         """Take half as many tokens from now on. Raises ModelError where ``n`` is one prompt already."""
@@ -132,6 +202,7 @@ class Capture:
         end = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
         states = torch.empty(len(token_ids), *self.shape, device=device)
         ends = torch.empty(len(token_ids), self.shape[-1], device=device)
+        forget_longest(self.loaded)
         cache = self._expanded(prefix, len(token_ids))
         with self._recording(states, end - n_cue, ends, end):
             self.anatomy.decoder(ids.to(device), past_key_values=cache, use_cache=cache is not None)
@@ -209,6 +280,7 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
     """
     import torch
 
+    forget_longest(loaded)
     with torch.inference_mode():
         ids = torch.tensor([list(token_ids)], device=loaded.device)
         # Logits of every position would take a gigabyte for a thousand tokens of a 262,144-token vocabulary.
@@ -227,41 +299,72 @@ def check_capture(
     """
     import torch
 
-    loaded = capture.loaded
+    loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
     vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
-    dtype = getattr(torch, loaded.dtype)
     found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
-    for row, ids in enumerate(token_ids):
+    for resid, ids in zip(vectors[:, :, 0], token_ids, strict=True):
         states, logits = untouched(loaded, ids)
-        resid = vectors[row, :, 0]
+        off = _off(capture, resid, states)
         with torch.inference_mode():
-            normed = capture.anatomy.final_norm(resid[-1].to(dtype)).float()
             read = capture.anatomy.readout(resid[-1].to(dtype)).float()
-        found["resid_post"].extend(map(_relative, resid[:-1], states[1:-1]))
-        found["final_norm"].append(_relative(normed, states[-1]))
+        found["resid_post"].extend(off[:-1])
+        found["final_norm"].append(off[-1])
         found["readout"].append(_relative(read, logits))
         found["readout_kl"].append(_kl(logits, read))
-    # numpy's max, unlike Python's, does not lose a NaN.
-    return [_check_row(name, float(np.max(of, initial=0)), loaded, len(token_ids)) for name, of in found.items()]
+    return [check_row(name, of, loaded, len(token_ids)) for name, of in found.items()]
+
+
+def check_stored(
+    capture: Capture, token_ids: Sequence[Sequence[int]], states: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """Compare the states (prompt, layer, hidden) that a run has stored of some prompts with the untouched model.
+
+    Gives rows of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
+    """
+    import torch
+
+    alone = (untouched(capture.loaded, ids)[0] for ids in token_ids)
+    stored = torch.from_numpy(states).to(capture.loaded.device)
+    off = [value for resid, own in zip(stored, alone, strict=True) for value in _off(capture, resid, own)]
+    return [check_row("stored_states", off, capture.loaded, len(token_ids))]
+
+
+def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[float]:
+    """How far block outputs (layer, hidden) are from the untouched model's, the last of them after the final norm."""
+    import torch
+
+    with torch.inference_mode():
+        normed = capture.anatomy.final_norm(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
+    return [*map(_relative, resid[:-1], states[1:-1]), _relative(normed, states[-1])]
 
 
 _DETAIL = {
-    "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding and shared "
+    "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding, cue and shared "
     "prefix against one prompt at a time",
     "final_norm": "the same for the last layer, after the final norm",
     "readout": "the same for the logits that the last captured state gives",
     "readout_kl": "KL divergence, in nats, of those logits from the model's own",
+    "stored_states": "largest ‖stored − untouched‖ / ‖untouched‖ over layers, in the batches of the run against one "
+    "prompt at a time",
+    "stored_answers": "largest |stored − untouched| probability of an answer, in the batches of the run against one "
+    "prompt at a time",
+    "stored_probs": "largest |stored − untouched| probability of a target, in the batches of the run against one "
+    "prompt at a time",
 }
 
 
-def _check_row(check: str, value: float, loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
-    tolerance = _TOLERANCE[loaded.dtype]
+def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
+    """The row of ``checks`` for the largest of some differences.
+
+    Raises ModelError where that is more than the weights' dtype explains.
+    """
+    value, tolerance = float(np.max(values, initial=0)), _TOLERANCE[loaded.dtype]  # unlike max, it keeps a NaN
     if not value <= tolerance:
         raise ModelError(
             f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "
             f"explains {tolerance:.2g} ({_DETAIL[check]})."
         )
-    detail = f"{_DETAIL[check]}; first {n_prompts} prompts, {loaded.dtype}"
+    detail = f"{_DETAIL[check]}; {n_prompts} prompts, {loaded.dtype}"
     return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
 
 

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from kdb.ingest.anatomy import SITES
-from kdb.ingest.capture import CHECK_PROMPTS, Capture, check_capture, shared_prefix
+from kdb.ingest.capture import Capture, check_capture, check_stored, chosen_prompts, shared_prefix
 from kdb.ingest.engine import Advance, Rows, timed
 from kdb.ingest.job import Job
 from kdb.ingest.models import LoadedModel
 from kdb.ingest.plan import estimate
-from kdb.ingest.zero_shot import Question, answer, pose, zero_shot_rows
+from kdb.ingest.tokens import read_texts
+from kdb.ingest.zero_shot import Question, answer, check_answers, pose, zero_shot_rows
 from kdb.warehouse.schema import arrow_schema
 from kdb.warehouse.vectors import activation_groups
 
@@ -32,7 +34,7 @@ class Capturer:
 
     @functools.cached_property
     def _token_ids(self) -> list[list[int]]:
-        return list(self._capture.loaded.tokenizer(self._job.texts)["input_ids"])
+        return read_texts(self._capture.loaded.tokenizer, self._job.texts)
 
     @functools.cached_property
     def _prefix(self) -> list[int]:
@@ -47,10 +49,26 @@ class Capturer:
         return str(self._capture.loaded.device)
 
     def check(self) -> Rows:
-        """How the first prompts compare with the untouched model. Raises ModelError where that is too far off."""
-        token_ids, begun = self._token_ids, time.monotonic()
-        rows = check_capture(self._capture, token_ids[:CHECK_PROMPTS], self._prefix, self._question.cue)
-        return timed("checks", [pa.Table.from_pylist(list(rows), schema=arrow_schema("checks"))], begun)
+        """How some prompts compare with the untouched model. Raises ModelError where that is too far off."""
+        texts, begun = [self._token_ids[i] for i in self.chosen()], time.monotonic()
+        rows = check_capture(self._capture, texts, self._prefix, self._question.cue)
+        return timed("checks", [pa.Table.from_pylist(rows, schema=arrow_schema("checks"))], begun)
+
+    def chosen(self) -> list[int]:
+        """The prompts that the run is checked on."""
+        return chosen_prompts(self._token_ids)
+
+    def check_stored(self, states: NDArray[np.float32], answers: NDArray[np.float64] | None) -> Rows:
+        """How what was stored of the chosen prompts compares with the untouched model.
+
+        ``states`` are (prompt, layer, hidden), ``answers`` probabilities (prompt, 2), or None where none are stored.
+        Raises ModelError where a difference is too large.
+        """
+        texts, begun = [self._token_ids[i] for i in self.chosen()], time.monotonic()
+        rows = check_stored(self._capture, texts, states)
+        if answers is not None:
+            rows.append(check_answers(self._capture, texts, answers, self._question))
+        return timed("checks", [pa.Table.from_pylist(rows, schema=arrow_schema("checks"))], begun)
 
     def cost(self) -> str:
         """What the job takes in memory, disk and time, in a line."""

@@ -22,7 +22,8 @@ from kdb.ingest.describe import arrow_rows, made_by, read_parts, table_files
 from kdb.ingest.job import Measuring, Probing, begin, derived_identity
 from kdb.ingest.progress import progress
 from kdb.ingest.run import Key, Outcome, layer_keys, part_name, probe_layers, read_layer
-from kdb.warehouse.lake import Lake, RunFolder, StagedRun
+from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.manifest import RunFolder
 
 if TYPE_CHECKING:
     from kdb.ingest.projections import Project, Projection

@@ -140,6 +140,6 @@ def write_behind(staged: StagedRun, measured: Iterable[tuple[str, Rows]]) -> Non
             pending.result()
 
 
-def write_part(staged: StagedRun, rows: Rows) -> None:
-    """Write the rows of a table that has one part."""
-    staged.write(rows.table, "part", rows.groups, seconds=rows.seconds)
+def write_part(staged: StagedRun, rows: Rows, name: str = "part") -> None:
+    """Write the rows of one part of a table, most often its only one."""
+    staged.write(rows.table, name, rows.groups, seconds=rows.seconds)

@@ -16,7 +16,8 @@ from kdb.ingest.models import LoadedModel
 from kdb.ingest.progress import progress
 from kdb.ingest.run import Outcome
 from kdb.ingest.targets import target_token
-from kdb.warehouse.lake import Lake, RunFolder
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import RunFolder
 
 if TYPE_CHECKING:
     from kdb.ingest.ablation import Silenced

@@ -9,7 +9,8 @@ from typing import Any
 
 from kdb.ingest.datasets import Dataset, prompts
 from kdb.ingest.models import ModelSource
-from kdb.warehouse.lake import Lake, RunFolder, StagedRun, run_id
+from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.manifest import RunFolder, run_id
 
 CONCEPT_VERSION = 1
 """Part of the id of every run of the concept study, and of what is derived from one.

@@ -7,10 +7,9 @@ is cut off is not computed again.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +17,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kdb.ingest.capture import batches, check_row, chosen_prompts, untouched
 from kdb.ingest.describe import arrow_rows, check_length, describe_run, read_parts
 from kdb.ingest.engine import Advance, Engine, Rows, Shard, timed, write_behind, write_part
 from kdb.ingest.guard import told
 from kdb.ingest.job import Job
+from kdb.ingest.lengths import LengthClasses
 from kdb.ingest.load import load_config, load_tokenizer
 from kdb.ingest.memory import room
 from kdb.ingest.models import LoadedModel
 from kdb.ingest.progress import progress
 from kdb.ingest.targets import check_candidates, target_token
+from kdb.ingest.tokens import check_spelled
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import arrow_schema
 from kdb.warehouse.sums import write_neuron_sums
 
 if TYPE_CHECKING:
+    import torch
+
     from kdb.ingest.attribution import Attribution, Neurons, Queries
     from kdb.ingest.circuit import Circuit
 
@@ -70,7 +74,8 @@ def measure(staged: StagedRun, job: Job, engine: Engine) -> None:
     before anything is measured.
     """
     with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
-        prompts, config = read_prompts(job), load_config(job.source)
+        tokenizer, config = load_tokenizer(job.source), load_config(job.source)
+        prompts = read_prompts(job, tokenizer)
         check_length(job, [p.token_ids for p in prompts], config)
 
     def ask(question: str, *arguments: Any) -> Any:
@@ -80,20 +85,23 @@ def measure(staged: StagedRun, job: Job, engine: Engine) -> None:
     if not staged.has("checks", "part"):
         write_part(staged, ask("check"))
     if not staged.has("datasets", "part"):  # after the checks: a model that is refused leaves nothing behind
+        check_spelled(staged, job, tokenizer, [p.token_ids for p in prompts])
         describe_run(staged, job, config)
     if not staged.has("prompts", "part"):
         write_part(staged, ask("judge"))
+    if not staged.has("checks", "stored"):
+        probs = read_parts(staged.parts("prompts"))["target_prob"].to_pylist()
+        write_part(staged, ask("check_stored", [probs[i] for i in ask("chosen")]), "stored")
     kept = [prompts[row["prompt_id"]] for row in read_parts(staged.parts("prompts")).to_pylist() if row["kept"]]
-    _attribute(staged, job, kept, ask, engine)
+    _attribute(staged, job, kept, LengthClasses(config), ask, engine)
     if kept and not staged.has("neuron_sums", "part"):
         write_neuron_sums(staged)
     if kept and not staged.has("neuron_tokens", "part"):
         write_part(staged, ask("name_tokens", _named_neurons(staged, job.attributing.top_k)))
 
 
-def read_prompts(job: Job) -> list[Prompt]:
+def read_prompts(job: Job, tokenizer: Any) -> list[Prompt]:
     """Tokenize prompts and answers; raises DatasetError for an answer that cannot be a target."""
-    tokenizer = load_tokenizer(job.source)
     examples = job.dataset.examples
     found = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
     targets, categories = [target for _ids, target in found], [e.category or "" for e in examples]
@@ -135,9 +143,16 @@ def _prompt_rows(
         }
 
 
-def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], ask: Callable[..., Any], engine: Engine) -> None:
+def _attribute(
+    staged: StagedRun,
+    job: Job,
+    kept: Sequence[Prompt],
+    length_class: LengthClasses,
+    ask: Callable[..., Any],
+    engine: Engine,
+) -> None:
     """Write the scores of every chunk of prompts that has none yet."""
-    chunks = _chunks(staged, kept, ask)
+    chunks = _chunks(staged, kept, length_class, ask)
     left = [
         Shard(name, tuple(p.number for p in chunk), len(chunk))
         for name, chunk in chunks.items()
@@ -150,16 +165,15 @@ def _attribute(staged: StagedRun, job: Job, kept: Sequence[Prompt], ask: Callabl
         write_behind(staged, engine.measure(job, left, shown.advance))
 
 
-def _chunks(staged: StagedRun, kept: Sequence[Prompt], ask: Callable[..., Any]) -> dict[str, list[Prompt]]:
+def _chunks(
+    staged: StagedRun, kept: Sequence[Prompt], length_class: LengthClasses, ask: Callable[..., Any]
+) -> dict[str, list[Prompt]]:
     """Prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
     if "chunks" not in staged.facts:
         per_token, at_most, memory = ask("room", CHUNK_BYTES)
         order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
-        sizes: list[int] = []
-        while sum(sizes) < len(order):
-            sizes.append(max(1, min(memory // (len(order[sum(sizes)].token_ids) * per_token), at_most)))
-        bounds = np.cumsum([0, *sizes]).tolist()
-        staged.remember(chunks=[[p.number for p in order[a:b]] for a, b in itertools.pairwise(bounds)])
+        found = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
+        staged.remember(chunks=[[order[i].number for i in batch] for batch in found])
     by_number = {p.number: p for p in kept}
     return {f"part-{i:05}": [by_number[n] for n in chunk] for i, chunk in enumerate(staged.facts["chunks"])}
 
@@ -192,20 +206,39 @@ class Attributor:
 
     @functools.cached_property
     def _prompts(self) -> list[Prompt]:
-        return read_prompts(self._job)
+        return read_prompts(self._job, load_tokenizer(self._job.source))
 
     def device(self) -> str:
         """Where the model runs."""
         return str(self._circuit.loaded.device)
 
     def check(self) -> Rows:
-        """How the recorded parts of the first prompts add up. Raises ModelError where they do not."""
-        from kdb.ingest.capture import CHECK_PROMPTS
+        """How the recorded parts of some prompts add up. Raises ModelError where they do not."""
         from kdb.ingest.recording import check_circuit
 
         circuit, begun = self._circuit, time.monotonic()
-        rows = check_circuit(circuit, [p.token_ids for p in self._prompts[:CHECK_PROMPTS]])
-        return timed("checks", [pa.Table.from_pylist(list(rows), schema=arrow_schema("checks"))], begun)
+        rows = check_circuit(circuit, [self._prompts[i].token_ids for i in self.chosen()])
+        return timed("checks", [pa.Table.from_pylist(rows, schema=arrow_schema("checks"))], begun)
+
+    def chosen(self) -> list[int]:
+        """The prompts that the run is checked on."""
+        return chosen_prompts([p.token_ids for p in self._prompts])
+
+    def check_stored(self, probs: Sequence[float]) -> Rows:
+        """How the probabilities that were stored of the chosen prompts' targets compare with the untouched model's.
+
+        Raises ModelError where a difference is too large.
+        """
+        begun, chosen = time.monotonic(), self.chosen()
+        own = [self._alone[i].double().softmax(-1)[self._prompts[i].target].item() for i in chosen]
+        off = [abs(a - b) for a, b in zip(probs, own, strict=True)]
+        row = check_row("stored_probs", off, self._circuit.loaded, len(chosen))
+        return timed("checks", [pa.Table.from_pylist([row], schema=arrow_schema("checks"))], begun)
+
+    @functools.cached_property
+    def _alone(self) -> dict[int, torch.Tensor]:
+        """The logits of the chosen prompts, each run alone through the untouched model."""
+        return {i: untouched(self._circuit.loaded, self._prompts[i].token_ids)[1] for i in self.chosen()}
 
     def judge(self) -> Rows:
         """What the untouched model says of each prompt, and whether it counts: the rows of ``prompts``."""
@@ -231,7 +264,7 @@ class Attributor:
         begun, chunk = time.monotonic(), [self._prompts[i] for i in prompts]
         # The mode is the thread's: held across a yield it would be the caller's too, and end when this is let go.
         scores = torch.inference_mode()(_scores)
-        for table, rows in scores(self._circuit, self._job, chunk, self._batch_tokens):
+        for table, rows in scores(self._circuit, self._job, chunk, self._alone, self._batch_tokens):
             yield timed(table, [rows], begun)
             begun = time.monotonic()
         advance(len(prompts))
@@ -244,17 +277,24 @@ class Attributor:
 
 
 def _scores(
-    circuit: Circuit, job: Job, chunk: Sequence[Prompt], batch_tokens: int | None
+    circuit: Circuit, job: Job, chunk: Sequence[Prompt], alone: Mapping[int, torch.Tensor], batch_tokens: int | None
 ) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of every table of scores for a chunk of prompts, the table last that tells that all are there."""
+    """The rows of every table of scores for a chunk of prompts, the table last that tells that all are there.
+
+    ``alone`` are logits of some prompts run alone. Raises ModelError where those recorded here are others.
+    """
     import torch
 
     from kdb.ingest.attribution import Attribution
-    from kdb.ingest.recording import record
+    from kdb.ingest.recording import check_logits, record
 
     wanted = job.attributing
     target = torch.tensor([p.target for p in chunk], device=circuit.loaded.device)
-    a = Attribution(circuit, record(circuit, [p.token_ids for p in chunk]), target)
+    recording = record(circuit, [p.token_ids for p in chunk])
+    for row, prompt in enumerate(chunk):
+        if prompt.number in alone:
+            check_logits(circuit.loaded, recording.logits[row], alone[prompt.number])
+    a = Attribution(circuit, recording, target)
     ids = np.array([p.number for p in chunk], dtype=np.int32)
     yield "layer_scores", _layer_rows(ids, a)
     yield "head_scores", _head_rows(ids, a)

@@ -15,6 +15,7 @@ from kdb.ingest.knowledge import CHUNK_BYTES, read_prompts
 from kdb.ingest.load import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.memory import CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.ranking import METHODS
+from kdb.ingest.tokens import read_texts
 from kdb.ingest.zero_shot import pose
 from kdb.warehouse.vectors import PART_BYTES
 
@@ -58,12 +59,11 @@ class Plan:
 def plan(job: Job, device: str) -> Plan:
     """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
     with told(f"Cannot plan {job.source.name} on {job.dataset.name}"):
-        config = load_config(job.source)
+        config, tokenizer = load_config(job.source), load_tokenizer(job.source)
         if job.study == "knowledge":
-            return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job)], device)
-        tokenizer = load_tokenizer(job.source)
+            return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job, tokenizer)], device)
         n_cue = len(pose(tokenizer, job.dataset).cue)
-        return estimate(job, config, tokenizer(job.texts)["input_ids"], device, n_cue=n_cue)
+        return estimate(job, config, read_texts(tokenizer, job.texts), device, n_cue=n_cue)
 
 
 def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> Plan:

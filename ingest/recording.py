@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdb.errors import ModelError
-from kdb.ingest.capture import untouched
+from kdb.ingest.capture import batches, untouched
 from kdb.ingest.circuit import Circuit, Norm, watched_attention
+from kdb.ingest.lengths import LengthClasses, forget_longest
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from kdb.ingest.models import LoadedModel
+
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
 """Largest relative difference of a sum or a logit that rounding can explain, by the weights' dtype."""
+
+CHECK_BYTES = 512 * 2**20
+"""Memory for the recording of the prompts that a run is checked on."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def bytes_per_token(circuit: Circuit) -> int:
 
 
 def record(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> Recording:
-    """Run a batch of prompts once and record it."""
+    """Run a batch of prompts, of one length class, once and record it."""
     import torch
 
     device, n = circuit.loaded.device, len(token_ids)
@@ -73,6 +79,7 @@ def record(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> Recording:
         ids[row, : len(tokens)] = torch.tensor(tokens)
     last = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
     tape = _Tape(circuit, tuple(ids.shape), last)
+    forget_longest(circuit.loaded)
     with tape.running(), torch.inference_mode():
         circuit.anatomy.decoder(ids.to(device), use_cache=False)
     with torch.inference_mode():
@@ -200,38 +207,70 @@ _DETAIL = {
 
 
 def check_circuit(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Add everything up on a batch of prompts, and compare it with the untouched model: rows of ``checks``.
+    """Add everything up on some prompts, and compare it with the untouched model: rows of ``checks``.
 
     Raises ModelError naming the sum that was off, where a difference is more than the weights' dtype explains.
     """
+    loaded = circuit.loaded
+    found = [_off(circuit, group) for group in _together(circuit, token_ids)]
+    largest = {name: float(np.max([of[name] for of in found])) for name in found[0]}  # unlike max, it keeps a NaN
+    for name, value in largest.items():
+        _refuse(loaded, name, value)
+    detail = f"; {len(token_ids)} prompts, {loaded.dtype}"
+    return [
+        {
+            "check": name,
+            "value": value,
+            "tolerance": TOLERANCE[loaded.dtype],
+            "passed": True,
+            "detail": _DETAIL[name] + detail,
+        }
+        for name, value in largest.items()
+    ]
+
+
+def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor) -> None:
+    """Compare one prompt's recorded logits (vocab) with the untouched model's.
+
+    Raises ModelError where the difference is more than the weights' dtype explains.
+    """
+    _refuse(loaded, "logits", float((recorded - own).abs().max() / _spread(own)))
+
+
+def _refuse(loaded: LoadedModel, name: str, value: float) -> None:
+    tolerance = TOLERANCE[loaded.dtype]
+    if not value <= tolerance:
+        raise ModelError(
+            f"{loaded.source.name} cannot be measured: {name} is off by {value:.2g}, and {loaded.dtype} "
+            f"explains {tolerance:.2g} ({_DETAIL[name]})."
+        )
+
+
+def _together(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Prompts that can be recorded in one batch, padded: those of a length class that fit into memory."""
+    order = sorted(token_ids, key=len, reverse=True)
+    budget = max(1, CHECK_BYTES // bytes_per_token(circuit))
+    for batch in batches(list(map(len, order)), budget, LengthClasses(circuit.loaded.model.config)):
+        yield [order[i] for i in batch]
+
+
+def _off(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far every sum is off, and the logits are from the untouched model's, in one batch of prompts."""
     import torch
 
-    loaded = circuit.loaded
     with torch.inference_mode():
         r = record(circuit, token_ids)
-        found = {
+        own = torch.stack([untouched(circuit.loaded, ids)[1] for ids in token_ids])
+        return {
             "residual_sum": _residual_sum(r),
             "head_sum": _head_sum(circuit, r),
             "ffn_sum": _ffn_sum(circuit, r),
             "value_keys": _value_keys(circuit, r),
             "ffn_keys": _ffn_keys(circuit, r),
             "frozen_readout": _frozen_readout(circuit, r),
+            "logits": float(((r.logits - own).abs().amax(-1) / _spread(own)).max()),
+            "logits_kl": _kl(own, r.logits),
         }
-        own = torch.stack([untouched(loaded, ids)[1] for ids in token_ids])
-        found["logits"] = float(((r.logits - own).abs().amax(-1) / _spread(own)).max())
-        found["logits_kl"] = _kl(own, r.logits)
-    tolerance = TOLERANCE[loaded.dtype]
-    for name, value in found.items():
-        if not value <= tolerance:
-            raise ModelError(
-                f"{loaded.source.name} cannot be measured: {name} is off by {value:.2g}, and {loaded.dtype} "
-                f"explains {tolerance:.2g} ({_DETAIL[name]})."
-            )
-    detail = f"; first {len(token_ids)} prompts, {loaded.dtype}"
-    return [
-        {"check": name, "value": value, "tolerance": tolerance, "passed": True, "detail": _DETAIL[name] + detail}
-        for name, value in found.items()
-    ]
 
 
 def _residual_sum(r: Recording) -> float:

@@ -30,9 +30,11 @@ from kdb.ingest.job import Job, Probing, begin
 from kdb.ingest.load import load_config, load_tokenizer
 from kdb.ingest.models import LoadedModel, training_step
 from kdb.ingest.progress import progress
+from kdb.ingest.tokens import check_spelled, read_texts
 from kdb.ingest.zero_shot import pose
-from kdb.warehouse.lake import Lake, RunFolder, StagedRun
-from kdb.warehouse.vectors import prompts_per_part, read_vectors
+from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.vectors import prompts_per_part, read_states, read_vectors
 
 if TYPE_CHECKING:
     from kdb.ingest.probes import ProbeScore, Split
@@ -108,9 +110,12 @@ def _measure_concept(staged: StagedRun, job: Job, engine: Engine) -> None:
     if not staged.has("prompts", "part"):
         with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
             _describe(staged, job)
-    missing = _missing_parts(staged)
+    shards = _shards(staged)
+    missing = [shard for shard in shards if not staged.has("activations", shard.name)]
     if missing:
         _capture(staged, job, missing, engine)
+    if not staged.has("checks", "stored"):
+        _check_stored(staged, job, shards, engine)
     probe_layers(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
 
 
@@ -118,12 +123,13 @@ def _describe(staged: StagedRun, job: Job) -> None:
     """Write the small tables of a run; whatever is wrong with the prompts is found here, before any work."""
     config, tokenizer, texts = load_config(job.source), load_tokenizer(job.source), job.texts
     begun = time.monotonic()
-    token_ids = tokenizer(texts)["input_ids"]
+    token_ids = read_texts(tokenizer, texts)
     check_length(job, token_ids, config, n_cue=len(pose(tokenizer, job.dataset).cue))
     examples = job.dataset.examples
     _splits(
         [e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, job.measuring.seed
     )
+    check_spelled(staged, job, tokenizer, token_ids)
     describe_run(staged, job, config)
     rows = list(_prompt_rows(job.dataset, texts, token_ids))
     staged.write_rows("prompts", "part", rows, seconds=time.monotonic() - begun)
@@ -154,18 +160,14 @@ def _prompt_rows(
         }
 
 
-def _missing_parts(staged: StagedRun) -> list[Shard]:
-    """The parts of activations still to be captured, each with its prompts, longest first; sizes are in tokens."""
+def _shards(staged: StagedRun) -> list[Shard]:
+    """The parts of activations, each with its prompts, longest first; sizes are in tokens."""
     model = read_parts(staged.parts("models")).to_pylist()[0]
     n_tokens = read_parts(staged.parts("prompts"))["n_tokens"].to_pylist()
     order = sorted(range(len(n_tokens)), key=lambda i: -n_tokens[i])
     size = prompts_per_part(model["n_layers"], len(SITES), model["hidden_size"])
     parts = {f"part-{i // size:05}": order[i : i + size] for i in range(0, len(order), size)}
-    return [
-        Shard(name, tuple(ids), sum(n_tokens[i] for i in ids))
-        for name, ids in parts.items()
-        if not staged.has("activations", name)
-    ]
+    return [Shard(name, tuple(ids), sum(n_tokens[i] for i in ids)) for name, ids in parts.items()]
 
 
 def _capture(staged: StagedRun, job: Job, missing: Sequence[Shard], engine: Engine) -> None:
@@ -179,6 +181,17 @@ def _capture(staged: StagedRun, job: Job, missing: Sequence[Shard], engine: Engi
     total = sum(read_parts(staged.parts("prompts"))["n_tokens"].to_pylist())
     with progress("activations", total, "tokens", done=total - sum(shard.size for shard in missing)) as shown:
         write_behind(staged, engine.measure(job, missing, shown.advance))
+
+
+def _check_stored(staged: StagedRun, job: Job, shards: Sequence[Shard], engine: Engine) -> None:
+    """Compare what is stored of some prompts with the model, one prompt at a time: the rest of the run's checks."""
+    chosen: list[int] = engine.ask(job, "chosen")
+    parts = [staged.part("activations", shard.name) for shard in shards if not set(chosen).isdisjoint(shard.prompts)]
+    states, answers = read_states(parts, chosen, SITES[0]), None
+    if staged.parts("zero_shot"):
+        rows = {row["prompt_id"]: row for row in read_parts(staged.parts("zero_shot")).to_pylist()}
+        answers = np.array([[rows[i]["prob_negative"], rows[i]["prob_positive"]] for i in chosen])
+    write_part(staged, engine.ask(job, "check_stored", states, answers), "stored")
 
 
 def probe_layers(

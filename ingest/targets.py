@@ -9,22 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdb.errors import DatasetError
+from kdb.ingest.tokens import bare, read_texts
 
 
 def target_token(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
     """The prompt's token ids, and the id of the first token that the answer adds after them and a space.
 
-    The ids are those the model reads: with the special tokens that the tokenizer puts before a text, and without
-    those it puts after one. White space at the prompt's end is left to the answer. Some tokenizers make the space
+    The ids are those that :func:`kdb.ingest.tokens.read_texts` gives. White space at the prompt's end is left to the answer. Some tokenizers make the space
     before an answer, mostly before a digit, a token of its own: it then counts as the prompt's last.
     Raises DatasetError, naming prompt and answer, if the answer adds no token or one that stands for any unknown word.
     """
     prompt, answer = prompt.rstrip(), answer.strip()
-    ids = _open_ended(tokenizer, prompt)
-    added = _open_ended(tokenizer, f"{prompt} {answer}") if answer else ids
+    ids, added = read_texts(tokenizer, [prompt, f"{prompt} {answer}" if answer else prompt])
     merged = added[: len(ids)] != ids
     if merged:  # a token stands across the border: the answer alone is the nearest to what could follow
-        added = [*ids, *_bare(tokenizer, f" {answer}")]
+        added = [*ids, *bare(tokenizer, f" {answer}")]
     place = next((i for i in range(len(ids), len(added)) if not _is_space(tokenizer, added[i])), None)
     if place is None:
         raise DatasetError(f"{_which(prompt, answer)} adds no token to it: give the prompt another answer.")
@@ -44,19 +43,6 @@ def check_candidates(targets: Sequence[int], categories: Sequence[str]) -> None:
                 f"All answers of the category {category!r} begin with the same token of this model: a target is "
                 "compared with the others of its category, so give that category more answers."
             )
-
-
-def _open_ended(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text as a model reads it, without what the tokenizer appends to end it."""
-    ids, bare = list(tokenizer(text)["input_ids"]), _bare(tokenizer, text)
-    for start in reversed(range(len(ids) - len(bare) + 1)):
-        if ids[start : start + len(bare)] == bare:
-            return ids[: start + len(bare)]
-    return ids
-
-
-def _bare(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _is_space(tokenizer: Any, token: int) -> bool:

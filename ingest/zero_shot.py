@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kdb.ingest.datasets import Dataset
 from kdb.ingest.describe import arrow_rows
+from kdb.ingest.tokens import bare
 
 if TYPE_CHECKING:
     from kdb.ingest.capture import Capture
@@ -53,17 +54,13 @@ def pose(tokenizer: Any, dataset: Dataset) -> Question:
     """
     negative, positive = (_first_tokens(tokenizer, word) for word in dataset.answers)
     first_tokens = tuple(sorted(negative - positive)), tuple(sorted(positive - negative))
-    cue = _bare(tokenizer, dataset.cue) if all(first_tokens) else []
+    cue = bare(tokenizer, dataset.cue) if all(first_tokens) else []
     return Question(dataset.answers, tuple(cue), first_tokens)
 
 
 def _first_tokens(tokenizer: Any, word: str) -> set[int]:
     variants = (space + spelling for space in ("", " ") for spelling in (word, word.capitalize()))
-    return {_bare(tokenizer, variant)[0] for variant in variants}
-
-
-def _bare(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return {bare(tokenizer, variant)[0] for variant in variants}
 
 
 def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
@@ -80,6 +77,23 @@ def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> N
             probs = capture.anatomy.readout(states.to(loaded.device, dtype)).float().softmax(-1)
             found.append(torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1))
     return torch.cat(found).cpu().numpy()
+
+
+def check_answers(
+    capture: Capture, token_ids: Sequence[Sequence[int]], stored: NDArray[np.float64], question: Question
+) -> dict[str, Any]:
+    """Compare stored probabilities (prompt, 2) with the untouched model's, one prompt and its cue at a time.
+
+    Gives a row of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
+    """
+    from kdb.ingest.capture import check_row, untouched
+
+    off: list[float] = []
+    for ids, found in zip(token_ids, stored, strict=True):
+        probs = untouched(capture.loaded, [*ids, *question.cue])[1].double().softmax(-1)
+        own = [float(probs[list(first)].sum()) for first in question.first_tokens]
+        off += [abs(a - b) for a, b in zip(found, own, strict=True)]
+    return check_row("stored_answers", off, capture.loaded, len(token_ids))
 
 
 def zero_shot_rows(

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from kdb.ingest.describe import arrow_rows
 from kdb.ingest.probes import wilson_interval
-from kdb.warehouse.lake import Lake, StagedRun, run_id
+from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.manifest import run_id
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.sums import write_neuron_sums
 

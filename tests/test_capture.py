@@ -224,7 +224,7 @@ def test_shared_prefix_is_the_longest_that_leaves_every_prompt_a_token(ids: list
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
 def test_batches_take_each_prompt_once_and_keep_to_the_budget(lengths: list[int], budget: int) -> None:
     lengths = sorted(lengths, reverse=True)
-    found = list(batches(lengths, budget))
+    found = list(batches(lengths, budget, lambda _: 0))
     assert [place for batch in found for place in batch] == list(range(len(lengths)))
     for batch in found:
         assert len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget

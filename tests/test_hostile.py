@@ -10,7 +10,8 @@ import httpx
 import pytest
 from served import Served, served
 
-from kdb.warehouse.lake import Lake, run_id
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import run_id
 from kdb.warehouse.store import Warehouse
 
 SECRET = "the-secret-of-the-file"

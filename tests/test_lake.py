@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from kdb.errors import UnknownNameError, WarehouseError
 from kdb.warehouse import lake as lake_module
-from kdb.warehouse.lake import Lake, StagedRun, run_id
+from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.manifest import run_id
 from kdb.warehouse.schema import TABLES
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_vectors
@@ -510,11 +511,15 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> Non
 
 def test_a_warehouse_of_an_older_kdb_is_refused(lake: Lake) -> None:
     lake.marker.write_text('{"schema_version": 1}')
-    with pytest.raises(WarehouseError, match=r"written by an older kdb \(schema 1, this one reads 3 and later\): measure again"):
+    with pytest.raises(
+        WarehouseError, match=r"written by an older kdb \(schema 1, this one reads 3 and later\): measure again"
+    ):
         Warehouse(lake.path)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": "new"}', '{"schema_version": 1e999}', "\x00", "[" * 200_000])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"schema_version": "new"}', '{"schema_version": 1e999}', "\x00", "[" * 200_000]
+)
 def test_a_damaged_marker_is_named(lake: Lake, content: str) -> None:
     lake.marker.write_text(content)
     with pytest.raises(WarehouseError, match=r"warehouse\.json is damaged: "):

@@ -86,9 +86,15 @@ def test_a_damaged_run_is_refused_and_nothing_of_it_is_stored(
     ("change", "told"),
     [
         ({"schema_version": 99}, "was written with schema 99"),
-        ({"files": [{"path": "../../outside.parquet", "rows": 1, "bytes": 1, "sha256": ""}]}, "which is not TABLE/NAME.parquet"),
+        (
+            {"files": [{"path": "../../outside.parquet", "rows": 1, "bytes": 1, "sha256": ""}]},
+            "which is not TABLE/NAME.parquet",
+        ),
         ({"files": [{"path": "/etc/passwd", "rows": 1, "bytes": 1, "sha256": ""}]}, "which is not TABLE/NAME.parquet"),
-        ({"files": [{"path": "nothing/all.parquet", "rows": 1, "bytes": 1, "sha256": ""}]}, "which is not TABLE/NAME.parquet"),
+        (
+            {"files": [{"path": "nothing/all.parquet", "rows": 1, "bytes": 1, "sha256": ""}]},
+            "which is not TABLE/NAME.parquet",
+        ),
         ({"files": 1}, "it names no files"),
     ],
 )

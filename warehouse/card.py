@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from kdb.warehouse.lake import RunFolder, row_counts
+from kdb.warehouse.lake import row_counts
+from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import PARTITIONS, TABLES, columns_of, has_vectors
 from kdb.warehouse.store import Warehouse
 

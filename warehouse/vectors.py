@@ -51,6 +51,17 @@ def read_vectors(parts: Sequence[Path], layer: int, site: str) -> NDArray[np.flo
     return np.ascontiguousarray(rows[order], dtype=np.float32)
 
 
+def read_states(parts: Sequence[Path], prompt_ids: Sequence[int], site: str) -> NDArray[np.float32]:
+    """The vectors (prompt, layer, hidden) of some prompts at one site, in the order given."""
+    wanted = (pc.field("site") == site) & pc.field("prompt_id").isin(prompt_ids)
+    table = pa.concat_tables(pq.read_table(part, filters=wanted) for part in parts).combine_chunks()
+    flat: NDArray[np.float32] = table["vector"].chunk(0).flatten().to_numpy().astype(np.float32)
+    rows = flat.reshape(len(table), -1)
+    place = {prompt: i for i, prompt in enumerate(prompt_ids)}
+    order = np.lexsort((table["layer"].to_numpy(), [place[i] for i in table["prompt_id"].to_pylist()]))
+    return np.ascontiguousarray(rows[order]).reshape(len(prompt_ids), -1, rows.shape[1])
+
+
 def _narrow(rows: NDArray[np.float32], layer: int, site: str) -> NDArray[np.float16]:
     largest = float(np.abs(rows).max())
     if largest > float(np.finfo(np.float16).max):
