@@ -17,7 +17,7 @@ from kdb.errors import QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse import database
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.lake import Lake, storage_errors, write_json
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -162,8 +162,7 @@ class Warehouse:
 
     @functools.cached_property
     def _views(self) -> str:
-        statements = [*database.view_statements(self.lake.root), data_dictionary()]  # comments on columns, too
-        return hashlib.sha256("\n".join(statements).encode()).hexdigest()
+        return hashlib.sha256("\n".join(database.shell_statements(self.lake.path)).encode()).hexdigest()
 
     def _database(self) -> contextlib.AbstractContextManager[database.Database]:
         if self._shared is not None:
