@@ -26,16 +26,16 @@ import polars as pl
 
 from kdb.errors import KdbError, QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse import shell
 from kdb.warehouse.lake import empty_file
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema, column_names, sql_type
+from kdb.warehouse.shell import SHELL_FILE
 from kdb.warehouse.statements import check_public, check_reads, message
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine, Table
-
-SHELL_FILE = "kdb.duckdb"
 
 _BATCH = 20_000
 """Rows of a batch, where rows are read as they are computed."""
@@ -71,7 +71,12 @@ def view_statements(lake: Path, files: Files | None = None, *, movable: bool = F
             return _rows(table, f"getvariable('kdb_lake') || '/{name}/*.parquet'")
         return _rows(table, literal(f"{_run_folders(lake)}/{name}/*.parquet"))
 
-    return [_create_view(name, rows(name, table)) for name, table in TABLES.items()] + [macros()]
+    return _statements(lambda table: rows(table.name, table), macros())
+
+
+def _statements(rows: Callable[[Table], str], shared: str) -> list[str]:
+    """What every database of kdb creates: views of the tables, and what is built on them. The only such list."""
+    return [*(_create_view(name, rows(table)) for name, table in TABLES.items()), shared]
 
 
 def _rows_of_versions(table: Table, files: Files) -> str:
@@ -84,13 +89,26 @@ def _rows_of_versions(table: Table, files: Files) -> str:
     return " UNION ALL ".join(selects) if selects else _rows(table, "[]")
 
 
-def write_shell_file(warehouse: Path) -> None:
-    """Write `kdb.duckdb`: views only, with absolute paths. Replaces it without opening it.
+def shell_statements(warehouse: Path, *, older_runs: bool = False) -> list[str]:
+    """The SQL of `kdb.duckdb`, whose views read the folder that the file lies in, wherever that is copied or moved.
+
+    With `older_runs`, files may lack columns, and every file's names are read for each question.
+    """
+    home = shell.Home(warehouse)
+
+    def rows(table: Table) -> str:
+        return f"{_rows(table, home.files(table.name), union=older_runs)} WHERE {home.is_here}"
+
+    return [shell.create_type(home.name), *_statements(rows, shell.bound_to(home.name, macros())), *_all_comments()]
+
+
+def write_shell_file(warehouse: Path, *, older_runs: bool = False) -> None:
+    """Write `kdb.duckdb`: views only. Replaces it without opening it.
 
     A shell that holds the old file keeps it. Raises OSError when the folder cannot be written.
     """
     target = warehouse / SHELL_FILE
-    _put_shell_file(target, view_statements(warehouse / "lake") + list(map(_comments, TABLES.values())))
+    _put_shell_file(target, shell_statements(warehouse, older_runs=older_runs))
     # A log left by a shell that crashed belongs to the old file; DuckDB would replay it into this one.
     target.with_name(f"{SHELL_FILE}.wal").unlink(missing_ok=True)
 
@@ -101,16 +119,18 @@ def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]],
     `encoded`: a folder's name is encoded, and a URL of HTTP encodes that again. Column types come from the lake's empty
     tables. Raises OSError when the file cannot be written.
     """
-    statements = []
-    for name, table in TABLES.items():
-        # Views and macros are tried out as they are created: on empty files, as the others may not be there yet.
-        statements.append(f"SET VARIABLE kdb_files_{name} = {literal((str(empty_file(lake, name)),))}")
-        found = literal(tuple(urls.get(name, ())))
+
+    def rows(table: Table) -> str:
+        found = literal(tuple(urls.get(table.name, ())))
         if found != "[]":
-            found = f"coalesce(getvariable('kdb_files_{name}')::VARCHAR[], {found})"
-        rows = _rows(table, found, name_of="url_decode({})" if encoded else "{}")
-        statements += [_create_view(name, rows), _comments(table)]
-    _put_shell_file(path, [*statements, macros()])
+            found = f"coalesce(getvariable('kdb_files_{table.name}')::VARCHAR[], {found})"
+        return _rows(table, found, name_of="url_decode({})" if encoded else "{}")
+
+    # Views and macros are tried out as they are created: on empty files, as the others may not be there yet.
+    empty = [f"SET VARIABLE kdb_files_{name} = {literal((str(empty_file(lake, name)),))}" for name in TABLES]
+    name = shell.name_of_files(urls)
+    views = _statements(rows, shell.bound_to(name, macros()))
+    _put_shell_file(path, [*empty, shell.create_type(name), *views, *_all_comments()])
 
 
 def _put_shell_file(target: Path, statements: list[str]) -> None:
@@ -314,10 +334,11 @@ def _create_view(name: str, rows: str) -> str:
     return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
 
 
-def _rows(table: Table, files: str, *, name_of: str = "{}", version: int = SCHEMA_VERSION) -> str:
+def _rows(table: Table, files: str, *, name_of: str = "{}", version: int = SCHEMA_VERSION, union: bool = False) -> str:
     """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` makes a name of its path's.
 
-    The files follow the schema `version`: a column that came later is NULL.
+    The files follow the schema `version`: a column that came later is NULL. With `union` they follow several, and
+    DuckDB looks into each for its columns.
     """
     if files == "[]":  # which read_parquet refuses
         typed = (f"NULL::{kind} AS {_quoted(name)}" for name, kind in column_types(table.name).items())
@@ -330,12 +351,17 @@ def _rows(table: Table, files: str, *, name_of: str = "{}", version: int = SCHEM
     ]
     return (
         f"SELECT {', '.join([*names, *columns])} "
-        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}})"
+        f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}"
+        f"{', union_by_name = true' if union else ''})"
     )
 
 
 def _quoted(name: str) -> str:
     return f'"{name}"'
+
+
+def _all_comments() -> list[str]:
+    return list(map(_comments, TABLES.values()))
 
 
 def _comments(table: Table) -> str:

@@ -124,10 +124,22 @@ class Lake:
         """Let the warehouse say that it may hold runs of this kdb's schema, so that an older kdb leaves it alone."""
         if self.schema_version < SCHEMA_VERSION:
             _write_empty_tables(self.root)
-            write_json(
-                self.marker, {**parse_json(self.marker.read_bytes(), self.marker), "schema_version": SCHEMA_VERSION}
-            )
+            self.mark(schema_version=SCHEMA_VERSION, older_runs=bool(self.run_folders()))
             self.schema_version = SCHEMA_VERSION
+
+    @property
+    def older_runs(self) -> bool:
+        """Whether there may be runs of an older schema; `kdb migrate` leaves none."""
+        return self.schema_version < SCHEMA_VERSION or bool(self.marks().get("older_runs"))
+
+    def marks(self) -> dict[str, Any]:
+        """What the warehouse says of itself. Raises WarehouseError where that cannot be read."""
+        return parse_json(self.marker.read_bytes(), self.marker)
+
+    def mark(self, **changed: object) -> None:
+        """Change what the warehouse says of itself; None takes a mark away."""
+        marks = {**self.marks(), **changed}
+        write_json(self.marker, {name: value for name, value in marks.items() if value is not None})
 
     def _check_marker(self) -> int:
         name = repr(str(self.path))

@@ -15,11 +15,11 @@ from urllib.parse import quote
 from kdb.errors import KdbError, QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse import database
 from kdb.warehouse.bucket import is_url
-from kdb.warehouse.files import storage_errors, write_json
+from kdb.warehouse.files import storage_errors
 from kdb.warehouse.inspection import DamagedRunError
 from kdb.warehouse.lake import Lake
-from kdb.warehouse.manifest import RunFolder, parse_json
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary, has_vectors
+from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, has_vectors
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,9 +64,8 @@ class Warehouse:
         self.lake = lake
         self._remote = _remote(lake)
         if not self._remote:
-            with contextlib.suppress(
-                WarehouseError, OSError
-            ):  # on a read-only disk there is nothing to mend, only to ask
+            # On a read-only disk there is nothing to mend, only to ask.
+            with contextlib.suppress(WarehouseError, OSError):
                 lake.sweep()
                 self._mend()
 
@@ -189,8 +188,8 @@ class Warehouse:
                 urls = {table: self.files(table) for table in TABLES}
                 database.write_public_file(shell, self.lake.root, urls, encoded=False)
             else:
-                database.write_shell_file(self.lake.path)
-                write_json(self.lake.marker, {"schema_version": self.lake.schema_version, "views": self._views})
+                database.write_shell_file(self.lake.path, older_runs=self.lake.older_runs)
+                self.lake.mark(views=self._views)
         return shell
 
     def publish(self, url: str, path: Path) -> None:
@@ -210,13 +209,12 @@ class Warehouse:
 
     def _mend(self) -> None:
         """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""
-        marker = parse_json(self.lake.marker.read_bytes(), self.lake.marker)
-        if marker.get("views") != self._views or not (self.lake.path / "kdb.duckdb").exists():
+        if self.lake.marks().get("views") != self._views or not (self.lake.path / "kdb.duckdb").exists():
             self.rebuild()
 
-    @functools.cached_property
+    @property
     def _views(self) -> str:
-        statements = [*database.view_statements(self.lake.root), data_dictionary()]  # comments on columns, too
+        statements = database.shell_statements(self.lake.path, older_runs=self.lake.older_runs)
         return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
     def _listed(self, runs: Sequence[str] | None = None) -> list[RunFolder]:

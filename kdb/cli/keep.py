@@ -223,7 +223,8 @@ def migrate(warehouse: Path | str) -> None:
     click.echo(f"{len(left)} runs migrated.")
     if missing:
         click.echo(f"NULL until the model is measured again: {', '.join(missing)}.", err=True)
-    if not opened.lake.location.count("://"):
+    if "://" not in opened.lake.location:
+        opened.lake.mark(older_runs=None)
         opened.rebuild()
 
 
