@@ -43,5 +43,9 @@ class QueryError(KdbError):
     """A saved query with wrong parameters, or SQL that is refused or fails."""
 
 
+class EngineError(QueryError):
+    """A statement on which DuckDB fails by a fault of its own; its connection may be of no more use."""
+
+
 class NothingFoundError(QueryError):
     """A question that is right, and to which this warehouse has no answer."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdb.errors import QueryError
+from kdb.warehouse.frames import CAST, first_line, to_frame, unique
+from kdb.warehouse.statements import refusal, reported
 
 MEDIA_TYPES = {
     "json": "application/json",
@@ -24,85 +27,146 @@ MEDIA_TYPES = {
 }
 """Each format's media type. JSON is one array of objects, a row each."""
 
-_NOT_TEXT = ("Binary", "Duration", "Object")
-
 
 def encode(reader: pa.RecordBatchReader, format_: str) -> Iterator[bytes]:
     """The rows in a format of MEDIA_TYPES, in chunks. Raises QueryError where a row cannot be computed or written.
 
     Columns of one name are told apart by a number, as in ``a`` and ``a_1``.
     """
-    schema = pa.schema(
-        field.with_name(name) for field, name in zip(reader.schema, _unique(reader.schema.names), strict=True)
-    )
-    batches = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in _read(reader))
-    return _ENCODERS[format_](schema, batches)
+    names = unique(reader.schema.names)
+    schema = pa.schema(field.with_name(name) for field, name in zip(reader.schema, names, strict=True))
+    batches = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in read(reader))
+    return _ENCODERS[format_](schema, (part for batch in batches for part in _parts(batch)))
 
 
-def flat(frame: pl.DataFrame) -> pl.DataFrame:
-    """Lists and structures as JSON text, since CSV has none."""
+def read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """The batches of an answer. Raises QueryError where one cannot be computed."""
+    with reported():
+        try:
+            yield from reader
+        except (pa.ArrowException, OSError) as error:  # DuckDB's errors, as they come through Arrow
+            raise refusal(error) from error
+
+
+def as_text(frame: pl.DataFrame, format_: str, write: Callable[[pl.DataFrame], str]) -> str:
+    """The frame as `write` puts it. Raises QueryError naming the column that it cannot."""
+    for name in frame.columns:
+        if lacking := _lacking(frame[name], format_):
+            raise _unwritable(name, lacking, format_)
+    try:
+        return write(frame)
+    except _FAILURES as error:
+        for name, kind in frame.schema.items():
+            if not _can(write, frame.select(name)):
+                raise _unwritable(name, str(kind), format_) from error
+        raise QueryError(f"The answer cannot be written as {format_}: {first_line(error)}") from error
+
+
+def to_csv(frame: pl.DataFrame, *, header: bool = True) -> str:
+    """CSV; lists and structures as JSON text, since CSV has none. Raises QueryError as `as_text` does."""
+    return as_text(frame, "csv", lambda rows: _flat(rows).write_csv(include_header=header))
+
+
+def to_json(frame: pl.DataFrame) -> str:
+    """JSON: an array of objects. Raises QueryError as `as_text` does."""
+    return as_text(frame, "json", lambda rows: rows.write_json())
+
+
+_FAILURES = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
+"""What Polars raises on a value or a type that it cannot write."""
+
+_DAYS = 95_000_000
+"""Days around 1970 that Polars can write: 260,000 years. DuckDB has more, and infinity."""
+_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def _flat(frame: pl.DataFrame) -> pl.DataFrame:
     nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
-    as_text = [
+    as_json = [
         pl.Series(name, [None if v is None else json.dumps(v, default=str) for v in frame[name].to_list()], pl.String)
         for name in nested
     ]
-    return frame.with_columns(as_text)
+    return frame.with_columns(as_json)
 
 
-def _unique(names: list[str]) -> list[str]:
-    taken: list[str] = []
-    for name in names:
-        number, free = 0, name
-        while free in taken:
-            number += 1
-            free = f"{name}_{number}"
-        taken.append(free)
-    return taken
+def _lacking(column: pl.Series, format_: str) -> str | None:
+    """How SQL calls what the column holds, where the format has no text for it."""
+    for kind in _kinds(column.dtype):
+        if isinstance(kind, pl.Binary | pl.Object) or kind.is_extension():
+            return "BLOB"
+        if isinstance(kind, pl.Duration):
+            return "INTERVAL"
+        if format_ == "json" and isinstance(kind, pl.Map) and not isinstance(kind.key, pl.String):
+            return "MAP whose keys are no text"
+    return None if _is_in_calendar(column) else "a date beyond the calendar"
 
 
-def _read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+def _kinds(kind: pl.DataType) -> Iterator[pl.DataType]:
+    """The type, and every type within it."""
+    yield kind
+    for inner in _within(kind):
+        yield from _kinds(inner)
+
+
+def _within(kind: Any) -> list[Any]:
+    if isinstance(kind, pl.List | pl.Array):
+        return [kind.inner]
+    if isinstance(kind, pl.Struct):
+        return [field.dtype for field in kind.fields]
+    return [kind.key, kind.value] if isinstance(kind, pl.Map) else []
+
+
+def _is_in_calendar(column: pl.Series) -> bool:
+    kind = column.dtype
+    if not isinstance(kind, pl.Date | pl.Datetime):
+        return True
+    unit = 1 if isinstance(kind, pl.Date) else 86400 * _SECOND[kind.time_unit]
+    numbers = column.to_physical()
+    low, high = numbers.min(), numbers.max()
+    return low is None or (low >= -_DAYS * unit and high <= _DAYS * unit)  # type: ignore[operator]
+
+
+def _can(write: Callable[[pl.DataFrame], str], frame: pl.DataFrame) -> bool:
     try:
-        yield from reader
-    except (pa.ArrowException, OSError) as error:  # as which DuckDB's errors come through Arrow
-        raise QueryError(str(error).split("\n\nLINE ")[0].strip()) from error
+        write(frame)
+    except _FAILURES:
+        return False
+    return True
+
+
+def _unwritable(name: str, kind: str, format_: str) -> QueryError:
+    return QueryError(f"column {name}: {kind} cannot be written as {format_}; {CAST}")
+
+
+_PART = 2**22
+"""Bytes of a batch that are written at once: vectors make 20,000 rows hundreds of megabytes of text."""
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    rows = max(1, batch.num_rows * _PART // max(batch.nbytes, 1))
+    for first in range(0, batch.num_rows, rows):
+        yield batch.slice(first, rows)
 
 
 def _json(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
-    _check_text(schema)
     opening = "["
+    to_json(_frame(schema.empty_table()))  # a type that cannot be written is refused before the answer begins
     for batch in batches:
-        if batch.num_rows:
-            # Without its brackets, so that batches join to one array.
-            yield (opening + _frame(batch).write_json()[1:-1]).encode()
-            opening = ",\n"
+        # Without its brackets, so that batches join to one array.
+        yield (opening + to_json(_frame(batch))[1:-1]).encode()
+        opening = ",\n"
     yield b"[]" if opening == "[" else b"]"
 
 
 def _csv(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
-    _check_text(schema)
-    yield flat(_frame(schema.empty_table())).write_csv().encode()
+    yield to_csv(_frame(schema.empty_table())).encode()
     for batch in batches:
-        yield flat(_frame(batch)).write_csv(include_header=False).encode()
-
-
-def _check_text(schema: pa.Schema) -> None:
-    for field in schema:
-        if pa.types.is_interval(field.type) or any(kind in str(_polars_type(field)) for kind in _NOT_TEXT):
-            raise QueryError(
-                f"column {field.name}: {field.type} cannot be written as text; cast it, such as to VARCHAR"
-            )
-
-
-def _polars_type(field: pa.Field) -> pl.DataType:
-    try:
-        return pl.Series(pa.array([], field.type)).dtype
-    except (pl.exceptions.PolarsError, ValueError, TypeError) as error:
-        raise QueryError(f"column {field.name}: {field.type} cannot be written as text; cast it") from error
+        yield to_csv(_frame(batch), header=False).encode()
 
 
 def _frame(rows: pa.RecordBatch | pa.Table) -> pl.DataFrame:
     """As Polars, with decimals (a sum of integers is one) as integers where they are, and else as floats."""
-    frame = pl.DataFrame(pa.table(rows) if isinstance(rows, pa.RecordBatch) else rows)
+    frame = to_frame(pa.table(rows) if isinstance(rows, pa.RecordBatch) else rows)
     decimals = {name: kind for name, kind in frame.schema.items() if isinstance(kind, pl.Decimal)}
     try:
         return frame.with_columns(
@@ -146,6 +210,7 @@ def _arrow(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[byt
 
 
 _ROW_GROUP = 100_000
+_ROW_GROUP_BYTES = 2**26
 
 
 def _parquet(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
@@ -153,12 +218,12 @@ def _parquet(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[b
     try:
         writer = pq.ParquetWriter(drain, schema, compression="zstd")
     except pa.ArrowException as error:
-        raise QueryError(f"Parquet cannot hold a column's type; cast it, such as to VARCHAR: {error}") from error
+        raise QueryError(f"A column of the answer cannot be written as parquet; {CAST}: {first_line(error)}") from error
     with writer:
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
             waiting.append(batch)
-            if sum(map(len, waiting)) >= _ROW_GROUP:
+            if sum(map(len, waiting)) >= _ROW_GROUP or sum(part.nbytes for part in waiting) >= _ROW_GROUP_BYTES:
                 writer.write_table(pa.Table.from_batches(waiting, schema))
                 waiting = []
                 yield drain.take()

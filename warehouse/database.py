@@ -14,9 +14,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,14 +27,15 @@ from typing import TYPE_CHECKING, Any, Self
 import duckdb
 import polars as pl
 
-from kdb.errors import KdbError, QueryError, WarehouseError
+from kdb.errors import KdbError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
 from kdb.warehouse import shell
+from kdb.warehouse.frames import to_frame
 from kdb.warehouse.lake import empty_file
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema, column_names, sql_type
 from kdb.warehouse.shell import SHELL_FILE
-from kdb.warehouse.statements import check_public, check_reads, message
+from kdb.warehouse.statements import check_public, check_reads, message, reported
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -224,7 +228,7 @@ class Database:
         Raises QueryError for a statement that reads anything but the views; see `check_public`.
         """
         self._before(text)
-        with _reported():
+        with reported():
             return self._batches(check_public(self._connection, text))
 
     def public_query(self, name: str, /, **params: object) -> pa.RecordBatchReader:
@@ -248,16 +252,16 @@ class Database:
         return saved.sql
 
     def _batches(self, statement: duckdb.Statement | str, params: Any = None) -> pa.RecordBatchReader:
-        with _reported():
+        with reported(), _as_arrow():
             return self._connection.execute(statement, params).to_arrow_reader(_BATCH)
 
     def _frame(self, statement: duckdb.Statement | str, params: Any = None) -> pl.DataFrame:
-        try:
-            with _reported():
-                table = self._connection.execute(statement, params).to_arrow_table()
-            return pl.DataFrame(table)
-        except pl.exceptions.PolarsError as error:  # an INTERVAL, such as finished_at - started_at
-            raise QueryError(f"Polars cannot hold a column's type; cast it, such as to VARCHAR: {error}") from error
+        def answered() -> pa.Table:
+            return self._connection.execute(statement, params).to_arrow_table()
+
+        with reported(), _as_arrow():
+            table = _interruptible(self._connection, answered)
+        return to_frame(table)
 
     def close(self) -> None:
         """Give back memory and temporary files."""
@@ -385,16 +389,29 @@ def _build_shell_file(path: Path, statements: list[str]) -> None:
         connection.execute("COMMIT; USE memory; DETACH kdb")  # detaching folds the log into the file
 
 
+def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
+    """The work's result, computed beside the main thread: DuckDB may look for Ctrl-C only when it has finished."""
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
+    if ignored or threading.current_thread() is not threading.main_thread():
+        return work()
+    with ThreadPoolExecutor(1, "kdb-query") as beside:
+        working = beside.submit(work)
+        try:
+            # Looked at now and then: a signal that another thread takes does not wake this one.
+            while not wait([working], timeout=0.1).done:
+                pass
+        except KeyboardInterrupt:
+            connection.interrupt()
+            raise
+        return working.result()
+
+
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    """Turn DuckDB's errors into QueryError."""
-    try:
-        with warnings.catch_warnings():
-            # DuckDB 2 would rather have a relation, which takes no statement that was looked at before.
-            warnings.filterwarnings("ignore", message="Arrow output on a DB-API result")
-            yield
-    except duckdb.Error as error:
-        raise QueryError(message(error)) from error
+def _as_arrow() -> Iterator[None]:
+    """Without DuckDB 2's warning: it would rather have a relation, which takes no checked statement."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Arrow output on a DB-API result")
+        yield
 
 
 def _lock(connection: duckdb.DuckDBPyConnection, lake: Path, limits: Limits | None, also: list[str]) -> None:

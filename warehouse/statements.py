@@ -1,80 +1,129 @@
 """What a statement may do, known before it runs.
 
 The locked connection still lets COPY write inside the lake, and lets SELECT call functions that write logs there; and
-its catalog tells where the lake lies. So a statement is parsed by DuckDB itself and looked at first.
+its catalog tells where the lake lies. So a statement is parsed by DuckDB itself, the whole tree is looked at, and the
+text that was parsed is the text that runs. What is not known to be harmless is refused: kinds of statements, parts of a
+SELECT, and functions are allowed by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from kdb.errors import QueryError
+from kdb.errors import EngineError, QueryError
 from kdb.queries.catalogue import macros
+from kdb.warehouse.functions import COMPUTE, LOCAL
 from kdb.warehouse.schema import TABLES
 
-_REFUSED_FUNCTIONS = re.compile(r"enable_\w+|query|json_execute_serialized_sql", re.IGNORECASE)
-"""Functions of a SELECT that write files (logs, profiles), and those that hide such a call in a text."""
+_EXPLAIN = re.compile(r"[ \t\r\n]*EXPLAIN[ \t\r\n]+(ANALYZE[ \t\r\n]+)?", re.IGNORECASE)
+"""The beginning of an EXPLAIN; what follows it is the statement that it explains, or no SELECT."""
 
-_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE)
-
-_VIEWS = {*TABLES, *re.findall(r"CREATE VIEW (\w+)", macros())}
-_MACROS = set(re.findall(r"CREATE MACRO (\w+)", macros()))
+_VIEWS = {*TABLES, *re.findall(r"CREATE VIEW (?:\w+\.)?(\w+)", macros())}
+_SCHEMAS = {"", "main", "current"}
 _CATALOG = {"tables", "columns", "schemata"}
 """Views of information_schema that strangers may read: those that tell no path."""
 
-_TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "repeat", "repeat_row", *_MACROS}
-_PRIVATE_FUNCTIONS = {
-    *("current_setting", "getenv", "getvariable", "which_secret", "write_log", "query", "query_table"),
-    *("nextval", "currval", "txid_current", "json_execute_serialized_sql", "sleep_ms"),
+_MACROS = frozenset(name.lower() for name in re.findall(r"CREATE MACRO (?:\w+\.)?(\w+)", macros()))
+_TABLE_FUNCTIONS = {"generate_series", "json_each", "json_tree", "range", "repeat", "repeat_row", "unnest", *_MACROS}
+
+_PARTS = {
+    *("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"),
+    *("BASE_TABLE", "EMPTY", "EXPRESSION_LIST", "JOIN", "PIVOT", "SHOW_REF", "SUBQUERY", "TABLE_FUNCTION"),
 }
-"""Functions of no table that tell of the server, or do more than compute."""
+_EXPRESSIONS = {
+    *("BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "DEFAULT"),
+    *("FUNCTION", "LAMBDA", "LAMBDA_REF", "OPERATOR", "PARAMETER", "POSITIONAL_REFERENCE", "STAR", "SUBQUERY"),
+    *("TYPE", "WINDOW"),
+}
+_CRASHING_TYPES = {"VARIANT", "GEOMETRY", "AGGREGATE_STATE"}
+"""Types whose functions fail inside DuckDB 1.5 on ordinary arguments."""
+
+_SHOWN = {"tables", "__show_tables_expanded"}
+"""What SHOW may list for strangers."""
 
 
 def check_reads(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
     """The one statement in the text, if all it can do is read; else QueryError."""
+    statement, select = _parsed(connection, text)
+    for node in _nodes(_tree(connection, select)):
+        _check_part(node, LOCAL)
+    return statement
+
+
+def check_public(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
+    """As ``check_reads``, for a stranger's statement: the views, and nothing of the machine that they lie on."""
+    statement, select = _parsed(connection, text)
+    if statement.type.name != "SELECT":
+        raise QueryError("Only SELECT is answered here: EXPLAIN is refused")
+    nodes = list(_nodes(_tree(connection, select)))
+    named = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", ())}
+    for node in nodes:
+        _check_part(node, COMPUTE)
+        if node.get("type") == "BASE_TABLE":
+            _check_table(node, named)
+        elif node.get("type") == "TABLE_FUNCTION":
+            _check_table_function(node["function"]["function_name"])
+        elif node.get("type") == "SHOW_REF":
+            _check_show(node)
+    return statement
+
+
+def _parsed(connection: duckdb.DuckDBPyConnection, text: str) -> tuple[duckdb.Statement, str]:
+    """The one statement of the text, SELECT or EXPLAIN, and the text of its SELECT."""
+    _check_characters(text)
     try:
         statements = connection.extract_statements(text)
     except duckdb.Error as error:
-        raise QueryError(message(error)) from error
+        raise refusal(error) from error
     kinds = [statement.type.name for statement in statements]
     if len(kinds) != 1:
         hint = " Give PIVOT its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
         raise QueryError(f"kdb sql runs one statement at a time, found {len(kinds)}.{hint}")
     if kinds[0] not in ("SELECT", "EXPLAIN"):
         raise QueryError(f"kdb sql only reads: {kinds[0]} is refused")
-    # EXPLAIN ANALYZE runs what it explains.
-    tree = _tree(connection, _EXPLAIN.sub("", text, count=1) if kinds[0] == "EXPLAIN" else text)
-    for name in (node["function_name"] for node in _nodes(tree) if "function_name" in node):
-        if _REFUSED_FUNCTIONS.fullmatch(name):
-            raise QueryError(f"kdb sql only reads: the function {name} is refused")
-    return statements[0]
+    if kinds[0] == "SELECT":
+        return statements[0], text
+    # Taken from the beginning alone: EXPLAIN ANALYZE runs what follows. A comment before it, or options in brackets,
+    # leave a text that is no SELECT.
+    beginning = _EXPLAIN.match(text)
+    return statements[0], text[beginning.end() :] if beginning else text
 
 
-def check_public(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
-    """As ``check_reads``, for a stranger's statement: the views, and nothing of the machine that they lie on."""
-    statement = check_reads(connection, text)
-    if statement.type.name != "SELECT":
-        raise QueryError("Only SELECT is answered here: EXPLAIN is refused")
-    nodes = list(_nodes(_tree(connection, text)))
-    named = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", ())}
-    for node in nodes:
-        if node.get("type") == "BASE_TABLE":
-            _check_table(node, named)
-        elif node.get("type") == "TABLE_FUNCTION":
-            _check_table_function(node["function"]["function_name"])
-        elif node.get("function_name", "").lower() in _PRIVATE_FUNCTIONS:
-            raise QueryError(f"The function {node['function_name']} is refused: it does more than compute")
-    return statement
+def _check_characters(text: str) -> None:
+    """Refuse what ends a text for some parsers, and what is no text."""
+    if "\0" in text:
+        raise QueryError("The statement has a NUL character in it: remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QueryError(f"The statement is no valid Unicode at character {error.start + 1}") from error
+
+
+def _check_part(node: dict[str, Any], functions: frozenset[str]) -> None:
+    """Refuse a part of the tree that is of an unknown kind, or calls a function that is not among these."""
+    part = node.get("type") if "sample" in node or "cte_map" in node else None
+    if (part and part not in _PARTS) or ("class" in node and node["class"] not in _EXPRESSIONS):
+        raise QueryError(f"kdb sql only reads: {part or node['class']} is refused")
+    name = node.get("function_name", "").lower()
+    if name and name not in functions and name not in _MACROS:
+        raise QueryError(f"kdb sql only reads and computes: the function {name} is refused")
+    if node.get("export_state"):
+        raise QueryError("kdb sql only reads and computes: EXPORT_STATE is refused")
+    kind = str(node.get("name" if node.get("type") == "UNBOUND_TYPE_INFO" else "id")).upper()
+    if kind in _CRASHING_TYPES:
+        raise QueryError(f"The type {kind} is refused, as DuckDB fails on it")
 
 
 def _check_table(node: dict[str, Any], named: set[str]) -> None:
     catalog, schema, name = (node[key].lower() for key in ("catalog_name", "schema_name", "table_name"))
-    if catalog in ("", "memory") and schema in ("", "main") and name in _VIEWS:
+    if catalog in ("", "memory") and schema in _SCHEMAS and name in _VIEWS:
         return
     if schema == "information_schema" and name in _CATALOG:
         return
@@ -91,11 +140,23 @@ def _check_table_function(name: str) -> None:
         raise QueryError(f"The table function {name} is refused: there are {allowed} and the macros of saved queries")
 
 
+def _check_show(node: dict[str, Any]) -> None:
+    """Refuse SHOW of variables, databases and other lists of the server's; DESCRIBE and SUMMARIZE hold a query."""
+    shown = node["table_name"].strip('"').lower()
+    if node["query"] is None and shown not in _SHOWN:
+        raise QueryError("SHOW is refused here, but for SHOW TABLES; DESCRIBE shows the columns of a table")
+
+
 def _tree(connection: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
     """The statement as DuckDB parses it; QueryError for what is no SELECT."""
-    row = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
-    tree: dict[str, Any] = json.loads(row[0]) if row else {"error": True}
-    if tree["error"]:
+    try:
+        row = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
+        tree: dict[str, Any] = json.loads(row[0]) if row else {"error": True}
+    except duckdb.Error as error:
+        raise refusal(error) from error
+    except RecursionError as error:
+        raise QueryError("The statement is nested too deeply") from error
+    if tree["error"] or len(tree["statements"]) != 1:
         raise QueryError("kdb sql only reads: what is not a SELECT is refused")
     return tree
 
@@ -112,6 +173,46 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             waiting.extend(node)
 
 
-def message(error: duckdb.Error) -> str:
-    """DuckDB's message, or ours that passed through it, without the excerpt of SQL or Python that follows it."""
-    return str(error).split("\n\nLINE ")[0].split("\n\nAt:\n")[0].removeprefix("WarehouseError: ").strip()
+_EXCERPTS = re.compile(r"\n\n(LINE |At:\n|Stack Trace:|This error signals)|\nStack Trace|Stack Trace:")
+"""Where DuckDB's words end, and an excerpt of SQL, of Python, or of its stack begins."""
+
+
+def message(error: BaseException) -> str:
+    """DuckDB's message, or ours that passed through it or through Arrow, without the excerpts that follow it."""
+    text = _EXCERPTS.split(str(error), maxsplit=1)[0]
+    return re.sub(r"^(WarehouseError|Invalid Error: IOError): ", "", text).strip()
+
+
+_PATH = re.compile(r"(?<![\w./:])/(?:[\w.@%+=,~-]+/)+[\w.@%+=,~-]*")
+
+
+def public_message(text: str, lake: Path, asked: str) -> str:
+    """The text without paths of this machine: those in the lake begin there, others stay where they were asked for."""
+    for root in (lake.resolve(), lake):
+        text = text.replace(str(root), "lake")
+    return _PATH.sub(lambda found: found[0] if found[0] in asked else "PATH", text)
+
+
+def refusal(error: BaseException) -> QueryError:
+    """The error to raise for one of DuckDB's, or for one that came through Arrow. KeyboardInterrupt for Ctrl-C."""
+    said = message(error)
+    if said.startswith("INTERRUPT Error"):
+        raise KeyboardInterrupt from error
+    if re.match(r"(\w+Error: )?(INTERNAL|FATAL) Error", said):
+        return EngineError(f"DuckDB failed on this statement, by a fault of its own: {said.partition(chr(10))[0]}")
+    return QueryError(said)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turn DuckDB's errors into QueryError, and its word for Ctrl-C into KeyboardInterrupt."""
+    try:
+        yield
+    except duckdb.InterruptException as error:
+        raise KeyboardInterrupt from error
+    except duckdb.Error as error:
+        raise refusal(error) from error
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error

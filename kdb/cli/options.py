@@ -104,13 +104,13 @@ def _write(output: Path, write: Callable[[Path], object]) -> None:
 
 
 def _text(frame: pl.DataFrame, format_: str) -> str:
-    from kdb.formats import flat
+    from kdb.formats import as_text, to_csv, to_json
 
     if format_ == "csv":
-        return flat(frame).write_csv().rstrip("\n")
+        return to_csv(frame).rstrip("\n")
     if format_ == "json":
-        return frame.write_json()
-    return _drawn(frame, format_)
+        return to_json(frame)
+    return as_text(frame, format_, lambda rows: _drawn(rows, format_))
 
 
 def _drawn(frame: pl.DataFrame, format_: str) -> str:

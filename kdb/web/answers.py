@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from kdb.analysis import figures
 from kdb.errors import NothingFoundError, QueryError
-from kdb.formats import MEDIA_TYPES, encode
+from kdb.formats import MEDIA_TYPES, encode, read
+from kdb.warehouse.frames import CAST, first_line
 from kdb.warehouse.paging import Page
 
 if TYPE_CHECKING:
@@ -58,10 +59,7 @@ def table(
     head = _head(format_, name)
     if limit is None:
         return head, encode(reader, format_)
-    try:
-        rows = reader.read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise QueryError(str(error)) from error
+    rows = pa.Table.from_batches(read(reader), reader.schema)
     if len(rows) > limit:
         rows = rows.slice(0, limit)
         head["next"] = page.cursor(rows.slice(limit - 1).to_pylist()[0])
@@ -128,15 +126,19 @@ def rows_of_page(reader: pa.RecordBatchReader, first: int, count: int) -> tuple[
     """Names of columns, ``count`` rows from the row ``first`` on, and whether others follow. Reads no further."""
 
     def rows() -> Iterator[tuple[Any, ...]]:
-        try:
-            for batch in reader:
-                columns = [column.to_pylist() for column in batch.columns]
-                yield from zip(*columns, strict=True)
-        except (pa.ArrowException, OSError) as error:
-            raise QueryError(str(error).split("\n\nLINE ")[0].strip()) from error
+        for batch in read(reader):
+            yield from zip(*map(_cells, reader.schema.names, batch.columns), strict=True)
 
     wanted = list(islice(rows(), first, first + count + 1))
     return list(reader.schema.names), wanted[:count], len(wanted) > count
+
+
+def _cells(name: str, column: pa.Array) -> list[Any]:
+    try:
+        cells: list[Any] = column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # a date beyond Python's, say
+        raise QueryError(f"column {name}: {column.type} cannot be shown; {CAST}: {first_line(error)}") from error
+    return cells
 
 
 def catalogue_json() -> str:

@@ -24,10 +24,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from kdb.errors import KdbError, UnknownNameError
+from kdb.warehouse.lake import RunFolder
 from kdb.warehouse.store import Warehouse
 from kdb.web import api, pages
 from kdb.web.desk import Answer, BusyError, Desk, FailedError, Settings
-from kdb.web.guard import COOKIE, Access, Guard
+from kdb.web.guard import COOKIE, Access, Guard, access_log
 from kdb.web.metrics import FROM_MEMORY, REGISTRY, RUNS, TURNED_AWAY, WAITING
 from kdb.web.worker import Question
 
@@ -40,8 +41,8 @@ _SMALL = 2**20
 _KEPT = 2**26
 """Bytes of answers that are kept."""
 
-_STALLED = 60.0
-"""Seconds after which a client that reads nothing is given up: it would hold a worker."""
+_STALLED = 5.0
+"""Seconds in which a client must take a piece of an answer (64 KiB); one that does not would hold a worker."""
 
 
 def create_app(warehouse: Path | str, access: Access, settings: Settings | None = None) -> Guard:
@@ -58,7 +59,7 @@ def create_app(warehouse: Path | str, access: Access, settings: Settings | None 
         title="kdb",
         version=VERSION,
         description="Where in a language model what it knows lives: measurements, read-only. "
-        "Every answer has an ETag that changes when runs are added.",
+        "Every answer has an ETag that changes when runs are added, removed or rewritten.",
         lifespan=lifespan,
         openapi_url="/api/openapi.json",
         docs_url=None,
@@ -95,11 +96,11 @@ class Asking:
         self._waiting = 0
         self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def runs(self) -> tuple[str, ...]:
-        """Ids of the runs there are now."""
-        found = await asyncio.to_thread(self._warehouse.runs)
+    async def runs(self) -> dict[str, str]:
+        """The runs there are now, and the version of each."""
+        found = await asyncio.to_thread(lambda: {f.run: _version(f) for f in self._warehouse.lake.run_folders()})
         RUNS.set(len(found))
-        return tuple(sorted(found))
+        return dict(sorted(found.items()))
 
     async def __call__(self, request: Request, kind: str, **params: Any) -> Response:
         """The response to a request that is answered by this question."""
@@ -108,7 +109,9 @@ class Asking:
         headers = {"etag": etag, "cache-control": "private, no-cache", "vary": "accept, cookie, authorization"}
         if request.method in ("GET", "HEAD") and etag in _etags(request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
-        begun = await _unless_left(request, self._begun(etag, Question(kind, params, runs)))
+        begun = await _unless_left(
+            request, self._begun(etag, Question(kind, params, tuple(runs), tuple(runs.values())))
+        )
         head = begun.head
         if "filename" in head:
             headers["content-disposition"] = f'inline; filename="{head["filename"]}"'
@@ -168,16 +171,35 @@ class _Streamed(StreamingResponse):
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stalled = False
+
         async def unless_stalled(message: Message) -> None:
-            await asyncio.wait_for(send(message), _STALLED)
+            nonlocal stalled
+            try:
+                await asyncio.wait_for(send(message), _STALLED)
+            except TimeoutError:
+                stalled = True
+                raise
 
         try:
             await super().__call__(scope, receive, unless_stalled)
+        except Exception:
+            if not stalled:
+                raise
         finally:
             await self._rest.close()
 
 
-def _etag(kind: str, params: dict[str, Any], runs: tuple[str, ...]) -> str:
+def _version(folder: RunFolder) -> str:
+    """A text that changes whenever the rows of the run do: compacting, or dropping vectors, keeps its id."""
+    version: str = getattr(folder, "version", "")
+    with contextlib.suppress(OSError):
+        manifest = (folder.path / "manifest.json").stat()
+        version = version or f"{manifest.st_ino}-{manifest.st_mtime_ns}"
+    return version
+
+
+def _etag(kind: str, params: dict[str, Any], runs: dict[str, str]) -> str:
     said = json.dumps([VERSION, kind, params, runs], sort_keys=True)
     return f'"{hashlib.sha256(said.encode()).hexdigest()[:32]}"'
 
@@ -190,8 +212,9 @@ async def _unless_left(request: Request, asking: Coroutine[Any, Any, _Begun]) ->
     """The answer, unless its client leaves before it is there: then the question is called off."""
 
     async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        with contextlib.suppress(HTTPException):  # more of a body than was announced, or than is taken
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
 
     answered, gone = asyncio.ensure_future(asking), asyncio.ensure_future(left())
     try:
@@ -261,7 +284,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(FailedError)
     async def failed(request: Request, error: FailedError) -> Response:
-        return _said(request, 500, f"This is a fault of kdb: {error}")
+        access_log.error(json.dumps({"path": request.url.path, "error": str(error), "details": error.details}))
+        return _said(request, 500, str(error))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -12,6 +12,7 @@ import functools
 import json
 import multiprocessing
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,7 +35,11 @@ class BusyError(Exception):
 
 
 class FailedError(Exception):
-    """A worker failed in a way that is not the asker's fault."""
+    """A worker failed in a way that is not the asker's fault; `details` are for the server's log."""
+
+    def __init__(self, told: str, details: str = "") -> None:
+        super().__init__(told)
+        self.details = details
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Desk:
                 await self._done(hired)
         said = json.loads(content)
         if kind == worker.FAILED:
-            raise FailedError(said["error"])
+            raise FailedError(said["error"], said["details"])
         raise RefusedError(said["error"], unknown=said["unknown"])
 
     async def _turn(self) -> _Worker:
@@ -144,6 +149,11 @@ class Desk:
             raise QueryError(
                 f"The answer takes more than the {self.settings.seconds:g} s that a question may take: "
                 "ask for fewer rows, or of one model"
+            )
+        if message == b"" and (number := await self._in_thread(hired.signal)) not in _SHORT_OF_MEMORY:
+            raise FailedError(
+                "The process that answered this question has died: ask for something else, or report it",
+                f"a worker died of signal {number}",
             )
         if message in (b"", worker.EXHAUSTED):
             raise QueryError(
@@ -195,6 +205,12 @@ class Desk:
         shutil.rmtree(hired.folder, ignore_errors=True)
 
 
+_SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGABRT)
+"""What a process dies of where memory is short: of the system, or as its own allocator gives up."""
+_BURIAL = 5.0
+"""Seconds within which a process whose connection has closed is surely over."""
+
+
 class RefusedError(QueryError):
     """What a worker refuses; ``unknown`` where it is a name that does not exist."""
 
@@ -226,5 +242,10 @@ class _Worker:
             message = self.connection.recv_bytes()
         except (EOFError, OSError):
             return b""
-        self.quiet = message[:1] in (worker.END, worker.REFUSED, worker.FAILED)
+        self.quiet = message[:1] in (worker.END, worker.REFUSED)
         return message
+
+    def signal(self) -> int:
+        """The signal that the process died of; 0 where it ended in another way."""
+        self.process.join(_BURIAL)
+        return -(self.process.exitcode or 0)

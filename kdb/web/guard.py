@@ -5,6 +5,7 @@ Plain ASGI, since it must see every message of a streamed answer.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -15,6 +16,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -114,14 +116,54 @@ class Guard:
             await send(message)
 
         try:
-            refused = self._access.refusal(scope)
-            await (refused or self._app)(scope, receive, watched)
+            refused = self._access.refusal(scope) or _too_long(scope)
+            await (refused or self._app)(scope, _limited(receive), watched)
         finally:
             took = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "other")
             REQUESTS.labels(scope["method"] if scope["method"] in _METHODS else "other", route, status).inc()
             SECONDS.labels(route).observe(took)
             access_log.info(json.dumps(_entry(scope, status, sent, took), ensure_ascii=False))
+
+
+_BODY = 2**19
+"""Bytes of a request's body at most: the longest statement, every character of it escaped."""
+_BODY_SECONDS = 10.0
+"""Seconds in which a body must be there."""
+
+
+def _too_long(scope: Scope) -> Response | None:
+    """The refusal of a request that announces a longer body than is read."""
+    announced = Headers(scope=scope).get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) <= _BODY:
+        return None
+    refused = _refused(413, _TOO_LONG)
+    refused.headers["connection"] = "close"  # or the server would read the body to its end, to throw it away
+    return refused
+
+
+_TOO_LONG = f"The request is longer than {_BODY:,} bytes"
+
+
+def _limited(receive: Receive) -> Receive:
+    """Receive a body that keeps to its limits while it is read, whatever its headers say; else HTTPException."""
+    taken, end, whole = 0, time.monotonic() + _BODY_SECONDS, False
+
+    async def limited() -> Message:
+        nonlocal taken, whole
+        if whole:  # what comes now is that the client leaves
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            raise HTTPException(408, "The request's body did not come in time", {"connection": "close"}) from None
+        taken += len(message.get("body", b""))
+        whole = not message.get("more_body", False)
+        if taken > _BODY:
+            raise HTTPException(413, _TOO_LONG, {"connection": "close"})
+        return message
+
+    return limited
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")

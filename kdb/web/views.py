@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.look import look_of
-from kdb.errors import KdbError, QueryError, UnknownNameError
+from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.queries.catalogue import bind, find_query, load_catalogue
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, sql_type
+from kdb.warehouse.statements import public_message
 from kdb.web.answers import rows_of_page
 from kdb.web.templates import render_template, url
 
@@ -393,10 +394,12 @@ def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
         return context
     try:
         context |= _found(lambda: wh.opened.public_sql(text), given, "/sql", {"q": text})
+    except EngineError:
+        raise
     except QueryError as error:
         if str(error).startswith("Out of Memory"):
             raise
-        return context | {"problem": str(error).replace(str(wh.lake.root), "lake")}
+        return context | {"problem": public_message(str(error), wh.lake.root, text)}
     return context | {"downloads": [(f, url("/api/sql", sql=text, format=f)) for f in _DOWNLOADS]}
 
 

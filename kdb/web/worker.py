@@ -7,34 +7,45 @@ took 5.9 GB under a limit of 300 MB), and such a function looks at no interrupt 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
-from kdb.errors import KdbError, UnknownNameError
+from kdb.errors import EngineError, KdbError, UnknownNameError
 from kdb.formats import encode
 from kdb.warehouse.database import Limits, is_gone
+from kdb.warehouse.statements import public_message
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a kind of `answers.KINDS`, its parameters, and the runs that the answer is about."""
+    """What is asked: a kind of `answers.KINDS`, its parameters, and the runs that the answer is about.
+
+    A run's version changes whenever its rows do.
+    """
 
     kind: str
     params: dict[str, Any]
     runs: tuple[str, ...] = field(repr=False)
+    versions: tuple[str, ...] = field(repr=False)
 
 
 HEAD, CHUNK, END, REFUSED, FAILED, EXHAUSTED = b"H", b"C", b"E", b"R", b"F", b"X"
+_PIECE = 2**16
+"""Bytes of a message at most: what the server holds for a client that reads slowly."""
+_INTERNAL = "Internal error. Details are in the server's log; please report it."
 """First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
 
 
@@ -62,47 +73,57 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
             opened.refresh()  # a run was compacted meanwhile: it has other files now, and the same rows
             head, first, chunks = _begin(opened, question)
         yield HEAD + json.dumps(head).encode()
-        yield CHUNK + first
-        for chunk in chunks:
-            yield CHUNK + chunk
+        for chunk in itertools.chain([first], chunks):
+            yield from (CHUNK + chunk[start : start + _PIECE] for start in range(0, len(chunk), _PIECE))
         yield END
+    except EngineError as error:  # DuckDB is of no more use to this process: another takes its place
+        yield FAILED + _failure(opened.public(error, question), error)
     except (KdbError, MemoryError) as error:
         if isinstance(error, MemoryError) or str(error).startswith("Out of Memory"):
             yield EXHAUSTED  # what is left of the memory is in pieces: another worker takes this one's place
             return
-        text = str(error).replace(str(opened.lake), "lake")
-        yield REFUSED + json.dumps({"error": text, "unknown": isinstance(error, UnknownNameError)}).encode()
-    except Exception as error:  # one question that fails must not take the next ones with it
-        yield FAILED + json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+        said = {"error": opened.public(error, question), "unknown": isinstance(error, UnknownNameError)}
+        yield REFUSED + json.dumps(said).encode()
+    except (Exception, pl.exceptions.PanicException) as error:  # one question must not take the next ones with it
+        yield FAILED + _failure(_INTERNAL, error)
+
+
+def _failure(told: str, error: BaseException) -> bytes:
+    """What is told to the asker, and the details for the server's log."""
+    return json.dumps({"error": told, "details": "".join(traceback.format_exception(error))}).encode()
 
 
 def _begin(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:
     """An answer's head, and its first chunk: what fails, fails here mostly, while it can still be said."""
-    head, body = answers.KINDS[question.kind](opened.at(question.runs), **question.params)
+    head, body = answers.KINDS[question.kind](opened.at(question), **question.params)
     chunks = iter(body)
     return head, next(chunks, b""), chunks
 
 
 class _Opened:
-    """The warehouse with some runs, opened anew when other runs are asked about."""
+    """The warehouse with some runs, opened anew when other runs, or other versions of them, are asked about."""
 
     def __init__(self, warehouse: Warehouse, limits: Limits) -> None:
         self.limits, self.lake = limits, warehouse.lake.root
         self._warehouse = warehouse
-        self._runs: tuple[str, ...] | None = None
+        self._at: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._open = contextlib.ExitStack()
 
-    def at(self, runs: tuple[str, ...]) -> Warehouse:
-        """The warehouse as it was with these runs."""
-        if runs != self._runs:
+    def at(self, question: Question) -> Warehouse:
+        """The warehouse as it was with the runs of the question."""
+        if self._at != (question.runs, question.versions):
             self._open.close()
-            self._frozen = self._open.enter_context(self._warehouse.snapshot(list(runs), self.limits))
-            self._runs = runs
+            self._frozen = self._open.enter_context(self._warehouse.snapshot(list(question.runs), self.limits))
+            self._at = (question.runs, question.versions)
         return self._frozen
+
+    def public(self, error: Exception, question: Question) -> str:
+        """The error's text for whoever asked the question."""
+        return public_message(str(error), self.lake, " ".join(map(str, question.params.values())))
 
     def refresh(self) -> None:
         """Look anew which files the runs have."""
-        self._runs = None
+        self._at = None
         self._warehouse.runs()
 
 

@@ -1,0 +1,67 @@
+"""From Arrow, as DuckDB answers, to Polars: one place that knows which columns Polars cannot hold.
+
+Polars panics on some of them, which no `except Exception` catches; so types are looked at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import polars as pl
+import pyarrow as pa
+
+from kdb.errors import QueryError
+
+
+def to_frame(rows: pa.Table) -> pl.DataFrame:
+    """The rows in Polars. Raises QueryError naming the column whose type Polars cannot hold.
+
+    Columns of one name are told apart by a number, as in ``a`` and ``a_1``.
+    """
+    for field in rows.schema:
+        for kind in _kinds(field.type):
+            if lacking := _lacking(kind):
+                raise QueryError(f"column {field.name}: {lacking} cannot be read into Polars; {CAST}")
+    try:
+        return pl.DataFrame(rows.rename_columns(unique(rows.schema.names)))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise QueryError(f"Polars cannot read a column of the answer; {CAST}: {first_line(error)}") from error
+
+
+CAST = "cast it, such as CAST(… AS VARCHAR)"
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """The names, with a number where one stands there already."""
+    taken: list[str] = []
+    for name in names:
+        number, free = 0, name
+        while free in taken:
+            number += 1
+            free = f"{name}_{number}"
+        taken.append(free)
+    return taken
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _kinds(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """The type, and every type within it."""
+    yield kind
+    for index in range(kind.num_fields):
+        yield from _kinds(kind.field(index).type)
+
+
+def _lacking(kind: pa.DataType) -> str | None:
+    """How SQL calls the type, where Polars has none for it."""
+    if pa.types.is_interval(kind):
+        return "INTERVAL"
+    if pa.types.is_union(kind):
+        return "UNION"
+    if pa.types.is_struct(kind):
+        names = [kind.field(index).name for index in range(kind.num_fields)]
+        return "STRUCT with fields of one name, or of none" if len(set(names)) < len(names) else None
+    return None
