@@ -23,10 +23,11 @@ from urllib.parse import quote
 
 from kdb.errors import KdbError
 from kdb.warehouse.card import write_card
-from kdb.warehouse.database import SHELL_FILE, write_public_file
+from kdb.warehouse.database import write_public_file
 from kdb.warehouse.imports import Origin, take_in
 from kdb.warehouse.lake import Lake, check_version
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
+from kdb.warehouse.shell import SHELL_FILE
 from kdb.warehouse.store import Warehouse
 
 if TYPE_CHECKING:

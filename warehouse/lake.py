@@ -23,7 +23,7 @@ import stat
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Leftover:
 
     path: Path
     bytes: int
-    begun: Mapping[str, Any] | None = None
+    begun: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Lake:

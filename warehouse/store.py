@@ -20,6 +20,7 @@ from kdb.warehouse.inspection import DamagedRunError
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, has_vectors
+from kdb.warehouse.shell import SHELL_FILE
 
 if TYPE_CHECKING:
     import duckdb
@@ -98,12 +99,12 @@ class Warehouse:
         raise _CHANGING
 
     @contextlib.contextmanager
-    def snapshot_of(self, folders: Sequence[RunFolder], limits: database.Limits | None = None) -> Iterator[Warehouse]:
-        """The runs that were listed a moment ago, opened for many questions; `unchanged` tells how long it holds."""
-        self.lake.look(folders, vectors=False)
+    def unheld(self, runs: Sequence[str], limits: database.Limits | None = None) -> Iterator[Warehouse]:
+        """A snapshot of runs that were listed a moment ago, which nothing holds: `unchanged` tells how long it lasts."""
+        folders = self._listed(runs)
         with self._database_of(folders, limits) as opened:
             frozen = copy.copy(self)
-            frozen._folders, frozen._shared = list(folders), opened
+            frozen._folders, frozen._shared = folders, opened
             yield frozen
 
     def unchanged(self) -> bool:
@@ -182,7 +183,7 @@ class Warehouse:
         Of a warehouse in an object store, it reads the runs that are there now.
         """
         self.lake.restore_empty_tables()
-        shell = self.lake.path / database.SHELL_FILE
+        shell = self.lake.path / SHELL_FILE
         with storage_errors(self.lake.path):
             if self._remote:
                 urls = {table: self.files(table) for table in TABLES}

@@ -24,7 +24,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from kdb.errors import KdbError, UnknownNameError
-from kdb.warehouse.lake import RunFolder
 from kdb.warehouse.store import Warehouse
 from kdb.web import api, pages
 from kdb.web.desk import Answer, BusyError, Desk, FailedError, Settings
@@ -98,7 +97,7 @@ class Asking:
 
     async def runs(self) -> dict[str, str]:
         """The runs there are now, and the version of each."""
-        found = await asyncio.to_thread(lambda: {f.run: _version(f) for f in self._warehouse.lake.run_folders()})
+        found = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.lake.run_folders()})
         RUNS.set(len(found))
         return dict(sorted(found.items()))
 
@@ -188,15 +187,6 @@ class _Streamed(StreamingResponse):
                 raise
         finally:
             await self._rest.close()
-
-
-def _version(folder: RunFolder) -> str:
-    """A text that changes whenever the rows of the run do: compacting, or dropping vectors, keeps its id."""
-    version: str = getattr(folder, "version", "")
-    with contextlib.suppress(OSError):
-        manifest = (folder.path / "manifest.json").stat()
-        version = version or f"{manifest.st_ino}-{manifest.st_mtime_ns}"
-    return version
 
 
 def _etag(kind: str, params: dict[str, Any], runs: dict[str, str]) -> str:

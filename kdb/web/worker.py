@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from kdb.errors import EngineError, KdbError, UnknownNameError
+from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.formats import encode
 from kdb.warehouse.database import Limits, is_gone
 from kdb.warehouse.statements import public_message
@@ -45,6 +45,8 @@ class Question:
 HEAD, CHUNK, END, REFUSED, FAILED, EXHAUSTED = b"H", b"C", b"E", b"R", b"F", b"X"
 _PIECE = 2**16
 """Bytes of a message at most: what the server holds for a client that reads slowly."""
+_TRIES = 5
+"""How often a question is asked while runs are being changed."""
 _INTERNAL = "Internal error. Details are in the server's log; please report it."
 """First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
 
@@ -65,13 +67,7 @@ def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder:
 
 def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
     try:
-        try:
-            head, first, chunks = _begin(opened, question)
-        except KdbError as error:
-            if not is_gone(error):
-                raise
-            opened.refresh()  # a run was compacted meanwhile: it has other files now, and the same rows
-            head, first, chunks = _begin(opened, question)
+        head, first, chunks = _begin_whole(opened, question)
         yield HEAD + json.dumps(head).encode()
         for chunk in itertools.chain([first], chunks):
             yield from (CHUNK + chunk[start : start + _PIECE] for start in range(0, len(chunk), _PIECE))
@@ -91,6 +87,21 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
 def _failure(told: str, error: BaseException) -> bytes:
     """What is told to the asker, and the details for the server's log."""
     return json.dumps({"error": told, "details": "".join(traceback.format_exception(error))}).encode()
+
+
+def _begin_whole(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:
+    """As `_begin`, again where a run was removed or written anew meanwhile: all rows are of before, or of after."""
+    for left in reversed(range(_TRIES)):
+        try:
+            begun = _begin(opened, question)
+        except KdbError as error:
+            if not left or not (is_gone(error) or opened.changed()):
+                raise
+        else:
+            if not opened.changed():
+                return begun
+        opened.refresh()
+    raise QueryError("The runs of the warehouse are changed all the time: ask again in a moment.")
 
 
 def _begin(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:
@@ -113,13 +124,17 @@ class _Opened:
         """The warehouse as it was with the runs of the question."""
         if self._at != (question.runs, question.versions):
             self._open.close()
-            self._frozen = self._open.enter_context(self._warehouse.snapshot(list(question.runs), self.limits))
+            self._frozen = self._open.enter_context(self._warehouse.unheld(question.runs, self.limits))
             self._at = (question.runs, question.versions)
         return self._frozen
 
     def public(self, error: Exception, question: Question) -> str:
         """The error's text for whoever asked the question."""
         return public_message(str(error), self.lake, " ".join(map(str, question.params.values())))
+
+    def changed(self) -> bool:
+        """Whether a run was removed or written anew since it was opened."""
+        return self._at is not None and not self._frozen.unchanged()
 
     def refresh(self) -> None:
         """Look anew which files the runs have."""
