@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdb.errors import ModelError
-from kdb.ingest.files import CONFIG, model_files, only, read_json, weight_files
+from kdb.ingest.files import CONFIG, model_files, only, read_json
 from kdb.ingest.gguf import unpacked
 from kdb.ingest.guard import told
 from kdb.ingest.models import LoadedModel, ModelSource
@@ -61,7 +61,7 @@ def load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _seen(source, f"Cannot read the config of {source.name}") as folder:
-        tensors = tensors_of(weight_files(folder))
+        tensors = _tensors(folder)
         _check_counts(source, read_json(folder / CONFIG), len(tensors))
         config = AutoConfig.from_pretrained(folder, **_OURS_ALONE)
         config._attn_implementation = _ATTENTION
@@ -95,7 +95,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
         )
-        _refuse_misfit(source, model, info, tensors_of(weight_files(folder)))
+        _refuse_misfit(source, model, info, _tensors(folder))
         if quantize and not on_cuda:
             quantize_on_cpu(model, source.name)
         if "device_map" not in options:
@@ -240,6 +240,11 @@ def _seen(source: ModelSource, what: str) -> Iterator[Path]:
     _quieten()
     with told(what), only(model_files(folder_of(source))) as folder:
         yield folder
+
+
+def _tensors(seen: Path) -> dict[str, Tensor]:
+    """The weights of a model in a folder that has no others."""
+    return tensors_of(sorted(seen.glob("*.safetensors")))
 
 
 def _quieten() -> None:
