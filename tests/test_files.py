@@ -213,8 +213,8 @@ def test_loading_sees_the_files_of_the_fingerprint_alone(folder: Path) -> None:
 def test_an_adapter_beside_base_weights_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
     assert refusal(find_model, str(folder)) == (
-        f"'{folder}' holds an adapter ({name}), and kdb measures whole models: merge it first (peft's merge_and_unload, "
-        "then save_pretrained into a folder of its own)."
+        f"'{folder}' holds an adapter ({name}), and kdb measures whole models: merge it first (peft's "
+        "merge_and_unload, then save_pretrained into a folder of its own)."
     )
 
 

@@ -115,7 +115,9 @@ models = _table(
     _column("family", Text(), "model family, such as llama or gemma"),
     _column("source", Text(), "hub id, or file or folder name, that the weights came from"),
     _column(
-        "revision", Text(), "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer"
+        "revision",
+        Text(),
+        "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer",
     ),
     _column("architecture", Text(), "transformers' class"),
     _column("n_layers", SmallInteger(), "transformer blocks", symbol="d, L"),
