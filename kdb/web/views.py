@@ -159,7 +159,8 @@ def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
     counted = " UNION ALL ".join(f"SELECT '{name}' AS table_name, count(*) AS n FROM {name}" for name in TABLES)
     rows = {row["table_name"]: row["n"] for row in wh.sql(counted).to_dicts()}
     anatomy = wh.sql(
-        "SELECT model, any_value(family) AS family, any_value(n_params) AS n_params, any_value(n_layers) AS n_layers "
+        "SELECT model, any_value(family) AS family, any_value(n_params) AS n_params, any_value(n_layers) AS n_layers, "
+        "any_value(coalesce(quantization, weights_dtype)) AS weights, any_value(instruct) AS instruct "
         "FROM models GROUP BY model"
     ).to_dicts()
     return {
@@ -201,7 +202,9 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
         "title": model,
         "model": model,
         "summary": f"{anatomy['architecture']}, {anatomy['n_layers']} layers of {anatomy['n_heads']} heads "
-        f"and {anatomy['intermediate_size']:,} neurons, hidden size {anatomy['hidden_size']:,}",
+        f"and {anatomy['intermediate_size']:,} neurons, hidden size {anatomy['hidden_size']:,}; "
+        f"weights {anatomy['quantization'] or anatomy['weights_dtype'] or 'of unknown format'}"
+        f"{', instruction-tuned' * bool(anatomy['instruct'])}",
         "anatomy": [(name, anatomy[name], *told[name]) for name in told],
         "choices": {
             "dataset": studies["concept"],

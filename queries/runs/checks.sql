@@ -1,5 +1,5 @@
 -- How far each run may be trusted
--- Every run of both studies, on its first prompts, against the untouched model
+-- Every run of both studies, on its first prompts, against the loaded model, run one prompt at a time
 --
 -- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
 -- tolerance. Models, weight formats and devices stand side by side.
