@@ -3,8 +3,8 @@
 Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
 padding cannot change a result and needs no mask. A prefix that all prompts share is run once. For the same reason a
 cue may follow each prompt, after which the model would answer. The unembedding, a third of a small model's work, is
-not run here at all. Where the model's RoPE depends on the length of a text, all this holds for texts of one length class
-(``lengths.py``), and only those share a pass.
+not run here at all. Where a model's RoPE depends on how long a text is, all this holds for texts of one length class
+(``lengths.py``): only those share a pass.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import shutil
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from test_cli import answer, refusal
 from test_run import interrupt_after, no_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdb.errors import ModelError
 from kdb.ingest import attribution, knowledge, recording, run
+from kdb.ingest.capture import CHECK_PROMPTS
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Attributing, Job, Measuring, Probing
-from kdb.ingest.models import LoadedModel, find_model
+from kdb.ingest.models import LoadedModel, find_model, load_model
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -348,7 +351,7 @@ def test_every_neuron_of_a_list_has_its_tokens_at_both_ends(stored: Warehouse) -
 
 
 def test_a_run_carries_how_far_it_can_be_trusted(stored: Warehouse) -> None:
-    found = rows(stored, 'SELECT "check", value <= tolerance, passed, tolerance FROM checks ORDER BY 1')
+    found = rows(stored, 'SELECT "check", value <= tolerance, passed, tolerance FROM checks WHERE passed ORDER BY 1')
     names = (
         "ffn_keys",
         "ffn_sum",
@@ -357,15 +360,18 @@ def test_a_run_carries_how_far_it_can_be_trusted(stored: Warehouse) -> None:
         "logits",
         "logits_kl",
         "residual_sum",
+        "stored_probs",
         "value_keys",
     )
     assert found == [(name, True, True, 1e-3) for name in names]
+    counts = rows(stored, 'SELECT "check", value, tolerance FROM checks WHERE passed IS NULL ORDER BY 1')
+    assert counts == [("doubled_bos", 0, None), ("special_tokens_in_text", 0, None)]
 
 
 def test_bfloat16_is_checked_to_its_own_tolerance(tmp_path: Path, ingest: Callable[..., Result]) -> None:
     answer(ingest(tmp_path / "half", "--dtype", "bfloat16"))
     half = Warehouse(tmp_path / "half")
-    found = "SELECT DISTINCT tolerance, passed, value <= tolerance, detail LIKE '%bfloat16' FROM checks"
+    found = "SELECT DISTINCT tolerance, passed, value <= tolerance, detail LIKE '%bfloat16' FROM checks WHERE value > 0"
     assert rows(half, found) == [(0.1, True, True, True)]
     assert rows(half, "SELECT variant FROM runs") == [("bfloat16",)]
     assert rows(half, "SELECT dtype FROM models") == [("bfloat16",)]
@@ -461,6 +467,44 @@ def test_ablate_k_is_how_many_neurons_are_zeroed(measure: Callable[..., Warehous
     # All FFN neurons are zeroed then, whatever the method.
     spread = "SELECT max(logp_after) - min(logp_after) < 1e-4 FROM ablations GROUP BY prompt_id, positions"
     assert rows(found, f"SELECT DISTINCT * FROM ({spread})") == [(True,)]
+
+
+def test_a_recorded_chunk_that_gives_other_logits_than_the_prompt_alone_is_refused(
+    opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = recording.record
+
+    def wrong_in_the_runs_batches(circuit: Any, token_ids: Any) -> Any:
+        made = real(circuit, token_ids)
+        return replace(made, logits=made.logits.roll(1, -1)) if len(token_ids) > CHECK_PROMPTS else made
+
+    monkeypatch.setattr(recording, "record", wrong_in_the_runs_batches)
+    with pytest.raises(ModelError, match=r"^tiny cannot be measured: logits is off by "):
+        run.ingest(opened.lake, job(), lambda: tiny_loaded)
+    assert opened.lake.run_folders() == []
+
+
+def test_prompts_on_both_sides_of_a_long_rope_are_scored_as_each_alone(
+    tmp_path: Path, job: Callable[..., Job], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "long"))
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.1, 2.0, 8.0, 32.0]}
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    more = {"num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.5, "pad_token_id": 0}
+    config = AutoConfig.for_model("phi3", **sizes, **more, original_max_position_embeddings=32, rope_parameters=rope)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    begin = ["The sky of", "The old and very large house of the mayor of"]
+    some = [(f"{b} {town} {n} is", "ab"[n % 2], "c") for b in begin for town in TOWNS for n in range(4)]
+    facts = write(tmp_path / "facts.csv", some)
+    monkeypatch.setattr(knowledge, "KEPT_RANK", 256)
+    together, alone = (Warehouse.create(tmp_path / name) for name in ("together", "alone"))
+    asked = replace(job(facts, ablate_k=2), source=find_model(str(folder)))
+    run.ingest(together.lake, asked, lambda: load_model(asked.source))
+    monkeypatch.setattr(knowledge, "CHUNK_BYTES", 1)
+    run.ingest(alone.lake, asked, lambda: load_model(asked.source), batch_tokens=1)
+    assert {n > 32 for (n,) in rows(together, "SELECT n_tokens FROM prompts WHERE kept")} == {True, False}
+    assert_same_scores(together, alone)
 
 
 # What is done once -----------------------------------------------------------------------------------------------
@@ -655,7 +699,7 @@ def asked(run_kdb: RunKdb, warehouse: Path, query: str, *options: str) -> list[d
         ("neuron-overlap", 3),
         ("head-overlap", 3),
         ("kept-prompts", 3),
-        ("checks", 8),
+        ("checks", 11),
         ("runs", 1),
     ],
 )
@@ -708,7 +752,7 @@ def test_both_studies_of_one_model_and_dataset_live_side_by_side(
     assert asked(run_kdb, warehouse, "concept-depth") == depth
     assert len(asked(run_kdb, warehouse, "top-heads")) == 3 * LAYERS * HEADS
     assert len(asked(run_kdb, warehouse, "kept-prompts")) == 3
-    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 4, "knowledge": 8}
+    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 8, "knowledge": 11}
     assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 2 runs are as they were committed.\n"
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from kdb.errors import DatasetError, WarehouseError
+from kdb.errors import DatasetError, ModelError, WarehouseError
 from kdb.ingest import probes, run
-from kdb.ingest.capture import Capture, untouched
+from kdb.ingest.capture import CHECK_PROMPTS, Capture, untouched
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.derived import refit
 from kdb.ingest.job import Job, Measuring, Probing
@@ -120,8 +120,34 @@ def test_a_probe_learns_the_label_and_is_scored_on_every_layer(asked: Warehouse)
 
 
 def test_a_run_carries_how_far_it_can_be_trusted(asked: Warehouse) -> None:
-    rows = asked.sql('SELECT "check", value <= tolerance, passed FROM checks ORDER BY 1').rows()
-    assert rows == [(name, True, True) for name in ("final_norm", "readout", "readout_kl", "resid_post")]
+    rows = asked.sql('SELECT "check", value <= tolerance, passed FROM checks WHERE passed ORDER BY 1').rows()
+    names = ("final_norm", "readout", "readout_kl", "resid_post", "stored_answers", "stored_states")
+    assert rows == [(name, True, True) for name in names]
+    counts = asked.sql('SELECT "check", value, tolerance FROM checks WHERE passed IS NULL ORDER BY 1').rows()
+    assert counts == [("doubled_bos", 0, None), ("special_tokens_in_text", 0, None)]
+
+
+@pytest.mark.parametrize(("which", "check"), [(0, "stored_states"), (1, "stored_answers")])
+def test_what_only_the_batches_of_the_run_get_wrong_is_refused(
+    opened: Warehouse,
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    which: int,
+    check: str,
+) -> None:
+    real = Capture.vectors_and_ends
+
+    def wrong(self: Capture, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        found = real(self, token_ids, *args, **kwargs)
+        if len(token_ids) > CHECK_PROMPTS:
+            found[which][...] = np.roll(found[which], 1, axis=0)  # each has its neighbour's
+        return found
+
+    monkeypatch.setattr(Capture, "vectors_and_ends", wrong)
+    with pytest.raises(ModelError, match=rf"^tiny cannot be measured: {check} is off by "):
+        ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+    assert opened.lake.run_folders() == []
 
 
 def test_a_run_tells_its_model_dataset_and_settings(asked: Warehouse) -> None:

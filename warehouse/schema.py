@@ -179,10 +179,10 @@ runs = _table(
 checks = _table(
     "checks",
     "run × check",
-    _column("check", Text(), "what was compared with the untouched model"),
-    _column("value", Double(), "largest difference found, in the unit that detail names"),
-    _column("tolerance", Double(), "largest difference allowed"),
-    _column("passed", Boolean(), "value is at most tolerance"),
+    _column("check", Text(), "what was compared with the untouched model, or counted"),
+    _column("value", Double(), "largest difference found, in the unit that detail names; or how many prompts"),
+    _column("tolerance", Double(), "largest difference allowed; NULL for a count"),
+    _column("passed", Boolean(), "value is at most tolerance; NULL for a count"),
     _column("detail", Text(), "how value was computed, and over what"),
     key=("check",),
 )

@@ -1,8 +1,9 @@
 -- How far each run may be trusted
--- Every run of both studies, on its first prompts, against the loaded model, run one prompt at a time
+-- Every run of both studies, on a few chosen prompts, against the loaded model, run one prompt at a time
 --
 -- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
--- tolerance. Models, weight formats and devices stand side by side.
+-- tolerance. Counts of prompts (doubled_bos, special_tokens_in_text) come last: they have no tolerance, so passed is
+-- NULL. Models, weight formats and devices stand side by side.
 --
 -- Parameters:
 --   model    texts = all  models, side by side
@@ -19,4 +20,4 @@ LEFT JOIN models USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
     AND (getvariable('study') IS NULL OR study = getvariable('study'))
-ORDER BY model, passed, value / nullif(tolerance, 0) DESC NULLS LAST, dataset, study, runs.variant, "check", run;
+ORDER BY model, passed NULLS LAST, value / nullif(tolerance, 0) DESC NULLS LAST, dataset, study, runs.variant, "check", run;
