@@ -30,7 +30,7 @@ from kdb.warehouse import shell
 from kdb.warehouse.lake import empty_file
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
-from kdb.warehouse.shell import SHELL_FILE
+from kdb.warehouse.shell import SHELL_FILE as SHELL_FILE
 from kdb.warehouse.statements import check_public, check_reads, message
 
 if TYPE_CHECKING:

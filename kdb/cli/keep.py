@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import Location, output_options, show, warehouse_option
+from kdb.cli.options import Location, output_options, say, show, warehouse_option
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
         opened = kdb.open(warehouse)
         show(opened.query("runs"), format_, output)
         for begun in opened.lake.interrupted():
-            click.echo(
+            say(
                 f"In progress or interrupted: {begun['model']} on {begun['dataset']} (run {begun['run']}).",
                 err=True,
             )
@@ -77,7 +77,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
         click.echo("No run is that old.")
         return []
     for row in old.rows():
-        click.echo(" ".join(map(str, row)), err=True)
+        say(" ".join(map(str, row)), err=True)
     if not yes:
         click.confirm(f"Remove these {len(old)} runs for good?", abort=True, err=True)
     return old["run"].to_list()
@@ -178,7 +178,7 @@ def verify(warehouse: Path | str) -> None:
     lake = kdb.open(warehouse).lake
     damages = list(lake.verify())
     for damage in damages:
-        click.echo(f"{damage.path}: {damage.problem}")
+        say(f"{damage.path}: {damage.problem}")
     if damages:
         damaged = " ".join(sorted({damage.run for damage in damages}))
         click.echo(f"Damaged runs: {damaged}. Remove each (`kdb runs remove`) and measure it again.", err=True)
