@@ -260,25 +260,9 @@ def engine(lake: Path, runs: Callable[[], Sequence[str] | None], remote: Remote 
 
     Each connection is a DuckDB of its own, with the snapshot that `runs` returns when it is opened.
     """
-    # Imported here: only who asks for an engine waits for it.
-    from duckdb_engine import ConnectionWrapper
-    from sqlalchemy import create_engine, event
-    from sqlalchemy.pool import NullPool
-    from sqlalchemy.types import NullType
+    from kdb.warehouse.engine import open_engine  # here: only who asks for an engine waits for it
 
-    built = create_engine(
-        "duckdb:///:memory:",
-        creator=lambda: ConnectionWrapper(connect(lake, runs(), remote=remote)),
-        poolclass=NullPool,
-    )
-    dialect: Any = built.dialect
-    dialect.ischema_names = {**dialect.ischema_names, "list": NullType}  # else reflection warns of every list
-
-    @event.listens_for(built, "before_cursor_execute")
-    def check(_connection: object, cursor: Any, statement: str, *_: object) -> None:
-        check_reads(cursor.connection, statement)
-
-    return built
+    return open_engine(lambda: connect(lake, runs(), remote=remote), check_reads)
 
 
 def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFrame:
