@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
 from kdb.errors import QueryError
+from kdb.text import visible_within
 
 if TYPE_CHECKING:
     from kdb.analysis.look import Chart
@@ -21,11 +24,17 @@ _PNG_SCALE = 2.0
 """Pixels per point: sharp on a screen of high density, and in print."""
 
 
+def to_spec(chart: Chart) -> dict[str, Any]:
+    """The chart as Vega-Lite, in whose texts nothing is left on which vl-convert or a browser fails."""
+    spec: dict[str, Any] = visible_within(chart.to_dict())
+    return spec
+
+
 def to_svg(chart: Chart) -> str:
     """The chart as SVG text."""
     import vl_convert
 
-    return vl_convert.vegalite_to_svg(chart.to_dict())
+    return vl_convert.vegalite_to_svg(to_spec(chart))
 
 
 _PAGE = """<!DOCTYPE html>
@@ -46,7 +55,7 @@ _PAGE = """<!DOCTYPE html>
 
 def _html(chart: Chart) -> bytes:
     # The scripts are in the file, and nothing is fetched. No text of the data may end the script that it is in.
-    text = json.dumps(chart.to_dict()).replace("<", "\\u003c")
+    text = json.dumps(to_spec(chart)).replace("<", "\\u003c")
     return _PAGE.format(vega=_vega(), chart=text).encode()
 
 
@@ -68,13 +77,13 @@ def to_png(chart: Chart, scale: float = _PNG_SCALE) -> bytes:
     """The chart as PNG, with ``scale`` pixels per point."""
     import vl_convert
 
-    return vl_convert.vegalite_to_png(chart.to_dict(), scale=scale)
+    return vl_convert.vegalite_to_png(to_spec(chart), scale=scale)
 
 
 def _pdf(chart: Chart) -> bytes:
     import vl_convert
 
-    return vl_convert.vegalite_to_pdf(chart.to_dict())
+    return vl_convert.vegalite_to_pdf(to_spec(chart))
 
 
 _WRITERS: dict[str, Callable[[Chart], bytes]] = {
@@ -82,33 +91,37 @@ _WRITERS: dict[str, Callable[[Chart], bytes]] = {
     ".png": to_png,
     ".svg": lambda chart: to_svg(chart).encode(),
     ".pdf": _pdf,
-    ".json": lambda chart: chart.to_json().encode(),
+    ".json": lambda chart: json.dumps(to_spec(chart), indent=2).encode(),
 }
 FORMATS = tuple(_WRITERS)
 
 
-def check_format(path: Path) -> None:
-    """Raise QueryError unless the file's ending names a format."""
-    if path.suffix not in _WRITERS:
-        raise QueryError(f"{path.name!r}: a chart's file ends in {', '.join(FORMATS)}.")
-
-
 def save(chart: Chart, path: Path) -> None:
-    """Write a chart in the format that the file's ending names; the file appears whole or not at all.
+    """Write a chart in the format that the file's ending names, one of FORMATS; the file appears whole or not at all.
 
-    Raises QueryError for another ending, or where the file cannot be written.
+    Raises QueryError where the file cannot be written.
     """
-    check_format(path)
-    write_whole(path, _WRITERS[path.suffix](chart))
+    write_whole(path, _WRITERS[path.suffix.lower()](chart))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file by one rename; QueryError where that fails."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a file by one rename; QueryError where that fails, and then the file that was there stays."""
+    try:
+        target = path.resolve()  # what a link leads to is written, and the link stays
+        if target.exists() and not target.is_file():  # a device or a pipe must not be replaced
+            target.write_bytes(content)
+        else:
+            _replace(target, content)
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise QueryError(f"Cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    staged = target.with_name(f".kdb-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         staged.write_bytes(content)
-        staged.replace(path)
-    except OSError as error:
-        raise QueryError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+        if target.exists():
+            shutil.copymode(target, staged)
+        staged.replace(target)
     finally:
         staged.unlink(missing_ok=True)

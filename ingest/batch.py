@@ -15,13 +15,13 @@ Every combination is a run. Keys are the options of ``kdb ingest``, without thei
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import KdbError, PlanError, UnknownNameError
+from kdb.faults import explain, is_debugging, is_interrupt
 from kdb.ingest.run import ingest_on
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from kdb.ingest.models import ModelSource
     from kdb.warehouse.lake import Lake
 
-log = logging.getLogger(__name__)
 
 SEVERAL = ("model", "revision", "dataset")
 """What may be a list."""
@@ -132,8 +131,9 @@ def measure_all(
     for one in asked:
         try:
             planned = jobs(one)
-        except KdbError as error:  # no such revision, say, or no way to download it
-            yield from (Ended(one.name, dataset, "failed", why=str(error)) for dataset in one.datasets)
+        except BaseException as error:  # no such revision, say, or no way to download it
+            why = _why(error, f"planning {one.name}")
+            yield from (Ended(one.name, dataset, "failed", why=why) for dataset in one.datasets)
             continue
         with engine(one, planned[0].source) as running:
             for job in planned:
@@ -143,12 +143,20 @@ def measure_all(
 def _measure(lake: Lake, one: Asked, job: Job, engine: Engine) -> Ended:
     try:
         outcome = ingest_on(lake, job, engine)
-    except KdbError as error:
-        return Ended(one.name, job.dataset.name, "failed", why=str(error))
-    except Exception as error:  # out of memory, say: the next run may be smaller
-        log.debug("%s on %s", one.name, job.dataset.name, exc_info=True)
-        return Ended(one.name, job.dataset.name, "failed", why=f"{type(error).__name__}: {error}")
+    except BaseException as error:  # out of memory, say: the next run may be smaller
+        why = _why(error, f"measuring {one.name} on {job.dataset.name}")
+        return Ended(one.name, job.dataset.name, "failed", why=why)
     return Ended(one.name, job.dataset.name, outcome.status, outcome.run)
+
+
+def _why(error: BaseException, doing: str) -> str:
+    """The reason why a job failed; what is to end all jobs is raised again."""
+    if isinstance(error, KdbError):
+        return str(error)
+    # A panic of a library in Rust is no Exception, and is one job's failure all the same.
+    if isinstance(error, SystemExit | GeneratorExit) or is_interrupt(error) or is_debugging():
+        raise error
+    return explain(error, doing).message
 
 
 def check_distinct(asked: Sequence[Asked]) -> None:

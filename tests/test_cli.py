@@ -128,7 +128,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
         patch.setattr(run, "probe_layers", interrupted)
         result = ingest_tiny(tmp_path / "new")
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "\nInterrupted. What is finished is kept: the same command goes on from there.\n"
+    assert result.stderr == "\nInterrupted. Finished parts are kept: the same command continues.\n"
     assert "tiny on weather: stored" in answer(ingest_tiny(tmp_path / "new"))
 
 
@@ -167,7 +167,7 @@ layer,site,list,text
 """
 AS_MARKDOWN = """\
 | layer | site       | list   | text |
-|-------|------------|--------|------|
+| ----- | ---------- | ------ | ---- |
 | 0     | ffn_norm   | [1, 2] | a\\|b |
 | 0     | resid_post | [1, 2] | a\\|b |
 """
@@ -301,7 +301,10 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
         (["sql", "SELECT layr FROM activations"], 'Binder Error: Referenced column "layr" not found'),
         (["sql", "SELECT 1; SELECT 2"], "kdb sql runs one statement at a time, found 2."),
         (["sql", "SELECT 1", "--format", "parquet"], "--format parquet writes a file: name it with -o FILE."),
-        (["sql", "SELECT 1", "-o", "/absent/a.csv"], "Cannot write '/absent/a.csv': No such file or directory."),
+        (
+            ["sql", "SELECT 1", "-o", "/absent/a.csv"],
+            "Cannot write '/absent/a.csv': there is no folder '/absent'. Make it first.",
+        ),
         (["probe", "--model", "tini", "--dataset", "weather"], "Unknown stored model 'tini'. Did you mean 'tiny'?"),
         (
             ["probe", "--model", "tiny", "--dataset", "wether"],

@@ -21,12 +21,17 @@ MAY_IMPORT = {
     "analysis": {"analysis", "warehouse", "queries", "errors"},
     "front door": {"front door", "ingest", "analysis", "warehouse", "queries", "errors"},
 }
+BOTTOM = {"errors", "faults", "text"}
+"""Modules of kdb itself that every package may import."""
+
 FOLDERS = ("analysis", "ingest", "queries", "warehouse")
 
 
 def package_of(module: str) -> str:
     """The package of a module of kdb: ``kdb.ingest.run`` is in ingest, ``kdb.cli.ask`` is a front door."""
     second = module.split(".")[1:2]
+    if second and second[0] in BOTTOM:
+        return "errors"
     return second[0] if second and second[0] in MAY_IMPORT else "front door"
 
 
@@ -35,7 +40,7 @@ def modules() -> Iterator[tuple[str, Path]]:
     for folder in FOLDERS:
         yield from ((folder, path) for path in (REPOSITORY / folder).rglob("*.py"))
     for path in (REPOSITORY / "kdb").rglob("*.py"):
-        yield "errors" if path.name == "errors.py" else "front door", path
+        yield "errors" if path.parent.name == "kdb" and path.stem in BOTTOM else "front door", path
 
 
 def imports(path: Path) -> Iterator[str]:

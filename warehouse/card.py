@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from kdb.queries.catalogue import literal
+from kdb.text import Code, markdown, markdown_table, one_line
 from kdb.warehouse.lake import row_counts
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import PARTITIONS, TABLES, columns_of, has_vectors
@@ -61,7 +63,7 @@ def configs(folders: Sequence[RunFolder]) -> dict[str, str]:
 def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence: str) -> list[str]:
     title = name.rstrip("/").rpartition("/")[2]
     return [
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
         "Where in language models what they know lives, as measured by kdb: runs of models over prompts, as Parquet "
         "files under `lake/model=M/dataset=D/run=R/TABLE/`.",
@@ -80,7 +82,7 @@ def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence
 def _licence(licence: str) -> str:
     if licence == UNKNOWN:
         return "Nobody has said under which licence these numbers are: ask before you publish them."
-    return f"These numbers: {licence}."
+    return f"These numbers: {markdown(licence)}."
 
 
 def _models(warehouse: Warehouse) -> list[str]:
@@ -88,7 +90,7 @@ def _models(warehouse: Warehouse) -> list[str]:
         "SELECT DISTINCT model, source, revision, architecture, n_layers, hidden_size, n_params, dtype, quantization "
         "FROM models ORDER BY ALL"
     ).to_dicts()
-    return ["## Models", "", *_markdown(rows), ""]
+    return ["## Models", "", *_table(rows), ""]
 
 
 def _runs(warehouse: Warehouse) -> list[str]:
@@ -97,27 +99,32 @@ def _runs(warehouse: Warehouse) -> list[str]:
         "ORDER BY finished_at DESC, run"
     ).to_dicts()
     for row in rows:
-        row["settings"] = f"`{_short(row['settings'])}`"
+        row["settings"] = Code(_short(row["settings"]))
     more = [f"… and {len(rows) - _LISTED} more in the table `runs`.", ""] if len(rows) > _LISTED else []
-    return ["## Runs and settings", "", *_markdown(rows[:_LISTED]), "", *more]
+    return ["## Runs and settings", "", *_table(rows[:_LISTED]), "", *more]
 
 
-def _short(settings: str) -> str:
+def _short(settings: str | None) -> str:
     """Settings in short: without what other columns of the card say."""
     said = {"study", "model", "dataset", "revision", "fingerprint", "source_run", "units"}
-    return json.dumps({k: v for k, v in json.loads(settings).items() if k not in said and v not in (None, False)})
+    try:
+        given = dict(json.loads(settings or "{}"))
+    except (ValueError, TypeError, RecursionError):  # of a run from elsewhere, which may hold anything
+        return settings or ""
+    return json.dumps({k: v for k, v in given.items() if k not in said and v not in (None, False)})
 
 
 def _loading(name: str, names: Sequence[str]) -> list[str]:
+    name = one_line(name)
     place = name.removeprefix("hf://datasets/")
     config = "head_scores" if "head_scores" in names else names[0]
     table = config.partition("-")[0]
     files = f"{name.rstrip('/')}/lake/*/*/*/{table}/*.parquet"
     lines = [
         *("## Read it", "", "With `datasets`:", "", "```python", "from datasets import load_dataset", ""),
-        *(f'rows = load_dataset("{place}", "{config}", split="train")', "```", ""),
+        *(f'rows = load_dataset({json.dumps(place, ensure_ascii=False)}, "{config}", split="train")', "```", ""),
         *("In DuckDB, without downloading all of it:", "", "```sql"),
-        *(f"SELECT * FROM read_parquet('{files}', hive_partitioning = true) LIMIT 10;", "```", ""),
+        *(f"SELECT * FROM read_parquet({literal(files)}, hive_partitioning = true) LIMIT 10;", "```", ""),
     ]
     command = f"kdb pull {name}" if name.startswith("hf:") else f"kdb import {name}"
     return [*lines, "With kdb, into a warehouse, where saved queries answer:", "", f"    {command}", ""]
@@ -131,10 +138,9 @@ def _tables(names: Sequence[str]) -> list[str]:
     return [*lines, ""]
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows as a Markdown table."""
-    if not rows:
-        return ["None."]
-    lines = ["| " + " | ".join(rows[0]) + " |", "| " + " | ".join("---" for _ in rows[0]) + " |"]
-    cells = [["" if v is None else str(v).replace("|", "\\|").replace("\n", " ") for v in row.values()] for row in rows]
-    return lines + ["| " + " | ".join(row) + " |" for row in cells]
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return markdown_table(list(rows[0]), (list(map(_cell, row.values())) for row in rows)) if rows else ["None."]
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else str(value)

@@ -34,7 +34,7 @@ from kdb.warehouse.frames import to_frame
 from kdb.warehouse.lake import empty_file
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema, column_names, sql_type
-from kdb.warehouse.shell import SHELL_FILE
+from kdb.warehouse.shell import SHELL_FILE as SHELL_FILE
 from kdb.warehouse.statements import check_public, check_reads, message, reported
 
 if TYPE_CHECKING:
@@ -287,26 +287,13 @@ def engine(
     Each connection is one that ``opened`` returns, see `connect`. ``before`` is called with the text of each statement
     before it is run.
     """
-    # Imported here: only who asks for an engine waits for it.
-    from duckdb_engine import ConnectionWrapper
-    from sqlalchemy import create_engine, event
-    from sqlalchemy.pool import NullPool
-    from sqlalchemy.types import NullType
+    from kdb.warehouse.engine import open_engine  # here: only who asks for an engine waits for it
 
-    built = create_engine(
-        "duckdb:///:memory:",
-        creator=lambda: ConnectionWrapper(opened()),
-        poolclass=NullPool,
-    )
-    dialect: Any = built.dialect
-    dialect.ischema_names = {**dialect.ischema_names, "list": NullType}  # else reflection warns of every list
-
-    @event.listens_for(built, "before_cursor_execute")
-    def check(_connection: object, cursor: Any, statement: str, *_: object) -> None:
-        check_reads(cursor.connection, statement)
+    def check(connection: Any, statement: str) -> None:
+        check_reads(connection, statement)
         before(statement)
 
-    return built
+    return open_engine(opened, check)
 
 
 def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFrame:

@@ -24,6 +24,7 @@ from kdb.analysis import figures
 from kdb.analysis.report.contents import CHAPTERS, Drawn, Remark, Tabled
 from kdb.analysis.save import to_png, to_svg
 from kdb.errors import KdbError, QueryError, UnknownNameError
+from kdb.text import markdown, markdown_code, markdown_table, visible
 
 if TYPE_CHECKING:
     from kdb.analysis.look import Chart
@@ -39,6 +40,13 @@ class Item:
     command: str
     frame: pl.DataFrame | None = None
     picture: str | None = None
+
+    @property
+    def table(self) -> str:
+        """The rows as a Markdown table."""
+        if self.frame is None:
+            return ""
+        return "\n".join(markdown_table(self.frame.columns, (list(map(cell, row)) for row in self.frame.iter_rows())))
 
 
 @dataclass
@@ -63,8 +71,9 @@ class Report:
             autoescape=template.endswith(".html.j2"),
             trim_blocks=True,
             lstrip_blocks=True,
+            finalize=lambda value: visible(value) if isinstance(value, str) else value,  # before it is escaped
         )
-        environment.filters["cell"] = cell
+        environment.filters |= {"cell": cell, "markdown": markdown, "code": markdown_code}
         version, now = importlib.metadata.version("kdb-lm"), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         return environment.get_template(template).render(report=self, version=version, now=now)
 

@@ -18,14 +18,31 @@ from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.cli.serve import serve
 from kdb.cli.share import export, import_, pull, push
 from kdb.errors import KdbError
+from kdb.faults import INTERNAL, INTERRUPTED, USERS, explain, is_debugging, is_interrupt
+from kdb.text import visible
 
 
 class _Refused(click.ClickException):
-    exit_code = 2
+    exit_code = USERS
+
+
+class _Failed(_Refused):
+    exit_code = INTERNAL
+
+
+class _Stopped(_Refused):
+    exit_code = INTERRUPTED
+
+    def show(self, file: Any = None) -> None:
+        """In a line of its own, after the terminal's ^C."""
+        click.echo(f"\n{self.message}", err=True)
 
 
 class _Commands(click.Group):
-    """Commands in the order they are used, and kdb's own errors as one message with exit code 2."""
+    """Commands in the order they are used, and every error as one message.
+
+    Exit codes are 2 where the user can mend it, 70 where kdb is at fault, 130 after Ctrl-C.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -33,11 +50,24 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KdbError as error:
-            raise _Refused(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted. What is finished is kept: the same command goes on from there.", err=True)
-            ctx.exit(130)
+        except (*_CLICKS_OWN, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Polars is no Exception
+            if is_debugging() and not isinstance(error, KdbError):
+                raise
+            raise _refused(error, f"kdb {ctx.invoked_subcommand}") from error
+
+
+_CLICKS_OWN = (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError)
+"""What click itself turns into words, or into none: nobody reads any more."""
+
+
+def _refused(error: BaseException, doing: str) -> _Refused:
+    if isinstance(error, KdbError) and not is_interrupt(error):
+        return _Refused(visible(str(error)))
+    fault = explain(error, doing)
+    kinds = {kind.exit_code: kind for kind in (_Refused, _Failed, _Stopped)}
+    return kinds[fault.exit_code](fault.message)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import output_path, param_option, show, warehouse_option
+from kdb.cli.options import check_output, output_path, param_option, say, show, warehouse_option
 
 
 class _Figures(click.Group):
@@ -42,6 +42,9 @@ def plot() -> None:
     """
 
 
+_NUMBERS = (".csv", ".parquet")
+
+
 def _command(name: str) -> click.Command:
     from kdb.analysis.figures import find_figure
 
@@ -50,10 +53,9 @@ def _command(name: str) -> click.Command:
     def draw(warehouse: Path | str, output: Path, **params: Any) -> None:
         from kdb.analysis import figures, save
 
+        check_output(output, (*save.FORMATS, *_NUMBERS))
         given = {key: value for key, value in params.items() if value not in (None, ())}
-        as_numbers = output.suffix in (".csv", ".parquet")
-        if not as_numbers:
-            save.check_format(output)
+        as_numbers = output.suffix.lower() in _NUMBERS
         with kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
             if as_numbers:
                 show(figures.frame(opened, name, **given), None, output)
@@ -91,8 +93,9 @@ def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, 
     from kdb.analysis.report import build
     from kdb.analysis.save import write_whole
 
-    markdown = format_ == "markdown" or (format_ is None and output.suffix == ".md")
+    check_output(output, None if format_ else (".html", ".md"))
+    markdown = format_ == "markdown" or (format_ is None and output.suffix.lower() == ".md")
     built = build(kdb.open(warehouse), models, pictures=not markdown)
     write_whole(output, (built.markdown() if markdown else built.html()).encode())
     for line in built.missing:
-        click.echo(f"Missing: {line}", err=True)
+        say(f"Missing: {line}", err=True)

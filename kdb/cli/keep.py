@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import Location, output_options, show, warehouse_option
+from kdb.cli.options import Location, output_options, say, show, warehouse_option
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
@@ -36,11 +36,9 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
         show(opened.query("runs"), format_, output)
         for left in opened.lake.interrupted():
             names = f"{left.begun['model']} on {left.begun['dataset']} (run {left.begun['run']})"
-            click.echo(f"In progress or interrupted: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
+            say(f"In progress or interrupted: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
         for left in opened.lake.leftovers():
-            click.echo(
-                f"Dropped and not deleted: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes it.", err=True
-            )
+            say(f"Dropped and not deleted: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes it.", err=True)
 
 
 @runs.command()
@@ -79,7 +77,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
         click.echo("No run is that old.")
         return []
     for row in old.rows():
-        click.echo(" ".join(map(str, row)), err=True)
+        say(" ".join(map(str, row)), err=True)
     if not yes:
         click.confirm(f"Remove these {len(old)} runs for good?", abort=True, err=True)
     return old["run"].to_list()
@@ -238,7 +236,7 @@ def verify(warehouse: Path | str) -> None:
     lake = kdb.open(warehouse).lake
     damages = list(lake.verify())
     for damage in damages:
-        click.echo(f"{damage.path}: {damage.problem}")
+        say(f"{damage.path}: {damage.problem}")
     if damages:
         damaged = " ".join(sorted({damage.run for damage in damages}))
         click.echo(f"Damaged runs: {damaged}. Remove each (`kdb runs remove`) and measure it again.", err=True)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import warehouse_option
+from kdb.cli.options import say, warehouse_option
 from kdb.cli.settings import (
     attribution_options,
     dataset_options,
@@ -22,6 +22,7 @@ from kdb.cli.settings import (
     stored_options,
 )
 from kdb.errors import UnknownNameError
+from kdb.text import visible
 
 
 @click.command()
@@ -74,7 +75,7 @@ def ingest(
 
         for one in asked:
             for job in alone or _jobs(one):
-                click.echo(f"{one.name} on {job.dataset.name}: {cost(job, pick_device(one.options['device']))}")
+                say(f"{one.name} on {job.dataset.name}: {cost(job, pick_device(one.options['device']))}")
         return
     opened = Warehouse.create(warehouse)
     with _engines(engine, address, worker_cpus, worker_gpus) as engines:
@@ -203,12 +204,12 @@ def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
     for number, one in enumerate(ended, start=1):
         done = {"exists": "is stored already", "committed": "stored", "failed": "FAILED"}[one.status]
         run = f" (run {one.run})" if one.run else ""
-        click.echo(f"[{number:{width}}/{total}] {one.model} on {one.dataset}: {done}{run}")
+        say(f"[{number:{width}}/{total}] {one.model} on {one.dataset}: {done}{run}")
         failed += [one] * (one.status == "failed")
     if failed:
         click.echo(f"\n{len(failed)} of {total} runs failed; the same command tries them again:", err=True)
         for one in failed:
-            click.echo(f"  {one.model} on {one.dataset}: {one.why}", err=True)
+            say(f"  {one.model} on {one.dataset}: {one.why}", err=True)
         ctx.exit(1)
 
 
@@ -220,7 +221,7 @@ def _probing(options: dict[str, Any]) -> Any:
 
 def _report(outcome: Any, model: str, dataset: str) -> None:
     done = "is stored already" if outcome.status == "exists" else "stored"
-    click.echo(f"{model} on {dataset}: {done} (run {outcome.run})")
+    say(f"{model} on {dataset}: {done} (run {outcome.run})")
 
 
 @click.command()
@@ -401,6 +402,15 @@ def _columns(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+class _Visible(logging.Formatter):
+    """Lines in which no name sends an escape sequence to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("kdb").setLevel(logging.INFO)

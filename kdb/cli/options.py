@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import io
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from kdb.errors import QueryError
 from kdb.queries.catalogue import Param
+from kdb.text import markdown_table, visible
 
 if TYPE_CHECKING:
     import polars as pl
@@ -23,7 +28,9 @@ _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
     "integer": click.INT,
     "number": click.FLOAT,
 }
-_SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet"}
+_SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table", "": "table"}
+_ENTRIES = 4
+"""Entries of a list that a table shows."""
 
 
 class Location(click.Path):
@@ -52,13 +59,28 @@ def warehouse_option(command: Command) -> Command:
 
 
 def output_options(command: Command) -> Command:
-    """``--format`` and ``-o``."""
-    command = click.option(
+    """``--format`` and ``-o``, checked before the command does anything."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, **given: Any) -> Any:
+        if given["output"] is not None:
+            check_output(given["output"], None if given["format_"] else _SUFFIXES)
+        return command(*args, **given)
+
+    with_format: Command = click.option(
         "--format", "format_", type=click.Choice(FORMATS), help="Else by the ending of -o, else table."
-    )(command)
+    )(cast("Command", checked))
     return click.option(
         "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; else the terminal."
-    )(command)
+    )(with_format)
+
+
+def check_output(output: Path, endings: Iterable[str] | None) -> None:
+    """Raise QueryError where the file could not be written, or has none of the endings."""
+    if endings is not None and output.suffix.lower() not in endings:
+        raise QueryError(f"-o {output.name!r}: expected a file that ends in {', '.join(filter(None, endings))}.")
+    if not output.parent.is_dir():
+        raise QueryError(f"Cannot write {str(output)!r}: there is no folder {str(output.parent)!r}. Make it first.")
 
 
 def output_path(command: Command) -> Command:
@@ -83,24 +105,31 @@ def param_option(param: Param) -> click.Option:
 
 def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
     """Write a frame as the user asked for it, and say on stderr if it has no rows."""
-    format_ = format_ or _SUFFIXES.get(output.suffix if output else "", "table")
-    if format_ == "parquet":
-        if output is None:
-            raise click.UsageError("--format parquet writes a file: name it with -o FILE.")
-        _write(output, lambda path: frame.write_parquet(path))
-    elif output is not None:
-        _write(output, lambda path: path.write_text(_text(frame, format_) + "\n"))
+    format_ = format_ or (_SUFFIXES[output.suffix.lower()] if output else "table")
+    if output is not None:
+        from kdb.analysis.save import write_whole
+
+        write_whole(output, _content(frame, format_))
+    elif format_ == "parquet":
+        raise click.UsageError("--format parquet writes a file: name it with -o FILE.")
     else:
-        click.echo(_text(frame, format_))
+        text = _text(frame, format_)
+        say(text) if format_ == "table" or sys.stdout.isatty() else click.echo(text)
     if frame.is_empty():
         click.echo("No rows. `kdb runs` shows what was measured.", err=True)
 
 
-def _write(output: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write(output)
-    except OSError as error:
-        raise click.UsageError(f"Cannot write {str(output)!r}: {error.strerror or error}.") from error
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text that may hold names of others: no escape sequence in them reaches the terminal."""
+    click.echo(visible(text), err=err)
+
+
+def _content(frame: pl.DataFrame, format_: str) -> bytes:
+    if format_ != "parquet":
+        return f"{_text(frame, format_)}\n".encode()
+    content = io.BytesIO()
+    frame.write_parquet(content)
+    return content.getvalue()
 
 
 def _text(frame: pl.DataFrame, format_: str) -> str:
@@ -116,16 +145,25 @@ def _text(frame: pl.DataFrame, format_: str) -> str:
 def _drawn(frame: pl.DataFrame, format_: str) -> str:
     import polars as pl
 
-    if format_ == "markdown":
-        frame = frame.with_columns(pl.col(pl.String).str.replace_all("|", r"\|", literal=True))
     with pl.Config(
-        tbl_formatting="ASCII_MARKDOWN" if format_ == "markdown" else "UTF8_FULL_CONDENSED",
+        tbl_formatting="UTF8_FULL_CONDENSED",
         tbl_rows=-1,
         tbl_cols=-1,
         tbl_width_chars=-1,
         fmt_str_lengths=10_000,
-        fmt_table_cell_list_len=4,
+        fmt_table_cell_list_len=_ENTRIES,
         tbl_hide_column_data_types=True,
         tbl_hide_dataframe_shape=True,
     ):
-        return str(frame.with_columns(pl.col(pl.Float64, pl.Float32).round(4)))
+        rounded = frame.with_columns(pl.col(pl.Float64, pl.Float32).round(4))
+        if format_ == "markdown":
+            return "\n".join(markdown_table(frame.columns, ([_cell(one) for one in row] for row in rounded.rows())))
+        return str(rounded)
+
+
+def _cell(value: Any) -> str:
+    """A value in a Markdown table: of a long list, as many entries as on the terminal."""
+    if isinstance(value, list):
+        shown = value if len(value) <= _ENTRIES else [*value[: _ENTRIES - 1], "…", value[-1]]
+        return f"[{', '.join(map(_cell, shown))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import Command, Location, warehouse_option
+from kdb.cli.options import Command, Location, say, warehouse_option
 from kdb.errors import QueryError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -202,4 +202,4 @@ def _copy(source: Lake, target: Lake, runs: Iterable[str]) -> None:
 
 
 def _tell(folder: RunFolder, done: str) -> None:
-    click.echo(f"{folder.model} on {folder.dataset}: {done} (run {folder.run})")
+    say(f"{folder.model} on {folder.dataset}: {done} (run {folder.run})")

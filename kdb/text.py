@@ -1,0 +1,77 @@
+"""Names and texts of others, as they may stand on a terminal, in a chart, in a page or in Markdown.
+
+A model, a prompt or a token may hold anything: escape sequences, line separators, markup. Each place where such text is
+shown has one function here.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but tab and newline
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"  # line separators, and what turns the direction of a text
+    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"  # no characters
+)
+_MARKUP = re.compile(r"[\\`*|~$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-](?![\d.])")
+"""What is markup where it stands: brackets make a link only before another one or a colon."""
+_LINKS = (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;"))
+"""What GitHub makes a link of without being asked, and how to write it so that it stays text."""
+
+_PADDED = 40
+"""Characters up to which the cells of a Markdown table are filled with spaces."""
+
+
+class Code(str):
+    """Text of a Markdown table that is shown as code."""
+
+
+def visible(text: str) -> str:
+    """The text, with characters that nobody sees, or that do something, as escapes such as \\u001b."""
+    return _UNSEEN.sub(lambda found: _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(text: str) -> str:
+    """The text as `visible` shows it, in one line."""
+    return visible(re.sub(r"\s*\r?\n\s*|\t", " ", text)).strip()
+
+
+def visible_within(value: Any) -> Any:
+    """A value of JSON with every text in it as `visible` shows it."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {visible_within(key): visible_within(one) for key, one in value.items()}
+    return [visible_within(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def markdown(text: str) -> str:
+    """Markdown that shows the text as it is, in one line: no markup, no HTML, no links."""
+    escaped = _MARKUP.sub(r"\\\g<0>", html.escape(one_line(text), quote=False))
+    for found, harmless in _LINKS:
+        escaped = escaped.replace(found, harmless)
+    return escaped
+
+
+def markdown_code(text: str) -> str:
+    """Markdown that shows the text as code, in one line."""
+    line = one_line(text)
+    # Between backticks nothing can be escaped.
+    return f"<code>{markdown(line)}</code>" if re.search(r"[<>&`|]|^ *$", line) else f"`{line}`"
+
+
+def markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table. The only writer of one; cells are texts, or `Code`."""
+    cells = [[markdown_code(one) if isinstance(one, Code) else markdown(one) for one in row] for row in rows]
+    head = list(map(markdown, names))
+    widths = [max(3, *(min(len(row[place]), _PADDED) for row in (head, *cells))) for place in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in (head, rule, *cells)]
