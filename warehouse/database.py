@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -26,10 +26,13 @@ import polars as pl
 
 from kdb.errors import KdbError, QueryError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
+from kdb.warehouse import current
 from kdb.warehouse.lake import empty_file
+from kdb.warehouse.notes import KdbNote, notes
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector
 from kdb.warehouse.statements import check_public, check_reads, message
+from kdb.warehouse.values import check_values
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,7 +69,7 @@ class Remote(Protocol):
 def view_statements(
     lake: Path, files: Mapping[str, Sequence[str]] | None = None, *, movable: bool = False
 ) -> list[str]:
-    """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
+    """The SQL that creates a view for every table, schema `current`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
     globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows. `movable`
@@ -80,7 +83,8 @@ def view_statements(
             return f"getvariable('kdb_lake') || '/{name}/*.parquet'"
         return literal(f"{_run_folders(lake)}/{name}/*.parquet")
 
-    return [_create_view(name, _rows(table, source(name))) for name, table in TABLES.items()] + [macros()]
+    views = [_create_view(name, _rows(table, source(name))) for name, table in TABLES.items()]
+    return [*current.stubs(), macros(), *views]
 
 
 def write_shell_file(warehouse: Path) -> None:
@@ -100,16 +104,16 @@ def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]],
     `encoded`: a folder's name is encoded, and a URL of HTTP encodes that again. Column types come from the lake's empty
     tables. Raises OSError when the file cannot be written.
     """
-    statements = []
+    statements = [*current.stubs(), macros()]
     for name, table in TABLES.items():
-        # Views and macros are tried out as they are created: on empty files, as the others may not be there yet.
+        # Views are tried out as they are created: on empty files, as the others may not be there yet.
         statements.append(f"SET VARIABLE kdb_files_{name} = {literal((str(empty_file(lake, name)),))}")
         found = literal(tuple(urls.get(name, ())))
         if found != "[]":
             found = f"coalesce(getvariable('kdb_files_{name}')::VARCHAR[], {found})"
         rows = _rows(table, found, name_of="url_decode({})" if encoded else "{}")
         statements += [_create_view(name, rows), _comments(table)]
-    _put_shell_file(path, [*statements, macros()])
+    _put_shell_file(path, statements)
 
 
 def _put_shell_file(target: Path, statements: list[str]) -> None:
@@ -171,6 +175,7 @@ class Database:
         remote: Remote | None = None,
     ) -> None:
         self._connection = connect(lake, runs, limits, remote)
+        self._known = None if runs is None else current.KnownRuns(self._connection)
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
         """The rows of one statement that reads.
@@ -181,7 +186,10 @@ class Database:
         return self._frame(check_reads(self._connection, text), params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
-        """The rows of a saved query. Raises UnknownNameError and QueryError, see `SavedQuery.bind`."""
+        """The rows of a saved query; a KdbNote warns where runs are left out that one may look for.
+
+        Raises UnknownNameError and QueryError, see `SavedQuery.bind` and `check_values`.
+        """
         return self._frame(self._bound(name, params))
 
     def public_sql(self, text: str) -> pa.RecordBatchReader:
@@ -200,15 +208,34 @@ class Database:
         """The rows of kdb's own SQL, as batches that are computed as they are read."""
         return self._batches(text, params)
 
+    def current_runs(self, table: str) -> list[tuple[str, str, str]]:
+        """Model, dataset and run of those whose rows of a table `current` shows."""
+        self._keep_known_runs(None)
+        plain = f"current_runs WHERE table_name = {literal(table)} AND variant = 'default'"
+        with _reported():
+            return self._connection.execute(f"SELECT model, dataset, run FROM {plain}").fetchall()
+
     def _bound(self, name: str, params: Mapping[str, object]) -> str:
-        """The text of a saved query, whose parameters are set."""
+        """The text of a saved query, whose parameters are set and checked."""
         saved = find_query(name)
-        for variable, value in saved.bind(params).items():
+        values = saved.bind(params)
+        for variable, value in values.items():
             if variable in params:
                 self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
             else:  # a default is our own text, and need not be bound: see connect
                 self._connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
+        models = values.get("model")
+        self._keep_known_runs(models if isinstance(models, tuple) else None)
+        with _reported():
+            check_values(self._connection, saved.params, values, lambda: self._keep_known_runs(None))
+            for note in notes(self._connection, saved, values):
+                warnings.warn(note, KdbNote, stacklevel=6)  # where Warehouse.query was called
         return saved.sql
+
+    def _keep_known_runs(self, models: Collection[str] | None) -> None:
+        if self._known is not None:
+            with _reported():
+                self._known.keep(models)
 
     def _batches(self, statement: duckdb.Statement | str, params: Any = None) -> pa.RecordBatchReader:
         with _reported():
@@ -287,8 +314,9 @@ def _run_folders(lake: Path) -> str:
 
 
 def _create_view(name: str, rows: str) -> str:
+    """The SQL of a table's view, in the place of its stub."""
     visible = "getvariable('kdb_runs') IS NULL OR contains(getvariable('kdb_runs')::VARCHAR, ',' || run || ',')"
-    return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
+    return f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
 
 
 def _rows(table: Table, files: str, *, name_of: str = "{}") -> str:

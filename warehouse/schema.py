@@ -32,6 +32,9 @@ SCHEMA_VERSION = 4
 OLDEST_SCHEMA = 3
 """Runs written since this version are read as they are: what they lack is NULL."""
 
+DEFAULT_PROBE = {"classifier": "logistic", "split": "paper"}
+"""The probe whose rows have is_default, and which schema `current` shows; rows without is_default are told by it."""
+
 PARTITIONS = {
     "model": "model, as named in the registry or by --name",
     "dataset": "dataset, as listed by `kdb datasets` or by --dataset-name",

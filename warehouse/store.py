@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
 
 from kdb.errors import QueryError, UnknownNameError, WarehouseError
-from kdb.warehouse import database
+from kdb.warehouse import current, database
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.lake import Lake, storage_errors, write_json
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, data_dictionary
@@ -101,14 +101,26 @@ class Warehouse:
             raise AssertionError("only a snapshot has a database of its own")
         return self._shared
 
-    def scan(self, table: str) -> pl.LazyFrame:
-        """A table as a Polars LazyFrame, over all runs. Raises UnknownNameError."""
+    def table(self, table: str, *, everything: bool = False) -> pl.DataFrame:
+        """The current rows of a table, those of `current.TABLE` in SQL; or everything that is stored.
+
+        Raises UnknownNameError.
+        """
+        return self.scan(table, everything=everything).collect()
+
+    def scan(self, table: str, *, everything: bool = False) -> pl.LazyFrame:
+        """The same as a Polars LazyFrame: of the files, only what is needed is read. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        runs = self.runs()
+        runs = self.runs() if everything else self._current_runs(table)
         if self._remote:
             self._remote.fetch(table, runs)
-        return database.scan(self.lake.root, table, runs)
+        rows = database.scan(self.lake.root, table, runs)
+        return rows if everything else rows.filter(current.default_rows(table))
+
+    def _current_runs(self, table: str) -> list[str]:
+        with self._database() as opened:
+            return [run for _, _, run in opened.current_runs(table)]
 
     def files(self, table: str) -> list[str]:
         """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.

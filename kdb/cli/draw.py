@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import output_path, param_option, show, warehouse_option
+from kdb.cli.options import notes_shown, output_path, param_option, show, warehouse_option
 
 
 class _Figures(click.Group):
@@ -54,7 +54,7 @@ def _command(name: str) -> click.Command:
         as_numbers = output.suffix in (".csv", ".parquet")
         if not as_numbers:
             save.check_format(output)
-        with kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
+        with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
             if as_numbers:
                 show(figures.frame(opened, name, **given), None, output)
             else:
@@ -92,7 +92,8 @@ def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, 
     from kdb.analysis.save import write_whole
 
     markdown = format_ == "markdown" or (format_ is None and output.suffix == ".md")
-    built = build(kdb.open(warehouse), models, pictures=not markdown)
+    with notes_shown():
+        built = build(kdb.open(warehouse), models, pictures=not markdown)
     write_whole(output, (built.markdown() if markdown else built.html()).encode())
     for line in built.missing:
         click.echo(f"Missing: {line}", err=True)

@@ -36,7 +36,7 @@ found AS (
 
 depths AS (
     SELECT model, max(n_layers) AS n_layers
-    FROM models
+    FROM known_runs
     SEMI JOIN kept USING (model, dataset, run)
     GROUP BY model
 ),
