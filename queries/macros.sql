@@ -201,7 +201,7 @@ CREATE MACRO jaccard(a, b) AS n_shared(a, b) / (len(a) + len(b) - n_shared(a, b)
 
 -- The prompts that count, of the chosen runs that have a table: those kept, in the categories asked for. n_kept is
 -- their number in the model's category, over all chosen datasets. A derived run that has no prompts has its source's.
-CREATE MACRO kept_prompts(
+CREATE MACRO _kept_prompts(
     wanted_table, wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
 ) AS TABLE
 WITH chosen AS (
@@ -223,7 +223,7 @@ CREATE MACRO mean_layer_scores(
 ) AS TABLE
 SELECT model, category, component, layer, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
 FROM layer_scores
-JOIN kept_prompts(
+JOIN _kept_prompts(
     'layer_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
 ) USING (model, dataset, run, prompt_id)
 WHERE among(model, wanted_models)
@@ -237,7 +237,7 @@ SELECT *, row_number() OVER (PARTITION BY model, category ORDER BY score DESC, l
 FROM (
     SELECT model, category, layer, head, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
     FROM head_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'head_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
     ) USING (model, dataset, run, prompt_id)
     WHERE among(model, wanted_models)
@@ -255,7 +255,7 @@ WITH kept AS MATERIALIZED (
     SELECT
         model, dataset, run, category, n_kept, dense_rank() OVER (ORDER BY model, category)::INTEGER AS kind,
         row_number() OVER (ORDER BY count(*) DESC, run, dataset, category)::INTEGER AS number
-    FROM kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
+    FROM _kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
     GROUP BY model, dataset, run, category, n_kept
 ),
 
@@ -310,7 +310,7 @@ CREATE MACRO _ablated(
 WITH ablated AS (
     SELECT *
     FROM ablations
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'ablations', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
     ) USING (model, dataset, run, prompt_id)
     WHERE positions = wanted_positions AND (wanted_k IS NULL OR k = wanted_k)

@@ -339,8 +339,11 @@ def _quoted(name: str) -> str:
 def _comments(table: Table) -> str:
     """What the table's rows and columns mean, for `duckdb_columns()` in a shell."""
     meanings = {**PARTITIONS, **{column.name: column.comment for column in table.columns}}
-    lines = [f'COMMENT ON COLUMN {table.name}."{name}" IS {literal(text)};' for name, text in meanings.items()]
-    return "\n".join([f"COMMENT ON VIEW {table.name} IS {literal(table.comment)};", *lines])
+    lines = []
+    for view in (table.name, f"{current.SCHEMA}.{table.name}"):
+        lines.append(f"COMMENT ON VIEW {view} IS {literal(table.comment)};")
+        lines += [f'COMMENT ON COLUMN {view}."{name}" IS {literal(text)};' for name, text in meanings.items()]
+    return "\n".join(lines)
 
 
 def _escape_glob(folder: Path) -> str:

@@ -17,9 +17,9 @@ WITH scores AS (
     SELECT
         model, category, activates, layer, neuron, neuron_name('ffn', layer, NULL, neuron) AS neuron_name,
         mean_over(sum(score), n_kept) AS score, count(*) AS n_prompts,
-        min((dataset, run)).dataset AS dataset, min((dataset, run)).run AS run
+        min({run: run, dataset: dataset}).dataset AS dataset, min({run: run, dataset: dataset}).run AS run
     FROM query_neuron_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'query_neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     ) USING (model, dataset, run, prompt_id)
