@@ -137,7 +137,7 @@ def _matched(wh: Warehouse, table: str, run_a: str, run_b: str) -> pl.DataFrame:
     """The rows of both runs side by side: the key, each measured number as a_… and b_…, NULL where a run lacks it."""
     key, numbers = TABLES[table].info["key"], _measured(table)
     frames = (
-        wh.scan(table)
+        wh.scan(table, everything=True)
         .filter(run=run)
         .select(*key, *(pl.col(name).cast(pl.Float64).alias(f"{side}_{name}") for name in numbers), _there(side))
         .collect()

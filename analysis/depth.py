@@ -273,7 +273,11 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
 def _jumps_to_chance(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Where the jump's layer is no better than always guessing the larger class: its interval holds that share."""
     curves = wh.query("layer-accuracy", **params).filter("jump")
-    sizes = wh.sql("SELECT DISTINCT model, dataset, n_positive / n_prompts AS share FROM datasets WHERE n_positive > 0")
+    sizes = wh.sql(
+        "SELECT DISTINCT model, dataset, n_positive / n_prompts AS share FROM datasets "
+        "JOIN chosen_runs('probe_scores', ?, ?) USING (model, dataset, run) WHERE n_positive > 0",
+        [params.get("variant", "default"), params.get("run")],
+    )
     larger = pl.max_horizontal("share", 1 - pl.col("share"))
     joined = curves.join(sizes.unique(["model", "dataset"]), on=["model", "dataset"])
     return joined.select("model", "dataset", point=pl.lit("J"), to_chance=pl.col("accuracy_low") <= larger)

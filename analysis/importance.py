@@ -104,7 +104,6 @@ def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """``value-neurons-by-layer`` and ``query-neurons-by-layer`` together, told apart by the column kind."""
     values = wh.query("value-neurons-by-layer", **params)
     queries = wh.query("query-neurons-by-layer", **params)
-    depths = wh.sql("SELECT model, max(n_layers) AS n_layers FROM models GROUP BY model")
     columns = ["model", "category", "layer", "neurons", "share_percent"]
     both = pl.concat(
         [
@@ -112,16 +111,22 @@ def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
             queries.select(*columns, kind=pl.format("query of {}", "activates")),
         ]
     )
-    return _with_depth(both.join(depths, on="model", maintain_order="left"))
+    return _with_depth(wh, "neuron_scores", both, params)
 
 
 def scores_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Every row of ``top-layers``, with intervals over prompts and each layer's depth in percent."""
-    depths = wh.sql("SELECT model, max(n_layers) AS n_layers FROM models GROUP BY model")
-    return _with_depth(layer_ranking(wh, **params, k=EVERY).join(depths, on="model", maintain_order="left"))
+    return _with_depth(wh, "layer_scores", layer_ranking(wh, **params, k=EVERY), params)
 
 
-def _with_depth(frame: pl.DataFrame) -> pl.DataFrame:
+def _with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str, Any]) -> pl.DataFrame:
+    """The rows with each model's number of layers, in the runs that they are of, and each layer's depth in percent."""
+    depths = wh.sql(
+        "SELECT model, max(n_layers) AS n_layers FROM known_runs "
+        "JOIN chosen_runs(?, ?, ?) USING (model, dataset, run) GROUP BY model",
+        [table, params.get("variant", "default"), params.get("run")],
+    )
+    frame = frame.join(depths, on="model", maintain_order="left")
     return frame.with_columns(depth_percent=100 * pl.col("layer") / pl.col("n_layers"))
 
 

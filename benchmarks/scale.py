@@ -40,11 +40,11 @@ NEURON = "f0_0"
 FROM_SCORES = """
 WITH kept AS MATERIALIZED (
     SELECT *, dense_rank() OVER (ORDER BY model, category)::SMALLINT AS kind
-    FROM kept_prompts('neuron_scores', {models}, NULL, NULL, 'default', NULL)
+    FROM _kept_prompts('neuron_scores', {models}, NULL, NULL, 'default', NULL)
 ),
 best AS (
     SELECT kind, component, layer, head, neuron, sum(score) AS total
-    FROM neuron_scores JOIN kept USING (run, prompt_id)
+    FROM neuron_scores JOIN kept USING (model, dataset, run, prompt_id)
     WHERE among(neuron_scores.model, {models})
     GROUP BY kind, component, layer, head, neuron
     QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY total DESC, layer, head, neuron) <= 10
@@ -96,9 +96,10 @@ def in_polars(models: list[str] | None) -> Callable[[Path], Question]:
         warehouse = kdb.open(folder)
         wanted = pl.col("model").is_in(models) if models else pl.lit(value=True)
         kind, place = ["model", "category"], ["component", "layer", "head", "neuron"]
-        prompts = warehouse.scan("prompts").filter(wanted, pl.col("kept")).select(*kind, "run", "prompt_id")
-        scores = warehouse.scan("neuron_scores").filter(wanted).select("run", "prompt_id", *place, "score")
-        totals = scores.join(prompts, on=["run", "prompt_id"]).group_by(*kind, *place).agg(pl.col("score").sum())
+        key = ["model", "dataset", "run", "prompt_id"]
+        prompts = warehouse.scan("prompts").filter(wanted, pl.col("kept")).select(*key, "category")
+        scores = warehouse.scan("neuron_scores").filter(wanted).select(*key, *place, "score")
+        totals = scores.join(prompts, on=key).group_by(*kind, *place).agg(pl.col("score").sum())
         best = totals.sort("score", descending=True).group_by(*kind, "component").head(10)
         return lambda: best.collect(engine="streaming")
 

@@ -34,6 +34,7 @@ from kdb.ingest.tokens import check_spelled, read_texts
 from kdb.ingest.zero_shot import pose
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.schema import DEFAULT_PROBE
 from kdb.warehouse.vectors import prompts_per_part, read_states, read_vectors
 
 if TYPE_CHECKING:
@@ -215,10 +216,14 @@ def probe_layers(
             place = {"layer": key[0], "site": key[1], "depth": key[0] / model["n_layers"]}
             predictions = [_prediction_rows(key, score, splits, labels) for score in scores]
             staged.write("probe_predictions", part_name(key), [pa.concat_tables(predictions)])
-            rows = [{**place, **asdict(score)} for score in scores]
+            rows = [place | asdict(score) | {"is_default": _is_default(score)} for score in scores]
             staged.write_rows("probe_scores", part_name(key), rows, seconds=time.monotonic() - begun)
             begun = time.monotonic()
             shown.advance(1)
+
+
+def _is_default(score: ProbeScore) -> bool:
+    return {"classifier": score.classifier, "split": score.split} == DEFAULT_PROBE
 
 
 def _prediction_rows(key: Key, score: ProbeScore, splits: Sequence[Split], labels: NDArray[Any]) -> pa.Table:

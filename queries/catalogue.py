@@ -13,8 +13,9 @@ A query is named after its file. Its header reads::
     --   prompt   integer required  prompt to show
 
 Types are text, texts (one or several), integer and number. ``= all`` is no restriction: the parameter is then
-NULL. The body reads each parameter with ``getvariable('name')``; defaults stand in the header alone. Nothing here
-opens a database.
+NULL. ``= default|all`` has the default ``default``, and takes the word ``all``, too. Which values a parameter may have
+follows from its name (``domains.py``). The body reads each parameter with ``getvariable('name')``; defaults are in the
+header alone. Nothing here opens a database.
 
 Print it: ``kdb queries``, ``kdb queries concept-depth``.
 """
@@ -24,12 +25,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
 from kdb.errors import QueryError, UnknownNameError
+from kdb.queries.domains import DOMAINS, LARGEST, Numbers, Spelled
 
 Value = str | int | float | tuple[str, ...] | None
 """What a parameter may be; None is SQL's NULL, a tuple its list."""
@@ -54,25 +56,44 @@ def literal(value: Value) -> str:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of a saved query. Where it is not required, a default of None means no restriction."""
+    """A parameter of a saved query. Where it is not required, a default of None means no restriction.
+
+    ``also`` are words that it takes beside the names that are known of it.
+    """
 
     name: str
     type: str
     default: Value
     required: bool
     meaning: str
+    also: tuple[str, ...] = ()
 
     def parse(self, given: object) -> Value:
-        """The value given, from Python or as text from a command line; QueryError if it is of another type."""
+        """The value given, from Python or as text from a command line; QueryError for one that it cannot have.
+
+        Whether the warehouse knows a name is not asked here.
+        """
         if isinstance(given, Iterable) and not isinstance(given, str):
             given = tuple(given)
         if given in (None, ALL, (ALL,)) and self.default is None and not self.required:
             return None
         expected, convert = _TYPES[self.type]
         try:
-            return convert(given)
+            value = convert(given)
         except (TypeError, ValueError):
             raise QueryError(f"parameter {self.name}: expected {expected}, found {given!r}") from None
+        self._check(value, expected)
+        return value
+
+    def _check(self, value: Value, expected: str) -> None:
+        """Raise QueryError for a value that no warehouse knows."""
+        domain = DOMAINS.get(self.name)
+        if isinstance(domain, Spelled) and not domain.pattern.fullmatch(str(value)):
+            raise QueryError(f"parameter {self.name}: expected a name such as {domain.example}, found {value!r}")
+        if isinstance(value, int) and value > LARGEST:
+            raise QueryError(f"parameter {self.name}: expected {expected} up to {LARGEST}, found {value}")
+        if isinstance(domain, Numbers) and isinstance(value, int | float) and not domain.holds(value):
+            raise QueryError(f"parameter {self.name}: expected {expected} {domain.expected()}, found {value}")
 
 
 def _text(given: object) -> str:
@@ -122,6 +143,11 @@ class SavedQuery:
     params: tuple[Param, ...]
     sql: str
     path: Path
+
+    @property
+    def of_checkpoints(self) -> bool:
+        """Whether it compares checkpoints: its variant leaves their revisions out."""
+        return "checkpoints(" in self.sql
 
     @property
     def group(self) -> str:
@@ -204,10 +230,11 @@ def _read_param(path: Path, number: int, line: str) -> Param:
         expected = "expected 'name text|texts|integer|number = default meaning' or '… required meaning'"
         raise QueryError(f"{path}, line {number + 1}: {expected}, found {line!r}")
     name, type_, default, meaning = match.group("name", "type", "default", "meaning")
-    param = Param(name, type_, None, default is None, meaning)
-    if param.required:
-        return param
-    return Param(name, type_, param.parse(default), False, meaning)
+    if default is None:
+        return Param(name, type_, None, True, meaning)
+    default, *also = default.split("|")
+    param = Param(name, type_, None, False, meaning, tuple(also))
+    return replace(param, default=param.parse(default))
 
 
 def _check_names(path: Path, declared: list[str], used: set[str]) -> None:

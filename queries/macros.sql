@@ -1,14 +1,45 @@
 -- Views and table macros that saved queries build on; kdb.duckdb has them too, for the shell.
 -- The papers' quantities are computed here and nowhere else.
 
+-- Every run with what decides whether it is current. standing: 1 for a run imported with preference, 2 for one measured
+-- here, 3 for another imported one. since: when it was finished; of an imported run at the latest when it was imported,
+-- so that a date in the future wins nothing. Two models may be stored under one name; their revision tells them apart.
+-- shown_revision is that of one of them in each variant: of the run that stands first, and of these the newest measured one.
+CREATE VIEW _known_runs AS
+SELECT
+    *,
+    first_value(revision) OVER (
+        PARTITION BY model, variant
+        ORDER BY standing, source_run IS NOT NULL, since DESC NULLS LAST, run DESC, dataset
+    ) AS shown_revision
+FROM (
+    SELECT
+        model, dataset, run, study, variant, source_run, tables,
+        CASE WHEN imported_from IS NULL THEN 2 WHEN preferred THEN 1 ELSE 3 END AS standing,
+        least(finished_at, imported_at) AS since,
+        coalesce(revision, '') AS revision, n_layers
+    FROM runs
+    LEFT JOIN models USING (model, dataset, run)
+);
+
+-- kdb itself puts a table in the place of this view, so that a question reads them once.
+CREATE VIEW known_runs AS
+FROM _known_runs;
+
+COMMENT ON VIEW known_runs IS 'run, with what decides whether it is current';
+
 -- The newest run of each study, model, dataset and variant, for each table that it has rows in. A refit is newer
 -- than the run it was computed from, but has probe_scores only: hence for each table. Both studies write prompts
 -- and checks: hence for each study.
 CREATE VIEW current_runs AS
 SELECT table_name, study, model, dataset, variant, run
-FROM (SELECT unnest(tables) AS table_name, study, model, dataset, variant, run, finished_at FROM runs)
+FROM (
+    SELECT unnest(tables) AS table_name, study, model, dataset, variant, run, standing, since
+    FROM known_runs
+    WHERE revision = shown_revision
+)
 QUALIFY row_number() OVER (
-    PARTITION BY table_name, study, model, dataset, variant ORDER BY finished_at DESC, run DESC
+    PARTITION BY table_name, study, model, dataset, variant ORDER BY standing, since DESC NULLS LAST, run DESC
 ) = 1;
 
 COMMENT ON VIEW current_runs IS 'table × study × model × dataset × variant';
@@ -17,7 +48,27 @@ COMMENT ON COLUMN current_runs.study IS 'concept or knowledge';
 COMMENT ON COLUMN current_runs.model IS 'model';
 COMMENT ON COLUMN current_runs.dataset IS 'dataset';
 COMMENT ON COLUMN current_runs.variant IS 'what sets the run apart from the plain one; ''default'' when nothing does';
-COMMENT ON COLUMN current_runs.run IS 'the newest such run';
+COMMENT ON COLUMN current_runs.run IS 'the newest such run of one revision of the model; runs measured here come before imported ones';
+
+-- The runs that are not current though nothing measured anew replaced them: runs of another model that is stored under the
+-- same name ('revision'), and those that runs of another origin take the place of ('imported', or 'own' where the others
+-- were imported with preference).
+CREATE VIEW shadowed_runs AS
+SELECT
+    model, dataset, run, study, variant, revision, shown_revision,
+    CASE WHEN revision != shown_revision THEN 'revision' WHEN standing = 3 THEN 'imported' ELSE 'own' END AS reason
+FROM (
+    SELECT
+        *,
+        min(standing) FILTER (revision = shown_revision) OVER (
+            PARTITION BY study, model, dataset, variant
+        ) AS first_standing
+    FROM known_runs
+)
+ANTI JOIN current_runs USING (model, dataset, run, study, variant)
+WHERE revision != shown_revision OR standing > first_standing;
+
+COMMENT ON VIEW shadowed_runs IS 'run that is not shown because of another one''s revision or origin';
 
 -- The runs that a query is about: the current ones of a variant (NULL: of all), or, where a run is named, that
 -- run alone.
@@ -27,8 +78,12 @@ FROM current_runs
 WHERE wanted_run IS NULL AND table_name = wanted_table AND (wanted_variant IS NULL OR variant = wanted_variant)
 UNION ALL
 SELECT model, dataset, variant, run
-FROM runs
+FROM known_runs
 WHERE run = wanted_run;
+
+-- A variant without the revision that it names.
+CREATE MACRO without_revision(variant) AS
+    coalesce(nullif(trim(regexp_replace(variant, 'revision=\S+', '')), ''), 'default');
 
 -- The newest run of each checkpoint whose revision tells a training step, among runs that nothing but their revision sets
 -- apart from the variant asked for.
@@ -40,7 +95,7 @@ FROM current_runs
 JOIN runs USING (model, dataset, variant, run)
 WHERE table_name = wanted_table
     AND json_extract_string(settings, '$.step') IS NOT NULL
-    AND coalesce(nullif(trim(regexp_replace(variant, 'revision=\S+', '')), ''), 'default') = wanted_variant;
+    AND without_revision(variant) = wanted_variant;
 
 -- Whether a name is one of the names asked for; NULL asks for all. (A variable set to NULL is an INTEGER to DuckDB 1.)
 CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR[], name);
@@ -49,7 +104,7 @@ CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR
 
 -- Variation rate β_i = α_i / α_{i-1} of the accuracy α (Jin et al., arXiv 2404.07066, section on metrics).
 -- NULL at layer 0, after a layer that was not measured, and after an accuracy of 0.
-CREATE MACRO variation_rates() AS TABLE
+CREATE MACRO _rates_of_all() AS TABLE
 SELECT
     model, dataset, run, site, classifier, split, layer, depth, accuracy,
     CASE WHEN lag(layer) OVER by_layer = layer - 1 THEN accuracy / nullif(lag(accuracy) OVER by_layer, 0) END
@@ -66,7 +121,7 @@ CREATE MACRO has_converged(variation_rate, tolerance) AS round(abs(variation_rat
 
 -- Jump point J = min{ i/d : β_i ≥ 1.1 } and converging point C = max{ i/d : |β_i − 1| < 0.03 } (ibid.), where
 -- d is the number of layers. Either may not exist: then it is NULL.
-CREATE MACRO concept_depth(jump_ratio := 1.1, convergence_tolerance := 0.03) AS TABLE
+CREATE MACRO _depths_of_all(jump_ratio := 1.1, convergence_tolerance := 0.03) AS TABLE
 SELECT
     model, dataset, run, site, classifier, split, n_layers,
     jump_layer, jump_layer / n_layers::DOUBLE AS jump_point,
@@ -76,10 +131,30 @@ FROM (
         model, dataset, run, site, classifier, split,
         min(layer) FILTER (is_jump(variation_rate, jump_ratio)) AS jump_layer,
         max(layer) FILTER (has_converged(variation_rate, convergence_tolerance)) AS converging_layer
-    FROM variation_rates()
+    FROM _rates_of_all()
     GROUP BY ALL
 )
-JOIN models USING (model, dataset, run);
+JOIN known_runs USING (model, dataset, run);
+
+-- A macro with the name of a saved query answers it: it takes its parameters, after wanted_ where a column has that name,
+-- and has its defaults.
+CREATE MACRO concept_depth(
+    wanted_model := NULL, wanted_dataset := NULL, wanted_site := NULL, wanted_classifier := 'logistic',
+    wanted_split := 'paper', wanted_variant := 'default', wanted_run := NULL, jump_ratio := 1.1,
+    convergence_tolerance := 0.03
+) AS TABLE
+SELECT
+    model, dataset, site, n_layers,
+    jump_layer, 100 * jump_point AS jump_percent,
+    converging_layer, 100 * converging_point AS converging_percent
+FROM _depths_of_all(jump_ratio := jump_ratio, convergence_tolerance := convergence_tolerance)
+JOIN chosen_runs('probe_scores', wanted_variant, wanted_run) USING (model, dataset, run)
+WHERE among(model, wanted_model)
+    AND among(dataset, wanted_dataset)
+    AND (wanted_site IS NULL OR site = wanted_site)
+    AND classifier = wanted_classifier
+    AND split = wanted_split
+ORDER BY model, dataset, site DESC;
 
 -- The ends of the 95 % interval of a share p of n (Wilson 1927); probe_scores has scipy's, which are the same.
 CREATE MACRO wilson_end(p, n, z) AS
@@ -126,12 +201,12 @@ CREATE MACRO jaccard(a, b) AS n_shared(a, b) / (len(a) + len(b) - n_shared(a, b)
 
 -- The prompts that count, of the chosen runs that have a table: those kept, in the categories asked for. n_kept is
 -- their number in the model's category, over all chosen datasets. A derived run that has no prompts has its source's.
-CREATE MACRO kept_prompts(
+CREATE MACRO _kept_prompts(
     wanted_table, wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
 ) AS TABLE
 WITH chosen AS (
     SELECT model, dataset, run, CASE WHEN list_contains(tables, 'prompts') THEN run ELSE source_run END AS prompts_run
-    FROM runs
+    FROM known_runs
     JOIN chosen_runs(wanted_table, wanted_variant, wanted_run) USING (model, dataset, run)
     WHERE among(model, wanted_models) AND (wanted_dataset IS NULL OR dataset = wanted_dataset)
 )
@@ -148,7 +223,7 @@ CREATE MACRO mean_layer_scores(
 ) AS TABLE
 SELECT model, category, component, layer, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
 FROM layer_scores
-JOIN kept_prompts(
+JOIN _kept_prompts(
     'layer_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
 ) USING (model, dataset, run, prompt_id)
 WHERE among(model, wanted_models)
@@ -162,7 +237,7 @@ SELECT *, row_number() OVER (PARTITION BY model, category ORDER BY score DESC, l
 FROM (
     SELECT model, category, layer, head, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
     FROM head_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'head_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
     ) USING (model, dataset, run, prompt_id)
     WHERE among(model, wanted_models)
@@ -178,17 +253,17 @@ CREATE MACRO ranked_neurons(
 ) AS TABLE
 WITH kept AS MATERIALIZED (
     SELECT
-        model, run, category, n_kept, dense_rank() OVER (ORDER BY model, category)::INTEGER AS kind,
-        row_number() OVER (ORDER BY count(*) DESC, run, category)::INTEGER AS number
-    FROM kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
-    GROUP BY model, run, category, n_kept
+        model, dataset, run, category, n_kept, dense_rank() OVER (ORDER BY model, category)::INTEGER AS kind,
+        row_number() OVER (ORDER BY count(*) DESC, run, dataset, category)::INTEGER AS number
+    FROM _kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
+    GROUP BY model, dataset, run, category, n_kept
 ),
 
 sums AS (
     SELECT
         kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts) AS n_prompts, min(number) AS number
     FROM neuron_sums
-    JOIN kept USING (run, category)
+    JOIN kept USING (model, dataset, run, category)
     WHERE among(neuron_sums.model, wanted_models)
     GROUP BY ALL
 ),
@@ -202,37 +277,40 @@ best AS (
 )
 
 SELECT
-    model, category, component, layer, head, neuron, score, n_prompts, run,
+    model, category, component, layer, head, neuron, score, n_prompts, dataset, run,
     neuron_name(component, layer, head, neuron) AS neuron_name,
     row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) AS rank
 FROM best
 JOIN kept USING (number);
 
--- The ten tokens at either end of the logits of some neurons, a list of {run, component, layer, head, neuron}, as JSON
--- strings: so spaces are seen, and a line end is no line end. No other runs' files are read.
+-- The ten tokens at either end of the logits of some neurons, a list of {model, dataset, run, component, layer, head,
+-- neuron}, as JSON strings: so spaces are seen, and a line end is no line end. No other runs' files are read.
 CREATE MACRO tokens_of_neurons(wanted_neurons) AS TABLE
 WITH wanted AS (SELECT DISTINCT * FROM (SELECT unnest(wanted_neurons, recursive := true)))
 
 SELECT
-    run, neuron_name(component, layer, head, neuron) AS neuron_name,
+    model, dataset, run, neuron_name(component, layer, head, neuron) AS neuron_name,
     string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) FILTER (sign = 'top') AS top_tokens,
     string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) FILTER (sign = 'bottom') AS bottom_tokens
-FROM (FROM neuron_tokens SEMI JOIN (SELECT DISTINCT run FROM wanted) USING (run)) AS named
+FROM (
+    FROM neuron_tokens SEMI JOIN (SELECT DISTINCT model, dataset, run FROM wanted) USING (model, dataset, run)
+) AS named
 SEMI JOIN wanted
-    ON named.run = wanted.run AND named.component = wanted.component AND named.layer = wanted.layer
-    AND named.neuron = wanted.neuron AND named.head IS NOT DISTINCT FROM wanted.head
+    ON named.model = wanted.model AND named.dataset = wanted.dataset AND named.run = wanted.run
+    AND named.component = wanted.component AND named.layer = wanted.layer AND named.neuron = wanted.neuron
+    AND named.head IS NOT DISTINCT FROM wanted.head
 WHERE rank <= 10
-GROUP BY run, component, layer, head, neuron;
+GROUP BY model, dataset, run, component, layer, head, neuron;
 
 -- What is left of the right token in each kept prompt when a method's k best neurons are zeroed (ibid., table 2); the
 -- untouched model is the method none, with k = 0.
-CREATE MACRO ablation_effects(
+CREATE MACRO _ablated(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k
 ) AS TABLE
 WITH ablated AS (
     SELECT *
     FROM ablations
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'ablations', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
     ) USING (model, dataset, run, prompt_id)
     WHERE positions = wanted_positions AND (wanted_k IS NULL OR k = wanted_k)
@@ -245,8 +323,18 @@ SELECT
 FROM ablated
 GROUP BY model, category, dataset, run, prompt_id;
 
+CREATE MACRO ablation_effects(
+    wanted_model := NULL, wanted_category := NULL, wanted_dataset := NULL, wanted_variant := 'default',
+    wanted_run := NULL, wanted_positions := 'last', wanted_k := NULL
+) AS TABLE
+SELECT model, category, dataset, prompt_id, method, k, 1 / rank AS mrr, 100 * prob AS prob_percent, logp
+FROM _ablated(
+    wanted_model, wanted_category, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k
+)
+ORDER BY model, category_order(category), dataset, prompt_id, method, k;
+
 -- Every prompt that stores a neuron, as what and with which score.
-CREATE MACRO roles_of_neuron(name) AS TABLE
+CREATE MACRO _roles_of_neuron(name) AS TABLE
 SELECT model, dataset, run, prompt_id, 'value neuron' AS role, score, rank
 FROM neuron_scores
 JOIN named_neuron(name) AS named

@@ -27,6 +27,8 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SHELL = shutil.which("duckdb", path=str(Path(sys.executable).parent)) or shutil.which("duckdb")
 needs_shell = pytest.mark.skipif(SHELL is None, reason="duckdb-cli is not installed")
 
+VIEWS = ("current_runs", "known_runs", "shadowed_runs")
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -109,7 +111,7 @@ def test_view_without_runs_has_the_declared_columns(database: Database, table: s
 
 def test_every_view_is_empty_before_the_first_run(lake: Path) -> None:
     with Database(lake) as database:
-        for view in (*TABLES, "current_runs", "variation_rates()", "concept_depth()"):
+        for view in (*TABLES, *VIEWS, *(f"current.{table}" for table in TABLES), "concept_depth()"):
             assert database.sql(f"FROM {view}").is_empty()
     for table in TABLES:
         assert scan(lake, table).collect().is_empty()
@@ -310,10 +312,12 @@ def test_engine_reflects_every_view(filled: Path, database: Database) -> None:
     opened = engine(lambda: connect(filled))
     with opened.connect() as connection:
         inspector = inspect(connection)
-        assert sorted(inspector.get_view_names()) == sorted([*TABLES, "current_runs"])
-        for view in (*TABLES, "current_runs"):
-            names = [column["name"] for column in inspector.get_columns(view)]
-            assert names == database.sql(f"FROM {view} LIMIT 0").columns
+        assert sorted(inspector.get_view_names("main")) == sorted([*TABLES, *VIEWS, "_known_runs"])
+        assert sorted(inspector.get_view_names("current")) == sorted(TABLES)
+        for schema, views in {"main": [*TABLES, *VIEWS], "current": list(TABLES)}.items():
+            for view in views:
+                names = [column["name"] for column in inspector.get_columns(view, schema)]
+                assert names == database.sql(f"FROM {schema}.{view} LIMIT 0").columns
 
 
 def test_engine_takes_parameters_and_refuses_writes(filled: Path) -> None:
@@ -345,7 +349,8 @@ def test_shell_sees_views_macros_comments_and_new_runs(tmp_path: Path) -> None:
     assert shell(file, "SELECT table_name FROM current_runs ORDER BY ALL") == ["checks", "runs"]
     assert shell(file, "FROM concept_depth(jump_ratio := 1.2)") == []
     about = "SELECT comment FROM duckdb_columns() WHERE table_name = 'checks' AND column_name = 'tolerance'"
-    assert shell(file, about) == ["largest difference allowed"]
+    assert shell(file, about) == ["largest difference allowed"] * 2, "in schema main, and in current"
+    assert shell(file, 'SELECT model, "check" FROM current.checks') == ["007,sum"]
 
 
 def test_shell_file_is_replaced_under_a_shell_that_holds_it(lake: Path) -> None:

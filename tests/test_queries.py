@@ -152,7 +152,9 @@ def test_converging_point_by_size(database: Database) -> None:
 def test_a_variant_or_a_run_is_asked_for_by_name(database: Database) -> None:
     assert database.query("layer-accuracy", variant="noise")["accuracy"].to_list() == [0.4, 0.5]
     assert database.query("layer-accuracy", run="e" * 16)["accuracy"].to_list() == [0.4, 0.5]
-    assert database.query("layer-accuracy", run="f" * 16).is_empty()
+    assert database.query("layer-accuracy", variant="all", dataset="coinflip")["variant"].n_unique() == 2
+    with pytest.raises(UnknownNameError, match="Unknown run 'ffffffffffffffff'"):
+        database.query("layer-accuracy", run="f" * 16)
 
 
 def test_parameters_do_not_leak_into_the_next_query(database: Database) -> None:
@@ -213,7 +215,7 @@ def test_jump_and_converging_point_agree_with_exact_arithmetic(batch: list[Curve
             expected[f"{number}"] = (*layers, *(None if i is None else i / len(curve) for i in layers))
         with Database(lake) as database:
             columns = "dataset, jump_layer, converging_layer, jump_point, converging_point"
-            found = database.sql(f"SELECT {columns} FROM concept_depth()").rows()
+            found = database.sql(f"SELECT {columns} FROM _depths_of_all()").rows()
     assert {dataset: tuple(values) for dataset, *values in found} == expected
 
 
@@ -354,7 +356,8 @@ def test_lists_survive_a_round_trip(database: Database) -> None:
 
 @pytest.mark.parametrize("name", load_catalogue())
 def test_saved_query_only_reads_and_runs_on_an_empty_warehouse(tmp_path: Path, name: str) -> None:
-    required = {param.name: "1" for param in find_query(name).params if param.required}
+    given = {"neuron": "f0_1"}
+    required = {param.name: given.get(param.name, "1") for param in find_query(name).params if param.required}
     with Database(create_lake(tmp_path)) as database:
         answer = database.query(name, **required)
         assert answer.is_empty()

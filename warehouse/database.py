@@ -18,7 +18,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,15 @@ import polars as pl
 
 from kdb.errors import KdbError, WarehouseError
 from kdb.queries.catalogue import find_query, literal, macros
-from kdb.warehouse import shell
+from kdb.warehouse import current, shell
 from kdb.warehouse.frames import to_frame
 from kdb.warehouse.lake import empty_file
+from kdb.warehouse.notes import KdbNote, notes
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema, column_names, sql_type
 from kdb.warehouse.shell import SHELL_FILE as SHELL_FILE
 from kdb.warehouse.statements import check_public, check_reads, message, reported
+from kdb.warehouse.values import check_values
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +63,7 @@ Files = Mapping[int, Mapping[str, Sequence[str]]]
 
 
 def view_statements(lake: Path, files: Files | None = None, *, movable: bool = False) -> list[str]:
-    """The SQL that creates a view for every table, `current_runs`, and the macros of the saved queries.
+    """The SQL that creates a view for every table, schema `current`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
     globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows. `movable`
@@ -80,7 +82,8 @@ def view_statements(lake: Path, files: Files | None = None, *, movable: bool = F
 
 def _statements(rows: Callable[[Table], str], shared: str) -> list[str]:
     """What every database of kdb creates: views of the tables, and what is built on them. The only such list."""
-    return [*(_create_view(name, rows(table)) for name, table in TABLES.items()), shared]
+    views = [_create_view(name, rows(table)) for name, table in TABLES.items()]
+    return [*current.stubs(), shared, *views]
 
 
 def _rows_of_versions(table: Table, files: Files) -> str:
@@ -207,6 +210,7 @@ class Database:
         before: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._connection = connect(lake, runs, limits, files=files, filesystem=filesystem)
+        self._known = None if runs is None else current.KnownRuns(self._connection)
         self._before = before
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
@@ -219,7 +223,10 @@ class Database:
         return self._frame(check_reads(self._connection, text), params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
-        """The rows of a saved query. Raises UnknownNameError and QueryError, see `SavedQuery.bind`."""
+        """The rows of a saved query; a KdbNote warns where runs are left out that one may look for.
+
+        Raises UnknownNameError and QueryError, see `SavedQuery.bind` and `check_values`.
+        """
         return self._frame(self._bound(name, params))
 
     def public_sql(self, text: str) -> pa.RecordBatchReader:
@@ -240,16 +247,35 @@ class Database:
         self._before(text)
         return self._batches(text, params)
 
+    def current_runs(self, table: str) -> list[tuple[str, str, str]]:
+        """Model, dataset and run of those whose rows of a table `current` shows."""
+        self._keep_known_runs(None)
+        plain = f"current_runs WHERE table_name = {literal(table)} AND variant = 'default'"
+        with reported():
+            return self._connection.execute(f"SELECT model, dataset, run FROM {plain}").fetchall()
+
     def _bound(self, name: str, params: Mapping[str, object]) -> str:
-        """The text of a saved query, whose parameters are set."""
+        """The text of a saved query, whose parameters are set and checked."""
         saved = find_query(name)
         self._before(saved.sql)
-        for variable, value in saved.bind(params).items():
+        values = saved.bind(params)
+        for variable, value in values.items():
             if variable in params:
                 self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
             else:  # a default is our own text, and need not be bound: see connect
                 self._connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
+        models = values.get("model")
+        self._keep_known_runs(models if isinstance(models, tuple) else None)
+        with reported():
+            check_values(self._connection, saved.params, values, lambda: self._keep_known_runs(None))
+            for note in notes(self._connection, saved, values):
+                warnings.warn(note, KdbNote, stacklevel=6)  # where Warehouse.query was called
         return saved.sql
+
+    def _keep_known_runs(self, models: Collection[str] | None) -> None:
+        if self._known is not None:
+            with reported():
+                self._known.keep(models)
 
     def _batches(self, statement: duckdb.Statement | str, params: Any = None) -> pa.RecordBatchReader:
         with reported(), _as_arrow():
@@ -321,8 +347,9 @@ def _run_folders(lake: Path) -> str:
 
 
 def _create_view(name: str, rows: str) -> str:
+    """The SQL of a table's view, in the place of its stub."""
     visible = "getvariable('kdb_runs') IS NULL OR contains(getvariable('kdb_runs')::VARCHAR, ',' || run || ',')"
-    return f"CREATE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
+    return f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
 
 
 def _rows(table: Table, files: str, *, name_of: str = "{}", version: int = SCHEMA_VERSION, union: bool = False) -> str:
@@ -358,8 +385,11 @@ def _all_comments() -> list[str]:
 def _comments(table: Table) -> str:
     """What the table's rows and columns mean, for `duckdb_columns()` in a shell."""
     meanings = {**PARTITIONS, **{column.name: column.comment for column in table.columns}}
-    lines = [f'COMMENT ON COLUMN {table.name}."{name}" IS {literal(text)};' for name, text in meanings.items()]
-    return "\n".join([f"COMMENT ON VIEW {table.name} IS {literal(table.comment)};", *lines])
+    lines = []
+    for view in (table.name, f"{current.SCHEMA}.{table.name}"):
+        lines.append(f"COMMENT ON VIEW {view} IS {literal(table.comment)};")
+        lines += [f'COMMENT ON COLUMN {view}."{name}" IS {literal(text)};' for name, text in meanings.items()]
+    return "\n".join(lines)
 
 
 def _escape_glob(folder: Path) -> str:

@@ -9,6 +9,7 @@ is the old one or the new one, whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def upgraded(table: str, rows: pa.Table) -> pa.Table:
 
 def is_default_probe(rows: pa.Table) -> pa.ChunkedArray:
     """Whether each row of ``probe_scores`` is of the default classifier on the default split."""
-    classifier, split = DEFAULT_PROBE
-    return pc.and_(pc.equal(rows["classifier"], classifier), pc.equal(rows["split"], split))
+    told = [pc.equal(rows[name], value) for name, value in DEFAULT_PROBE.items()]
+    return functools.reduce(pc.and_, told)
 
 
 def _groups(table: str, paths: Sequence[Path]) -> Iterator[pa.Table]:

@@ -32,8 +32,8 @@ SCHEMA_VERSION = 4
 OLDEST_SCHEMA = 3
 """Runs written since this version are read as they are: what they lack is NULL."""
 
-DEFAULT_PROBE = ("logistic", "paper")
-"""Classifier and split of the rows of ``probe_scores`` that are shown where nothing else is asked for."""
+DEFAULT_PROBE = {"classifier": "logistic", "split": "paper"}
+"""The probe whose rows have is_default, and which schema `current` shows; rows without is_default are told by it."""
 
 PARTITIONS = {
     "model": "model, as named in the registry or by --name",

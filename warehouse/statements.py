@@ -125,6 +125,8 @@ def _check_table(node: dict[str, Any], named: set[str]) -> None:
     catalog, schema, name = (node[key].lower() for key in ("catalog_name", "schema_name", "table_name"))
     if catalog in ("", "memory") and schema in _SCHEMAS and name in _VIEWS:
         return
+    if catalog in ("", "memory") and schema == "current" and name in TABLES:
+        return
     if schema == "information_schema" and name in _CATALOG:
         return
     # A name that the statement itself gave; but DuckDB may take it for one of its own, or for a file, elsewhere in it.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from kdb.errors import KdbError, QueryError, UnknownNameError, WarehouseError
-from kdb.warehouse import database
+from kdb.warehouse import current, database
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.files import storage_errors
 from kdb.warehouse.inspection import DamagedRunError
@@ -147,17 +147,32 @@ class Warehouse:
             raise AssertionError("only a snapshot has a database of its own")
         return self._shared
 
-    def scan(self, table: str) -> pl.LazyFrame:
-        """A table as a Polars LazyFrame, over all runs. Raises UnknownNameError."""
+    def table(self, table: str, *, everything: bool = False) -> pl.DataFrame:
+        """The current rows of a table, those of `current.TABLE` in SQL; or everything that is stored.
+
+        Raises UnknownNameError.
+        """
+        return self.scan(table, everything=everything).collect()
+
+    def scan(self, table: str, *, everything: bool = False) -> pl.LazyFrame:
+        """The same as a Polars LazyFrame: of the files, only what is needed is read. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
         folders = self._folders if self._shared else self._listed()
+        if not everything:
+            with self._current(folders) as opened:
+                shown = {run for _, _, run in opened.current_runs(table)}
+            folders = [folder for folder in folders if folder.run in shown]
         self.lake.look(folders, vectors=has_vectors(table))
         runs = _ids(folders)
         if self._remote:
             self._remote.fetch(table, runs)
         root = folders[0].path.parents[2] if folders else self.lake.root
-        return database.scan(root, table, runs)
+        rows = database.scan(root, table, runs)
+        return rows if everything else rows.filter(current.default_rows(table))
+
+    def _current(self, folders: Sequence[RunFolder]) -> contextlib.AbstractContextManager[database.Database]:
+        return contextlib.nullcontext(self._shared) if self._shared else self._database_of(folders)
 
     def files(self, table: str) -> list[str]:
         """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.

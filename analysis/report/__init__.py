@@ -21,10 +21,12 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader
 
 from kdb.analysis import figures
+from kdb.analysis.look import look_of
 from kdb.analysis.report.contents import CHAPTERS, Drawn, Remark, Tabled
 from kdb.analysis.save import to_png, to_svg
-from kdb.errors import KdbError, QueryError, UnknownNameError
+from kdb.errors import KdbError, QueryError
 from kdb.text import markdown, markdown_code, markdown_table, visible
+from kdb.warehouse.values import check_known
 
 if TYPE_CHECKING:
     from kdb.analysis.look import Chart
@@ -81,25 +83,20 @@ class Report:
 def build(wh: Warehouse, models: Sequence[str] = (), *, pictures: bool = True) -> Report:
     """Ask for everything that the report shows of the models, or of all where none is named.
 
-    Raises UnknownNameError where none of the models named has been measured.
+    Raises UnknownNameError where one of the models named is not stored.
     """
     with wh.snapshot() as frozen:
-        report = Report(*_known(frozen, models))
+        report = Report(_known(frozen, models))
         for title, contents in CHAPTERS.items():
             report.chapters[title] = list(_items(frozen, report, contents, pictures))
     return report
 
 
-def _known(wh: Warehouse, models: Sequence[str]) -> tuple[list[str], dict[str, list[Item]], list[str]]:
-    """The models that are stored, no chapters yet, and a line for each model that is not."""
-    stored = wh.sql("SELECT model FROM models GROUP BY model ORDER BY min(family), min(n_params), model")
-    names = stored["model"].to_list()
-    if models and not set(models) & set(names):
-        raise UnknownNameError("stored model", models[0], names, "`kdb runs` lists what is stored.")
-    absent = [
-        f"{model}: nothing was measured (`kdb ingest --model {model}`)." for model in models if model not in names
-    ]
-    return [name for name in names if not models or name in models], {}, absent
+def _known(wh: Warehouse, models: Sequence[str]) -> list[str]:
+    """The models that are stored, those named alone; UnknownNameError for one that is not."""
+    names = list(look_of(wh).models)
+    check_known("model", models, names, "`kdb runs` lists what is stored.")
+    return [name for name in names if not models or name in models]
 
 
 def _items(wh: Warehouse, report: Report, contents: Any, pictures: bool) -> Iterator[Item]:

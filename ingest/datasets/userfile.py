@@ -20,6 +20,8 @@ _ANSWERS = (("no", "yes"), ("false", "true"), ("negative", "positive"))
 _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
 _OPTIONAL = ("relation", "subject")
+_ALL = "all"
+"""What saved queries take for every category."""
 
 
 def is_user_file(name: str) -> bool:
@@ -80,6 +82,8 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
     for row in rows:
         prompt, answer, category = (_filled(row, column) for column in _KNOWLEDGE)
         relation, subject = (_optional(row, column) for column in _OPTIONAL)
+        if category == _ALL:
+            raise complaint(row.place, "a category of another name", "'all', which asks for every category: rename it")
         example = Example(prompt, category=category, relation=relation, subject=subject, answer=answer)
         if prompt not in first:
             first[prompt] = row, example

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import output_options, param_option, show, warehouse_option
+from kdb.cli.options import notes_shown, output_options, param_option, show, warehouse_option
 from kdb.queries.catalogue import SavedQuery, find_query, load_catalogue
 
 
@@ -49,7 +49,8 @@ def query() -> None:
 def _command(saved: SavedQuery) -> click.Command:
     def answer(warehouse: Path | str, format_: str | None, output: Path | None, **params: Any) -> None:
         given = {name: value for name, value in params.items() if value not in (None, ())}
-        show(kdb.open(warehouse).query(saved.name, **given), format_, output)
+        with notes_shown():
+            show(kdb.open(warehouse).query(saved.name, **given), format_, output)
 
     command = click.Command(
         saved.name,
@@ -96,8 +97,11 @@ def _entry(saved: SavedQuery) -> str:
 def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
     """Answer one SELECT; it can read the warehouse and nothing else.
 
+    Schema `current` has, for every table, the rows of the newest plain run of each study, model and dataset, of probes
+    the default ones. The tables themselves hold everything: every variant, classifier, split and refit.
+
     \b
-    kdb sql "SELECT layer, accuracy FROM probe_scores WHERE dataset = 'cities' ORDER BY layer"
+    kdb sql "SELECT layer, accuracy FROM current.probe_scores WHERE dataset = 'cities' AND site = 'resid_post'"
     """
     show(kdb.open(warehouse).sql(text), format_, output)
 

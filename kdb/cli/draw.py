@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import check_output, output_path, param_option, say, show, warehouse_option
+from kdb.cli.options import check_output, notes_shown, output_path, param_option, say, show, warehouse_option
 
 
 class _Figures(click.Group):
@@ -56,7 +56,7 @@ def _command(name: str) -> click.Command:
         check_output(output, (*save.FORMATS, *_NUMBERS))
         given = {key: value for key, value in params.items() if value not in (None, ())}
         as_numbers = output.suffix.lower() in _NUMBERS
-        with kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
+        with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
             if as_numbers:
                 show(figures.frame(opened, name, **given), None, output)
             else:
@@ -95,7 +95,8 @@ def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, 
 
     check_output(output, None if format_ else (".html", ".md"))
     markdown = format_ == "markdown" or (format_ is None and output.suffix.lower() == ".md")
-    built = build(kdb.open(warehouse), models, pictures=not markdown)
+    with notes_shown():
+        built = build(kdb.open(warehouse), models, pictures=not markdown)
     write_whole(output, (built.markdown() if markdown else built.html()).encode())
     for line in built.missing:
         say(f"Missing: {line}", err=True)

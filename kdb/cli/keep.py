@@ -126,8 +126,12 @@ def keep_vectors(
 def _having_vectors(
     opened: Warehouse, chosen: tuple[str, ...], models: tuple[str, ...], older_than: str | None
 ) -> list[str]:
-    """The runs that are meant and have vectors. Raises UnknownNameError for one that is not there."""
+    """The runs that are meant and have vectors. Raises UnknownNameError for a name that is not there."""
+    from kdb.warehouse.values import check_known
+
     before = moment(older_than, datetime.now(UTC)).isoformat() if older_than else None
+    stored = opened.sql("SELECT DISTINCT model FROM runs")["model"].to_list()
+    check_known("model", models, stored, "`kdb runs` lists what is stored.")
     rows = opened.sql(
         "SELECT run, model FROM runs WHERE list_contains(tables, 'activations') "
         "AND ($1 IS NULL OR finished_at < $1::TIMESTAMPTZ) ORDER BY finished_at, run",

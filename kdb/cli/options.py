@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -101,6 +102,20 @@ def param_option(param: Param) -> click.Option:
         required=param.required,
         help=param.meaning + "; repeatable" * several + default,
     )
+
+
+@contextlib.contextmanager
+def notes_shown() -> Iterator[None]:
+    """Print on stderr what kdb notes beside its answers, each note once."""
+    from kdb.warehouse.notes import noted
+
+    found: list[str] = []
+    try:
+        with noted(found):
+            yield
+    finally:
+        for note in found:
+            click.echo(f"Note: {note}", err=True)
 
 
 def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:

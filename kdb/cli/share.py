@@ -10,7 +10,7 @@ import click
 
 import kdb
 from kdb.cli.options import Command, Location, say, warehouse_option
-from kdb.errors import QueryError, UnknownNameError
+from kdb.errors import QueryError
 
 if TYPE_CHECKING:
     from kdb.warehouse.lake import Lake
@@ -174,10 +174,12 @@ def import_(folder: Path | str, prefer_imported: bool, warehouse: Path | str) ->
 
 def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...]) -> list[str]:
     """The runs asked for, and those that they were computed from, which come first."""
+    from kdb.warehouse.values import check_known
+
     rows = {row["run"]: row for row in opened.sql("SELECT run, model, dataset, source_run FROM runs").to_dicts()}
-    for run in runs:
-        if run not in rows:
-            raise UnknownNameError("run", run, rows, "`kdb runs` lists them.")
+    stored = {"run": runs, "model": models, "dataset": datasets}
+    for kind, names in stored.items():
+        check_known(kind, names, {row[kind] for row in rows.values()}, "`kdb runs` lists what is stored.")
     wanted = [
         run
         for run, row in rows.items()

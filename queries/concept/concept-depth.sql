@@ -15,17 +15,11 @@
 --   run         text = all         this run alone, whatever its variant
 --   jump_ratio  number = 1.1       smallest variation rate that is a jump
 --   convergence_tolerance  number = 0.03  largest change of a rate that has converged, itself excluded
-SELECT
-    model, dataset, site, n_layers,
-    jump_layer, 100 * jump_point AS jump_percent,
-    converging_layer, 100 * converging_point AS converging_percent
+SELECT model, dataset, site, n_layers, jump_layer, jump_percent, converging_layer, converging_percent
 FROM concept_depth(
+    wanted_model := getvariable('model'), wanted_dataset := getvariable('dataset'), wanted_site := getvariable('site'),
+    wanted_classifier := getvariable('classifier'), wanted_split := getvariable('split'),
+    wanted_variant := getvariable('variant'), wanted_run := getvariable('run'),
     jump_ratio := getvariable('jump_ratio'), convergence_tolerance := getvariable('convergence_tolerance')
 )
-JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-WHERE among(model, getvariable('model'))
-    AND among(dataset, getvariable('dataset'))
-    AND (getvariable('site') IS NULL OR site = getvariable('site'))
-    AND classifier = getvariable('classifier')
-    AND split = getvariable('split')
 ORDER BY model, dataset, site DESC;

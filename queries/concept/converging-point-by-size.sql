@@ -15,7 +15,7 @@ SELECT
     dataset, family, round(n_params / 1e9, 3) AS size_billions, model,
     100 * converging_point AS converging_percent,
     100 * jump_point AS jump_percent
-FROM concept_depth()
+FROM _depths_of_all()
 JOIN models USING (model, dataset, run)
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))

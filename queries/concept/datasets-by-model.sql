@@ -24,7 +24,7 @@ SELECT
     100 * jump_point AS jump_percent,
     100 * converging_point AS converging_percent
 FROM probe_scores
-JOIN concept_depth() AS depths USING (model, dataset, run, site, classifier, split)
+JOIN _depths_of_all() AS depths USING (model, dataset, run, site, classifier, split)
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))

@@ -23,7 +23,7 @@ SELECT
     model, dataset, step, revision, site, n_layers, best_accuracy, best_layer, jump_layer, 100 * jump_point AS jump_percent,
     converging_layer, 100 * converging_point AS converging_percent
 FROM best
-JOIN concept_depth() USING (model, dataset, run, site, classifier, split)
+JOIN _depths_of_all() USING (model, dataset, run, site, classifier, split)
 JOIN checkpoints('probe_scores', getvariable('variant')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))

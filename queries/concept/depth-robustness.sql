@@ -22,7 +22,7 @@ WITH thresholds AS (
 
 rates AS (
     SELECT model, dataset, run, site, classifier, split, layer, variation_rate
-    FROM variation_rates()
+    FROM _rates_of_all()
     JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
     WHERE among(model, getvariable('model'))
         AND among(dataset, getvariable('dataset'))
@@ -53,7 +53,7 @@ conditions AS (
             ELSE 'published'
         END AS varied
     FROM points
-    JOIN models USING (model, dataset, run)
+    JOIN known_runs USING (model, dataset, run)
 )
 
 SELECT

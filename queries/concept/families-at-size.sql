@@ -21,7 +21,7 @@ SELECT
     100 * jump_point AS jump_percent,
     100 * converging_point AS converging_percent
 FROM probe_scores
-JOIN concept_depth() USING (model, dataset, run, site, classifier, split)
+JOIN _depths_of_all() USING (model, dataset, run, site, classifier, split)
 JOIN models USING (model, dataset, run)
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE n_params / 1e9 BETWEEN getvariable('size') / getvariable('within') AND getvariable('size') * getvariable('within')

@@ -15,23 +15,22 @@
 --   variant  text = default     newest runs of this variant; `kdb runs` lists them
 --   run      text = all         this run alone, whatever its variant
 WITH chosen AS (
-    SELECT runs.model, runs.dataset, runs.run, n_layers, coalesce(source_run, runs.run) AS source
-    FROM runs
-    JOIN models USING (model, dataset, run)
+    SELECT model, dataset, run, n_layers, coalesce(source_run, run) AS source
+    FROM known_runs
     JOIN chosen_runs('projections', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
     WHERE among(model, getvariable('model')) AND among(dataset, getvariable('dataset'))
 ),
 
 shown AS (
-    SELECT DISTINCT run, round(i * (n_layers - 1) / greatest(getvariable('layers') - 1, 1))::SMALLINT AS layer
+    SELECT DISTINCT model, dataset, run, round(i * (n_layers - 1) / greatest(getvariable('layers') - 1, 1))::SMALLINT AS layer
     FROM chosen, unnest(range(least(getvariable('layers'), n_layers))) AS step (i)
 ),
 
 points AS (
-    SELECT *, row_number() OVER (PARTITION BY run, layer ORDER BY md5(prompt_id::VARCHAR), prompt_id) AS place
+    SELECT *, row_number() OVER (PARTITION BY model, dataset, run, layer ORDER BY md5(prompt_id::VARCHAR), prompt_id) AS place
     FROM projections
     JOIN chosen USING (model, dataset, run)
-    SEMI JOIN shown USING (run, layer)
+    SEMI JOIN shown USING (model, dataset, run, layer)
     WHERE site = getvariable('site') AND method = getvariable('method')
     QUALIFY place <= getvariable('prompts')
 )
@@ -40,5 +39,7 @@ SELECT
     points.model, points.dataset, layer, n_layers, points.prompt_id, label, pc1, pc2,
     100 * explained1 AS explained1_percent, 100 * explained2 AS explained2_percent, text
 FROM points
-JOIN prompts ON prompts.run = points.source AND prompts.prompt_id = points.prompt_id
+JOIN prompts
+    ON prompts.model = points.model AND prompts.dataset = points.dataset AND prompts.run = points.source
+    AND prompts.prompt_id = points.prompt_id
 ORDER BY points.model, points.dataset, layer, points.prompt_id;

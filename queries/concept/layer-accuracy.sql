@@ -11,7 +11,7 @@
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
 --   classifier  text = logistic    logistic, logistic-paper or random-forest
 --   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant, or of all; `kdb runs` lists them
+--   variant     text = default|all  newest runs of this variant, or of all; `kdb runs` lists them
 --   run         text = all         this run alone, whatever its variant
 SELECT
     model, dataset, site, layer, 100 * depth AS depth_percent,
@@ -21,7 +21,7 @@ SELECT
     coalesce(layer = converging_layer, false) AS converging,
     variant, n_layers, family, round(n_params / 1e9, 3) AS size_billions
 FROM probe_scores
-JOIN (FROM concept_depth() SELECT * EXCLUDE (n_layers)) USING (model, dataset, run, site, classifier, split)
+JOIN (FROM _depths_of_all() SELECT * EXCLUDE (n_layers)) USING (model, dataset, run, site, classifier, split)
 JOIN models USING (model, dataset, run)
 JOIN chosen_runs('probe_scores', nullif(getvariable('variant'), 'all'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))

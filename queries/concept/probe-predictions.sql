@@ -13,7 +13,7 @@
 --   run         text = all         this run alone, whatever its variant
 SELECT model, dataset, run, layer, n_layers, prompt_id, predicted, correct
 FROM probe_predictions
-JOIN (SELECT run, n_layers FROM models) USING (run)
+JOIN (SELECT model, dataset, run, n_layers FROM known_runs) USING (model, dataset, run)
 JOIN chosen_runs('probe_predictions', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))

@@ -13,7 +13,7 @@
 --   variant     text = default     newest runs of this variant; `kdb runs` lists them
 --   run         text = all         this run alone, whatever its variant
 SELECT model, dataset, site, layer, 100 * depth AS depth_percent, accuracy, variation_rate
-FROM variation_rates()
+FROM _rates_of_all()
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))

@@ -12,9 +12,10 @@
 --   run        text = all      this run alone, whatever its variant
 --   positions  text = last     where neurons were set to 0: last or all
 --   k          integer = all   neurons set to 0
-SELECT model, category, dataset, prompt_id, method, k, 1 / rank AS mrr, 100 * prob AS prob_percent, logp
+SELECT model, category, dataset, prompt_id, method, k, mrr, prob_percent, logp
 FROM ablation_effects(
-    getvariable('model'), getvariable('category'), getvariable('dataset'), getvariable('variant'),
-    getvariable('run'), getvariable('positions'), getvariable('k')
+    wanted_model := getvariable('model'), wanted_category := getvariable('category'),
+    wanted_dataset := getvariable('dataset'), wanted_variant := getvariable('variant'),
+    wanted_run := getvariable('run'), wanted_positions := getvariable('positions'), wanted_k := getvariable('k')
 )
 ORDER BY model, category_order(category), dataset, prompt_id, method, k;

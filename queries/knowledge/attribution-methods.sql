@@ -27,7 +27,7 @@ SELECT
     mean_over(100 * sum(prob), count(*)) AS prob_percent,
     mean_over(sum(logp), count(*)) AS logp,
     count(*) AS n_prompts
-FROM ablation_effects(
+FROM _ablated(
     getvariable('model'), getvariable('category'), getvariable('dataset'), getvariable('variant'),
     getvariable('run'), getvariable('positions'), getvariable('k')
 ), methods

@@ -16,7 +16,7 @@
 WITH scores AS (
     SELECT model, dataset, run, category, prompt_id, layer, head, score
     FROM head_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'head_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     ) USING (model, dataset, run, prompt_id)

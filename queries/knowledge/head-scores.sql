@@ -11,7 +11,7 @@
 --   run       text = all      this run alone, whatever its variant
 SELECT model, category, dataset, prompt_id, layer, head, head_name(layer, head) AS head_name, score
 FROM head_scores
-JOIN kept_prompts(
+JOIN _kept_prompts(
     'head_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
     getvariable('variant'), getvariable('run')
 ) USING (model, dataset, run, prompt_id)

@@ -11,7 +11,7 @@
 --   run       text = all      this run alone, whatever its variant
 SELECT model, category, dataset, prompt_id, component, layer, layer_name(component, layer) AS layer_name, score
 FROM layer_scores
-JOIN kept_prompts(
+JOIN _kept_prompts(
     'layer_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
     getvariable('variant'), getvariable('run')
 ) USING (model, dataset, run, prompt_id)

@@ -15,8 +15,8 @@
 SELECT
     model, category, getvariable('neuron') AS neuron_name, role, mean_over(sum(score), n_kept) AS score,
     count(DISTINCT (dataset, run, prompt_id)) AS n_prompts, n_kept
-FROM roles_of_neuron(getvariable('neuron'))
-JOIN kept_prompts(
+FROM _roles_of_neuron(getvariable('neuron'))
+JOIN _kept_prompts(
     'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
     getvariable('variant'), getvariable('run')
 ) USING (model, dataset, run, prompt_id)

@@ -16,8 +16,8 @@
 SELECT
     model, category, dataset, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,
     min(rank) AS rank, text, target_token
-FROM roles_of_neuron(getvariable('neuron'))
-JOIN kept_prompts(
+FROM _roles_of_neuron(getvariable('neuron'))
+JOIN _kept_prompts(
     'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
     getvariable('variant'), getvariable('run')
 ) USING (model, dataset, run, prompt_id)

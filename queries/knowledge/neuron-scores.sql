@@ -17,7 +17,7 @@ FROM (
         model, category, dataset, prompt_id, component, neuron_name(component, layer, head, neuron) AS neuron_name,
         sum(score) AS score
     FROM neuron_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     ) USING (model, dataset, run, prompt_id)

@@ -23,7 +23,7 @@ WITH by_prompt AS (
         model, category, layer, head, token, dataset, run, prompt_id,
         sum(attention) AS attention, sum(score) AS score
     FROM head_position_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'head_position_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     ) USING (model, dataset, run, prompt_id)

@@ -56,7 +56,9 @@ parts AS (
 
 best AS MATERIALIZED (
     SELECT
-        *, row_number() OVER (PARTITION BY run, part ORDER BY score DESC, layer, head, neuron, position) AS rank
+        *, row_number() OVER (
+            PARTITION BY model, dataset, run, part ORDER BY score DESC, layer, head, neuron, position
+        ) AS rank
     FROM parts
     QUALIFY rank <= getvariable('k')
 )
@@ -66,15 +68,20 @@ SELECT
     coalesce(token, top_tokens) AS tokens,
     text, target_token, target_prob
 FROM best
-JOIN prompts ON prompts.run = best.run AND prompts.prompt_id = getvariable('prompt')
+JOIN prompts
+    ON prompts.model = best.model AND prompts.dataset = best.dataset AND prompts.run = best.run
+    AND prompts.prompt_id = getvariable('prompt')
 LEFT JOIN tokens_of_neurons(
     (
-        SELECT list({run: run, component: component, layer: layer, head: head, neuron: neuron})
+        SELECT list({
+            model: model, dataset: dataset, run: run, component: component, layer: layer, head: head, neuron: neuron
+        })
         FROM best
         WHERE neuron IS NOT NULL
     )
 ) AS named
-    ON named.run = best.run AND neuron IS NOT NULL AND neuron_name = name
+    ON named.model = best.model AND named.dataset = best.dataset AND named.run = best.run AND neuron IS NOT NULL
+    AND neuron_name = name
 ORDER BY
     best.model, best.dataset,
     list_position(

@@ -18,7 +18,7 @@ WITH scores AS (
         model, category, activates, component, layer,
         mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
     FROM query_layer_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'query_layer_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     ) USING (model, dataset, run, prompt_id)

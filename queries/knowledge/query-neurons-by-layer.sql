@@ -14,7 +14,7 @@
 --   k          integer = 300   best query neurons of each prompt and kind
 WITH kept AS (
     SELECT *
-    FROM kept_prompts(
+    FROM _kept_prompts(
         'query_neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     )
@@ -32,7 +32,7 @@ found AS (
 
 depths AS (
     SELECT model, max(n_layers) AS n_layers
-    FROM models
+    FROM known_runs
     SEMI JOIN kept USING (model, dataset, run)
     GROUP BY model
 ),

@@ -16,9 +16,10 @@
 WITH scores AS (
     SELECT
         model, category, activates, layer, neuron, neuron_name('ffn', layer, NULL, neuron) AS neuron_name,
-        mean_over(sum(score), n_kept) AS score, count(*) AS n_prompts, min(run) AS run
+        mean_over(sum(score), n_kept) AS score, count(*) AS n_prompts,
+        min({run: run, dataset: dataset}).dataset AS dataset, min({run: run, dataset: dataset}).run AS run
     FROM query_neuron_scores
-    JOIN kept_prompts(
+    JOIN _kept_prompts(
         'query_neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     ) USING (model, dataset, run, prompt_id)
@@ -38,7 +39,13 @@ SELECT
     model, category, activates, rank, neuron_name, layer, neuron, score, n_prompts, top_tokens, bottom_tokens
 FROM best
 LEFT JOIN tokens_of_neurons(
-    (SELECT list({run: run, component: 'ffn', layer: layer, head: NULL::SMALLINT, neuron: neuron}) FROM best)
+    (
+        SELECT list({
+            model: model, dataset: dataset, run: run, component: 'ffn', layer: layer, head: NULL::SMALLINT,
+            neuron: neuron
+        })
+        FROM best
+    )
 )
-    USING (run, neuron_name)
+    USING (model, dataset, run, neuron_name)
 ORDER BY model, category_order(category), activates, rank;

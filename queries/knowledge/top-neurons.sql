@@ -27,7 +27,12 @@ SELECT
     model, category, component, rank, neuron_name, layer, head, neuron, score, n_prompts, top_tokens, bottom_tokens
 FROM best
 LEFT JOIN tokens_of_neurons(
-    (SELECT list({run: run, component: component, layer: layer, head: head, neuron: neuron}) FROM best)
+    (
+        SELECT list({
+            model: model, dataset: dataset, run: run, component: component, layer: layer, head: head, neuron: neuron
+        })
+        FROM best
+    )
 )
-    USING (run, neuron_name)
+    USING (model, dataset, run, neuron_name)
 ORDER BY model, category_order(category), component, rank;

@@ -16,7 +16,7 @@
 --   k          integer = 300   best neurons of each prompt and component
 WITH kept AS (
     SELECT *
-    FROM kept_prompts(
+    FROM _kept_prompts(
         'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')
     )
@@ -36,7 +36,7 @@ found AS (
 
 depths AS (
     SELECT model, max(n_layers) AS n_layers
-    FROM models
+    FROM known_runs
     SEMI JOIN kept USING (model, dataset, run)
     GROUP BY model
 ),

@@ -1,0 +1,107 @@
+"""The values that a parameter of a saved query may have, by the parameter's name.
+
+Names are checked as names of queries are: one that is unknown is an error that suggests the nearest. What is known is
+fixed, or stored in the warehouse; this module says where, and opens no database.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Names:
+    """Known names: `fixed` ones, and those that the SQL in `stored` finds."""
+
+    hint: str
+    fixed: tuple[str, ...] = ()
+    stored: str | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers from `least` on, itself included or not (`above`), up to what the SQL in `most` finds.
+
+    That SQL may read the query's parameters; NULL is no limit.
+    """
+
+    least: int
+    above: bool = False
+    most: str | None = None
+
+    def expected(self, most: object = None) -> str:
+        """The range in words."""
+        text = f"above {self.least}" if self.above else f"from {self.least}"
+        return text if most is None else f"{text} to {most}"
+
+    def holds(self, value: float) -> bool:
+        """Whether the value is large enough."""
+        return value > self.least if self.above else value >= self.least
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """Names that are spelled in one way."""
+
+    pattern: re.Pattern[str]
+    example: str
+
+
+Domain = Names | Numbers | Spelled
+
+LARGEST = 2**31 - 1
+"""Largest integer that any column of the warehouse's keys holds."""
+
+_RUNS = "`kdb runs` lists what is stored."
+
+
+def _one_of(*names: str, stored: str | None = None) -> Names:
+    return Names(f"Take one of {', '.join(names)}.", names, stored)
+
+
+def _stored(column: str, *fixed: str) -> Names:
+    return Names(_RUNS, fixed, f"SELECT DISTINCT {column} FROM known_runs")
+
+
+_OF_MODELS = "FROM models WHERE among(model, getvariable('model'))"
+_PROMPTS = (
+    "FROM prompts WHERE among(model, getvariable('model')) "
+    "AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))"
+)
+
+DOMAINS: Mapping[str, Domain] = {
+    "model": _stored("model"),
+    "dataset": _stored("dataset"),
+    "run": _stored("run"),
+    "variant": Names(
+        "`kdb runs` lists the variants that are stored.",
+        ("default",),
+        "SELECT DISTINCT unnest([variant, without_revision(variant)]) FROM known_runs",
+    ),
+    "study": _one_of("concept", "knowledge"),
+    "category": Names(
+        "`kdb query kept-prompts` lists those that are stored.",
+        ("language", "color", "number", "capital", "country", "month"),
+        "SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL",
+    ),
+    "site": _one_of("resid_post", "ffn_norm", stored="SELECT DISTINCT site FROM probe_scores"),
+    "classifier": _one_of(
+        *("logistic", "logistic-paper", "logistic-standardised", "random-forest"),
+        stored="SELECT DISTINCT classifier FROM probe_scores",
+    ),
+    "split": _one_of("paper", "grouped", stored="SELECT DISTINCT split FROM probe_scores"),
+    "method": _one_of("pca", "umap"),
+    "component": _one_of("attn", "ffn"),
+    "activates": _one_of("attn", "ffn"),
+    "positions": _one_of("last", "all"),
+    "neuron": Spelled(re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 of a head"),
+    "layer": Numbers(0, most=f"SELECT max(n_layers) - 1 {_OF_MODELS}"),
+    "head": Numbers(0, most=f"SELECT max(n_heads) - 1 {_OF_MODELS}"),
+    "prompt": Numbers(0, most=f"SELECT max(prompt_id) {_PROMPTS}"),
+    **dict.fromkeys(("k", "limit", "layers", "prompts", "tokens", "min_prompts"), Numbers(1)),
+    "within": Numbers(1),
+    **dict.fromkeys(("size", "jump_ratio", "convergence_tolerance"), Numbers(0, above=True)),
+}
+"""The domain of each parameter whose values are checked."""

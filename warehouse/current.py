@@ -1,0 +1,86 @@
+"""What is current: of every table the rows that a question most likely means, as the views of schema `current`.
+
+    SELECT layer, accuracy FROM current.probe_scores WHERE model = 'smollm2-135m' AND dataset = 'world-cities'
+
+They are those of the newest plain run of each study, model and dataset, which `current_runs` in ``queries/macros.sql``
+chooses; of probes those of the default classifier and split alone. The tables themselves, in schema `main`, hold
+everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import duckdb
+import polars as pl
+
+from kdb.queries.catalogue import literal
+from kdb.warehouse.paging import column_types
+from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, TABLES
+
+SCHEMA = "current"
+
+
+def stubs() -> list[str]:
+    """The SQL of schema `current`, over tables that have no rows yet, and of these.
+
+    Creating a view reads the files that it is over, so these views are created over stubs, which the real ones replace.
+    """
+    columns = {table: column_types(table) for table in TABLES}
+    columns["current_runs"] = dict.fromkeys(("table_name", "variant", *PARTITIONS), "VARCHAR")
+    made = [f"CREATE VIEW {name} AS SELECT {_typed(types)} WHERE false" for name, types in columns.items()]
+    return [*made, f"CREATE SCHEMA {SCHEMA}", *map(_view, TABLES), "DROP VIEW current_runs"]
+
+
+def default_rows(table: str) -> pl.Expr:
+    """Which rows of a table are those of the default probe; all of them where the table has no probes."""
+    columns = TABLES[table].columns
+    if not _has_probes(table):
+        return pl.lit(value=True)
+    told = pl.all_horizontal(pl.col(name) == value for name, value in DEFAULT_PROBE.items())
+    return pl.coalesce("is_default", told) if "is_default" in columns else told
+
+
+class KnownRuns:
+    """What decides which runs are current, kept in a table of a connection whose runs never change.
+
+    Else a question would read it several times. Of a question about some models, only theirs is read at first.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self._connection = connection
+        self._models: frozenset[str] | None = frozenset()  # whose runs are kept; None: all
+
+    def keep(self, models: Collection[str] | None = None) -> None:
+        """Read the runs of these models, or all; nothing where they are kept already."""
+        if self._models is None or (models is not None and self._models.issuperset(models)):
+            return
+        wanted = frozenset(models) if models is not None and not self._models else None
+        only = "" if wanted is None else f" WHERE model IN ({', '.join(map(literal, sorted(wanted)))})"
+        self._connection.execute(
+            f"CREATE OR REPLACE TABLE kept_runs AS FROM _known_runs{only};"
+            "CREATE OR REPLACE VIEW known_runs AS FROM kept_runs"
+        )
+        self._models = wanted
+
+
+def _typed(columns: Mapping[str, str]) -> str:
+    return ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
+
+
+def _view(table: str) -> str:
+    chosen = f"FROM main.current_runs WHERE table_name = '{table}' AND variant = 'default'"
+    rows = f"FROM main.{table} SEMI JOIN ({chosen}) USING (model, dataset, run)"
+    return f"CREATE VIEW {SCHEMA}.{table} AS {rows} {_default_rows(table)}".strip()
+
+
+def _default_rows(table: str) -> str:
+    columns = TABLES[table].columns
+    if not _has_probes(table):
+        return ""
+    told = " AND ".join(f"{name} = {literal(value)}" for name, value in DEFAULT_PROBE.items())
+    return f"WHERE coalesce(is_default, {told})" if "is_default" in columns else f"WHERE {told}"
+
+
+def _has_probes(table: str) -> bool:
+    return set(DEFAULT_PROBE) <= set(TABLES[table].columns.keys())

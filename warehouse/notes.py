@@ -1,0 +1,107 @@
+"""Notes beside an answer: runs that it leaves out though nothing was measured anew.
+
+Two models, or a measured and an imported run, may be stored under one name. An answer shows one of them
+(`current_runs` in ``queries/macros.sql``), and says so: as a warning in Python, which the command line prints and the
+server sends as a header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import duckdb
+
+from kdb.queries.catalogue import SavedQuery, Value
+
+
+class KdbNote(UserWarning):
+    """Something to know of an answer."""
+
+
+_ALIKE = """
+SELECT count(DISTINCT (model, revision)) = count(DISTINCT model) AND count(*) FILTER (standing != 2) = 0
+FROM known_runs
+"""
+"""Whether every run was measured here, and every name is one model's: then there is nothing to note."""
+
+_SHADOWED = """
+SELECT model, reason, count(DISTINCT (dataset, run)) AS n, list_sort(list(DISTINCT revision[:12])) AS revisions
+FROM shadowed_runs
+WHERE among(model, $model) AND among(dataset, $dataset) AND ($study IS NULL OR study = $study)
+    AND ($variant IS NULL OR CASE WHEN $checkpoints THEN without_revision(variant) ELSE variant END = $variant)
+GROUP BY model, reason
+ORDER BY model, reason
+"""
+
+_MIXED = """
+SELECT model, list_sort(list(DISTINCT revision[:12])) AS revisions
+FROM known_runs
+WHERE revision = shown_revision AND NOT contains(variant, 'revision=')
+    AND among(model, $model) AND among(dataset, $dataset) AND ($study IS NULL OR study = $study)
+GROUP BY model
+HAVING count(DISTINCT revision) > 1
+ORDER BY model
+"""
+
+_MOST = 5
+"""Notes at most, beside one answer."""
+
+
+def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]) -> list[str]:
+    """What to know of the answer to a saved query, one sentence each; none where one run was asked for by its id."""
+    if "variant" not in values or values.get("run") or _rows(connection, _ALIKE) == [(True,)]:
+        return []
+    asked = {name: _several(values.get(name)) for name in ("model", "dataset")}
+    about = {**asked, "study": _study(saved, values)}
+    variant = values["variant"] if values["variant"] != "all" else None
+    told = {**about, "variant": variant, "checkpoints": saved.of_checkpoints}
+    found = [_shadowed(*row) for row in _rows(connection, _SHADOWED, told)]
+    if variant is None:
+        found += [_mixed(*row) for row in _rows(connection, _MIXED, about)]
+    more = [f"The same holds for {len(found) - _MOST} more models."] if len(found) > _MOST else []
+    return found[:_MOST] + more
+
+
+@contextlib.contextmanager
+def noted(found: list[str]) -> Iterator[None]:
+    """Add the notes that answers come with to a list, each once; other warnings pass."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KdbNote)
+        try:
+            yield
+        finally:
+            found += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, KdbNote))
+    for other in caught:
+        if not issubclass(other.category, KdbNote):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, text: str, params: Mapping[str, object] | None = None) -> list[Any]:
+    return connection.execute(text, params).fetchall()
+
+
+def _several(value: Value) -> list[str] | None:
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else None
+
+
+def _study(saved: SavedQuery, values: Mapping[str, Value]) -> Value:
+    return saved.group if saved.group in ("concept", "knowledge") else values.get("study")
+
+
+def _shadowed(model: str, reason: str, n: int, revisions: list[str]) -> str:
+    where = "`kdb query models` lists them, --run shows one."
+    runs, are = ("1 run", "is") if n == 1 else (f"{n} runs", "are")
+    if reason == "revision":
+        named = ", ".join(filter(None, revisions)) or "unknown"
+        return f"{runs} of another model stored under the name {model!r} (revision {named}) {are} not shown; {where}"
+    if reason == "imported":
+        return f"{runs} of {model!r} imported from elsewhere {are} not shown beside those measured here; {where}"
+    return f"{runs} of {model!r} measured here {are} not shown: imported runs are preferred to them; {where}"
+
+
+def _mixed(model: str, revisions: list[str]) -> str:
+    named = ", ".join(revision or "unknown" for revision in revisions)
+    return f"Variants of {model!r} were measured on different models stored under that name (revisions {named})."

@@ -1,0 +1,71 @@
+"""Values of parameters, checked against what the warehouse holds before a query runs.
+
+An unknown name would be an empty answer, which reads as a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import duckdb
+
+from kdb.errors import QueryError, UnknownNameError
+from kdb.queries.catalogue import Param, Value
+from kdb.queries.domains import DOMAINS, Names, Numbers
+
+
+def check_values(
+    connection: duckdb.DuckDBPyConnection,
+    params: Sequence[Param],
+    values: Mapping[str, Value],
+    see_all: Callable[[], None],
+) -> None:
+    """Refuse a value that the warehouse does not know; the values are set as variables already.
+
+    `see_all` makes the runs of all models visible, where the connection sees those of some. Raises UnknownNameError for
+    a name that is none, QueryError for a number beyond what is stored. Defaults are not looked up.
+    """
+    for param in params:
+        domain, value = DOMAINS.get(param.name), values[param.name]
+        if domain is None or value is None or value == param.default:
+            continue
+        if isinstance(domain, Names):
+            told = value if isinstance(value, tuple) else (str(value),)
+            known = [*domain.fixed, *param.also]
+            if domain.stored and not set(told) <= set(known):
+                known = _stored(connection, domain.stored, told, known, see_all)
+            check_known(param.name, told, known, domain.hint)
+        elif isinstance(domain, Numbers) and domain.most:
+            _check_number(connection, param, domain, value)
+
+
+def check_known(kind: str, names: Iterable[str], known: Collection[str], hint: str) -> None:
+    """Raise UnknownNameError for the first name that is not known."""
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(kind, name, known, hint)
+
+
+def _stored(
+    connection: duckdb.DuckDBPyConnection,
+    text: str,
+    told: tuple[str, ...],
+    known: list[str],
+    see_all: Callable[[], None],
+) -> list[str]:
+    """The known names and those that the SQL finds; of all models, where those seen lack a name."""
+    found = _names(connection, text)
+    if not set(told) <= {*known, *found}:
+        see_all()
+        found = _names(connection, text)
+    return [*known, *sorted(found - {*known})]
+
+
+def _names(connection: duckdb.DuckDBPyConnection, text: str) -> set[str]:
+    return {row[0] for row in connection.execute(text).fetchall()}
+
+
+def _check_number(connection: duckdb.DuckDBPyConnection, param: Param, domain: Numbers, value: Value) -> None:
+    ((most,),) = connection.execute(str(domain.most)).fetchall()
+    if most is not None and isinstance(value, int) and value > most:
+        raise QueryError(f"parameter {param.name}: expected an integer {domain.expected(most)}, found {value}")
