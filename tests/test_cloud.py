@@ -265,12 +265,18 @@ def test_a_server_goes_on_where_a_run_is_compacted(
         assert len(vectors.text.splitlines()) == 1 + kdb.open(URL).sql("SELECT count(*) FROM activations").item()
 
 
-def test_of_two_who_replace_a_run_one_is_told(filled: ObjectStore) -> None:
-    one, other = kdb.open(URL).lake, kdb.open(URL).lake
-    folders = [lake.find(lake.run_folders()[0].run) for lake in (one, other)]
-    assert upkeep.keep_vectors(one, folders[0], "none")
-    with pytest.raises(WarehouseError, match="changed by somebody else"):
-        upkeep.keep_vectors(other, folders[1], "sampled")
+def test_of_two_who_replace_a_run_one_is_told(
+    filled: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = kdb.open(URL).lake
+    use_cache(monkeypatch, tmp_path / "of-another-machine")
+    other = kdb.open(URL).lake
+    [folder] = other.run_folders()
+    with upkeep.rewriting(other, folder) as files:
+        assert upkeep.keep_vectors(one, one.find(folder.run), "none")
+        files.write({"activations": None})
+        with pytest.raises(WarehouseError, match="changed by somebody else"):
+            files.commit()
     assert list(kdb.open(URL).lake.verify()) == []
     assert sorted(next(iter(kdb.open(URL).lake.commits().values())).paths()) == objects()
 
@@ -292,7 +298,7 @@ def test_two_writers_of_one_run_leave_one_whole_run(
     def write(lake: CloudLake) -> None:
         with lake.stage(folder.run, folder.model, folder.dataset) as staged:
             together.wait()  # each has seen that there is no such run
-            staged.adopt(folder.path)
+            staged.adopt(folder, {})
             outcomes.append(staged.committed)
 
     threads = [threading.Thread(target=write, args=(lake,)) for lake in lakes]

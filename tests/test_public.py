@@ -20,7 +20,10 @@ from starlette.routing import Route
 
 import kdb
 from kdb.warehouse.card import configs
+from kdb.warehouse.files import write_json
+from kdb.warehouse.inspection import file_record
 from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import MANIFEST, Manifest
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.vectors import activation_groups
 
@@ -103,6 +106,9 @@ def test_files_that_do_not_tell_are_read_beside_those_that_do(shared_folder: Pat
     copy = Path(shutil.copytree(shared_folder, tmp_path / "mixed"))
     for file in copy.glob("lake/model=007/*/*/*/*.parquet"):
         pq.write_table(pq.ParquetFile(file).read().drop_columns(list(PARTITIONS)), file)
+    for folder in Lake(copy).run_folders():
+        records = tuple(file_record(path, folder.path) for path in sorted(folder.path.rglob("*.parquet")))
+        write_json(folder.path / MANIFEST, Manifest(records).content())
     old, new = kdb.open(copy), kdb.open(shared_folder)
     for table in TABLES:
         assert sorted(map(repr, old.sql(f"FROM {table}").rows())) == sorted(map(repr, new.sql(f"FROM {table}").rows()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -110,10 +111,25 @@ def pull(url: str, lake: Lake, *, preferred: bool = False) -> Iterator[tuple[str
         head, files = _contents(api, place)
         runs = {found["run"]: found[1] for found in filter(None, map(_FILE.fullmatch, files))}
         wanted = {run: f"lake/{glob.escape(folder)}/*" for run, folder in runs.items() if run not in here}
-        source = Lake(_download(api, place, head, files, list(wanted.values())))
+        cached = _download(api, place, head, files, list(wanted.values()))
     origin = Origin(f"{place} ({head[:12]})", preferred)
-    for run in runs:
-        yield run, run in wanted and take_in(lake, source, source.find(run), origin)
+    with tempfile.TemporaryDirectory(prefix="kdb-pull-") as copy:
+        source = Lake(_plain_copy(cached, Path(copy)))
+        for run in runs:
+            yield run, run in wanted and take_in(lake, source, source.find(run), origin)
+
+
+def _plain_copy(cached: Path, copy: Path) -> Path:
+    """A folder of links to the hub's cached files, which are links themselves: a warehouse has none."""
+    for path in cached.rglob("*"):
+        if path.is_file():
+            target = copy / path.relative_to(cached)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path.resolve(), target)
+            except OSError:  # on another disk
+                shutil.copyfile(path, target)
+    return copy
 
 
 def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[str], licence: str | None) -> list[str]:
@@ -126,6 +142,7 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
         return []
     with tempfile.TemporaryDirectory(prefix="kdb-push-") as folder:
         copy = Warehouse.create(folder)
+        copy.lake.partial = True
         for run in new:
             found = warehouse.lake.find(run)
             if warehouse.lake.manifest(found).schema_version < SCHEMA_VERSION:
@@ -133,7 +150,10 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
             copy.lake.adopt(found)
         added = [path for run in new for path in sorted(copy.lake.find(run).path.rglob("*")) if path.is_file()]
         uploads: dict[str, Any] = {path.relative_to(copy.lake.path).as_posix(): path for path in added}
-        _complete(copy, uploads, place, _known(api, place, head, files), files, licence)
+        known = _known(api, place, head, files)
+        if there and check_version(str(place), (known / "warehouse.json").read_bytes()) < SCHEMA_VERSION:
+            raise HubError(f"{place} was pushed by an older kdb: pull it, `kdb migrate`, and push to a new dataset.")
+        _complete(copy, uploads, place, known, files, licence)
         operations = [CommitOperationAdd(path, content) for path, content in uploads.items()]
         api.create_commit(
             place.name,

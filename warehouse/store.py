@@ -100,7 +100,7 @@ class Warehouse:
 
     @contextlib.contextmanager
     def unheld(self, runs: Sequence[str], limits: database.Limits | None = None) -> Iterator[Warehouse]:
-        """A snapshot of runs that were listed a moment ago, which nothing holds: `unchanged` tells how long it lasts."""
+        """A snapshot of runs that were listed a moment ago, which nothing holds: see `unchanged`."""
         folders = self._listed(runs)
         with self._database_of(folders, limits) as opened:
             frozen = copy.copy(self)
