@@ -76,13 +76,8 @@ def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
             pl.col("passed").all().alias("all passed"),
         )
 
-    yield Tabled(
-        "Checks",
-        "Largest difference from the untouched model, over all runs. Counts of prompts have no tolerance.",
-        "checks",
-        given,
-        failed,
-    )
+    text = "Largest difference from the loaded model without hooks, over all runs. Counts of prompts have no tolerance."
+    yield Tabled("Checks", text, "checks", given, failed)
 
 
 def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:

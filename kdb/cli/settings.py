@@ -141,7 +141,8 @@ def model_options(command: Command) -> Command:
             click.option(
                 "--batch-tokens",
                 type=click.IntRange(1),
-                help="Tokens per batch; changes speed and memory, not results.",
+                help="Tokens per batch; changes speed and memory. Hidden states agree to about 1e-5 in float32, and "
+                "to the rounding of half precision in bfloat16 (about 1e-2) and float16 (about 1e-3).",
             ),
         )
     ):
