@@ -301,10 +301,7 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
         (["sql", "SELECT layr FROM activations"], 'Binder Error: Referenced column "layr" not found'),
         (["sql", "SELECT 1; SELECT 2"], "kdb sql runs one statement at a time, found 2."),
         (["sql", "SELECT 1", "--format", "parquet"], "--format parquet writes a file: name it with -o FILE."),
-        (
-            ["sql", "SELECT 1", "-o", "/absent/a.csv"],
-            "Cannot write '/absent/a.csv': there is no folder '/absent'. Make it first.",
-        ),
+        (["sql", "SELECT 1", "-o", "/absent/a.csv"], "Cannot write '/absent/a.csv': there is no folder '/absent'."),
         (["probe", "--model", "tini", "--dataset", "weather"], "Unknown stored model 'tini'. Did you mean 'tiny'?"),
         (
             ["probe", "--model", "tiny", "--dataset", "wether"],

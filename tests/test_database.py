@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -318,6 +319,49 @@ def test_engine_reflects_every_view(filled: Path, database: Database) -> None:
             for view in views:
                 names = [column["name"] for column in inspector.get_columns(view, schema)]
                 assert names == database.sql(f"FROM {schema}.{view} LIMIT 0").columns
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("table", TABLES)
+def test_pandas_reads_every_table(filled: Path, table: str) -> None:
+    opened = engine(filled, lambda: None)
+    read, whole = pd.read_sql(f"SELECT * FROM {table}", opened), pd.read_sql_table(table, opened)
+    assert list(read.columns) == list(whole.columns) == [*PARTITIONS, *TABLES[table].columns.keys()]
+    assert len(read) == len(whole) == (len(ODD_NAMES) if table in ("checks", "runs") else 0)
+
+
+def test_pandas_reads_lists_and_vectors(lake: Path) -> None:
+    add_vectors(lake, "a" * 16, 3, 2.5)
+    add_run(lake, "m", "d", "b" * 16)
+    opened = engine(lake, lambda: None)
+    assert list(pd.read_sql_table("activations", opened)["vector"][0]) == [2.5, 2.5, 2.5]
+    assert list(pd.read_sql_table("runs", opened)["tables"][0]) == ["runs"]
+
+
+def test_pandas_reads_times_in_utc_beside_all_else(filled: Path) -> None:
+    sql = (
+        "SELECT finished_at, [finished_at] AS several, sum(1) OVER () AS n, NULL AS nothing, finished_at, "
+        "1.5::DECIMAL(4, 2) AS exact FROM runs LIMIT 1"
+    )
+    with engine(filled, lambda: None).connect() as connection:
+        row = connection.execute(text(sql)).one()
+        assert tuple(row) == (NOON, [NOON], len(ODD_NAMES), None, NOON, Decimal("1.50"))
+        found = connection.execute(text("SELECT finished_at FROM runs"))
+        assert found.fetchone() == (NOON,)
+        assert len(found.fetchmany(2)) == 2
+        assert len(found.fetchall()) == len(ODD_NAMES) - 3
+        assert connection.execute(text("SELECT 1")).scalar() == 1
+    frame = pd.read_sql("SELECT finished_at FROM runs", engine(filled, lambda: None))
+    assert str(frame["finished_at"].dtype).endswith("UTC]")
+
+
+def test_reflection_finds_columns_and_no_keys(filled: Path) -> None:
+    found = inspect(engine(filled, lambda: None))
+    for table in TABLES:
+        assert found.has_table(table)
+        assert found.get_pk_constraint(table)["constrained_columns"] == []
+        nothing = (found.get_foreign_keys, found.get_indexes, found.get_unique_constraints, found.get_check_constraints)
+        assert [answer(table) for answer in nothing] == [[], [], [], []]
 
 
 def test_engine_takes_parameters_and_refuses_writes(filled: Path) -> None:

@@ -242,7 +242,7 @@ def test_no_text_of_the_data_ends_the_script_of_a_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["depth-curves", "-o", "x.gif"], "a chart's file ends in .html, .png, .svg, .pdf, .json"),
+        (["depth-curves", "-o", "x.gif"], "expected a file that ends in .html, .png, .svg, .pdf, .json, .csv"),
         (["depth-curves", "--model", "nobody", "-o", "x.png"], "nothing to draw"),
         (["depth-curve", "-o", "x.png"], "Did you mean 'depth-curves'"),
         (["depth-curves", "-o", "no/such/folder/x.png"], "Cannot write"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
@@ -98,6 +99,64 @@ def test_text_of_prompts_and_tokens_is_escaped(tmp_path: Path) -> None:
     hostile = Model("<script>alert(1)</script>", "tiny", 10**8, 2, 2)
     wh = build(tmp_path / "w", [hostile], [Concept("cities", 40, 0.9)], prompts_per_category=0)
     assert "script" not in links(build_report(wh).html()).tags
+
+
+HOSTILE = "<img src=x onerror=alert(1)> [free](javascript:alert(1)) a|b `c`\x01\u2028\u202e\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    """A warehouse whose models are called what nobody would call a model."""
+    models = [Model(HOSTILE, "tiny", 10**8, 4, 2), Model("# x\u2029", "tiny", 10**8, 4, 2)]
+    return build(tmp_path_factory.mktemp("w") / "w", models, [Concept("cities", 40, 0.9)], 12, top_k=10)
+
+
+def test_no_name_keeps_a_report_from_being_written(
+    hostile: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    assert run_kdb("report", "-o", tmp_path / "r.html", "--warehouse", hostile.lake.path).exit_code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "\\u0001\\u2028\\u202e\\u001b[2J" in page
+    assert not re.search("[\x01\x1b\u2028\u202e\u2029]", page)
+    assert {address.partition(":")[0] for address in links(page).found if not address.startswith("#")} == {"data"}
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf", "html", "json"])
+def test_no_name_keeps_a_figure_from_being_drawn(
+    hostile: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result], ending: str
+) -> None:
+    path = tmp_path / f"a.{ending}"
+    result = run_kdb("plot", "depth-curves", "-o", path, "--warehouse", hostile.lake.path)
+    assert result.exit_code == 0, result.output
+    if ending == "svg":
+        texts = [element.text or "" for element in ElementTree.parse(path).iter()]
+        assert any("\\u0001" in text for text in texts)
+
+
+def test_names_are_text_in_markdown(hostile: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
+    place = ("--warehouse", hostile.lake.path)
+    assert run_kdb("report", "-o", tmp_path / "r.md", *place).exit_code == 0
+    assert run_kdb("export", tmp_path / "shared", *place).exit_code == 0
+    assert run_kdb("query", "runs", "-o", tmp_path / "q.md", *place).exit_code == 0
+    for path in (tmp_path / "r.md", tmp_path / "q.md", tmp_path / "shared/README.md"):
+        text = path.read_text().partition("\n# ")[2] or path.read_text()  # without the header in YAML
+        assert "&lt;img src=x onerror=alert(1)&gt;" in text
+        assert not re.search(r"<img|\[free\]\(|[\x01\x1b\u2028]|^# x", text, re.MULTILINE)
+
+
+def test_no_name_sends_an_escape_sequence_to_the_terminal(hostile: Warehouse, run_kdb: Callable[..., Result]) -> None:
+    for args in (
+        ("runs",),
+        ("query", "runs"),
+        ("sql", "SELECT [model] FROM runs"),
+        ("query", "top-heads", "--k", "1"),
+    ):
+        result = run_kdb(*args, "--warehouse", hostile.lake.path)
+        assert result.exit_code == 0
+        assert "\\u001b[2J" in result.stdout
+        assert "\x1b" not in result.stdout
+    refused = run_kdb("query", "top-heads", "--model", "\x1b[2J", "--warehouse", hostile.lake.path)
+    assert "\x1b" not in refused.output
 
 
 def test_names_with_spaces_are_quoted_in_commands() -> None:

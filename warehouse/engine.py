@@ -9,6 +9,7 @@ catalog for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,7 +71,7 @@ class _Cursor(duckdb_engine.CursorWrapper):
         if self._rows is None:
             many: list[Any] = super().fetchmany(size)
             return many
-        return [row for row, _ in zip(self._rows, range(size or 1), strict=False)]
+        return list(itertools.islice(self._rows, size or 1))
 
     def fetchall(self) -> list[Any]:
         return list(self._opened.fetchall() if self._rows is None else self._rows)

@@ -81,7 +81,7 @@ def check_output(output: Path, endings: Iterable[str] | None) -> None:
     if endings is not None and output.suffix.lower() not in endings:
         raise QueryError(f"-o {output.name!r}: expected a file that ends in {', '.join(filter(None, endings))}.")
     if not output.parent.is_dir():
-        raise QueryError(f"Cannot write {str(output)!r}: there is no folder {str(output.parent)!r}. Make it first.")
+        raise QueryError(f"Cannot write {str(output)!r}: there is no folder {str(output.parent)!r}.")
 
 
 def output_path(command: Command) -> Command:
