@@ -10,6 +10,7 @@ import contextlib
 import json
 import signal
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ import pyarrow as pa
 from kdb.errors import KdbError, UnknownNameError
 from kdb.formats import encode
 from kdb.warehouse.database import Limits, is_gone
+from kdb.warehouse.notes import KdbNote
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
 
@@ -45,6 +47,7 @@ def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder:
     tempfile.tempdir = str(folder)
     _warm_up()
     _limit_memory(limits.memory)
+    warnings.simplefilter("ignore", KdbNote)  # whoever asks is told of them
     opened = _Opened(Warehouse(warehouse), limits)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
