@@ -17,22 +17,17 @@ import kdb
 
 wh = kdb.open(sys.argv[1] if len(sys.argv) > 1 else "kdb-warehouse")
 
-# 1. The newest run of each model and dataset: the view current_runs, as a frame.
-newest = wh.sql(
-    "SELECT model, dataset, run FROM current_runs WHERE table_name = 'probe_scores' AND variant = 'default'"
-).lazy()
-
-# 2. A table as a LazyFrame: nothing is read yet, and of the files only what the filters leave.
+# 1. A table as a LazyFrame: the newest plain run of each model and dataset, with the default classifier and split.
+# Nothing is read yet, and of the files only what the filters leave.
 curves = (
     wh.scan("probe_scores")
-    .filter(site="resid_post", classifier="logistic", split="paper")
-    .join(newest, on=["model", "dataset", "run"], how="semi")
+    .filter(site="resid_post")
     .select("model", "dataset", "layer", "depth", "accuracy", "control_accuracy", "selectivity")
     .sort("model", "dataset", "layer")
     .collect()
 )
 
-# 3. An answer: the first layer at which nine tenths of the best selectivity are reached.
+# 2. An answer: the first layer at which nine tenths of the best selectivity are reached.
 answer = (
     curves.filter(pl.col("selectivity") >= 0.9 * pl.col("selectivity").max().over("model", "dataset"))
     .group_by("model", "dataset")
@@ -41,16 +36,14 @@ answer = (
 )
 print(answer)
 
-# 4. The same in SQL, as one would type it into the DuckDB shell.
+# 3. The same in SQL, as one would type it into the DuckDB shell.
 in_sql = wh.sql(
     """
     SELECT model, dataset, min(layer) AS layer
     FROM (
         SELECT *, max(selectivity) OVER (PARTITION BY model, dataset) AS best
-        FROM probe_scores
-        JOIN current_runs USING (model, dataset, run)
-        WHERE table_name = 'probe_scores' AND variant = 'default'
-            AND site = 'resid_post' AND classifier = 'logistic' AND split = 'paper'
+        FROM current.probe_scores
+        WHERE site = 'resid_post'
     )
     WHERE selectivity >= 0.9 * best
     GROUP BY model, dataset
@@ -59,7 +52,7 @@ in_sql = wh.sql(
 )
 print("the same in SQL:", in_sql.equals(answer))
 
-# 5. A figure. In Jupyter and marimo, `chart` alone at the end of a cell shows it.
+# 4. A figure. In Jupyter and marimo, `chart` alone at the end of a cell shows it.
 chart = (
     alt.Chart(curves.unpivot(["accuracy", "control_accuracy"], index=["model", "dataset", "layer"]))
     .mark_line()

@@ -18,6 +18,7 @@ from kdb.analysis import figures
 from kdb.errors import NothingFoundError, QueryError
 from kdb.formats import MEDIA_TYPES, encode, read
 from kdb.warehouse.frames import CAST, first_line
+from kdb.warehouse.notes import noted
 from kdb.warehouse.paging import Page
 
 if TYPE_CHECKING:
@@ -40,8 +41,11 @@ def sql(wh: Warehouse, text: str, format_: str) -> Answer:
 
 def query(wh: Warehouse, name: str, given: dict[str, Any], format_: str) -> Answer:
     """A saved query."""
-    begun = time.perf_counter()
-    return _whole(wh.opened.public_query(name, **given), format_, begun, stem=name)
+    begun, notes = time.perf_counter(), list[str]()
+    with noted(notes):
+        reader = wh.opened.public_query(name, **given)
+    head, body = _whole(reader, format_, begun, stem=name)
+    return (head | {"note": ascii(" ".join(notes))[1:-1]} if notes else head), body
 
 
 def table(

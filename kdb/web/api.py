@@ -37,7 +37,7 @@ class Error(BaseModel):
 class Statement(BaseModel):
     """One SELECT over the views."""
 
-    sql: str = Field(max_length=_MAX_SQL, examples=["SELECT layer, avg(score) FROM layer_scores GROUP BY layer"])
+    sql: str = Field(max_length=_MAX_SQL, examples=["SELECT model, layer, accuracy FROM current.probe_scores"])
 
 
 class Parameter(BaseModel):
@@ -136,7 +136,7 @@ def add_routes(app: FastAPI) -> None:
             operation_id=saved.name,
             summary=saved.title,
             description=f"{saved.description}\n\nSource: {saved.reference}",
-            responses=_answers(200, 304, 400, 503),
+            responses=_answers(200, 304, 400, 404, 503),
         )
 
     @app.get("/api/queries/{name}", include_in_schema=False)

@@ -114,7 +114,7 @@ class Asking:
         head = begun.head
         if "filename" in head:
             headers["content-disposition"] = f'inline; filename="{head["filename"]}"'
-        for name in ("rows", "seconds"):
+        for name in ("rows", "seconds", "note"):
             if name in head:
                 headers[f"x-kdb-{name}"] = str(head[name])
         if "next" in head:

@@ -11,6 +11,7 @@ from kdb.analysis.figures import FIGURES
 from kdb.analysis.look import look_of
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.queries.catalogue import bind, find_query, load_catalogue
+from kdb.warehouse.notes import noted
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, sql_type
 from kdb.warehouse.statements import public_message
@@ -78,7 +79,10 @@ class Charted:
 
 def render(wh: Warehouse, name: str, given: dict[str, list[str]]) -> str:
     """The HTML of a page. Raises KdbError where the address names what does not exist."""
-    return render_template(f"{name}.html.j2", **VIEWS[name](wh, Given(given)))
+    notes: list[str] = []
+    with noted(notes):
+        context = VIEWS[name](wh, Given(given))
+    return render_template(f"{name}.html.j2", **context, notes=notes)
 
 
 # Parts of pages --------------------------------------------------------------------------------------------------
@@ -179,7 +183,9 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
     _known(wh, [model])
     chosen = {"dataset": given.many("dataset"), "category": given.many("category")}
     studies = _studies(wh, [model])
-    anatomy = wh.sql("SELECT * FROM models WHERE model = $model ORDER BY run LIMIT 1", {"model": model}).to_dicts()[0]
+    one = "SELECT * FROM {} WHERE model = $model ORDER BY run LIMIT 1"
+    shown = [wh.sql(one.format(table), {"model": model}) for table in ("current.models", "models")]
+    anatomy = next(frame for frame in shown if len(frame)).to_dicts()[0]
     told = {column.name: (column.comment, column.info["symbol"]) for column in TABLES["models"].columns}
     charts, tables = [], []
     if concept := [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]:
@@ -383,6 +389,9 @@ def _found(ask: Callable[[], Any], given: Given, path: str, params: dict[str, An
     }
 
 
+_EXAMPLE = "SELECT model, dataset, layer, accuracy\nFROM current.probe_scores\nWHERE site = 'resid_post'\nORDER BY ALL"
+
+
 def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
     text = given.one("q")
     context: dict[str, Any] = {
@@ -391,7 +400,7 @@ def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
         "problem": None,
         "found": None,
         "tables": {name: column_types(name) for name in TABLES},
-        "example": "SELECT model, layer, avg(score) AS score\nFROM head_scores\nGROUP BY ALL\nORDER BY score DESC",
+        "example": _EXAMPLE,
     }
     if text is None:
         return context

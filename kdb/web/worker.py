@@ -12,6 +12,7 @@ import json
 import signal
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ import pyarrow as pa
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.formats import encode
 from kdb.warehouse.database import Limits, is_gone
+from kdb.warehouse.notes import KdbNote
 from kdb.warehouse.statements import public_message
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
@@ -58,6 +60,7 @@ def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder:
     tempfile.tempdir = str(folder)
     _warm_up()
     _limit_memory(limits.memory)
+    warnings.simplefilter("ignore", KdbNote)  # whoever asks is told of them
     opened = _Opened(Warehouse(warehouse), limits)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
