@@ -61,11 +61,9 @@ def load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _seen(source, f"Cannot read the config of {source.name}") as folder:
-        tensors = _tensors(folder)
-        _check_counts(source, read_json(folder / CONFIG), len(tensors))
         config = AutoConfig.from_pretrained(folder, **_OURS_ALONE)
         config._attn_implementation = _ATTENTION
-        _check_sizes(source, config, tensors)
+        _check_sizes(source, config, _tensors(folder))
     return config
 
 
@@ -160,7 +158,8 @@ _COUNTS = re.compile(r"(num|n)_.*(layers?|blocks?|experts?|labels)$")
 def _check_counts(source: ModelSource, content: Any, n_weights: int) -> None:
     """Raise ModelError for a config that has something built more often than the files have weights.
 
-    It is asked before transformers reads the config: a billion layers would take hours to be refused.
+    It is asked before transformers reads the config, for a tokenizer too: a billion layers or labels would take hours
+    and all memory to be refused.
     """
     for name, value in content.items() if isinstance(content, dict) else ():
         _check_counts(source, value, n_weights)
@@ -239,6 +238,7 @@ def _seen(source: ModelSource, what: str) -> Iterator[Path]:
     """A folder that has the files of a model and no others; an error within is told as a ModelError."""
     _quieten()
     with told(what), only(model_files(folder_of(source))) as folder:
+        _check_counts(source, read_json(folder / CONFIG), len(_tensors(folder)))
         yield folder
 
 

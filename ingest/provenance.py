@@ -54,7 +54,7 @@ def _of_folder(source: ModelSource) -> dict[str, Any]:
     quantized = config.get("quantization_config") or config.get("compression_config") or {}
     sizes = _sizes(tensors_of(weight_files(source.path)), quantized)
     before = config.get("_name_or_path") or ""
-    own = before if re.fullmatch(r"[\w.-]+/[\w.-]+", before) else ""
+    own = before if re.fullmatch(r"\w[\w.-]*/[\w.-]+", before) else ""
     base = _card_base(source.path) or (own if own != source.source else "")
     return _columns(sizes, [source.source, own], base or None, str(quantized.get("quant_method", "")))
 

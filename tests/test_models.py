@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -334,6 +335,101 @@ def test_weights_that_a_file_lacks_are_not_made_up(folder: Path) -> None:
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     change_config(folder, intermediate_size=40)
     assert "do not fit its config: 6 of its weights" in refusal(load_model, find_model(str(folder)))
+
+
+def keep(folder: Path, **more: torch.Tensor) -> None:
+    """Write the weights with more of them."""
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",  # a bias that the config leaves out
+        "model.layers.0.self_attn.q_norm.weight",  # a norm that another architecture has
+        "model.layers.2.input_layernorm.weight",  # a layer beyond those of the config
+        "v_head.weight",
+    ],
+)
+def test_weights_without_a_place_are_refused_by_name(folder: Path, name: str) -> None:
+    keep(folder, **{name: torch.ones(16)})
+    assert refusal(load_model, find_model(str(folder))) == (
+        "The files of mine do not fit its config: 1 of their weights have no place in a LlamaForCausalLM, such as "
+        f"{name!r}. Take the config.json that belongs to them."
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.vision_tower.encoder.weight",
+        "multi_modal_projector.linear.weight",
+        "mtp.layers.0.mlp.up_proj.weight",
+    ],
+)
+def test_weights_that_cannot_change_an_answer_may_be_left_over(folder: Path, name: str) -> None:
+    keep(folder, **{name: torch.ones(4)})
+    assert load_model(find_model(str(folder))).source.name == "mine"
+
+
+@pytest.mark.parametrize(("shape", "refused"), [((1, 1, 8, 8), False), ((), False), ((16,), True)])
+def test_a_mask_of_an_older_version_is_told_from_a_bias(folder: Path, shape: tuple[int, ...], refused: bool) -> None:
+    (folder / "model.safetensors").unlink()
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    keep(folder, **{"transformer.h.0.attn.bias": torch.ones(shape)})
+    if refused:
+        assert "'transformer.h.0.attn.bias'" in refusal(load_model, find_model(str(folder)))
+    else:
+        load_model(find_model(str(folder)))
+
+
+def test_weights_that_a_class_passes_over_in_silence_are_refused_too(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gpt_neox", vocab_size=256, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    keep(folder, **{"gpt_neox.layers.0.attention.bias": torch.ones(16)})
+    assert "'gpt_neox.layers.0.attention.bias'" in refusal(load_model, find_model(str(folder)))
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "no layers": {"num_hidden_layers": 0},
+    "a billion layers": {"num_hidden_layers": 10**9},
+    "negative heads": {"num_attention_heads": -1},
+    "heads that do not divide": {"num_key_value_heads": 3},
+    "no vocabulary": {"vocab_size": 0},
+    "a vocabulary without end": {"vocab_size": 10**12},
+    "an infinite width": {"hidden_size": 1e308},
+    "a text for a width": {"hidden_size": "x"},
+    "a list for a width": {"intermediate_size": []},
+    "no width": {"hidden_size": None},
+    "an activation that nobody has": {"hidden_act": "nope"},
+    "a RoPE that nobody has": {"rope_parameters": {"rope_type": "nope", "factor": 2, "rope_theta": 1.0}},
+    "a number for RoPE": {"rope_parameters": 7},
+    "labels without end": {"num_labels": 10**11},
+    "experts without end": {"num_local_experts": 10**10},
+    "nested layers without end": {"text_config": {"num_hidden_layers": 10**10}},
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_config_is_one_message(folder: Path, what: str) -> None:
+    change_config(folder, **ODD[what])
+    message = refusal(load_model, find_model(str(folder)))
+    assert re.match(r"(Cannot|The config of|The files of)\b", message), message
+
+
+def test_attention_that_would_be_downloaded_is_not_asked_for(folder: Path) -> None:
+    change_config(folder, _attn_implementation="kernels-community/flash-attn")
+    assert load_model(find_model(str(folder))).model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '"x"', "null"])
+def test_a_config_that_is_no_object_is_refused(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    refusal(load_model, find_model(str(folder)))
 
 
 def test_an_encoder_decoder_is_refused(folder: Path) -> None:
