@@ -228,9 +228,9 @@ class Lake:
     def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
         """The files of each table in these runs by their absolute paths, for each schema version that they follow.
 
-        The empty typed file comes first in today's version: it tells a table's types.
+        The empty typed file comes first: it tells a table's types.
         """
-        found = {SCHEMA_VERSION: {table: [str(empty_file(self.root, table))] for table in TABLES}}
+        found = {self.schema_version: {table: [str(empty_file(self.root, table))] for table in TABLES}}
         for folder in folders:
             manifest = self.manifest(folder)
             tables = found.setdefault(manifest.schema_version, {})

@@ -261,8 +261,8 @@ class Warehouse:
         """What a connection reads where globs over the lake would not do; see `database.connect`."""
         if self._remote:
             return {"files": self.lake.files(folders), "filesystem": self._remote.filesystem}
-        older = set(self.lake.schema_versions(folders).values()) - {SCHEMA_VERSION}
-        return {"files": self.lake.files(folders)} if older else {}
+        versions = {self.lake.schema_version, *self.lake.schema_versions(folders).values()}
+        return {"files": self.lake.files(folders)} if versions != {SCHEMA_VERSION} else {}
 
     def runs(self) -> list[str]:
         """Ids of the committed runs; of a snapshot, those that it sees."""

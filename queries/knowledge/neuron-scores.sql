@@ -15,7 +15,7 @@ SELECT *
 FROM (
     SELECT
         model, category, dataset, prompt_id, component, neuron_name(component, layer, head, neuron) AS neuron_name,
-        sum(score) AS score
+        steady(sum(score)) AS score
     FROM neuron_scores
     JOIN _kept_prompts(
         'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),

@@ -1,0 +1,189 @@
+"""Warehouses that an older kdb measured: read as they are, and migrated run by run.
+
+``tests/warehouses`` has a small warehouse of each older schema, measured by the kdb of its day: both studies, a refit, a
+projection and an ablation of a tiny model. A change of the schema adds the one that it makes old.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from click.testing import Result
+
+import kdb
+from kdb.queries.catalogue import load_catalogue
+from kdb.warehouse import migration
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.schema import OLDEST_SCHEMA, SCHEMA_VERSION, TABLES, column_names
+from kdb.warehouse.store import Warehouse
+
+RunKdb = Callable[..., Result]
+FOLDER = Path(__file__).parent / "warehouses"
+OLDER = range(OLDEST_SCHEMA, SCHEMA_VERSION)
+REQUIRED: dict[str, Any] = {"model": "tiny", "dataset": "facts", "prompt": 0, "neuron": "f0_1", "layer": 0, "head": 0}
+
+
+def unpacked(version: int, folder: Path) -> Path:
+    with zipfile.ZipFile(FOLDER / f"schema-{version}.zip") as packed:
+        packed.extractall(folder)
+    return folder
+
+
+@pytest.fixture(params=OLDER)
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return unpacked(request.param, tmp_path / "w")
+
+
+def answers(warehouse: Warehouse) -> dict[str, Any]:
+    """The answer to every saved query, and every table's rows."""
+    found: dict[str, Any] = {}
+    for name, saved in load_catalogue().items():
+        given = {p.name: REQUIRED[p.name] for p in saved.params if p.required}
+        found[name] = sorted(map(repr, warehouse.query(name, **given).rows()))
+    for table in TABLES:
+        found[f"table {table}"] = sorted(map(repr, warehouse.sql(f"FROM {table}").rows()))
+        found[f"current {table}"] = sorted(map(repr, warehouse.sql(f"FROM current.{table}").rows()))
+        found[f"scan {table}"] = sorted(map(repr, warehouse.scan(table, everything=True).collect().rows()))
+    return found
+
+
+def test_there_is_a_warehouse_of_every_older_schema() -> None:
+    assert [int(path.stem.removeprefix("schema-")) for path in sorted(FOLDER.glob("*.zip"))] == list(OLDER)
+
+
+def test_every_query_reads_an_older_warehouse_as_it_is(old: Path) -> None:
+    opened = kdb.open(old)
+    found = answers(opened)
+    assert {name for name, rows in found.items() if not rows} <= {"depth-by-step", "scores-by-step", "families-at-size"}
+    assert all(folder.path.is_dir() for folder in opened.lake.run_folders())
+    assert {opened.lake.manifest(folder).schema_version for folder in opened.lake.run_folders()} == {
+        opened.lake.schema_version
+    }
+    missing = opened.sql("SELECT weights_dtype, imported_from FROM models JOIN runs USING (model, dataset, run)")
+    assert set(missing.rows()) == {(None, None)}
+
+
+def test_the_shell_reads_an_older_warehouse(old: Path) -> None:
+    kdb.open(old)
+    with duckdb.connect(old / "kdb.duckdb", read_only=True) as shell:
+        assert shell.sql("SELECT count(*), count(is_default) FROM probe_scores").fetchone() == (
+            kdb.open(old).sql("SELECT count(*) FROM probe_scores").item(),
+            0,
+        )
+        assert shell.sql("SELECT count(*) FROM current.probe_scores").fetchall()[0][0] > 0
+
+
+def test_migration_keeps_every_row_and_answer_and_leaves_no_older_run(old: Path, run_kdb: RunKdb) -> None:
+    before, runs = answers(kdb.open(old)), {folder.run for folder in Lake(old).run_folders()}
+    result = run_kdb("migrate", "--warehouse", old)
+    assert result.exit_code == 0, result.output
+    assert f"{len(runs)} runs migrated." in result.stdout
+    assert "models.weights_dtype" in result.stderr  # told as what only a new measurement can give
+    opened = kdb.open(old)
+    assert {folder.run for folder in opened.lake.run_folders()} == runs
+    assert migration.older(opened.lake) == []
+    assert list(opened.lake.verify()) == []
+    after = answers(opened)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"table probe_scores", "current probe_scores", "scan probe_scores"}  # is_default is known now
+    defaults = "SELECT classifier, split, count(*) FROM probe_scores WHERE is_default GROUP BY ALL"
+    assert {row[:2] for row in opened.sql(defaults).rows()} == {("logistic", "paper")}
+    assert run_kdb("migrate", "--warehouse", old).stdout == "0 runs migrated.\n"
+
+
+def test_an_older_run_is_imported_in_todays_schema_and_says_where_it_is_from(
+    old: Path, tmp_path: Path, run_kdb: RunKdb
+) -> None:
+    result = run_kdb("import", old, "--warehouse", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    opened = kdb.open(tmp_path / "new")
+    assert migration.older(opened.lake) == []
+    rows = opened.sql("SELECT DISTINCT imported_from, preferred, imported_at IS NOT NULL FROM runs").rows()
+    assert rows == [(str(old), False, True)]
+    for table in set(TABLES) - {"runs", "probe_scores"}:
+        assert opened.sql(f"FROM {table} ORDER BY ALL").rows() == kdb.open(old).sql(f"FROM {table} ORDER BY ALL").rows()
+
+
+def test_an_older_run_whose_id_is_not_that_of_its_settings_is_not_imported(
+    old: Path, tmp_path: Path, run_kdb: RunKdb
+) -> None:
+    for folder in Lake(old).run_folders():
+        folder.path.rename(folder.path.with_name(f"run={int(folder.run, 16) ^ 1:016x}"))
+    result = run_kdb("import", old, "--warehouse", tmp_path / "new")
+    assert result.exit_code == 2
+    assert kdb.open(tmp_path / "new").lake.run_folders() == []
+
+
+def test_what_is_measured_into_an_older_warehouse_stands_beside_its_runs(
+    old: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb
+) -> None:
+    before = kdb.open(old).sql("SELECT run FROM runs")["run"].to_list()
+    arguments = ["--model", tiny_model, "--name", "another", "--dataset", user_dataset, "--warehouse", old]
+    assert run_kdb("ingest", *arguments).exit_code == 0
+    opened = kdb.open(old)
+    assert json.loads((old / "warehouse.json").read_text())["schema_version"] == SCHEMA_VERSION
+    told = dict(opened.sql("SELECT model, count(weights_dtype) FROM models GROUP BY model").rows())
+    assert told == {"another": 1, "tiny": 0}
+    assert set(before) < set(opened.sql("SELECT run FROM runs")["run"])
+    with duckdb.connect(old / "kdb.duckdb", read_only=True) as shell:
+        assert dict(shell.sql("SELECT model, count(weights_dtype) FROM models GROUP BY model").fetchall()) == told
+
+
+def test_a_warehouse_that_cannot_be_written_is_read_as_it_is(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("kdb.warehouse.files.appears_whole", refuse)
+    monkeypatch.setattr("kdb.warehouse.store.Warehouse.rebuild", refuse)
+    assert len(kdb.open(old).query("runs")) == len(Lake(old).run_folders())
+
+
+def migrate_all(folder: Path) -> None:
+    lake = Lake(folder)
+    for run in migration.older(lake):
+        migration.migrate(lake, run)
+
+
+def test_a_migration_that_is_killed_leaves_every_run_whole_and_goes_on(old: Path, processes: ForkServerContext) -> None:
+    expected = {name: rows for name, rows in answers(kdb.open(old)).items() if "probe_scores" not in name}
+    for delay in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        process = processes.Process(target=migrate_all, args=(old,))
+        process.start()
+        process.join(delay)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        assert list(Lake(old).verify()) == []
+    migrate_all(old)
+    opened = kdb.open(old)
+    assert migration.older(opened.lake) == []
+    assert {name: rows for name, rows in answers(opened).items() if "probe_scores" not in name} == expected
+    assert not list(old.glob("staging/rewritten-*"))
+
+
+def test_a_damaged_run_is_not_migrated_and_left_as_it_is(old: Path, run_kdb: RunKdb) -> None:
+    file = next(old.glob("lake/model=tiny/*/*/models/*.parquet"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    kept = shutil.copytree(file.parents[1], old.parent / "kept")
+    result = run_kdb("migrate", "--warehouse", old)
+    assert result.exit_code == 2
+    assert "is damaged" in result.stderr
+    for path in kept.rglob("*.parquet"):
+        assert (file.parents[1] / path.relative_to(kept)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_columns_say_since_when_they_are_there(version: int) -> None:
+    assert all(set(column_names(table, version)) <= set(column_names(table)) for table in TABLES)
+    assert any(column_names(table, version) != column_names(table) for table in TABLES)
