@@ -199,6 +199,13 @@ def test_a_full_device_is_one_message_and_stays_a_device(measured: Path, run_kdb
     assert Path("/dev/full").is_char_device()
 
 
+def test_a_published_file_replaces_no_device(measured: Path, run_kdb: RunKdb) -> None:
+    result = run_kdb("rebuild", "--url", "https://example.org/w", "-o", "/dev/full", "--warehouse", measured)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "not a regular file" in result.stderr
+    assert Path("/dev/full").is_char_device()
+
+
 def test_what_a_link_leads_to_is_written(measured: Path, run_kdb: RunKdb, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "near.csv").symlink_to(tmp_path / "far/runs.csv")

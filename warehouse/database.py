@@ -10,6 +10,7 @@ on ``kdb.duckdb`` is ever taken; that file holds the same views for people's own
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -141,6 +142,8 @@ def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]],
 
 
 def _put_shell_file(target: Path, statements: list[str]) -> None:
+    if target.exists() and not target.is_file():  # a device must not be replaced
+        raise OSError(errno.EINVAL, "not a regular file", str(target))
     staged = target.with_name(f".{SHELL_FILE}.{secrets.token_hex(4)}")
     # Built elsewhere: DuckDB cannot attach every path (a ? ends the name of its log file).
     with tempfile.TemporaryDirectory(prefix="kdb-") as folder:

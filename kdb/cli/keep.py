@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import Location, output_options, say, show, warehouse_option
+from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
@@ -262,6 +262,8 @@ def rebuild(url: str | None, output: Path | None, warehouse: Path | str) -> None
     kdb rebuild
     kdb rebuild --url https://example.org/shared -o paper.duckdb
     """
+    if output is not None:
+        check_output(output, None)
     opened = kdb.open(warehouse)
     if (url is None) != (output is None):
         raise click.UsageError("--url and -o go together: kdb rebuild --url https://example.org/shared -o paper.duckdb")
