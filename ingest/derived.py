@@ -24,6 +24,7 @@ from kdb.ingest.progress import progress
 from kdb.ingest.run import Key, Outcome, layer_keys, part_name, probe_layers, read_layer
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.migration import upgraded
 
 if TYPE_CHECKING:
     from kdb.ingest.projections import Project, Projection
@@ -66,6 +67,7 @@ def _derive(
     **changed: Any,
 ) -> Outcome:
     """Let ``fill`` write the tables of a run that is ``source`` but for its settings and ``changed`` of its row."""
+    lake.look([source], vectors=True)
     activations = table_files(source.path, "activations")
     _check_vectors(source, activations)
     identity = derived_identity(kind, "concept", source, settings)
@@ -73,7 +75,7 @@ def _derive(
         if staged.committed:
             return Outcome(staged.run, "exists")
         for table in ("models", "datasets"):
-            staged.write(table, "part", [read_parts(table_files(source.path, table))])
+            staged.write(table, "part", [upgraded(table, read_parts(table_files(source.path, table)))])
         fill(staged, activations)
         row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
         changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}

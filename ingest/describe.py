@@ -36,12 +36,16 @@ def describe_run(staged: StagedRun, job: Job, config: Any) -> None:
 
 
 def made_by(device: str | None, *, with_model: bool = True) -> dict[str, Any]:
-    """The columns of ``runs`` that say which versions computed a run, and where; ``with_model`` if a model ran."""
+    """The columns of ``runs`` that say which versions computed a run, and where; ``with_model`` if a model ran.
+
+    What is computed here is not imported, wherever the run comes from that it is computed of.
+    """
     libraries = ("torch", "transformers")
     return {
         "kdb_version": importlib.metadata.version("kdb-lm"),
         **{f"{name}_version": importlib.metadata.version(name) if with_model else None for name in libraries},
         "device": device,
+        **dict.fromkeys(("imported_from", "imported_at", "preferred")),
     }
 
 

@@ -18,6 +18,7 @@ from kdb.ingest.run import Outcome
 from kdb.ingest.targets import target_token
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.migration import upgraded
 
 if TYPE_CHECKING:
     from kdb.ingest.ablation import Silenced
@@ -147,6 +148,7 @@ def ablate(
     Raises QueryError for rows that name what does not exist, and WarehouseError where the run's model is another
     one than ``load`` gives, or none of its prompts counts.
     """
+    lake.look([source], vectors=False)
     model = _first(source, "models")
     shape = Shape(model["n_layers"], model["n_heads"], model["head_dim"], model["intermediate_size"])
     units = read_units(rows, shape)
@@ -173,7 +175,7 @@ def ablate(
                 "give the same --model and --revision."
             )
         for table in ("models", "datasets"):
-            staged.write(table, "part", [read_parts(table_files(source.path, table))])
+            staged.write(table, "part", [upgraded(table, read_parts(table_files(source.path, table)))])
         _intervene(staged, loaded, prompts, {k: silenced(s, shape.head_dim) for k, s in sets.items()}, units, positions)
         row = _first(source, "runs")
         variant = " ".join(filter(None, [row["variant"] if row["variant"] != "default" else "", f"ablate={name}"]))

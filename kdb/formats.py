@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdb.errors import QueryError
-from kdb.warehouse.frames import CAST, first_line, to_frame, unique
-from kdb.warehouse.statements import refusal, reported
+from kdb.warehouse.frames import CAST, check_types, first_line, to_frame, unique
+from kdb.warehouse.statements import reported
 
 MEDIA_TYPES = {
     "json": "application/json",
@@ -42,10 +42,7 @@ def encode(reader: pa.RecordBatchReader, format_: str) -> Iterator[bytes]:
 def read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
     """The batches of an answer. Raises QueryError where one cannot be computed."""
     with reported():
-        try:
-            yield from reader
-        except (pa.ArrowException, OSError) as error:  # DuckDB's errors, as they come through Arrow
-            raise refusal(error) from error
+        yield from reader
 
 
 def as_text(frame: pl.DataFrame, format_: str, write: Callable[[pl.DataFrame], str]) -> str:
@@ -150,7 +147,7 @@ def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 def _json(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
     opening = "["
-    to_json(_frame(schema.empty_table()))  # a type that cannot be written is refused before the answer begins
+    to_json(_empty(schema))  # a type that cannot be written is refused before the answer begins
     for batch in batches:
         # Without its brackets, so that batches join to one array.
         yield (opening + to_json(_frame(batch))[1:-1]).encode()
@@ -159,9 +156,14 @@ def _json(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[byte
 
 
 def _csv(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
-    yield to_csv(_frame(schema.empty_table())).encode()
+    yield to_csv(_empty(schema)).encode()
     for batch in batches:
         yield to_csv(_frame(batch), header=False).encode()
+
+
+def _empty(schema: pa.Schema) -> pl.DataFrame:
+    check_types(schema)  # first: Arrow makes no empty column of some types either
+    return _frame(schema.empty_table())
 
 
 def _frame(rows: pa.RecordBatch | pa.Table) -> pl.DataFrame:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,23 @@ class Served:
     url: str
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
+
+    @property
+    def host(self) -> str:
+        """Its name and port."""
+        return self.url.removeprefix("http://")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Its name, and its port."""
+        name, _, port = self.host.rpartition(":")
+        return name, int(port)
+
+    def wait_until_busy(self, workers: int) -> None:
+        """Return once so many workers are answering."""
+        with self.client() as asking:
+            while f"kdb_workers_busy {workers}.0" not in asking.get("/metrics").text:
+                time.sleep(0.05)
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **options)

@@ -1,7 +1,7 @@
 """Warehouses that an older kdb measured: read as they are, and migrated run by run.
 
-``tests/warehouses`` has a small warehouse of each older schema, measured by the kdb of its day: both studies, a refit, a
-projection and an ablation of a tiny model. A change of the schema adds the one that it makes old.
+``tests/warehouses`` has a small warehouse of each older schema, measured by the kdb of its day: both studies, a refit,
+a projection and an ablation of a tiny model. A change of the schema adds the one that it makes old.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -271,6 +272,22 @@ def test_a_new_run_appears_by_itself(
         assert "other" in asking.get("/").text
 
 
+def test_an_answer_is_forgotten_when_a_run_keeps_its_id_and_loses_rows(
+    warehouse: Path, run_kdb: Callable[..., Result]
+) -> None:
+    text = "SELECT (SELECT count(*) FROM activations) AS vectors, (SELECT any_value(tables) FROM runs) AS tables"
+    with served("--warehouse", warehouse) as running, running.client() as asking:
+        before = asking.get("/api/sql", params={"sql": text})
+        assert before.json()[0]["vectors"] > 0
+        dropped = run_kdb("runs", "keep-vectors", "none", "--yes", "--warehouse", warehouse)
+        assert dropped.exit_code == 0, dropped.output
+        after = asking.get("/api/sql", params={"sql": text}, headers={"if-none-match": before.headers["etag"]})
+        assert after.status_code == 200
+        assert after.json()[0]["vectors"] == 0
+        assert "activations" not in after.json()[0]["tables"]
+        assert after.json() == kdb.open(warehouse).sql(text).to_dicts()
+
+
 def test_an_empty_warehouse_says_how_to_fill_it(tmp_path: Path) -> None:
     Warehouse.create(tmp_path / "w")
     with served("--warehouse", tmp_path / "w") as running, running.client() as asking:
@@ -345,6 +362,20 @@ def test_a_download_ends_when_its_client_leaves() -> None:
         with asking.stream("GET", "/api/tables/probe_predictions?format=json") as response:
             next(response.iter_raw(100))
         assert asking.post("/api/sql", json={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
+
+
+def test_clients_that_read_nothing_lose_their_workers_before_others_are_turned_away() -> None:
+    with served("--demo", "--workers", "2", "--seconds", "20") as running, contextlib.ExitStack() as held:
+        before = psutil.Process(running.process.pid).memory_info().rss
+        for name in ("probe_predictions?format=json", "probe_predictions?format=json&sort=layer"):
+            stalled = held.enter_context(socket.socket())
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(running.address)
+            stalled.sendall(f"GET /api/tables/{name} HTTP/1.1\r\nHost: {running.host}\r\n\r\n".encode())
+        running.wait_until_busy(2)
+        with running.client() as asking:
+            assert asking.get("/api/sql", params={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
+        assert psutil.Process(running.process.pid).memory_info().rss - before < 2**26
 
 
 def test_a_worker_that_dies_is_replaced() -> None:
@@ -440,15 +471,15 @@ def test_health_metrics_and_log(server: Served, client: httpx.Client) -> None:
 def test_it_stops_when_what_is_under_way_is_sent_and_leaves_nothing_behind(tmp_path: Path, sign: int) -> None:
     with served("--demo", TMPDIR=str(tmp_path)) as running:
         taken: list[httpx.Response] = []
-        text = "SELECT count(*) AS n FROM range(40000) a, range(40000) b WHERE a.range > b.range"
+        text = "SELECT count(*) AS n FROM range(20000) a, range(20000) b WHERE a.range > b.range"
         thread = threading.Thread(target=lambda: taken.append(running.client().post("/api/sql", json={"sql": text})))
         thread.start()
-        time.sleep(0.5)
+        running.wait_until_busy(1)
         assert any(tmp_path.iterdir())
         running.process.send_signal(sign)
         assert running.process.wait(timeout=30) == 0
         thread.join()
-        assert taken[0].json() == [{"n": 799980000}]
+        assert taken[0].json() == [{"n": 199990000}]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("kdb")] == []
 
 

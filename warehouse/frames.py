@@ -18,14 +18,19 @@ def to_frame(rows: pa.Table) -> pl.DataFrame:
 
     Columns of one name are told apart by a number, as in ``a`` and ``a_1``.
     """
-    for field in rows.schema:
-        for kind in _kinds(field.type):
-            if lacking := _lacking(kind):
-                raise QueryError(f"column {field.name}: {lacking} cannot be read into Polars; {CAST}")
+    check_types(rows.schema)
     try:
         return pl.DataFrame(rows.rename_columns(unique(rows.schema.names)))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise QueryError(f"Polars cannot read a column of the answer; {CAST}: {first_line(error)}") from error
+
+
+def check_types(schema: pa.Schema) -> None:
+    """Raise QueryError naming the column whose type Polars cannot hold."""
+    for field in schema:
+        for kind in _kinds(field.type):
+            if lacking := _lacking(kind):
+                raise QueryError(f"column {field.name}: {lacking} cannot be read into Polars; {CAST}")
 
 
 CAST = "cast it, such as CAST(… AS VARCHAR)"

@@ -6,8 +6,9 @@ tell of the machine, run the text that it is given, or crash. Left out on purpos
 - functions that read or write: `read_*`, `glob`, `query`, `query_table`, `write_log`, `enable_*`, `nextval`, `setseed`;
 - functions that tell of the machine, the session or the catalog: `getvariable`, `current_setting`, `duckdb_*`, `pg_*`;
 - functions that parse or bind a text: `json_serialize_*`, `json_deserialize_sql`, `json_execute_serialized_sql`;
-- functions that DuckDB calls itself, which crash on other arguments: `combine`, `finalize`, `create_sort_key`,
-  `variant_*`, `st_*`, `__internal_*`.
+- functions that crash on some arguments: those that DuckDB means for itself (`combine`, `finalize`, `create_sort_key`,
+  `variant_*`, `st_*`, `__internal_*`), `reservoir_quantile`, and those whose recursion a deep JSON text breaks:
+  `json_structure`, `json_group_structure`, `json_contains`, `json_merge_patch`, `json_transform`, `from_json`.
 """
 
 from __future__ import annotations
@@ -68,10 +69,9 @@ _NESTED = """
     struct_update struct_values union_extract union_tag union_value
 """
 _JSON = """
-    array_to_json from_json from_json_strict json json_array json_array_length json_contains json_exists json_extract
-    json_extract_path json_extract_path_text json_extract_string json_group_array json_group_object
-    json_group_structure json_keys json_merge_patch json_object json_pretty json_quote json_structure json_transform
-    json_transform_strict json_type json_valid json_value row_to_json to_json
+    array_to_json json json_array json_array_length json_exists json_extract json_extract_path json_extract_path_text
+    json_extract_string json_group_array json_group_object json_keys json_object json_pretty json_quote json_type
+    json_valid json_value row_to_json to_json
 """
 _OTHERS = """
     alias coalesce enum_code enum_first enum_last enum_range enum_range_boundary gen_random_uuid
@@ -84,7 +84,7 @@ _AGGREGATES = """
     first_value fsum geomean geometric_mean group_concat grouping grouping_id histogram histogram_exact kahan_sum
     kurtosis kurtosis_pop lag last last_value lead list listagg mad max max_by mean median min min_by mode nth_value
     ntile percent_rank product quantile quantile_cont quantile_disc rank rank_dense regr_avgx regr_avgy regr_count
-    regr_intercept regr_r2 regr_slope regr_sxx regr_sxy regr_syy reservoir_quantile row_number sem skewness stddev
+    regr_intercept regr_r2 regr_slope regr_sxx regr_sxy regr_syy row_number sem skewness stddev
     stddev_pop stddev_samp string_agg sum sum_no_overflow sumkahan var_pop var_samp variance wavg weighted_avg
 """
 _ROWS = "generate_series json_each json_tree range repeat repeat_row unnest"

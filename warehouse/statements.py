@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from kdb.errors import EngineError, QueryError
 from kdb.queries.catalogue import macros
@@ -42,7 +43,7 @@ _EXPRESSIONS = {
     *("FUNCTION", "LAMBDA", "LAMBDA_REF", "OPERATOR", "PARAMETER", "POSITIONAL_REFERENCE", "STAR", "SUBQUERY"),
     *("TYPE", "WINDOW"),
 }
-_CRASHING_TYPES = {"VARIANT", "GEOMETRY", "AGGREGATE_STATE"}
+_CRASHING_TYPES = {"VARIANT", "AGGREGATE_STATE"}
 """Types whose functions fail inside DuckDB 1.5 on ordinary arguments."""
 
 _SHOWN = {"tables", "__show_tables_expanded"}
@@ -78,10 +79,8 @@ def check_public(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Sta
 def _parsed(connection: duckdb.DuckDBPyConnection, text: str) -> tuple[duckdb.Statement, str]:
     """The one statement of the text, SELECT or EXPLAIN, and the text of its SELECT."""
     _check_characters(text)
-    try:
+    with reported():
         statements = connection.extract_statements(text)
-    except duckdb.Error as error:
-        raise refusal(error) from error
     kinds = [statement.type.name for statement in statements]
     if len(kinds) != 1:
         hint = " Give PIVOT its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
@@ -152,14 +151,13 @@ def _check_show(node: dict[str, Any]) -> None:
 def _tree(connection: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
     """The statement as DuckDB parses it; QueryError for what is no SELECT."""
     try:
-        row = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
+        with reported():
+            row = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
         tree: dict[str, Any] = json.loads(row[0]) if row else {"error": True}
-    except duckdb.Error as error:
-        raise refusal(error) from error
     except RecursionError as error:
         raise QueryError("The statement is nested too deeply") from error
     if tree["error"] or len(tree["statements"]) != 1:
-        raise QueryError("kdb sql only reads: what is not a SELECT is refused")
+        raise QueryError("kdb sql only reads: what is not a SELECT is refused (EXPLAIN comes first, without options)")
     return tree
 
 
@@ -207,13 +205,15 @@ def refusal(error: BaseException) -> QueryError:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turn DuckDB's errors into QueryError, and its word for Ctrl-C into KeyboardInterrupt."""
+    """Turn errors of DuckDB and Arrow into QueryError, and DuckDB's word for Ctrl-C into KeyboardInterrupt."""
     try:
         yield
     except duckdb.InterruptException as error:
         raise KeyboardInterrupt from error
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # DuckDB's errors, some as they come through Arrow
         raise refusal(error) from error
+    except UnicodeDecodeError as error:  # DuckDB cut its message in the middle of a character
+        raise QueryError(error.object.decode(errors="replace").partition("\n\n")[0].strip()) from error
     except RuntimeError as error:
         if str(error) != "Query interrupted":
             raise

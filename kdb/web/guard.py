@@ -104,6 +104,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         begun, status, sent = time.perf_counter(), 0, 0
+        body = _Body(scope, receive)
 
         async def watched(message: Message) -> None:
             nonlocal status, sent
@@ -112,12 +113,14 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if not body.whole:  # else the server would read the rest, to throw it away
+                    headers["connection"] = "close"
             sent += len(message.get("body", b""))
             await send(message)
 
         try:
-            refused = self._access.refusal(scope) or _too_long(scope)
-            await (refused or self._app)(scope, _limited(receive), watched)
+            refused = self._access.refusal(scope) or body.refusal()
+            await (refused or self._app)(scope, body.receive, watched)
         finally:
             took = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "other")
@@ -132,38 +135,37 @@ _BODY_SECONDS = 10.0
 """Seconds in which a body must be there."""
 
 
-def _too_long(scope: Scope) -> Response | None:
-    """The refusal of a request that announces a longer body than is read."""
-    announced = Headers(scope=scope).get("content-length", "0")
-    if announced.isdecimal() and int(announced[:20]) <= _BODY:
-        return None
-    refused = _refused(413, _TOO_LONG)
-    refused.headers["connection"] = "close"  # or the server would read the body to its end, to throw it away
-    return refused
-
-
 _TOO_LONG = f"The request is longer than {_BODY:,} bytes"
 
 
-def _limited(receive: Receive) -> Receive:
-    """Receive a body that keeps to its limits while it is read, whatever its headers say; else HTTPException."""
-    taken, end, whole = 0, time.monotonic() + _BODY_SECONDS, False
+class _Body:
+    """A request's body, kept to its limits while it is read, whatever its headers say."""
 
-    async def limited() -> Message:
-        nonlocal taken, whole
-        if whole:  # what comes now is that the client leaves
-            return await receive()
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        headers = Headers(scope=scope)
+        self._receive, self._taken, self._end = receive, 0, time.monotonic() + _BODY_SECONDS
+        self._announced = headers.get("content-length", "0")
+        self.whole = self._announced == "0" and "transfer-encoding" not in headers
+
+    def refusal(self) -> Response | None:
+        """The answer to a request that announces a longer body than is read."""
+        fits = self._announced.isdecimal() and int(self._announced[:20]) <= _BODY
+        return None if fits else _refused(413, _TOO_LONG)
+
+    async def receive(self) -> Message:
+        """The next part of the body, or that the client left. Raises HTTPException beyond a limit."""
+        if self.whole:
+            return await self._receive()
         try:
-            message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
         except TimeoutError:
-            raise HTTPException(408, "The request's body did not come in time", {"connection": "close"}) from None
-        taken += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
-        if taken > _BODY:
-            raise HTTPException(413, _TOO_LONG, {"connection": "close"})
+            raise HTTPException(408, "The request's body did not come in time") from None
+        self._taken += len(message.get("body", b""))
+        self.whole = not message.get("more_body", False)
+        if self._taken > _BODY:
+            self.whole = False
+            raise HTTPException(413, _TOO_LONG)
         return message
-
-    return limited
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")

@@ -1,0 +1,335 @@
+"""Manifests, names of folders and imported runs are input: what is not as it should be is refused in words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdb
+from kdb.errors import WarehouseError
+from kdb.warehouse.files import write_json
+from kdb.warehouse.imports import Origin, take_in
+from kdb.warehouse.inspection import file_record
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import FORMULA, MANIFEST, FileRecord, Manifest, RunFolder, parse_manifest, run_id
+from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION
+from kdb.warehouse.store import Warehouse
+from kdb.warehouse.upkeep import compact, keep_vectors
+from kdb.warehouse.vectors import activation_groups
+
+RunKdb = Callable[..., Result]
+RUN = "0123456789abcdef"
+RECORD = {"path": "runs/all.parquet", "rows": 1, "bytes": 10, "sha256": "0" * 64}
+
+
+def measure(folder: Path, *, model: str = "own", accuracy: float = 0.5, seed: int = 1, **row: Any) -> RunFolder:
+    """A small run that was measured here: the rows of its tables say ``accuracy``."""
+    import numpy as np
+
+    lake = Warehouse.create(folder).lake
+    identity = {"study": "concept", "model": model, "dataset": "d", "seed": seed}
+    with lake.stage(run_id(identity), model, "d", identity=identity) as staged:
+        staged.write_rows("models", "part", [{"revision": "r", "n_layers": 2, "hidden_size": 4}])
+        staged.write_rows("prompts", "part", [{"prompt_id": i, "text": f"t{i}", "label": i % 2} for i in range(4)])
+        scores = [
+            {"layer": i, "depth": i / 2, "site": "resid_post", "classifier": "logistic", "split": "paper"}
+            | {"accuracy": accuracy, "n_test": 4, "is_default": True}
+            for i in range(2)
+        ]
+        staged.write_rows("probe_scores", "part", scores)
+        for part in range(2):
+            vectors = np.ones((2, 2, 1, 4), dtype=np.float32)
+            ids = [2 * part, 2 * part + 1]
+            staged.write("activations", f"part-{part}", activation_groups(ids, ["resid_post"], vectors))
+        staged.commit({"study": "concept", "variant": "default", "settings": json.dumps(identity), **row})
+    return lake.find(run_id(identity))
+
+
+def renew(folder: RunFolder, **changed: Any) -> None:
+    """Write a manifest that names what lies there now: only what it says is wrong, not its checksums."""
+    old = json.loads((folder.path / MANIFEST).read_text())
+    records = tuple(file_record(path, folder.path) for path in sorted(folder.path.rglob("*.parquet")))
+    manifest = Manifest(records, old["schema_version"], old["formula"], old["identity"])
+    write_json(folder.path / MANIFEST, {**manifest.content(), **changed})
+
+
+def replace_column(folder: RunFolder, table: str, column: str, make: Callable[[pa.Table], Any]) -> None:
+    path = sorted((folder.path / table).glob("*.parquet"))[0]
+    rows = pq.ParquetFile(path).read()
+    metadata = pq.read_schema(path).metadata
+    place = rows.schema.get_field_index(column)
+    changed = rows.set_column(place, column, make(rows)).replace_schema_metadata(metadata)
+    pq.write_table(changed, path)
+
+
+# Manifests -------------------------------------------------------------------------------------------------------
+
+
+def content(**changed: Any) -> bytes:
+    return json.dumps({"schema_version": SCHEMA_VERSION, "files": [RECORD], **changed}).encode()
+
+
+def record(**changed: Any) -> bytes:
+    return content(files=[RECORD, {**RECORD, "path": "prompts/part.parquet", **changed}])
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        *(b"", b"[]", b"7", b"{", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 100_000, b'{"schema_version": NaN}'),
+        *(content(files=files) for files in (None, 7, "x", [], {}, [7], [None], [{}], [{**RECORD, "mode": 7}])),
+        *(content(schema_version=version) for version in (None, "4", 4.0, True, -1, 2, 99, 10**30)),
+        *(
+            record(path=path)
+            for path in ("../../.bashrc", "/etc/passwd", "prompts/../../x.parquet", "prompts", 7, None)
+        ),
+        *(
+            record(path=path)
+            for path in ("prompts/a/b.parquet", "nothing/a.parquet", "prompts/.parquet", "prompts/a\0b.parquet")
+        ),
+        *(
+            record(path=path)
+            for path in ("prompts/a\nb.parquet", "prompts\\a.parquet", "prompts/" + "a" * 300 + ".parquet")
+        ),
+        *(record(rows=rows) for rows in (-1, "1", None, 1.5, True, 10**30)),
+        *(record(bytes=size) for size in (-1, "1", None)),
+        *(record(sha256=text) for text in ("", "0" * 63, "g" * 64, 7, None)),
+        content(files=[RECORD, RECORD]),
+        content(files=[{**RECORD, "path": "prompts/all.parquet"}]),
+        *(content(formula=formula) for formula in (0, 3, "2", [])),
+        *(content(formula=FORMULA, identity=identity) for identity in (None, 7, [], {"model": "another"})),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_in_words(hostile: bytes) -> None:
+    with pytest.raises(WarehouseError, match="the manifest"):
+        parse_manifest(hostile, RUN, "the manifest")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda c: (
+            st.lists(c)
+            | st.dictionaries(
+                st.sampled_from(["schema_version", "files", "path", "rows", "bytes", "sha256", "formula", "identity"]),
+                c,
+            )
+        ),
+    )
+)
+def test_no_json_is_more_than_a_manifest_or_a_message(value: Any) -> None:
+    with contextlib.suppress(WarehouseError):
+        parse_manifest(json.dumps(value).encode(), RUN, "the manifest")
+
+
+def test_a_manifest_is_read_as_it_was_written() -> None:
+    identity = {"model": "m", "seed": 1}
+    manifest = Manifest((FileRecord(**RECORD),), formula=FORMULA, identity=identity)  # type: ignore[arg-type]
+    assert parse_manifest(json.dumps(manifest.content()).encode(), run_id(identity), "it") == manifest
+
+
+# A warehouse from somebody else ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", [["compact"], ["runs", "keep-vectors", "none", "--yes"], ["runs"], ["sql", "FROM prompts"]]
+)
+def test_a_manifest_that_leads_out_of_its_run_moves_nothing(
+    tmp_path: Path, run_kdb: RunKdb, command: list[str]
+) -> None:
+    folder = measure(tmp_path / "home/w")
+    victim = tmp_path / "home/.bashrc"
+    victim.write_text("mine")
+    manifest = json.loads((folder.path / MANIFEST).read_text())
+    manifest["files"].append({**RECORD, "path": "../../../../../.bashrc"})
+    (folder.path / MANIFEST).write_text(json.dumps(manifest))
+    result = run_kdb(*command, "--warehouse", tmp_path / "home/w")
+    assert result.exit_code == 2
+    assert "which is not TABLE/NAME.parquet" in result.stderr
+    assert victim.read_text() == "mine"
+
+
+def link_file(folder: RunFolder, outside: Path) -> None:
+    file = next(folder.path.glob("prompts/*.parquet"))
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+def link_table(folder: RunFolder, outside: Path) -> None:
+    (folder.path / "prompts").rename(outside)
+    (folder.path / "prompts").symlink_to(outside)
+
+
+def link_run(folder: RunFolder, outside: Path) -> None:
+    folder.path.rename(outside)
+    folder.path.symlink_to(outside)
+
+
+def link_manifest(folder: RunFolder, outside: Path) -> None:
+    (folder.path / MANIFEST).rename(outside)
+    (folder.path / MANIFEST).symlink_to(outside)
+
+
+def pipe(folder: RunFolder, _outside: Path) -> None:
+    file = next(folder.path.glob("prompts/*.parquet"))
+    file.unlink()
+    os.mkfifo(file)
+
+
+def link_lake(folder: RunFolder, outside: Path) -> None:
+    lake = folder.path.parents[2]
+    lake.rename(outside)
+    lake.symlink_to(outside)
+
+
+@pytest.mark.parametrize("change", [link_file, link_table, link_run, link_manifest, link_lake, pipe])
+@pytest.mark.parametrize("command", ["sql", "import", "compact", "verify"])
+def test_links_and_pipes_in_a_warehouse_are_not_followed(
+    tmp_path: Path, run_kdb: RunKdb, change: Callable[[RunFolder, Path], None], command: str
+) -> None:
+    folder = measure(tmp_path / "w")
+    change(folder, tmp_path / "outside")
+    arguments = {"sql": ["FROM prompts"], "import": [tmp_path / "w"]}.get(command, [])
+    where = tmp_path / ("new" if command == "import" else "w")
+    result = run_kdb(command, *arguments, "--warehouse", where)
+    assert result.exit_code in (1, 2), result.output  # 1: verify names the damage
+    assert not list((tmp_path / "new").glob("lake/model=own/*/*"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("model=own%2f/dataset=d/run=0123456789abcdef", "model=OWN%20/dataset=%64/run=0123456789abcdef"),
+        *("model=[x]/dataset=d/run=0123456789abcdef", "model=a/dataset=d/run=0123456789ABCDEF"),
+        *("model=a/dataset=d/run=..", "model=a/dataset=d/run=0", "model=all/dataset=d/run=0123456789abcdef"),
+        *("model=/dataset=d/run=0123456789abcdef", "model=%20/dataset=d/run=0123456789abcdef"),
+        *("model=a/dataset=__HIVE_DEFAULT_PARTITION__/run=0123456789abcdef", f"model={'a' * 240}/dataset=d/run={RUN}"),
+    ],
+)
+def test_a_folder_that_kdb_would_not_have_written_is_named(tmp_path: Path, path: str) -> None:
+    lake = Lake.create(tmp_path / "w")
+    (lake.root / path).mkdir(parents=True)
+    (lake.root / path / MANIFEST).write_bytes(content())
+    with pytest.raises(WarehouseError, match="is no folder that kdb writes"):
+        lake.run_folders()
+
+
+def test_a_run_that_stands_twice_is_named(tmp_path: Path, run_kdb: RunKdb) -> None:
+    folder = measure(tmp_path / "w")
+    other = tmp_path / "w/lake/model=aaa/dataset=d" / folder.path.name
+    other.parent.mkdir(parents=True)
+    other.mkdir()
+    for path in folder.path.rglob("*"):
+        if path.is_file():
+            target = other / path.relative_to(folder.path)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    result = run_kdb("runs", "remove", folder.run, "--warehouse", tmp_path / "w")
+    assert result.exit_code == 2
+    assert f"run {folder.run} is also at" in result.stderr
+    assert folder.path.is_dir()
+
+
+# Imports ---------------------------------------------------------------------------------------------------------
+
+
+CHANGES: dict[str, Callable[[RunFolder], None]] = {
+    "no identity": lambda f: renew(f, formula=None, identity=None),
+    "identity of another run": lambda f: renew(f, identity={"model": "own", "dataset": "d"}),
+    "a column is missing": lambda f: drop_column(f, "probe_scores", "accuracy"),
+    "text in a number": lambda f: changed(f, "probe_scores", "layer", lambda t: pa.array(["x"] * len(t))),
+    "vectors are structs": lambda f: changed(f, "activations", "vector", lambda t: pa.array([{"a": 1}] * len(t))),
+    "settings are no JSON": lambda f: changed(f, "runs", "settings", lambda _: pa.array(["{{{"])),
+    "settings are nested": lambda f: changed(f, "runs", "settings", lambda _: pa.array(["[" * 100_000])),
+    "settings are NULL": lambda f: changed(f, "runs", "settings", lambda _: pa.array([None], pa.string())),
+    "no such study": lambda f: changed(f, "runs", "study", lambda _: pa.array(["psychology"])),
+    "never ended": lambda f: changed(
+        f, "runs", "finished_at", lambda t: pa.nulls(1, t.schema.field("finished_at").type)
+    ),
+    "other tables": lambda f: changed(
+        f, "runs", "tables", lambda t: pa.array([["runs"]], t.schema.field("tables").type)
+    ),
+    "rows of another model": lambda f: changed(f, "prompts", "model", lambda t: pa.array(["other"] * len(t))),
+    "rows of another run": lambda f: changed(f, "activations", "run", lambda t: pa.array([RUN] * len(t))),
+    "no Parquet": lambda f: next(f.path.glob("prompts/*")).write_bytes(b"PAR1"),
+}
+
+
+def changed(folder: RunFolder, table: str, column: str, make: Callable[[pa.Table], Any]) -> None:
+    replace_column(folder, table, column, make)
+    renew(folder)
+
+
+def drop_column(folder: RunFolder, table: str, column: str) -> None:
+    path = next((folder.path / table).glob("*.parquet"))
+    metadata = pq.read_schema(path).metadata
+    pq.write_table(pq.ParquetFile(path).read().drop_columns([column]).replace_schema_metadata(metadata), path)
+    renew(folder)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_is_not_what_it_says_is_not_imported(tmp_path: Path, run_kdb: RunKdb, change: str) -> None:
+    measure(tmp_path / "own", model="mine")
+    CHANGES[change](measure(tmp_path / "theirs"))
+    result = run_kdb("import", tmp_path / "theirs", "--warehouse", tmp_path / "own")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1
+    opened = kdb.open(tmp_path / "own")
+    assert [folder.model for folder in opened.lake.run_folders()] == ["mine"]
+    assert len(opened.query("layer-accuracy")) == 2
+    assert not list((tmp_path / "own/staging").rglob("*.parquet"))
+
+
+def shown(warehouse: Path) -> set[float]:
+    return set(kdb.open(warehouse).sql("SELECT accuracy FROM current.probe_scores")["accuracy"])
+
+
+def test_an_imported_run_never_takes_the_place_of_one_measured_here(tmp_path: Path, run_kdb: RunKdb) -> None:
+    measure(tmp_path / "own")
+    theirs = measure(tmp_path / "theirs", accuracy=0.123, seed=2)
+    moment = datetime(2999, 1, 1, tzinfo=UTC)
+    changed(theirs, "runs", "finished_at", lambda t: pa.array([moment], t.schema.field("finished_at").type))
+    assert run_kdb("import", tmp_path / "theirs", "--warehouse", tmp_path / "own").exit_code == 0
+    assert shown(tmp_path / "own") == {0.5}
+    told = (
+        kdb.open(tmp_path / "own").sql("SELECT imported_from, preferred FROM runs WHERE run = ?", [theirs.run]).rows()
+    )
+    assert told == [(str(tmp_path / "theirs"), False)]
+
+
+def test_an_imported_run_that_is_preferred_is_shown(tmp_path: Path, run_kdb: RunKdb) -> None:
+    measure(tmp_path / "own")
+    measure(tmp_path / "theirs", accuracy=0.123, seed=2)
+    arguments = ["import", tmp_path / "theirs", "--prefer-imported", "--warehouse", tmp_path / "own"]
+    assert run_kdb(*arguments).exit_code == 0
+    assert shown(tmp_path / "own") == {0.123}
+
+
+def test_a_run_that_is_stored_under_its_id_is_left_alone(tmp_path: Path) -> None:
+    own, theirs = measure(tmp_path / "own"), measure(tmp_path / "theirs", accuracy=0.123)
+    assert own.run == theirs.run
+    lake, source = Lake(tmp_path / "own"), Lake(tmp_path / "theirs")
+    assert not take_in(lake, source, source.find(theirs.run), Origin("theirs", preferred=True))
+    assert shown(tmp_path / "own") == {0.5}
+
+
+def test_what_is_written_anew_keeps_its_identity(tmp_path: Path) -> None:
+    folder = measure(tmp_path / "w")
+    lake, before = Lake(tmp_path / "w"), Lake(tmp_path / "w").manifest(folder)
+    assert compact(lake, folder.run) == 1
+    assert keep_vectors(lake, lake.find(folder.run), "none")
+    after = lake.manifest(lake.find(folder.run))
+    assert (after.formula, after.identity) == (FORMULA, before.identity)
+    assert set(PARTITIONS) <= set(pq.read_schema(next(folder.path.glob("runs/*.parquet"))).names)
