@@ -114,7 +114,7 @@ def test_a_warehouse_of_a_newer_schema_is_refused(
     ("args", "told"),
     [
         (["export", "out", "--run", "0123456789abcdef"], "Unknown run"),
-        (["export", "out", "--model", "gpt-6"], "No run is of these models"),
+        (["export", "out", "--model", "gpt-6"], "Unknown model 'gpt-6'"),
         (["import", "nowhere"], "There is no warehouse"),
     ],
 )
