@@ -243,7 +243,7 @@ def test_no_text_of_the_data_ends_the_script_of_a_page(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["depth-curves", "-o", "x.gif"], "expected a file that ends in .html, .png, .svg, .pdf, .json, .csv"),
-        (["depth-curves", "--model", "nobody", "-o", "x.png"], "nothing to draw"),
+        (["depth-curves", "--model", "nobody", "-o", "x.png"], "Unknown model 'nobody'"),
         (["depth-curve", "-o", "x.png"], "Did you mean 'depth-curves'"),
         (["depth-curves", "-o", "no/such/folder/x.png"], "Cannot write"),
         (["depth-curves"], "Missing option '-o'"),
