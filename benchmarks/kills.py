@@ -2,9 +2,12 @@
 
     python benchmarks/kills.py                       # 1,000 kills of writers into local folders
     python benchmarks/kills.py --bucket --kills 200  # into an S3 server on loopback, from two machines' caches in turn
+    python benchmarks/kills.py --upkeep --kills 300  # commands that change committed runs
 
 A tiny random model is measured on 40 prompts in ten parts. After each commit the rows are compared with those of an
-ingest that was left alone, and every file with its checksum. Exits with 1 unless all of it is as it should be.
+ingest that was left alone, and every file with its checksum. With ``--upkeep``, compact, keep-vectors, remove, import
+and migrate are killed, and each answer is compared with what those commands may leave (tests/killing_upkeep.py). Exits
+with 1 unless all of it is as it should be.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import click
@@ -24,16 +28,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from conftest import make_tiny_model, preload, weather
 from killing import Tally, Writers, kill_writers
+from killing_upkeep import Commands
 from objectstore import object_store
 
 from kdb.warehouse import cloud
 
 
+def forks() -> ForkServerContext:
+    """What starts processes from one that has imported what they use."""
+    context = multiprocessing.get_context("forkserver")
+    helpers = ["killing", "killing_upkeep"]
+    context.set_forkserver_preload([name for name in preload() if name not in ("pytest", "hypothesis")] + helpers)
+    return context
+
+
 @contextlib.contextmanager
 def writers(folder: Path, *, bucket: bool) -> Iterator[Writers]:
     """What starts writers, into folders or into a bucket."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in preload() if name not in ("pytest", "hypothesis")] + ["killing"])
+    context = forks()
     model = make_tiny_model(folder / "tiny")
     dataset = folder / "weather.csv"
     dataset.write_text(weather(40))
@@ -50,8 +62,9 @@ def writers(folder: Path, *, bucket: bool) -> Iterator[Writers]:
 @click.command()
 @click.option("--kills", default=1000, show_default=True)
 @click.option("--bucket", is_flag=True, help="Write into an object store.")
+@click.option("--upkeep", is_flag=True, help="Kill commands that change committed runs.")
 @click.option("--seed", default=3, show_default=True)
-def main(kills: int, bucket: bool, seed: int) -> None:
+def main(kills: int, bucket: bool, upkeep: bool, seed: int) -> None:
     """Kill writers, and say what came of it."""
     begun, shown = time.monotonic(), 0
 
@@ -61,8 +74,13 @@ def main(kills: int, bucket: bool, seed: int) -> None:
             shown = tally.kills
             print(f"{time.monotonic() - begun:6.0f} s: {tally}", flush=True)
 
-    with tempfile.TemporaryDirectory() as folder, writers(Path(folder), bucket=bucket) as started:
-        tally = kill_writers(started, kills, seed=seed, told=tell)
+    with tempfile.TemporaryDirectory() as folder:
+        if upkeep:
+            os.environ["XDG_CACHE_HOME"] = folder
+            tally = Commands(Path(folder), forks(), seed, told=tell).rounds(kills)
+        else:
+            with writers(Path(folder), bucket=bucket) as started:
+                tally = kill_writers(started, kills, seed=seed, told=tell)
     print(tally)
     for trouble in tally.troubles[:5]:
         print(f"  {trouble}")

@@ -185,6 +185,7 @@ def preload() -> list[str]:
     return [
         *("pytest", "hypothesis"),
         *("kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"),
+        *("kdb.cli.keep", "kdb.cli.share", "kdb.warehouse.imports", "kdb.warehouse.upkeep"),
         *("torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
     ]
 

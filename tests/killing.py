@@ -67,8 +67,9 @@ def ingest(model: str, dataset: str, warehouse: str, environment: Mapping[str, s
 
 @dataclass
 class Tally:
-    """What came of it; rows are counted over all warehouses that were written."""
+    """Counts over all warehouses that were written. ``commits`` counts what ``done`` names."""
 
+    done: str = "commits"
     kills: int = 0
     commits: int = 0
     reads: int = 0
@@ -84,7 +85,7 @@ class Tally:
 
     def __str__(self) -> str:
         return (
-            f"{self.kills} kills, {self.commits} commits, {self.reads} reads: {self.lost} rows lost, "
+            f"{self.kills} kills, {self.commits} {self.done}, {self.reads} reads: {self.lost} rows lost, "
             f"{self.doubled} doubled, {self.damaged} files damaged, {len(self.troubles)} reads failed"
         )
 

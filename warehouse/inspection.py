@@ -108,7 +108,13 @@ class Inspector:
 
     def schema_versions(self, folders: Iterable[RunFolder]) -> dict[str, int]:
         """The schema version of each run that was looked at, by its id."""
-        return {folder.run: self._seen[folder.run].schema_version for folder in folders}
+        return {folder.run: self._schema_version(folder) for folder in folders}
+
+    def _schema_version(self, folder: RunFolder) -> int:
+        seen = self._seen[folder.run]
+        if seen.version == folder.version:
+            return seen.schema_version
+        return read_manifest(folder.path, folder.run).schema_version  # written anew since another thread looked at it
 
     def _is_seen(self, folder: RunFolder, vectors: bool) -> bool:
         seen = self._seen.get(folder.run)

@@ -61,6 +61,9 @@ _SECONDS = b"kdb_seconds"
 _PATIENCE = 600
 """Seconds for which a check waits for a run that is being written anew."""
 
+_GLANCE = 1.0
+"""Seconds for which a writer waits for a lock: another process may be looking whether it is free (`leftovers`)."""
+
 _LONGEST_NAME = 200
 """Bytes of the longest name, as a folder spells it: file systems end at 255."""
 
@@ -139,8 +142,10 @@ class Lake:
 
     def mark(self, **changed: object) -> None:
         """Change what the warehouse says of itself; None takes a mark away."""
-        marks = {**self.marks(), **changed}
-        write_json(self.marker, {name: value for name, value in marks.items() if value is not None})
+        self.staging.mkdir(exist_ok=True)
+        with FileLock(self.staging / "marks.lock").acquire(timeout=_PATIENCE):  # two processes may change two marks
+            marks = {**self.marks(), **changed}
+            write_json(self.marker, {name: value for name, value in marks.items() if value is not None})
 
     def _check_marker(self) -> int:
         name = repr(str(self.path))
@@ -228,9 +233,17 @@ class Lake:
     def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
         """The files of each table in these runs by their absolute paths, for each schema version that they follow.
 
+<<<<<<< HEAD
         The empty typed file comes first: it tells a table's types.
         """
         found = {self.schema_version: {table: [str(empty_file(self.root, table))] for table in TABLES}}
+=======
+        The empty typed file comes first in today's version: it tells a table's types. Runs that are held (`held`) have
+        one beside them.
+        """
+        root = folders[0].path.parents[2] if folders else self.root
+        found = {SCHEMA_VERSION: {table: [str(empty_file(root, table))] for table in TABLES}}
+>>>>>>> kills
         for folder in folders:
             manifest = self.manifest(folder)
             tables = found.setdefault(manifest.schema_version, {})
@@ -247,15 +260,21 @@ class Lake:
         return files
 
     @contextlib.contextmanager
-    def locked(self, folder: RunFolder, *, patience: float = 0) -> Iterator[None]:
+    def locked(self, folder: RunFolder, *, patience: float = _GLANCE) -> Iterator[None]:
         """Keep other processes from a committed run; raises WarehouseError if one has it for ``patience`` seconds."""
-        self.staging.mkdir(exist_ok=True)
         lock = FileLock(self.staging / f"{folder.run}.lock")
+        with storage_errors(self.path):
+            self.staging.mkdir(exist_ok=True)
+            try:
+                lock.acquire(timeout=patience)
+            except Timeout:
+                raise WarehouseError(
+                    f"Run {folder.run} is being written by another process: ask again later."
+                ) from None
         try:
-            with lock.acquire(timeout=patience):
-                yield
-        except Timeout:
-            raise WarehouseError(f"Run {folder.run} is being written by another process: ask again later.") from None
+            yield
+        finally:
+            lock.release()
 
     def replace(self, folder: RunFolder, new: Path, manifest: Manifest) -> None:
         """Put ``new``, which holds the files of the manifest, in a committed run's place, in one step.
@@ -348,13 +367,18 @@ class Lake:
                     parent.rmdir()
 
     def verify(self) -> Iterator[Damage]:
-        """Check every committed file against its manifest, naming what is damaged. Each run is locked meanwhile."""
+        """Check every committed file against its manifest, naming what is damaged. Each run is locked meanwhile.
+
+        Where the warehouse may not be written, there are no locks.
+        """
+        writable = os.access(self.staging if self.staging.is_dir() else self.path, os.W_OK)
         for listed in self.run_folders():
-            with self.locked(listed, patience=_PATIENCE):
-                folder = replace(listed, version=_version(listed.path) or "")
-                if not folder.version and not folder.path.is_dir():
-                    continue  # removed meanwhile
+            with self.locked(listed, patience=_PATIENCE) if writable else contextlib.nullcontext():
+                version = _version(listed.path)
+                folder = replace(listed, version=version or "")
                 damages = list(_verify_run(folder))
+                if version is None or _version(listed.path) != version:
+                    continue  # removed meanwhile, which no lock keeps anybody from
                 if not damages:
                     self.inspector.remember(folder, self.manifest(folder))
                 yield from damages
@@ -506,7 +530,7 @@ class StagedRun:
                 for table, rows in changed.items():
                     self.write(table, "all", [rows], seconds=_seconds(folder.path / manifest.of(table)[0].path))
                     records.append(file_record(self.part(table, "all"), self.path))
-        except WarehouseError:
+        except BaseException:  # Ctrl-C, too: nothing of a copy is resumed
             shutil.rmtree(self.path, ignore_errors=True)
             raise
         version = SCHEMA_VERSION if changed else manifest.schema_version
@@ -744,9 +768,10 @@ def _link_folder(source: Path, target: Path) -> None:
 
 def _bytes_of(folder: Path) -> int:
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.lstat().st_size
+    for parent, _, names in os.walk(folder):  # unlike rglob, it bears that a folder is gone meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(parent, name).lstat().st_size
     return total
 
 
@@ -767,6 +792,8 @@ def _exchange(one: Path, other: Path) -> None:
         names = (at_here, os.fsencode(one), at_here, os.fsencode(other))
         if hasattr(libc, "renameat2") and libc.renameat2(*names, exchange) == 0:
             return
+        if not other.is_dir():
+            raise WarehouseError(f"{other} was removed by another process meanwhile: there is nothing to change.")
     raise WarehouseError(
         f"{other}: this system cannot exchange two folders in one step, and a reader would miss the run in between. "
         "Export the runs to a disk of Linux's, and do it there."
