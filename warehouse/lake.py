@@ -233,17 +233,10 @@ class Lake:
     def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
         """The files of each table in these runs by their absolute paths, for each schema version that they follow.
 
-<<<<<<< HEAD
-        The empty typed file comes first: it tells a table's types.
-        """
-        found = {self.schema_version: {table: [str(empty_file(self.root, table))] for table in TABLES}}
-=======
-        The empty typed file comes first in today's version: it tells a table's types. Runs that are held (`held`) have
-        one beside them.
+        The empty typed file comes first: it tells a table's types. Runs that are held (`held`) have one beside them.
         """
         root = folders[0].path.parents[2] if folders else self.root
-        found = {SCHEMA_VERSION: {table: [str(empty_file(root, table))] for table in TABLES}}
->>>>>>> kills
+        found = {self.schema_version: {table: [str(empty_file(root, table))] for table in TABLES}}
         for folder in folders:
             manifest = self.manifest(folder)
             tables = found.setdefault(manifest.schema_version, {})
