@@ -120,7 +120,7 @@ def _is_in_calendar(column: pl.Series) -> bool:
     unit = 1 if isinstance(kind, pl.Date) else 86400 * _SECOND[kind.time_unit]
     numbers = column.to_physical()
     low, high = numbers.min(), numbers.max()
-    return low is None or (low >= -_DAYS * unit and high <= _DAYS * unit)  # type: ignore[operator]
+    return bool(low is None or (low >= -_DAYS * unit and high <= _DAYS * unit))  # type: ignore[operator]
 
 
 def _can(write: Callable[[pl.DataFrame], str], frame: pl.DataFrame) -> bool:

@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,9 @@ from kdb.cli.settings import (
 )
 from kdb.errors import UnknownNameError
 from kdb.text import visible
+
+if TYPE_CHECKING:
+    from kdb.ingest.models import LoadedModel
 
 
 @click.command()
@@ -100,7 +103,7 @@ def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | Non
 
     def here(one: Any, source: Any) -> Here:
         @functools.cache
-        def load() -> loading.LoadedModel:
+        def load() -> LoadedModel:
             return loading.load_model(source, device=loading.pick_device(one.options["device"]), **settings(one))
 
         return Here(load, one.options["batch_tokens"])
@@ -330,7 +333,7 @@ def ablate(
     run = opened.lake.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
     rows = opened.sql(query_).rows(named=True)
 
-    def load() -> loading.LoadedModel:
+    def load() -> LoadedModel:
         device = loading.pick_device(options["device"])
         return loading.load_model(source, device=device, **source_options(run))
 
