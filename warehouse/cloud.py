@@ -129,6 +129,11 @@ class CloudLake(Lake):
             self.bucket.put_over("warehouse.json", marker, lambda found: found != marker)
             self.schema_version = SCHEMA_VERSION
 
+    @property
+    def older_runs(self) -> bool:
+        """Whether there are runs of an older schema."""
+        return any(commit.manifest.schema_version < SCHEMA_VERSION for commit in self.commits().values())
+
     # What is committed -----------------------------------------------------------------------------------------------
 
     def commits(self) -> dict[str, Commit]:

@@ -201,6 +201,7 @@ class Warehouse:
         shell = self.lake.path / SHELL_FILE
         with storage_errors(self.lake.path):
             if self._remote:
+                self._refuse_older()
                 urls = {table: self.files(table) for table in TABLES}
                 database.write_public_file(shell, self.lake.root, urls, encoded=False)
             else:
@@ -217,11 +218,21 @@ class Warehouse:
             raise QueryError(
                 f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}"
             )
+        self._refuse_older()
         base = url.rstrip("/")
         within = {table: [f.removeprefix(f"{self.lake.location}/") for f in self.files(table)] for table in TABLES}
         urls = {table: [f"{base}/{quote(path, safe='/=')}" for path in paths] for table, paths in within.items()}
         with storage_errors(path.parent):
             database.write_public_file(path, self.lake.root, urls, encoded=True)
+
+    def _refuse_older(self) -> None:
+        """Raise WarehouseError where a run is of an older schema: views over single files know one schema alone."""
+        if self.lake.older_runs:
+            versions = {self.lake.manifest(folder).schema_version for folder in self.lake.run_folders()}
+            if versions - {SCHEMA_VERSION}:
+                raise WarehouseError(
+                    "Some runs were measured by an older kdb: `kdb migrate`, then give this command again."
+                )
 
     def _mend(self) -> None:
         """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""
