@@ -70,7 +70,7 @@ def to_json(frame: pl.DataFrame) -> str:
 
 
 _FAILURES = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
-"""What Polars raises on a value or a type that it cannot write."""
+"""Errors of Polars for a value or a type that it cannot write."""
 
 _DAYS = 95_000_000
 """Days around 1970 that Polars can write: 260,000 years. DuckDB has more, and infinity."""
@@ -119,8 +119,7 @@ def _is_in_calendar(column: pl.Series) -> bool:
         return True
     unit = 1 if isinstance(kind, pl.Date) else 86400 * _SECOND[kind.time_unit]
     numbers = column.to_physical()
-    low, high = numbers.min(), numbers.max()
-    return bool(low is None or (low >= -_DAYS * unit and high <= _DAYS * unit))  # type: ignore[operator]
+    return bool(numbers.is_between(-_DAYS * unit, _DAYS * unit).all())
 
 
 def _can(write: Callable[[pl.DataFrame], str], frame: pl.DataFrame) -> bool:

@@ -410,7 +410,7 @@ def _build_shell_file(path: Path, statements: list[str]) -> None:
 
 
 def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
-    """The work's result, computed beside the main thread: DuckDB may look for Ctrl-C only when it has finished."""
+    """The work's result, computed beside the main thread: DuckDB may notice Ctrl-C only when it has finished."""
     ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
     if ignored or threading.current_thread() is not threading.main_thread():
         return work()

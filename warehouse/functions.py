@@ -98,7 +98,7 @@ _FILES = """
     parquet_file_metadata parquet_full_metadata parquet_kv_metadata parquet_metadata parquet_scan parquet_schema
     read_parquet
 """
-"""Of the lake's files alone: the connection is locked."""
+"""They read the lake's files alone: the connection is locked."""
 _CATALOG = """
     duckdb_columns duckdb_constraints duckdb_databases duckdb_functions duckdb_indexes duckdb_keywords duckdb_memory
     duckdb_schemas duckdb_sequences duckdb_settings duckdb_tables duckdb_types duckdb_variables duckdb_views
@@ -109,4 +109,4 @@ _CATALOG = """
     pg_type_is_visible session_user shobj_description user version
 """
 LOCAL = COMPUTE | frozenset(f"{_FILES} {_CATALOG}".split())
-"""These, and what tells of the lake's files, of DuckDB and of its catalog, as SQLAlchemy's reflection asks."""
+"""These, and functions that read the lake's files, or DuckDB's settings and catalog, as SQLAlchemy does."""

@@ -47,7 +47,7 @@ _CRASHING_TYPES = {"VARIANT", "AGGREGATE_STATE"}
 """Types whose functions fail inside DuckDB 1.5 on ordinary arguments."""
 
 _SHOWN = {"tables", "__show_tables_expanded"}
-"""What SHOW may list for strangers."""
+"""Lists that SHOW may give to strangers."""
 
 
 def check_reads(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
@@ -96,7 +96,7 @@ def _parsed(connection: duckdb.DuckDBPyConnection, text: str) -> tuple[duckdb.St
 
 
 def _check_characters(text: str) -> None:
-    """Refuse what ends a text for some parsers, and what is no text."""
+    """Refuse NUL, which ends a text for some parsers, and what is no Unicode."""
     if "\0" in text:
         raise QueryError("The statement has a NUL character in it: remove it")
     try:

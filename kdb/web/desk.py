@@ -206,9 +206,9 @@ class Desk:
 
 
 _SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGABRT)
-"""What a process dies of where memory is short: of the system, or as its own allocator gives up."""
+"""Signals that end a process where memory is short: from the system, or from its own allocator."""
 _BURIAL = 5.0
-"""Seconds within which a process whose connection has closed is surely over."""
+"""Seconds to wait for the exit code of a process whose connection has closed."""
 
 
 class RefusedError(QueryError):

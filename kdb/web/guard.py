@@ -132,7 +132,7 @@ class Guard:
 _BODY = 2**19
 """Bytes of a request's body at most: the longest statement, every character of it escaped."""
 _BODY_SECONDS = 10.0
-"""Seconds in which a body must be there."""
+"""Seconds in which a body must arrive."""
 
 
 _TOO_LONG = f"The request is longer than {_BODY:,} bytes"

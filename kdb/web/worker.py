@@ -88,7 +88,7 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
 
 
 def _failure(told: str, error: BaseException) -> bytes:
-    """What is told to the asker, and the details for the server's log."""
+    """The message to the client, and the details for the server's log."""
     return json.dumps({"error": told, "details": "".join(traceback.format_exception(error))}).encode()
 
 
@@ -132,7 +132,7 @@ class _Opened:
         return self._frozen
 
     def public(self, error: Exception, question: Question) -> str:
-        """The error's text for whoever asked the question."""
+        """The error's text as the client may read it."""
         return public_message(str(error), self.lake, " ".join(map(str, question.params.values())))
 
     def changed(self) -> bool:
