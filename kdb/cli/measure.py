@@ -99,7 +99,7 @@ def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | Non
 
     def here(one: Any, source: Any) -> Here:
         @functools.cache
-        def load() -> loading.LoadedModel:
+        def load() -> Any:
             return loading.load_model(source, device=loading.pick_device(one.options["device"]), **settings(one))
 
         return Here(load, one.options["batch_tokens"])
@@ -329,7 +329,7 @@ def ablate(
     run = opened.lake.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
     rows = opened.sql(query_).rows(named=True)
 
-    def load() -> loading.LoadedModel:
+    def load() -> Any:
         device = loading.pick_device(options["device"])
         return loading.load_model(source, device=device, **source_options(run))
 
