@@ -180,7 +180,9 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
             f"The config of {source.name} has num_key_value_heads = {kv_heads!r}, which does not divide its "
             f"{text.num_attention_heads} heads."
         )
-    held, n_params = sum(tensor.n_bytes for tensor in tensors.values()), count_params(config)
+    held = sum(tensor.n_bytes for tensor in tensors.values())
+    with told(f"Cannot load {source.name}"):
+        n_params = count_params(config)
     if not 0 < n_params <= _MOST_PER_BYTE * held:
         raise ModelError(
             f"The files of {source.name} do not fit its config: that asks for {n_params:,} parameters, and they hold "
@@ -222,7 +224,7 @@ def count_params(config: Any) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with told("Cannot build a model from its config"), torch.device("meta"):
+    with torch.device("meta"):
         return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
 
 

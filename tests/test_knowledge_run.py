@@ -866,3 +866,21 @@ def test_a_model_that_has_no_place_in_the_description_is_refused(
         shutil.copy(file, folder)
     assert refusal(ingest(tmp_path / "new", model=folder)).startswith(message)
     assert_nothing_stored(tmp_path / "new")
+
+
+def test_an_ablation_says_its_own_versions_device_and_duration(
+    ingest: Callable[..., Result], run_kdb: RunKdb, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(ingest(tmp_path / "w", "--dtype", "bfloat16"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} of tomorrow")
+    neuron = "SELECT 0 AS layer, 'ffn' AS component, NULL AS head, 1 AS neuron"
+    given = ["--model", tiny_model, "--dataset", "facts", "--variant", "bfloat16", "--query", neuron, "--controls", "1"]
+    answer(run_kdb("ablate", *given, "--device", "cpu", "--warehouse", tmp_path / "w"))
+    warehouse = Warehouse(tmp_path / "w")
+    names = ("kdb_version", "torch_version", "transformers_version", "device", "seconds")
+    [found] = rows(warehouse, f"SELECT {', '.join(names)} FROM runs WHERE source_run IS NOT NULL")
+    assert found[:4] == ("kdb-lm of tomorrow", "torch of tomorrow", "transformers of tomorrow", "cpu")
+    assert found[4] > 0
+    assert rows(warehouse, "SELECT DISTINCT dtype, weights_dtype, quantization FROM models") == [
+        ("bfloat16", "float32", None)
+    ]
