@@ -92,7 +92,8 @@ def check_spelled(staged: StagedRun, job: Job, tokenizer: Any, token_ids: Sequen
     """Count the prompts of a job that spell special tokens: write the counts to ``checks``, and log those above 0."""
     found = count_spelled(tokenizer, token_ids)
     found.tell(job.dataset.name)
-    staged.write_rows("checks", "texts", found.rows)
+    if not staged.has("checks", "texts"):  # of a run that is resumed, what is finished stays as it is
+        staged.write_rows("checks", "texts", found.rows)
 
 
 def count_spelled(tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> Spelled:

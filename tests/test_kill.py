@@ -1,4 +1,4 @@
-"""Ingest killed (SIGKILL) at random moments, with a reader asking all the while.
+"""Ingest, and commands that change committed runs, killed (SIGKILL) at random moments, with readers asking meanwhile.
 
 The processes are forked from one that has imported torch already, so that the moments fall into an ingest's work
 and not into its imports. Which steps of a commit a kill can hit is enumerated in test_lake.py; here it is chance.
@@ -10,7 +10,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 from killing import Writers, kill_writers
+from killing_upkeep import Commands
 
 from kdb.warehouse.store import Warehouse
 
@@ -68,3 +70,12 @@ def test_a_killed_ingest_resumes_to_the_same_rows_and_no_reader_notices(
     assert writers.resumed > 0  # else every kill came before the first part
     for warehouse in tmp_path.glob("[0-9]*"):
         assert Warehouse(warehouse).lake.interrupted() == []
+
+
+def test_commands_that_are_killed_lose_nothing_and_no_reader_notices(
+    tmp_path: Path, processes: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tally = Commands(tmp_path, processes).rounds(kills=8, attempts=12)
+    assert tally.sound, tally.troubles
+    assert tally.reads > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -82,9 +83,9 @@ def compact_all(folder: str) -> None:
     """What is killed: the same run is written anew over and over."""
     lake = Lake(Path(folder))
     while True:
-        [found] = lake.run_folders()
-        table = upkeep._files(found)["activations"]
-        upkeep._rewrite(lake, found, {"activations": upkeep._by_layer(table)})
+        with upkeep.rewriting(lake, lake.run_folders()[0]) as files:
+            files.write({"activations": upkeep._by_layer(files.paths["activations"])})
+            files.commit()
 
 
 def test_a_compaction_that_is_killed_leaves_the_run_whole(folder: Path, processes: ForkServerContext) -> None:
@@ -95,6 +96,7 @@ def test_a_compaction_that_is_killed_leaves_the_run_whole(folder: Path, processe
         process.join(moments.uniform(0.05, 0.3))
         process.kill()
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         opened = kdb.open(folder)
         assert opened.sql(ROWS).equals(expected)
         assert list(opened.lake.verify()) == []

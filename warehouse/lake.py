@@ -142,10 +142,11 @@ class Lake:
 
     def mark(self, **changed: object) -> None:
         """Change what the warehouse says of itself; None takes a mark away."""
-        self.staging.mkdir(exist_ok=True)
-        with FileLock(self.staging / "marks.lock").acquire(timeout=_PATIENCE):  # two processes may change two marks
-            marks = {**self.marks(), **changed}
-            write_json(self.marker, {name: value for name, value in marks.items() if value is not None})
+        with storage_errors(self.path):
+            self.staging.mkdir(exist_ok=True)
+            with FileLock(self.staging / "marks.lock").acquire(timeout=_PATIENCE):  # two processes may change two marks
+                marks = {**self.marks(), **changed}
+                write_json(self.marker, {name: value for name, value in marks.items() if value is not None})
 
     def _check_marker(self) -> int:
         name = repr(str(self.path))
