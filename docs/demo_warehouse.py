@@ -45,10 +45,12 @@ def cut(full: Warehouse, small: Path) -> None:
     runs = full.sql(
         "SELECT * FROM runs WHERE list_contains($names, dataset) ORDER BY finished_at", {"names": list(DATASETS)}
     ).to_dicts()
-    named = {row["run"]: run_id({"demonstration_of": row["run"]}) for row in runs}
+    identities = {row["run"]: {"demonstration_of": row["run"]} for row in runs}
+    named = {run: run_id(identity) for run, identity in identities.items()}
     lake = Lake.create(small)
     for row in runs:
-        with lake.stage(named[row["run"]], row["model"], row["dataset"]) as staged:
+        run = row["run"]
+        with lake.stage(named[run], row["model"], row["dataset"], identity=identities[run]) as staged:
             took = row["seconds"]  # a run's time is its parts', so the first of them is given all of it
             for table in (name for name in row["tables"] if name not in ("runs", "neuron_sums")):
                 columns = ", ".join(f'"{column.name}"' for column in TABLES[table].columns)
