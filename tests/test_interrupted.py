@@ -126,6 +126,7 @@ def holder(folder: Path, tmp_path: Path, processes: ForkServerContext) -> Any:
     here, there = processes.Pipe()
     process = processes.Process(target=hold_snapshot, args=(str(folder), str(tmp_path / "cache"), there))
     process.start()
+    there.close()  # else nobody would notice that the process has ended
     yield process, here
     process.kill()
     process.join()
