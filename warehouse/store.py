@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _TRIES = 5
 """How often a question is asked while runs are being changed, before its runs are held."""
 
-_CHANGING = WarehouseError("The runs of the warehouse are changed all the time: ask again in a moment.")
+_CHANGING = "The runs of the warehouse are changed all the time: ask again in a moment."
 
 _VECTORS = re.compile(rf"\b({'|'.join(filter(has_vectors, TABLES))})\b", re.IGNORECASE)
 
@@ -96,7 +96,7 @@ class Warehouse:
                 root, held = stack.enter_context(self.lake.held(folders))
                 if self.lake.still(folders):
                     return root, held
-        raise _CHANGING
+        raise WarehouseError(_CHANGING)
 
     @contextlib.contextmanager
     def unheld(self, runs: Sequence[str], limits: database.Limits | None = None) -> Iterator[Warehouse]:
@@ -255,7 +255,7 @@ class Warehouse:
                     raise
             else:
                 return folders
-        raise _CHANGING
+        raise WarehouseError(_CHANGING)
 
     def _database_of(
         self, folders: Sequence[RunFolder], limits: database.Limits | None = None, root: Path | None = None
