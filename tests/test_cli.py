@@ -219,7 +219,7 @@ def test_a_saved_query_takes_its_parameters_and_formats(measured: Path, run_kdb:
 
 
 def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb) -> None:
-    result = run_kdb("query", "concept-depth", "--model", "absent", "--warehouse", measured, "--format", "csv")
+    result = run_kdb("query", "concept-depth", "--split", "grouped", "--warehouse", measured, "--format", "csv")
     assert result.exit_code == 0
     assert result.stdout.startswith("model,dataset,site,")
     assert result.stderr == "No rows. `kdb runs` shows what was measured.\n"

@@ -152,7 +152,7 @@ def rows(warehouse: Warehouse, statement: str) -> Rows:
 
 
 def everything(warehouse: Warehouse) -> dict[str, Rows]:
-    found = {table: warehouse.scan(table).drop("run").collect() for table in TABLES}
+    found = {table: warehouse.scan(table, everything=True).drop("run").collect() for table in TABLES}
     return {table: frame.sort(frame.columns).rows() for table, frame in found.items()}
 
 
@@ -160,7 +160,8 @@ def scores(warehouse: Warehouse, table: str) -> dict[tuple[Any, ...], tuple[floa
     """What a table says, by the prompt's text and what each row is about."""
     about, said = (columns.split(", ") for columns in SCORES[table])
     n = 1 + len(about)
-    named = warehouse.scan(table).join(warehouse.scan("prompts"), on=("run", "prompt_id"))
+    rows, prompts = (warehouse.scan(name, everything=True) for name in (table, "prompts"))
+    named = rows.join(prompts, on=("model", "dataset", "run", "prompt_id"))
     found = named.select("text", *about, *said).collect().rows()
     assert len({row[:n] for row in found}) == len(found)
     return {row[:n]: row[n:] for row in found}
