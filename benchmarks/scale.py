@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import duckdb
 import polars as pl
@@ -132,11 +133,26 @@ QUESTIONS: dict[str, Callable[[Path], Question]] = {
 
 FOLDERS: dict[str, Callable[[Path], Question]] = {
     "list run folders": lambda folder: Lake(folder).run_folders,
-    "open the database": lambda folder: kdb.open(folder)._database,
+    "open a snapshot": lambda folder: lambda: held(folder),
+    "first look at all files": lambda folder: lambda: first_look(folder),
     "kdb runs": saved("runs"),
     "count(*) of layer_scores": lambda folder: lambda: kdb.open(folder).sql("SELECT count(*) FROM layer_scores"),
     "top-layers": saved("top-layers"),
 }
+
+
+def held(folder: Path) -> None:
+    """Open a snapshot, and close it."""
+    with kdb.open(folder).snapshot():
+        pass
+
+
+def first_look(folder: Path) -> float:
+    """Verify every file as on a machine that has seen none; returns the seconds."""
+    lake, begun = Lake(folder), time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict("os.environ", XDG_CACHE_HOME=cache):
+        lake.look(lake.run_folders(), vectors=True)
+    return time.perf_counter() - begun
 
 
 def _globs(folder: Path, files: dict[str, str] | None = None) -> duckdb.DuckDBPyConnection:
@@ -226,6 +242,8 @@ def print_vectors(folder: Path, rows: int) -> None:
     parts = sorted(Lake(folder).run_folders()[0].path.glob("activations/*.parquet"))
     answer = ask(lambda: read_vectors(parts, 3, "resid_post"))
     print(f"\nOne layer of one run: {answer['warm']:.3f} s.")
+    size = sum(path.stat().st_size for path in (folder / "lake").rglob("*.parquet")) / 1e6
+    print(f"First look at {size:,.0f} MB of new files: {size / first_look(folder):,.0f} MB/s.")
 
 
 def print_model(sizes: dict[str, tuple[int, float]]) -> None:
