@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from kdb.ingest.describe import arrow_rows
 from kdb.ingest.probes import wilson_interval
-from kdb.warehouse.lake import Lake, StagedRun
-from kdb.warehouse.manifest import run_id
+from kdb.warehouse.files import write_json
+from kdb.warehouse.inspection import file_record
+from kdb.warehouse.lake import NOBODY, Lake, StagedRun
+from kdb.warehouse.manifest import MANIFEST, Manifest, run_id
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.sums import write_neuron_sums
 
@@ -291,3 +293,11 @@ def _tokens(model: Model) -> pa.Table:
     words = np.array([f" word{rank}" for rank in ranks], dtype=object)
     place = {"component": "ffn", "layer": np.arange(model.n_layers)[:, None], "neuron": 0, "sign": "top"}
     return arrow_rows("neuron_tokens", place | {"rank": ranks, "token": words, "logit": 1.0 / ranks})
+
+
+def write_manifests(warehouse: Path) -> None:
+    """Make runs of Parquet files that were laid into a warehouse by hand."""
+    for run in warehouse.glob("lake/model=*/dataset=*/run=*"):
+        if NOBODY not in run.name:
+            records = tuple(file_record(path, run) for path in sorted(run.rglob("*.parquet")))
+            write_json(run / MANIFEST, Manifest(records).content())

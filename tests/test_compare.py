@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from synthetic import write_manifests
 from test_database import Rows, add_run, create_lake
 
 from kdb.analysis.compare import (
@@ -17,9 +18,10 @@ from kdb.analysis.compare import (
     moved_numbers,
 )
 from kdb.errors import QueryError, UnknownNameError
+from kdb.warehouse.schema import SCHEMA_VERSION
 from kdb.warehouse.store import Warehouse
 
-A, B, OTHER = "aa11", "aa22", "bb33"
+A, B, OTHER = "aa11" + "0" * 12, "aa22" + "0" * 12, "bb33" + "0" * 12
 
 
 def score(layer: int, accuracy: float, split: str = "paper", **more: object) -> dict[str, object]:
@@ -75,7 +77,8 @@ def wh(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
         neuron_scores=[neuron(None, 1.5), neuron(3, 2.0)],
     )
     add_run(lake, "m", "other", OTHER, models=models, datasets=[{"fingerprint": "y"}], checks=[{"check": "c"}])
-    (folder / "warehouse.json").write_text('{"schema_version": 3}')
+    (folder / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
+    write_manifests(folder)
     return Warehouse(folder)
 
 
@@ -123,7 +126,7 @@ def test_accuracies_on_the_same_prompts_are_tested(wh: Warehouse) -> None:
 
 def test_runs_are_found_by_their_first_digits(wh: Warehouse) -> None:
     assert find_runs(wh, "aa2", "b") == [B, OTHER]
-    with pytest.raises(QueryError, match="aa11, aa22"):
+    with pytest.raises(QueryError, match="aa11000000000000, aa22000000000000"):
         find_runs(wh, "aa")
     with pytest.raises(UnknownNameError, match="Unknown run 'zz'"):
         find_runs(wh, "zz")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
+from synthetic import write_manifests
 from test_database import Rows, add_run, create_lake
 
 from kdb.analysis.depth import verdicts
@@ -25,6 +26,7 @@ from kdb.analysis.uncertainty import (
     with_intervals,
 )
 from kdb.warehouse.database import Database
+from kdb.warehouse.schema import SCHEMA_VERSION
 from kdb.warehouse.store import Warehouse
 
 LOGISTIC = {"site": "resid_post", "classifier": "logistic", "split": "paper"}
@@ -53,13 +55,14 @@ def warehouse_of(folder: Path, curves: Rows, predictions: Rows, n_layers: int, n
         create_lake(folder),
         "m",
         "d",
-        "r1",
+        "e" * 16,
         models=[{"n_layers": n_layers, "family": "f", "n_params": 1000}],
         datasets=[{"study": "concept", "n_prompts": 100, "n_positive": n_positive}],
         probe_scores=curves,
         probe_predictions=predictions,
     )
-    (folder / "warehouse.json").write_text('{"schema_version": 3}')
+    (folder / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
+    write_manifests(folder)
     return Warehouse(folder)
 
 
@@ -132,7 +135,7 @@ def test_resampled_points_follow_the_same_rule_as_the_sql(
     tmp_path_factory: pytest.TempPathFactory, accuracies: list[float]
 ) -> None:
     lake = create_lake(tmp_path_factory.mktemp("curve"))
-    add_run(lake, "m", "d", "r1", models=[{"n_layers": len(accuracies)}], probe_scores=curve_rows(accuracies))
+    add_run(lake, "m", "d", "e" * 16, models=[{"n_layers": len(accuracies)}], probe_scores=curve_rows(accuracies))
     with Database(lake) as database:
         row = database.sql("SELECT jump_layer, converging_layer FROM concept_depth()").row(0)
     curve = np.array(accuracies)

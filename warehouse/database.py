@@ -63,7 +63,9 @@ Files = Mapping[int, Mapping[str, Sequence[str]]]
 """The files of each table by their addresses, for each schema version that they follow."""
 
 
-def view_statements(lake: Path, files: Files | None = None, *, movable: bool = False) -> list[str]:
+def view_statements(
+    lake: Path, files: Files | None = None, *, movable: bool = False, with_current: bool = True
+) -> list[str]:
     """The SQL that creates a view for every table, schema `current`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
@@ -78,13 +80,13 @@ def view_statements(lake: Path, files: Files | None = None, *, movable: bool = F
             return _rows(table, f"getvariable('kdb_lake') || '/{name}/*.parquet'")
         return _rows(table, literal(f"{_run_folders(lake)}/{name}/*.parquet"))
 
-    return _statements(lambda table: rows(table.name, table), macros())
+    return _statements(lambda table: rows(table.name, table), macros(), with_current=with_current)
 
 
-def _statements(rows: Callable[[Table], str], shared: str) -> list[str]:
+def _statements(rows: Callable[[Table], str], shared: str, *, with_current: bool = True) -> list[str]:
     """What every database of kdb creates: views of the tables, and what is built on them. The only such list."""
     views = [_create_view(name, rows(table)) for name, table in TABLES.items()]
-    return [*current.stubs(), shared, *views]
+    return [*current.stubs(), shared, *views] if with_current else [*views, shared]
 
 
 def _rows_of_versions(table: Table, files: Files) -> str:
@@ -163,13 +165,15 @@ def connect(
     *,
     files: Files | None = None,
     filesystem: Any = None,
+    with_current: bool = True,
 ) -> duckdb.DuckDBPyConnection:
     """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
 
     `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
     table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do. `files`
     name what is read, where globs over the lake would not do: for runs of an older schema, and where `filesystem`
-    (fsspec's) opens those that are not local. Raises WarehouseError when the lake cannot be read.
+    (fsspec's) opens those that are not local. A connection without schema `current` opens sooner. Raises
+    WarehouseError when the lake cannot be read.
     """
     connection = duckdb.connect()
     try:
@@ -179,7 +183,7 @@ def connect(
         # They are created over the empty files alone: each would list all folders, 3 s of them for a thousand runs.
         empty = literal(_escape_glob(empty_file(lake, "runs").parents[1]))
         connection.execute(f"SET VARIABLE kdb_lake = {empty}")
-        for statement in view_statements(lake, files, movable=True):
+        for statement in view_statements(lake, files, movable=True, with_current=with_current):
             connection.execute(statement)
         connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
@@ -210,9 +214,10 @@ class Database:
         *,
         files: Files | None = None,
         filesystem: Any = None,
+        with_current: bool = True,
         before: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._connection = connect(lake, runs, limits, files=files, filesystem=filesystem)
+        self._connection = connect(lake, runs, limits, files=files, filesystem=filesystem, with_current=with_current)
         self._known = None if runs is None else current.KnownRuns(self._connection)
         self._before = before
 

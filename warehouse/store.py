@@ -116,20 +116,20 @@ class Warehouse:
 
         Raises UnknownNameError for a name that is none, QueryError for wrong parameters.
         """
-        return self._ask(lambda opened: opened.query(name, **params))
+        return self._ask(lambda opened: opened.query(name, **params), with_current=False)
 
     def sql(self, text: str, params: Sequence[object] | Mapping[str, object] | None = None) -> pl.DataFrame:
         """Answer one SELECT; ``params`` fill ``?`` or ``$name``. Raises QueryError for anything else."""
-        return self._ask(lambda opened: opened.sql(text, params))
+        return self._ask(lambda opened: opened.sql(text, params), with_current=_names_more(text))
 
-    def _ask(self, question: Callable[[database.Database], pl.DataFrame]) -> pl.DataFrame:
+    def _ask(self, question: Callable[[database.Database], pl.DataFrame], *, with_current: bool) -> pl.DataFrame:
         """The answer of the runs as they are now; asked again where a run was removed or written anew meanwhile."""
         if self._shared is not None:
             return question(self._shared)
         for _ in range(_TRIES):
             folders = self._listed()
             try:
-                with self._database_of(folders) as opened:
+                with self._database_of(folders, with_current=with_current) as opened:
                     answer = question(opened)
             except KdbError as error:
                 if self.lake.still(folders) and not database.is_gone(error):
@@ -258,10 +258,22 @@ class Warehouse:
         raise WarehouseError(_CHANGING)
 
     def _database_of(
-        self, folders: Sequence[RunFolder], limits: database.Limits | None = None, root: Path | None = None
+        self,
+        folders: Sequence[RunFolder],
+        limits: database.Limits | None = None,
+        root: Path | None = None,
+        *,
+        with_current: bool = True,
     ) -> database.Database:
         before = functools.partial(self._before, folders)
-        return database.Database(root or self.lake.root, _ids(folders), limits, before=before, **self._sources(folders))
+        return database.Database(
+            root or self.lake.root,
+            _ids(folders),
+            limits,
+            before=before,
+            with_current=with_current,
+            **self._sources(folders),
+        )
 
     def _before(self, folders: Sequence[RunFolder], text: str) -> None:
         """Look at the files of vectors before a statement that names their table."""
@@ -287,6 +299,17 @@ def lake_at(location: str | Path, *, create: bool = False) -> Lake:
     from kdb.warehouse.cloud import CloudLake
 
     return CloudLake.create_at(str(location)) if create else CloudLake(str(location))
+
+
+def _names_more(text: str) -> bool:
+    """Whether a statement may name schema `current`, or ask which tables there are."""
+    return bool(
+        re.search(
+            r"\b(current|information_schema|show|describe|summarize|\w+_catalog|duckdb_\w+|pragma_\w+)\b",
+            text,
+            re.IGNORECASE,
+        )
+    )
 
 
 def _ids(folders: Sequence[RunFolder]) -> list[str]:
