@@ -74,7 +74,7 @@ _FAILURES = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError,
 
 _DAYS = 95_000_000
 """Days around 1970 that Polars can write: 260,000 years. DuckDB has more, and infinity."""
-_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
+_SECOND = {"ms": 10**3, "us": 10**6}
 
 
 def _flat(frame: pl.DataFrame) -> pl.DataFrame:
@@ -115,8 +115,8 @@ def _within(kind: Any) -> list[Any]:
 
 def _is_in_calendar(column: pl.Series) -> bool:
     kind = column.dtype
-    if not isinstance(kind, pl.Date | pl.Datetime):
-        return True
+    if not isinstance(kind, pl.Date | pl.Datetime) or (isinstance(kind, pl.Datetime) and kind.time_unit == "ns"):
+        return True  # nanoseconds do not reach beyond
     unit = 1 if isinstance(kind, pl.Date) else 86400 * _SECOND[kind.time_unit]
     numbers = column.to_physical()
     return bool(numbers.is_between(-_DAYS * unit, _DAYS * unit).all())
