@@ -136,7 +136,7 @@ def test_runs_tells_of_one_that_was_interrupted(warehouse: Path, run_kdb: RunKdb
     with Lake(warehouse).stage("00000000000000aa", "tiny", "snow") as staged:
         staged.write_rows("prompts", "part", [{"prompt_id": 0}])
     result = run_kdb("runs", "--warehouse", warehouse)
-    assert result.stderr == "In progress or interrupted: tiny on snow (run 00000000000000aa).\n"
+    assert result.stderr == "In progress or interrupted: tiny on snow (run 00000000000000aa), 0.0 MB in staging.\n"
 
 
 def test_the_warehouse_comes_from_the_environment_where_no_option_names_it(
@@ -219,9 +219,9 @@ def test_a_saved_query_takes_its_parameters_and_formats(measured: Path, run_kdb:
 
 
 def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb) -> None:
-    result = run_kdb("query", "concept-depth", "--split", "grouped", "--warehouse", measured, "--format", "csv")
+    result = run_kdb("query", "top-heads", "--warehouse", measured, "--format", "csv")
     assert result.exit_code == 0
-    assert result.stdout.startswith("model,dataset,site,")
+    assert result.stdout.startswith("model,category,rank,")
     assert result.stderr == "No rows. `kdb runs` shows what was measured.\n"
 
 
@@ -411,7 +411,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_as_it_is(
     (warehouse / "warehouse.json").write_text('{"schema_version": 99}')
     before = tree(warehouse)
     result = ingest_tiny(warehouse) if command == "ingest" else run_kdb(command, "--warehouse", warehouse)
-    assert "was written by a newer kdb (schema 99, this one knows 3): upgrade kdb" in refusal(result)
+    assert "was written by a newer kdb (schema 99, this one knows 4): upgrade kdb" in refusal(result)
     assert tree(warehouse) == before
 
 

@@ -403,7 +403,6 @@ ORDINARY = [
     "DESCRIBE runs",
     "SUMMARIZE probe_scores",
     "SHOW ALL TABLES",
-    "FROM variation_rates()",
     "SELECT run FROM runs WHERE among(model, ['tiny'])",
 ]
 """What people ask: the list of functions must not be too short for them."""
