@@ -9,12 +9,19 @@ everything.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import duckdb
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kdb.queries.catalogue import literal
+from kdb.warehouse.files import appears_whole
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, TABLES
 
@@ -47,9 +54,10 @@ class KnownRuns:
     Else a question would read it several times. Of a question about some models, only theirs is read at first.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self._connection = connection
-        self._models: frozenset[str] | None = frozenset()  # whose runs are kept; None: all
+    def __init__(self, connection: duckdb.DuckDBPyConnection, remembered: Remembered | None = None) -> None:
+        self._connection, self._remembered = connection, remembered
+        # Whose runs are kept; None: all.
+        self._models: frozenset[str] | None = None if remembered and remembered.is_known else frozenset()
 
     def keep(self, models: Collection[str] | None = None) -> None:
         """Read the runs of these models, or all; nothing where they are kept already."""
@@ -57,11 +65,44 @@ class KnownRuns:
             return
         wanted = frozenset(models) if models is not None and not self._models else None
         only = "" if wanted is None else f" WHERE model IN ({', '.join(map(literal, sorted(wanted)))})"
-        self._connection.execute(
-            f"CREATE OR REPLACE TABLE kept_runs AS FROM _known_runs{only};"
-            "CREATE OR REPLACE VIEW known_runs AS FROM kept_runs"
-        )
+        self._connection.execute(f"CREATE OR REPLACE TABLE kept_runs AS FROM _known_runs{only}; {KEPT}")
         self._models = wanted
+        if wanted is None and self._remembered:
+            self._remembered.write(self._connection.execute("FROM kept_runs").to_arrow_table())
+
+
+KEPT = "CREATE OR REPLACE VIEW known_runs AS FROM kept_runs"
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What decides which runs are current, as this machine last read it: a Parquet file in the user's cache.
+
+    ``key`` changes when a run is added, removed or written anew; what was written under another key is not read.
+    """
+
+    path: Path
+    key: str
+
+    @functools.cached_property
+    def is_known(self) -> bool:
+        """Whether the file holds these runs."""
+        try:
+            return (pq.read_schema(self.path).metadata or {}).get(b"kdb_runs") == self.key.encode()
+        except (OSError, pa.ArrowException):
+            return False
+
+    @property
+    def statement(self) -> str:
+        """The SQL that keeps the remembered runs in a connection that may still read every file."""
+        return f"CREATE TABLE kept_runs AS FROM read_parquet({literal(str(self.path))}); {KEPT}"
+
+    def write(self, rows: pa.Table) -> None:
+        """Remember the rows. Where the cache cannot be written, they are read again next time."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with appears_whole(self.path) as partial:
+                pq.write_table(rows.replace_schema_metadata({"kdb_runs": self.key}), partial)
 
 
 def _typed(columns: Mapping[str, str]) -> str:

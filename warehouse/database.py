@@ -166,6 +166,7 @@ def connect(
     files: Files | None = None,
     filesystem: Any = None,
     with_current: bool = True,
+    remembered: current.Remembered | None = None,
 ) -> duckdb.DuckDBPyConnection:
     """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
 
@@ -190,6 +191,8 @@ def connect(
             # As a literal: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s. And as
             # one text, which DuckDB copies for each file that it asks about: a list of thousands takes longer.
             connection.execute(f"SET VARIABLE kdb_runs = {literal(','.join(['', *runs, '']))}")
+        if remembered is not None and remembered.is_known:
+            connection.execute(remembered.statement)
         _lock(connection, lake, limits, ["kdb://lake/"] if filesystem is not None else [])
     except duckdb.Error as error:
         connection.close()
@@ -215,10 +218,19 @@ class Database:
         files: Files | None = None,
         filesystem: Any = None,
         with_current: bool = True,
+        remembered: current.Remembered | None = None,
         before: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._connection = connect(lake, runs, limits, files=files, filesystem=filesystem, with_current=with_current)
-        self._known = None if runs is None else current.KnownRuns(self._connection)
+        self._connection = connect(
+            lake,
+            runs,
+            limits,
+            files=files,
+            filesystem=filesystem,
+            with_current=with_current,
+            remembered=remembered,
+        )
+        self._known = None if runs is None else current.KnownRuns(self._connection, remembered)
         self._before = before
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:

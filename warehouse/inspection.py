@@ -131,8 +131,7 @@ class Memory:
     @classmethod
     def of(cls, root: Path) -> Memory:
         """The memory of the lake at ``root``."""
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
-        return cls(root, user_cache_path("kdb") / "verified" / f"{name}.json")
+        return cls(root, memory_path(root))
 
     def known(self, folder: RunFolder, light: str, heavy: str) -> _Seen | None:
         """What was verified of a run whose files have these signatures; None where nothing was."""
@@ -158,6 +157,12 @@ class Memory:
 
     def _key(self, folder: RunFolder) -> str:
         return "/".join(folder.path.parts[-3:])  # model=…/dataset=…/run=…, in the lake or linked to it
+
+
+def memory_path(root: Path) -> Path:
+    """Where this machine remembers what it verified of the lake at ``root``."""
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
+    return user_cache_path("kdb") / "verified" / f"{name}.json"
 
 
 def file_record(path: Path, folder: Path) -> FileRecord:

@@ -16,7 +16,7 @@ from kdb.errors import KdbError, QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse import current, database
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.files import storage_errors
-from kdb.warehouse.inspection import DamagedRunError
+from kdb.warehouse.inspection import DamagedRunError, memory_path
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, has_vectors
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from kdb.warehouse.cloud import CloudLake
 
+
+VERSION = 1
+"""Raised when what decides which runs are current is computed in another way (`current_runs`)."""
 
 _TRIES = 5
 """How often a question is asked while runs are being changed, before its runs are held."""
@@ -272,8 +275,14 @@ class Warehouse:
             limits,
             before=before,
             with_current=with_current,
+            remembered=self._remembered(folders),
             **self._sources(folders),
         )
+
+    def _remembered(self, folders: Sequence[RunFolder]) -> current.Remembered:
+        """What this machine remembers of these runs, in these versions."""
+        key = hashlib.sha256("\n".join(f"{VERSION} {folder.run} {folder.version}" for folder in folders).encode())
+        return current.Remembered(memory_path(self.lake.root).with_suffix(".runs.parquet"), key.hexdigest())
 
     def _before(self, folders: Sequence[RunFolder], text: str) -> None:
         """Look at the files of vectors before a statement that names their table."""
