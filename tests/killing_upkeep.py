@@ -271,7 +271,7 @@ class Commands:
             "compact": ["compact"],
             "sampled": ["runs", "keep-vectors", "sampled", "--model", target, "--yes"],
             "none": ["runs", "keep-vectors", "none", "--model", target, "--yes"],
-            "remove": ["runs", "remove", target],
+            "remove": ["runs", "remove", target, "--yes"],
             "import": ["import", str(self.source)],
             "migrate": ["migrate"],
         }[kind]

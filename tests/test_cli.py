@@ -230,9 +230,12 @@ def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb
 
 def test_a_run_is_removed_by_its_id(warehouse: Path, run_kdb: RunKdb) -> None:
     (folder,) = Lake(warehouse).run_folders()
-    assert answer(run_kdb("runs", "remove", folder.run, "--warehouse", warehouse)) == f"Removed run {folder.run}.\n"
+    assert (
+        answer(run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", warehouse))
+        == f"Removed run {folder.run}.\n"
+    )
     assert Lake(warehouse).run_folders() == []
-    message = refusal(run_kdb("runs", "remove", folder.run, "--warehouse", warehouse))
+    message = refusal(run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", warehouse))
     assert message == f"Unknown run '{folder.run}'. `kdb runs` lists them."
 
 
@@ -490,7 +493,7 @@ def test_a_read_only_disk_can_be_asked_and_not_written(
     for result in (
         ingest_tiny(warehouse, "--limit", "10"),
         ingest_tiny(small_disk.path / "new"),
-        run_kdb("runs", "remove", folder.run, "--warehouse", warehouse),
+        run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", warehouse),
         run_kdb("rebuild", "--warehouse", warehouse),
     ):
         assert refusal(result).endswith(": the file system is read-only. Name another folder with --warehouse.")

@@ -180,7 +180,7 @@ def test_a_run_that_is_removed_and_measured_again_is_read_anew(
     [run] = kdb.open(URL).runs()
     before = kdb.open(URL).sql(SUMS)
     reader = kdb.open(URL)
-    assert run_kdb("runs", "remove", run, "--warehouse", URL).exit_code == 0
+    assert run_kdb("runs", "remove", run, "--yes", "--warehouse", URL).exit_code == 0
     assert objects() == []
     assert reader.sql("SELECT count(*) FROM prompts").item() == 0
     assert run_kdb("import", measured, "--warehouse", URL).exit_code == 0

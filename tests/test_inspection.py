@@ -201,5 +201,5 @@ def test_runs_and_remove_work_beside_a_damaged_run(folder: Path, run_kdb: RunKdb
     lose_part(folder)
     [damaged] = Lake(folder).run_folders()
     assert run_kdb("verify", "--warehouse", folder).exit_code == 1
-    assert run_kdb("runs", "remove", damaged.run, "--warehouse", folder).exit_code == 0
+    assert run_kdb("runs", "remove", damaged.run, "--yes", "--warehouse", folder).exit_code == 0
     assert run_kdb("runs", "--warehouse", folder).exit_code == 0

@@ -70,7 +70,7 @@ def arguments(kind: str, folder: Path, source: Path) -> list[str]:
         "compact": ["compact"],
         "none": ["runs", "keep-vectors", "none", "--yes"],
         "migrate": ["migrate"],
-        "remove": ["runs", "remove", Warehouse(source).runs()[0]],
+        "remove": ["runs", "remove", Warehouse(source).runs()[0], "--yes"],
         "import": ["import", str(source)],
     }
     return [*given[kind], "--warehouse", str(folder)]
@@ -88,7 +88,7 @@ def test_a_snapshot_shows_the_same_rows_whatever_becomes_of_the_runs(
     kind: str, folder: Path, source: Path, run_kdb: RunKdb
 ) -> None:
     if kind == "import":
-        run_kdb("runs", "remove", Warehouse(source).runs()[0], "--warehouse", folder)
+        run_kdb("runs", "remove", Warehouse(source).runs()[0], "--yes", "--warehouse", folder)
     opened = Warehouse(folder)
     with opened.snapshot() as held:
         runs, before = held.runs(), ask(held)
@@ -338,7 +338,11 @@ def test_a_warehouse_that_may_not_be_written_can_be_asked(older: bool, source: P
     for given in (["runs"], ["query", "concept-depth"], ["verify"]):
         answered = without_privileges(kdb, *given, "--warehouse", str(folder))
         assert (answered.returncode, "Error" in answered.stderr) == (0, False), answered.stderr
-    for given in (["runs", "remove", opened.runs()[0]], ["runs", "keep-vectors", "none", "--yes"], ["migrate"]):
+    for given in (
+        ["runs", "remove", opened.runs()[0], "--yes"],
+        ["runs", "keep-vectors", "none", "--yes"],
+        ["migrate"],
+    ):
         refused = without_privileges(kdb, *given, "--warehouse", str(folder))
         assert (refused.returncode, "permission denied" in refused.stderr) == (2, True), refused.stderr
     assert list(Lake(folder).verify()) == []

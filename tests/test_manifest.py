@@ -236,7 +236,7 @@ def test_a_run_that_stands_twice_is_named(tmp_path: Path, run_kdb: RunKdb) -> No
             target = other / path.relative_to(folder.path)
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
-    result = run_kdb("runs", "remove", folder.run, "--warehouse", tmp_path / "w")
+    result = run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", tmp_path / "w")
     assert result.exit_code == 2
     assert f"run {folder.run} is also at" in result.stderr
     assert folder.path.is_dir()

@@ -14,6 +14,7 @@ import kdb
 from kdb.cli import main
 from kdb.cli.keep import moment
 from kdb.errors import QueryError
+from kdb.warehouse.lake import Lake
 
 RunKdb = Callable[..., Result]
 
@@ -64,3 +65,13 @@ def test_a_run_or_an_age_is_named(options: list[str], warehouse: Path, run_kdb: 
     assert result.exit_code == 2
     assert "Name one run, or an age with --older-than." in result.stderr
     assert len(runs(warehouse)) == 1
+
+
+def test_a_run_is_removed_by_its_id_once_its_names_were_confirmed(warehouse: Path) -> None:
+    (folder,) = Lake(warehouse).run_folders()
+    command = ["runs", "remove", folder.run, "--warehouse", str(warehouse)]
+    refused = CliRunner().invoke(main, command, input="n\n")
+    assert (refused.exit_code, len(Lake(warehouse).run_folders())) == (1, 1)
+    assert f"Remove run {folder.run} (tiny on weather) for good?" in refused.output
+    assert CliRunner().invoke(main, command, input="y\n").exit_code == 0
+    assert Lake(warehouse).run_folders() == []

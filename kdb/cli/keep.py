@@ -13,6 +13,7 @@ import click
 import kdb
 from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
 from kdb.errors import QueryError
+from kdb.text import visible
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -46,13 +47,13 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
 @click.option(
     "--older-than", metavar="AGE", help="Runs that ended before: 90d, 12h, or a date such as 2026-01-31 (UTC)."
 )
-@click.option("--yes", is_flag=True, help="Do not ask, where several runs are removed.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--warehouse", type=Location(), help="Folder of the warehouse, or its URL.")
 @click.pass_obj
 def remove(
     parent_warehouse: Path | str, run: str | None, older_than: str | None, yes: bool, warehouse: Path | str | None
 ) -> None:
-    """Delete a run for good, or every run that is older than some age.
+    """Delete a run for good, or every run that is older than some age, after asking for confirmation.
 
     \b
     kdb runs remove 1f0c9a3b5d7e2468
@@ -61,6 +62,9 @@ def remove(
     if (run is None) == (older_than is None):
         raise click.UsageError("Name one run, or an age with --older-than.")
     opened = kdb.open(warehouse or parent_warehouse)
+    if run and not yes:
+        folder = opened.lake.find(run)  # by its names: who has its id alone may mean another warehouse's
+        click.confirm(visible(f"Remove run {run} ({folder.model} on {folder.dataset}) for good?"), abort=True, err=True)
     for chosen in [run] if run else _confirmed(opened, str(older_than), yes):
         opened.lake.remove(str(chosen))
         click.echo(f"Removed run {chosen}.")
