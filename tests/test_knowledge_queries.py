@@ -474,8 +474,8 @@ def test_several_models_stand_side_by_side(database: Database) -> None:
 
 
 def test_a_list_of_models_is_repeated_on_the_command_line(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
-    for model in ("alpha", "beta", "gamma"):
-        with Lake.create(tmp_path / "w").stage(f"{model:0<16}", model, "facts") as staged:
+    for number, model in enumerate(("alpha", "beta", "gamma")):
+        with Lake.create(tmp_path / "w").stage(f"{number:016x}", model, "facts") as staged:
             for table, rows in BETA.items():
                 staged.write_rows(table, "part", rows)
             staged.commit({"study": "knowledge", "variant": "default"})

@@ -20,7 +20,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from kdb.ingest.capture import CHECK_PROMPTS, chosen_prompts
-from kdb.ingest.models import LoadedModel, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import LoadedModel, find_model
 from kdb.ingest.tokens import bare, count_spelled, read_texts
 from kdb.warehouse.store import Warehouse
 
