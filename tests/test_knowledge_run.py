@@ -30,7 +30,8 @@ from kdb.ingest import attribution, knowledge, recording, run
 from kdb.ingest.capture import CHECK_PROMPTS
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Attributing, Job, Measuring, Probing
-from kdb.ingest.models import LoadedModel, find_model, load_model
+from kdb.ingest.load import load_model
+from kdb.ingest.models import LoadedModel, find_model
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.store import Warehouse
 
