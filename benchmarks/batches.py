@@ -1,4 +1,4 @@
-"""What a batch changes: hidden states by --batch-tokens and dtype, against those of one prompt at a time.
+"""Effect of batching on hidden states by --batch-tokens and dtype, against those of one prompt at a time.
 
     python benchmarks/batches.py [--model smollm2-135m] [--dataset world-cities] [--limit 12] [--dtype float32 …]
 

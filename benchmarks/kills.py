@@ -35,7 +35,7 @@ from kdb.warehouse import cloud
 
 
 def forks() -> ForkServerContext:
-    """What starts processes from one that has imported what they use."""
+    """Context that forks processes from one that has imported what they use."""
     context = multiprocessing.get_context("forkserver")
     helpers = ["killing", "killing_upkeep"]
     context.set_forkserver_preload([name for name in preload() if name not in ("pytest", "hypothesis")] + helpers)

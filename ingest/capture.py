@@ -38,7 +38,7 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
 """Largest relative difference of a last state, a logit or a probability that rounding can explain, by the dtype."""
 
 _STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3, "float16": 4e-2}
-"""The same for the states of all layers: those of middle layers can be off by more (``benchmarks/batches.py``)."""
+"""Largest relative difference of the states of all layers, middle ones included (``benchmarks/batches.py``)."""
 
 
 def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
@@ -84,7 +84,7 @@ def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
 class _Way:
     """How prompts go through the model: after a cached prefix or whole, with the cue or without.
 
-    ``states``: their hidden states are read. Where the cue is there, so is what the model would answer from.
+    ``states``: whether hidden states are read. A pass with the cue also reads the state that the model answers from.
     """
 
     cached: bool

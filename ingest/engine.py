@@ -85,7 +85,7 @@ class Here:
         self._at: tuple[Job, Worker] | None = None
 
     def ask(self, job: Job, question: str, *arguments: Any) -> Any:
-        """What the worker answers. Raises ModelError where the model fails before anything is measured."""
+        """Answer of the worker. Raises ModelError where the model fails before anything is measured."""
         worker = self._worker(job)
         with told(f"{job.source.name} cannot be run") if question in _FIRST else contextlib.nullcontext():
             return getattr(worker, question)(*arguments)

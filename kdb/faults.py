@@ -28,7 +28,7 @@ _MEMORY = {"MemoryError", "OutOfMemoryError", "OutOfMemoryException"}
 
 @dataclass(frozen=True)
 class Fault:
-    """What to say of an error, and the exit code of a command that ends with it."""
+    """Message for an error, and the exit code of a command that ends with it."""
 
     message: str
     exit_code: int

@@ -49,7 +49,7 @@ def default_rows(table: str) -> pl.Expr:
 
 
 class KnownRuns:
-    """What decides which runs are current, kept in a table of a connection whose runs never change.
+    """The facts that decide which runs are current, kept in a table of a connection whose runs never change.
 
     Else a question would read it several times. Of a question about some models, only theirs is read at first.
     """
@@ -76,7 +76,7 @@ KEPT = "CREATE OR REPLACE VIEW known_runs AS FROM kept_runs"
 
 @dataclass(frozen=True)
 class Remembered:
-    """What decides which runs are current, as this machine last read it: a Parquet file in the user's cache.
+    """The facts that decide which runs are current, as this machine last read it: a Parquet file in the user's cache.
 
     ``key`` changes when a run is added, removed or written anew; what was written under another key is not read.
     """

@@ -84,7 +84,7 @@ def view_statements(
 
 
 def _statements(rows: Callable[[Table], str], shared: str, *, with_current: bool = True) -> list[str]:
-    """What every database of kdb creates: views of the tables, and what is built on them. The only such list."""
+    """Statements that every database of kdb starts with: views, macros. The only such list."""
     views = [_create_view(name, rows(table)) for name, table in TABLES.items()]
     return [*current.stubs(), shared, *views] if with_current else [*views, shared]
 

@@ -51,7 +51,7 @@ class DamagedRunError(WarehouseError):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was found right of one version of a run."""
+    """Verified signatures of one version of a run."""
 
     version: str
     schema_version: int
@@ -122,7 +122,7 @@ class Inspector:
 
 
 class Memory:
-    """What this machine has verified of one lake: a JSON file in the user's cache, an entry for each run."""
+    """Record of the runs of one lake that this machine has verified: JSON in the user's cache."""
 
     def __init__(self, root: Path, path: Path) -> None:
         self._root, self._path = root, path
@@ -134,7 +134,7 @@ class Memory:
         return cls(root, memory_path(root))
 
     def known(self, folder: RunFolder, light: str, heavy: str) -> _Seen | None:
-        """What was verified of a run whose files have these signatures; None where nothing was."""
+        """Record of a run whose files have these signatures; None if they were not verified."""
         entry = self._entries.get(self._key(folder))
         if not isinstance(entry, list) or len(entry) != 3 or entry[0] != light:
             return None

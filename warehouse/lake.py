@@ -137,7 +137,7 @@ class Lake:
         return self.schema_version < SCHEMA_VERSION or bool(self.marks().get("older_runs"))
 
     def marks(self) -> dict[str, Any]:
-        """What the warehouse says of itself. Raises WarehouseError where that cannot be read."""
+        """Content of ``warehouse.json``. Raises WarehouseError where that cannot be read."""
         return parse_json(self.marker.read_bytes(), self.marker)
 
     def mark(self, **changed: object) -> None:
@@ -651,7 +651,7 @@ def _odd(path: Path, why: str) -> WarehouseError:
 
 
 def _version(run: Path) -> str | None:
-    """What changes when the run in this folder is written anew; None where it is gone, empty without a manifest."""
+    """Text that changes when the run in this folder is written anew; None if gone, empty without a manifest."""
     try:
         status = os.lstat(f"{run}/{MANIFEST}")
     except (FileNotFoundError, NotADirectoryError):

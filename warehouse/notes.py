@@ -51,7 +51,7 @@ _MOST = 5
 
 
 def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]) -> list[str]:
-    """What to know of the answer to a saved query, one sentence each; none where one run was asked for by its id."""
+    """Notes on the answer to a saved query, one sentence each; none where one run was asked for by its id."""
     if "variant" not in values or values.get("run") or _rows(connection, _ALIKE) == [(True,)]:
         return []
     asked = {name: _several(values.get(name)) for name in ("model", "dataset")}

@@ -280,7 +280,7 @@ class Warehouse:
         )
 
     def _remembered(self, folders: Sequence[RunFolder]) -> current.Remembered:
-        """What this machine remembers of these runs, in these versions."""
+        """Remembered facts about these runs, in these versions."""
         key = hashlib.sha256("\n".join(f"{VERSION} {folder.run} {folder.version}" for folder in folders).encode())
         return current.Remembered(memory_path(self.lake.root).with_suffix(".runs.parquet"), key.hexdigest())
 
@@ -290,7 +290,7 @@ class Warehouse:
             self.lake.look(folders, vectors=True)
 
     def _sources(self, folders: Sequence[RunFolder]) -> dict[str, Any]:
-        """What a connection reads where globs over the lake would not do; see `database.connect`."""
+        """Files that a connection reads where globs over the lake would not do; see `database.connect`."""
         if self._remote:
             return {"files": self.lake.files(folders), "filesystem": self._remote.filesystem}
         versions = {self.lake.schema_version, *self.lake.schema_versions(folders).values()}

@@ -21,7 +21,7 @@ _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
 _OPTIONAL = ("relation", "subject")
 _ALL = "all"
-"""What saved queries take for every category."""
+"""Reserved: saved queries read this name as every category."""
 
 
 def is_user_file(name: str) -> bool:

@@ -45,12 +45,15 @@ class Question:
 
 
 HEAD, CHUNK, END, REFUSED, FAILED, EXHAUSTED = b"H", b"C", b"E", b"R", b"F", b"X"
+"""First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
+
 _PIECE = 2**16
-"""Bytes of a message at most: what the server holds for a client that reads slowly."""
+"""Bytes of a message at most: the server holds no more for a client that reads slowly."""
+
 _TRIES = 5
 """How often a question is asked while runs are being changed."""
+
 _INTERNAL = "Internal error. Details are in the server's log; please report it."
-"""First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
 
 
 def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder: Path) -> None:
