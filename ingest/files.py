@@ -1,7 +1,7 @@
 """The files of a model's folder that determine what the model computes, and the fingerprint of them.
 
-Loading sees these files and no others (``only``): what is not part of the fingerprint cannot change a result, and
-neither a pickle nor code that lies beside them can be loaded.
+Loading sees these files and no others (``only``). So a file outside the fingerprint cannot change a result, and pickles
+and code in the same folder are not loaded.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _check_shard(folder: Path, name: str) -> None:
 
 
 def _lies_in(folder: Path, file: Path) -> bool:
-    """Whether a file lies in a folder; the hub's cache links to files beside its snapshots."""
+    """Whether a file is in a folder. In the hub's cache, a snapshot links to files in the folder next to it."""
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
