@@ -9,10 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import test_knowledge_run as knowledge
 from click.testing import Result
@@ -59,7 +56,7 @@ def folder(
 ) -> Path:
     """A folder with a ``kdb-warehouse``: two runs with scores of heads, one of a model with an odd name, and vectors.
 
-    The files of one of them hold model, dataset and run as columns of their own, beside those of the path.
+    Files hold model, dataset and run as columns of their own, beside those of the path.
     """
     folder = tmp_path_factory.mktemp("engines")
     warehouse = Path(shutil.copytree(measured, folder / "kdb-warehouse"))
@@ -67,18 +64,7 @@ def folder(
     for options in (["--name", NUMBER], ["--name", ODD, "--limit", "9"]):
         result = run_kdb(*ingest, *options)
         assert result.exit_code == 0, result.output
-    for file in warehouse.glob(f"lake/model={NUMBER}/dataset=facts/*/*/*.parquet"):
-        _sign(file)
     return folder
-
-
-def _sign(file: Path) -> None:
-    rows = pq.ParquetFile(file).read()
-    for folder in file.parts[-5:-2]:
-        name, _, value = folder.partition("=")
-        if name not in rows.column_names:
-            rows = rows.append_column(name, pa.repeat(unquote(value), len(rows)))
-    pq.write_table(rows, file)
 
 
 @pytest.fixture(scope="module")
