@@ -42,16 +42,34 @@ HARMLESS_FIELDS = {
 }
 """Fields of config.json and tokenizer_config.json that cannot change a forward pass or a token, with the reason."""
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+
+HARMLESS_ADAPTER_FIELDS = {
+    "base_model_name_or_path": "says where the base weights lay; those beside the adapter are taken",
+    "revision": "says where the base weights lay",
+    "auto_mapping": "names code that kdb never runs",
+    "inference_mode": "kdb never trains",
+    "peft_version": "names the version that wrote the file",
+}
+"""Fields of adapter_config.json that cannot change the merged weights, with the reason."""
 
 
 def model_files(folder: Path) -> list[Path]:
     """The files that a model in a folder is loaded from: config, weights, index, tokenizer.
 
-    Raises ModelError where the folder holds no model, or one that only a pickle or an adapter would make whole.
+    Those of an adapter are not among them, see `adapter_files`. Raises ModelError where the folder holds no model.
     """
-    _refuse_adapter(folder)
-    if not (folder / CONFIG).is_file() or not any(folder.glob("*.safetensors")):
+    adapter = adapter_files(folder)
+    if not (folder / CONFIG).is_file() or not any(file not in adapter for file in folder.glob("*.safetensors")):
+        if adapter:
+            raise ModelError(
+                f"{str(folder)!r} holds an adapter and no base weights: put config.json, tokenizer and weights of its "
+                "base model there, or merge it first (peft's merge_and_unload, then save_pretrained)."
+            )
         raise ModelError(
             f"{str(folder)!r} holds no model that kdb reads: expected config.json and *.safetensors there, "
             "or name a .gguf file."
@@ -59,6 +77,22 @@ def model_files(folder: Path) -> list[Path]:
     weights = weight_files(folder)
     index = [] if weights[0].name == WEIGHTS else [folder / INDEX]
     return [folder / CONFIG, *weights, *index, *_tokenizer_files(folder)]
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Config and weights of the adapter in a model's folder; none where there is none.
+
+    Raises ModelError where one of the two is missing, or the weights are a pickle.
+    """
+    names = [n for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE) if (folder / n).exists()]
+    if not names:
+        return []
+    if names != [ADAPTER_CONFIG, ADAPTER_WEIGHTS]:
+        raise ModelError(
+            f"{str(folder)!r} holds an adapter ({', '.join(names)}): kdb reads {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, "
+            "both, and never pickles. Save it as peft's save_pretrained does."
+        )
+    return [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -85,9 +119,11 @@ def fingerprint(folder: Path) -> str:
     JSON files are read, so that neither their layout nor their harmless fields count. Raises ModelError.
     """
     digests = {}
-    for file in model_files(folder):
+    for file in [*model_files(folder), *adapter_files(folder)]:
         if file.name == INDEX:
             digests[file.name] = _sha256_json(_weight_map(file))
+        elif file.name == ADAPTER_CONFIG:
+            digests[file.name] = _sha256_json(_without(read_json(file), HARMLESS_ADAPTER_FIELDS))
         elif file.name in (CONFIG, "tokenizer_config.json"):
             digests[file.name] = _sha256_json(_without(read_json(file), HARMLESS_FIELDS))
         else:
@@ -124,15 +160,6 @@ def read_json(file: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{str(file)!r} is not a valid JSON file: {error}.") from error
-
-
-def _refuse_adapter(folder: Path) -> None:
-    found = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
-    if found is not None:
-        raise ModelError(
-            f"{str(folder)!r} holds an adapter ({found}), and kdb measures whole models: merge it first (peft's "
-            "merge_and_unload, then save_pretrained into a folder of its own)."
-        )
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

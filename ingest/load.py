@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kdb.errors import ModelError
-from kdb.ingest.files import CONFIG, model_files, only, read_json
+from kdb.ingest.adapters import check_adapter, merged
+from kdb.ingest.files import CONFIG, adapter_files, model_files, only, read_json
 from kdb.ingest.gguf import unpacked
 from kdb.ingest.guard import told
 from kdb.ingest.models import LoadedModel, ModelSource
@@ -73,12 +74,15 @@ def load_model(
     """Load a model's weights; raises ModelError where transformers cannot, or would leave some out.
 
     ``quantize='int8'`` quantizes the weights alone: torchao on the CPU, bitsandbytes on CUDA. ``device='auto'`` spreads
-    the blocks over the GPUs that there are, for a model larger than one of them.
+    the blocks over the GPUs that there are, for a model larger than one of them. An adapter beside the weights is
+    merged into them.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     pick_device(device)
+    adapter = [] if source.is_gguf else adapter_files(source.path)
+    check_adapter(adapter, quantize, device)
     tokenizer, config = load_tokenizer(source), load_config(source)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": _ATTENTION}
     on_cuda = device.startswith("cuda") or device == "auto"
@@ -94,6 +98,8 @@ def load_model(
             folder, config=config, use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
         )
         _refuse_misfit(source, model, info, _tensors(folder))
+        if adapter:
+            model = merged(model, adapter, source.name)
         if quantize and not on_cuda:
             quantize_on_cpu(model, source.name)
         if "device_map" not in options:

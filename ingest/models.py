@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError, UnknownNameError
-from kdb.ingest.files import CONFIG, fingerprint, model_files, sha256_of
+from kdb.ingest.files import CONFIG, adapter_files, fingerprint, model_files, sha256_of
 from kdb.ingest.gguf import gguf_parts, refuse_part
 from kdb.ingest.guard import brief
 
@@ -156,9 +156,14 @@ def _find_local(path: Path, name: str | None, revision: str | None) -> ModelSour
     if path.is_dir():
         parts = [] if (path / CONFIG).is_file() else gguf_parts(path)
         revision = sha256_of(parts) if parts else fingerprint(path)
-        return ModelSource(name or path.resolve().name, None, path.resolve().name, revision, path)
+        held = path.resolve().name + _adapter_of(path)
+        return ModelSource(name or path.resolve().name, None, held, revision, path)
     refuse_part(path)
     return ModelSource(name or path.stem, None, path.name, sha256_of([path]), path)
+
+
+def _adapter_of(folder: Path) -> str:
+    return "".join(f" + {file.name}" for file in adapter_files(folder)[1:])
 
 
 def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
@@ -172,7 +177,7 @@ def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
             "Leave it out."
         )
     checkpoint = _find_local(path / revision, name, None)
-    return replace(checkpoint, source=path.resolve().name, pinned=revision)
+    return replace(checkpoint, source=path.resolve().name + _adapter_of(checkpoint.path), pinned=revision)
 
 
 def training_step(revision: str | None) -> int | None:
@@ -209,7 +214,7 @@ def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | Non
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{hub_id} has no safetensors, the only weights on the hub that kdb reads.")
     model_files(folder)  # what kdb refuses to load is refused at once
-    return ModelSource(name, family, hub_id, folder.name, folder, pinned=revision)
+    return ModelSource(name, family, hub_id + _adapter_of(folder), folder.name, folder, pinned=revision)
 
 
 def _packaged_gguf(package: str) -> Path | None:

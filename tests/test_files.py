@@ -209,15 +209,6 @@ def test_loading_sees_the_files_of_the_fingerprint_alone(folder: Path) -> None:
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter_beside_base_weights_is_refused(folder: Path, name: str) -> None:
-    (folder / name).write_text("{}")
-    assert refusal(find_model, str(folder)) == (
-        f"'{folder}' holds an adapter ({name}), and kdb measures whole models: merge it first (peft's "
-        "merge_and_unload, then save_pretrained into a folder of its own)."
-    )
-
-
 def test_a_folder_whose_weights_have_other_names_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     assert "has neither model.safetensors nor" in refusal(find_model, str(folder))

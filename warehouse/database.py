@@ -64,13 +64,19 @@ Files = Mapping[int, Mapping[str, Sequence[str]]]
 
 
 def view_statements(
-    lake: Path, files: Files | None = None, *, movable: bool = False, with_current: bool = True
+    lake: Path,
+    files: Files | None = None,
+    *,
+    movable: bool = False,
+    with_current: bool = True,
+    needed_by: str | None = None,
 ) -> list[str]:
     """The SQL that creates a view for every table, schema `current`, and the macros of the saved queries.
 
     Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
     globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows. `movable`
-    ones glob in the folders that the variable `kdb_lake` says at the time.
+    ones glob in the folders that the variable `kdb_lake` says at the time. With `needed_by`, macros that this statement
+    does not need are left out.
     """
 
     def rows(name: str, table: Table) -> str:
@@ -80,7 +86,7 @@ def view_statements(
             return _rows(table, f"getvariable('kdb_lake') || '/{name}/*.parquet'")
         return _rows(table, literal(f"{_run_folders(lake)}/{name}/*.parquet"))
 
-    return _statements(lambda table: rows(table.name, table), macros(), with_current=with_current)
+    return _statements(lambda table: rows(table.name, table), macros(needed_by), with_current=with_current)
 
 
 def _statements(rows: Callable[[Table], str], shared: str, *, with_current: bool = True) -> list[str]:
@@ -166,6 +172,7 @@ def connect(
     files: Files | None = None,
     filesystem: Any = None,
     with_current: bool = True,
+    needed_by: str | None = None,
     remembered: current.Remembered | None = None,
 ) -> duckdb.DuckDBPyConnection:
     """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
@@ -173,8 +180,8 @@ def connect(
     `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
     table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do. `files`
     name what is read, where globs over the lake would not do: for runs of an older schema, and where `filesystem`
-    (fsspec's) opens those that are not local. A connection without schema `current` opens sooner. Raises
-    WarehouseError when the lake cannot be read.
+    (fsspec's) opens those that are not local. A connection opens sooner without schema `current`, and with those macros
+    alone that are `needed_by` one statement. Raises WarehouseError when the lake cannot be read.
     """
     connection = duckdb.connect()
     try:
@@ -184,7 +191,7 @@ def connect(
         # They are created over the empty files alone: each would list all folders, 3 s of them for a thousand runs.
         empty = literal(_escape_glob(empty_file(lake, "runs").parents[1]))
         connection.execute(f"SET VARIABLE kdb_lake = {empty}")
-        for statement in view_statements(lake, files, movable=True, with_current=with_current):
+        for statement in view_statements(lake, files, movable=True, with_current=with_current, needed_by=needed_by):
             connection.execute(statement)
         connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
@@ -218,6 +225,7 @@ class Database:
         files: Files | None = None,
         filesystem: Any = None,
         with_current: bool = True,
+        needed_by: str | None = None,
         remembered: current.Remembered | None = None,
         before: Callable[[str], None] = lambda _text: None,
     ) -> None:
@@ -228,6 +236,7 @@ class Database:
             files=files,
             filesystem=filesystem,
             with_current=with_current,
+            needed_by=needed_by,
             remembered=remembered,
         )
         self._known = None if runs is None else current.KnownRuns(self._connection, remembered)

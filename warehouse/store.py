@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from kdb.errors import KdbError, QueryError, UnknownNameError, WarehouseError
+from kdb.queries.catalogue import find_query
 from kdb.warehouse import current, database
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.files import storage_errors
@@ -119,20 +120,24 @@ class Warehouse:
 
         Raises UnknownNameError for a name that is none, QueryError for wrong parameters.
         """
-        return self._ask(lambda opened: opened.query(name, **params), with_current=False)
+        saved = find_query(name)
+        return self._ask(lambda opened: opened.query(name, **params), with_current=False, needed_by=saved.sql)
 
     def sql(self, text: str, params: Sequence[object] | Mapping[str, object] | None = None) -> pl.DataFrame:
         """Answer one SELECT; ``params`` fill ``?`` or ``$name``. Raises QueryError for anything else."""
         return self._ask(lambda opened: opened.sql(text, params), with_current=_names_more(text))
 
-    def _ask(self, question: Callable[[database.Database], pl.DataFrame], *, with_current: bool) -> pl.DataFrame:
-        """The answer of the runs as they are now; asked again where a run was removed or written anew meanwhile."""
+    def _ask(self, question: Callable[[database.Database], pl.DataFrame], **needed: Any) -> pl.DataFrame:
+        """The answer of the runs as they are now; asked again where a run was removed or written anew meanwhile.
+
+        `needed`: see `database.connect`.
+        """
         if self._shared is not None:
             return question(self._shared)
         for _ in range(_TRIES):
             folders = self._listed()
             try:
-                with self._database_of(folders, with_current=with_current) as opened:
+                with self._database_of(folders, **needed) as opened:
                     answer = question(opened)
             except KdbError as error:
                 if self.lake.still(folders) and not database.is_gone(error):
@@ -265,8 +270,7 @@ class Warehouse:
         folders: Sequence[RunFolder],
         limits: database.Limits | None = None,
         root: Path | None = None,
-        *,
-        with_current: bool = True,
+        **needed: Any,
     ) -> database.Database:
         before = functools.partial(self._before, folders)
         return database.Database(
@@ -274,8 +278,8 @@ class Warehouse:
             _ids(folders),
             limits,
             before=before,
-            with_current=with_current,
             remembered=self._remembered(folders),
+            **needed,
             **self._sources(folders),
         )
 
