@@ -84,11 +84,9 @@ def test_the_adapter_is_part_of_what_tells_two_models_apart(folder: Path, tiny_m
 
 def test_without_peft_an_adapter_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda _name: None)
-    assert refusal(folder) == (
-        f"'{folder}' holds an adapter (adapter_config.json) beside its base weights: install peft (`pip install "
-        "peft`), which merges them, or merge it first (peft's merge_and_unload, then save_pretrained into a folder of its "
-        "own)."
-    )
+    found = refusal(folder)
+    assert found.startswith(f"'{folder}' holds an adapter (adapter_config.json) beside its base weights: install peft")
+    assert "merge it first (peft's merge_and_unload" in found
 
 
 def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:

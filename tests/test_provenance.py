@@ -124,6 +124,7 @@ def test_a_chat_template_alone_says_nothing(folder: Path) -> None:
         ("---\nlicense: mit\n---\n", None),
         ("---\nbase_model: [\n---\n", None),
         ("---\nbase_model: 7\n---\n", None),
+        ("---\nbase_model: /home/me/base\n---\n", None),
         ("no front matter", None),
     ],
 )
