@@ -47,7 +47,7 @@ bench: .venv/.test
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
-	$(BIN)/python tests/test_circuit.py > docs/architectures.md
+	$(BIN)/python tests/test_decomposition.py > docs/architectures.md
 
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

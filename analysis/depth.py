@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import polars as pl
 
-from kdb.analysis.look import Chart, Look, depth_axis
+from kdb.analysis.style import Chart, Look, depth_axis
 from kdb.analysis.uncertainty import depth_intervals
 from kdb.errors import QueryError
 

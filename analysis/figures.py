@@ -22,7 +22,7 @@ from kdb.queries.catalogue import Param, Value, bind, find_query
 if TYPE_CHECKING:
     import polars as pl
 
-    from kdb.analysis.look import Chart
+    from kdb.analysis.style import Chart
     from kdb.warehouse.store import Warehouse
 
 
@@ -226,7 +226,7 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
 
     Raises UnknownNameError and QueryError as ``frame``, and NothingFoundError where the warehouse has nothing to draw.
     """
-    from kdb.analysis.look import finished, look_of
+    from kdb.analysis.style import finished, look_of
 
     figure = find_figure(name)
     given = bind(name, figure.params, params)

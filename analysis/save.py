@@ -18,7 +18,7 @@ from kdb.errors import QueryError
 from kdb.text import visible_within
 
 if TYPE_CHECKING:
-    from kdb.analysis.look import Chart
+    from kdb.analysis.style import Chart
 
 _PNG_SCALE = 2.0
 """Pixels per point: sharp on a screen of high density, and in print."""

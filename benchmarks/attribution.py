@@ -4,7 +4,7 @@
     python benchmarks/attribution.py --grow                                # cost by prompt length, width, vocabulary
     python benchmarks/attribution.py --shape llama-7b --device cuda        # random weights in bfloat16
 
-Both run in this process on the same recording, threads and weights. kdb attributes the prompts in batches, as an ingest
+Both run in this process on the same cache, threads and weights. kdb attributes the prompts in batches, as an ingest
 does: it records them, scores all layers and heads and proves the 300 best FFN and the 300 best attention neurons. The
 direct way computes a score for every layer, head and neuron of one prompt at a time: the logits of x + v for 512
 vectors v at once, log_softmax at the target, less that of x. It runs on a sample of layers of one prompt, and its time
@@ -32,13 +32,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdb.ingest.attribution import Attribution, Neurons, prompts_at_once
-from kdb.ingest.circuit import Circuit, take_apart
+from kdb.ingest.attribution.scores import Attribution, Neurons, prompts_at_once
+from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.datasets import load_dataset, prompts
-from kdb.ingest.load import load_model
-from kdb.ingest.models import LoadedModel, ModelSource, find_model
-from kdb.ingest.recording import head_coefficients, head_vectors, record
-from kdb.ingest.targets import target_token
+from kdb.ingest.forward.activation_cache import head_coefficients, head_vectors, run_with_cache
+from kdb.ingest.forward.decomposition import Decomposition, decompose
+from kdb.ingest.models.find import LoadedModel, ModelSource, find_model
+from kdb.ingest.models.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("smollm2-135m", "gemma-3-270m")
@@ -70,18 +70,18 @@ class Ours:
     seconds: dict[str, float]
 
 
-def attribute(circuit: Circuit, batch: Prompts) -> Ours:
+def attribute(decomposition: Decomposition, batch: Prompts) -> Ours:
     seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
     def timed(stage: str) -> Iterator[None]:
-        begun = _now(circuit)
+        begun = _now(decomposition)
         yield
-        seconds[stage] = _now(circuit) - begun
+        seconds[stage] = _now(decomposition) - begun
 
     with timed("record"):
-        recording = record(circuit, [ids for ids, _target in batch])
-    a = Attribution(circuit, recording, torch.tensor([t for _ids, t in batch], device=circuit.loaded.device))
+        cache = run_with_cache(decomposition, [ids for ids, _target in batch])
+    a = Attribution(decomposition, cache, torch.tensor([t for _ids, t in batch], device=decomposition.loaded.device))
     with timed("bounds"):
         a.ffn_bounds, a.attn_bounds  # noqa: B018  (computed when first asked for, and kept)
     with timed("layers"):
@@ -95,29 +95,29 @@ def attribute(circuit: Circuit, batch: Prompts) -> Ours:
     return Ours(a, ffn, attn, seconds)
 
 
-def batches(circuit: Circuit, chosen: Prompts) -> list[Prompts]:
+def batches(decomposition: Decomposition, chosen: Prompts) -> list[Prompts]:
     """Prompts by falling length, as many together as an ingest takes."""
-    order, at_once = sorted(chosen, key=lambda p: -len(p[0])), prompts_at_once(circuit)
+    order, at_once = sorted(chosen, key=lambda p: -len(p[0])), prompts_at_once(decomposition)
     return [order[i : i + at_once] for i in range(0, len(order), at_once)]
 
 
-def forward(circuit: Circuit, token_ids: Sequence[Sequence[int]]) -> float:
+def forward(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> float:
     """Seconds of a plain forward pass up to the logits of each prompt's last token: the median of seven."""
     ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
     for row, tokens in enumerate(token_ids):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    ids, rows = ids.to(circuit.loaded.device), range(len(token_ids))
+    ids, rows = ids.to(decomposition.loaded.device), range(len(token_ids))
     last = [len(tokens) - 1 for tokens in token_ids]
     times = []
     for _ in range(8):
-        begun = _now(circuit)
-        circuit.anatomy.unembed_normed(circuit.anatomy.decoder(ids, use_cache=False)[0][rows, last])
-        times.append(_now(circuit) - begun)
+        begun = _now(decomposition)
+        decomposition.structure.unembed_normed(decomposition.structure.decoder(ids, use_cache=False)[0][rows, last])
+        times.append(_now(decomposition) - begun)
     return statistics.median(times[1:])
 
 
-def _now(circuit: Circuit) -> float:
-    if circuit.loaded.device.type == "cuda":
+def _now(decomposition: Decomposition) -> float:
+    if decomposition.loaded.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -140,9 +140,9 @@ class Direct:
 
 def direct(a: Attribution, row: int, layers: Sequence[int], block: int) -> Direct:
     """Score every layer, head and neuron of some layers at one row of a batch."""
-    circuit, r, out = a.circuit, a.recording, Direct()
+    decomposition, r, out = a.decomposition, a.cache, Direct()
     last, target = int(r.last[row]), int(a.target[row])
-    readout, scale = circuit.readout, r.final_scale[row]
+    readout, scale = decomposition.readout, r.final_scale[row]
 
     def increase(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         def log_p(points: torch.Tensor) -> torch.Tensor:
@@ -150,20 +150,20 @@ def direct(a: Attribution, row: int, layers: Sequence[int], block: int) -> Direc
 
         return torch.cat([log_p(x + some) for some in vectors.split(block)]) - log_p(x[None])
 
-    begun = _now(circuit)
+    begun = _now(decomposition)
     for i in layers:
         x, attn, ffn = (states[i, row, last] for states in (r.resid_pre, r.attn, r.ffn))
-        before_ffn = x if circuit.blocks[i].parallel else x + attn
+        before_ffn = x if decomposition.blocks[i].parallel else x + attn
         out.scores["attn layer", i] = increase(x, attn[None])
         out.scores["ffn layer", i] = increase(before_ffn, ffn[None])
-        out.scores["heads", i] = increase(x, head_vectors(circuit, r, i)[row])
+        out.scores["heads", i] = increase(x, head_vectors(decomposition, r, i)[row])
         m = r.coefficients[i, row, last] * r.ffn_scale[i, row, last]
-        out.scores["ffn", i] = increase(before_ffn, m[:, None] * circuit.ffn_columns(i))
+        out.scores["ffn", i] = increase(before_ffn, m[:, None] * decomposition.ffn_columns(i))
         m = head_coefficients(r, i)[row, :, : last + 1] * r.attn_scale[i, row, last]  # head, position, entry
-        columns = circuit.attn_columns(i).view(m.shape[0], 1, m.shape[2], -1)
+        columns = decomposition.attn_columns(i).view(m.shape[0], 1, m.shape[2], -1)
         score = [increase(x, (m[h, :, :, None] * columns[h]).flatten(0, 1)) for h in range(m.shape[0])]
         out.scores["attn", i] = torch.stack(score).view(m.shape)
-    out.seconds = _now(circuit) - begun
+    out.seconds = _now(decomposition) - begun
     return out
 
 
@@ -190,10 +190,13 @@ def largest_difference(ours: Ours, row: int, found: Direct) -> float:
     return max(off)
 
 
-def n_vectors(circuit: Circuit, n_tokens: int) -> int:
+def n_vectors(decomposition: Decomposition, n_tokens: int) -> int:
     """Vectors that the direct way scores for one prompt: layers, heads, FFN and attention neurons."""
-    widths = [(len(circuit.ffn_columns(i)), len(circuit.attn_columns(i))) for i in range(len(circuit.blocks))]
-    return sum(2 + circuit.n_heads + ffn + attn * n_tokens for ffn, attn in widths)
+    widths = [
+        (len(decomposition.ffn_columns(i)), len(decomposition.attn_columns(i)))
+        for i in range(len(decomposition.blocks))
+    ]
+    return sum(2 + decomposition.n_heads + ffn + attn * n_tokens for ffn, attn in widths)
 
 
 # Models and prompts ----------------------------------------------------------------------------------------------
@@ -228,14 +231,14 @@ def real_prompts(loaded: LoadedModel, n: int, path: Path) -> Prompts:
     return [target_token(loaded.tokenizer, *pair) for pair in pairs[:n]]
 
 
-def load(options: argparse.Namespace, name: str) -> tuple[Circuit, Prompts]:
+def load(options: argparse.Namespace, name: str) -> tuple[Decomposition, Prompts]:
     if options.shape:
         loaded = random_model(options.device, "bfloat16", max_position_embeddings=512, **SHAPES[options.shape])
         chosen = random_prompts(options.prompts, 10, loaded.model.config.vocab_size)
     else:
         loaded = load_model(find_model(name), device=options.device)
         chosen = real_prompts(loaded, options.prompts, options.prompts_file)
-    return take_apart(loaded), chosen
+    return decompose(loaded), chosen
 
 
 # What is printed -------------------------------------------------------------------------------------------------
@@ -256,19 +259,19 @@ class Cost:
         return sum(self.stages.values())
 
 
-def measure(circuit: Circuit, chosen: Prompts) -> tuple[Cost, Ours]:
+def measure(decomposition: Decomposition, chosen: Prompts) -> tuple[Cost, Ours]:
     """What kdb's part costs, and the batch in the middle. Forward passes are timed before and after it."""
-    groups, kept = batches(circuit, chosen), None
-    totals, n_scored = dict.fromkeys(STAGES, 0.0), len(chosen) * len(circuit.blocks) * (2 + circuit.n_heads)
+    groups, kept = batches(decomposition, chosen), None
+    totals, n_scored = dict.fromkeys(STAGES, 0.0), len(chosen) * len(decomposition.blocks) * (2 + decomposition.n_heads)
 
     def passes() -> tuple[float, float]:
-        alone = statistics.mean(forward(circuit, [ids]) for ids, _target in chosen)
-        return alone, sum(forward(circuit, [ids for ids, _target in group]) for group in groups) / len(chosen)
+        alone = statistics.mean(forward(decomposition, [ids]) for ids, _target in chosen)
+        return alone, sum(forward(decomposition, [ids for ids, _target in group]) for group in groups) / len(chosen)
 
-    attribute(circuit, groups[0])  # warm
+    attribute(decomposition, groups[0])  # warm
     before = passes()
     for i, group in enumerate(groups):
-        ours = attribute(circuit, group)
+        ours = attribute(decomposition, group)
         kept = ours if i == len(groups) // 2 else kept
         totals = {stage: seconds + ours.seconds[stage] for stage, seconds in totals.items()}
         n_scored += int(ours.ffn.n_scored.sum() + ours.attn.n_scored.sum())
@@ -280,12 +283,13 @@ def measure(circuit: Circuit, chosen: Prompts) -> tuple[Cost, Ours]:
 
 def report(options: argparse.Namespace, name: str) -> bool:
     """Print kdb's cost for one model, and the direct way's; tells whether both gave the same scores."""
-    circuit, chosen = load(options, name)
-    cost, ours = measure(circuit, chosen)
+    decomposition, chosen = load(options, name)
+    cost, ours = measure(decomposition, chosen)
     lengths = [len(ids) for ids, _target in chosen]
     print(
-        f"\n{name}, {circuit.loaded.dtype} on {circuit.loaded.device}: {len(chosen)} prompts of {min(lengths)} to "
-        f"{max(lengths)} tokens, in batches of {len(batches(circuit, chosen)[0])}"
+        f"\n{name}, {decomposition.loaded.dtype} on {decomposition.loaded.device}: {len(chosen)} prompts of "
+        f"{min(lengths)} to "
+        f"{max(lengths)} tokens, in batches of {len(batches(decomposition, chosen)[0])}"
     )
     print(
         f"  kdb     {cost.seconds:9.3f} s a prompt = {cost.seconds / cost.alone:.1f} plain forward passes of it alone "
@@ -293,37 +297,40 @@ def report(options: argparse.Namespace, name: str) -> bool:
     )
     print("          " + ", ".join(f"{stage} {1000 * s:.1f} ms" for stage, s in cost.stages.items()))
     print(f"          {cost.n_scored:,.0f} exact scores a prompt", flush=True)
-    agreed = report_direct(options, circuit, cost, ours, lengths) if options.direct_layers else True
+    agreed = report_direct(options, decomposition, cost, ours, lengths) if options.direct_layers else True
     del ours
-    print(f"  peak memory {peak_memory(options, name, circuit, chosen)}", flush=True)
+    print(f"  peak memory {peak_memory(options, name, decomposition, chosen)}", flush=True)
     return agreed
 
 
 def report_direct(
-    options: argparse.Namespace, circuit: Circuit, cost: Cost, ours: Ours, lengths: Sequence[int]
+    options: argparse.Namespace, decomposition: Decomposition, cost: Cost, ours: Ours, lengths: Sequence[int]
 ) -> bool:
-    n_layers, row = len(circuit.blocks), ours.attribution.n_prompts // 2  # prompts are sorted: one of middling length
+    n_layers, row = (
+        len(decomposition.blocks),
+        ours.attribution.n_prompts // 2,
+    )  # prompts are sorted: one of middling length
     spread = torch.linspace(0, n_layers - 1, min(options.direct_layers, n_layers) + 2)[1:-1].round().int().tolist()
     layers = spread if options.direct_layers < n_layers else list(range(n_layers))
     found = direct(ours.attribution, row, layers, options.block)
-    every = statistics.mean(n_vectors(circuit, n_tokens) for n_tokens in lengths)
+    every = statistics.mean(n_vectors(decomposition, n_tokens) for n_tokens in lengths)
     seconds = cost.alone + found.seconds * every / found.n_vectors
     off = largest_difference(ours, row, found)
     print(
         f"  direct  {seconds:9.1f} s a prompt, extrapolated from {found.seconds:.1f} s for the {found.n_vectors:,} "
-        f"vectors of layers {', '.join(map(str, layers))} and {int(ours.attribution.recording.last[row]) + 1} tokens "
+        f"vectors of layers {', '.join(map(str, layers))} and {int(ours.attribution.cache.last[row]) + 1} tokens "
         f"to {every:,.0f} vectors"
     )
     print(f"  ratio   {seconds / cost.seconds:9.0f}; largest difference of a score {off:.1g}{' OUT' * (off > SAME)}")
     return off <= SAME
 
 
-def peak_memory(options: argparse.Namespace, name: str, circuit: Circuit, chosen: Prompts) -> str:
+def peak_memory(options: argparse.Namespace, name: str, decomposition: Decomposition, chosen: Prompts) -> str:
     """Peak memory over the weights: on a GPU what PyTorch allocated there, else that of a process of its own."""
-    weights = sum(p.nbytes for p in circuit.loaded.model.parameters())
-    if circuit.loaded.device.type == "cuda":
+    weights = sum(p.nbytes for p in decomposition.loaded.model.parameters())
+    if decomposition.loaded.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        run_all(circuit, chosen)
+        run_all(decomposition, chosen)
         peak = torch.cuda.max_memory_allocated()
     else:
         command = [sys.executable, __file__, "--only-kdb", "--prompts", str(options.prompts)]
@@ -344,9 +351,9 @@ def own_peak() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def run_all(circuit: Circuit, chosen: Prompts) -> None:
-    for group in batches(circuit, chosen):
-        attribute(circuit, group)
+def run_all(decomposition: Decomposition, chosen: Prompts) -> None:
+    for group in batches(decomposition, chosen):
+        attribute(decomposition, group)
 
 
 def grow(n_prompts: int) -> None:
@@ -362,7 +369,7 @@ def grow(n_prompts: int) -> None:
             loaded = random_model(
                 "cpu", "float32", vocab=vocab, hidden_size=width, intermediate_size=3 * width, **sizes_of
             )
-            cost, _ours = measure(take_apart(loaded), random_prompts(n_prompts, tokens, vocab))
+            cost, _ours = measure(decompose(loaded), random_prompts(n_prompts, tokens, vocab))
             print(
                 f"{what:11} {tokens:6} {width:6} {vocab:8,} {1000 * cost.alone:8.1f} {1000 * cost.seconds:9.1f} "
                 f"{cost.seconds / cost.alone:12.1f} {cost.n_scored:7.0f}  "

@@ -14,11 +14,11 @@ import argparse
 import numpy as np
 from numpy.typing import NDArray
 
-from kdb.ingest.capture import Capture, shared_prefix, untouched
 from kdb.ingest.datasets import load_dataset, prompts
-from kdb.ingest.load import load_model
-from kdb.ingest.models import find_model
-from kdb.ingest.tokens import read_texts
+from kdb.ingest.forward.capture import Capture, shared_prefix, untouched
+from kdb.ingest.models.find import find_model
+from kdb.ingest.models.load import load_model
+from kdb.ingest.models.tokens import read_texts
 
 LONG = [sentence * n for sentence in ("Paris is in France. ", "Two and two are four. ") for n in (3, 12, 30)]
 """Prompts beside those of the dataset, so that batches have much to pad."""

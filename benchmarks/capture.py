@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
-from kdb.ingest.anatomy import SITES
-from kdb.ingest.capture import Capture, shared_prefix
 from kdb.ingest.datasets import load_dataset, prompts
-from kdb.ingest.engine import Rows, write_behind
-from kdb.ingest.load import load_model
-from kdb.ingest.models import LoadedModel, find_model
+from kdb.ingest.execution.local import Rows, write_behind
+from kdb.ingest.forward.capture import Capture, shared_prefix
+from kdb.ingest.models.find import LoadedModel, find_model
+from kdb.ingest.models.load import load_model
+from kdb.ingest.models.structure import SITES
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.vectors import activation_groups, prompts_per_part
 
@@ -129,7 +129,7 @@ def compare(label: str, loaded: LoadedModel, token_ids: Sequence[Sequence[int]],
         after = loop(capture, chosen[1::2])
     plain, each = (before + after) / 2, seconds / len(token_ids)
     tokens = sum(len(ids) - shared_prefix(token_ids) for ids in token_ids)
-    weights = sum(p.numel() for block in capture.anatomy.blocks for p in block.parameters())
+    weights = sum(p.numel() for block in capture.structure.blocks for p in block.parameters())
     flops = 2 * weights * tokens / capturing
     print(
         f"{label:26} loop {1000 * plain:6.1f} ms, kdb {1000 * each:6.2f} ms a prompt (writing included): "

@@ -23,12 +23,12 @@ from typing import Any
 from golden_attribution import compare as compare_attribution
 from golden_attribution import compare_sums
 
-from kdb.ingest.circuit import take_apart
+from kdb.ingest.concept.study import ingest
 from kdb.ingest.datasets import load_dataset
+from kdb.ingest.forward.decomposition import decompose
 from kdb.ingest.job import Job, Measuring, Probing
-from kdb.ingest.load import load_model
-from kdb.ingest.models import LoadedModel, find_model
-from kdb.ingest.run import ingest
+from kdb.ingest.models.find import LoadedModel, find_model
+from kdb.ingest.models.load import load_model
 from kdb.warehouse.store import Warehouse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,10 +120,10 @@ def concept(model: str, golden_dir: Path, data: Path) -> bool:
 def knowledge(model: str, golden_dir: Path, n: int | None, n_sums: int) -> bool:
     """Attribute the prompts and print a row per quantity; tells whether all agree."""
     golden = json.loads((golden_dir / f"attribution_{model}.json").read_text())
-    circuit = take_apart(_load(model))
-    comparisons = compare_attribution(circuit, golden, n)
+    decomposition = decompose(_load(model))
+    comparisons = compare_attribution(decomposition, golden, n)
     if n_sums:
-        comparisons += compare_sums(circuit, golden, n_sums)
+        comparisons += compare_sums(decomposition, golden, n_sums)
     heading = f"{'values':>7} {'largest difference':>19} {'in the same place':>18}"
     print(f"\n{model:8} {'quantity':28} {heading}", flush=True)
     for c in comparisons:

@@ -2,7 +2,7 @@
 
 golden.py prints it whole, tests/test_golden.py runs a slice of it:
 
-    comparisons = compare(take_apart(loaded), json.loads(path.read_text()))
+    comparisons = compare(decompose(loaded), json.loads(path.read_text()))
 
 The golden values were computed one prompt at a time, over the whole vocabulary; here prompts are batched as in an
 ingest. Scores must agree within 0.002, places in a list wherever the neighbours' scores differ by more than twice that.
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from kdb.ingest.ablation import Silenced, Trial, run_trials
-from kdb.ingest.attribution import Attribution, Neurons, Queries, prompts_at_once
-from kdb.ingest.circuit import Circuit
-from kdb.ingest.knowledge import KEPT_RANK, silenced_ffn
-from kdb.ingest.ranking import METHODS, best_neurons
-from kdb.ingest.recording import record
-from kdb.ingest.targets import target_token
+from kdb.ingest.attribution.rankings import METHODS, best_neurons
+from kdb.ingest.attribution.scores import Attribution, Neurons, Queries, prompts_at_once
+from kdb.ingest.attribution.study import KEPT_RANK, silenced_ffn
+from kdb.ingest.attribution.targets import target_token
+from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
+from kdb.ingest.forward.activation_cache import run_with_cache
+from kdb.ingest.forward.decomposition import Decomposition
 
 SCORE = 2e-3
 QUERY = 1e-3
@@ -90,21 +90,21 @@ class Comparison:
 
 
 def compare(
-    circuit: Circuit, golden: dict[str, Any], n: int | None = None, n_ranked: int | None = None
+    decomposition: Decomposition, golden: dict[str, Any], n: int | None = None, n_ranked: int | None = None
 ) -> list[Comparison]:
     """Compare every quantity on the first ``n`` prompts, the eight rankings of neurons on the first ``n_ranked``."""
     prompts = golden["prompts"][:n]
     to = _Comparisons()
-    _model(circuit, golden, prompts, to)
+    _model(decomposition, golden, prompts, to)
     with torch.inference_mode():
-        _effects(circuit, golden["prompts"], prompts, to)
-        for chunk, a in _attributed(circuit, prompts):
+        _effects(decomposition, golden["prompts"], prompts, to)
+        for chunk, a in _attributed(decomposition, prompts):
             _scores(a, chunk, to)
             _best_neurons(a, chunk, to)
             for i, prompt in enumerate(chunk):
-                _neuron_tokens(circuit, prompt, to)
-                _top10(a.recording.logits[i], prompt, to)
-        for chunk, a in _attributed(circuit, prompts[:n_ranked]):
+                _neuron_tokens(decomposition, prompt, to)
+                _top10(a.cache.logits[i], prompt, to)
+        for chunk, a in _attributed(decomposition, prompts[:n_ranked]):
             _rankings(a, chunk, to)
     return list(to.values())
 
@@ -115,12 +115,14 @@ class _Comparisons(dict[str, Comparison]):
         return self[quantity]
 
 
-def _attributed(circuit: Circuit, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Attribution]]:
-    at_once = prompts_at_once(circuit)
+def _attributed(
+    decomposition: Decomposition, prompts: Sequence[Prompt]
+) -> Iterator[tuple[Sequence[Prompt], Attribution]]:
+    at_once = prompts_at_once(decomposition)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        target = torch.tensor([p["target_id"] for p in chunk], device=circuit.loaded.device)
-        yield chunk, Attribution(circuit, record(circuit, [p["token_ids"] for p in chunk]), target)
+        target = torch.tensor([p["target_id"] for p in chunk], device=decomposition.loaded.device)
+        yield chunk, Attribution(decomposition, run_with_cache(decomposition, [p["token_ids"] for p in chunk]), target)
 
 
 def _name(prompt: Prompt) -> str:
@@ -130,19 +132,21 @@ def _name(prompt: Prompt) -> str:
 # Model, prompts, what the model says -----------------------------------------------------------------------------
 
 
-def _model(circuit: Circuit, golden: dict[str, Any], prompts: Sequence[Prompt], to: _Comparisons) -> None:
+def _model(decomposition: Decomposition, golden: dict[str, Any], prompts: Sequence[Prompt], to: _Comparisons) -> None:
     """See that weights and tokens are those that the golden values were made with."""
-    revision = circuit.loaded.source.revision
+    revision = decomposition.loaded.source.revision
     if revision != golden["gguf_sha256"]:
         to["weights"].problems.append(f"sha256 {revision[:12]}…, expected {golden['gguf_sha256'][:12]}…")
     for p in prompts:
-        ids, target = target_token(circuit.loaded.tokenizer, p["prompt"], p["answer"])
+        ids, target = target_token(decomposition.loaded.tokenizer, p["prompt"], p["answer"])
         to["tokens, target"].values([*ids, target], [*p["token_ids"], p["target_id"]], _name(p), absolute=0)
 
 
-def _effects(circuit: Circuit, every: Sequence[Prompt], prompts: Sequence[Prompt], to: _Comparisons) -> None:
+def _effects(
+    decomposition: Decomposition, every: Sequence[Prompt], prompts: Sequence[Prompt], to: _Comparisons
+) -> None:
     """Rank, probability and log-probability of the target, as the model is and with neurons zeroed."""
-    n = circuit.ffn_columns(0).shape[0]
+    n = decomposition.ffn_columns(0).shape[0]
     trials, expected, quantities = [], [], []
     for p in prompts:
         rivals = {q["target_id"] for q in every if q["category"] == p["category"]} - {p["target_id"]}
@@ -152,7 +156,7 @@ def _effects(circuit: Circuit, every: Sequence[Prompt], prompts: Sequence[Prompt
             trials.append(Trial(p["token_ids"], p["target_id"], zeroed, how == "all", tuple(rivals)))
             expected.append((_name(p) + f", {letter} {how}" * bool(letter), p, effect))
             quantities.append("ablations" if letter else "target")
-    found = run_trials(circuit, trials)
+    found = run_trials(decomposition, trials)
     for i, ((where, p, effect), quantity) in enumerate(zip(expected, quantities, strict=True)):
         to[f"{quantity}: rank"].values(found.rank[i], effect["rank"], where, absolute=0)
         to[f"{quantity}: prob"].values(found.prob[i], effect["prob"], where, absolute=0, relative=0.01)
@@ -242,13 +246,13 @@ def _rankings(a: Attribution, chunk: Sequence[Prompt], to: _Comparisons) -> None
             )
 
 
-def _neuron_tokens(circuit: Circuit, p: Prompt, to: _Comparisons) -> None:
+def _neuron_tokens(decomposition: Decomposition, p: Prompt, to: _Comparisons) -> None:
     """Tokens at both ends of the best neurons' columns, under the unembedding with the final norm's weight in it.
 
     (The unembedding without it has 67 of 300 tokens of three prompts of SmolLM2 in the same place.)
     """
     for row in p["neuron_tokens"]:
-        logits = circuit.readout.table @ circuit.ffn_columns(row["layer"])[row["neuron"]]
+        logits = decomposition.readout.table @ decomposition.ffn_columns(row["layer"])[row["neuron"]]
         for end, sign in (("top", 1), ("bottom", -1)):
             best = (sign * logits).topk(len(row[end]) + 1)
             where = f"{_name(p)}, f{row['layer']}.{row['neuron']} {end}"
@@ -259,12 +263,12 @@ def _neuron_tokens(circuit: Circuit, p: Prompt, to: _Comparisons) -> None:
 # Every neuron ----------------------------------------------------------------------------------------------------
 
 
-def compare_sums(circuit: Circuit, golden: dict[str, Any], n: int) -> list[Comparison]:
+def compare_sums(decomposition: Decomposition, golden: dict[str, Any], n: int) -> list[Comparison]:
     """Score every neuron of the first ``n`` prompts over the whole vocabulary: minutes for each prompt."""
     to = _Comparisons()
     with torch.inference_mode():
         for p in golden["prompts"][:n]:
-            _chunk, a = next(_attributed(circuit, [p]))
+            _chunk, a = next(_attributed(decomposition, [p]))
             for name, exact, bounds in (("ffn", a.ffn_exact, a.ffn_bounds), ("attn", a.attn_exact, a.attn_bounds)):
                 every = torch.arange(bounds[0].shape[1], device=a.target.device)
                 scores = exact(torch.zeros_like(every), every)

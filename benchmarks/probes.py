@@ -30,7 +30,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
-from kdb.ingest.probes import ProbeScore, Split, control_labels, make_splits, map_layers
+from kdb.ingest.concept.probes import ProbeScore, Split, control_labels, make_splits, map_layers
 
 Load = Callable[[int], NDArray[np.float32]]
 Labels = NDArray[np.int64]

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from kdb.errors import DatasetError, ModelError
 from kdb.ingest.job import Job
-from kdb.ingest.load import count_params, model_row
-from kdb.ingest.provenance import provenance
+from kdb.ingest.models.load import count_params, model_row
+from kdb.ingest.models.provenance import provenance
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import arrow_schema
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kdb.ingest.datasets import Dataset, prompts
-from kdb.ingest.models import ModelSource
+from kdb.ingest.models.find import ModelSource
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.manifest import RunFolder, run_id
 

@@ -23,8 +23,8 @@ import kdb
 from kdb.cli import main
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job, Measuring, Probing
-from kdb.ingest.load import load_model
-from kdb.ingest.models import REGISTRY, LoadedModel, find_model
+from kdb.ingest.models.find import REGISTRY, LoadedModel, find_model
+from kdb.ingest.models.load import load_model
 
 TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
 
@@ -184,8 +184,14 @@ def preload() -> list[str]:
     """What a process imports that ingests, and what the modules of the tests import."""
     return [
         *("pytest", "hypothesis"),
-        *("kdb.cli", "kdb.warehouse.store", "kdb.ingest.run", "kdb.ingest.probes", "kdb.ingest.capture"),
-        *("kdb.cli.keep", "kdb.cli.share", "kdb.warehouse.imports", "kdb.warehouse.upkeep"),
+        *(
+            "kdb.cli",
+            "kdb.warehouse.store",
+            "kdb.ingest.concept.study",
+            "kdb.ingest.concept.probes",
+            "kdb.ingest.forward.capture",
+        ),
+        *("kdb.cli.keep", "kdb.cli.share", "kdb.warehouse.imports", "kdb.warehouse.compaction"),
         *("torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
     ]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import kdb
 from kdb.cli import main
-from kdb.ingest import run
+from kdb.ingest.concept import study as run
 from kdb.warehouse import cloud
 from kdb.warehouse.store import Warehouse
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 from killing import Tally
 
 from kdb.cli import main
-from kdb.warehouse import upkeep
+from kdb.warehouse import compaction as upkeep
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.store import Warehouse

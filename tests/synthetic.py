@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdb.ingest.concept.probes import wilson_interval
 from kdb.ingest.describe import arrow_rows
-from kdb.ingest.probes import wilson_interval
 from kdb.warehouse.files import write_json
 from kdb.warehouse.inspection import file_record
 from kdb.warehouse.lake import NOBODY, Lake, StagedRun
@@ -109,7 +109,7 @@ def _write(lake: Lake, model: Model, dataset: str, study: str, tables: Iterator[
 
 
 def describe(staged: StagedRun, model: Model, study: str) -> None:
-    anatomy = {
+    structure = {
         "family": model.family,
         "source": model.name,
         "architecture": "Invented",
@@ -119,7 +119,7 @@ def describe(staged: StagedRun, model: Model, study: str) -> None:
         "dtype": "float32",
         "revision": "0",
     }
-    staged.write_rows("models", "part", [anatomy])
+    staged.write_rows("models", "part", [structure])
     staged.write_rows("checks", "part", [{"check": "readout", "value": 1e-6, "tolerance": 1e-3, "passed": True}])
     if study == "knowledge":
         staged.write_rows("datasets", "part", [{"study": study, "source": "invented", "n_prompts": 0}])

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdb.errors import ModelError
-from kdb.ingest import adapters
-from kdb.ingest.files import fingerprint
-from kdb.ingest.load import load_model
-from kdb.ingest.models import find_model
+from kdb.ingest.models import adapters
+from kdb.ingest.models.files import fingerprint
+from kdb.ingest.models.find import find_model
+from kdb.ingest.models.load import load_model
 
 peft = pytest.importorskip("peft")
 

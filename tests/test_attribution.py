@@ -1,7 +1,7 @@
 """Attribution against brute force: every score by its definition, in float64, from what was recorded.
 
 The definitions are those of the paper (Yu and Ananiadou, arXiv 2312.12141) as the module docstrings give them. The
-sums below are slow, dense and written down a second time; the matrices they use are proved in test_circuit.py.
+sums below are slow, dense and written down a second time; the matrices they use are proved in test_decomposition.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import BLOCKS, LAYERS, VOCAB, loaded, prompts, tiny_model
 
-from kdb.ingest import certificate, ranking
-from kdb.ingest.ablation import Silenced, Trial, run_trials
-from kdb.ingest.attribution import WIDEST, Attribution, Neurons
-from kdb.ingest.circuit import Circuit, take_apart
-from kdb.ingest.ranking import METHODS, best_neurons
-from kdb.ingest.recording import record
+from kdb.ingest.attribution import bounds as certificate
+from kdb.ingest.attribution import rankings as ranking
+from kdb.ingest.attribution.rankings import METHODS, best_neurons
+from kdb.ingest.attribution.scores import WIDEST, Attribution, Neurons
+from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
+from kdb.ingest.forward.activation_cache import run_with_cache
+from kdb.ingest.forward.decomposition import Decomposition, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,42 +41,44 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 @cache
-def circuit_of(architecture: str, dtype: str = "float32") -> Circuit:
-    return take_apart(loaded(tiny_model(architecture, std=0.2), dtype))
+def decomposition_of(architecture: str, dtype: str = "float32") -> Decomposition:
+    return decompose(loaded(tiny_model(architecture, std=0.2), dtype))
 
 
 @cache
 def attribution_of(architecture: str, dtype: str = "float32") -> Attribution:
-    return attribute(circuit_of(architecture, dtype), list(PROMPTS))
+    return attribute(decomposition_of(architecture, dtype), list(PROMPTS))
 
 
-def attribute(circuit: Circuit, which: list[int]) -> Attribution:
-    return Attribution(circuit, record(circuit, [IDS[i] for i in which]), torch.tensor([TARGETS[i] for i in which]))
+def attribute(decomposition: Decomposition, which: list[int]) -> Attribution:
+    return Attribution(
+        decomposition, run_with_cache(decomposition, [IDS[i] for i in which]), torch.tensor([TARGETS[i] for i in which])
+    )
 
 
 class BruteForce:
     """Scores by definition. Lists are by prompt, and padding is not in them; l layer, h head, t position, n neuron."""
 
     def __init__(self, a: Attribution) -> None:
-        self.r, self.circuit = a.recording, a.circuit
+        self.r, self.decomposition = a.cache, a.decomposition
         self.last = self.r.last.tolist()
-        readout = self.circuit.readout
+        readout = self.decomposition.readout
         self.table, self.constant = readout.table.double(), readout.constant.double()
-        self.ffn_columns = torch.stack([self.circuit.ffn_columns(i) for i in range(LAYERS)]).double()
-        columns = torch.stack([self.circuit.attn_columns(i) for i in range(LAYERS)]).double()
+        self.ffn_columns = torch.stack([self.decomposition.ffn_columns(i) for i in range(LAYERS)]).double()
+        columns = torch.stack([self.decomposition.attn_columns(i) for i in range(LAYERS)]).double()
         self.attn_columns = columns.unflatten(1, (HEADS, -1))  # l, h, entry, d
 
     def before(self, component: str, layer: int, prompt: int) -> torch.Tensor:
         """The residual that attention, or the FFN, of a layer is added to, at the last position."""
         t, x = self.last[prompt], self.r.resid_pre[layer, prompt].double()
-        if component == "ffn" and not self.circuit.blocks[layer].parallel:
+        if component == "ffn" and not self.decomposition.blocks[layer].parallel:
             x = x + self.r.attn[layer, prompt].double()
         return x[t]
 
     def _linear(self, x: torch.Tensor, prompt: int) -> torch.Tensor:
         """What the frozen readout adds to the logits for a part x of the residual."""
         z = x.double() @ self.table.T * self.r.final_scale[prompt].double()
-        softcap = self.circuit.readout.softcap
+        softcap = self.decomposition.readout.softcap
         if softcap is None:
             return z
         real = self._linear_of_all(prompt)
@@ -87,7 +90,7 @@ class BruteForce:
 
     def log_p(self, x: torch.Tensor, prompt: int, *, alone: bool = False) -> torch.Tensor:
         """Log-probability of the target at residuals x (…, d); ``alone``: without the readout's constant."""
-        softcap, constant = self.circuit.readout.softcap, self.constant * (not alone)
+        softcap, constant = self.decomposition.readout.softcap, self.constant * (not alone)
         if softcap is not None:
             real = self._linear_of_all(prompt)
             constant = constant * softcap * (real / softcap).tanh() / real
@@ -159,9 +162,9 @@ def every_attn(a: Attribution) -> torch.Tensor:
 
 def by_prompt(a: Attribution, attn: torch.Tensor) -> list[torch.Tensor]:
     """What stands at attention neurons (b, l · h · t · e), as (l, h, t, e) by prompt and without padding."""
-    t = a.recording.attention.shape[-1]
+    t = a.cache.attention.shape[-1]
     shaped = attn.view(len(attn), LAYERS, HEADS, t, -1)
-    return [x[:, :, : last + 1] for x, last in zip(shaped, a.recording.last.tolist(), strict=True)]
+    return [x[:, :, : last + 1] for x, last in zip(shaped, a.cache.last.tolist(), strict=True)]
 
 
 # Scores ----------------------------------------------------------------------------------------------------------
@@ -207,8 +210,8 @@ def test_heads_and_their_positions_add_up_and_score_what_brute_force_says(archit
         for i in range(LAYERS):
             positions = brute.attn_vectors(i, b).sum(2)  # h, t, d
             heads = positions.sum(1)
-            whole = heads.sum(0) + a.recording.attn_bias[i, b]
-            recorded = a.recording.attn[i, b, t]
+            whole = heads.sum(0) + a.cache.attn_bias[i, b]
+            recorded = a.cache.attn[i, b, t]
             rounding = 1e-5 if dtype == "float32" else 2e-2
             assert (whole - recorded).norm() < rounding * heads.norm(dim=1).sum()
             assert torch.allclose(a.head_scores[b, i], brute.score("attn", i, b, heads), rtol=0, atol=1e-4)
@@ -216,7 +219,7 @@ def test_heads_and_their_positions_add_up_and_score_what_brute_force_says(archit
             for h in range(HEADS):
                 place = b, found[b, i, h]
                 assert torch.allclose(score[place][: t + 1], expected[h], rtol=0, atol=1e-4)
-                assert torch.equal(attention[place][: t + 1], a.recording.attention[i, b, h, : t + 1])
+                assert torch.equal(attention[place][: t + 1], a.cache.attention[i, b, h, : t + 1])
                 assert not score[place][t + 1 :].any() and not attention[place][t + 1 :].any()
 
 
@@ -232,7 +235,7 @@ def test_the_best_heads_are_those_whose_positions_are_scored(architecture: str) 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(list(PROMPTS)), min_size=1, max_size=4))
 def test_batches_order_and_padding_change_no_score(architecture: str, which: list[int]) -> None:
-    whole, part = attribution_of(architecture), attribute(circuit_of(architecture), which)
+    whole, part = attribution_of(architecture), attribute(decomposition_of(architecture), which)
     close = {"rtol": 0, "atol": 1e-4}
     for component in ("attn", "ffn"):
         assert torch.allclose(part.layer_scores[component], whole.layer_scores[component][which], **close)
@@ -323,7 +326,7 @@ def chosen(values: Neurons, prompt: int) -> Iterator[dict[str, Any]]:
 
 def slow_queries(a: Attribution, brute: BruteForce, values: Neurons) -> list[dict[str, torch.Tensor]]:
     """Σ of score × (source · key) ÷ (what the key reads · key) over the value neurons, for every source."""
-    r, found = a.recording, []
+    r, found = a.cache, []
     for b in PROMPTS:
         out = {
             "embed": torch.zeros((), dtype=torch.float64),
@@ -335,13 +338,13 @@ def slow_queries(a: Attribution, brute: BruteForce, values: Neurons) -> list[dic
             layer, t = v["layer"], v.get("position", brute.last[b])
             if "head" in v:
                 row = v["head"] * brute.attn_columns.shape[2] + v["neuron"]
-                key, read = a.circuit.value_keys(layer)[row].double(), r.resid_pre[layer, b, t].double()
+                key, read = a.decomposition.value_keys(layer)[row].double(), r.resid_pre[layer, b, t].double()
             else:
-                key, read = a.circuit.ffn_keys(layer)[v["neuron"]].double(), brute.before("ffn", layer, b)
+                key, read = a.decomposition.ffn_keys(layer)[v["neuron"]].double(), brute.before("ffn", layer, b)
             share = v["score"] / (key @ read)
             out["embed"] += share * (key @ r.resid_pre[0, b, t].double())
             # An FFN behind its block's attention reads that too.
-            n_attn = layer + ("head" not in v and not a.circuit.blocks[layer].parallel)
+            n_attn = layer + ("head" not in v and not a.decomposition.blocks[layer].parallel)
             for i in range(n_attn):
                 out["attn"][i] += share * (key @ r.attn[i, b, t].double())
             for i in range(layer):
@@ -401,7 +404,7 @@ def test_nothing_comes_before_the_first_layer() -> None:
 def slow_rankings(a: Attribution, brute: BruteForce, prompt: int) -> dict[str, torch.Tensor]:
     """What each method sorts FFN neurons by, (l · n)."""
     m = a.ffn_coefficients[prompt].flatten().abs().double()
-    scale = a.recording.ffn_scale[:, prompt, brute.last[prompt]].double()
+    scale = a.cache.ffn_scale[:, prompt, brute.last[prompt]].double()
     columns = (brute.ffn_columns * scale[:, None, None]).flatten(0, 1)  # v without its coefficient
     joined = torch.cat([brute.ffn_vectors(i, prompt) for i in range(LAYERS)])
     n = brute.ffn_columns.shape[1]
@@ -464,7 +467,7 @@ PLACES = {0: [3, 7, 11], 2: [0, 31]}
 
 
 def projection(architecture: str, part: str, layer: int) -> Any:
-    block = circuit_of(architecture).loaded.model.get_submodule(BLOCKS.get(architecture, "model.layers"))[layer]
+    block = decomposition_of(architecture).loaded.model.get_submodule(BLOCKS.get(architecture, "model.layers"))[layer]
     names, usual = (DOWN, "mlp.down_proj") if part == "ffn" else (OUT, "self_attn.o_proj")
     return block.get_submodule(names.get(architecture, usual))
 
@@ -505,7 +508,7 @@ def plain_effects(architecture: str) -> list[tuple[int, float]]:
     found = []
     with torch.no_grad():
         for ids, target in zip(IDS, TARGETS, strict=True):
-            logits = circuit_of(architecture).loaded.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits = decomposition_of(architecture).loaded.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             log_p = logits.double().log_softmax(0)
             found.append((1 + int((logits > logits[target]).sum()), float(log_p[target])))
     return found
@@ -523,14 +526,14 @@ def assert_effects(found: Any, expected: list[tuple[int, float]]) -> None:
 
 @ablated
 def test_with_nothing_silenced_the_model_is_untouched(architecture: str) -> None:
-    found = run_trials(circuit_of(architecture), trials(Silenced(), everywhere=True))
+    found = run_trials(decomposition_of(architecture), trials(Silenced(), everywhere=True))
     assert_effects(found, plain_effects(architecture))
 
 
 @ablated
 @pytest.mark.parametrize("part", ["ffn", "attn"])
 def test_silenced_everywhere_is_a_model_without_the_columns(architecture: str, part: str) -> None:
-    size = circuit_of(architecture).attn_columns(0).shape[0] // HEADS
+    size = decomposition_of(architecture).attn_columns(0).shape[0] // HEADS
     places = PLACES if part == "ffn" else {1: list(range(size, 2 * size)), 2: list(range(size))}  # whole heads
     silenced = Silenced(**{part: places})
     before = plain_effects(architecture)
@@ -538,7 +541,7 @@ def test_silenced_everywhere_is_a_model_without_the_columns(architecture: str, p
         expected = plain_effects(architecture)
     assert plain_effects(architecture) == before
     assert max(abs(x[1] - y[1]) for x, y in zip(before, expected, strict=True)) > 1e-3  # something was silenced
-    assert_effects(run_trials(circuit_of(architecture), trials(silenced, everywhere=True)), expected)
+    assert_effects(run_trials(decomposition_of(architecture), trials(silenced, everywhere=True)), expected)
 
 
 @ablated
@@ -547,9 +550,9 @@ def test_silenced_at_the_last_position_leaves_the_others_alone(architecture: str
     places = PLACES if part == "ffn" else {0: [0, 1, 2], 1: [5]}
     with zeroed_inputs(architecture, part, places):
         expected = plain_effects(architecture)
-    found = run_trials(circuit_of(architecture), trials(Silenced(**{part: places}), everywhere=False))
+    found = run_trials(decomposition_of(architecture), trials(Silenced(**{part: places}), everywhere=False))
     assert_effects(found, expected)
-    everywhere = run_trials(circuit_of(architecture), trials(Silenced(**{part: places}), everywhere=True))
+    everywhere = run_trials(decomposition_of(architecture), trials(Silenced(**{part: places}), everywhere=True))
     alone = [len(ids) == 1 for ids in IDS]  # where the last position is all there is
     assert (np.isclose(found.logp, everywhere.logp, atol=1e-5) == alone).all()
 
@@ -571,17 +574,17 @@ drawn_trials = st.lists(
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(drawn_trials, st.integers(1, 60))
 def test_trials_in_one_batch_are_trials_one_at_a_time(architecture: str, asked: list[Trial], budget: int) -> None:
-    circuit, told = circuit_of(architecture), []
-    together = run_trials(circuit, asked, batch_tokens=budget, on_batch=told.append)
+    decomposition, told = decomposition_of(architecture), []
+    together = run_trials(decomposition, asked, batch_tokens=budget, on_batch=told.append)
     assert sum(told) == len(asked)
     for i, trial in enumerate(asked):
-        alone = run_trials(circuit, [trial])
+        alone = run_trials(decomposition, [trial])
         assert together.logp[i] == pytest.approx(alone.logp[0], abs=1e-4)
         assert together.rank[i] == alone.rank[0]
 
 
 def test_trials_leave_nothing_attached_to_the_model() -> None:
-    circuit = circuit_of("llama")
+    decomposition = decomposition_of("llama")
     with pytest.raises(IndexError):
-        run_trials(circuit, [Trial([VOCAB], 0, Silenced(ffn={0: [1]}), everywhere=True)])
-    assert not any(m._forward_pre_hooks for m in circuit.loaded.model.modules())
+        run_trials(decomposition, [Trial([VOCAB], 0, Silenced(ffn={0: [1]}), everywhere=True)])
+    assert not any(m._forward_pre_hooks for m in decomposition.loaded.model.modules())

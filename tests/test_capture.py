@@ -20,9 +20,9 @@ from tiny_models import ARCHITECTURES, BLOCKS, VOCAB, WINDOW, loaded, prompts, t
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from kdb.errors import ModelError
-from kdb.ingest.anatomy import describe
-from kdb.ingest.capture import Capture, batches, check_capture, shared_prefix
-from kdb.ingest.models import LoadedModel
+from kdb.ingest.forward.capture import Capture, batches, check_capture, shared_prefix
+from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.models.structure import find_structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -157,7 +157,7 @@ def test_an_encoder_decoder_is_refused() -> None:
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": VOCAB}
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
     with pytest.raises(ModelError) as refused:
-        describe(BartForConditionalGeneration(BartConfig(**sizes, **layers)))
+        find_structure(BartForConditionalGeneration(BartConfig(**sizes, **layers)))
     assert str(refused.value) == (
         "BartForConditionalGeneration is an encoder-decoder: kdb measures causal language models."
     )
@@ -167,32 +167,32 @@ def test_an_encoder_decoder_is_refused() -> None:
 def test_a_model_whose_blocks_have_no_known_ffn_is_refused(architecture: str) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(architecture))
     with pytest.raises(ModelError, match=r"^\w+: block 0 has no FFN called any of mlp, .*, fc1\.$"):
-        describe(model)
+        find_structure(model)
 
 
 def test_a_model_whose_blocks_are_not_found_is_refused() -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match=r"^LlamaForCausalLM: found no list of 7 blocks; kdb cannot read it\.$"):
-        describe(model)
+        find_structure(model)
 
 
 def test_a_model_without_final_norm_is_refused() -> None:
     model = tiny_model("opt", do_layer_norm_before=False)  # as OPT-350m
     with pytest.raises(ModelError, match=r"^OPTForCausalLM: found no norm after the last block"):
-        describe(model)
+        find_structure(model)
 
 
 def test_a_model_without_unembedding_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head = None
     with pytest.raises(ModelError, match=r"^LlamaForCausalLM has no unembedding"):
-        describe(model)
+        find_structure(model)
 
 
 def test_a_readout_that_does_not_give_the_logits_is_refused_with_its_error() -> None:
     capture = Capture(loaded(tiny_model("llama")))
-    capture.anatomy = replace(capture.anatomy, logit_scale=1.5)
+    capture.structure = replace(capture.structure, logit_scale=1.5)
     with pytest.raises(ModelError, match=r"^tiny cannot be measured: readout is off by 0\.5, and float32 explains"):
         check_capture(capture, prompts([3, 9]))
 

@@ -21,7 +21,7 @@ import pytest
 from click.testing import Result
 
 from kdb.cli import main
-from kdb.ingest import run
+from kdb.ingest.concept import study as run
 from kdb.ingest.job import Job
 from kdb.warehouse.lake import Lake
 

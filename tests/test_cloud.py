@@ -21,8 +21,8 @@ from served import served
 
 import kdb
 from kdb.errors import WarehouseError
-from kdb.warehouse import upkeep
-from kdb.warehouse.blocks import BLOCK, BlockFile
+from kdb.warehouse import compaction as upkeep
+from kdb.warehouse.block_cache import BLOCK, BlockFile
 from kdb.warehouse.cloud import CloudLake
 from kdb.warehouse.store import Warehouse
 
@@ -116,7 +116,7 @@ def test_only_files_that_a_question_needs_are_read(filled: ObjectStore) -> None:
 
 
 def test_vectors_are_read_by_blocks_and_kept(filled: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdb.warehouse.blocks.BLOCK", 4096)
+    monkeypatch.setattr("kdb.warehouse.block_cache.BLOCK", 4096)
     question = "SELECT sum(list_sum(vector)) FROM activations WHERE layer = 1 AND site = 'ffn_norm'"
     expected = kdb.open(URL).sql(question)
     with filled.counted() as again:
@@ -233,7 +233,7 @@ def test_runs_are_compacted_and_lose_their_vectors(
     run_kdb: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdb.ingest.run.prompts_per_part", lambda *_: 10)
+    monkeypatch.setattr("kdb.ingest.concept.study.prompts_per_part", lambda *_: 10)
     assert run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL).exit_code == 0
     reader, before = kdb.open(URL), kdb.open(URL).sql(SUMS)
     assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 runs.\n"
@@ -255,7 +255,7 @@ def test_a_server_goes_on_where_a_run_is_compacted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdb.ingest.run.prompts_per_part", lambda *_: 10)
+    monkeypatch.setattr("kdb.ingest.concept.study.prompts_per_part", lambda *_: 10)
     assert run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL).exit_code == 0
     environment = {**store.environment, "XDG_CACHE_HOME": str(tmp_path)}
     with served("--warehouse", URL, "--workers", "1", **environment) as running, running.client() as client:

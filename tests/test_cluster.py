@@ -17,8 +17,10 @@ import pytest
 from click.testing import Result
 
 import kdb
-from kdb.ingest import cluster, knowledge, run
-from kdb.ingest.cluster import Needs
+from kdb.ingest.attribution import study as knowledge
+from kdb.ingest.concept import study as run
+from kdb.ingest.execution import ray as cluster
+from kdb.ingest.execution.ray import Needs
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import TABLES
 from kdb.warehouse.store import Warehouse

@@ -21,8 +21,8 @@ from test_knowledge_queries import ALPHA, add_knowledge
 
 import kdb
 from kdb.errors import KdbError, QueryError, UnknownNameError
-from kdb.ingest.anatomy import SITES
-from kdb.ingest.probes import CLASSIFIERS
+from kdb.ingest.concept.probes import CLASSIFIERS
+from kdb.ingest.models.structure import SITES
 from kdb.queries.catalogue import find_query, load_catalogue, macros
 from kdb.queries.domains import DOMAINS, Names
 from kdb.warehouse.database import Database, write_shell_file
@@ -447,7 +447,7 @@ def test_a_category_named_all_is_refused(tmp_path: Path) -> None:
 
 def test_what_measuring_stores_as_default_is_what_current_shows(full: Warehouse) -> None:
     del full
-    from kdb.ingest.run import _is_default
+    from kdb.ingest.concept.study import _is_default
 
     class Score:
         classifier, split = DEFAULT_PROBE["classifier"], DEFAULT_PROBE["split"]

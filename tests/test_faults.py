@@ -128,7 +128,7 @@ def test_a_reader_that_goes_away_is_no_error(measured: Path, start_kdb: Callable
 def test_a_job_that_fails_unexpectedly_names_a_log_and_the_next_is_measured(
     tiny_model: Path, tmp_path: Path, run_kdb: RunKdb, logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdb.ingest import batch
+    from kdb.ingest import plan_file as batch
 
     def fail(_: object, job: Any, __: object, original: Any = batch.ingest_on) -> Any:
         if job.dataset.name == "first":

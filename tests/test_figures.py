@@ -18,10 +18,10 @@ from test_uncertainty import curve_rows, prediction_rows, warehouse_of
 
 from kdb.analysis import figures
 from kdb.analysis.figures import FIGURES
-from kdb.analysis.look import Look, look_of
 from kdb.analysis.save import save
+from kdb.analysis.style import Look, look_of
 from kdb.errors import QueryError, UnknownNameError
-from kdb.ingest.probes import wilson_interval
+from kdb.ingest.concept.probes import wilson_interval
 from kdb.queries.catalogue import find_query
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import kdb
 from kdb.errors import ModelError
-from kdb.ingest.files import HARMLESS_FIELDS, fingerprint, model_files
-from kdb.ingest.load import load_config, load_model, load_tokenizer
-from kdb.ingest.models import find_model
+from kdb.ingest.models.files import HARMLESS_FIELDS, fingerprint, model_files
+from kdb.ingest.models.find import find_model
+from kdb.ingest.models.load import load_config, load_model, load_tokenizer
 
 RunKdb = Callable[..., Result]
 INDEX = "model.safetensors.index.json"

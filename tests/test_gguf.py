@@ -16,10 +16,10 @@ from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdb.errors import ModelError
-from kdb.ingest import gguf as reading
-from kdb.ingest.load import load_config, load_model
-from kdb.ingest.models import find_model
-from kdb.ingest.provenance import provenance
+from kdb.ingest.models import gguf as reading
+from kdb.ingest.models.find import find_model
+from kdb.ingest.models.load import load_config, load_model
+from kdb.ingest.models.provenance import provenance
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, CONTEXT = 64, 2, 4, 2, 96, 256
 TOKENS = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ri", "st"]

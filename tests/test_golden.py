@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdb.ingest.circuit import take_apart
+from kdb.ingest.forward.decomposition import decompose
 from kdb.warehouse.store import Warehouse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -35,8 +35,10 @@ def test_every_layer_agrees_with_the_golden_values(
 def test_attribution_agrees_with_the_golden_values(
     model: str, n: int, shared: Path, request: pytest.FixtureRequest
 ) -> None:
-    circuit = take_apart(request.getfixturevalue(FIXTURES[model]))
+    decomposition = decompose(request.getfixturevalue(FIXTURES[model]))
     expected = json.loads((shared / f"golden/attribution_{model}.json").read_text())
-    found = golden_attribution.compare(circuit, expected, n, n_ranked=1)  # rankings by rank are the expensive part
+    found = golden_attribution.compare(
+        decomposition, expected, n, n_ranked=1
+    )  # rankings by rank are the expensive part
     assert [c for c in found if c.problems] == []
     assert sum(c.n_values for c in found) > 500 * n

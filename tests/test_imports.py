@@ -28,7 +28,7 @@ FOLDERS = ("analysis", "ingest", "queries", "warehouse")
 
 
 def package_of(module: str) -> str:
-    """The package of a module of kdb: ``kdb.ingest.run`` is in ingest, ``kdb.cli.ask`` is a front door."""
+    """The package of a module of kdb: ``kdb.ingest.concept.study`` is in ingest, ``kdb.cli.ask`` is a front door."""
     second = module.split(".")[1:2]
     if second and second[0] in BOTTOM:
         return "errors"

@@ -36,7 +36,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "neuron-tokens": {"neuron": "f0_3"},
 }
 KNOWLEDGE = [name for name, query in load_catalogue().items() if query.group == "knowledge"]
-KNOWLEDGE.remove("scores-by-step")  # of checkpoints, which test_batch.py has
+KNOWLEDGE.remove("scores-by-step")  # of checkpoints, which test_plan_file.py has
 
 
 def prompt(prompt_id: int, category: str, kept: bool = True, target_rank: int = 1) -> dict[str, Any]:

@@ -26,12 +26,15 @@ from test_run import interrupt_after, no_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.errors import ModelError
-from kdb.ingest import attribution, knowledge, recording, run
-from kdb.ingest.capture import CHECK_PROMPTS
+from kdb.ingest.attribution import scores as attribution
+from kdb.ingest.attribution import study as knowledge
+from kdb.ingest.concept import study as run
 from kdb.ingest.datasets import load_dataset
+from kdb.ingest.forward import activation_cache as cache
+from kdb.ingest.forward.capture import CHECK_PROMPTS
 from kdb.ingest.job import Attributing, Job, Measuring, Probing
-from kdb.ingest.load import load_model
-from kdb.ingest.models import LoadedModel, find_model
+from kdb.ingest.models.find import LoadedModel, find_model
+from kdb.ingest.models.load import load_model
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -474,13 +477,13 @@ def test_ablate_k_is_how_many_neurons_are_zeroed(measure: Callable[..., Warehous
 def test_a_recorded_chunk_that_gives_other_logits_than_the_prompt_alone_is_refused(
     opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = recording.record
+    real = cache.record
 
-    def wrong_in_the_runs_batches(circuit: Any, token_ids: Any) -> Any:
-        made = real(circuit, token_ids)
+    def wrong_in_the_runs_batches(decomposition: Any, token_ids: Any) -> Any:
+        made = real(decomposition, token_ids)
         return replace(made, logits=made.logits.roll(1, -1)) if len(token_ids) > CHECK_PROMPTS else made
 
-    monkeypatch.setattr(recording, "record", wrong_in_the_runs_batches)
+    monkeypatch.setattr(cache, "record", wrong_in_the_runs_batches)
     with pytest.raises(ModelError, match=r"^tiny cannot be measured: logits is off by "):
         run.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert opened.lake.run_folders() == []
@@ -527,13 +530,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each recorded pass of the model was given."""
     calls: list[int] = []
-    real = recording.record
+    real = cache.record
 
-    def counted(circuit: Any, token_ids: Any) -> Any:
+    def counted(decomposition: Any, token_ids: Any) -> Any:
         calls.append(len(token_ids))
-        return real(circuit, token_ids)
+        return real(decomposition, token_ids)
 
-    monkeypatch.setattr(recording, "record", counted)
+    monkeypatch.setattr(cache, "record", counted)
     return calls
 
 
@@ -571,7 +574,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "record", interrupt_after(3, recording.record))
+        patch.setattr(cache, "record", interrupt_after(3, cache.record))
         with pytest.raises(KeyboardInterrupt):
             run.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert recorded == [8, 3]  # the checks, and one chunk

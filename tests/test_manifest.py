@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import kdb
 from kdb.errors import WarehouseError
+from kdb.warehouse.compaction import compact, keep_vectors
 from kdb.warehouse.files import write_json
 from kdb.warehouse.imports import Origin, take_in
 from kdb.warehouse.inspection import file_record
@@ -26,7 +27,6 @@ from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import FORMULA, MANIFEST, FileRecord, Manifest, RunFolder, parse_manifest, run_id
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION
 from kdb.warehouse.store import Warehouse
-from kdb.warehouse.upkeep import compact, keep_vectors
 from kdb.warehouse.vectors import activation_groups
 
 RunKdb = Callable[..., Result]

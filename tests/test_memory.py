@@ -10,10 +10,10 @@ import torch
 from transformers import GemmaConfig, LlamaConfig
 
 from kdb.errors import ModelError
-from kdb.ingest.capture import Capture
-from kdb.ingest.load import pick_device
-from kdb.ingest.memory import CPU_TOKENS, GPU_TOKENS, fitting_tokens, token_bytes, tokens_at_once
-from kdb.ingest.models import LoadedModel
+from kdb.ingest.forward.capture import Capture
+from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, fitting_tokens, token_bytes, tokens_at_once
+from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.models.load import pick_device
 
 LLAMA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 

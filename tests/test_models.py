@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from kdb.errors import ModelError, UnknownNameError
-from kdb.ingest.capture import Capture, check_capture
-from kdb.ingest.files import fingerprint
-from kdb.ingest.load import count_params, load_config, load_model, load_tokenizer, model_row, pick_device
-from kdb.ingest.models import REGISTRY, ModelSource, find_model
+from kdb.ingest.forward.capture import Capture, check_capture
+from kdb.ingest.models.files import fingerprint
+from kdb.ingest.models.find import REGISTRY, ModelSource, find_model
+from kdb.ingest.models.load import count_params, load_config, load_model, load_tokenizer, model_row, pick_device
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed: pip install 'kdb-lm[int8]'"
@@ -606,7 +606,7 @@ def test_int8_refuses_experts_which_it_would_pass_over(folder: Path) -> None:
 def test_int8_without_its_package_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, where: str, package: str
 ) -> None:
-    monkeypatch.setattr("kdb.ingest.load.pick_device", lambda device: device)
+    monkeypatch.setattr("kdb.ingest.models.load.pick_device", lambda device: device)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     message = f"--quantize int8 needs {package} on {where}: `pip install 'kdb-lm[int8]'`."
@@ -616,7 +616,7 @@ def test_int8_without_its_package_says_what_to_install(
 @needs_torchao
 def test_loading_prints_nothing(folder: Path) -> None:
     """torchao warns of what it does not need when transformers imports it; so this takes a fresh process."""
-    code = "from kdb.ingest.load import load_model; from kdb.ingest.models import find_model; "
+    code = "from kdb.ingest.models.load import load_model; from kdb.ingest.models.find import find_model; "
     code += f"load_model(find_model({str(folder)!r}), quantize='int8')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from kdb.errors import DatasetError, ModelError, UnknownNameError
-from kdb.ingest.probes import (
+from kdb.ingest.concept.probes import (
     CLASSIFIERS,
     TOLERANCE,
     Design,

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kdb.errors import WarehouseError
-from kdb.ingest import derived
-from kdb.ingest.derived import project, refit
+from kdb.ingest.concept import derived
+from kdb.ingest.concept.derived import project, refit
+from kdb.ingest.concept.projections import projector
+from kdb.ingest.concept.study import Outcome
 from kdb.ingest.job import Probing
-from kdb.ingest.projections import projector
-from kdb.ingest.run import Outcome
 from kdb.warehouse.store import Warehouse
 
 

@@ -14,8 +14,8 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 import kdb
-from kdb.ingest.models import REGISTRY, find_model
-from kdb.ingest.provenance import provenance
+from kdb.ingest.models.find import REGISTRY, find_model
+from kdb.ingest.models.provenance import provenance
 
 RunKdb = Callable[..., Result]
 

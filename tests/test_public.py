@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 import kdb
-from kdb.warehouse.card import configs
+from kdb.warehouse.dataset_card import configs
 from kdb.warehouse.files import write_json
 from kdb.warehouse.inspection import file_record
 from kdb.warehouse.lake import Lake

@@ -58,7 +58,7 @@ BEYOND_PROBES = {"hidden-states", "probe-outcomes", "probe-predictions", "zero-s
 """Queries of tables that the warehouse of this module lacks."""
 
 OF_CHECKPOINTS = {"depth-by-step"}
-"""Queries that test_batch.py asks."""
+"""Queries that test_plan_file.py asks."""
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ import polars as pl
 import pytest
 
 from kdb.errors import DatasetError, ModelError, WarehouseError
-from kdb.ingest import probes, run
-from kdb.ingest.capture import CHECK_PROMPTS, Capture, untouched
+from kdb.ingest.concept import probes
+from kdb.ingest.concept import study as run
+from kdb.ingest.concept.derived import refit
+from kdb.ingest.concept.study import Outcome, ingest
+from kdb.ingest.cost import plan
 from kdb.ingest.datasets import Dataset, Example
-from kdb.ingest.derived import refit
+from kdb.ingest.forward.capture import CHECK_PROMPTS, Capture, untouched
 from kdb.ingest.job import Job, Measuring, Probing
-from kdb.ingest.models import LoadedModel, ModelSource
-from kdb.ingest.plan import plan
-from kdb.ingest.run import Outcome, ingest
+from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.store import Warehouse
 

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from kdb.ingest.capture import CHECK_PROMPTS, chosen_prompts
-from kdb.ingest.load import load_model
-from kdb.ingest.models import LoadedModel, find_model
-from kdb.ingest.tokens import bare, count_spelled, read_texts
+from kdb.ingest.forward.capture import CHECK_PROMPTS, chosen_prompts
+from kdb.ingest.models.find import LoadedModel, find_model
+from kdb.ingest.models.load import load_model
+from kdb.ingest.models.tokens import bare, count_spelled, read_texts
 from kdb.warehouse.store import Warehouse
 
 pytestmark = pytest.mark.usefixtures("one_thread")

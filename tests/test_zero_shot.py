@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kdb.ingest import zero_shot
-from kdb.ingest.capture import Capture
+from kdb.ingest.concept import zero_shot
+from kdb.ingest.concept.study import ingest
+from kdb.ingest.concept.zero_shot import Question, answer, pose, zero_shot_rows
 from kdb.ingest.datasets import Dataset, Example
+from kdb.ingest.forward.capture import Capture
 from kdb.ingest.job import Job
-from kdb.ingest.models import LoadedModel
-from kdb.ingest.run import ingest
-from kdb.ingest.zero_shot import Question, answer, pose, zero_shot_rows
+from kdb.ingest.models.find import LoadedModel
 from kdb.warehouse.store import Warehouse
 
 pytestmark = pytest.mark.usefixtures("one_thread")

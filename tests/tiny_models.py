@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdb.ingest.models import LoadedModel, ModelSource
+from kdb.ingest.models.find import LoadedModel, ModelSource
 
 VOCAB, LAYERS, HIDDEN, WINDOW = 64, 3, 32, 5
 

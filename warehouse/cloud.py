@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from platformdirs import user_cache_path
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse.blocks import BlockFile
+from kdb.warehouse.block_cache import BlockFile
 from kdb.warehouse.bucket import Bucket, Found
 from kdb.warehouse.files import appears_whole, storage_errors, write_json
 from kdb.warehouse.lake import Damage, Lake, StagedRun, check_version, empty_file, partitions

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from kdb.errors import KdbError
-from kdb.warehouse.card import write_card
 from kdb.warehouse.database import write_public_file
+from kdb.warehouse.dataset_card import write_card
 from kdb.warehouse.imports import Origin, take_in
 from kdb.warehouse.lake import Lake, check_version
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
+from kdb.warehouse.compaction import rewriting
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, column_names
-from kdb.warehouse.upkeep import rewriting
 
 
 def older(lake: Lake) -> list[RunFolder]:

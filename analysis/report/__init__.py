@@ -21,15 +21,15 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader
 
 from kdb.analysis import figures
-from kdb.analysis.look import look_of
 from kdb.analysis.report.contents import CHAPTERS, Drawn, Remark, Tabled
 from kdb.analysis.save import to_png, to_svg
+from kdb.analysis.style import look_of
 from kdb.errors import KdbError, QueryError
 from kdb.text import markdown, markdown_code, markdown_table, visible
 from kdb.warehouse.values import check_known
 
 if TYPE_CHECKING:
-    from kdb.analysis.look import Chart
+    from kdb.analysis.style import Chart
     from kdb.warehouse.store import Warehouse
 
 

@@ -113,7 +113,7 @@ def keep_vectors(
     kdb runs keep-vectors none --older-than 90d
     kdb runs keep-vectors sampled --model smollm2-135m
     """
-    from kdb.warehouse import upkeep
+    from kdb.warehouse import compaction as upkeep
 
     opened = kdb.open(warehouse or parent_warehouse)
     wanted = _having_vectors(opened, chosen, models, older_than)
@@ -157,7 +157,7 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     \b
     kdb compact
     """
-    from kdb.warehouse import upkeep
+    from kdb.warehouse import compaction as upkeep
 
     lake = kdb.open(warehouse).lake
     found = chosen or [folder.run for folder in lake.run_folders()]

@@ -25,7 +25,7 @@ from kdb.errors import UnknownNameError
 from kdb.text import visible
 
 if TYPE_CHECKING:
-    from kdb.ingest.models import LoadedModel
+    from kdb.ingest.models.find import LoadedModel
 
 
 @click.command()
@@ -66,15 +66,15 @@ def ingest(
     kdb ingest plan.yaml
     kdb ingest plan.yaml --engine ray --address 10.0.0.1:6379
     """
-    from kdb.ingest.batch import measure_all
-    from kdb.ingest.load import pick_device
+    from kdb.ingest.models.load import pick_device
+    from kdb.ingest.plan_file import measure_all
     from kdb.warehouse.store import Warehouse
 
     _log_to_stderr()
     asked = _asked(ctx, plan, options)
     alone = _jobs(asked[0]) if len(asked) == 1 else None
     if dry_run:
-        from kdb.ingest.plan import plan as cost
+        from kdb.ingest.cost import plan as cost
 
         for one in asked:
             for job in alone or _jobs(one):
@@ -83,7 +83,7 @@ def ingest(
     opened = Warehouse.create(warehouse)
     with _engines(engine, address, worker_cpus, worker_gpus) as engines:
         if alone is not None and len(alone) == 1:  # there is nothing to go on with: what is wrong is wrong input
-            from kdb.ingest.run import ingest_on
+            from kdb.ingest.concept.study import ingest_on
 
             with engines(asked[0], alone[0].source) as running:
                 outcome = ingest_on(opened.lake, alone[0], running)
@@ -95,8 +95,8 @@ def ingest(
 @contextlib.contextmanager
 def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | None) -> Iterator[Callable[..., Any]]:
     """What runs a model of those asked for: this process, or workers of a Ray cluster."""
-    from kdb.ingest import load as loading
-    from kdb.ingest.engine import Here
+    from kdb.ingest.execution.local import Here
+    from kdb.ingest.models import load as loading
 
     def settings(one: Any) -> dict[str, Any]:
         return {"dtype": one.options["dtype"], "quantize": one.options["quantize"]}
@@ -113,7 +113,7 @@ def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | Non
             raise click.UsageError("--address, --worker-cpus and --worker-gpus go with --engine ray.")
         yield here
         return
-    from kdb.ingest.cluster import Cluster, Needs
+    from kdb.ingest.execution.ray import Cluster, Needs
 
     with Cluster(address, Needs(cpus, gpus)) as cluster:
         device = "cuda" if cluster.resources["num_gpus"] else "cpu"
@@ -126,8 +126,8 @@ def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> li
     """The models and revisions of a plan or of the options, each with its datasets; names are checked."""
     from dataclasses import replace
 
-    from kdb.ingest.batch import SEVERAL, check_distinct, combine, read_plan
-    from kdb.ingest.models import check_named
+    from kdb.ingest.models.find import check_named
+    from kdb.ingest.plan_file import SEVERAL, check_distinct, combine, read_plan
 
     settings = {key: value for key, value in options.items() if key not in ("models_", "revisions", "datasets_")}
     if plan is None:
@@ -188,7 +188,7 @@ def _load_dataset(name: str, data_dir: Any, dataset_name: Any, template: Any, li
 def _jobs(asked: Any) -> list[Any]:
     """Every run of a model at a revision, found and checked before any work."""
     from kdb.ingest.job import Attributing, Job, Measuring
-    from kdb.ingest.models import find_model
+    from kdb.ingest.models.find import find_model
 
     options = dict(asked.options)
     if options["dataset_name"] and len(asked.datasets) != 1:
@@ -239,7 +239,7 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **optio
     \b
     kdb probe --model smollm2-135m --dataset cities --splits 5 --classifier random-forest
     """
-    from kdb.ingest.derived import refit
+    from kdb.ingest.concept.derived import refit
 
     _log_to_stderr()
     opened = kdb.open(warehouse)
@@ -266,7 +266,7 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     \b
     kdb project --model smollm2-135m --dataset cities
     """
-    from kdb.ingest.derived import project as project_run
+    from kdb.ingest.concept.derived import project as project_run
 
     _log_to_stderr()
     opened = kdb.open(warehouse)
@@ -322,10 +322,10 @@ def ablate(
         SELECT layer, 'attn' AS component, head, NULL AS neuron FROM head_scores
         GROUP BY ALL ORDER BY avg(score) DESC LIMIT 5"
     """
-    from kdb.ingest import load as loading
-    from kdb.ingest.intervention import ablate as intervene
-    from kdb.ingest.intervention import source_options
-    from kdb.ingest.models import find_model
+    from kdb.ingest.attribution.intervention import ablate as intervene
+    from kdb.ingest.attribution.intervention import source_options
+    from kdb.ingest.models import load as loading
+    from kdb.ingest.models.find import find_model
 
     _log_to_stderr()
     opened = kdb.open(warehouse)
@@ -368,7 +368,7 @@ def models() -> None:
 
     Any hub id, folder or .gguf file works too. `kdb query models` shows what the files of a measured model are.
     """
-    from kdb.ingest.models import REGISTRY
+    from kdb.ingest.models.find import REGISTRY
 
     rows = [
         (m.name, m.family, m.size, "instruct" if m.instruct else "base", *_weights(m), m.hub_id)

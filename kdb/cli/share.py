@@ -67,7 +67,7 @@ def export(
     kdb export shared/ --run 1f0c9a3b5d7e2468
     """
     from kdb.warehouse.bucket import is_url
-    from kdb.warehouse.card import write_card
+    from kdb.warehouse.dataset_card import write_card
     from kdb.warehouse.files import storage_errors
     from kdb.warehouse.store import Warehouse
 

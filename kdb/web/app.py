@@ -26,10 +26,10 @@ from starlette.types import Message, Receive, Scope, Send
 from kdb.errors import KdbError, UnknownNameError
 from kdb.warehouse.store import Warehouse
 from kdb.web import api, pages
-from kdb.web.desk import Answer, BusyError, Desk, FailedError, Settings
 from kdb.web.guard import COOKIE, Access, Guard, access_log
 from kdb.web.metrics import FROM_MEMORY, REGISTRY, RUNS, TURNED_AWAY, WAITING
 from kdb.web.worker import Question
+from kdb.web.worker_pool import Answer, BusyError, Desk, FailedError, Settings
 
 VERSION = importlib.metadata.version("kdb-lm")
 STATIC = Path(__file__).parent / "static"

@@ -18,8 +18,8 @@ import uvicorn
 
 from kdb.errors import KdbError
 from kdb.web.app import create_app
-from kdb.web.desk import Settings
 from kdb.web.guard import Access, access_log, hosts_of
+from kdb.web.worker_pool import Settings
 
 DEMO = Path(__file__).parent / "demo.zip"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.analysis.figures import FIGURES
-from kdb.analysis.look import look_of
+from kdb.analysis.style import look_of
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.queries.catalogue import bind, find_query, load_catalogue
 from kdb.warehouse.notes import noted

@@ -1,0 +1,1 @@
+"""The knowledge study: which layers, heads and neurons write an answer."""

@@ -1,0 +1,225 @@
+"""Zero a set of neurons or heads that someone asked for, in every prompt that counts, beside random controls."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdb.errors import QueryError, WarehouseError
+from kdb.ingest.attribution.targets import target_token
+from kdb.ingest.concept.study import Outcome
+from kdb.ingest.describe import made_by, read_parts, table_files
+from kdb.ingest.job import begin, derived_identity
+from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.progress import progress
+from kdb.warehouse.lake import Lake
+from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.migration import upgraded
+
+if TYPE_CHECKING:
+    from kdb.ingest.forward.ablation import Silenced
+
+_COLUMNS = ("layer", "component", "head", "neuron")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A neuron, or with neuron −1 a whole head. ``head`` is −1 for an FFN neuron."""
+
+    layer: int
+    component: str
+    head: int
+    neuron: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many there are of each: what a unit's numbers must be below."""
+
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    n_neurons: int
+
+    def describe(self, unit: Unit) -> str | None:
+        """Say what of a unit does not exist, or None."""
+        limits = [("layer", unit.layer, self.n_layers)]
+        if unit.component == "ffn":
+            limits.append(("FFN neuron", unit.neuron, self.n_neurons))
+        else:
+            limits.append(("head", unit.head, self.n_heads))
+            if unit.neuron >= 0:
+                limits.append(("entry of a head", unit.neuron, self.head_dim))
+        return next((f"{what} {n} (0 to {size - 1} exist)" for what, n, size in limits if not 0 <= n < size), None)
+
+
+def read_units(rows: Sequence[dict[str, Any]], shape: Shape) -> list[Unit]:
+    """Check the rows that a user's SQL gave; raises QueryError naming the row that names nothing."""
+    if not rows:
+        raise QueryError("The query names no neuron: it gave no rows.")
+    missing = [c for c in _COLUMNS if c not in rows[0]]
+    if missing:
+        raise QueryError(f"The query must give the columns {', '.join(_COLUMNS)}; it lacks {', '.join(missing)}.")
+    units = []
+    for number, row in enumerate(rows, start=1):
+        wrong = _wrong(row)
+        if wrong is None:
+            head = -1 if row["component"] == "ffn" else row["head"]
+            unit = Unit(row["layer"], row["component"], head, -1 if row["neuron"] is None else row["neuron"])
+            wrong = shape.describe(unit)
+            units.append(unit)
+        if wrong is not None:
+            raise QueryError(f"Row {number} of the query names {wrong}: { ({c: row[c] for c in _COLUMNS}) }.")
+    return sorted(set(units))
+
+
+def _wrong(row: dict[str, Any]) -> str | None:
+    if row["component"] not in ("attn", "ffn"):
+        return f"the component {row['component']!r} (attn or ffn exist)"
+    for name, needed in (("layer", True), ("head", row["component"] == "attn"), ("neuron", row["component"] == "ffn")):
+        if not isinstance(row[name], int) and (needed or row[name] is not None):
+            return f"no {name} (a whole number is needed)"
+    return None
+
+
+def controls(units: Sequence[Unit], shape: Shape, n: int, seed: int) -> list[list[Unit]]:
+    """``n`` sets of random units, each with as many of each kind in each layer as ``units``, and none of them.
+
+    Raises QueryError where a layer has too few others to draw from.
+    """
+    rng = random.Random(seed)
+    return [_drawn(units, shape, rng) for _ in range(n)]
+
+
+def _drawn(units: Sequence[Unit], shape: Shape, rng: random.Random) -> list[Unit]:
+    by_kind: dict[tuple[int, str, bool], int] = {}
+    for unit in units:
+        kind = (unit.layer, unit.component, unit.neuron < 0)
+        by_kind[kind] = by_kind.get(kind, 0) + 1
+    drawn: list[Unit] = []
+    for (layer, component, whole), count in by_kind.items():
+        if component == "ffn":
+            every = [Unit(layer, "ffn", -1, i) for i in range(shape.n_neurons)]
+        else:
+            entries = [-1] if whole else range(shape.head_dim)
+            every = [Unit(layer, "attn", h, e) for h in range(shape.n_heads) for e in entries]
+        others = sorted(set(every) - set(units))
+        if len(others) < count:
+            raise QueryError(
+                f"Layer {layer} has {len(others)} others to draw {count} random controls from: name fewer, or give "
+                "--controls 0."
+            )
+        drawn += rng.sample(others, count)
+    return drawn
+
+
+def silenced(units: Sequence[Unit], head_dim: int) -> Silenced:
+    """Units as what an intervention zeroes."""
+    from kdb.ingest.forward.ablation import Silenced
+
+    ffn: dict[int, list[int]] = {}
+    attn: dict[int, list[int]] = {}
+    for unit in units:
+        if unit.component == "ffn":
+            ffn.setdefault(unit.layer, []).append(unit.neuron)
+        else:
+            entries = range(head_dim) if unit.neuron < 0 else [unit.neuron]
+            attn.setdefault(unit.layer, []).extend(unit.head * head_dim + e for e in entries)
+    return Silenced(ffn, attn)
+
+
+def ablate(
+    lake: Lake,
+    source: RunFolder,
+    rows: Sequence[dict[str, Any]],
+    load: Callable[[], LoadedModel],
+    *,
+    name: str,
+    positions: str = "last",
+    n_controls: int = 3,
+    seed: int = 42,
+) -> Outcome:
+    """Zero what ``rows`` name in every kept prompt of a run, and commit the effects as a run that names its source.
+
+    Raises QueryError for rows that name what does not exist, and WarehouseError where the run's model is another
+    one than ``load`` gives, or none of its prompts counts.
+    """
+    lake.look([source], vectors=False)
+    model = _first(source, "models")
+    shape = Shape(model["n_layers"], model["n_heads"], model["head_dim"], model["intermediate_size"])
+    units = read_units(rows, shape)
+    sets = {name: units} | {f"random-{i}": s for i, s in enumerate(controls(units, shape, n_controls, seed), start=1)}
+    settings = {
+        "source_run": source.run,
+        "name": name,
+        "units": [asdict(unit) for unit in units],
+        "positions": positions,
+        "n_controls": n_controls,
+        "seed": seed,
+    }
+    prompts = [row for row in read_parts(table_files(source.path, "prompts")).to_pylist() if row["kept"]]
+    if not prompts:
+        raise WarehouseError(f"Run {source.run} has no prompt that counts: there is nothing to intervene on.")
+    identity = derived_identity("ablate", "knowledge", source, settings)
+    with begin(lake, identity, source.model, source.dataset) as staged:
+        if staged.committed:
+            return Outcome(staged.run, "exists")
+        loaded = load()
+        if loaded.source.revision != model["revision"]:
+            raise WarehouseError(
+                f"Run {source.run} was measured with another {source.model}, of revision {model['revision']}: "
+                "give the same --model and --revision."
+            )
+        for table in ("models", "datasets"):
+            staged.write(table, "part", [upgraded(table, read_parts(table_files(source.path, table)))])
+        _intervene(staged, loaded, prompts, {k: silenced(s, shape.head_dim) for k, s in sets.items()}, units, positions)
+        row = _first(source, "runs")
+        variant = " ".join(filter(None, [row["variant"] if row["variant"] != "default" else "", f"ablate={name}"]))
+        changed = {"source_run": source.run, "seed": seed, "variant": variant, "settings": json.dumps(settings)}
+        staged.commit(row | changed | made_by(str(loaded.device)))
+    return Outcome(staged.run, "committed")
+
+
+def source_options(source: RunFolder) -> dict[str, Any]:
+    """How the model of a run was loaded: number format, and whether kdb quantized its weights."""
+    settings = json.loads(_first(source, "runs")["settings"])
+    return {"dtype": _first(source, "models")["dtype"], "quantize": settings.get("quantize")}
+
+
+def _intervene(
+    staged: Any,
+    loaded: LoadedModel,
+    prompts: Sequence[dict[str, Any]],
+    sets: dict[str, Silenced],
+    units: Sequence[Unit],
+    positions: str,
+) -> None:
+    from kdb.ingest.forward.ablation import Intervention, intervene
+    from kdb.ingest.forward.decomposition import decompose
+
+    interventions = [
+        Intervention(
+            row["prompt_id"],
+            target_token(loaded.tokenizer, row["text"], row["answer"])[0],
+            row["target_token_id"],
+            method,
+            positions,
+            what,
+            len(units),
+        )
+        for row in prompts
+        for method, what in sets.items()
+    ]
+    begun = time.monotonic()
+    with progress("interventions", len(interventions) + len(prompts), "trials") as shown:
+        rows = intervene(decompose(loaded), interventions, on_batch=shown.advance)
+    staged.write("ablations", "part", [rows], seconds=time.monotonic() - begun)
+
+
+def _first(run: RunFolder, table: str) -> dict[str, Any]:
+    row: dict[str, Any] = read_parts(table_files(run.path, table)).to_pylist()[0]
+    return row

@@ -1,0 +1,170 @@
+"""Eight ways to rank FFN value neurons by what they do for a token (Yu and Ananiadou, section 4.1, Table 2).
+
+Where a ranking costs the whole vocabulary for each neuron, its ten best are found by a bound and proved, as in
+:mod:`kdb.ingest.attribution.bounds`. Equal values: the larger |coefficient| first, then the lower layer, then the lower
+neuron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from kdb.ingest.attribution.bounds import certified_top
+from kdb.ingest.attribution.scores import Attribution, Neurons
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = (
+    "log_prob_increase",
+    "log_prob",
+    "prob_increase",
+    "norm",
+    "coefficient",
+    "rank",
+    "coefficient_norm",
+    "coefficient_rank",
+)
+"""The paper's methods a to h, in its order."""
+
+_SAMPLES = (1024, 4096, 16384, 65536)
+"""Tokens whose logits bound a rank from below: a rank is at least what it is among them. The first number for every
+neuron, the next ones for those that may still be among the best."""
+_TILE = 4096
+_BLOCK = 512
+
+
+def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -> dict[str, torch.Tensor]:
+    """The ``k`` best FFN neurons by each method, best first: (b, k) places in (l · n).
+
+    ``top`` are the best by log-probability increase, at least ``k``, where they are known already.
+    """
+    import torch
+
+    a = attribution
+    k = min(k, a.ffn_coefficients[0].numel())
+    coefficient = a.ffn_coefficients.flatten(1).abs().double()
+    length = torch.stack([a.decomposition.ffn_columns(i).norm(dim=1) for i in range(a.n_layers)])
+    scale = a.cache.ffn_scale[:, torch.arange(a.n_prompts), a.cache.last].T  # b, l
+    norm = (length * scale[..., None]).flatten(1).double()
+    top = (top or a.ffn_top(k)).first(k)
+    at_least = _rank_bounds(a)
+    n_tokens = a.decomposition.readout.table.shape[0]
+
+    def by_rank(weight: torch.Tensor) -> torch.Tensor:
+        def among(n_tokens: int | None, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+            return weight[prompt, flat] / _ranks(a, prompt, flat, n_tokens) + tie[prompt, flat]
+
+        # Less than the distance of any two reciprocal ranks, so that it decides between equal ones alone.
+        tie = 0.4 / n_tokens**2 * coefficient / coefficient.amax(1, keepdim=True)
+        upper = weight / at_least + tie
+        tighter = [functools.partial(among, n) for n in _SAMPLES[1:] if n < n_tokens]
+        exact = functools.partial(among, None)
+        return certified_top(upper, torch.zeros_like(upper), k, exact, tighter, step=2 * k).index
+
+    return {
+        "log_prob_increase": top.layer * a.ffn_coefficients.shape[2] + top.neuron,
+        "log_prob": _by_log_prob(a, k),
+        "prob_increase": _by_prob_increase(a, k),
+        "norm": _largest(norm, coefficient, k),
+        "coefficient": _largest(coefficient, coefficient, k),
+        "rank": by_rank(torch.ones_like(coefficient)),
+        "coefficient_norm": _largest(coefficient * norm, coefficient, k),
+        "coefficient_rank": by_rank(coefficient),
+    }
+
+
+def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
+    """Log p(w|mv) is log V less than the increase over a uniform distribution, and so ranks alike."""
+    import torch
+
+    first, n_tokens = slice(0, a.n_prompts), a.decomposition.readout.table.shape[0]
+    uniform = torch.full((1, n_tokens), 1 / n_tokens, device=a.target.device).expand(a.n_prompts, -1)
+    alone = dataclasses.replace(
+        a.at, scale=a.at.scale[first], target=a.target, p=uniform, log_p=a.at.log_p[first], prompt=a.at.prompt[first]
+    )
+
+    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        return alone.scores(prompt, *a.ffn_vectors(prompt, flat))
+
+    return certified_top(*a.bounds_against(alone), k, exact).index
+
+
+def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
+    """p(w|x+v) − p(w|x) = p(w|x) · expm1(score), and so bounded where the score is."""
+    n = a.ffn_coefficients.shape[2]
+    before = a.at.log_p[a.n_layers * a.n_prompts :].view(a.n_layers, a.n_prompts).T.double().exp()
+    before = before.repeat_interleave(n, dim=1)
+    upper, slack = a.ffn_bounds
+
+    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        return before[prompt, flat] * a.ffn_exact(prompt, flat).expm1()
+
+    most = before * (upper + slack).expm1()
+    return certified_top(most, before * (upper + slack).exp() * slack, k, exact).index
+
+
+def _rank_bounds(a: Attribution) -> torch.Tensor:
+    """A lower bound of w's rank among each neuron's logits, (b, l · n): its rank in a sample of the vocabulary."""
+    import torch
+
+    table = a.decomposition.readout.table
+    targets, which = torch.unique(a.target, return_inverse=True)
+    sample = table[a.decomposition.readout.longest[: _SAMPLES[0]]]
+    found = []
+    for layer in range(a.n_layers):
+        columns = a.decomposition.ffn_columns(layer)
+        logits, own = columns @ sample.T, columns @ table[targets].T
+        least = own + _rounding(columns.norm(dim=1, keepdim=True), table[targets].norm(dim=1))
+        found.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
+    return (1 + torch.cat(found, dim=1)[which]).double()
+
+
+def _rounding(column_length: torch.Tensor, row_length: torch.Tensor) -> torch.Tensor:
+    """More than two ways of adding up one logit differ by.
+
+    A token that is as good as w but for this is not counted where a rank is bounded, so that a bound it stays.
+    """
+    return 1e-5 * column_length * row_length
+
+
+def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+    """The rank of w among the logits of a neuron's column, (m): one plus the number of tokens that have more.
+
+    ``n_tokens``: a lower bound of it, the rank among so many tokens, those with the longest rows.
+    """
+    import torch
+
+    table, target = a.decomposition.readout.table, a.target[prompt]
+    pairs, pair = (flat * len(table) + target).unique(return_inverse=True)
+    neuron, token = pairs // len(table), pairs % len(table)
+    columns, which = a.ffn_columns(neuron)
+    rank = torch.ones(len(pairs), dtype=torch.float64, device=flat.device)
+    every = torch.arange(len(table), device=flat.device)
+    tokens = every if n_tokens is None else a.decomposition.readout.longest[:n_tokens].sort().values
+    for rows in torch.arange(len(pairs), device=flat.device).split(_BLOCK):
+        used, index = which[rows].unique_consecutive(return_inverse=True)
+        mine, goal = columns[which[rows]], table[token[rows]]
+        own = (mine * goal).sum(1, keepdim=True)
+        if n_tokens is not None:
+            own += _rounding(mine.norm(dim=1), goal.norm(dim=1))[:, None]
+        for some in tokens.split(_TILE):
+            logits = (columns[used] @ table[some].T)[index]
+            logits.masked_fill_(some == token[rows, None], -torch.inf)
+            rank[rows] += (logits > own).sum(1)
+    return rank[pair]
+
+
+def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int) -> torch.Tensor:
+    """The places (b, k) of the largest values, ties by coefficient and then by place."""
+    import numpy as np
+    import torch
+
+    found = []
+    for row, tie in zip(value, coefficient, strict=True):
+        near = (row >= row.topk(k).values[-1]).nonzero()[:, 0]
+        order = np.lexsort((near.cpu().numpy(), -tie[near].cpu().numpy(), -row[near].cpu().numpy()))
+        found.append(near[torch.from_numpy(order[:k]).to(near.device)])
+    return torch.stack(found)

@@ -1,0 +1,440 @@
+"""Which layers, heads and neurons raise a token's probability, and which earlier neurons make those fire.
+
+Yu and Ananiadou, Neuron-Level Knowledge Attribution in Large Language Models (arXiv 2312.12141): everything is read
+at the last position, with the final norm's scale frozen, and a vector's score is the log-probability increase
+(section 3.3) that :mod:`kdb.ingest.attribution.bounds` computes. Shapes: layer l, prompt b, position t, head h, entry e
+of a head, neuron n, hidden d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kdb.ingest.attribution.bounds import Best, Distributions, certified_top, distributions
+from kdb.ingest.forward.activation_cache import ActivationCache, head_coefficients, head_vectors
+from kdb.ingest.forward.decomposition import Decomposition
+from kdb.ingest.forward.memory import room
+
+if TYPE_CHECKING:
+    import torch
+
+BASES_BYTES = 320 * 2**20
+"""Memory for the probabilities of one batch, at each of its residuals."""
+
+WIDEST = 0.01
+"""Widest interval, in nats, that is stored for a neuron: beyond it the score is computed."""
+
+
+def prompts_at_once(decomposition: Decomposition) -> int:
+    """How many prompts are attributed together: as many as their distributions fit into memory."""
+    memory = room(decomposition.loaded.device, BASES_BYTES)
+    return max(1, memory // (2 * len(decomposition.blocks) * decomposition.readout.table.shape[0] * 4))
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The best neurons of one component for each prompt (b, k), best first; layer is −1 where there are fewer.
+
+    ``head`` and ``position`` are None for FFN neurons, which act at the last position.
+    """
+
+    layer: torch.Tensor
+    head: torch.Tensor | None
+    neuron: torch.Tensor
+    position: torch.Tensor | None
+    coefficient: torch.Tensor
+    score: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    exact: torch.Tensor
+    n_scored: torch.Tensor
+
+    def first(self, k: int) -> Neurons:
+        """The ``k`` best of each prompt."""
+        names = [f.name for f in fields(self) if f.name != "n_scored" and getattr(self, f.name) is not None]
+        changed: dict[str, Any] = {name: getattr(self, name)[:, :k] for name in names}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What makes a prompt's value neurons fire: a score for every source, in nats that pass through it.
+
+    ``neurons`` (b, l, n) of the FFN; whole outputs ``embed`` (b), ``attn`` and ``ffn`` (b, l).
+    """
+
+    neurons: torch.Tensor
+    embed: torch.Tensor
+    attn: torch.Tensor
+    ffn: torch.Tensor
+
+
+def _neurons(
+    best: Best,
+    layer: torch.Tensor,
+    head: torch.Tensor | None,
+    neuron: torch.Tensor,
+    position: torch.Tensor | None,
+    coefficient: torch.Tensor,
+) -> Neurons:
+    """Neurons whose scores were computed over the whole vocabulary: known up to rounding."""
+    lower, upper = best.score - best.slack, best.score + best.slack
+    exact, n_scored = best.index >= 0, best.n_scored
+    return Neurons(layer, head, neuron, position, coefficient, best.score, lower, upper, exact, n_scored)
+
+
+class Attribution:
+    """A batch of prompts, attributed. What is not asked for is not computed."""
+
+    def __init__(self, decomposition: Decomposition, cache: ActivationCache, target: torch.Tensor) -> None:
+        """``target`` (b): the token whose probability is explained, for each prompt."""
+        self.decomposition = decomposition
+        self.cache = cache
+        self.target = target
+        self.n_layers = len(decomposition.blocks)
+        self.n_prompts = len(target)
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        import torch
+
+        return torch.arange(self.n_prompts, device=self.target.device)
+
+    @cached_property
+    def _before_ffn(self) -> torch.Tensor:
+        """The residual (l, b, d) that each FFN is added to, at the last position."""
+        import torch
+
+        r = self.cache
+        before = r.resid_pre[:, self._rows, r.last]
+        after = before + r.attn[:, self._rows, r.last]
+        parallel = torch.tensor([block.parallel for block in self.decomposition.blocks], device=before.device)
+        return torch.where(parallel[:, None, None], before, after)
+
+    @cached_property
+    def at(self) -> Distributions:
+        """What the readout says of every residual: (2l · b), first those that attention is added to, then the FFNs'."""
+        import torch
+
+        r, readout = self.cache, self.decomposition.readout
+        points = torch.cat([r.resid_pre[:, self._rows, r.last], self._before_ffn])
+        n = len(points)
+        return distributions(
+            readout.table,
+            readout.constant,
+            points.flatten(0, 1),
+            r.final_scale.repeat(n),
+            self.target.repeat(n),
+            self._rows.repeat(n),
+            self._cap,
+        )
+
+    @cached_property
+    def _cap(self) -> torch.Tensor | None:
+        """A soft cap's slope at the real logits (b, vocab): frozen like the norm, so that the readout is linear."""
+        import torch
+
+        r, readout = self.cache, self.decomposition.readout
+        if readout.softcap is None:
+            return None
+        logits = (r.resid_post * r.final_scale[:, None]) @ readout.table.T + readout.constant
+        slope = readout.softcap * (logits / readout.softcap).tanh() / logits
+        return torch.where(logits == 0, 1.0, slope)
+
+    def _base(self, component: str, layer: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """The row of :attr:`at` that a component of this layer is added to."""
+        return (layer + (self.n_layers if component == "ffn" else 0)) * self.n_prompts + prompt
+
+    # Layers and heads
+
+    @cached_property
+    def layer_scores(self) -> dict[str, torch.Tensor]:
+        """Log-probability increase of each layer's output, (b, l) for 'attn' and 'ffn'."""
+        import torch
+
+        r, n = self.cache, self.n_layers * self.n_prompts
+        added = torch.cat([x[:, self._rows, r.last].flatten(0, 1) for x in (r.attn, r.ffn)])
+        every = torch.arange(2 * n, device=added.device)
+        scores = self.at.scores(every, added, every, torch.ones(2 * n, device=added.device))
+        attn, ffn = scores.view(2, self.n_layers, self.n_prompts).transpose(1, 2)
+        return {"attn": attn, "ffn": ffn}
+
+    @cached_property
+    def head_scores(self) -> torch.Tensor:
+        """Log-probability increase of each head, summed over positions: (b, l, h)."""
+        import torch
+
+        vectors = torch.stack([head_vectors(self.decomposition, self.cache, i) for i in range(self.n_layers)])
+        n_heads = vectors.shape[2]
+        base = torch.arange(self.n_layers * self.n_prompts, device=vectors.device).repeat_interleave(n_heads)
+        flat = vectors.flatten(0, 2)
+        every = torch.arange(len(flat), device=flat.device)
+        scores = self.at.scores(base, flat, every, torch.ones(len(flat), device=flat.device))
+        return scores.view(self.n_layers, self.n_prompts, n_heads).transpose(0, 1)
+
+    def head_positions(self, n_best: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores of the best heads' positions: layer and head (b, n), attention and score (b, n, t); 0 at padding."""
+        import torch
+
+        r, n_heads = self.cache, self.head_scores.shape[2]
+        best = self.head_scores.flatten(1).topk(min(n_best, self.n_layers * n_heads), dim=1).indices
+        layer, head = best // n_heads, best % n_heads
+        prompt = self._rows[:, None].expand_as(layer)
+        weights = r.attention[layer, prompt, head]
+        groups = n_heads // r.values.shape[2]
+        coefficients = weights[..., None] * r.values[layer, prompt, head // groups]
+        vectors = torch.empty(*weights.shape, r.resid_post.shape[1], device=weights.device)
+        for i in layer.unique().tolist():
+            columns = self.decomposition.attn_columns(i).view(n_heads, coefficients.shape[-1], -1)
+            here = layer == i
+            vectors[here] = coefficients[here] @ columns[head[here]]
+        vectors *= r.attn_scale[layer, prompt, r.last[:, None]][..., None, None]
+        real = (torch.arange(weights.shape[2], device=weights.device) <= r.last[:, None])[:, None].expand_as(weights)
+        base = self._base("attn", layer, prompt)[..., None].expand_as(weights)[real]
+        every = torch.arange(len(base), device=base.device)
+        score = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
+        score[real] = self.at.scores(base, vectors[real], every, torch.ones(len(base), device=base.device))
+        return layer, head, weights * real, score
+
+    # Value neurons
+
+    @cached_property
+    def ffn_coefficients(self) -> torch.Tensor:
+        """Coefficients (b, l, n) at the last position."""
+        r = self.cache
+        return r.coefficients[:, self._rows, r.last].transpose(0, 1)
+
+    @cached_property
+    def _ffn_factor(self) -> torch.Tensor:
+        """What an FFN column is multiplied by, (b, l, n): the coefficient, and the scale of a norm behind it."""
+        r = self.cache
+        return self.ffn_coefficients * r.ffn_scale[:, self._rows, r.last].T[..., None]
+
+    @cached_property
+    def ffn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bound of every FFN neuron's score, and what rounding may add to it: (b, l · n)."""
+        return self.bounds_against(self.at, first=self.n_layers * self.n_prompts)
+
+    def bounds_against(self, at: Distributions, first: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals.
+
+        ``at`` has one row a prompt, or, from ``first`` on, one a layer and prompt.
+        """
+        import torch
+
+        upper, slack = [], []
+        for layer in range(self.n_layers):
+            start = 0 if first is None else first + layer * self.n_prompts
+            rows = slice(start, start + self.n_prompts)
+            columns, factor = self.decomposition.ffn_columns(layer), self._ffn_factor[:, layer]
+            upper.append(factor * (at.slope[rows] @ columns.T))
+            slack.append(factor.abs() * columns.norm(dim=1) * at.reach[rows, None])
+        return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+
+    def ffn_columns(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct columns (u, d) of FFN neurons, given by place in (l · n), and which is whose (m)."""
+        return self._columns(flat, self._ffn_factor.shape[2], "ffn")
+
+    def ffn_vectors(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """FFN neurons, given by prompt and place in (l · n), as distinct columns, which is whose, and factors."""
+        n = self._ffn_factor.shape[2]
+        return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
+
+    def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        """Exact scores (m) of FFN neurons, given by prompt and place in (l · n)."""
+        layer = flat // self._ffn_factor.shape[2]
+        return self.at.scores(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
+
+    def ffn_top(self, k: int) -> Neurons:
+        """The k best FFN neurons of each prompt, proved complete."""
+        n = self._ffn_factor.shape[2]
+        best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
+        layer, neuron, found = best.index // n, best.index % n, best.index >= 0
+        coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
+        return _neurons(best, layer.masked_fill(~found, -1), None, neuron, None, coefficient)
+
+    def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct columns (u, d) that ``key`` = layer · per_layer + column names, and which is each one's."""
+        import torch
+
+        distinct, which = key.unique(return_inverse=True)
+        layers = distinct // per_layer
+        columns = self.decomposition.ffn_columns if component == "ffn" else self.decomposition.attn_columns
+        parts = [columns(i)[distinct[layers == i] % per_layer] for i in layers.unique().tolist()]
+        return torch.cat(parts), which
+
+    @cached_property
+    def _attn_coefficients(self) -> torch.Tensor:
+        """Coefficients (b, l, h, t, e): attention weight × value entry."""
+        import torch
+
+        return torch.stack([head_coefficients(self.cache, i) for i in range(self.n_layers)], dim=1)
+
+    @cached_property
+    def attn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bound of every attention neuron's score, and its slack: (b, l · h · t · e); −inf at padding."""
+        import torch
+
+        r, upper, slack = self.cache, [], []
+        slope = self.at.slope[: self.n_layers * self.n_prompts].view(self.n_layers, self.n_prompts, -1)
+        reach = self.at.reach[: self.n_layers * self.n_prompts].view(self.n_layers, self.n_prompts)
+        n_tokens = r.attention.shape[-1]
+        real = torch.arange(n_tokens, device=r.last.device) <= r.last[:, None]
+        for layer in range(self.n_layers):
+            factor = self._attn_coefficients[:, layer] * r.attn_scale[layer, self._rows, r.last, None, None, None]
+            b, h, _t, e = factor.shape
+            columns = self.decomposition.attn_columns(layer)
+            gain = (slope[layer] @ columns.T).view(b, h, 1, e)
+            length = columns.norm(dim=1).view(1, h, 1, e) * reach[layer].view(b, 1, 1, 1)
+            upper.append(torch.where(real[:, None, :, None], factor * gain, -torch.inf).flatten(1))
+            slack.append((factor.abs() * length).flatten(1))
+        return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+
+    def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        """Exact scores (m) of attention neurons, given by prompt and place in (l · h · t · e)."""
+        _b, _l, h, t, e = self._attn_coefficients.shape
+        layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
+        vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
+        scale = self.cache.attn_scale[layer, prompt, self.cache.last[prompt]]
+        factor = self._attn_coefficients[prompt, layer, head, position, entry] * scale
+        return self.at.scores(self._base("attn", layer, prompt), vectors, which, factor)
+
+    def attn_top(self, k: int) -> Neurons:
+        """The k best attention neurons of each prompt, proved complete."""
+        _b, _l, h, t, e = self._attn_coefficients.shape
+        best = certified_top(*self.attn_bounds, k, self.attn_exact)
+        flat, found = best.index.clamp_min(0), best.index >= 0
+        coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
+        layer = (flat // (h * t * e)).masked_fill(~found, -1)
+        return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
+
+    def ffn_every(self, top: Neurons) -> Neurons:
+        """Every FFN neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
+        n = self._ffn_factor.shape[2]
+        known = (top.layer * n + top.neuron).masked_fill(top.layer < 0, -1)
+        best, bounds = self._every("ffn", self._ffn_factor, self.ffn_bounds, top, known, self.ffn_exact)
+        coefficient = self.ffn_coefficients.flatten(1).gather(1, best)
+        return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored)
+
+    def attn_every(self, top: Neurons) -> Neurons:
+        """The same for attention neurons."""
+        r = self.cache
+        _b, _l, h, t, e = self._attn_coefficients.shape
+        assert top.head is not None and top.position is not None
+        known = ((top.layer * h + top.head) * t + top.position) * e + top.neuron
+        scale = r.attn_scale[:, self._rows, r.last].T[:, :, None, None, None]
+        factor = (self._attn_coefficients * scale).flatten(2)
+        known = known.masked_fill(top.layer < 0, -1)
+        best, bounds = self._every("attn", factor, self.attn_bounds, top, known, self.attn_exact)
+        coefficient = self._attn_coefficients.flatten(1).gather(1, best)
+        padding = best // e % t > r.last[:, None]
+        layer = (best // (h * t * e)).masked_fill(padding, -1)
+        return Neurons(layer, best // (t * e) % h, best % e, best // e % t, coefficient, *bounds, top.n_scored)
+
+    def _every(
+        self,
+        component: str,
+        factor: torch.Tensor,
+        bounds: tuple[torch.Tensor, torch.Tensor],
+        top: Neurons,
+        known: torch.Tensor,
+        score_exactly: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Places (b, m) of all neurons by falling score, and their score, lower, upper and exact.
+
+        ``factor`` (b, l, n) multiplies the columns; ``known`` (b, k) are the places of ``top``, −1 for none.
+        """
+        import torch
+
+        found = []
+        for layer in range(self.n_layers):
+            columns = (
+                self.decomposition.ffn_columns(layer) if component == "ffn" else self.decomposition.attn_columns(layer)
+            )
+            every = torch.arange(factor.shape[2], device=factor.device)
+            if component == "attn":
+                t, e = self._attn_coefficients.shape[3:]
+                every = every // (t * e) * e + every % e
+            base = self._base(component, torch.full_like(self._rows, layer), self._rows)
+            base = base[:, None].expand(-1, factor.shape[2]).flatten()
+            found.append(
+                torch.stack(
+                    self.at.intervals(base, columns, every.repeat(self.n_prompts), factor[:, layer].flatten())
+                ).view(2, self.n_prompts, -1)
+            )
+        lower, upper = torch.cat(found, dim=2)
+        upper = torch.minimum(upper, bounds[0] + bounds[1])
+        score, exact = (lower + upper) / 2, torch.zeros_like(lower, dtype=torch.bool)
+        row, place = (known >= 0).nonzero(as_tuple=True)
+        where = (row, known[row, place])
+        score[where], lower[where], upper[where] = (x[row, place] for x in (top.score, top.lower, top.upper))
+        exact[where] = True
+        wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or not a number: e⁷⁰⁰ has overflowed
+        if len(wide[0]):
+            score[wide], exact[wide] = score_exactly(*wide), True
+            lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return order, (score.gather(1, order), lower.gather(1, order), upper.gather(1, order), exact.gather(1, order))
+
+    # Query side
+
+    def attn_queries(self, values: Neurons) -> Queries:
+        """What in earlier layers makes attention value neurons fire, at the positions that they read."""
+        r = self.cache
+        prompt = self._rows[:, None].expand_as(values.layer)
+        assert values.head is not None and values.position is not None
+        width = self._attn_coefficients.shape[-1]
+        keys = self._keys(values.layer, values.head * width + values.neuron, self.decomposition.value_keys)
+        layer = values.layer.clamp_min(0)
+        total = (keys * r.resid_pre[layer, prompt, values.position]).sum(-1)
+        return self._queries(values, keys, total, values.position, own_attention=False)
+
+    def ffn_queries(self, values: Neurons) -> Queries:
+        """What in earlier layers, and in the attention of the same block, makes FFN value neurons fire."""
+        prompt = self._rows[:, None].expand_as(values.layer)
+        keys = self._keys(values.layer, values.neuron, self.decomposition.ffn_keys)
+        total = (keys * self._before_ffn[values.layer.clamp_min(0), prompt]).sum(-1)
+        last = self.cache.last[:, None].expand_as(values.layer)
+        return self._queries(values, keys, total, last, own_attention=True)
+
+    def _keys(self, layer: torch.Tensor, row: torch.Tensor, keys: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Each value neuron's key (b, j, d); zeros where there is no neuron."""
+        import torch
+
+        out = torch.zeros(*layer.shape, self.decomposition.hidden_size, device=layer.device)
+        for i in layer[layer >= 0].unique().tolist():
+            out[layer == i] = keys(i)[row[layer == i]]
+        return out
+
+    def _queries(
+        self, values: Neurons, keys: torch.Tensor, total: torch.Tensor, position: torch.Tensor, own_attention: bool
+    ) -> Queries:
+        """Σ over value neurons of score × (source · key) ÷ total, for every source (section 3.4).
+
+        ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own_attention``: the attention of a value neuron's
+        own block has been added to what it reads.
+        """
+        import torch
+
+        r = self.cache
+        prompt = self._rows[:, None].expand_as(values.layer)
+        share = torch.where(values.layer >= 0, values.score / total.double(), 0.0)
+        embed = share * (keys * r.resid_pre[0, prompt, position]).sum(-1)
+        neurons, attn, ffn = [], [], []
+        for i, block in enumerate(self.decomposition.blocks):
+            earlier = share * (values.layer > i)
+            seen = share * (values.layer >= i) if own_attention and not block.parallel else earlier
+            attn.append((seen * (keys * r.attn[i, prompt, position]).sum(-1)).sum(1))
+            ffn.append((earlier * (keys * r.ffn[i, prompt, position]).sum(-1)).sum(1))
+            columns = self.decomposition.ffn_columns(i)
+            used = earlier.any(0).nonzero()[:, 0]
+            if not len(used):
+                neurons.append(torch.zeros(self.n_prompts, len(columns), device=share.device))
+                continue
+            fired = r.coefficients[i, prompt[:, used], position[:, used]]
+            weight = earlier[:, used] * r.ffn_scale[i, prompt[:, used], position[:, used]]
+            neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
+        return Queries(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))

@@ -1,0 +1,1 @@
+"""The concept-depth study: probes on hidden states, layer by layer."""

@@ -1,0 +1,116 @@
+"""What the model itself answers: how likely its next token begins one answer or the other.
+
+A prompt is followed by a cue, such as "\\nAnswer:", unless it ends by asking for the answer. An answer may begin with a
+capital or not, after a space or not; the probabilities of all these first tokens are summed.
+
+    question = pose(tokenizer, load_dataset("world-cities"))
+    vectors, ends = capture.vectors_and_ends(token_ids, cue=question.cue)
+    probabilities = answer(capture, ends, question)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdb.ingest.datasets import Dataset
+from kdb.ingest.describe import arrow_rows
+from kdb.ingest.models.tokens import bare
+
+if TYPE_CHECKING:
+    from kdb.ingest.forward.capture import Capture
+
+_READOUT_ROWS = 64
+"""Prompts read out at a time: their logits and probabilities take 128 MiB where there are 262,144 tokens."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked after each prompt.
+
+    ``answers`` say label 0 and label 1; ``cue`` are the tokens that follow the prompt, and ``first_tokens`` those
+    that may begin the one answer or the other.
+    """
+
+    answers: tuple[str, str]
+    cue: tuple[int, ...]
+    first_tokens: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the first token of an answer can tell which it is."""
+        return all(self.first_tokens)
+
+
+def pose(tokenizer: Any, dataset: Dataset) -> Question:
+    """The question of a dataset in a model's tokens; a token that may begin both answers counts for neither.
+
+    Where that leaves an answer without tokens, nothing is asked.
+    """
+    negative, positive = (_first_tokens(tokenizer, word) for word in dataset.answers)
+    first_tokens = tuple(sorted(negative - positive)), tuple(sorted(positive - negative))
+    cue = bare(tokenizer, dataset.cue) if all(first_tokens) else []
+    return Question(dataset.answers, tuple(cue), first_tokens)
+
+
+def _first_tokens(tokenizer: Any, word: str) -> set[int]:
+    variants = (space + spelling for space in ("", " ") for spelling in (word, word.capitalize()))
+    return {bare(tokenizer, variant)[0] for variant in variants}
+
+
+def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
+    """Probabilities (prompt, 2) that the next token begins the negative and the positive answer.
+
+    ``ends`` (prompt, hidden) are the last block's outputs where the model would answer.
+    """
+    import torch
+
+    loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
+    found = []
+    with torch.inference_mode():
+        for states in torch.from_numpy(ends).split(_READOUT_ROWS):
+            probs = capture.structure.readout(states.to(loaded.device, dtype)).float().softmax(-1)
+            found.append(torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1))
+    return torch.cat(found).cpu().numpy()
+
+
+def check_answers(
+    capture: Capture, token_ids: Sequence[Sequence[int]], stored: NDArray[np.float64], question: Question
+) -> dict[str, Any]:
+    """Compare stored probabilities (prompt, 2) with the untouched model's, one prompt and its cue at a time.
+
+    Gives a row of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
+    """
+    from kdb.ingest.forward.capture import check_row, untouched
+
+    off: list[float] = []
+    for ids, found in zip(token_ids, stored, strict=True):
+        probs = untouched(capture.loaded, [*ids, *question.cue])[1].double().softmax(-1)
+        own = [float(probs[list(first)].sum()) for first in question.first_tokens]
+        off += [abs(a - b) for a, b in zip(found, own, strict=True)]
+    return check_row("stored_answers", off, capture.loaded, len(token_ids))
+
+
+def zero_shot_rows(
+    prompt_ids: Sequence[int], labels: NDArray[Any], probabilities: NDArray[np.float64], question: Question
+) -> pa.Table:
+    """Rows of ``zero_shot``: the likelier answer is the model's, and the negative one where they are as likely."""
+    negative, positive = question.answers
+    predicted = probabilities[:, 1] > probabilities[:, 0]
+    return arrow_rows(
+        "zero_shot",
+        {
+            "prompt_id": np.asarray(prompt_ids),
+            "positive": positive,
+            "negative": negative,
+            "prob_positive": probabilities[:, 1],
+            "prob_negative": probabilities[:, 0],
+            "predicted": predicted.astype(np.int16),
+            "correct": predicted == labels,
+        },
+    )

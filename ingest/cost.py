@@ -1,0 +1,124 @@
+"""What a run will cost: said before it starts, and by ``kdb ingest --dry-run``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdb.ingest.attribution.rankings import METHODS
+from kdb.ingest.attribution.scores import BASES_BYTES
+from kdb.ingest.attribution.study import CHUNK_BYTES, read_prompts
+from kdb.ingest.concept.zero_shot import pose
+from kdb.ingest.forward.capture import gemm_rate, shared_prefix
+from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS
+from kdb.ingest.job import Job
+from kdb.ingest.models.guard import told
+from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
+from kdb.ingest.models.structure import SITES
+from kdb.ingest.models.tokens import read_texts
+from kdb.warehouse.vectors import PART_BYTES
+
+_CAPTURE_SHARE = 0.7
+"""Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
+
+_PROBE_SECONDS = 4e-7
+"""Seconds to probe one float of activations, and its control task, with both logistic probes on one core."""
+
+_RANKED = 600
+"""Neurons of a prompt whose rank of the target is counted, for two of the methods; typical, and no bound."""
+
+_NEURON_BYTES = 80
+"""Of a row of ``neuron_scores`` on disk, with its share of the other tables."""
+
+_PART_MEMORY = 3 * PART_BYTES
+"""A part being filled, and its copies in Arrow and in Parquet."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts, bytes and seconds of a run; ``what`` is measured at each layer."""
+
+    n_prompts: int
+    n_tokens: int
+    n_layers: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    what: str = f"{len(SITES)} sites"
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"{self.n_prompts:,} prompts ({self.n_tokens:,} tokens to run) × {self.n_layers} layers × "
+            f"{self.what}: at most {_size(self.disk_bytes)} on disk, {_size(self.memory_bytes)} of memory, "
+            f"about {_duration(self.seconds)}"
+        )
+
+
+def plan(job: Job, device: str) -> Plan:
+    """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
+    with told(f"Cannot plan {job.source.name} on {job.dataset.name}"):
+        config, tokenizer = load_config(job.source), load_tokenizer(job.source)
+        if job.study == "knowledge":
+            return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job, tokenizer)], device)
+        n_cue = len(pose(tokenizer, job.dataset).cue)
+        return estimate(job, config, read_texts(tokenizer, job.texts), device, n_cue=n_cue)
+
+
+def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> Plan:
+    """The cost if every prompt counts: what is read out, in rows of the vocabulary, and what runs through the model."""
+    m, wanted = job.measuring, job.attributing
+    row = model_row(job.source, config, count_params(config), m.dtype)
+    layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
+    trials = 1 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
+    readouts = 6 * layers + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
+    entries = row["n_heads"] * row["head_dim"]
+    every = layers * (len(lengths) * row["intermediate_size"] + sum(lengths) * entries)
+    stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)
+    rate = _CAPTURE_SHARE * gemm_rate(hidden, row["intermediate_size"], m.dtype, device)
+    flops = 2 * (row["n_params"] - vocab * hidden) * sum(lengths) * (1 + trials) + 2 * vocab * hidden * (
+        (readouts + trials) * len(lengths) + 256 / vocab * (every if wanted.all_neurons else 0)
+    )
+    weights = row["n_params"] * (1 if m.quantize else {"float32": 4, "bfloat16": 2, "float16": 2}[m.dtype])
+    return Plan(
+        n_prompts=len(lengths),
+        n_tokens=sum(lengths) * (1 + trials),
+        n_layers=layers,
+        disk_bytes=_NEURON_BYTES * stored,
+        memory_bytes=weights + 4 * vocab * hidden + 2 * BASES_BYTES + 2 * CHUNK_BYTES,
+        seconds=flops / rate,
+        what=f"{row['n_heads']} heads and {row['intermediate_size']:,} FFN neurons",
+    )
+
+
+def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Plan:
+    """The same, from a config and token ids that are at hand, ``n_cue`` of which follow each prompt."""
+    row = model_row(job.source, config, count_params(config), job.measuring.dtype)
+    prefix = shared_prefix(token_ids)
+    n_tokens = sum(len(ids) - prefix + n_cue for ids in token_ids)
+    floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]
+    tied = 1 if config.get_text_config().tie_word_embeddings else 2
+    unembedding = row["vocab_size"] * row["hidden_size"]
+    block_params = row["n_params"] - tied * unembedding
+    weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[job.measuring.dtype]
+    batch = CPU_TOKENS if device == "cpu" else GPU_TOKENS
+    working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
+    rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
+    return Plan(
+        n_prompts=len(token_ids),
+        n_tokens=n_tokens,
+        n_layers=row["n_layers"],
+        disk_bytes=floats * (2 if job.measuring.store == "float16" else 4),
+        memory_bytes=row["n_params"] * (1 if job.measuring.quantize else weight_bytes) + working + _PART_MEMORY,
+        seconds=2 * (block_params * n_tokens + unembedding * len(token_ids)) / rate
+        + _PROBE_SECONDS * floats * job.probing.splits,
+    )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -1,0 +1,280 @@
+"""Workers on a Ray cluster: each holds the model, takes one shard after the other, and writes nothing.
+
+    with Cluster("10.0.0.1:6379") as cluster, cluster.engine(source, settings) as engine:
+        ingest_on(lake, job, engine)
+
+A shard whose worker dies is measured again by another. Rows come back to the process that ingests, which alone writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from kdb.errors import KdbError, ModelError
+from kdb.ingest.execution.local import Advance, Rows, Shard, make_worker
+from kdb.ingest.job import Job
+from kdb.ingest.models.find import ModelSource
+from kdb.ingest.models.load import load_model
+
+log = logging.getLogger(__name__)
+
+TRIES = 3
+"""How often a shard is begun before its run fails: it may be what kills the workers, by the memory that it takes."""
+
+PATIENCE = 300.0
+"""Seconds without any worker after which a run fails."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """CPUs and GPUs of a worker. Without: a GPU where the cluster has any, else all CPUs of its smallest node."""
+
+    cpus: int | None = None
+    gpus: int | None = None
+
+
+class Cluster:
+    """A connection to a Ray cluster, or a Ray of this machine's own; use it in a ``with`` statement.
+
+    Raises KdbError if Ray is not installed, there is none at the address, or no node has what a worker needs.
+    """
+
+    def __init__(self, address: str | None = None, needs: Needs | None = None) -> None:
+        self._address, self._needs = address, needs or Needs()
+
+    def __enter__(self) -> Self:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise KdbError("--engine ray needs Ray: `pip install 'kdb-lm[ray]'`.") from None
+        if self._address:
+            _refuse_silence(self._address)
+        own: dict[str, Any] = {} if self._address else {"include_dashboard": False}
+        try:
+            ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (Exception, SystemExit) as error:
+            raise KdbError(
+                f"Cannot work with the Ray at {self._address!r}: {str(error).rstrip('.')}. Where it wants a token, set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token lies in ~/.ray."
+            ) from error
+        try:
+            self.resources, self.places = _places(ray.nodes(), self._needs)
+        except KdbError:
+            ray.shutdown()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def engine(self, source: ModelSource, settings: Mapping[str, Any], batch_tokens: int | None = None) -> Workers:
+        """Workers that load this model with these settings, when they are first asked."""
+        return Workers(self, source, settings, batch_tokens)
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray would look for a cluster that is not there for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise KdbError(
+            f"There is no Ray at {address!r} ({error}): give --address HOST:PORT as `ray start --head` prints it, or "
+            "leave it out to use this machine alone."
+        ) from None
+
+
+def _places(nodes: Sequence[Mapping[str, Any]], needs: Needs) -> tuple[dict[str, int], int]:
+    """What a worker takes, and how many of them the nodes have room for."""
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = needs.gpus if needs.gpus is not None else int(any(node.get("GPU") for node in have))
+    able = [node for node in have if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= (needs.cpus or 1)]
+    if not able:
+        raise KdbError(
+            f"No node of the cluster has {needs.cpus or 1} CPUs and {gpus} GPUs for a worker: give a smaller "
+            "--worker-cpus or --worker-gpus."
+        )
+    cpus = needs.cpus or (1 if gpus else int(min(node["CPU"] for node in able)))
+    places = sum(int(min(node["CPU"] // cpus, node["GPU"] // gpus if gpus else node["CPU"] // cpus)) for node in able)
+    return {"num_cpus": cpus, "num_gpus": gpus}, places
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one worker is asked, how often it was begun, and the shard that it is, if any."""
+
+    question: str
+    arguments: tuple[Any, ...]
+    shard: Shard | None = None
+    begun: int = 0
+
+
+class Workers:
+    """An engine (``engine.py``) whose workers are actors of Ray; use it in a ``with`` statement."""
+
+    def __init__(
+        self, cluster: Cluster, source: ModelSource, settings: Mapping[str, Any], batch_tokens: int | None
+    ) -> None:
+        self._cluster, self._source, self._settings, self._batch_tokens = cluster, source, settings, batch_tokens
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}
+        self._busy: dict[Any, tuple[Any, _Task]] = {}
+        self._jobs: dict[str, Any] = {}
+        self._failed = 0
+
+    def ask(self, job: Job, question: str, *arguments: Any) -> Any:
+        """What a worker answers. Raises what it raises, as ModelError."""
+        [(_task, answer)] = self._results(job, [_Task(question, arguments)])
+        return answer
+
+    def measure(self, job: Job, shards: Iterable[Shard], advance: Advance) -> Iterator[tuple[str, Rows]]:
+        """The rows of each shard, in the order in which workers are done."""
+        tasks = [_Task("measure", (shard.prompts,), shard) for shard in shards]
+        for task, measured in self._results(job, tasks):
+            assert task.shard is not None
+            for rows in measured:
+                yield task.shard.name, rows
+            advance(task.shard.size)
+
+    def _results(self, job: Job, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, Any]]:
+        import ray
+
+        waiting = deque(tasks)
+        while waiting or self._busy:
+            self._hire(len(waiting))
+            while waiting and self._idle:
+                actor, task = self._idle.pop(), waiting.popleft()
+                reference = actor.answer.remote(self._reference(job), task.question, task.arguments)
+                self._busy[reference] = actor, replace(task, begun=task.begun + 1)
+            done, _ = ray.wait([*self._busy, *self._starting], timeout=PATIENCE)
+            if not done and not self._busy:
+                raise KdbError(f"The cluster has started no worker for {PATIENCE:.0f} s: are its nodes busy or gone?")
+            for reference in done:
+                if reference in self._starting:
+                    self._started(reference)
+                    continue
+                actor, task = self._busy.pop(reference)
+                answer = self._answer(reference, actor, task)
+                if answer is None:
+                    waiting.appendleft(task)
+                else:
+                    yield task, answer[0]
+
+    def _hire(self, wanted: int) -> None:
+        """Start as many workers as there is room and work for."""
+        there = len(self._idle) + len(self._busy) + len(self._starting)
+        for _ in range(min(wanted + len(self._busy), self._cluster.places) - there):
+            actor = _actor(self._cluster.resources).remote(
+                self._source, dict(self._settings), self._batch_tokens, self._cluster.resources["num_cpus"]
+            )
+            self._starting[actor.load.remote()] = actor
+
+    def _started(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        if self._outcome(reference) is None:
+            self._failed += 1
+            if self._failed >= TRIES:
+                raise KdbError(f"Workers die while they load {self._source.name}: is there memory for it on each node?")
+            return
+        self._idle.append(actor)
+
+    def _answer(self, reference: Any, actor: Any, task: _Task) -> tuple[Any] | None:
+        """What the worker answered; None where it died, and the task is to be begun again."""
+        answer = self._outcome(reference)
+        if answer is not None:
+            self._idle.append(actor)
+            return answer
+        what = f"part {task.shard.name}" if task.shard else task.question
+        if task.begun >= TRIES:
+            raise KdbError(
+                f"{task.begun} workers died of {what} of {self._source.name}: is there memory for it? Give a smaller "
+                "--batch-tokens, or more to each with --worker-cpus. What is finished is kept."
+            )
+        log.warning("A worker died; %s is measured again by another.", what)
+        return None
+
+    def _outcome(self, reference: Any) -> tuple[Any] | None:
+        """What an actor returned, or None where the actor or its node is gone. Raises what kdb raised there."""
+        import ray
+
+        try:
+            kind, answer = ray.get(reference)
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError) as error:
+            log.debug("A worker died: %s", error)
+            return None
+        if kind == "refused":
+            raise ModelError(answer)
+        return (answer,)
+
+    def _reference(self, job: Job) -> Any:
+        """The job, sent to the cluster once."""
+        import ray
+
+        if job.run not in self._jobs:
+            self._jobs = {job.run: ray.put(job)}
+        return self._jobs[job.run]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in [*self._idle, *self._starting.values(), *(actor for actor, _task in self._busy.values())]:
+            with contextlib.suppress(Exception):  # it may be dead, or the cluster gone
+                ray.kill(actor)
+
+
+class Holder:
+    """A worker's process: the model, and the job that it was last asked about.
+
+    It returns ('done', the answer) or ('refused', a message): not every exception survives the way.
+    """
+
+    def __init__(self, source: ModelSource, settings: dict[str, Any], batch_tokens: int | None, n_threads: int) -> None:
+        self._source, self._settings, self._batch_tokens, self._n_threads = source, settings, batch_tokens, n_threads
+        self._at: tuple[str, Any] = ("", None)
+
+    def load(self) -> tuple[str, Any]:
+        """Load the model; returns the process's id."""
+        import torch
+
+        torch.set_num_threads(self._n_threads)
+        try:
+            self._loaded = load_model(self._source, **self._settings)
+        except Exception as error:
+            return "refused", _said(error)
+        return "done", os.getpid()
+
+    def answer(self, job: Job, question: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+        """What the worker of the job answers; rows as a list."""
+        try:
+            if self._at[0] != job.run:
+                self._at = job.run, make_worker(job, lambda: self._loaded, self._batch_tokens)
+            asked = getattr(self._at[1], question)
+            return "done", list(asked(*arguments, lambda _: None)) if question == "measure" else asked(*arguments)
+        except Exception as error:
+            return "refused", _said(error)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, KdbError) else f"A worker failed: {type(error).__name__}: {error}"
+
+
+def _actor(resources: Mapping[str, int]) -> Any:
+    """The class of actors that take these resources; a new one, since Ray's are of one connection."""
+    import ray
+
+    return ray.remote(Holder).options(**resources, max_restarts=0, max_task_retries=0)

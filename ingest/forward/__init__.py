@@ -1,0 +1,1 @@
+"""Forward passes: hidden states, activation caches, decompositions of the residual stream, ablations."""

@@ -1,0 +1,188 @@
+"""Interventions: neurons or heads set to zero, and what that does to the target.
+
+The prompts of several interventions run in one batch, each row with its own neurons silenced; an ablated forward
+pass computes every norm anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.decomposition import Decomposition
+from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
+from kdb.ingest.forward.memory import tokens_at_once
+from kdb.warehouse.schema import arrow_schema
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+LOGITS_BYTES = 256 * 2**20
+"""Memory for the logits of one batch."""
+
+
+@dataclass(frozen=True)
+class Silenced:
+    """What is set to zero: entries of the FFN's coefficients and of the heads' outputs, by layer.
+
+    ``attn`` entries are head · head size + entry.
+    """
+
+    ffn: dict[int, list[int]] = field(default_factory=dict)
+    attn: dict[int, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One prompt with one intervention, at its last position or everywhere.
+
+    ``rivals`` are tokens that the target is compared with.
+    """
+
+    token_ids: Sequence[int]
+    target: int
+    silenced: Silenced
+    everywhere: bool
+    rivals: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The target's rank (from 1), probability and log-probability in each trial, and whether no rival beats it, (m)."""
+
+    rank: NDArray[np.int64]
+    prob: NDArray[np.float64]
+    logp: NDArray[np.float64]
+    ahead: NDArray[np.bool_]
+
+
+def run_trials(
+    decomposition: Decomposition,
+    trials: Sequence[Trial],
+    *,
+    batch_tokens: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Effects:
+    """Run every trial, in batches of trials of like length; results are in the order given.
+
+    ``on_batch`` is told after each batch how many trials it had.
+    """
+    import torch
+
+    budget = batch_tokens or tokens_at_once(decomposition.loaded)
+    at_most = max(1, LOGITS_BYTES // (8 * decomposition.readout.table.shape[0]))
+    n = len(trials)
+    out = Effects(np.empty(n, dtype=np.int64), np.empty(n), np.empty(n), np.empty(n, dtype=np.bool_))
+    order = sorted(range(len(trials)), key=lambda i: -len(trials[i].token_ids))
+    lengths = [len(trials[i].token_ids) for i in order]
+    with torch.inference_mode():
+        for batch in batches(lengths, budget, LengthClasses(decomposition.loaded.model.config)):
+            for start in range(0, len(batch), at_most):
+                rows = [order[i] for i in batch[start : start + at_most]]
+                found = _run(decomposition, [trials[i] for i in rows])
+                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = found
+                if on_batch is not None:
+                    on_batch(len(rows))
+    return out
+
+
+def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ...]:
+    import torch
+
+    device, rows = decomposition.loaded.device, torch.arange(len(trials))
+    ids = torch.zeros(len(trials), max(len(t.token_ids) for t in trials), dtype=torch.long)
+    for row, trial in enumerate(trials):
+        ids[row, : len(trial.token_ids)] = torch.tensor(trial.token_ids)
+    last = torch.tensor([len(t.token_ids) - 1 for t in trials])
+    forget_longest(decomposition.loaded)
+    with _silencing(decomposition, trials, last):
+        hidden = decomposition.structure.decoder(ids.to(device), use_cache=False)[0]
+    # The decoder has applied the final norm; what is left of the readout is linear, but for the soft cap.
+    logits = decomposition.structure.unembed_normed(hidden[rows, last]).float()
+    own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
+    logp = (own.double() - logits.double().logsumexp(1, keepdim=True))[:, 0]
+    rank = 1 + (logits > own).sum(1)
+    ahead = [bool((logits[i, list(t.rivals)] < own[i]).all()) for i, t in enumerate(trials)]
+    return rank.cpu().numpy(), logp.exp().cpu().numpy(), logp.cpu().numpy(), ahead
+
+
+@contextlib.contextmanager
+def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torch.Tensor) -> Iterator[None]:
+    """Zero what each trial names, in the inputs of the projections that read it."""
+    handles = []
+    for layer, block in enumerate(decomposition.blocks):
+        for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
+            places = [getattr(t.silenced, part).get(layer, []) for t in trials]
+            if any(places):
+                handles.append(module.register_forward_pre_hook(_zero(places, trials, last)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zero(places: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:
+    import torch
+
+    n = len(trials)
+    everywhere = [(row, place) for row in range(n) if trials[row].everywhere for place in places[row]]
+    at_last = [(row, int(last[row]), place) for row in range(n) if not trials[row].everywhere for place in places[row]]
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states = args[0].reshape(n, -1, args[0].shape[-1]).clone()
+        if everywhere:
+            row, place = torch.tensor(everywhere, device=states.device).T
+            states[row, :, place] = 0
+        if at_last:
+            row, position, place = torch.tensor(at_last, device=states.device).T
+            states[row, position, place] = 0
+        return (states.reshape(args[0].shape), *args[1:])
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Something silenced in one prompt, and the words under which its effect is stored."""
+
+    prompt_id: int
+    token_ids: Sequence[int]
+    target: int
+    method: str
+    positions: str
+    silenced: Silenced
+    k: int
+
+
+def intervene(
+    decomposition: Decomposition,
+    interventions: Sequence[Intervention],
+    *,
+    batch_tokens: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> pa.Table:
+    """Rows of ``ablations``: the target before and after each intervention, in the order given.
+
+    The untouched model runs through the same code, so that what differs is the intervention alone.
+    """
+    untouched = {i.prompt_id: Trial(i.token_ids, i.target, Silenced(), everywhere=False) for i in interventions}
+    before_of = {prompt: place for place, prompt in enumerate(untouched)}
+    trials = [Trial(i.token_ids, i.target, i.silenced, i.positions == "all") for i in interventions]
+    found = run_trials(decomposition, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
+    rows = []
+    for after, item in enumerate(interventions, start=len(untouched)):
+        before = before_of[item.prompt_id]
+        row = {"prompt_id": item.prompt_id, "method": item.method, "k": item.k, "positions": item.positions}
+        for name, values in (("rank", found.rank), ("prob", found.prob), ("logp", found.logp)):
+            row |= {f"{name}_before": values[before].item(), f"{name}_after": values[after].item()}
+        rows.append(row)
+    return pa.Table.from_pylist(rows, arrow_schema("ablations"))

@@ -1,0 +1,386 @@
+"""One batched forward pass records the last token's hidden state at every layer and site.
+
+Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
+padding cannot change a result and needs no mask. A prefix that all prompts share is run once. For the same reason a
+cue may follow each prompt, after which the model would answer. The unembedding, a third of a small model's work, is
+not run here at all. Where a model's RoPE depends on how long a text is, all this holds for texts of one length class
+(``lengths.py``): only those share a pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdb.errors import ModelError
+from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
+from kdb.ingest.forward.memory import tokens_at_once
+from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.models.structure import SITES, ModelStructure, find_structure
+
+if TYPE_CHECKING:
+    import torch
+
+CHECK_PROMPTS = 8
+"""Prompts on which each run is compared with the untouched model."""
+
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
+"""Largest relative difference of a last state, a logit or a probability that rounding can explain, by the dtype."""
+
+_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3, "float16": 4e-2}
+"""Largest relative difference of the states of all layers, middle ones included (``benchmarks/batches.py``)."""
+
+
+def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all prompts share, short of each one's last."""
+    first, last = min(map(tuple, token_ids)), max(map(tuple, token_ids))
+    longest = min(len(ids) for ids in token_ids) - 1
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
+
+
+def batches(
+    lengths: Sequence[int], budget: int, length_class: Callable[[int], Hashable], at_most: int | None = None
+) -> Iterator[list[int]]:
+    """Split prompts, given by falling length, into batches of one length class and at most ``budget`` padded tokens.
+
+    A batch has ``at_most`` prompts, if that is given. Yields the prompts' places in ``lengths``.
+    """
+    start = 0
+    while start < len(lengths):
+        same, room = length_class(lengths[start]), max(1, budget // lengths[start])
+        limit = min(start + min(room, at_most or room), len(lengths))
+        stop = start + 1
+        while stop < limit and length_class(lengths[stop]) == same:
+            stop += 1
+        yield list(range(start, stop))
+        start = stop
+
+
+def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
+    """The prompts on which a run is checked: the shortest, the longest, the last, and one with the rarest token.
+
+    And the first ones, up to ``CHECK_PROMPTS``.
+    """
+    counts = Counter(itertools.chain.from_iterable(token_ids))
+    places = range(len(token_ids))
+    by_length = sorted(places, key=lambda i: len(token_ids[i]))
+    # Of tokens that are as rare, the one with the highest id: vocabularies list frequent tokens first.
+    rarest = min(counts, key=lambda token: (counts[token], -token))
+    rare = next(i for i in places if rarest in token_ids[i])
+    return list(dict.fromkeys([by_length[0], by_length[-1], places[-1], rare, *places]))[:CHECK_PROMPTS]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How prompts go through the model: after a cached prefix or whole, with the cue or without.
+
+    ``states``: whether hidden states are read. A pass with the cue also reads the state that the model answers from.
+    """
+
+    cached: bool
+    cued: bool
+    states: bool
+
+
+class Capture:
+    """Reads hidden states from a loaded model; nothing stays attached to it."""
+
+    def __init__(self, loaded: LoadedModel, *, batch_tokens: int | None = None) -> None:
+        self.loaded = loaded
+        self.structure: ModelStructure = find_structure(loaded.model)
+        self.batch_tokens = batch_tokens or tokens_at_once(loaded)
+        self._length_class = LengthClasses(loaded.model.config)
+        self._prefix: tuple[int, ...] = ()
+        self._prefix_cache: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, sites and hidden size of one prompt's vectors."""
+        hidden = int(self.loaded.model.config.get_text_config().hidden_size)
+        return len(self.structure.blocks), len(SITES), hidden
+
+    def vectors(self, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> NDArray[np.float32]:
+        """Hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
+
+        ``prefix`` is a run of tokens that every prompt begins with; it is run once and remembered.
+        """
+        return self.vectors_and_ends(token_ids, prefix)[0]
+
+    def vectors_and_ends(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        cue: Sequence[int] = (),
+        on_batch: Callable[[int], None] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The same, and the last block's output (prompt, hidden) where the model would go on after the cue.
+
+        ``cue`` are tokens that follow every prompt; in a causal model they cannot change the prompt's own states.
+        ``on_batch`` is told after each batch how many tokens of prompts it had.
+        """
+        import torch
+
+        vectors = np.empty((len(token_ids), *self.shape), dtype=np.float32)
+        ends = np.empty((len(token_ids), self.shape[-1]), dtype=np.float32)
+        ways = self._ways([len(ids) for ids in token_ids], len(prefix), len(cue))
+        with torch.inference_mode():
+            for way, prompts in ways.items():
+                before, behind = tuple(prefix) if way.cached else (), tuple(cue) if way.cued else ()
+                for rows, states, after in self._batched(token_ids, prompts, before, behind):
+                    if way.cued:
+                        ends[rows] = after
+                    if way.states:
+                        vectors[rows] = states
+                        if on_batch is not None:
+                            on_batch(sum(len(token_ids[row]) for row in rows))
+        return vectors, ends
+
+    def _ways(self, lengths: Sequence[int], n_prefix: int, n_cue: int) -> dict[_Way, list[int]]:
+        """Which prompts go through the model in which way; those of ordinary models all in one.
+
+        A prompt whose cue would put it into another length class goes twice, first without it. A cached prefix serves
+        prompts of its own class.
+        """
+        ways: dict[_Way, list[int]] = {}
+        of = self._length_class
+        for row, n in enumerate(lengths):
+            together = of(n) == of(n + n_cue)
+            for cued in [True] if together else [False, True]:
+                cached = n_prefix > 0 and of(n_prefix) == of(n + n_cue * cued)
+                ways.setdefault(_Way(cached, cued, states=together or not cued), []).append(row)
+        return ways
+
+    def _batched(
+        self, token_ids: Sequence[Sequence[int]], prompts: Sequence[int], prefix: tuple[int, ...], cue: tuple[int, ...]
+    ) -> Iterator[tuple[list[int], NDArray[np.float32], NDArray[np.float32]]]:
+        """Run prompts, given by their places, batch by batch: yields places, hidden states and last blocks' outputs."""
+        import torch
+
+        n_prefix = len(prefix)
+        order = sorted(prompts, key=lambda i: -len(token_ids[i]))
+        lengths = [len(token_ids[i]) - n_prefix + len(cue) for i in order]
+        while order:
+            n = len(next(batches(lengths, self.batch_tokens, lambda n: self._length_class(n + n_prefix))))
+            rows = order[:n]
+            texts = [[*token_ids[row][n_prefix:], *cue] for row in rows]
+            try:
+                found = self._run(texts, prefix, len(cue))
+            except torch.OutOfMemoryError:
+                self._halve(n, lengths[0])
+                continue
+            yield rows, *found
+            order, lengths = order[n:], lengths[n:]
+
+    def _halve(self, n: int, n_tokens: int) -> None:
+        """Take half as many tokens from now on. Raises ModelError where ``n`` is one prompt already."""
+        import torch
+
+        if n == 1:
+            raise ModelError(
+                f"A prompt of {n_tokens:,} tokens does not fit into the memory that {self.loaded.source.name} leaves: "
+                "give --quantize int8, --dtype bfloat16, or a device with more."
+            )
+        self.batch_tokens = n * n_tokens // 2
+        torch.cuda.empty_cache()
+
+    def _run(
+        self, token_ids: Sequence[Sequence[int]], prefix: tuple[int, ...], n_cue: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        import torch
+
+        device = self.loaded.device
+        ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
+        for row, tokens in enumerate(token_ids):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        end = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
+        states = torch.empty(len(token_ids), *self.shape, device=device)
+        ends = torch.empty(len(token_ids), self.shape[-1], device=device)
+        forget_longest(self.loaded)
+        cache = self._expanded(prefix, len(token_ids))
+        with self._recording(states, end - n_cue, ends, end):
+            self.structure.decoder(ids.to(device), past_key_values=cache, use_cache=cache is not None)
+        return states.cpu().numpy(), ends.cpu().numpy()
+
+    @contextlib.contextmanager
+    def _recording(
+        self, states: torch.Tensor, last: torch.Tensor, ends: torch.Tensor, end: torch.Tensor
+    ) -> Iterator[None]:
+        """Hooks that copy each row's token ``last`` into ``states`` (prompt, layer, site, hidden).
+
+        And the last block's output at its token ``end`` into ``ends`` (prompt, hidden).
+        """
+        import torch
+
+        rows = torch.arange(len(last), device=last.device)
+
+        def keep(out: torch.Tensor, hidden: torch.Tensor, places: torch.Tensor) -> None:
+            # OPT flattens batch and position before its FFN.
+            at = rows.to(hidden.device), places.to(hidden.device)  # a block may lie on another GPU than the first
+            out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
+
+        handles = []
+        for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
+            resid, normed = states[:, layer, 0], states[:, layer, 1]
+            handles += [
+                block.register_forward_hook(lambda _m, _i, output, out=resid: keep(out, _tensor(output), last)),
+                ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last)),
+            ]
+        final = self.structure.blocks[-1]
+        handles.append(final.register_forward_hook(lambda _m, _i, output: keep(ends, _tensor(output), end)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _expanded(self, prefix: tuple[int, ...], n_rows: int) -> Any:
+        """A fresh cache that holds the prefix for each of ``n_rows`` prompts; None without a prefix."""
+        import torch
+        from transformers import DynamicCache
+
+        if not prefix:
+            return None
+        if prefix != self._prefix:
+            ids = torch.tensor([prefix], device=self.loaded.device)
+            cache = DynamicCache(config=self.loaded.model.config)
+            self.structure.decoder(ids, past_key_values=cache, use_cache=True)
+            self._prefix, self._prefix_cache = prefix, cache
+        # Copied whole: a sliding layer holds the end of the prefix alone, but counts its positions from the start.
+        fresh = copy.deepcopy(self._prefix_cache)
+        fresh.batch_repeat_interleave(n_rows)
+        return fresh
+
+
+def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
+    """FLOP/s of a plain matrix product (512, k) × (k, n) on this device, measured for a moment."""
+    import torch
+
+    a = torch.randn(512, k, device=device, dtype=getattr(torch, dtype))
+    b = torch.randn(n, k, device=device, dtype=a.dtype)
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        torch.nn.functional.linear(a, b).sum().item()  # .item() waits for an asynchronous device
+        times.append(time.perf_counter() - begun)
+    return 2 * 512 * k * n / min(times)
+
+
+def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model itself says of one prompt, alone and without hooks: hidden states, logits.
+
+    The states (layer + 1, hidden) and logits (vocab) are those of the last token; transformers applies the
+    final norm to the last of the states.
+    """
+    import torch
+
+    forget_longest(loaded)
+    with torch.inference_mode():
+        ids = torch.tensor([list(token_ids)], device=loaded.device)
+        # Logits of every position would take a gigabyte for a thousand tokens of a 262,144-token vocabulary.
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
+        output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
+    states = torch.stack([state[0, -1].float() for state in output.hidden_states])
+    return states, output.logits[0, -1].float()
+
+
+def check_capture(
+    capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = (), cue: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Compare batched capture and readout with the untouched model: rows of ``checks``.
+
+    Raises ModelError where a difference is more than the weights' dtype explains.
+    """
+    import torch
+
+    loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
+    vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
+    found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
+    for resid, ids in zip(vectors[:, :, 0], token_ids, strict=True):
+        states, logits = untouched(loaded, ids)
+        off = _off(capture, resid, states)
+        with torch.inference_mode():
+            read = capture.structure.readout(resid[-1].to(dtype)).float()
+        found["resid_post"].extend(off[:-1])
+        found["final_norm"].append(off[-1])
+        found["readout"].append(_relative(read, logits))
+        found["readout_kl"].append(_kl(logits, read))
+    return [check_row(name, of, loaded, len(token_ids)) for name, of in found.items()]
+
+
+def check_stored(
+    capture: Capture, token_ids: Sequence[Sequence[int]], states: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """Compare the states (prompt, layer, hidden) that a run has stored of some prompts with the untouched model.
+
+    Gives rows of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
+    """
+    import torch
+
+    alone = (untouched(capture.loaded, ids)[0] for ids in token_ids)
+    stored = torch.from_numpy(states).to(capture.loaded.device)
+    off = [value for resid, own in zip(stored, alone, strict=True) for value in _off(capture, resid, own)]
+    return [check_row("stored_states", off, capture.loaded, len(token_ids))]
+
+
+def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[float]:
+    """How far block outputs (layer, hidden) are from the untouched model's, the last of them after the final norm."""
+    import torch
+
+    with torch.inference_mode():
+        normed = capture.structure.final_norm(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
+    return [*map(_relative, resid[:-1], states[1:-1]), _relative(normed, states[-1])]
+
+
+_DETAIL = {
+    "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding, cue and shared "
+    "prefix against one prompt at a time",
+    "final_norm": "the same for the last layer, after the final norm",
+    "readout": "the same for the logits that the last captured state gives",
+    "readout_kl": "KL divergence, in nats, of those logits from the model's own",
+    "stored_states": "largest ‖stored − untouched‖ / ‖untouched‖ over layers, in the batches of the run against one "
+    "prompt at a time",
+    "stored_answers": "largest |stored − untouched| probability of an answer, in the batches of the run against one "
+    "prompt at a time",
+    "stored_probs": "largest |stored − untouched| probability of a target, in the batches of the run against one "
+    "prompt at a time",
+}
+
+
+def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
+    """The row of ``checks`` for the largest of some differences.
+
+    Raises ModelError where that is more than the weights' dtype explains.
+    """
+    value = float(np.max(values, initial=0))  # unlike max, it keeps a NaN
+    tolerance = (_STATES_TOLERANCE if check in ("resid_post", "stored_states") else _TOLERANCE)[loaded.dtype]
+    if not value <= tolerance:
+        raise ModelError(
+            f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "
+            f"explains {tolerance:.2g} ({_DETAIL[check]})."
+        )
+    detail = f"{_DETAIL[check]}; {n_prompts} prompts, {loaded.dtype}"
+    return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
+    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum().abs())
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first

@@ -1,0 +1,435 @@
+"""The residual stream as a sum: which modules add to it, and through which linear maps.
+
+Found by watching one short forward pass, not by names of models: the attention function says which module calls
+it, and tensors that are equal say what feeds what. All linear maps come out folded into one form: norms behind
+and before a projection, their centring, the residual multiplier and the logits' scale are part of the matrices,
+so that whoever uses them needs no case for any architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from kdb.errors import ModelError
+from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.models.structure import ModelStructure, find_structure
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ATTENTION = "kdb"
+"""Name under which transformers knows our attention function."""
+
+_TRACE_TOKENS = 5
+_AMPLITUDE = 128.0
+"""Entries of the vectors that read a norm: so large that its epsilon is nothing beside them."""
+
+_UNIT_ROWS = 16
+"""Positions of one sequence of unit vectors: fewer than any model's context."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm with its scale frozen: y = weight · (x − mean, if centred) · scale + bias."""
+
+    module: nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor
+    centred: bool
+
+    def before(self, rows: torch.Tensor) -> torch.Tensor:
+        """Fold the norm into the rows (…, hidden) of a projection that reads its output, up to the scale."""
+        return self._centre(rows * self.weight)
+
+    def after(self, columns: torch.Tensor) -> torch.Tensor:
+        """Fold the norm into vectors (…, hidden) that it reads, up to the scale."""
+        return self._centre(columns) * self.weight
+
+    def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """The scale (…) that took ``read`` to ``written``, both (…, hidden): a projection, so rounding averages out."""
+        shape = self.after(read)
+        return ((written - self.bias) * shape).sum(-1) / shape.square().sum(-1)
+
+    def _centre(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's parts. A norm is None where the architecture has none in that place.
+
+    ``attention`` is the module that calls the attention function. ``key`` is the projection whose row makes an
+    FFN neuron fire (the up projection where the FFN is gated), ``key_rows`` its rows within a fused one.
+    ``parallel``: attention and FFN both read the block's input.
+    """
+
+    module: nn.Module
+    attention: nn.Module
+    attn_out: nn.Module
+    ffn_out: nn.Module
+    key: nn.Module
+    key_rows: slice
+    attn_norm: Norm | None
+    ffn_norm: Norm | None
+    attn_post: Norm | None
+    ffn_post: Norm | None
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Logits of a residual x whose final norm has the frozen scale s: table @ x · s + constant, then the soft cap."""
+
+    table: torch.Tensor
+    constant: torch.Tensor
+    softcap: float | None
+
+    @functools.cached_property
+    def longest(self) -> torch.Tensor:
+        """Tokens by falling length of their row, seen from the mean row: the likeliest to be ahead of another."""
+        lengths: torch.Tensor = (self.table - self.table.mean(0)).norm(dim=1)
+        return lengths.argsort(descending=True)
+
+
+class Decomposition:
+    """A model's residual stream, taken apart.
+
+    Raises ModelError, by :func:`decompose`, for a model that has a part this description does not know.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, structure: ModelStructure, blocks: tuple[Block, ...], multiplier: float
+    ) -> None:
+        self.loaded = loaded
+        self.structure = structure
+        self.blocks = blocks
+        self.multiplier = multiplier
+        text = loaded.model.config.get_text_config()
+        self.n_heads = int(text.num_attention_heads)
+        self.hidden_size = int(text.hidden_size)
+        self.final_norm = read_norm(structure.final_norm, self.hidden_size)
+
+    @functools.cached_property
+    def readout(self) -> Readout:
+        """The unembedding with the final norm folded in, in float32: table (vocab, hidden), constant (vocab)."""
+        import torch
+
+        unembed, norm = self.structure.unembed, self.final_norm
+        rows = matrix(unembed).float()
+        bias = getattr(unembed, "bias", None)
+        constant = rows @ norm.bias + (torch.zeros(()) if bias is None else bias.float()).to(rows.device)
+        table = norm.before(rows) * self.structure.logit_scale
+        return Readout(table, constant * self.structure.logit_scale, self.structure.logit_softcap)
+
+    def attn_columns(self, layer: int) -> torch.Tensor:
+        """What one unit of each head dimension adds to the residual: (heads · head size, hidden), float32."""
+        return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
+
+    def ffn_columns(self, layer: int) -> torch.Tensor:
+        """What one unit of each FFN neuron adds to the residual: (neurons, hidden), float32."""
+        return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
+
+    def ffn_keys(self, layer: int) -> torch.Tensor:
+        """The direction of the residual that makes each FFN neuron fire: (neurons, hidden), float32."""
+        block = self.blocks[layer]
+        return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
+
+    def value_keys(self, layer: int) -> torch.Tensor:
+        """The direction of the residual that makes each value entry: (heads · head size, hidden), float32."""
+        return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
+
+    def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
+        columns = matrix(projection).float().T
+        folded = post.after(columns) if post is not None else columns
+        return folded * self.multiplier if self.multiplier != 1 else folded
+
+    @functools.cached_property
+    def _value_rows(self) -> list[torch.Tensor]:
+        """The value projection of each layer, read by feeding it unit vectors: however it is fused, this is it."""
+        import torch
+
+        device, dtype = self.loaded.device, getattr(torch, self.loaded.dtype)
+        units = torch.eye(self.hidden_size, device=device, dtype=dtype)
+        n = -(-(self.hidden_size + 1) // _UNIT_ROWS) * _UNIT_ROWS  # one row of zeros at least: it reads the bias
+        units = torch.nn.functional.pad(units, (0, 0, 0, n - self.hidden_size)).view(-1, _UNIT_ROWS, self.hidden_size)
+        heads = []
+
+        def keep(_module: nn.Module, _query: torch.Tensor, value: torch.Tensor, _weights: torch.Tensor) -> None:
+            rows = value.transpose(1, 2).flatten(0, 1)[: self.hidden_size + 1].float()  # unit, kv head, entry
+            per_head = (rows[:-1] - rows[-1]).repeat_interleave(self.n_heads // value.shape[1], dim=1)
+            heads.append(per_head.flatten(1).T.to(dtype))
+
+        hooks = [_feed(block.attention, units) for block in self.blocks]
+        ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
+        with watched_attention(self.loaded.model, keep), torch.inference_mode():
+            try:
+                self.structure.decoder(ids, use_cache=False)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return heads
+
+
+def _folded(rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    return norm.before(rows) if norm is not None else rows
+
+
+def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
+    """Give a module these hidden states, whatever it is called with."""
+
+    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": hidden}
+        return (hidden, *args[1:]), kwargs
+
+    return module.register_forward_pre_hook(replace, with_kwargs=True)
+
+
+def matrix(module: nn.Module) -> torch.Tensor:
+    """A linear module's matrix (out, in): the weight itself where it is plain, else read by unit vectors."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    weight: Any = module.weight
+    if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
+        plain: torch.Tensor = weight.detach()
+        return plain.T if isinstance(module, Conv1D) else plain
+    with torch.inference_mode():
+        # A quantized weight, of whatever kind: what it does is what it is.
+        units = torch.eye(cast(int, module.in_features), device=weight.device)
+        rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
+        return rows
+
+
+def read_norm(module: nn.Module, size: int) -> Norm:
+    """Read a norm's weight and bias from what it does, in float32: architectures disagree on where they keep them."""
+    import torch
+
+    twin = copy.deepcopy(module).float()
+    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
+    signs = torch.ones(size, device=device)
+    signs[1::2] = -1
+    x = signs * _AMPLITUDE
+    with torch.inference_mode():
+        up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
+    # Cloned: tensors of inference mode cannot be used outside it everywhere.
+    weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
+    return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
+
+
+# Attention -------------------------------------------------------------------------------------------------------
+
+Watcher = Callable[..., None]
+_watching: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watched_attention(model: Any, watcher: Watcher) -> Iterator[None]:
+    """Run ``model`` with our attention function, which tells ``watcher`` (module, query, value, weights).
+
+    query and value (batch, heads or key-value heads, position, entry) are as the attention used them, after any
+    rotation; weights (batch, heads, position, position) are after softmax.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    _watching.append(watcher)
+    try:
+        yield
+    finally:
+        _watching.remove(watcher)
+        model.set_attn_implementation(before)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Softmax attention, spelled out: weights that were recorded beside a fused kernel would not be the ones used."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : keys.shape[-2]]
+    weights = scores.float().softmax(-1).to(query.dtype)
+    for watcher in _watching:
+        watcher(module, query, value, weights)
+    return (weights @ values).transpose(1, 2).contiguous(), None
+
+
+# Taking apart ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """One call of a module: what it read and wrote, each (tokens, entries)."""
+
+    module: nn.Module
+    read: torch.Tensor
+    written: torch.Tensor
+
+
+def decompose(loaded: LoadedModel) -> Decomposition:
+    """Find the parts of every block by watching one forward pass.
+
+    Raises ModelError naming the part that could not be found: a model that adds to its residual stream in a way
+    that is not described here. What is found is not yet proved:
+    :func:`kdb.ingest.forward.activation_cache.check_decomposition` adds it up.
+    """
+    import torch
+
+    if len({parameter.device for parameter in loaded.model.parameters()}) > 1:
+        raise ModelError(
+            f"{loaded.source.name} lies on several devices, and attribution needs all of it on one: give "
+            "--quantize int8, --dtype bfloat16, or a device with more memory."
+        )
+    structure = find_structure(loaded.model)
+    size = int(loaded.model.config.get_text_config().hidden_size)
+    if getattr(structure.unembed, "in_features", None) != size:
+        raise ModelError(
+            f"{loaded.source.name} cannot be taken apart: the unembedding of {type(loaded.model).__name__} is not "
+            f"one linear map of its {size} hidden entries."
+        )
+    calls: dict[int, list[_Call]] = {i: [] for i in range(len(structure.blocks))}
+    outputs: dict[nn.Module, torch.Tensor] = {}
+
+    def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
+        groups = weights.shape[1] // value.shape[1]
+        mixed = weights @ value.repeat_interleave(groups, dim=1)
+        outputs[module] = _flat(mixed.transpose(1, 2).flatten(2))
+
+    hooks = []
+    for i, block in enumerate(structure.blocks):
+        for module in block.modules():
+            hook = functools.partial(_note, calls[i])
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
+    with watched_attention(loaded.model, watch), torch.inference_mode():
+        try:
+            structure.decoder(ids, use_cache=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    blocks = tuple(
+        _block(loaded, i, module, ffn, calls[i], outputs)
+        for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
+    )
+    multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
+    return Decomposition(loaded, structure, blocks, multiplier)
+
+
+def _note(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    read: Any = args[0] if args else kwargs.get("hidden_states")
+    written = output[0] if isinstance(output, tuple) else output
+    if hasattr(read, "shape") and hasattr(written, "shape"):
+        calls.append(_Call(module, _flat(read), _flat(written)))
+
+
+def _block(
+    loaded: LoadedModel,
+    layer: int,
+    module: nn.Module,
+    ffn: nn.Module,
+    calls: list[_Call],
+    attended: dict[nn.Module, torch.Tensor],
+) -> Block:
+    """Find one block's parts among the calls that it made, in the order in which they ended."""
+    where = f"{loaded.source.name} cannot be taken apart: block {layer} of {type(loaded.model).__name__}"
+    inside = set(module.modules())
+    attention = next((m for m in attended if m in inside), None)
+    if attention is None:
+        raise ModelError(f"{where} has an attention of its own, which transformers' AttentionInterface does not reach.")
+    by_module = {call.module: call for call in calls}
+    norms = [call for call in calls if "norm" in type(call.module).__name__.lower()]
+    linear = [call for call in calls if _is_linear(call.module)]
+    of_attention = set(attention.modules())
+    attn_out = next((c for c in linear if c.module in of_attention and _same(c.read, attended[attention])), None)
+    if attn_out is None:
+        raise ModelError(f"{where} has no linear map that reads its heads.")
+    of_ffn = [c for c in linear if c.module not in of_attention]
+    if not of_ffn:
+        raise ModelError(f"{where} has no linear map in its FFN.")
+    size = loaded.model.config.get_text_config().hidden_size
+
+    def find(**wanted: torch.Tensor) -> Norm | None:
+        found = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
+        return read_norm(found.module, size) if found is not None else None
+
+    ffn_read = by_module[ffn].read
+    ffn_norm = find(written=ffn_read)
+    ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
+    key, rows = _key(where, of_ffn[:-1], [c for c in calls if c.module not in of_attention], of_ffn[-1].read)
+    return Block(
+        module=module,
+        attention=attention,
+        attn_out=attn_out.module,
+        ffn_out=of_ffn[-1].module,
+        key=key,
+        key_rows=rows,
+        attn_norm=find(written=by_module[attention].read),
+        ffn_norm=ffn_norm,
+        attn_post=find(read=attn_out.written),
+        ffn_post=find(read=of_ffn[-1].written),
+        parallel=_same(ffn_source, by_module[module].read),
+    )
+
+
+def _key(where: str, first: list[_Call], calls: list[_Call], coefficient: torch.Tensor) -> tuple[nn.Module, slice]:
+    """Find the projection whose output, times an activation or through it, is the neurons' coefficient.
+
+    Among the pieces (of the neurons' number) of what the first projections wrote, the gate is the one that the
+    activation read; the other is the up projection. Without a gate the one piece is itself the key.
+    """
+    import torch
+
+    n = coefficient.shape[-1]
+    pieces = [
+        (c.module, slice(i, i + n), c.written[:, i : i + n])
+        for c in first
+        for i in range(0, c.written.shape[-1], n)
+        if c.written.shape[-1] % n == 0
+    ]
+    if len(pieces) == 1:
+        return pieces[0][:2]
+    for call in calls:
+        if call.written.shape == coefficient.shape and not any(True for _ in call.module.parameters()):
+            for module, rows, piece in pieces:
+                if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
+                    return module, rows
+    raise ModelError(f"{where} has an FFN whose neurons are not an activation times a linear map of its input.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(batch, position, entries) as (tokens, entries): OPT does so itself before its FFN."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    return a.shape == b.shape and torch.equal(a, b)

@@ -1,0 +1,1 @@
+"""Models: found, read from their files, loaded; what they are made of, and how they read text."""

@@ -1,0 +1,274 @@
+"""Load a model that was found: its config, its tokenizer, its weights, and what it says of itself.
+
+Weights come from safetensors or GGUF, never from pickles, and no code that came with them is ever run. What a file
+holds is what is measured: weights that the model lacks, or has no place for, are refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdb.errors import ModelError
+from kdb.ingest.models.adapters import check_adapter, merged
+from kdb.ingest.models.files import CONFIG, adapter_files, model_files, only, read_json
+from kdb.ingest.models.find import LoadedModel, ModelSource
+from kdb.ingest.models.gguf import unpacked
+from kdb.ingest.models.guard import told
+from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
+from kdb.ingest.models.tensors import Tensor, tensors_of
+
+
+def pick_device(device: str | None) -> str:
+    """``device`` if given, else CUDA where there is one, else the CPU; raises ModelError if it is not there."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        if not torch.cuda.is_available():
+            raise ModelError("--device auto spreads a model over GPUs, and there is none here: give cpu.")
+        return device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"There is no device {device!r} here: leave --device out, or give cpu.") from error
+    return device
+
+
+def folder_of(source: ModelSource) -> Path:
+    """The folder of safetensors that a model is loaded from: its own, or the unpacked copy of a GGUF file."""
+    files = source.gguf_files
+    if files:
+        _quieten()
+        return unpacked(files, source.revision)
+    return source.path
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a model that was found."""
+    from transformers import AutoTokenizer
+
+    with _seen(source, f"Cannot load the tokenizer of {source.name}") as folder:
+        return AutoTokenizer.from_pretrained(folder, **_OURS_ALONE)
+
+
+def load_config(source: ModelSource) -> Any:
+    """The config of a model that was found, without its weights. Raises ModelError for one of impossible sizes."""
+    from transformers import AutoConfig
+
+    with _seen(source, f"Cannot read the config of {source.name}") as folder:
+        config = AutoConfig.from_pretrained(folder, **_OURS_ALONE)
+        config._attn_implementation = _ATTENTION
+        _check_sizes(source, config, _tensors(folder))
+    return config
+
+
+def load_model(
+    source: ModelSource, *, device: str = "cpu", dtype: str = "float32", quantize: str | None = None
+) -> LoadedModel:
+    """Load a model's weights; raises ModelError where transformers cannot, or would leave some out.
+
+    ``quantize='int8'`` quantizes the weights alone: torchao on the CPU, bitsandbytes on CUDA. ``device='auto'`` spreads
+    the blocks over the GPUs that there are, for a model larger than one of them. An adapter beside the weights is
+    merged into them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    pick_device(device)
+    adapter = [] if source.is_gguf else adapter_files(source.path)
+    check_adapter(adapter, quantize, device)
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": _ATTENTION}
+    on_cuda = device.startswith("cuda") or device == "auto"
+    if on_cuda:
+        # Bounds count on float32 products that are rounded as float32, whatever this process had set for its own.
+        torch.set_float32_matmul_precision("highest")
+    if quantize and on_cuda:
+        options["quantization_config"] = bitsandbytes_config()
+    if device == "auto" or (quantize and on_cuda):
+        options["device_map"] = device
+    with _seen(source, f"Cannot load {source.name}") as folder:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
+        )
+        _refuse_misfit(source, model, info, _tensors(folder))
+        if adapter:
+            model = merged(model, adapter, source.name)
+        if quantize and not on_cuda:
+            quantize_on_cpu(model, source.name)
+        if "device_map" not in options:
+            model.to(device)
+    model.eval().requires_grad_(False)
+    first = next(model.parameters()).device if device == "auto" else torch.device(device)
+    return LoadedModel(source, model, tokenizer, dtype, first, quantize)
+
+
+# Misfits ---------------------------------------------------------------------------------------------------------
+
+HARMLESS_WEIGHTS = {
+    r"rotary_emb\.inv_freq$": "RoPE's frequencies, which transformers computes from the config",
+    r"(^|\.)position_ids$": "the numbers 0, 1, 2, …",
+    r"\.(attn|attention)\.(masked_)?bias$": "the causal mask as older versions saved it, which is computed today",
+    r"(^|\.)mtp\.": "predicts tokens after the next one, and takes no part in the next one's",
+    r"(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\.": (
+        "reads images or sound, and kdb gives text"
+    ),
+}
+"""Weights without a place in the model that cannot change its answer to a text, each with its reason."""
+
+
+def _refuse_misfit(source: ModelSource, model: Any, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Transformers makes up the weights that a file lacks, leaves out others, and says so only in a log."""
+    made_up = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
+    if made_up:
+        raise ModelError(
+            f"The files of {source.name} do not fit its config: {len(made_up)} of its weights are not there, or "
+            f"have another shape, such as {made_up[0]!r}."
+        )
+    left_over = sorted({*info["unexpected_keys"], *_passed_over(model, tensors)})
+    left_over = [name for name in left_over if not _is_harmless(name, tensors)]
+    if left_over:
+        raise ModelError(
+            f"The files of {source.name} do not fit its config: {len(left_over)} of their weights have no place in a "
+            f"{type(model).__name__}, such as {left_over[0]!r}. Take the config.json that belongs to them."
+        )
+
+
+def _passed_over(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The weights that the model's class tells transformers not to report."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    placed = set(model.state_dict())
+    return [name for name in tensors if name not in placed and any(re.search(of, name) for of in patterns)]
+
+
+def _is_harmless(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    pattern = next((pattern for pattern in HARMLESS_WEIGHTS if re.search(pattern, name)), None)
+    # A real bias is a vector; the mask is a square, or one number.
+    is_bias = pattern is not None and "masked_" in pattern and name in tensors and len(tensors[name].shape) == 1
+    return pattern is not None and not is_bias
+
+
+_MOST_PER_BYTE = 8
+"""Parameters that a byte of the files can hold at most."""
+
+_COUNTS = re.compile(r"(num|n)_.*(layers?|blocks?|experts?|labels)$")
+"""Fields of a config that say how often something is built, even where it holds no weights yet."""
+
+
+def _check_counts(source: ModelSource, content: Any, n_weights: int) -> None:
+    """Raise ModelError for a config that has something built more often than the files have weights.
+
+    It is asked before transformers reads the config, for a tokenizer too: a billion layers or labels would take hours
+    and all memory to be refused.
+    """
+    for name, value in content.items() if isinstance(content, dict) else ():
+        _check_counts(source, value, n_weights)
+        if _COUNTS.match(name) and isinstance(value, int | float) and value > max(n_weights, 1024):
+            raise ModelError(f"The config of {source.name} has {name} = {value:,}, and its files {n_weights} weights.")
+
+
+def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError for a config whose sizes are impossible, or far beyond what the files hold."""
+    text = config.get_text_config()
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        value = getattr(text, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"The config of {source.name} has {name} = {value!r}: expected a whole number from 1.")
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if not isinstance(kv_heads, int) or kv_heads < 1 or text.num_attention_heads % kv_heads:
+        raise ModelError(
+            f"The config of {source.name} has num_key_value_heads = {kv_heads!r}, which does not divide its "
+            f"{text.num_attention_heads} heads."
+        )
+    held = sum(tensor.n_bytes for tensor in tensors.values())
+    with told(f"Cannot load {source.name}"):
+        n_params = count_params(config)
+    if not 0 < n_params <= _MOST_PER_BYTE * held:
+        raise ModelError(
+            f"The files of {source.name} do not fit its config: that asks for {n_params:,} parameters, and they hold "
+            f"{held:,} bytes."
+        )
+
+
+# What a config says ----------------------------------------------------------------------------------------------
+
+
+def model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> dict[str, Any]:
+    """The shape of a model as a row of ``models``, from its config."""
+    with told(f"Cannot read the config of {source.name}"):
+        return _model_row(source, config, n_params, dtype)
+
+
+def _model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> dict[str, Any]:
+    text = config.get_text_config()
+    n_heads = text.num_attention_heads
+    return {
+        "family": source.family or config.model_type,
+        "source": source.source,
+        "revision": source.revision,
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "n_layers": text.num_hidden_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": getattr(text, "num_key_value_heads", None) or n_heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": _intermediate_size(text),
+        "vocab_size": text.vocab_size,
+        "n_params": n_params,
+        "dtype": dtype,
+    }
+
+
+def count_params(config: Any) -> int:
+    """Parameters of a model with this config, tied weights counted once; allocates nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
+
+
+def _intermediate_size(text: Any) -> int:
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        if getattr(text, name, None):
+            return int(getattr(text, name))
+    return 4 * int(text.hidden_size)  # GPT-2's n_inner is null where it is four times the width
+
+
+@contextlib.contextmanager
+def _seen(source: ModelSource, what: str) -> Iterator[Path]:
+    """A folder that has the files of a model and no others; an error within is told as a ModelError."""
+    _quieten()
+    with told(what), only(model_files(folder_of(source))) as folder:
+        _check_counts(source, read_json(folder / CONFIG), len(_tensors(folder)))
+        yield folder
+
+
+def _tensors(seen: Path) -> dict[str, Tensor]:
+    """The weights of a model in a folder that has no others."""
+    return tensors_of(sorted(seen.glob("*.safetensors")))
+
+
+def _quieten() -> None:
+    """Keep transformers' and torchao's chatter off a progress display."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded behind the user's back, and no code that came with weights is run."""
+
+_ATTENTION = "sdpa"
+"""Whatever the config asks for: kdb reads the same hidden states from any, and some would be downloaded."""
+
+_TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}

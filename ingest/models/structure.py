@@ -1,0 +1,95 @@
+"""Where a model's blocks, norms and unembedding sit: described once, found by structure and not by name of model.
+
+Nothing of transformers is patched: hidden states are read by hooks on the modules named here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdb.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SITES = ("resid_post", "ffn_norm")
+"""Where a hidden state is read: the block's output, and what enters the FFN."""
+
+_FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """The modules of a decoder that a measurement reads.
+
+    ``decoder`` runs everything but the unembedding; ``ffns[i]`` is the module of block i whose input is the
+    normalised state before the FFN.
+    """
+
+    decoder: nn.Module
+    blocks: tuple[nn.Module, ...]
+    ffns: tuple[nn.Module, ...]
+    final_norm: nn.Module
+    unembed: nn.Module
+    logit_scale: float
+    logit_softcap: float | None
+
+    def readout(self, resid_post: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocab) of the last block's output (…, hidden): final norm, unembedding, scale, soft cap."""
+        return self.unembed_normed(self.final_norm(resid_post))
+
+    def unembed_normed(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocab) of what the final norm has given, (…, hidden)."""
+        logits: torch.Tensor = self.unembed(normed) * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * (logits / self.logit_softcap).tanh()
+        return logits
+
+
+def find_structure(model: Any) -> ModelStructure:
+    """Find a causal language model's parts; raises ModelError naming what has no place in the description."""
+    from torch import nn
+
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder: kdb measures causal language models.")
+    stack = _find_blocks(model.base_model, config.num_hidden_layers)
+    if stack is None:
+        raise ModelError(f"{name}: found no list of {config.num_hidden_layers} blocks; kdb cannot read it.")
+    parent, blocks = stack
+    ffns = [next((block.get_submodule(n) for n in _FFN_NAMES if hasattr(block, n)), None) for block in blocks]
+    if any(ffn is None for ffn in ffns):
+        raise ModelError(f"{name}: block {ffns.index(None)} has no FFN called any of {', '.join(_FFN_NAMES)}.")
+    norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        raise ModelError(f"{name}: found no norm after the last block; kdb cannot read its logits.")
+    unembed = model.get_output_embeddings()
+    if not isinstance(unembed, nn.Module):
+        raise ModelError(f"{name} has no unembedding: kdb measures causal language models.")
+    return ModelStructure(
+        decoder=model.base_model,
+        blocks=tuple(blocks),
+        ffns=tuple(ffn for ffn in ffns if ffn is not None),
+        final_norm=norms[-1],  # BLOOM has one before the first block too
+        unembed=unembed,
+        logit_scale=_logit_scale(config),
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _find_blocks(base: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleList] | None:
+    from torch import nn
+
+    for parent in base.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers:
+                return parent, child
+    return None
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits by ``logit_scale``, Granite divides them by ``logits_scaling``."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

@@ -1,0 +1,44 @@
+"""The tensors of safetensors files, from their headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdb.ingest.models.guard import told
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's number format, as safetensors names it, its shape, and its size in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        """Numbers that it holds."""
+        return math.prod(self.shape)
+
+
+def tensors_of(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of some files by their names. Raises ModelError for a file that has none."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in files:
+        with told(f"Cannot read the weights in {file.name!r}"), safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
+                part = opened.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+                found[name] = Tensor(dtype, shape, math.prod(shape) * _bits(dtype) // 8)
+    return found
+
+
+def _bits(dtype: str) -> int:
+    """The bits of a number of this format: BF16 has 16, F8_E4M3 8, BOOL 8."""
+    digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())
+    return int(digits) if digits else 8

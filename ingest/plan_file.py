@@ -1,0 +1,173 @@
+"""Many runs in one command: a plan read and checked before any work, then run after run, past those that fail.
+
+A plan is YAML. What stands above ``runs`` holds for each of them; model, revision and dataset may be lists::
+
+    dtype: bfloat16
+    runs:
+      - model: EleutherAI/pythia-160m
+        revision: [step1000, step2000]
+        dataset: [world-cities, knowledge]
+      - model: smollm2-135m
+
+Every combination is a run. Keys are the options of ``kdb ingest``, without their dashes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdb.errors import KdbError, PlanError, UnknownNameError
+from kdb.faults import explain, is_debugging, is_interrupt
+from kdb.ingest.concept.study import ingest_on
+
+if TYPE_CHECKING:
+    from kdb.ingest.execution.local import Engine
+    from kdb.ingest.job import Job
+    from kdb.ingest.models.find import ModelSource
+    from kdb.warehouse.lake import Lake
+
+
+SEVERAL = ("model", "revision", "dataset")
+"""What may be a list."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The runs of one model at one revision: its options, and its datasets (none named: every built-in one)."""
+
+    model: str
+    revision: str | None
+    datasets: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model and its revision, as they are shown."""
+        stored = self.options.get("name") or (Path(self.model).name if Path(self.model).exists() else self.model)
+        return stored if self.revision is None else f"{stored} {self.revision}"
+
+
+def read_plan(path: Path, known: Mapping[str, type]) -> list[Asked]:
+    """The runs of a plan; ``known`` are the options that it may set, and the types of their values.
+
+    Raises PlanError for a file that is no plan, UnknownNameError for an option that is none.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), list) or not content["runs"]:
+        raise PlanError(f"{path}: a plan has a list `runs`, each with a `model`.")
+    above = {key: value for key, value in content.items() if key != "runs"}
+    asked = []
+    for number, entry in enumerate(content["runs"], start=1):
+        where = f"{path}, run {number}"
+        if not isinstance(entry, dict):
+            raise PlanError(f"{where}: expected `model: …` and options, found {entry!r}.")
+        given = {str(key).replace("-", "_"): value for key, value in {**above, **entry}.items()}
+        _check(where, given, known)
+        asked += combine(given)
+    return asked
+
+
+def combine(given: Mapping[str, Any]) -> list[Asked]:
+    """A model at a revision for each combination of those given."""
+    models, revisions, datasets = (_several(given.get(key)) for key in SEVERAL)
+    options = {key: value for key, value in given.items() if key not in SEVERAL}
+    return [
+        Asked(model, revision, tuple(datasets), options)
+        for model, revision in itertools.product(models, revisions or [None])
+    ]
+
+
+def _several(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check(where: str, given: Mapping[str, Any], known: Mapping[str, type]) -> None:
+    for key, value in given.items():
+        if key not in known:
+            raise UnknownNameError("option", key, known, f"({where}) `kdb ingest --help` lists them.")
+        for one in _several(value) if key in SEVERAL else [value]:
+            wanted = (int, float) if known[key] is float else known[key]
+            if not isinstance(one, wanted) or (isinstance(one, bool) and known[key] is not bool):
+                raise PlanError(f"{where}: {key} is {one!r}, expected {_TYPES[known[key]]}.")
+    if not _several(given.get("model")):
+        raise PlanError(f"{where}: it names no `model`.")
+
+
+_TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: ``status`` is 'committed', 'exists' or 'failed', and then ``why``."""
+
+    model: str
+    dataset: str
+    status: str
+    run: str | None = None
+    why: str = ""
+
+
+def measure_all(
+    lake: Lake,
+    asked: Sequence[Asked],
+    jobs: Callable[[Asked], Sequence[Job]],
+    engine: Callable[[Asked, ModelSource], Engine],
+) -> Iterator[Ended]:
+    """Measure everything that is asked for, each model loaded once, and say of each run how it ended.
+
+    ``jobs`` finds a model, ``engine`` runs it. One that fails does not keep the next from being measured.
+    """
+    for one in asked:
+        try:
+            planned = jobs(one)
+        except BaseException as error:  # no such revision, say, or no way to download it
+            why = _why(error, f"planning {one.name}")
+            yield from (Ended(one.name, dataset, "failed", why=why) for dataset in one.datasets)
+            continue
+        with engine(one, planned[0].source) as running:
+            for job in planned:
+                yield _measure(lake, one, job, running)
+
+
+def _measure(lake: Lake, one: Asked, job: Job, engine: Engine) -> Ended:
+    try:
+        outcome = ingest_on(lake, job, engine)
+    except BaseException as error:  # out of memory, say: the next run may be smaller
+        why = _why(error, f"measuring {one.name} on {job.dataset.name}")
+        return Ended(one.name, job.dataset.name, "failed", why=why)
+    return Ended(one.name, job.dataset.name, outcome.status, outcome.run)
+
+
+def _why(error: BaseException, doing: str) -> str:
+    """The reason why a job failed; what is to end all jobs is raised again."""
+    if isinstance(error, KdbError):
+        return str(error)
+    # A panic of a library in Rust is no Exception, and is one job's failure all the same.
+    if isinstance(error, SystemExit | GeneratorExit) or is_interrupt(error) or is_debugging():
+        raise error
+    return explain(error, doing).message
+
+
+def check_distinct(asked: Sequence[Asked]) -> None:
+    """Refuse the same run twice, and two models under one name. Raises PlanError."""
+    seen: dict[tuple[Any, ...], Asked] = {}
+    for one in asked:
+        options = tuple(sorted((key, str(value)) for key, value in one.options.items()))
+        stored = one.options.get("name") or one.model
+        for dataset in one.datasets:
+            key = (stored, one.revision, dataset, options)
+            if key in seen:
+                twice = "planned twice" if seen[key].model == one.model else f"also what {seen[key].model} would be"
+                raise PlanError(f"{stored} on {dataset} is {twice}: leave one out, or give one another name.")
+            seen[key] = one
