@@ -1,0 +1,29 @@
+"""Write what was measured while the next rows are measured."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from kdb.warehouse.lake import StagedRun
+
+if TYPE_CHECKING:
+    from kdb.ingest.stages import Rows
+
+
+def write_behind(staged: StagedRun, measured: Iterable[tuple[str, Rows]], *, last: str, n_writers: int = 1) -> None:
+    """Write rows as parts of the given names, each while the next are measured.
+
+    At most ``n_writers`` writes are under way, so that memory is bounded. A part of the table ``last`` makes its shard
+    complete, and is written after all parts that were measured before it. Raises what a write raises, at the next rows.
+    """
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(n_writers, thread_name_prefix="writer") as writer:
+        for name, rows in measured:
+            while len(pending) >= (1 if rows.table == last and _open_tables(pending) else n_writers):
+                pending.popleft().result()
+            pending.append(writer.submit(staged.write, rows.table, name, rows.groups, seconds=rows.seconds))
+        while pending:
+            pending.popleft().result()

@@ -1,0 +1,279 @@
+"""A run is a list of stages, and one runner carries it out.
+
+    outcome = carry_out(lake, PlannedRun(...), engine)
+
+A stage writes rows of some tables. Its work falls into shards; each shard is a part of every one of these tables. The
+runner alone opens the staged run, skips shards that are complete, asks the engine to map the stage over the others,
+writes each part while the next ones are measured, and commits. So an interrupted run resumes with the first shard that
+is missing, and a study says only what it measures.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+
+import pyarrow as pa
+
+from kdb.ingest.execution.writer import write_behind
+from kdb.ingest.progress import progress
+from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.manifest import run_id
+from kdb.warehouse.schema import arrow_schema
+
+if TYPE_CHECKING:
+    from kdb.ingest.models.find import LoadedModel, ModelSource
+
+Advance = Callable[[int], None]
+"""Counts how much more is done, for the display of progress."""
+
+S_co = TypeVar("S_co", covariant=True)
+S = TypeVar("S")
+T = TypeVar("T")
+
+LAYOUT = 2
+"""Version of how runs fall into parts. A staged run of another version begins anew: its parts are other shards."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one table; each Arrow table becomes a row group. ``seconds`` is the time that it took to measure them."""
+
+    table: str
+    groups: list[pa.Table]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of a stage's work: ``name`` is that of its part in every table, ``work`` says what to measure.
+
+    ``size`` is what progress counts.
+    """
+
+    name: str
+    work: Any = None
+    size: int = 1
+
+
+class Loaded(Protocol):
+    """Whatever holds a model in memory."""
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+
+
+class Subject(Protocol[S_co]):
+    """Prompts or interventions of one run, before the model is loaded; it is pickled and sent to workers."""
+
+    @property
+    def source(self) -> ModelSource:
+        """The model that the run measures."""
+
+    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> S_co:
+        """The subject together with its model, as the stages' functions take it."""
+
+
+Work = Callable[[S, Shard, Advance], Iterator[T]]
+"""A function of module level, which workers can import: it measures one shard of a subject on its model."""
+
+
+@dataclass(frozen=True)
+class ModelStage(Generic[S]):
+    """A stage that needs the model. ``rows`` yields the rows of a shard table by table, in the order of ``tables``."""
+
+    tables: tuple[str, ...]
+    shards: Callable[[RunInProgress], Sequence[Shard]]
+    rows: Work[S, Rows]
+    shown: tuple[str, str] | None = None
+    """What progress shows, and the unit of a shard's size; None shows nothing."""
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """A stage that computes from stored tables, without a model.
+
+    ``read`` gives what all shards need, once; ``rows`` computes one shard from it. Up to ``n_jobs(inputs)`` shards are
+    computed at once, in processes of their own, where that is more than one.
+    """
+
+    tables: tuple[str, ...]
+    shards: Callable[[RunInProgress], Sequence[Shard]]
+    rows: Callable[[Any, Shard], Sequence[Rows]]
+    read: Callable[[RunInProgress], Any] = lambda run: run
+    n_jobs: Callable[[Any], int] = lambda _inputs: 1
+    shown: tuple[str, str] | None = None
+
+
+Stage = ModelStage[Any] | StoredStage
+
+
+class Engine(Protocol):
+    """Maps work over shards where the model is: in this process, or on the workers of a cluster."""
+
+    def map(
+        self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
+    ) -> Iterator[tuple[Shard, T]]:
+        """What the work yields for every shard, with the shard. Results of one shard keep their order.
+
+        The model is loaded when it is first needed. Raises ModelError where it cannot be, or fails.
+        """
+
+    def __enter__(self) -> Self:
+        """Ready to work."""
+
+    def __exit__(self, *_: object) -> None:
+        """Release the workers."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Everything that the runner needs to know of a run.
+
+    ``columns`` are those of its row in ``runs`` that the runner does not fill in itself. ``prepare`` gives the subject
+    (None where no stage needs a model) and the stages. It is called only if the run is not stored yet, and finds what
+    is wrong with the input before anything is measured.
+    """
+
+    identity: Mapping[str, Any]
+    model: str
+    dataset: str
+    columns: Mapping[str, Any]
+    prepare: Callable[[], tuple[Subject[Any] | None, Sequence[Stage]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of an ingest: the run is ``committed`` now, or ``exists`` from before."""
+
+    run: str
+    status: str
+
+
+def carry_out(lake: Lake, planned: PlannedRun, engine: Engine | None = None) -> Outcome:
+    """Measure a run and commit it; a no-op where it is stored already.
+
+    Raises DatasetError, ModelError or WarehouseError. Finished shards stay in staging, and the same run resumes there.
+    """
+    run = run_id(planned.identity)
+    with lake.stage(run, planned.model, planned.dataset, identity=planned.identity) as staged:
+        if staged.committed:
+            return Outcome(run, "exists")
+        if staged.facts.get("layout") != LAYOUT:
+            staged.restart(layout=LAYOUT)
+        subject, stages = planned.prepare()
+        in_progress = RunInProgress(staged, subject, engine)
+        for stage in stages:
+            in_progress.complete(stage)
+        staged.commit({**planned.columns, **_versions(staged, with_model=subject is not None)})
+    return Outcome(run, "committed")
+
+
+def _versions(staged: StagedRun, *, with_model: bool) -> dict[str, Any]:
+    """The columns of ``runs`` that say which versions computed a run, and where.
+
+    What is computed here is not imported, even where it is computed from a run that was.
+    """
+    libraries = ("torch", "transformers")
+    return {
+        "kdb_version": importlib.metadata.version("kdb-lm"),
+        **{f"{name}_version": importlib.metadata.version(name) if with_model else None for name in libraries},
+        "device": staged.facts.get("device", "cpu"),
+        **dict.fromkeys(("imported_from", "imported_at", "preferred")),
+    }
+
+
+class RunInProgress:
+    """A staged run, its subject, and the engine that has its model."""
+
+    def __init__(self, staged: StagedRun, subject: Subject[Any] | None, engine: Engine | None) -> None:
+        self.staged, self._subject, self._engine = staged, subject, engine
+
+    def table(self, name: str) -> pa.Table:
+        """The rows of a table that earlier stages have stored."""
+        return self.staged.table(name)
+
+    def once(self, work: Work[Any, T], *, about: str) -> T:
+        """The one result of a question to the model; ``about`` names it where a worker dies of it."""
+        engine, subject = self._with_model()
+        [(_shard, found)] = engine.map(work, subject, [Shard(about)], lambda _n: None)
+        return found
+
+    def is_complete(self, stage: Stage, shard: Shard) -> bool:
+        """Whether a shard is stored: its part of the stage's last table is written last."""
+        return self.staged.has(stage.tables[-1], shard.name)
+
+    def complete(self, stage: Stage) -> None:
+        """Measure and write all shards of a stage that are not complete."""
+        shards = stage.shards(self)
+        missing = [shard for shard in shards if not self.is_complete(stage, shard)]
+        if not missing:
+            return
+        if isinstance(stage, ModelStage) and "device" not in self.staged.facts:
+            self.staged.remember(device=self.once(_device, about="loading"))
+        if stage.shown is None:
+            self._write(stage, self._measured(stage, missing, lambda _n: None))
+            return
+        what, unit = stage.shown
+        total, left = (sum(shard.size for shard in some) for some in (shards, missing))
+        with progress(what, total, unit, done=total - left) as shown:
+            self._write(stage, self._measured(stage, missing, shown.advance))
+
+    def _write(self, stage: Stage, measured: Iterator[tuple[str, Rows]]) -> None:
+        n_writers = 4 if str(self.staged.facts.get("device")).startswith("cuda") else 1
+        write_behind(self.staged, measured, last=stage.tables[-1], n_writers=n_writers)
+
+    def _measured(self, stage: Stage, missing: Sequence[Shard], advance: Advance) -> Iterator[tuple[str, Rows]]:
+        if isinstance(stage, ModelStage):
+            engine, subject = self._with_model()
+            for shard, rows in engine.map(stage.rows, subject, missing, advance):
+                yield shard.name, rows
+            return
+        inputs = stage.read(self)
+        begun = time.monotonic()
+        for shard, found in _computed(stage.rows, inputs, missing, stage.n_jobs(inputs)):
+            for rows in found:
+                # Shards may be computed side by side: the time between two of them is what the run took.
+                yield shard.name, Rows(rows.table, rows.groups, time.monotonic() - begun)
+                begun = time.monotonic()
+            advance(shard.size)
+
+    def _with_model(self) -> tuple[Engine, Subject[Any]]:
+        if self._engine is None or self._subject is None:
+            raise AssertionError("a stage needs the model, and the run has none")
+        return self._engine, self._subject
+
+
+def _computed(
+    rows: Callable[[Any, Shard], Sequence[Rows]], inputs: Any, shards: Sequence[Shard], n_jobs: int
+) -> Iterator[tuple[Shard, Sequence[Rows]]]:
+    """The rows of every shard, in their order, as they are ready."""
+    if n_jobs == 1:
+        yield from ((shard, rows(inputs, shard)) for shard in shards)
+        return
+    from kdb.ingest.execution.processes import mapped  # joblib, and with it NumPy and SciPy
+
+    yield from zip(shards, mapped(rows, inputs, shards, n_jobs), strict=True)
+
+
+def single(work: Any = None) -> Callable[[RunInProgress], list[Shard]]:
+    """The shards of a stage whose work is one part."""
+    return lambda _run: [Shard("part", work)]
+
+
+def rows_of(table: str, rows: Sequence[Mapping[str, Any]], begun: float | None = None) -> Rows:
+    """Rows from dictionaries, measured since ``begun`` by the monotonic clock; absent columns are NULL."""
+    return timed(table, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))], begun)
+
+
+def timed(table: str, groups: list[pa.Table], begun: float | None) -> Rows:
+    """Rows that were measured since ``begun``, by the monotonic clock."""
+    return Rows(table, groups, 0.0 if begun is None else time.monotonic() - begun)
+
+
+def _device(subject: Loaded, _shard: Shard, _advance: Advance) -> Iterator[str]:
+    yield str(subject.loaded.device)
