@@ -156,7 +156,7 @@ def _check_places(folder: RunFolder, manifest: Manifest, table: str, n_layers: i
     layers = "min(layer), max(layer)" if "layer" in TABLES[table].columns else "NULL, NULL"
     files = [str(folder.path / record.path) for record in manifest.of(table)]
     with duckdb.connect(config={"temp_directory": str(folder.path / "temporary")}) as connection:
-        rows = connection.read_parquet(files, hive_partitioning=False)  # type: ignore[call-overload]
+        rows = connection.read_parquet(files, hive_partitioning=False)
         n_places = connection.sql(f"SELECT count(*) FROM (SELECT DISTINCT {key} FROM rows)").fetchone()
         n_rows, first, last = connection.sql(f"SELECT count(*), {layers} FROM rows").fetchone() or (0, None, None)
         del rows

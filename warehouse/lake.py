@@ -755,11 +755,15 @@ def _verify_run(folder: RunFolder) -> Iterator[Damage]:
         yield Damage(folder.run, folder.path / MANIFEST, f"unreadable ({error})")
         return
     for record in manifest.files:
-        problem = problem_of(folder.path, record)
+        problem = _problem(folder.path, record)
         if problem:
             yield Damage(folder.run, folder.path / record.path, problem)
     for path in added:
         yield Damage(folder.run, folder.path / path, "not part of the run: it was added after commit")
+
+
+def _problem(folder: Path, record: FileRecord) -> str:
+    return problem_of(folder, record)
 
 
 def _copy_regular(source: Path, target: Path) -> None:

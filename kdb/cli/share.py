@@ -121,7 +121,7 @@ def prefer_option(command: Command) -> Command:
     return click.option(
         "--prefer-imported/--no-prefer-imported",
         default=None,
-        help="Show imported runs in place of runs measured here of the same model, dataset and variant, or no longer.  "
+        help="Show imported runs in place of runs measured here of the same model, dataset and variant, or no longer. "
         "Also changes runs that were imported before.",
     )(command)
 
