@@ -100,6 +100,8 @@ def _check(where: str, given: Mapping[str, Any], known: Mapping[str, type]) -> N
             wanted = (int, float) if known[key] is float else known[key]
             if not isinstance(one, wanted) or (isinstance(one, bool) and known[key] is not bool):
                 raise PlanError(f"{where}: {key} is {one!r}, expected {_TYPES[known[key]]}.")
+            if isinstance(one, str) and "\0" in one:
+                raise PlanError(f"{where}: {key} has a NUL character in it: remove it.")
     if not _several(given.get("model")):
         raise PlanError(f"{where}: it names no `model`.")
 

@@ -43,7 +43,7 @@ _PARAM = re.compile(
     r"(?P<name>[a-z]\w*)\s+(?P<type>texts?|integer|number)\s+(?:=\s*(?P<default>\S+)|required)\s+(?P<meaning>\S.*)"
 )
 _VARIABLE = re.compile(r"getvariable\('(\w+)'\)")
-_MACRO = re.compile(r"^CREATE MACRO (?P<name>\w+)\(.*?;\n", re.MULTILINE | re.DOTALL)
+_TABLE_MACRO = re.compile(r"^CREATE MACRO (?P<name>\w+)\([^;]*?\) AS TABLE\b.*?;\n", re.MULTILINE | re.DOTALL)
 _WORD = re.compile(r"\w+")
 
 
@@ -99,8 +99,9 @@ class Param:
 
 
 def _text(given: object) -> str:
-    if not isinstance(given, str):
+    if not isinstance(given, str) or "\0" in given:
         raise TypeError
+    given.encode()  # raises where it is no valid Unicode, which DuckDB cannot take
     return given
 
 
@@ -205,20 +206,20 @@ def find_query(name: str) -> SavedQuery:
 def macros(needed_by: str | None = None) -> str:
     """The SQL of the views and macros that saved queries, and the shell, build on.
 
-    With `needed_by`, a statement, only the macros that this names, or that those name in turn: DuckDB takes 2 to 3 ms
-    to create each of the larger ones.
+    With `needed_by`, a statement, only those table macros that this names, or that those name in turn: DuckDB takes 2
+    to 3 ms to create each of the larger ones.
     """
     text = (FOLDER / "macros.sql").read_text(encoding="utf-8")
     if needed_by is None:
         return text
-    bodies = {found["name"]: found[0] for found in _MACRO.finditer(text)}
+    bodies = {found["name"]: found[0] for found in _TABLE_MACRO.finditer(text)}
     needed: set[str] = set()
-    unread = [_MACRO.sub("", text), needed_by]
+    unread = [_TABLE_MACRO.sub("", text), needed_by]
     while unread:
         named = (set(_WORD.findall(unread.pop())) & bodies.keys()) - needed
         needed |= named
         unread += [bodies[name] for name in named]
-    return _MACRO.sub(lambda found: found[0] if found["name"] in needed else "", text)
+    return _TABLE_MACRO.sub(lambda found: found[0] if found["name"] in needed else "", text)
 
 
 def neuron_sums() -> str:

@@ -136,7 +136,7 @@ def test_runs_tells_of_one_that_was_interrupted(warehouse: Path, run_kdb: RunKdb
     with Lake(warehouse).stage("00000000000000aa", "tiny", "snow") as staged:
         staged.write_rows("prompts", "part", [{"prompt_id": 0}])
     result = run_kdb("runs", "--warehouse", warehouse)
-    assert result.stderr == "In progress or interrupted: tiny on snow (run 00000000000000aa), 0.0 MB in staging.\n"
+    assert result.stderr == "Interrupted: tiny on snow (run 00000000000000aa), 0.0 MB in staging.\n"
 
 
 def test_the_warehouse_comes_from_the_environment_where_no_option_names_it(
@@ -240,7 +240,7 @@ def test_a_run_is_removed_by_its_id(warehouse: Path, run_kdb: RunKdb) -> None:
 
 
 def test_verify_exits_with_1_and_names_what_is_damaged(warehouse: Path, run_kdb: RunKdb) -> None:
-    assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 1 runs are as they were committed.\n"
+    assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 1 run are as they were committed.\n"
     (folder,) = Lake(warehouse).run_folders()
     (folder.path / "prompts/part.parquet").unlink()
     result = run_kdb("verify", "--warehouse", warehouse)

@@ -236,7 +236,7 @@ def test_runs_are_compacted_and_lose_their_vectors(
     monkeypatch.setattr("kdb.ingest.concept.study.prompts_per_part", lambda *_: 10)
     assert run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL).exit_code == 0
     reader, before = kdb.open(URL), kdb.open(URL).sql(SUMS)
-    assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 runs.\n"
+    assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 run.\n"
     assert reader.sql(SUMS).equals(before)
     assert len(reader.files("activations")) == 1
     assert run_kdb("runs", "keep-vectors", "none", "--yes", "--warehouse", URL).exit_code == 0
@@ -260,7 +260,7 @@ def test_a_server_goes_on_where_a_run_is_compacted(
     environment = {**store.environment, "XDG_CACHE_HOME": str(tmp_path)}
     with served("--warehouse", URL, "--workers", "1", **environment) as running, running.client() as client:
         client.get("/api/queries/runs?format=json").raise_for_status()  # now it knows the run's files
-        assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 runs.\n"
+        assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 run.\n"
         vectors = client.get("/api/tables/activations?format=csv").raise_for_status()
         assert len(vectors.text.splitlines()) == 1 + kdb.open(URL).sql("SELECT count(*) FROM activations").item()
 
@@ -298,7 +298,7 @@ def test_two_writers_of_one_run_leave_one_whole_run(
     def write(lake: CloudLake) -> None:
         with lake.stage(folder.run, folder.model, folder.dataset) as staged:
             together.wait()  # each has seen that there is no such run
-            staged.adopt(folder, {})
+            staged.adopt(folder, lambda _copy, _manifest: {})
             outcomes.append(staged.committed)
 
     threads = [threading.Thread(target=write, args=(lake,)) for lake in lakes]

@@ -221,6 +221,31 @@ def test_variants_of_different_models_under_one_name_are_told_of(lake: Path) -> 
             assert shown(database) == [0.5]
 
 
+def test_sql_over_schema_current_comes_with_the_notes_of_saved_queries(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path / "w")
+    add_probe(lake, "a", probe(0.5), revision="first")
+    add_probe(lake, "c", probe(0.9), revision="second", finished_at=LATER)
+    told = "another model stored under the name 'm'"
+    with Database(lake) as database:
+        for text in ("SELECT accuracy FROM current.probe_scores", 'FROM "current"."probe_scores" SELECT accuracy'):
+            with pytest.warns(KdbNote, match=told):
+                assert set(database.sql(text)["accuracy"]) == {0.9}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert set(database.sql("SELECT accuracy FROM probe_scores")["accuracy"]) == {0.5, 0.9}
+
+
+def test_an_empty_answer_names_the_variants_that_are_stored(lake: Path) -> None:
+    add_probe(lake, "a", probe(0.5), variant="limit=20")
+    add_probe(lake, "b", probe(0.5), model="other")
+    with Database(lake) as database:
+        with pytest.warns(KdbNote, match=r"No such run is of the variant 'default'\. Stored: limit=20 \(--variant"):
+            assert shown(database, model="m") == []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert shown(database, model="m", variant="limit=20") == [0.5]
+
+
 def test_an_older_run_and_a_refits_source_are_no_news(full: Warehouse) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

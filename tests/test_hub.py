@@ -68,7 +68,7 @@ def test_what_is_pushed_and_pulled_is_the_same(
     back = tmp_path / "back"
     assert "copied (run " in run_kdb("pull", URL, "--warehouse", back).stdout
     assert runs_of(back) == runs_of(warehouse)
-    assert "All files of 1 runs" in run_kdb("verify", "--warehouse", back).stdout
+    assert "All files of 1 run" in run_kdb("verify", "--warehouse", back).stdout
     assert kdb.open(back).query("prompts").equals(kdb.open(warehouse).query("prompts"))
     assert not any("__none__" in path for path in hub.files(NAME))
 
@@ -210,7 +210,7 @@ def test_a_pull_takes_a_damaged_run_or_a_newer_schema_not_at_all(
     hub.commit(NAME, {path: good[path][:-1]})
     result = run_kdb("pull", URL, "--warehouse", tmp_path / "w")
     assert result.exit_code == 2
-    assert " is damaged: " in result.stderr
+    assert " is damaged (" in result.stderr
     assert runs_of(tmp_path / "w") == []
     hub.commit(NAME, {**good, "warehouse.json": json.dumps({"schema_version": 99}).encode()})
     for command, where in (("pull", tmp_path / "w"), ("push", warehouse)):

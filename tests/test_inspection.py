@@ -60,6 +60,16 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"x")])
+def test_a_lost_or_grown_file_of_vectors_is_noticed_by_questions_about_other_tables(
+    folder: Path, harm: Callable[[Path], object]
+) -> None:
+    assert len(kdb.open(folder).sql("FROM prompts")) == 4  # and the run is remembered as whole
+    harm(file_of(folder, "activations"))
+    with pytest.raises(DamagedRunError, match=r"activations/part-\d\.parquet: (missing|bytes: )"):
+        kdb.open(folder).sql("FROM prompts")
+
+
 def test_a_flipped_bit_is_an_error_that_names_the_run_and_the_file(folder: Path) -> None:
     path = file_of(folder, "prompts")
     whole, moments = path.read_bytes(), random.Random(0)
@@ -133,6 +143,7 @@ def test_a_table_that_may_not_be_read_is_an_error(folder: Path) -> None:
 def test_files_are_hashed_once_and_those_of_vectors_when_they_are_asked_for(folder: Path, hashed: list[str]) -> None:
     kdb.open(folder).sql("FROM prompts")
     assert sorted(hashed) == [
+        "datasets/part.parquet",
         "models/part.parquet",
         "probe_scores/part.parquet",
         "prompts/part.parquet",

@@ -20,6 +20,7 @@ from click.testing import Result
 from filelock import FileLock
 from killing_upkeep import OLD, ask, command, write_source
 
+from kdb.errors import WarehouseError
 from kdb.warehouse import lake as lake_module
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.store import Warehouse
@@ -55,6 +56,32 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, source: Path, run_kdb: RunKd
 @pytest.fixture
 def folder(mixed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(mixed, tmp_path / "w"))
+
+
+def test_an_engine_and_the_files_of_a_snapshot_are_of_its_runs(folder: Path) -> None:
+    opened = Warehouse(folder)
+    with opened.snapshot() as held:
+        engine, table = held.engine(), "SELECT count(*) FROM probe_scores"
+        before, files = held.sql(table).item(), held.files("probe_scores")
+        for run in opened.runs():
+            opened.lake.remove(run)
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql(table).scalar_one() == before > 0
+        assert held.files("probe_scores") == files
+        assert all(Path(file).is_file() for file in files)
+        assert opened.files("probe_scores") == []
+    with pytest.raises(WarehouseError, match="This snapshot has ended: ask within its `with` block"):
+        held.query("runs")
+
+
+def test_a_run_that_is_being_measured_is_not_offered_for_deletion(tmp_path: Path, run_kdb: RunKdb) -> None:
+    lake = Lake.create(tmp_path / "new")
+    with lake.stage("0" * 16, "tiny", "snow") as staged:
+        staged.write_rows("prompts", "part", [{"prompt_id": 0}])
+        result = run_kdb("clean", "--warehouse", tmp_path / "new")
+        assert "Being measured, left alone: tiny on snow" in result.stderr
+        assert "Delete" not in result.stderr
+    assert "Delete 1 interrupted run?" in run_kdb("clean", "--warehouse", tmp_path / "new").stderr
 
 
 def unpacked(folder: Path) -> Path:
@@ -248,7 +275,7 @@ def test_clean_deletes_what_killed_commands_left_and_not_what_is_being_measured(
     with lake.stage(names[1], "tiny", "weather"):
         result = run_kdb("clean", "--yes", "--warehouse", folder)
         assert result.exit_code == 0, result.output
-        assert f"Run {names[1]} is being measured: left alone." in result.stderr
+        assert "Being measured, left alone: tiny on weather" in result.stderr
         assert [path.name for path in lake.staging.iterdir() if path.is_dir()] == [names[1]]
     assert run_kdb("clean", "--yes", "--warehouse", folder).exit_code == 0
     assert not staged_parquet(folder)

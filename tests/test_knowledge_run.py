@@ -581,7 +581,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     assert opened.lake.run_folders() == []
     assert everything(opened) == {table: [] for table in TABLES}
     listed = run_kdb("runs", "--warehouse", opened.lake.path)
-    assert f"In progress or interrupted: tiny on facts (run {job().run}), " in listed.stderr
+    assert f"Interrupted: tiny on facts (run {job().run}), " in listed.stderr
     recorded.clear()
     with monkeypatch.context() as patch:  # that chunks are as they were begun is remembered, whatever fits now
         patch.setattr(knowledge, "CHUNK_BYTES", 2**29)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,13 +20,13 @@ from hypothesis import strategies as st
 
 import kdb
 from kdb.errors import WarehouseError
-from kdb.warehouse.compaction import compact, keep_vectors
+from kdb.warehouse.compaction import compact, keep_vectors, rewriting
 from kdb.warehouse.files import write_json
-from kdb.warehouse.imports import Origin, take_in
+from kdb.warehouse.imports import Origin, prefer, take_in
 from kdb.warehouse.inspection import file_record
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import FORMULA, MANIFEST, FileRecord, Manifest, RunFolder, parse_manifest, run_id
-from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION
+from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.vectors import activation_groups
 
@@ -42,6 +43,7 @@ def measure(folder: Path, *, model: str = "own", accuracy: float = 0.5, seed: in
     identity = {"study": "concept", "model": model, "dataset": "d", "seed": seed}
     with lake.stage(run_id(identity), model, "d", identity=identity) as staged:
         staged.write_rows("models", "part", [{"revision": "r", "n_layers": 2, "hidden_size": 4}])
+        staged.write_rows("datasets", "part", [{"study": "concept", "n_prompts": 4}])
         staged.write_rows("prompts", "part", [{"prompt_id": i, "text": f"t{i}", "label": i % 2} for i in range(4)])
         scores = [
             {"layer": i, "depth": i / 2, "site": "resid_post", "classifier": "logistic", "split": "paper"}
@@ -262,6 +264,21 @@ CHANGES: dict[str, Callable[[RunFolder], None]] = {
         f, "runs", "tables", lambda t: pa.array([["runs"]], t.schema.field("tables").type)
     ),
     "rows of another model": lambda f: changed(f, "prompts", "model", lambda t: pa.array(["other"] * len(t))),
+    "rows of no model": lambda f: changed(f, "prompts", "model", lambda t: pa.array([None, *["own"] * (len(t) - 1)])),
+    "a model without layers": lambda f: changed(f, "models", "n_layers", lambda _: pa.array([0], pa.int16())),
+    "a layer that the model lacks": lambda f: changed(f, "probe_scores", "layer", lambda t: int16([0, 2])),
+    "no layer": lambda f: changed(f, "probe_scores", "layer", lambda t: int16([-1, 0])),
+    "a row twice": lambda f: changed(f, "probe_scores", "layer", lambda t: int16([1, 1])),
+    "two models": lambda f: twice(f, "models"),
+    "no dataset": lambda f: (shutil.rmtree(f.path / "datasets"), renew(f)),
+    "vectors of several lengths": lambda f: changed(f, "activations", "vector", lambda t: lengths(len(t))),
+    "a vector with a hole": lambda f: changed(
+        f, "activations", "vector", lambda t: pa.array([[1.0, None, 2.0, 3.0]] * len(t), pa.list_(pa.float32(), 4))
+    ),
+    "a time beyond the calendar": lambda f: changed(
+        f, "runs", "finished_at", lambda t: pa.array([2**62]).cast(t.schema.field("finished_at").type)
+    ),
+    "an identity that is nested": lambda f: renew(f, identity=json.loads("[" * 900 + "]" * 900)),
     "rows of another run": lambda f: changed(f, "activations", "run", lambda t: pa.array([RUN] * len(t))),
     "no Parquet": lambda f: next(f.path.glob("prompts/*")).write_bytes(b"PAR1"),
 }
@@ -269,6 +286,21 @@ CHANGES: dict[str, Callable[[RunFolder], None]] = {
 
 def changed(folder: RunFolder, table: str, column: str, make: Callable[[pa.Table], Any]) -> None:
     replace_column(folder, table, column, make)
+    renew(folder)
+
+
+def int16(numbers: list[int]) -> pa.Array:
+    return pa.array(numbers, pa.int16())
+
+
+def lengths(n: int) -> pa.Array:
+    return pa.array([[1.0] * (1 + i % 2) for i in range(n)], pa.list_(pa.float32()))
+
+
+def twice(folder: RunFolder, table: str) -> None:
+    path = next((folder.path / table).glob("*.parquet"))
+    rows = pq.ParquetFile(path).read()
+    pq.write_table(pa.concat_tables([rows, rows]), path)
     renew(folder)
 
 
@@ -315,6 +347,85 @@ def test_an_imported_run_that_is_preferred_is_shown(tmp_path: Path, run_kdb: Run
     arguments = ["import", tmp_path / "theirs", "--prefer-imported", "--warehouse", tmp_path / "own"]
     assert run_kdb(*arguments).exit_code == 0
     assert shown(tmp_path / "own") == {0.123}
+
+
+def test_the_preference_of_a_run_that_was_imported_before_can_be_changed(tmp_path: Path, run_kdb: RunKdb) -> None:
+    own = measure(tmp_path / "own")
+    measure(tmp_path / "theirs", accuracy=0.123, seed=2)
+    arguments = ["import", tmp_path / "theirs", "--warehouse", tmp_path / "own"]
+    assert run_kdb(*arguments).exit_code == 0
+    assert "is stored already, and is preferred now" in run_kdb(*arguments, "--prefer-imported").stdout
+    assert shown(tmp_path / "own") == {0.123}
+    assert run_kdb(*arguments).stdout.strip().endswith(")"), "without the option, nothing changes"
+    assert shown(tmp_path / "own") == {0.123}
+    assert "and is no longer preferred" in run_kdb(*arguments, "--no-prefer-imported").stdout
+    assert shown(tmp_path / "own") == {0.5}
+    assert not prefer(Lake(tmp_path / "own"), own, True), "a run measured here has no such choice"
+    assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
+
+
+@pytest.mark.parametrize("seconds", [None, b"abc", b"nan", b"-1e999"])
+def test_files_that_do_not_say_how_long_they_took_are_read(
+    tmp_path: Path, run_kdb: RunKdb, seconds: bytes | None
+) -> None:
+    theirs = measure(tmp_path / "theirs")
+    for path in theirs.path.rglob("*.parquet"):
+        metadata = None if seconds is None else {b"kdb_seconds": seconds}
+        pq.write_table(pq.ParquetFile(path).read().replace_schema_metadata(metadata), path)
+    renew(theirs)
+    for command in (["import", tmp_path / "theirs"], ["compact"], ["verify"]):
+        assert run_kdb(*command, "--warehouse", tmp_path / "own").exit_code == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_compacting_files_of_unlike_row_groups_loses_nothing(tmp_path: Path, run_kdb: RunKdb, first: bool) -> None:
+    theirs = measure(tmp_path / "theirs")
+    path = sorted((theirs.path / "activations").glob("*.parquet"))[0 if first else 1]
+    pq.write_table(pq.ParquetFile(path).read(), path, row_group_size=1)
+    renew(theirs)
+    assert run_kdb("import", tmp_path / "theirs", "--warehouse", tmp_path / "own").exit_code == 0
+    result = run_kdb("compact", "--warehouse", tmp_path / "own")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "row groups, expected as many in each: the run is left as it was." in result.stderr
+    assert kdb.open(tmp_path / "own").sql("SELECT count(*) FROM activations").item() == 8
+    assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
+
+
+def test_rewriting_refuses_to_lose_rows(tmp_path: Path) -> None:
+    folder = measure(tmp_path / "w")
+    lake = Lake(tmp_path / "w")
+    with rewriting(lake, folder) as files, pytest.raises(WarehouseError, match="has 4 rows, and 3 were written"):
+        files.write({"prompts": [pq.ParquetFile(files.paths["prompts"][0]).read().slice(1)]})
+    assert list(lake.verify()) == []
+
+
+def test_what_a_killed_import_has_copied_is_never_taken_for_measured_here(tmp_path: Path) -> None:
+    theirs = measure(tmp_path / "theirs", accuracy=0.123)
+    lake = Lake(Warehouse.create(tmp_path / "own").lake.path)
+
+    def killed(*_: object) -> NoReturn:
+        os._exit(9)
+
+    if (child := os.fork()) == 0:
+        lake.adopt(theirs, killed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with lake.stage(theirs.run, "own", "d") as staged:
+        assert not any(staged.parts(table) for table in TABLES)
+    assert [left.path.name.partition("-")[0] for left in lake.leftovers()] == ["copied"]
+    kdb.open(tmp_path / "own")
+    assert lake.leftovers() == []
+
+
+def test_what_is_stored_was_checked_though_the_source_changes_meanwhile(tmp_path: Path) -> None:
+    theirs = measure(tmp_path / "theirs")
+    lake, source = Warehouse.create(tmp_path / "own").lake, Lake(tmp_path / "theirs")
+
+    def swap(copy: RunFolder, manifest: Manifest) -> dict[str, pa.Table]:
+        changed(theirs, "probe_scores", "accuracy", lambda t: pa.array([0.99] * len(t)))
+        return {}
+
+    assert lake.adopt(source.find(theirs.run), swap)
+    assert shown(tmp_path / "own") == {0.5}
 
 
 def test_a_run_that_is_stored_under_its_id_is_left_alone(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_only_older_runs_are_removed(warehouse: Path, run_kdb: RunKdb) -> None:
 def test_it_asks_first(answer: str, left: int, warehouse: Path) -> None:
     command = ["runs", "remove", "--older-than", "0h", "--warehouse", str(warehouse)]
     result = CliRunner().invoke(main, command, input=answer)
-    assert "Remove these 1 runs for good?" in result.stderr
+    assert "Remove 1 run for good?" in result.stderr
     assert result.exit_code == (1 if left else 0)
     assert len(runs(warehouse)) == left
 

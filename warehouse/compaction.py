@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from kdb.errors import WarehouseError
 from kdb.warehouse.files import storage_errors
 from kdb.warehouse.inspection import file_record, problem_of
-from kdb.warehouse.lake import Lake, write_parquet
+from kdb.warehouse.lake import Lake, seconds_of, write_parquet
 from kdb.warehouse.manifest import FileRecord, RunFolder
 from kdb.warehouse.schema import has_vectors
 
@@ -65,7 +65,7 @@ def keep_vectors(lake: Lake, folder: RunFolder, which: str) -> bool:
         if not dropped:
             return False
         if which == "sampled":
-            files.write({table: _sampled(files.paths[table]) for table in dropped})
+            files.write({table: _sampled(files.paths[table]) for table in dropped}, sampled=True)
             files.commit()
             return True
         row = pq.ParquetFile(files.paths["runs"][0]).read()
@@ -87,7 +87,13 @@ def _in_turn(paths: Sequence[Path]) -> Iterator[pa.Table]:
 def _by_layer(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """The vectors of some files, a group for each site and layer; every part has the same ones in the same order."""
     files = [pq.ParquetFile(path) for path in paths]
-    for group in range(files[0].num_row_groups):
+    counts = {file.num_row_groups for file in files}
+    if len(counts) > 1:
+        raise WarehouseError(
+            f"{paths[0].parent}: its files have {', '.join(map(str, sorted(counts)))} row groups, expected as many in "
+            "each: the run is left as it was."
+        )
+    for group in range(counts.pop()):
         yield pa.concat_tables(file.read_row_group(group) for file in files)
 
 
@@ -113,11 +119,11 @@ class Rewriting:
         for file in self.manifest.files:
             self.paths.setdefault(file.table, []).append(folder.path / file.path)
 
-    def write(self, changed: Mapping[str, Iterable[pa.Table] | None]) -> dict[str, Path]:
+    def write(self, changed: Mapping[str, Iterable[pa.Table] | None], *, sampled: bool = False) -> dict[str, Path]:
         """Write the tables ``changed``, and link the files of the others; a table that is None is dropped.
 
-        Returns the new files by table. Raises WarehouseError for a file that is not what it should be; nothing of the
-        run is changed before `commit`.
+        Each has as many rows as before, unless it is ``sampled``. Returns the new files by table. Raises WarehouseError
+        for a file that is not what it should be; nothing of the run is changed before `commit`.
         """
         kept = [self._kept(file) for file in self.manifest.files if file.table not in changed]
         written = [self._written(table, groups) for table, groups in changed.items() if groups is not None]
@@ -125,6 +131,12 @@ class Rewriting:
             if problem := problem_of(self._new, record):
                 raise WarehouseError(
                     f"{self._new / record.path} was not written well ({problem}): give the command again."
+                )
+            before = sum(file.rows for file in self.manifest.of(record.table))
+            if record.rows != before and not sampled:
+                raise WarehouseError(
+                    f"Table {record.table} of run {self._folder.run} has {before:,} rows, and {record.rows:,} were "
+                    "written: the run is left as it was."
                 )
         self._files = (*kept, *written)
         return {record.table: self._new / record.path for record in written}
@@ -149,7 +161,7 @@ class Rewriting:
 
     def _written(self, table: str, groups: Iterable[pa.Table]) -> FileRecord:
         path = self._new / table / f"all-{self._mark}.parquet"
-        seconds = sum(float(pq.read_schema(path).metadata[b"kdb_seconds"]) for path in self.paths.get(table, []))
+        seconds = sum(seconds_of(path) for path in self.paths.get(table, []))
         write_parquet(path, groups, seconds=seconds)
         return file_record(path, self._new)
 

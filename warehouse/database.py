@@ -29,11 +29,11 @@ import duckdb
 import polars as pl
 
 from kdb.errors import KdbError, WarehouseError
-from kdb.queries.catalogue import find_query, literal, macros
+from kdb.queries.catalogue import SavedQuery, Value, find_query, literal, macros
 from kdb.warehouse import current, shell
 from kdb.warehouse.frames import to_frame
 from kdb.warehouse.lake import empty_file
-from kdb.warehouse.notes import KdbNote, notes
+from kdb.warehouse.notes import KdbNote, notes, notes_on_current, notes_on_nothing
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Vector, arrow_schema, column_names, sql_type
 from kdb.warehouse.shell import SHELL_FILE as SHELL_FILE
@@ -229,7 +229,7 @@ class Database:
         remembered: current.Remembered | None = None,
         before: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._connection = connect(
+        self._opened: duckdb.DuckDBPyConnection | None = connect(
             lake,
             runs,
             limits,
@@ -242,6 +242,12 @@ class Database:
         self._known = None if runs is None else current.KnownRuns(self._connection, remembered)
         self._before = before
 
+    @property
+    def _connection(self) -> duckdb.DuckDBPyConnection:
+        if self._opened is None:
+            raise WarehouseError("This snapshot has ended: ask within its `with` block, or ask the warehouse itself.")
+        return self._opened
+
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
         """The rows of one statement that reads.
 
@@ -249,14 +255,28 @@ class Database:
         statement that would change anything, and with DuckDB's words for one that fails.
         """
         self._before(text)
-        return self._frame(check_reads(self._connection, text), params)
+        statement = check_reads(self._connection, text)
+        self.note_current(text)
+        return self._frame(statement, params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
         """The rows of a saved query; a KdbNote warns where runs are left out that one may look for.
 
         Raises UnknownNameError and QueryError, see `SavedQuery.bind` and `check_values`.
         """
-        return self._frame(self._bound(name, params))
+        saved, values = self._bound(name, params)
+        answer = self._frame(saved.sql)
+        if answer.is_empty():
+            with reported():
+                _warn(notes_on_nothing(self._connection, saved, values))
+        return answer
+
+    def note_current(self, text: str = "current.") -> None:
+        """Warn with a KdbNote where a text names schema `current`, and that leaves runs out that one may look for."""
+        if names_current(text):
+            self._keep_known_runs(None)
+            with reported():
+                _warn(notes_on_current(self._connection))
 
     def public_sql(self, text: str) -> pa.RecordBatchReader:
         """As `sql`, for a stranger's statement, and as batches that are computed as they are read.
@@ -265,11 +285,13 @@ class Database:
         """
         self._before(text)
         with reported():
-            return self._batches(check_public(self._connection, text))
+            statement = check_public(self._connection, text)
+            self.note_current(text)
+            return self._batches(statement)
 
     def public_query(self, name: str, /, **params: object) -> pa.RecordBatchReader:
         """As `query`, as batches that are computed as they are read."""
-        return self._batches(self._bound(name, params))
+        return self._batches(self._bound(name, params)[0].sql)
 
     def batches(self, text: str, params: Sequence[Any] = ()) -> pa.RecordBatchReader:
         """The rows of kdb's own SQL, as batches that are computed as they are read."""
@@ -283,8 +305,8 @@ class Database:
         with reported():
             return self._connection.execute(f"SELECT model, dataset, run FROM {plain}").fetchall()
 
-    def _bound(self, name: str, params: Mapping[str, object]) -> str:
-        """The text of a saved query, whose parameters are set and checked."""
+    def _bound(self, name: str, params: Mapping[str, object]) -> tuple[SavedQuery, Mapping[str, Value]]:
+        """A saved query whose parameters are set and checked, and their values."""
         saved = find_query(name)
         self._before(saved.sql)
         values = saved.bind(params)
@@ -298,9 +320,8 @@ class Database:
             self._keep_known_runs(models if isinstance(models, tuple) else None)
         with reported():
             check_values(self._connection, saved.params, values, lambda: self._keep_known_runs(None))
-            for note in notes(self._connection, saved, values):
-                warnings.warn(note, KdbNote, stacklevel=6)  # where Warehouse.query was called
-        return saved.sql
+            _warn(notes(self._connection, saved, values))
+        return saved, values
 
     def _keep_known_runs(self, models: Collection[str] | None) -> None:
         if self._known is not None:
@@ -321,13 +342,25 @@ class Database:
 
     def close(self) -> None:
         """Give back memory and temporary files."""
-        self._connection.close()
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def names_current(text: str) -> bool:
+    """Whether a statement names schema `current`."""
+    return bool(re.search(r"\bcurrent\b\"?\s*\.", text, re.IGNORECASE))
+
+
+def _warn(found: Sequence[str]) -> None:
+    for note in found:
+        warnings.warn(note, KdbNote, stacklevel=7)  # where Warehouse.query was called
 
 
 def is_gone(error: KdbError) -> bool:
@@ -348,6 +381,8 @@ def engine(
     def check(connection: Any, statement: str) -> None:
         check_reads(connection, statement)
         before(statement)
+        if names_current(statement):
+            _warn(notes_on_current(connection))
 
     return open_engine(opened, check)
 

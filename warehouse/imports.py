@@ -9,17 +9,20 @@ first, unless the run was imported to be preferred.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
+from kdb.warehouse.compaction import rewriting
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import FileRecord, Manifest, RunFolder, run_id
 from kdb.warehouse.migration import upgraded
@@ -46,13 +49,45 @@ def take_in(lake: Lake, source: Lake, folder: RunFolder, origin: Origin) -> bool
     """
     if any(found.run == folder.run for found in lake.run_folders()):
         return False
-    manifest = source.manifest(folder)
-    source.look([folder], vectors=True)
-    row = _checked_rows(folder, manifest)
-    _check_id(folder, manifest, row)
-    changed = dict(_upgraded(folder, manifest))
-    changed["runs"] = _marked(changed.get("runs", _read(folder, manifest.of("runs")[0])), origin)
-    return lake.adopt(folder, changed=changed)
+
+    def prepare(copy: RunFolder, manifest: Manifest) -> dict[str, pa.Table]:
+        with _explained(folder):
+            row = _checked_rows(copy, manifest)
+            _check_id(copy, manifest, row)
+            changed = dict(_upgraded(copy, manifest))
+            changed["runs"] = _marked(changed.get("runs", _read(copy, manifest.of("runs")[0])), origin)
+        return changed
+
+    return lake.adopt(folder, prepare)
+
+
+@contextlib.contextmanager
+def _explained(folder: RunFolder) -> Iterator[None]:
+    """Raise what is wrong with a copy as a WarehouseError about the run that it is a copy of."""
+    try:
+        yield
+    except _RefusedError as refused:
+        raise WarehouseError(
+            f"Run {folder.run} ({folder.model} on {folder.dataset}) of {str(folder.path)!r} is not copied: {refused}."
+        ) from refused
+
+
+class _RefusedError(Exception):
+    """Why a run is not what it says."""
+
+
+def prefer(lake: Lake, folder: RunFolder, preferred: bool) -> bool:
+    """Store with an imported run whether it takes precedence over runs measured here; whether that changed anything.
+
+    Raises WarehouseError for a run that another process is changing.
+    """
+    with rewriting(lake, folder) as files:
+        row = pa.concat_tables(pq.ParquetFile(path).read() for path in files.paths["runs"])
+        if row["imported_from"][0].as_py() is None or row["preferred"][0].as_py() == preferred:
+            return False
+        files.write({"runs": [_with(row, {"preferred": preferred})]})
+        files.commit()
+    return True
 
 
 def _upgraded(folder: RunFolder, manifest: Manifest) -> Iterator[tuple[str, pa.Table]]:
@@ -69,7 +104,12 @@ def _marked(row: pa.Table, origin: Origin) -> pa.Table:
         "imported_at": datetime.now(UTC),
         "preferred": origin.preferred,
     }
-    for name, value in told.items():
+    return _with(row, told)
+
+
+def _with(row: pa.Table, values: Mapping[str, Any]) -> pa.Table:
+    """The row of ``runs`` with other values."""
+    for name, value in values.items():
         field = arrow_schema("runs").field(name)
         row = row.set_column(row.schema.get_field_index(name), field, pa.array([value], field.type))
     return row
@@ -85,22 +125,63 @@ def _checked_rows(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
         try:
             _check_file(folder, record, manifest.schema_version)
         except (OSError, pa.ArrowException) as error:
-            raise _refused(folder, f"{record.path} cannot be read ({error})") from error
-    rows = _read(folder, manifest.of("runs")[0]).to_pylist()
+            raise _RefusedError(f"{record.path} cannot be read ({error})") from error
+    row = _only_row(folder, manifest, "runs")
+    _check_row(folder, manifest, row)
+    n_layers = _only_row(folder, manifest, "models")["n_layers"]
+    if not isinstance(n_layers, int) or n_layers < 1:
+        raise _RefusedError(f"its model has {n_layers} layers")
+    _only_row(folder, manifest, "datasets")
+    for table in manifest.tables:
+        _check_places(folder, manifest, table, n_layers)
+    return row
+
+
+def _only_row(folder: RunFolder, manifest: Manifest, table: str) -> dict[str, Any]:
+    """The row of a table that has one row in each run."""
+    try:
+        rows = [row for record in manifest.of(table) for row in _read(folder, record).to_pylist()]
+    except (OverflowError, ValueError) as error:  # a time beyond the calendar
+        raise _RefusedError(f"a value of its table {table} cannot be read ({error})") from error
     if len(rows) != 1:
-        raise _refused(folder, f"its table runs has {len(rows)} rows, and a run has one")
-    _check_row(folder, manifest, rows[0])
+        raise _RefusedError(f"its table {table} has {len(rows)} rows, and a run has one")
     return dict(rows[0])
+
+
+def _check_places(folder: RunFolder, manifest: Manifest, table: str, n_layers: int) -> None:
+    """Refuse rows that stand twice, and rows of a layer that the model does not have."""
+    key = ", ".join(f'"{name}"' for name in TABLES[table].info["key"])
+    if not key:  # one row a run
+        return
+    layers = "min(layer), max(layer)" if "layer" in TABLES[table].columns else "NULL, NULL"
+    files = [str(folder.path / record.path) for record in manifest.of(table)]
+    with duckdb.connect(config={"temp_directory": str(folder.path / "temporary")}) as connection:
+        rows = connection.read_parquet(files, hive_partitioning=False)
+        n_places = connection.sql(f"SELECT count(*) FROM (SELECT DISTINCT {key} FROM rows)").fetchone()
+        n_rows, first, last = connection.sql(f"SELECT count(*), {layers} FROM rows").fetchone() or (0, None, None)
+        del rows
+    if n_places != (n_rows,):
+        raise _RefusedError(f"rows of its table {table} stand there twice ({key})")
+    if first is not None and not 0 <= first <= last < n_layers:
+        raise _RefusedError(f"its table {table} has layers {first} to {last}, and its model has {n_layers}")
 
 
 def _check_file(folder: RunFolder, record: FileRecord, version: int) -> None:
     file = pq.ParquetFile(folder.path / record.path)
     _check_columns(folder, record, file.schema_arrow, version)
     names = dict(zip(PARTITIONS, (folder.model, folder.dataset, folder.run), strict=True))
+    vectors = [name for name in file.schema_arrow.names if _is_vector(file.schema_arrow.field(name).type)]
+    sizes: set[int | None] = set()
     for batch in file.iter_batches(_ROWS):  # read to the end: a page that cannot be read is found here
         for column, name in names.items():
-            if column in batch.schema.names and not pc.all(pc.equal(batch[column], name)).as_py() and len(batch):
-                raise _refused(folder, f"{record.path} has rows of another {column} than {name!r}")
+            if column in batch.schema.names and not pc.all(pc.fill_null(pc.equal(batch[column], name), False)).as_py():
+                raise _RefusedError(f"{record.path} has rows of another {column} than {name!r}")
+        for column in vectors:
+            sizes.update(pc.unique(pc.list_value_length(batch[column])).to_pylist())
+            if pc.list_flatten(batch[column]).null_count:
+                raise _RefusedError(f"{record.path} has a vector with a number that is missing")
+    if len(sizes) > 1:
+        raise _RefusedError(f"{record.path} has vectors of different lengths, or without any")
 
 
 def _check_columns(folder: RunFolder, record: FileRecord, found: pa.Schema, version: int) -> None:
@@ -108,15 +189,13 @@ def _check_columns(folder: RunFolder, record: FileRecord, found: pa.Schema, vers
     vectors = {column.name for column in TABLES[record.table].columns if isinstance(column.type, Vector)}
     own = {field.name: field.type for field in found if field.name not in PARTITIONS}
     if len(own) + len(PARTITIONS) < len(found) or list(own) != list(expected):
-        raise _refused(folder, f"{record.path} has the columns {', '.join(own)}; expected {', '.join(expected)}")
+        raise _RefusedError(f"{record.path} has the columns {', '.join(own)}; expected {', '.join(expected)}")
     for name, kind in own.items():
         if not (_is_vector(kind) if name in vectors else kind == expected[name]):
-            raise _refused(folder, f"{record.path}, column {name}: its type is {kind}, expected {expected[name]}")
+            raise _RefusedError(f"{record.path}, column {name}: its type is {kind}, expected {expected[name]}")
     for name in PARTITIONS:
         if name in found.names and not pa.types.is_string(found.field(name).type):
-            raise _refused(
-                folder, f"{record.path}, column {name}: its type is {found.field(name).type}, expected string"
-            )
+            raise _RefusedError(f"{record.path}, column {name}: its type is {found.field(name).type}, expected string")
 
 
 def _is_vector(kind: pa.DataType) -> bool:
@@ -128,17 +207,17 @@ def _check_row(folder: RunFolder, manifest: Manifest, row: Mapping[str, Any]) ->
     """Raise WarehouseError unless the run's row agrees with its manifest and holds what every reader counts on."""
     settings = _settings(row)
     if settings is None:
-        raise _refused(folder, "its settings are not a JSON object")
+        raise _RefusedError("its settings are not a JSON object")
     if row["study"] not in ("concept", "knowledge"):
-        raise _refused(folder, f"its study is {row['study']!r}, expected concept or knowledge")
+        raise _RefusedError(f"its study is {row['study']!r}, expected concept or knowledge")
     if not isinstance(row["variant"], str) or not row["variant"] or row["finished_at"] is None:
-        raise _refused(folder, "its variant or the time at which it ended is missing")
+        raise _RefusedError("its variant or the time at which it ended is missing")
     if sorted(row["tables"] or ()) != manifest.tables:
-        raise _refused(folder, "its row names other tables than its manifest")
+        raise _RefusedError("its row names other tables than its manifest")
     identity = manifest.identity or {}
     for name, value in (("model", folder.model), ("dataset", folder.dataset)):
         if identity.get(name, value) != value:
-            raise _refused(folder, f"its identity is of the {name} {identity[name]!r}")
+            raise _RefusedError(f"its identity is of the {name} {identity[name]!r}")
 
 
 def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -152,7 +231,7 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
 def _check_id(folder: RunFolder, manifest: Manifest, row: Mapping[str, Any]) -> None:
     """Raise WarehouseError unless the run's id follows from what determined its result."""
     if manifest.formula is None:
-        raise _refused(folder, "its manifest does not say what its run id was computed from")
+        raise _RefusedError("its manifest does not say what its run id was computed from")
     if manifest.identity is not None:  # checked where the manifest was read
         return
     settings = {key: value for key, value in (_settings(row) or {}).items() if key != "step"}
@@ -161,10 +240,4 @@ def _check_id(folder: RunFolder, manifest: Manifest, row: Mapping[str, Any]) -> 
         {"source_run": row["source_run"], **{k: settings[k] for k in keys if k in settings}} for keys in _DERIVED
     ]
     if folder.run not in (run_id(identity, 1) for identity in candidates):
-        raise _refused(folder, "its run id does not follow from its settings")
-
-
-def _refused(folder: RunFolder, why: str) -> WarehouseError:
-    return WarehouseError(
-        f"Run {folder.run} ({folder.model} on {folder.dataset}) of {str(folder.path)!r} is not copied: {why}."
-    )
+        raise _RefusedError("its run id does not follow from its settings")

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,11 +52,16 @@ class DamagedRunError(WarehouseError):
 
 @dataclass(frozen=True)
 class _Seen:
-    """Verified signatures of one version of a run."""
+    """Verified signatures of one version of a run.
+
+    ``light`` is that of the hashed files without vectors. ``compared`` is that of the files with vectors when their
+    names and sizes were compared, and ``heavy`` the same once they were hashed.
+    """
 
     version: str
     schema_version: int
     light: str
+    compared: str
     heavy: str | None
 
 
@@ -102,7 +108,7 @@ class Inspector:
     def remember(self, folder: RunFolder, manifest: Manifest) -> None:
         """Remember a run whose every file was hashed a moment ago."""
         light, heavy = _signatures(folder, _listing(folder))
-        seen = _Seen(folder.version, manifest.schema_version, light, heavy)
+        seen = _Seen(folder.version, manifest.schema_version, light, heavy, heavy)
         self._seen[folder.run] = seen
         Memory.of(self._root).remember([(folder, seen)])
 
@@ -136,13 +142,15 @@ class Memory:
     def known(self, folder: RunFolder, light: str, heavy: str) -> _Seen | None:
         """Record of a run whose files have these signatures; None if they were not verified."""
         entry = self._entries.get(self._key(folder))
-        if not isinstance(entry, list) or len(entry) != 3 or entry[0] != light:
+        if not isinstance(entry, list) or len(entry) != 4 or entry[:2] != [light, heavy]:
             return None
-        return _Seen(folder.version, int(entry[2]), light, heavy if entry[1] == heavy else None)
+        return _Seen(folder.version, int(entry[3]), light, heavy, heavy if entry[2] == heavy else None)
 
     def remember(self, found: Iterable[tuple[RunFolder, _Seen]]) -> None:
         """Add what was verified. Where the cache cannot be written, it is verified again next time."""
-        added = {self._key(folder): [seen.light, seen.heavy, seen.schema_version] for folder, seen in found}
+        added = {
+            self._key(folder): [seen.light, seen.compared, seen.heavy, seen.schema_version] for folder, seen in found
+        }
         entries = {**self._read(), **added}
         there = {key: entry for key, entry in entries.items() if key in added or (self._root / key).is_dir()}
         with contextlib.suppress(OSError):
@@ -216,7 +224,7 @@ def _verified(unknown: Sequence[tuple[RunFolder, dict[str, _File]]], vectors: bo
 def _seen(folder: RunFolder, files: Mapping[str, _File], manifest: Manifest, vectors: bool) -> _Seen:
     light, heavy = _signatures(folder, files)
     all_hashed = vectors or not any(record.table in _HEAVY for record in manifest.files)
-    return _Seen(folder.version, manifest.schema_version, light, heavy if all_hashed else None)
+    return _Seen(folder.version, manifest.schema_version, light, heavy, heavy if all_hashed else None)
 
 
 def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
@@ -302,7 +310,8 @@ def _named(folder: RunFolder) -> str:
 
 
 def _advice(folder: RunFolder) -> str:
+    warehouse = shlex.quote(str(folder.path.parents[3]))
     return (
         "`kdb verify` names every damaged file. Put the files back, or remove the run with "
-        f"`kdb runs remove {folder.run}` and measure it again."
+        f"`kdb runs remove {folder.run} --warehouse {warehouse}` and measure it again."
     )

@@ -17,12 +17,13 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,11 +83,19 @@ class Damage:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something in staging: a run in progress (``begun`` has its names), or a folder that nothing reads any more."""
+    """Something in staging: a run that was begun (``begun`` has its names), or a folder that nothing reads any more.
+
+    ``in_progress``: whether a process is at work on it.
+    """
 
     path: Path
     bytes: int
     begun: Mapping[str, Any] = field(default_factory=dict)
+    in_progress: bool = False
+
+
+Prepare = Callable[[RunFolder, Manifest], Mapping[str, pa.Table]]
+"""Tables that a copied run is committed with instead of its own; see `Lake.adopt`."""
 
 
 class Lake:
@@ -290,7 +299,8 @@ class Lake:
             with contextlib.suppress(OSError, WarehouseError):  # committed a moment ago
                 begun = parse_json(file.read_bytes(), file)
                 if {"run", "model", "dataset"} <= set(begun):
-                    found.append(Leftover(file.parent, _bytes_of(file.parent), begun))
+                    at_work = not _is_free(self.staging / f"{file.parent.name}.lock")
+                    found.append(Leftover(file.parent, _bytes_of(file.parent), begun, at_work))
         return found
 
     def leftovers(self) -> list[Leftover]:
@@ -298,8 +308,8 @@ class Lake:
         found = []
         for path in sorted(self.staging.glob("*-*")):
             kind, _, rest = path.name.partition("-")
-            if kind in ("removed", "rewritten", "held") and path.is_dir() and not path.is_symlink():
-                # Who writes a run anew holds its lock, and who holds a snapshot that of its folder.
+            if kind in ("removed", "rewritten", "copied", "held") and path.is_dir() and not path.is_symlink():
+                # Who copies a run or writes it anew holds its lock, and who holds a snapshot that of its folder.
                 lock = path.name if kind == "held" else rest.partition("-")[0]
                 if kind == "removed" or _is_free(self.staging / f"{lock}.lock"):
                     found.append(Leftover(path, _bytes_of(path)))
@@ -377,16 +387,18 @@ class Lake:
                     self.inspector.remember(folder, self.manifest(folder))
                 yield from damages
 
-    def adopt(self, folder: RunFolder, *, changed: Mapping[str, pa.Table] | None = None) -> bool:
+    def adopt(self, folder: RunFolder, prepare: Prepare = lambda _copy, _manifest: {}) -> bool:
         """Copy a run of another warehouse, and commit it if every file is what its manifest says.
 
-        ``changed`` are tables that it is committed with instead of its own. False where the run is here already.
-        Raises WarehouseError for a run that is damaged, or being measured here; nothing of it is then visible.
+        ``prepare`` is called with the copy, once its files were compared with the manifest, and returns the tables that
+        it is committed with instead of its own; it may refuse the run with a WarehouseError. The source is not read
+        again: it may change meanwhile. False where the run is here already. Raises WarehouseError for a run that is
+        damaged, or being measured here; nothing of it is then visible.
         """
         with self.stage(folder.run, folder.model, folder.dataset) as staged:
             if staged.committed:
                 return False
-            staged.adopt(folder, changed or {})
+            staged.adopt(folder, prepare)
         return True
 
     def stage(self, run: str, model: str, dataset: str, *, identity: Mapping[str, Any] | None = None) -> StagedRun:
@@ -506,32 +518,43 @@ class StagedRun:
             self._seal(run_row)
             self._publish()
 
-    def adopt(self, folder: RunFolder, changed: Mapping[str, pa.Table]) -> None:
-        """Become a copy of a committed run, but for the tables ``changed``. Raises WarehouseError if it is damaged."""
+    def adopt(self, folder: RunFolder, prepare: Prepare) -> None:
+        """Become a copy of a committed run, see `Lake.adopt`. Raises WarehouseError if it is damaged."""
+        # In a folder of its own: what is copied is never taken for a part that was measured here.
+        copy = self.path.with_name(f"copied-{self.run}-{uuid.uuid4().hex[:8]}")
         try:
-            manifest = read_manifest(folder.path, folder.run)
-        except FileNotFoundError:
-            raise WarehouseError(f"{folder.path / MANIFEST} is missing: the run is not copied.") from None
-        records = [record for record in manifest.files if record.table not in changed]
-        try:
+            try:
+                manifest = read_manifest(folder.path, folder.run)
+            except FileNotFoundError:
+                raise WarehouseError(f"{folder.path / MANIFEST} is missing: the run is not copied.") from None
             with storage_errors(self.path):
-                for record in records:
-                    _copy_regular(folder.path / record.path, self.path / record.path)
-            for record in records:
-                if problem := _problem(self.path, record):
+                for record in manifest.files:
+                    _copy_regular(folder.path / record.path, copy / record.path)
+            for record in manifest.files:
+                if problem := problem_of(copy, record):
                     raise WarehouseError(f"{folder.path / record.path} is damaged ({problem}): the run is not copied.")
+            changed = prepare(replace(folder, path=copy), manifest)
             with storage_errors(self.path):
-                for table, rows in changed.items():
-                    self.write(table, "all", [rows], seconds=_seconds(folder.path / manifest.of(table)[0].path))
-                    records.append(file_record(self.part(table, "all"), self.path))
-        except BaseException:  # Ctrl-C, too: nothing of a copy is resumed
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
-        version = SCHEMA_VERSION if changed else manifest.schema_version
-        with storage_errors(self.path):
-            # Written last: it makes the copies the run.
-            self._write_manifest(replace(manifest, files=tuple(records), schema_version=version))
-            self._publish()
+                records = [self._replaced(copy, manifest, table, rows) for table, rows in changed.items()]
+                kept = [record for record in manifest.files if record.table not in changed]
+                version = SCHEMA_VERSION if changed else manifest.schema_version
+                self._hashed = replace(manifest, files=(*kept, *records), schema_version=version)
+                write_json(copy / MANIFEST, self._hashed.content())
+                write_json(copy / "run.json", self.facts)
+                shutil.rmtree(self.path)
+                copy.rename(self.path)  # from here on, whoever takes the lock ends the commit
+                self._publish()
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def _replaced(self, copy: Path, manifest: Manifest, table: str, rows: pa.Table) -> FileRecord:
+        """Write a table in the place of its files in a copy."""
+        before = [copy / record.path for record in manifest.of(table)]
+        seconds = sum(seconds_of(path) for path in before)
+        for path in before:
+            path.unlink()
+        write_parquet(copy / table / "all.parquet", [self._signed(rows)], seconds=seconds)
+        return file_record(copy / table / "all.parquet", copy)
 
     def _publish(self) -> None:
         self._drop_strays()
@@ -551,7 +574,7 @@ class StagedRun:
             "tables": sorted(tables),
             "started_at": datetime.fromisoformat(self.facts["started_at"]),
             "finished_at": datetime.now(UTC),
-            "seconds": sum(_seconds(path) for paths in parts.values() for path in paths),
+            "seconds": sum(seconds_of(path) for paths in parts.values() for path in paths),
         }
         self.write_rows("runs", "all", [row])
         files = [self.part("runs", "all")]
@@ -707,8 +730,13 @@ def _write_empty_tables(root: Path) -> None:
         write_parquet(empty_file(root, table), [_signed(arrow_schema(table).empty_table(), *[NOBODY] * 3)])
 
 
-def _seconds(path: Path) -> float:
-    return float(pq.read_schema(path).metadata[_SECONDS])
+def seconds_of(path: Path) -> float:
+    """Seconds that it took to measure what a file holds; 0 where the file does not say."""
+    try:
+        seconds = float((pq.read_schema(path).metadata or {}).get(_SECONDS, 0))
+    except ValueError:
+        return 0.0
+    return seconds if 0 <= seconds < math.inf else 0.0
 
 
 def row_counts(folder: RunFolder) -> dict[str, int]:

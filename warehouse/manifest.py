@@ -24,6 +24,9 @@ MANIFEST = "manifest.json"
 FORMULA = 2
 """How a run's id is computed today; see `run_id`."""
 
+_DEEPEST = 50
+"""Lists and objects that JSON may nest."""
+
 _LARGEST = 64 * 2**20
 """Bytes of the largest manifest that is read: some hundred thousand files."""
 
@@ -145,7 +148,23 @@ def parse_json(content: bytes | str, where: object) -> dict[str, Any]:
         raise _damaged(where, f"it is not JSON: {error}") from error
     if not isinstance(said, dict):
         raise _damaged(where, "it is not a JSON object")
+    if _is_deep(said):
+        raise _damaged(where, "it is nested too deeply")
     return cast("dict[str, Any]", said)
+
+
+def _is_deep(content: object) -> bool:
+    """Whether lists and objects are nested more than `_DEEPEST` times: what writes JSON calls itself for each."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [inner for value in level for inner in _inner(value)]
+        if not level:
+            return False
+    return True
+
+
+def _inner(value: object) -> list[object]:
+    return list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list) else []
 
 
 def schema_version_of(content: bytes | str, where: str) -> int:

@@ -46,6 +46,13 @@ HAVING count(DISTINCT revision) > 1
 ORDER BY model
 """
 
+_VARIANTS = """
+SELECT DISTINCT variant
+FROM runs
+WHERE among(model, $model) AND among(dataset, $dataset) AND ($study IS NULL OR study = $study)
+ORDER BY variant
+"""
+
 _MOST = 5
 """Notes at most, beside one answer."""
 
@@ -61,8 +68,34 @@ def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapp
     found = [_shadowed(*row) for row in _rows(connection, _SHADOWED, told)]
     if variant is None:
         found += [_mixed(*row) for row in _rows(connection, _MIXED, about)]
+    return _at_most(found)
+
+
+def _at_most(found: list[str]) -> list[str]:
     more = [f"The same holds for {len(found) - _MOST} more models."] if len(found) > _MOST else []
     return found[:_MOST] + more
+
+
+def notes_on_current(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Notes on an answer from schema `current`: runs of all models and datasets that it leaves out."""
+    if _rows(connection, _ALIKE) == [(True,)]:
+        return []
+    every = dict.fromkeys(("model", "dataset", "study")) | {"variant": "default", "checkpoints": False}
+    return _at_most([_shadowed(*row) for row in _rows(connection, _SHADOWED, every)])
+
+
+def notes_on_nothing(
+    connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]
+) -> list[str]:
+    """The variants that are stored, where an answer has no rows and there is no run of the variant asked for."""
+    if values.get("variant") in (None, "all") or values.get("run"):
+        return []
+    about = {name: _several(values.get(name)) for name in ("model", "dataset")} | {"study": _study(saved, values)}
+    variants = [variant for (variant,) in _rows(connection, _VARIANTS, about)]
+    if not variants or values["variant"] in variants:
+        return []
+    named = ", ".join(variants[:_MOST]) + (", …" if len(variants) > _MOST else "")
+    return [f"No such run is of the variant {values['variant']!r}. Stored: {named} (--variant {variants[0]!r})."]
 
 
 @contextlib.contextmanager
@@ -92,7 +125,7 @@ def _study(saved: SavedQuery, values: Mapping[str, Value]) -> Value:
 
 
 def _shadowed(model: str, reason: str, n: int, revisions: list[str]) -> str:
-    where = "`kdb query models` lists them, --run shows one."
+    where = "`kdb query runs` lists all with their revisions, --run shows one."
     runs, are = ("1 run", "is") if n == 1 else (f"{n} runs", "are")
     if reason == "revision":
         named = ", ".join(filter(None, revisions)) or "unknown"

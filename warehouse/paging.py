@@ -125,7 +125,8 @@ def _values(cursor: str, order: Mapping[str, bool]) -> list[Any]:
             raise ValueError
         if not all(value is None or isinstance(value, str | int | float) for value in values):
             raise ValueError
-    except (ValueError, TypeError):
+        "".join(value for value in values if isinstance(value, str)).encode()  # half of a pair is no character
+    except (ValueError, TypeError, RecursionError):
         raise QueryError("cursor: not one of this table and order; take it from the page before") from None
     return list(values)
 

@@ -52,6 +52,7 @@ class Warehouse:
 
     _shared: database.Database | None = None
     _folders: Sequence[RunFolder] = ()
+    _root: Path | None = None
 
     def __init__(self, location: str | Path) -> None:
         self._open(lake_at(location))
@@ -90,6 +91,7 @@ class Warehouse:
             root, folders = self._held(stack, runs)
             frozen = copy.copy(self)
             frozen._folders = folders
+            frozen._root = root
             frozen._shared = stack.enter_context(self._database_of(folders, limits, root))
             yield frozen
 
@@ -166,10 +168,11 @@ class Warehouse:
         """The same as a Polars LazyFrame: of the files, only what is needed is read. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        folders = self._folders if self._shared else self._listed()
+        folders = self._seen_runs()
         if not everything:
             with self._current(folders) as opened:
                 shown = {run for _, _, run in opened.current_runs(table)}
+                opened.note_current()
             folders = [folder for folder in folders if folder.run in shown]
         self.lake.look(folders, vectors=has_vectors(table))
         runs = _ids(folders)
@@ -178,6 +181,10 @@ class Warehouse:
         root = folders[0].path.parents[2] if folders else self.lake.root
         rows = database.scan(root, table, runs)
         return rows if everything else rows.filter(current.default_rows(table))
+
+    def _seen_runs(self) -> Sequence[RunFolder]:
+        """The runs of a snapshot; else those that are committed now."""
+        return self._listed() if self._shared is None else self._folders
 
     def _current(self, folders: Sequence[RunFolder]) -> contextlib.AbstractContextManager[database.Database]:
         return contextlib.nullcontext(self._shared) if self._shared else self._database_of(folders)
@@ -189,16 +196,20 @@ class Warehouse:
         """
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
-        return self.lake.committed_files(table)
+        if self._shared is None or self._remote:
+            seen = None if self._shared is None else {f"run={folder.run}" for folder in self._folders}
+            return [f for f in self.lake.committed_files(table) if seen is None or not seen.isdisjoint(f.split("/"))]
+        manifests = ((folder, self.lake.manifest(folder)) for folder in self._folders)
+        return [str(folder.path / file.path) for folder, manifest in manifests for file in manifest.of(table)]
 
     def engine(self) -> Engine:
         """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
 
         def opened() -> duckdb.DuckDBPyConnection:
-            folders = self._listed()
-            return database.connect(self.lake.root, _ids(folders), **self._sources(folders))
+            folders = self._seen_runs()
+            return database.connect(self._root or self.lake.root, _ids(folders), **self._sources(folders))
 
-        return database.engine(opened, lambda text: self._before(self._listed(), text))
+        return database.engine(opened, lambda text: self._before(self._seen_runs(), text))
 
     def rebuild(self) -> Path:
         """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path.

@@ -6,9 +6,10 @@ project(lake, lake.find(source), ("pca",))
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,18 +70,32 @@ def _derive(
     """Let ``fill`` write the tables of a run that is ``source`` but for its settings and ``changed`` of its row."""
     lake.look([source], vectors=True)
     activations = table_files(source.path, "activations")
-    _check_vectors(source, activations)
+    with _told_of(source):
+        _check_vectors(source, activations)
+        copied = {t: upgraded(t, read_parts(table_files(source.path, t))) for t in ("models", "datasets")}
+        row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
+        changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
     identity = derived_identity(kind, "concept", source, settings)
     with begin(lake, identity, source.model, source.dataset) as staged:
         if staged.committed:
             return Outcome(staged.run, "exists")
-        for table in ("models", "datasets"):
-            staged.write(table, "part", [upgraded(table, read_parts(table_files(source.path, table)))])
+        for table, rows in copied.items():
+            staged.write(table, "part", [rows])
         fill(staged, activations)
-        row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
-        changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
         staged.commit(row | changed | made_by("cpu", with_model=False))
     return Outcome(staged.run, "committed")
+
+
+@contextlib.contextmanager
+def _told_of(source: RunFolder) -> Iterator[None]:
+    """Raise a WarehouseError where the tables of a run are not what kdb writes: a folder may be a stranger's."""
+    try:
+        yield
+    except (pa.ArrowException, LookupError, ValueError, TypeError, OverflowError) as error:
+        raise WarehouseError(
+            f"Run {source.run} ({source.model} on {source.dataset}) cannot be computed from: its tables are not as kdb "
+            f"writes them ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _check_vectors(source: RunFolder, activations: Sequence[Path]) -> None:

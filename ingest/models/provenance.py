@@ -106,8 +106,10 @@ def _card_base(folder: Path) -> str | None:
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return None  # a card is for people: what it cannot tell is left open
     first = named[0] if isinstance(named, list) and named else named
-    is_name = isinstance(first, str) and re.fullmatch(r"(https://huggingface\.co/)?\w[\w.-]*(/\w[\w.-]*)?", first)
-    return _hub_id(first) if is_name else None  # a path of another machine says nothing here
+    # A path of another machine says nothing here.
+    if isinstance(first, str) and re.fullmatch(r"(https://huggingface\.co/)?\w[\w.-]*(/\w[\w.-]*)?", first):
+        return _hub_id(first)
+    return None
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -103,7 +103,8 @@ def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | No
     \b
     kdb sql "SELECT layer, accuracy FROM current.probe_scores WHERE dataset = 'cities' AND site = 'resid_post'"
     """
-    show(kdb.open(warehouse).sql(text), format_, output)
+    with notes_shown():
+        show(kdb.open(warehouse).sql(text), format_, output)
 
 
 @click.command()

@@ -13,7 +13,9 @@ from kdb.cli.options import output_options, show, warehouse_option
 @click.command()
 @click.argument("run_a")
 @click.argument("run_b")
-@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="Numbers shown, largest first.")
+@click.option(
+    "--limit", type=click.IntRange(0, 10**9), default=20, show_default=True, help="Numbers shown, largest first."
+)
 @warehouse_option
 @output_options
 def compare(

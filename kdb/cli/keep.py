@@ -37,7 +37,8 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
         show(opened.query("runs"), format_, output)
         for left in opened.lake.interrupted():
             names = f"{left.begun['model']} on {left.begun['dataset']} (run {left.begun['run']})"
-            say(f"In progress or interrupted: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
+            state = "Being measured" if left.in_progress else "Interrupted"
+            say(f"{state}: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
         for left in opened.lake.leftovers():
             say(f"Dropped and not deleted: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes it.", err=True)
 
@@ -83,7 +84,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
     for row in old.rows():
         say(" ".join(map(str, row)), err=True)
     if not yes:
-        click.confirm(f"Remove these {len(old)} runs for good?", abort=True, err=True)
+        click.confirm(f"Remove {_count(len(old), 'run')} for good?", abort=True, err=True)
     return old["run"].to_list()
 
 
@@ -121,7 +122,7 @@ def keep_vectors(
         click.echo("No such run has vectors.", err=True)
         return
     if not yes:
-        click.confirm(f"Drop the vectors of {len(wanted)} runs for good?", abort=True, err=True)
+        click.confirm(f"Drop the vectors of {_count(len(wanted), 'run')} for good?", abort=True, err=True)
     for run in wanted:
         upkeep.keep_vectors(opened.lake, opened.lake.find(run), which)
         click.echo(f"Dropped vectors of run {run}.")
@@ -162,7 +163,11 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     lake = kdb.open(warehouse).lake
     found = chosen or [folder.run for folder in lake.run_folders()]
     fewer = sum(upkeep.compact(lake, run) for run in found)
-    click.echo(f"{fewer} files fewer in {len(found)} runs.")
+    click.echo(f"{_count(fewer, 'file')} fewer in {_count(len(found), 'run')}.")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def moment(older_than: str, now: datetime) -> datetime:
@@ -189,26 +194,26 @@ def clean(yes: bool, warehouse: Path | str) -> None:
     kdb clean
     """
     lake = kdb.open(warehouse).lake
-    unfinished = lake.interrupted()
-    for left in unfinished:
-        click.echo(
-            f"Not finished: {left.begun['model']} on {left.begun['dataset']}, {left.bytes / 1e6:,.1f} MB.", err=True
-        )
+    begun = lake.interrupted()
+    unfinished = [left for left in begun if not left.in_progress]
+    for left in begun:
+        state = "Being measured, left alone" if left.in_progress else "Interrupted"
+        say(f"{state}: {left.begun['model']} on {left.begun['dataset']}, {left.bytes / 1e6:,.1f} MB.", err=True)
     swept = lake.sweep()
     if unfinished and not yes:
-        click.confirm(f"Delete these {len(unfinished)} unfinished runs?", abort=True, err=True)
+        click.confirm(f"Delete {_count(len(unfinished), 'interrupted run')}?", abort=True, err=True)
     for left in unfinished:
         if lake.discard(left):
             swept += left.bytes
         else:
-            click.echo(f"Run {left.begun['run']} is being measured: left alone.", err=True)
+            click.echo(f"Run {left.begun['run']} is being measured now: left alone.", err=True)
     click.echo(f"Deleted {swept / 1e6:,.1f} MB from staging.")
 
 
 @click.command()
 @warehouse_option
 def migrate(warehouse: Path | str) -> None:
-    """Write runs that an older kdb measured anew in this kdb's schema, one after the other.
+    """Rewrite, in this kdb's schema, the runs that an older kdb measured.
 
     Rows and run ids stay as they are. Each run is replaced in one step, after its new files were compared with the old
     ones; interrupted, the same command continues with the runs that are left. Queries read older runs without it, more
@@ -226,7 +231,11 @@ def migrate(warehouse: Path | str) -> None:
     for number, folder in enumerate(left, start=1):
         missing |= dict.fromkeys(migration.migrate(opened.lake, folder))
         click.echo(f"{number} of {len(left)}: {folder.model} on {folder.dataset} (run {folder.run}).")
-    click.echo(f"{len(left)} runs migrated.")
+    stored = len(opened.lake.run_folders())
+    if not left:
+        click.echo(f"Nothing to migrate: {_count(stored, 'run')} stored, all in this kdb's schema.")
+    else:
+        click.echo(f"{_count(len(left), 'run')} migrated.")
     if missing:
         click.echo(f"NULL until the model is measured again: {', '.join(missing)}.", err=True)
     if "://" not in opened.lake.location:
@@ -249,7 +258,7 @@ def verify(warehouse: Path | str) -> None:
         damaged = " ".join(sorted({damage.run for damage in damages}))
         click.echo(f"Damaged runs: {damaged}. Remove each (`kdb runs remove`) and measure it again.", err=True)
         raise SystemExit(1)
-    click.echo(f"All files of {len(lake.run_folders())} runs are as they were committed.")
+    click.echo(f"All files of {_count(len(lake.run_folders()), 'run')} are as they were committed.")
 
 
 @click.command()

@@ -298,7 +298,9 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     show_default=True,
     help="Sets of as many random neurons of the same layers.",
 )
-@click.option("--seed", type=int, default=42, show_default=True, help="Of the random sets.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True, help="Seed of the random sets."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one.")
 @warehouse_option
 def ablate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -118,6 +119,17 @@ def notes_shown() -> Iterator[None]:
             click.echo(f"Note: {note}", err=True)
 
 
+class FiniteRange(click.FloatRange):
+    """A range of numbers. Every comparison with NaN is false, so click takes it for one within."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, if it is one within the range."""
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return found
+
+
 def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
     """Write a frame as the user asked for it, and say on stderr if it has no rows."""
     format_ = format_ or (_SUFFIXES[output.suffix.lower()] if output else "table")
@@ -129,7 +141,7 @@ def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
         raise click.UsageError("--format parquet writes a file: name it with -o FILE.")
     else:
         text = _text(frame, format_)
-        say(text) if format_ == "table" or sys.stdout.isatty() else click.echo(text)
+        say(text) if format_ == "table" or sys.stdout.isatty() else click.echo(text, color=True)
     if frame.is_empty():
         click.echo("No rows. `kdb runs` shows what was measured.", err=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from kdb.cli.options import warehouse_option
+from kdb.cli.options import FiniteRange, warehouse_option
 
 
 @click.command()
@@ -31,13 +31,13 @@ from kdb.cli.options import warehouse_option
 )
 @click.option(
     "--memory",
-    type=click.FloatRange(0.1),
+    type=FiniteRange(0.1, 2**20),
     default=1.0,
     show_default=True,
     help="GiB that DuckDB may use in each of them.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Time that a question may take."
+    "--seconds", type=FiniteRange(0.1, 86400), default=30.0, show_default=True, help="Time that a question may take."
 )
 @click.option(
     "--queue", type=click.IntRange(0), default=64, show_default=True, help="Questions that may wait; others get 503."

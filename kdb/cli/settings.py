@@ -56,7 +56,7 @@ def probe_options(command: Command) -> Command:
             ),
             click.option(
                 "--seed",
-                type=int,
+                type=click.IntRange(0, 2**31 - 1),
                 default=42,
                 show_default=True,
                 help="Seed of noise, of shuffled labels and of all splits but the paper's.",

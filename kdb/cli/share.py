@@ -117,11 +117,12 @@ def push(
 
 
 def prefer_option(command: Command) -> Command:
-    """``--prefer-imported``."""
+    """``--prefer-imported`` and its opposite; None where neither is given."""
     return click.option(
-        "--prefer-imported",
-        is_flag=True,
-        help="Show the copied runs in place of runs measured here of the same model, dataset and variant.",
+        "--prefer-imported/--no-prefer-imported",
+        default=None,
+        help="Show imported runs in place of runs measured here of the same model, dataset and variant, or no longer. "
+        "Also changes runs that were imported before.",
     )(command)
 
 
@@ -129,7 +130,7 @@ def prefer_option(command: Command) -> Command:
 @click.argument("url")
 @prefer_option
 @warehouse_option
-def pull(url: str, prefer_imported: bool, warehouse: Path | str) -> None:
+def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
     """Copy every run of a dataset on the Hugging Face hub into the warehouse.
 
     Each run is checked as `kdb import` does. Runs that are stored already are not fetched again. A branch, tag or
@@ -143,15 +144,15 @@ def pull(url: str, prefer_imported: bool, warehouse: Path | str) -> None:
 
     hub.Place.of(url)  # else a warehouse would be made first
     lake = Warehouse.create(warehouse).lake
-    for run, copied in hub.pull(url, lake, preferred=prefer_imported):
-        _tell(lake.find(run), "copied" if copied else "is stored already")
+    for run, copied in hub.pull(url, lake, preferred=bool(prefer_imported)):
+        _tell_imported(lake, lake.find(run), copied, prefer_imported)
 
 
 @click.command("import")
 @click.argument("folder", type=Location(), metavar="FOLDER|URL")
 @prefer_option
 @warehouse_option
-def import_(folder: Path | str, prefer_imported: bool, warehouse: Path | str) -> None:
+def import_(folder: Path | str, prefer_imported: bool | None, warehouse: Path | str) -> None:
     """Copy every run of another warehouse into this one, such as one that was exported.
 
     Checked first: each file's checksum, columns and types, and that the run's id follows from what determined its
@@ -162,14 +163,25 @@ def import_(folder: Path | str, prefer_imported: bool, warehouse: Path | str) ->
     kdb import shared/
     kdb import shared/ --prefer-imported
     """
+    from kdb.warehouse.bucket import is_url
     from kdb.warehouse.imports import Origin, take_in
     from kdb.warehouse.store import Warehouse, lake_at
 
     source = lake_at(folder)
-    lake, origin = Warehouse.create(warehouse).lake, Origin(source.location, prefer_imported)
+    lake, origin = Warehouse.create(warehouse).lake, Origin(source.location, bool(prefer_imported))
     for listed in source.run_folders():
-        found = source.find(listed.run)
-        _tell(found, "copied" if take_in(lake, source, found, origin) else "is stored already")
+        found = source.find(listed.run) if is_url(folder) else listed  # which fetches its files
+        _tell_imported(lake, found, take_in(lake, source, found, origin), prefer_imported)
+
+
+def _tell_imported(lake: Lake, folder: RunFolder, copied: bool, preferred: bool | None) -> None:
+    """A line for a run that was imported now, or before; of these, the preference is changed where one was given."""
+    from kdb.warehouse.imports import prefer
+
+    done = "copied" if copied else "is stored already"
+    if not copied and preferred is not None and prefer(lake, lake.find(folder.run), preferred):
+        done += ", and is preferred now" if preferred else ", and is no longer preferred"
+    _tell(folder, done)
 
 
 def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...]) -> list[str]:

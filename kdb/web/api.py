@@ -7,6 +7,7 @@ curl localhost:8765/api/tables/layer_scores?filter=layer%3E%3D12&sort=-score&lim
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Path, Query, Request
@@ -181,6 +182,7 @@ def add_routes(app: FastAPI) -> None:
         cursor: Annotated[str | None, Query(description="X-Kdb-Cursor of the page before")] = None,
     ) -> Response:
         """Rows of a table. With a limit, Link and X-Kdb-Cursor lead to the next page."""
+        _refuse_unknown(request, ("filter", "sort", "limit", "cursor", "format"), "a table")
         asked = {"name": name, "filters": filter, "sort": sort, "limit": limit, "cursor": cursor, "format_": format}
         answered: Response = await request.app.state.ask(request, "table", **asked)
         return answered
@@ -190,10 +192,7 @@ def _endpoint(saved: SavedQuery) -> Any:
     """A function whose signature is the saved query's, which is what FastAPI checks and describes."""
 
     async def endpoint(request: Request, format: str, **given: Any) -> Response:  # noqa: A002
-        names = [param.name for param in saved.params]
-        for unknown in (name for name in request.query_params if name not in (*names, "format")):
-            error = UnknownNameError("parameter", unknown, names, f"{saved.name} takes {', '.join(names)}.")
-            raise QueryError(str(error))
+        _refuse_unknown(request, [*(param.name for param in saved.params), "format"], saved.name)
         told = {name: value for name, value in given.items() if value not in (None, [])}
         answered: Response = await request.app.state.ask(request, "query", name=saved.name, given=told, format_=format)
         return answered
@@ -207,6 +206,13 @@ def _endpoint(saved: SavedQuery) -> Any:
         ]
     )
     return endpoint
+
+
+def _refuse_unknown(request: Request, known: Sequence[str], what: str) -> None:
+    """Raise QueryError for a parameter that would be passed over in silence."""
+    for name in request.query_params:
+        if name not in known:
+            raise QueryError(str(UnknownNameError("parameter", name, known, f"{what} takes {', '.join(known)}.")))
 
 
 def _declared(param: Param) -> dict[str, Any]:

@@ -153,7 +153,8 @@ def _known(wh: Warehouse, names: Sequence[str]) -> None:
 def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
     look = look_of(wh)
     measured = wh.sql(
-        "SELECT study, dataset, model, count(*) AS n_runs, max(n_prompts) AS n_prompts, max(finished_at) AS finished "
+        "SELECT study, dataset, model, count(*) AS n_runs, max(n_prompts) AS n_prompts, "
+        "strftime(max(finished_at), '%Y-%m-%d %H:%M') AS finished "
         "FROM runs JOIN datasets USING (model, dataset, run, study) GROUP BY ALL ORDER BY ALL"
     ).to_dicts()
     cells = {(row["study"], row["dataset"], row["model"]): row for row in measured}
