@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 
 from kdb.ingest.datasets import load_dataset, prompts
-from kdb.ingest.execution.local import Rows, write_behind
+from kdb.ingest.execution.writer import write_behind
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.models.structure import SITES
+from kdb.ingest.rows import Rows
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.vectors import activation_groups, prompts_per_part
 
@@ -74,7 +75,9 @@ def batched(capture: Capture, token_ids: Sequence[Sequence[int]], lake: Lake, *,
 
     with lake.stage(f"{random.getrandbits(64):016x}", "model", "dataset") as staged:
         if behind:
-            write_behind(staged, parts())
+            write_behind(
+                staged, parts(), last="activations", n_writers=4 if capture.loaded.device.type == "cuda" else 1
+            )
         else:
             for name, rows in parts():
                 staged.write(rows.table, name, rows.groups)

@@ -23,10 +23,10 @@ from typing import Any
 from golden_attribution import compare as compare_attribution
 from golden_attribution import compare_sums
 
-from kdb.ingest.concept.study import ingest
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.forward.decomposition import decompose
 from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.measure import ingest
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.warehouse.store import Warehouse

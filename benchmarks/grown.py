@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from synthetic import CATEGORIES, NINE_CONCEPTS, NINE_MODELS, SITES, Concept, Model, describe, rng_of, score_rows
 
-from kdb.ingest.describe import arrow_rows
+from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.lake import Lake, StagedRun, partitions
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.schema import arrow_schema

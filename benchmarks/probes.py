@@ -30,7 +30,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
-from kdb.ingest.concept.probes import ProbeScore, Split, control_labels, make_splits, map_layers
+from kdb.ingest.concept.probes import ProbeScore, Split, control_labels, make_splits, score_probes
+from kdb.ingest.execution.processes import mapped
 
 Load = Callable[[int], NDArray[np.float32]]
 Labels = NDArray[np.int64]
@@ -79,7 +80,14 @@ def run_plain(load: Load, keys: Sequence[int], labels: Labels, control: Labels, 
 def run_kdb(
     load: Load, keys: Sequence[int], labels: Labels, control: Labels, split: Split, jobs: int
 ) -> dict[int, list[ProbeScore]]:
-    return dict(map_layers(load, keys, labels, control, [split], ["logistic", "logistic-paper"], jobs))
+    task = load, labels, control, [split], ["logistic", "logistic-paper"]
+    return dict(zip(keys, mapped(scored, task, keys, jobs), strict=True))
+
+
+def scored(task: tuple[Load, Labels, Labels, list[Split], list[str]], key: int) -> list[ProbeScore]:
+    """The scores of one layer."""
+    load, *others = task
+    return score_probes(load(key), *others)
 
 
 def largest_difference(ours: list[ProbeScore], plain: Scores, classifier: int) -> float:

@@ -8,15 +8,14 @@ from typing import Any
 
 from kdb.ingest.attribution.rankings import METHODS
 from kdb.ingest.attribution.scores import BASES_BYTES
-from kdb.ingest.attribution.study import CHUNK_BYTES, read_prompts
-from kdb.ingest.concept.zero_shot import pose
+from kdb.ingest.concept.zero_shot import question_of
 from kdb.ingest.forward.capture import gemm_rate, shared_prefix
-from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS
+from kdb.ingest.forward.memory import CHUNK_BYTES, CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.job import Job
 from kdb.ingest.models.guard import told
 from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.models.structure import SITES
-from kdb.ingest.models.tokens import read_texts
+from kdb.ingest.prompts import pose
 from kdb.warehouse.vectors import PART_BYTES
 
 _CAPTURE_SHARE = 0.7
@@ -36,7 +35,7 @@ _PART_MEMORY = 3 * PART_BYTES
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cost:
     """Counts, bytes and seconds of a run; ``what`` is measured at each layer."""
 
     n_prompts: int
@@ -56,17 +55,18 @@ class Plan:
         )
 
 
-def plan(job: Job, device: str) -> Plan:
+def cost(job: Job, device: str) -> Cost:
     """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
-    with told(f"Cannot plan {job.source.name} on {job.dataset.name}"):
+    with told(f"Cannot estimate the cost of {job.source.name} on {job.dataset.name}"):
         config, tokenizer = load_config(job.source), load_tokenizer(job.source)
+        token_ids = [prompt.token_ids for prompt in pose(job, tokenizer)]
         if job.study == "knowledge":
-            return _attribution(job, config, [len(p.token_ids) for p in read_prompts(job, tokenizer)], device)
-        n_cue = len(pose(tokenizer, job.dataset).cue)
-        return estimate(job, config, read_texts(tokenizer, job.texts), device, n_cue=n_cue)
+            return _attribution_cost(job, config, list(map(len, token_ids)), device)
+        n_cue = len(question_of(tokenizer, job.dataset).cue)
+        return concept_cost(job, config, token_ids, device, n_cue=n_cue)
 
 
-def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> Plan:
+def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str) -> Cost:
     """The cost if every prompt counts: what is read out, in rows of the vocabulary, and what runs through the model."""
     m, wanted = job.measuring, job.attributing
     row = model_row(job.source, config, count_params(config), m.dtype)
@@ -81,7 +81,7 @@ def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> 
         (readouts + trials) * len(lengths) + 256 / vocab * (every if wanted.all_neurons else 0)
     )
     weights = row["n_params"] * (1 if m.quantize else {"float32": 4, "bfloat16": 2, "float16": 2}[m.dtype])
-    return Plan(
+    return Cost(
         n_prompts=len(lengths),
         n_tokens=sum(lengths) * (1 + trials),
         n_layers=layers,
@@ -92,7 +92,7 @@ def _attribution(job: Job, config: Any, lengths: Sequence[int], device: str) -> 
     )
 
 
-def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Plan:
+def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Cost:
     """The same, from a config and token ids that are at hand, ``n_cue`` of which follow each prompt."""
     row = model_row(job.source, config, count_params(config), job.measuring.dtype)
     prefix = shared_prefix(token_ids)
@@ -105,7 +105,7 @@ def estimate(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: 
     batch = CPU_TOKENS if device == "cpu" else GPU_TOKENS
     working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
     rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
-    return Plan(
+    return Cost(
         n_prompts=len(token_ids),
         n_tokens=n_tokens,
         n_layers=row["n_layers"],

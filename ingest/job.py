@@ -9,7 +9,6 @@ from typing import Any
 
 from kdb.ingest.datasets import Dataset, prompts
 from kdb.ingest.models.find import ModelSource
-from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.manifest import RunFolder, run_id
 
 CONCEPT_VERSION = 1
@@ -146,8 +145,3 @@ def derived_identity(kind: str, study: str, source: RunFolder, settings: Mapping
     """What the id of a run computed from another one is derived from; ``kind`` says how it is computed."""
     names = {"derived": kind, "kdb": KDB_VERSIONS[study], "model": source.model, "dataset": source.dataset}
     return {**names, "source_run": source.run, **settings}
-
-
-def begin(lake: Lake, identity: Mapping[str, Any], model: str, dataset: str) -> StagedRun:
-    """The run of this identity, begun or resumed; use it in a ``with`` statement."""
-    return lake.stage(run_id(identity), model, dataset, identity=identity)

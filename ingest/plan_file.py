@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import KdbError, PlanError, UnknownNameError
 from kdb.faults import explain, is_debugging, is_interrupt
-from kdb.ingest.concept.study import ingest_on
+from kdb.ingest.measure import ingest_on
 
 if TYPE_CHECKING:
-    from kdb.ingest.execution.local import Engine
     from kdb.ingest.job import Job
     from kdb.ingest.models.find import ModelSource
+    from kdb.ingest.stages import Engine
     from kdb.warehouse.lake import Lake
 
 

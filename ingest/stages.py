@@ -14,15 +14,17 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import pyarrow as pa
 
 from kdb.ingest.execution.writer import write_behind
 from kdb.ingest.progress import progress
-from kdb.warehouse.lake import Lake, StagedRun
-from kdb.warehouse.manifest import run_id
-from kdb.warehouse.schema import arrow_schema
+from kdb.ingest.rows import Rows
+from kdb.warehouse.lake import Lake, StagedRun, read_parts, table_files
+from kdb.warehouse.manifest import RunFolder, run_id
+from kdb.warehouse.migration import upgraded
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel, ModelSource
@@ -36,15 +38,6 @@ T = TypeVar("T")
 
 LAYOUT = 2
 """Version of how runs fall into parts. A staged run of another version begins anew: its parts are other shards."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one table; each Arrow table becomes a row group. ``seconds`` is the time that it took to measure them."""
-
-    table: str
-    groups: list[pa.Table]
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +84,8 @@ class ModelStage(Generic[S]):
     rows: Work[S, Rows]
     shown: tuple[str, str] | None = None
     """What progress shows, and the unit of a shard's size; None shows nothing."""
+    announce: Callable[[RunInProgress], None] = lambda _run: None
+    """Called before the first shard is measured, to tell the user what follows."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,8 @@ class PlannedRun:
 
     ``columns`` are those of its row in ``runs`` that the runner does not fill in itself. ``prepare`` gives the subject
     (None where no stage needs a model) and the stages. It is called only if the run is not stored yet, and finds what
-    is wrong with the input before anything is measured.
+    is wrong with the input before anything is measured. A run that is computed from another one, its ``source``, takes
+    the tables ``copied`` from it as they are.
     """
 
     identity: Mapping[str, Any]
@@ -144,6 +140,8 @@ class PlannedRun:
     dataset: str
     columns: Mapping[str, Any]
     prepare: Callable[[], tuple[Subject[Any] | None, Sequence[Stage]]]
+    source: RunFolder | None = None
+    copied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,8 +164,8 @@ def carry_out(lake: Lake, planned: PlannedRun, engine: Engine | None = None) -> 
         if staged.facts.get("layout") != LAYOUT:
             staged.restart(layout=LAYOUT)
         subject, stages = planned.prepare()
-        in_progress = RunInProgress(staged, subject, engine)
-        for stage in stages:
+        in_progress = RunInProgress(staged, subject, engine, planned.source)
+        for stage in [*map(_copying, planned.copied), *stages]:
             in_progress.complete(stage)
         staged.commit({**planned.columns, **_versions(staged, with_model=subject is not None)})
     return Outcome(run, "committed")
@@ -188,14 +186,21 @@ def _versions(staged: StagedRun, *, with_model: bool) -> dict[str, Any]:
 
 
 class RunInProgress:
-    """A staged run, its subject, and the engine that has its model."""
+    """A staged run, its subject, the engine that has its model, and the run that it is computed from."""
 
-    def __init__(self, staged: StagedRun, subject: Subject[Any] | None, engine: Engine | None) -> None:
-        self.staged, self._subject, self._engine = staged, subject, engine
+    def __init__(
+        self, staged: StagedRun, subject: Subject[Any] | None, engine: Engine | None, source: RunFolder | None
+    ) -> None:
+        self.staged, self._subject, self._engine, self._source = staged, subject, engine, source
+
+    def files(self, table: str) -> list[Path]:
+        """The files of a table that earlier stages have stored; else those of the run that it is computed from."""
+        own = self.staged.parts(table)
+        return own if own or self._source is None else table_files(self._source.path, table)
 
     def table(self, name: str) -> pa.Table:
-        """The rows of a table that earlier stages have stored."""
-        return self.staged.table(name)
+        """The rows of a table that earlier stages have stored; else those of the run that it is computed from."""
+        return read_parts(self.files(name))
 
     def once(self, work: Work[Any, T], *, about: str) -> T:
         """The one result of a question to the model; ``about`` names it where a worker dies of it."""
@@ -213,8 +218,10 @@ class RunInProgress:
         missing = [shard for shard in shards if not self.is_complete(stage, shard)]
         if not missing:
             return
-        if isinstance(stage, ModelStage) and "device" not in self.staged.facts:
-            self.staged.remember(device=self.once(_device, about="loading"))
+        if isinstance(stage, ModelStage):
+            if "device" not in self.staged.facts:
+                self.staged.remember(device=self.once(_device, about="loading"))
+            stage.announce(self)
         if stage.shown is None:
             self._write(stage, self._measured(stage, missing, lambda _n: None))
             return
@@ -260,19 +267,18 @@ def _computed(
     yield from zip(shards, mapped(rows, inputs, shards, n_jobs), strict=True)
 
 
-def single(work: Any = None) -> Callable[[RunInProgress], list[Shard]]:
+def single(name: str = "part", work: Any = None) -> Callable[[RunInProgress], list[Shard]]:
     """The shards of a stage whose work is one part."""
-    return lambda _run: [Shard("part", work)]
+    return lambda _run: [Shard(name, work)]
 
 
-def rows_of(table: str, rows: Sequence[Mapping[str, Any]], begun: float | None = None) -> Rows:
-    """Rows from dictionaries, measured since ``begun`` by the monotonic clock; absent columns are NULL."""
-    return timed(table, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))], begun)
+def _copying(table: str) -> StoredStage:
+    """The stage that copies a table of the source run, in today's schema."""
 
+    def rows(run: RunInProgress, _shard: Shard) -> list[Rows]:
+        return [Rows(table, [upgraded(table, run.table(table))])]
 
-def timed(table: str, groups: list[pa.Table], begun: float | None) -> Rows:
-    """Rows that were measured since ``begun``, by the monotonic clock."""
-    return Rows(table, groups, 0.0 if begun is None else time.monotonic() - begun)
+    return StoredStage((table,), single(), rows)
 
 
 def _device(subject: Loaded, _shard: Shard, _advance: Advance) -> Iterator[str]:

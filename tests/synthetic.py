@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdb.ingest.concept.probes import wilson_interval
-from kdb.ingest.describe import arrow_rows
+from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.files import write_json
 from kdb.warehouse.inspection import file_record
 from kdb.warehouse.lake import NOBODY, Lake, StagedRun

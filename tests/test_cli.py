@@ -125,7 +125,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "probe_layers", interrupted)
+        patch.setattr(run, "_fits", interrupted)
         result = ingest_tiny(tmp_path / "new")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "\nInterrupted. Finished parts are kept: the same command continues.\n"

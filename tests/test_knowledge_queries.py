@@ -20,10 +20,9 @@ from test_queries import assert_same_in_the_shell
 
 import kdb
 from kdb.errors import QueryError, UnknownNameError
-from kdb.ingest.describe import table_files
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.database import Database
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.lake import Lake, table_files
 from kdb.warehouse.sums import sum_neurons
 
 LATER = NOON + timedelta(hours=1)

@@ -477,13 +477,13 @@ def test_ablate_k_is_how_many_neurons_are_zeroed(measure: Callable[..., Warehous
 def test_a_recorded_chunk_that_gives_other_logits_than_the_prompt_alone_is_refused(
     opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = cache.record
+    real = cache.run_with_cache
 
     def wrong_in_the_runs_batches(decomposition: Any, token_ids: Any) -> Any:
         made = real(decomposition, token_ids)
         return replace(made, logits=made.logits.roll(1, -1)) if len(token_ids) > CHECK_PROMPTS else made
 
-    monkeypatch.setattr(cache, "record", wrong_in_the_runs_batches)
+    monkeypatch.setattr(cache, "run_with_cache", wrong_in_the_runs_batches)
     with pytest.raises(ModelError, match=r"^tiny cannot be measured: logits is off by "):
         run.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert opened.lake.run_folders() == []
@@ -530,13 +530,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each recorded pass of the model was given."""
     calls: list[int] = []
-    real = cache.record
+    real = cache.run_with_cache
 
     def counted(decomposition: Any, token_ids: Any) -> Any:
         calls.append(len(token_ids))
         return real(decomposition, token_ids)
 
-    monkeypatch.setattr(cache, "record", counted)
+    monkeypatch.setattr(cache, "run_with_cache", counted)
     return calls
 
 
@@ -574,7 +574,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "record", interrupt_after(3, cache.record))
+        patch.setattr(cache, "run_with_cache", interrupt_after(3, cache.run_with_cache))
         with pytest.raises(KeyboardInterrupt):
             run.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert recorded == [8, 3]  # the checks, and one chunk

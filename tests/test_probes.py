@@ -18,10 +18,10 @@ from kdb.ingest.concept.probes import (
     control_labels,
     fit_logistic,
     make_splits,
-    map_layers,
     score_probes,
     wilson_interval,
 )
+from kdb.ingest.execution.processes import mapped
 
 
 def layer(n, hidden, seed=0, massive=1.0):
@@ -142,13 +142,17 @@ def test_scores_are_ordered_by_split_then_classifier():
     assert {(s.n_train, s.n_test) for s in scores} == {(36, 24)}
 
 
+def scored(task, key):
+    matrices, *others = task
+    return score_probes(matrices[key], *others)
+
+
 def test_layers_in_parallel_score_as_they_do_alone_and_in_order():
     matrices = [layer(80, 60, seed)[0] for seed in range(3)]
     y = layer(80, 60)[1]
-    splits = make_splits(y)
-    mapped = dict(map_layers(matrices.__getitem__, [2, 0, 1], y, shuffled(y), splits, ["logistic"], n_jobs=2))
-    assert list(mapped) == [2, 0, 1]
-    for key, scores in mapped.items():
+    splits, order = make_splits(y), [2, 0, 1]
+    task = matrices, y, shuffled(y), splits, ["logistic"]
+    for key, scores in zip(order, mapped(scored, task, order, n_jobs=2), strict=True):
         (alone,) = score_probes(matrices[key], y, shuffled(y), splits, ["logistic"])
         assert scores[0].accuracy == alone.accuracy
         assert scores[0].auc == pytest.approx(alone.auc, abs=1e-6)

@@ -13,15 +13,16 @@ import polars as pl
 import pytest
 
 from kdb.errors import DatasetError, ModelError, WarehouseError
-from kdb.ingest.concept import probes
 from kdb.ingest.concept import study as run
 from kdb.ingest.concept.derived import refit
-from kdb.ingest.concept.study import Outcome, ingest
-from kdb.ingest.cost import plan
+from kdb.ingest.cost import cost
 from kdb.ingest.datasets import Dataset, Example
+from kdb.ingest.execution import processes
 from kdb.ingest.forward.capture import CHECK_PROMPTS, Capture, untouched
 from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.measure import ingest
 from kdb.ingest.models.find import LoadedModel, ModelSource
+from kdb.ingest.stages import Outcome
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -273,21 +274,22 @@ def test_an_interrupted_probe_needs_no_model_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fitted: list[list[Any]] = []
-    map_layers = probes.map_layers
+    mapped = processes.mapped
 
-    def stops_after_one(load: Any, keys: Any, *args: Any) -> Iterator[Any]:
-        fitted.append(list(keys))
-        yield next(iter(map_layers(load, keys[:1], *args)))
+    def stops_after_one(work: Any, inputs: Any, shards: Any, n_jobs: int) -> Iterator[Any]:
+        fitted.append([shard.work for shard in shards])
+        yield next(iter(mapped(work, inputs, shards[:1], n_jobs)))
         raise KeyboardInterrupt
 
-    def watched(load: Any, keys: Any, *args: Any) -> Iterator[Any]:
-        fitted.append(list(keys))
-        return map_layers(load, keys, *args)
+    def watched(work: Any, inputs: Any, shards: Any, n_jobs: int) -> Iterator[Any]:
+        fitted.append([shard.work for shard in shards])
+        return mapped(work, inputs, shards, n_jobs)
 
-    monkeypatch.setattr(probes, "map_layers", stops_after_one)
+    monkeypatch.setattr(run, "_n_jobs", lambda *_: 2)
+    monkeypatch.setattr(processes, "mapped", stops_after_one)
     with pytest.raises(KeyboardInterrupt):
         ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
-    monkeypatch.setattr(probes, "map_layers", watched)
+    monkeypatch.setattr(processes, "mapped", watched)
     assert ingest(opened.lake, tiny_job(), no_model).status == "committed"
     assert fitted[1] == [(1, "resid_post"), (0, "ffn_norm"), (1, "ffn_norm")]
     assert results(opened) == uninterrupted
@@ -484,9 +486,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_stored(
 
 
 def test_a_plan_says_what_a_run_will_cost_and_loads_no_weights(tiny_job: MakeJob) -> None:
-    said = plan(tiny_job(), "cpu")
+    said = cost(tiny_job(), "cpu")
     # 40 prompts × 2 layers × 2 sites × 16 floats of 4 bytes; "Day " is run once for all, and the cue after each.
     assert (said.n_prompts, said.n_layers, said.disk_bytes) == (40, 2, 10_240)
     n_tokens = sum(len(example.text) - len("Day ") + len("\nAnswer:") for example in tiny_job().dataset.examples)
     assert said.n_tokens == n_tokens
-    assert plan(tiny_job(store="float16"), "cpu").disk_bytes == 5_120
+    assert cost(tiny_job(store="float16"), "cpu").disk_bytes == 5_120

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kdb.ingest.concept import zero_shot
-from kdb.ingest.concept.study import ingest
-from kdb.ingest.concept.zero_shot import Question, answer, pose, zero_shot_rows
+from kdb.ingest.concept.zero_shot import Question, answer, question_of, zero_shot_rows
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.forward.capture import Capture
 from kdb.ingest.job import Job
+from kdb.ingest.measure import ingest
 from kdb.ingest.models.find import LoadedModel
 from kdb.warehouse.store import Warehouse
 
@@ -57,7 +57,7 @@ def untouched(loaded: LoadedModel, text: str, cue: str, spellings: list[str]) ->
 def test_smollm2_answers_as_it_does_untouched(smollm2_135m: LoadedModel, template: str) -> None:
     posed = dataset(*PLACES, template=template)
     found = asked(
-        smollm2_135m, pose(smollm2_135m.tokenizer, posed), tuple(template.replace("{text}", p) for p in PLACES)
+        smollm2_135m, question_of(smollm2_135m.tokenizer, posed), tuple(template.replace("{text}", p) for p in PLACES)
     )
     for text, (negative, positive) in zip(PLACES, found, strict=True):
         prompt = template.replace("{text}", text)
@@ -84,11 +84,13 @@ def test_a_run_stores_what_the_model_answers_untouched(measured: Path, tiny_load
 
 
 def test_a_token_that_begins_both_answers_counts_for_neither(tiny_loaded: LoadedModel) -> None:
-    question = pose(tiny_loaded.tokenizer, dataset(answers=("false", "far")))
+    question = question_of(tiny_loaded.tokenizer, dataset(answers=("false", "far")))
     assert question.first_tokens == ((), ())
     assert not question.tells
     assert question.cue == ()
-    first = [tiny_loaded.tokenizer.decode(tokens) for tokens in pose(tiny_loaded.tokenizer, dataset()).first_tokens]
+    first = [
+        tiny_loaded.tokenizer.decode(tokens) for tokens in question_of(tiny_loaded.tokenizer, dataset()).first_tokens
+    ]
     assert first == ["Ff", "Tt"]
 
 
@@ -111,15 +113,15 @@ def test_a_model_that_sees_only_the_cue_answers_every_prompt_alike(tiny_loaded: 
     for block in model.model.layers:
         block.self_attn.o_proj.weight.zero_()
     blind = replace(tiny_loaded, model=model)
-    found = asked(blind, pose(blind.tokenizer, dataset()))
+    found = asked(blind, question_of(blind.tokenizer, dataset()))
     np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=1e-5)
-    assert np.ptp(asked(tiny_loaded, pose(blind.tokenizer, dataset())), axis=0).min() > 1e-4
+    assert np.ptp(asked(tiny_loaded, question_of(blind.tokenizer, dataset())), axis=0).min() > 1e-4
 
 
 def test_how_many_are_read_out_at_a_time_changes_nothing(
     tiny_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    question = pose(tiny_loaded.tokenizer, dataset())
+    question = question_of(tiny_loaded.tokenizer, dataset())
     together = asked(tiny_loaded, question)
     monkeypatch.setattr(zero_shot, "_READOUT_ROWS", 2)
     np.testing.assert_allclose(asked(tiny_loaded, question), together, rtol=1e-5)

@@ -480,6 +480,15 @@ class StagedRun:
         """Keep facts of a run in progress that a resumed run could not know otherwise."""
         write_json(self.path / "run.json", {**self.facts, **facts})
 
+    def restart(self, **facts: object) -> None:
+        """Drop every finished part, and remember nothing but the run's names, when it was begun, and these facts."""
+        with storage_errors(self.path):
+            for child in self.path.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+            kept = {name: self.facts[name] for name in ("run", "model", "dataset", "started_at")}
+            write_json(self.path / "run.json", {**kept, **facts})
+
     def _stands(self) -> bool:
         """Whether the run is in the lake already."""
         return self.target.is_dir()
@@ -495,6 +504,10 @@ class StagedRun:
     def parts(self, table: str) -> list[Path]:
         """The finished parts of a table, in order of their names."""
         return sorted(path for path in (self.path / table).glob("*.parquet") if path.stem != "all")
+
+    def table(self, table: str) -> pa.Table:
+        """The rows of the finished parts of a table."""
+        return read_parts(self.parts(table))
 
     def write(self, table: str, name: str, groups: Iterable[pa.Table], *, seconds: float = 0.0) -> None:
         """Write one part, each Arrow table a row group; it counts when it is whole.
@@ -605,6 +618,16 @@ class StagedRun:
         for path in self.path.rglob("*"):
             if path.is_file() and path not in kept:
                 path.unlink()
+
+
+def read_parts(parts: Sequence[Path]) -> pa.Table:
+    """The rows of some Parquet files of one table."""
+    return pa.concat_tables((pq.ParquetFile(part).read() for part in parts), promote_options="default")
+
+
+def table_files(run: Path, table: str) -> list[Path]:
+    """The Parquet files of a table in a committed run's folder."""
+    return sorted((run / table).glob("*.parquet"))
 
 
 def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.0) -> None:

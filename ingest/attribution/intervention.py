@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.targets import target_token
-from kdb.ingest.concept.study import Outcome
-from kdb.ingest.describe import made_by, read_parts, table_files
-from kdb.ingest.job import begin, derived_identity
-from kdb.ingest.models.find import LoadedModel
-from kdb.ingest.progress import progress
-from kdb.warehouse.lake import Lake
+from kdb.ingest.execution.local import Here
+from kdb.ingest.job import derived_identity
+from kdb.ingest.models.find import LoadedModel, ModelSource
+from kdb.ingest.rows import Rows, timed
+from kdb.ingest.stages import Advance, ModelStage, Outcome, PlannedRun, Shard, Stage, Subject, carry_out
+from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder
-from kdb.warehouse.migration import upgraded
 
 if TYPE_CHECKING:
     from kdb.ingest.forward.ablation import Silenced
+    from kdb.ingest.forward.decomposition import Decomposition
 
 _COLUMNS = ("layer", "component", "head", "neuron")
 
@@ -136,6 +136,7 @@ def ablate(
     lake: Lake,
     source: RunFolder,
     rows: Sequence[dict[str, Any]],
+    model: ModelSource,
     load: Callable[[], LoadedModel],
     *,
     name: str,
@@ -146,11 +147,11 @@ def ablate(
     """Zero what ``rows`` name in every kept prompt of a run, and commit the effects as a run that names its source.
 
     Raises QueryError for rows that name what does not exist, and WarehouseError where the run's model is another
-    one than ``load`` gives, or none of its prompts counts.
+    one than ``model``, or none of its prompts is kept.
     """
     lake.look([source], vectors=False)
-    model = _first(source, "models")
-    shape = Shape(model["n_layers"], model["n_heads"], model["head_dim"], model["intermediate_size"])
+    stored = _first(source, "models")
+    shape = Shape(stored["n_layers"], stored["n_heads"], stored["head_dim"], stored["intermediate_size"])
     units = read_units(rows, shape)
     sets = {name: units} | {f"random-{i}": s for i, s in enumerate(controls(units, shape, n_controls, seed), start=1)}
     settings = {
@@ -164,24 +165,26 @@ def ablate(
     prompts = [row for row in read_parts(table_files(source.path, "prompts")).to_pylist() if row["kept"]]
     if not prompts:
         raise WarehouseError(f"Run {source.run} has no prompt that counts: there is nothing to intervene on.")
+    if model.revision != stored["revision"]:
+        raise WarehouseError(
+            f"Run {source.run} was measured with another {model.name}, of revision {stored['revision']}: "
+            "give the same --model and --revision."
+        )
+
+    def prepare() -> tuple[Subject[Any], list[Stage]]:
+        silenced_sets = {method: silenced(some, shape.head_dim) for method, some in sets.items()}
+        subject = Interventions(model, tuple(prompts), silenced_sets, len(units), positions)
+        trials = [Shard("part", size=len(prompts) * (len(sets) + 1))]
+        return subject, [ModelStage(("ablations",), lambda _run: trials, _ablated, shown=("interventions", "trials"))]
+
+    row = _first(source, "runs")
+    variant = " ".join(filter(None, [row["variant"] if row["variant"] != "default" else "", f"ablate={name}"]))
+    changed = {"source_run": source.run, "seed": seed, "variant": variant, "settings": json.dumps(settings)}
     identity = derived_identity("ablate", "knowledge", source, settings)
-    with begin(lake, identity, source.model, source.dataset) as staged:
-        if staged.committed:
-            return Outcome(staged.run, "exists")
-        loaded = load()
-        if loaded.source.revision != model["revision"]:
-            raise WarehouseError(
-                f"Run {source.run} was measured with another {source.model}, of revision {model['revision']}: "
-                "give the same --model and --revision."
-            )
-        for table in ("models", "datasets"):
-            staged.write(table, "part", [upgraded(table, read_parts(table_files(source.path, table)))])
-        _intervene(staged, loaded, prompts, {k: silenced(s, shape.head_dim) for k, s in sets.items()}, units, positions)
-        row = _first(source, "runs")
-        variant = " ".join(filter(None, [row["variant"] if row["variant"] != "default" else "", f"ablate={name}"]))
-        changed = {"source_run": source.run, "seed": seed, "variant": variant, "settings": json.dumps(settings)}
-        staged.commit(row | changed | made_by(str(loaded.device)))
-    return Outcome(staged.run, "committed")
+    planned = PlannedRun(
+        identity, source.model, source.dataset, row | changed, prepare, source=source, copied=("models", "datasets")
+    )
+    return carry_out(lake, planned, Here(load))
 
 
 def source_options(source: RunFolder) -> dict[str, Any]:
@@ -190,34 +193,60 @@ def source_options(source: RunFolder) -> dict[str, Any]:
     return {"dtype": _first(source, "models")["dtype"], "quantize": settings.get("quantize")}
 
 
-def _intervene(
-    staged: Any,
-    loaded: LoadedModel,
-    prompts: Sequence[dict[str, Any]],
-    sets: dict[str, Silenced],
-    units: Sequence[Unit],
-    positions: str,
-) -> None:
-    from kdb.ingest.forward.ablation import Intervention, intervene
-    from kdb.ingest.forward.decomposition import decompose
+@dataclass(frozen=True)
+class Interventions:
+    """What is silenced in which prompts of a run, before the model is loaded.
 
+    ``sets`` are what each method silences, of which ``k`` units were asked for.
+    """
+
+    source: ModelSource
+    prompts: tuple[dict[str, Any], ...]
+    sets: dict[str, Silenced]
+    k: int
+    positions: str
+
+    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Decomposed:
+        """The interventions and the decomposed model."""
+        from kdb.ingest.forward.decomposition import decompose
+
+        return Decomposed(self, decompose(loaded), batch_tokens)
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """Interventions and the model that they are made in."""
+
+    wanted: Interventions
+    decomposition: Decomposition
+    batch_tokens: int | None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return self.decomposition.loaded
+
+
+def _ablated(subject: Decomposed, _shard: Shard, advance: Advance) -> Iterator[Rows]:
+    """The rows of ``ablations``."""
+    from kdb.ingest.forward.ablation import Intervention, intervene
+
+    begun, wanted = time.monotonic(), subject.wanted
     interventions = [
         Intervention(
             row["prompt_id"],
-            target_token(loaded.tokenizer, row["text"], row["answer"])[0],
+            target_token(subject.loaded.tokenizer, row["text"], row["answer"])[0],
             row["target_token_id"],
             method,
-            positions,
+            wanted.positions,
             what,
-            len(units),
+            wanted.k,
         )
-        for row in prompts
-        for method, what in sets.items()
+        for row in wanted.prompts
+        for method, what in wanted.sets.items()
     ]
-    begun = time.monotonic()
-    with progress("interventions", len(interventions) + len(prompts), "trials") as shown:
-        rows = intervene(decompose(loaded), interventions, on_batch=shown.advance)
-    staged.write("ablations", "part", [rows], seconds=time.monotonic() - begun)
+    rows = intervene(subject.decomposition, interventions, batch_tokens=subject.batch_tokens, on_batch=advance)
+    yield timed("ablations", [rows], begun)
 
 
 def _first(run: RunFolder, table: str) -> dict[str, Any]:

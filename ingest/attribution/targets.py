@@ -16,8 +16,8 @@ def target_token(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], i
     """The prompt's token ids, and the id of the first token that the answer adds after them and a space.
 
     The ids are those that :func:`kdb.ingest.models.tokens.read_texts` gives. White space at the prompt's end is left
-    to the answer. Some tokenizers make the space before an answer, mostly before a digit, a token of its own: it then counts
-    as the prompt's last.
+    to the answer. Some tokenizers make the space before an answer, mostly before a digit, a token of its own: it then
+    counts as the prompt's last.
     Raises DatasetError, naming prompt and answer, if the answer adds no token or one that stands for any unknown word.
     """
     prompt, answer = prompt.rstrip(), answer.strip()

@@ -7,9 +7,9 @@ project(lake, lake.find(source), ("pca",))
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,28 +19,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
-from kdb.ingest.concept.study import Key, Outcome, layer_keys, part_name, probe_layers, read_layer
-from kdb.ingest.describe import arrow_rows, made_by, read_parts, table_files
-from kdb.ingest.job import Measuring, Probing, begin, derived_identity
-from kdb.ingest.progress import progress
-from kdb.warehouse.lake import Lake, StagedRun
+from kdb.ingest.concept.study import Key, layer_shards, probing, read_layer
+from kdb.ingest.job import Measuring, Probing, derived_identity
+from kdb.ingest.rows import Rows, arrow_rows
+from kdb.ingest.stages import Outcome, PlannedRun, Shard, StoredStage, carry_out
+from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder
-from kdb.warehouse.migration import upgraded
 
 if TYPE_CHECKING:
     from kdb.ingest.concept.projections import Project, Projection
 
 
-def refit(lake: Lake, source: RunFolder, probing: Probing, *, seed: int = Measuring.seed) -> Outcome:
+def refit(lake: Lake, source: RunFolder, wanted: Probing, *, seed: int = Measuring.seed) -> Outcome:
     """Fit probes on the stored activations of a run, as a run of its own that names its source.
 
     Raises WarehouseError if the source run has no activations.
     """
-
-    def fill(staged: StagedRun, activations: Sequence[Path]) -> None:
-        probe_layers(staged, table_files(source.path, "prompts"), activations, probing, seed)
-
-    return _derive(lake, source, "probe", {"seed": seed, **asdict(probing)}, fill, seed=seed)
+    return _derive(lake, source, "probe", {"seed": seed, **asdict(wanted)}, probing(wanted, seed), seed=seed)
 
 
 def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
@@ -52,38 +47,36 @@ def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
     from kdb.ingest.concept.projections import projector
 
     projectors = {method: projector(method) for method in methods}
-
-    def fill(staged: StagedRun, activations: Sequence[Path]) -> None:
-        _project_layers(staged, activations, projectors)
-
-    return _derive(lake, source, "project", {"projections": list(methods)}, fill)
+    stage = StoredStage(
+        ("projections",),
+        layer_shards,
+        functools.partial(_projected, projectors),
+        read=lambda run: run.files("activations"),
+        shown=("projections", "layers"),
+    )
+    return _derive(lake, source, "project", {"projections": list(methods)}, stage)
 
 
 def _derive(
-    lake: Lake,
-    source: RunFolder,
-    kind: str,
-    settings: Mapping[str, Any],
-    fill: Callable[[StagedRun, Sequence[Path]], None],
-    **changed: Any,
+    lake: Lake, source: RunFolder, kind: str, settings: Mapping[str, Any], stage: StoredStage, **changed: Any
 ) -> Outcome:
-    """Let ``fill`` write the tables of a run that is ``source`` but for its settings and ``changed`` of its row."""
+    """Carry out a run that is ``source`` but for one stage, its settings and ``changed`` of its row."""
     lake.look([source], vectors=True)
-    activations = table_files(source.path, "activations")
     with _told_of(source):
-        _check_vectors(source, activations)
-        copied = {t: upgraded(t, read_parts(table_files(source.path, t))) for t in ("models", "datasets")}
+        _check_vectors(source, table_files(source.path, "activations"))
         row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
         changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
     identity = derived_identity(kind, "concept", source, settings)
-    with begin(lake, identity, source.model, source.dataset) as staged:
-        if staged.committed:
-            return Outcome(staged.run, "exists")
-        for table, rows in copied.items():
-            staged.write(table, "part", [rows])
-        fill(staged, activations)
-        staged.commit(row | changed | made_by("cpu", with_model=False))
-    return Outcome(staged.run, "committed")
+    planned = PlannedRun(
+        identity,
+        source.model,
+        source.dataset,
+        row | changed,
+        lambda: (None, [stage]),
+        source=source,
+        copied=("models", "datasets"),
+    )
+    return carry_out(lake, planned)
 
 
 @contextlib.contextmanager
@@ -112,17 +105,11 @@ def _check_vectors(source: RunFolder, activations: Sequence[Path]) -> None:
         )
 
 
-def _project_layers(staged: StagedRun, activations: Sequence[Path], projectors: Mapping[str, Project]) -> None:
-    """Project every layer and site that has no finished part yet."""
-    keys = layer_keys(read_parts(staged.parts("models")).to_pylist()[0])
-    left = [key for key in keys if not staged.has("projections", part_name(key))]
-    with progress("projections", len(keys), "layers", done=len(keys) - len(left)) as shown:
-        for key in left:
-            begun = time.monotonic()
-            X = read_layer(list(activations), key)
-            rows = [_projection_rows(key, method, project(X)) for method, project in projectors.items()]
-            staged.write("projections", part_name(key), [pa.concat_tables(rows)], seconds=time.monotonic() - begun)
-            shown.advance(1)
+def _projected(projectors: Mapping[str, Project], activations: list[Path], shard: Shard) -> list[Rows]:
+    """The rows of ``projections`` for one layer and site."""
+    X = read_layer(activations, shard.work)
+    rows = [_projection_rows(shard.work, method, project(X)) for method, project in projectors.items()]
+    return [Rows("projections", [pa.concat_tables(rows)])]
 
 
 def _projection_rows(key: Key, method: str, projection: Projection) -> pa.Table:

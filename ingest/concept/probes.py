@@ -14,11 +14,10 @@ also fitted to shuffled labels, the control task of Hewitt and Liang (2019, arXi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_factor, cho_solve
@@ -173,37 +172,6 @@ def score_probes(
         raise ModelError("The hidden states hold infinite values or NaN; run the model with --dtype float32.")
     X, y, y_control = np.asarray(X, dtype=np.float32), np.asarray(labels), np.asarray(control)
     return [_score(name, split, X, y, y_control) for split in splits for name in classifiers]
-
-
-def map_layers(
-    load: Callable[[Key], NDArray[Any]],
-    keys: Sequence[Key],
-    labels: ArrayLike,
-    control: ArrayLike,
-    splits: Sequence[Split],
-    classifiers: Sequence[str],
-    n_jobs: int,
-) -> Iterator[tuple[Key, list[ProbeScore]]]:
-    """Yield each key with the scores of its matrix ``load(key)``, in the order of ``keys``, as they are ready.
-
-    ``load`` runs inside the ``n_jobs`` worker processes, so that no more than ``n_jobs`` matrices are in memory;
-    it must be picklable. The workers share the cores evenly: a fit took 12 s of CPU on two threads, 8 on one.
-    """
-    threads = max(1, joblib.cpu_count() // n_jobs)
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=threads):
-        parallel = joblib.Parallel(n_jobs, return_as="generator", pre_dispatch="n_jobs", batch_size=1)
-    task = joblib.delayed(_load_and_score)
-    results = parallel(task(load, key, labels, control, splits, classifiers) for key in keys)
-    try:
-        yield from zip(keys, results, strict=True)
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # joblib's, of layers that are given up when a caller stops
-            results.close()
-
-
-def _load_and_score(load: Callable[[Key], NDArray[Any]], key: Key, *task: Any) -> list[ProbeScore]:
-    return score_probes(load(key), *task)
 
 
 def _score(name: str, split: Split, X: NDArray[np.float32], y: NDArray[Any], y_control: NDArray[Any]) -> ProbeScore:

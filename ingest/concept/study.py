@@ -1,17 +1,16 @@
-"""One run, from prompts to commit: describe, capture, probe, make visible.
+"""The concept-depth study (arXiv 2404.07066) as stages: check, describe, capture, check what was stored, probe.
 
-Each stage writes parts into staging and reads what the stage before it stored; so whatever is finished when a
-run is cut off is not computed again, and probes refit without the model (``derived.py``).
+    subject, stages = prepare(job)
+
+Probes are fitted to stored vectors: they are fitted again without the model by ``derived.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +19,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from kdb.ingest.attribution import study as knowledge
-from kdb.ingest.concept.zero_shot import pose
-from kdb.ingest.datasets import Dataset
-from kdb.ingest.describe import arrow_rows, check_length, describe_run, made_by, read_parts, table_files
-from kdb.ingest.execution.local import Engine, Here, Shard, write_behind, write_part
-from kdb.ingest.job import Job, Probing, begin
-from kdb.ingest.models.find import LoadedModel, training_step
+from kdb.ingest.concept.zero_shot import Question, answer, check_answers, question_of, zero_shot_rows
+from kdb.ingest.cost import concept_cost
+from kdb.ingest.forward.capture import Capture, check_capture, check_stored, chosen_prompts, shared_prefix
+from kdb.ingest.job import Job, Probing
+from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import told
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.models.structure import SITES
-from kdb.ingest.models.tokens import check_spelled, read_texts
-from kdb.ingest.progress import progress
-from kdb.warehouse.lake import Lake, StagedRun
-from kdb.warehouse.manifest import RunFolder
+from kdb.ingest.prompts import Posed, check_length, description, pose
+from kdb.ingest.rows import Rows, arrow_rows, rows_of, timed
+from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
 from kdb.warehouse.schema import DEFAULT_PROBE
-from kdb.warehouse.vectors import prompts_per_part, read_states, read_vectors
+from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_states, read_vectors
 
 if TYPE_CHECKING:
     from kdb.ingest.concept.probes import ProbeScore, Split
@@ -50,176 +46,218 @@ _MATRIX_COPIES = 4
 """Copies of a layer's matrix in float64 that fitting holds at its peak."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: ``committed`` now, or ``exists`` from before."""
+def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
+    """Pose a job's prompts, and list the stages of its run.
 
-    run: str
-    status: str
-
-
-def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_tokens: int | None = None) -> Outcome:
-    """Measure one model on one dataset in this process, and commit the run; a no-op where that run exists.
-
-    ``load`` loads the model and is called only if something is still to be captured.
-    Raises DatasetError, ModelError or WarehouseError; what is finished stays in staging, and the same job
-    goes on from there.
+    Raises DatasetError or ModelError for prompts that cannot be measured or probed, before any work.
     """
-    return ingest_on(lake, job, Here(load, batch_tokens))
+    config, tokenizer = load_config(job.source), load_tokenizer(job.source)
+    with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+        posed = PosedQuestion(job, pose(job, tokenizer), question_of(tokenizer, job.dataset))
+        check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
+        examples, seed = job.dataset.examples, job.measuring.seed
+        splits_of([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, seed)
+    return posed, [
+        ModelStage(("checks",), single("model"), _check),
+        description(posed, tokenizer, config),
+        StoredStage(("prompts",), single(), functools.partial(_prompt_rows, posed)),
+        ModelStage(
+            (*(["zero_shot"] if posed.question.tells else []), "activations"),
+            functools.partial(_capture_shards, posed),
+            _captured,
+            shown=("activations", "tokens"),
+            announce=functools.partial(_announce, posed),
+        ),
+        ModelStage(("checks",), functools.partial(_stored_shards, posed), _check_stored),
+        probing(job.probing, seed),
+    ]
 
 
-def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
-    """The same, with the model where the engine has it. This process alone writes."""
-    with begin(lake, job.identity, job.source.name, job.dataset.name) as staged:
-        if staged.committed:
-            return Outcome(job.run, "exists")
-        _tell_of_namesakes(lake, job)
-        if job.study == "knowledge":
-            knowledge.measure(staged, job, engine)
-        else:
-            _measure_concept(staged, job, engine)
-        staged.commit(_run_row(job, staged.facts.get("device")))
-    return Outcome(job.run, "committed")
+# Prompts ---------------------------------------------------------------------------------------------------------
 
 
-def _tell_of_namesakes(lake: Lake, job: Job) -> None:
-    """Say so where the model's name is taken by another one, the first time that this one is measured."""
-    source, others = job.source, dict[str, int]()
-    mark = f"revision={source.pinned}" if source.pinned else ""
-    for folder in lake.run_folders():
-        if folder.model != source.name:
-            continue
-        with contextlib.suppress(OSError, LookupError, pa.ArrowException):  # removed a moment ago, or damaged
-            variant = _value(folder, "runs", "variant").split(" ")[0]
-            if (variant if variant.startswith("revision=") else "") == mark:
-                revision = _value(folder, "models", "revision")
-                others[revision] = others.get(revision, 0) + 1
-    if others and source.revision not in others:
-        found = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
-        log.warning(
-            "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is kept "
-            "apart by its revision, %s…; to give it a name of its own, add --name.",
-            *(source.name, found, source.revision[:12]),
-        )
+@dataclass(frozen=True)
+class PosedQuestion(Posed):
+    """The prompts of a job, and what the model is asked after each."""
+
+    question: Question
+
+    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Captured:
+        """The prompts and the model that reads them."""
+        with told(f"{loaded.source.name} cannot be run"):
+            return Captured(self, Capture(loaded, batch_tokens=batch_tokens))
 
 
-def _value(folder: RunFolder, table: str, column: str) -> str:
-    return str(read_parts(table_files(folder.path, table))[column][0].as_py())
-
-
-def _measure_concept(staged: StagedRun, job: Job, engine: Engine) -> None:
-    if not staged.has("prompts", "part"):
-        with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
-            _describe(staged, job)
-    shards = _shards(staged)
-    missing = [shard for shard in shards if not staged.has("activations", shard.name)]
-    if missing:
-        _capture(staged, job, missing, engine)
-    if not staged.has("checks", "stored"):
-        _check_stored(staged, job, shards, engine)
-    probe_layers(staged, staged.parts("prompts"), staged.parts("activations"), job.probing, job.measuring.seed)
-
-
-def _describe(staged: StagedRun, job: Job) -> None:
-    """Write the small tables of a run; whatever is wrong with the prompts is found here, before any work."""
-    config, tokenizer, texts = load_config(job.source), load_tokenizer(job.source), job.texts
-    begun = time.monotonic()
-    token_ids = read_texts(tokenizer, texts)
-    check_length(job, token_ids, config, n_cue=len(pose(tokenizer, job.dataset).cue))
-    examples = job.dataset.examples
-    _splits(
-        [e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, job.measuring.seed
-    )
-    check_spelled(staged, job, tokenizer, token_ids)
-    describe_run(staged, job, config)
-    rows = list(_prompt_rows(job.dataset, texts, token_ids))
-    staged.write_rows("prompts", "part", rows, seconds=time.monotonic() - begun)
-
-
-def _splits(labels: ArrayLike, groups: Sequence[str | None], probing: Probing, seed: int) -> list[Split]:
-    """The splits that a run probes; by group too where every prompt has one."""
-    from kdb.ingest.concept.probes import make_splits
-
-    known = [group for group in groups if group is not None]
-    grouped = known if len(known) == len(groups) else None
-    return make_splits(labels, n_splits=probing.splits, groups=grouped, seed=seed)
-
-
-def _prompt_rows(
-    dataset: Dataset, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-) -> Iterator[dict[str, Any]]:
-    for number, example in enumerate(dataset.examples):
-        yield {
-            "prompt_id": number,
-            "text": texts[number],
+def _prompt_rows(posed: Posed, _inputs: RunInProgress, _shard: Shard) -> list[Rows]:
+    rows = [
+        {
+            "prompt_id": prompt.number,
+            "text": text,
             "label": example.label,
             "group_id": example.group,
             "category": example.category,
             "relation": example.relation,
             "subject": example.subject,
-            "n_tokens": len(token_ids[number]),
+            "n_tokens": len(prompt.token_ids),
         }
+        for prompt, example, text in zip(posed.prompts, posed.job.dataset.examples, posed.job.texts, strict=True)
+    ]
+    return [rows_of("prompts", rows)]
 
 
-def _shards(staged: StagedRun) -> list[Shard]:
-    """The parts of activations, each with its prompts, longest first; sizes are in tokens."""
-    model = read_parts(staged.parts("models")).to_pylist()[0]
-    n_tokens = read_parts(staged.parts("prompts"))["n_tokens"].to_pylist()
+# What needs the model --------------------------------------------------------------------------------------------
+
+
+class Captured:
+    """The prompts of a job and the model whose hidden states are read."""
+
+    def __init__(self, posed: PosedQuestion, capture: Capture) -> None:
+        self.job, self.question, self.token_ids = posed.job, posed.question, posed.token_ids
+        self.capture, self.loaded = capture, capture.loaded
+        self.prefix = self.token_ids[0][: shared_prefix(self.token_ids)]
+
+    @property
+    def chosen(self) -> list[int]:
+        """The prompts that the run is checked on."""
+        return chosen_prompts(self.token_ids)
+
+
+def _check(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
+    """How some prompts compare with the untouched model. Raises ModelError where that is too far off."""
+    texts, begun = [subject.token_ids[i] for i in subject.chosen], time.monotonic()
+    with told(f"{subject.loaded.source.name} cannot be run"):
+        rows = check_capture(subject.capture, texts, subject.prefix, subject.question.cue)
+    yield rows_of("checks", rows, begun)
+
+
+def _cost(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[str]:
+    config, n_cue = subject.loaded.model.config, len(subject.question.cue)
+    yield str(concept_cost(subject.job, config, subject.token_ids, str(subject.loaded.device), n_cue=n_cue))
+
+
+def _capture_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
+    """The prompts, longest first, as many together as fill a part; sizes are in tokens."""
+    model = run.table("models").to_pylist()[0]
+    n_tokens = [len(ids) for ids in posed.token_ids]
     order = sorted(range(len(n_tokens)), key=lambda i: -n_tokens[i])
     size = prompts_per_part(model["n_layers"], len(SITES), model["hidden_size"])
-    parts = {f"part-{i // size:05}": order[i : i + size] for i in range(0, len(order), size)}
-    return [Shard(name, tuple(ids), sum(n_tokens[i] for i in ids)) for name, ids in parts.items()]
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    return [Shard(f"part-{i:05}", ids, sum(n_tokens[j] for j in ids)) for i, ids in enumerate(parts)]
 
 
-def _capture(staged: StagedRun, job: Job, missing: Sequence[Shard], engine: Engine) -> None:
-    staged.remember(device=engine.ask(job, "device"))
-    if not staged.has("checks", "part"):  # compared with the untouched model, once a run
-        write_part(staged, engine.ask(job, "check"))
-    question = pose(load_tokenizer(job.source), job.dataset)
-    if not question.tells:
-        log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *question.answers)
-    log.info("%s on %s: %s", job.source.name, job.dataset.name, engine.ask(job, "cost"))
-    total = sum(read_parts(staged.parts("prompts"))["n_tokens"].to_pylist())
-    with progress("activations", total, "tokens", done=total - sum(shard.size for shard in missing)) as shown:
-        write_behind(staged, engine.measure(job, missing, shown.advance))
+def _announce(posed: PosedQuestion, run: RunInProgress) -> None:
+    if not posed.question.tells:
+        log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *posed.question.answers)
+    log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, about="cost"))
 
 
-def _check_stored(staged: StagedRun, job: Job, shards: Sequence[Shard], engine: Engine) -> None:
-    """Compare what is stored of some prompts with the model, one prompt at a time: the rest of the run's checks."""
-    chosen: list[int] = engine.ask(job, "chosen")
-    parts = [staged.part("activations", shard.name) for shard in shards if not set(chosen).isdisjoint(shard.prompts)]
-    states, answers = read_states(parts, chosen, SITES[0]), None
-    if staged.parts("zero_shot"):
-        rows = {row["prompt_id"]: row for row in read_parts(staged.parts("zero_shot")).to_pylist()}
+def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Rows]:
+    """The rows of ``zero_shot`` and ``activations``; advances by tokens."""
+    begun, question, prompts = time.monotonic(), subject.question, shard.work
+    texts = [subject.token_ids[i] for i in prompts]
+    vectors, ends = subject.capture.vectors_and_ends(texts, subject.prefix, question.cue, on_batch=advance)
+    if question.tells:
+        labels = np.array([subject.job.dataset.examples[i].label for i in prompts])
+        yield Rows("zero_shot", [zero_shot_rows(prompts, labels, answer(subject.capture, ends, question), question)])
+    groups = activation_groups(prompts, SITES, vectors, float16=subject.job.measuring.store == "float16")
+    yield timed("activations", list(groups), begun)
+
+
+def _stored_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
+    """What is stored of the chosen prompts: states (prompt, layer, hidden), and probabilities (prompt, 2) or None."""
+    chosen = chosen_prompts(posed.token_ids)
+    parts = [
+        run.staged.part("activations", shard.name)
+        for shard in _capture_shards(posed, run)
+        if not set(chosen).isdisjoint(shard.work)
+    ]
+    answers = None
+    if posed.question.tells:
+        rows = {row["prompt_id"]: row for row in run.table("zero_shot").to_pylist()}
         answers = np.array([[rows[i]["prob_negative"], rows[i]["prob_positive"]] for i in chosen])
-    write_part(staged, engine.ask(job, "check_stored", states, answers), "stored")
+    return [Shard("stored", (read_states(parts, chosen, SITES[0]), answers))]
 
 
-def probe_layers(
-    staged: StagedRun, prompt_parts: Sequence[Path], activations: Sequence[Path], probing: Probing, seed: int
-) -> None:
-    """Fit every probe on every layer and site that has no finished part yet."""
-    from kdb.ingest.concept.probes import control_labels, map_layers
+def _check_stored(subject: Captured, shard: Shard, _advance: Advance) -> Iterator[Rows]:
+    """How what was stored compares with the untouched model, one prompt at a time. Raises ModelError."""
+    (states, answers), begun = shard.work, time.monotonic()
+    texts = [subject.token_ids[i] for i in subject.chosen]
+    rows = check_stored(subject.capture, texts, states)
+    if answers is not None:
+        rows.append(check_answers(subject.capture, texts, answers, subject.question))
+    yield rows_of("checks", rows, begun)
 
-    table = read_parts(prompt_parts)
+
+# Probes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """What every probe of a run is fitted with."""
+
+    activations: list[Path]
+    labels: NDArray[Any]
+    control: NDArray[Any]
+    splits: list[Split]
+    classifiers: tuple[str, ...]
+    n_layers: int
+    hidden_size: int
+
+
+def probing(wanted: Probing, seed: int) -> StoredStage:
+    """The stage that fits every probe on every layer and site, to the vectors of the run or of its source."""
+    return StoredStage(
+        ("probe_predictions", "probe_scores"),
+        layer_shards,
+        _probed,
+        read=functools.partial(_fits, wanted, seed),
+        n_jobs=lambda fits: _n_jobs(len(fits.labels), fits.hidden_size),
+        shown=("probes", "layers"),
+    )
+
+
+def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
+    from kdb.ingest.concept.probes import control_labels
+
+    table, model = run.table("prompts"), run.table("models").to_pylist()[0]
     labels = np.array(table["label"].to_pylist())
-    splits = _splits(labels, table["group_id"].to_pylist(), probing, seed)
+    splits = splits_of(labels, table["group_id"].to_pylist(), wanted, seed)
     control = control_labels(labels, splits, seed)
-    model = read_parts(staged.parts("models")).to_pylist()[0]
-    keys = layer_keys(model)
-    left = [key for key in keys if not staged.has("probe_scores", part_name(key))]
-    load = functools.partial(read_layer, list(activations))
-    n_jobs = _n_jobs(len(labels), model["hidden_size"])
-    begun = time.monotonic()
-    with progress("probes", len(keys), "layers", done=len(keys) - len(left)) as shown:
-        for key, scores in map_layers(load, left, labels, control, splits, probing.classifiers, n_jobs):
-            place = {"layer": key[0], "site": key[1], "depth": key[0] / model["n_layers"]}
-            predictions = [_prediction_rows(key, score, splits, labels) for score in scores]
-            staged.write("probe_predictions", part_name(key), [pa.concat_tables(predictions)])
-            rows = [place | asdict(score) | {"is_default": _is_default(score)} for score in scores]
-            staged.write_rows("probe_scores", part_name(key), rows, seconds=time.monotonic() - begun)
-            begun = time.monotonic()
-            shown.advance(1)
+    sizes = model["n_layers"], model["hidden_size"]
+    return _Fits(run.files("activations"), labels, control, splits, wanted.classifiers, *sizes)
+
+
+def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> list[Split]:
+    """The splits that a run probes; by group too where every prompt has one."""
+    from kdb.ingest.concept.probes import make_splits
+
+    known = [group for group in groups if group is not None]
+    grouped = known if len(known) == len(groups) else None
+    return make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed)
+
+
+def layer_shards(run: RunInProgress) -> list[Shard]:
+    """Every layer of the model, site by site: what is probed, or projected, one at a time."""
+    n_layers = run.table("models").to_pylist()[0]["n_layers"]
+    return [Shard(f"{site}-{layer:04}", (layer, site)) for site in SITES for layer in range(n_layers)]
+
+
+def read_layer(activations: Sequence[Path], key: Key) -> NDArray[np.float32]:
+    """The hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
+    return read_vectors(activations, *key)
+
+
+def _probed(fits: _Fits, shard: Shard) -> list[Rows]:
+    """The rows of ``probe_predictions`` and ``probe_scores`` for one layer and site."""
+    from kdb.ingest.concept.probes import score_probes
+
+    key: Key = shard.work
+    X = read_layer(fits.activations, key)
+    scores = list(score_probes(X, fits.labels, fits.control, fits.splits, fits.classifiers))
+    place = {"layer": key[0], "site": key[1], "depth": key[0] / fits.n_layers}
+    predictions = pa.concat_tables(_prediction_rows(key, score, fits.splits, fits.labels) for score in scores)
+    rows = [place | asdict(score) | {"is_default": _is_default(score)} for score in scores]
+    return [Rows("probe_predictions", [predictions]), rows_of("probe_scores", rows)]
 
 
 def _is_default(score: ProbeScore) -> bool:
@@ -243,36 +281,9 @@ def _prediction_rows(key: Key, score: ProbeScore, splits: Sequence[Split], label
     )
 
 
-def layer_keys(model: Mapping[str, Any]) -> list[Key]:
-    """Every layer of a model, site by site: what is probed, or projected, one at a time."""
-    return [(layer, site) for site in SITES for layer in range(model["n_layers"])]
-
-
-def read_layer(activations: list[Path], key: Key) -> NDArray[np.float32]:
-    """The hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
-    return read_vectors(activations, *key)
-
-
-def part_name(key: Key) -> str:
-    """The part that holds the rows of one layer and site."""
-    return f"{key[1]}-{key[0]:04}"
-
-
 def _n_jobs(n_prompts: int, hidden_size: int) -> int:
     """Probing processes: one per core, as long as their matrices fit into ``_PROBE_MEMORY``."""
     import joblib
 
     each = 8 * n_prompts * hidden_size * _MATRIX_COPIES
     return max(1, min(int(joblib.cpu_count()), _PROBE_MEMORY // each))
-
-
-def _run_row(job: Job, device: str | None) -> dict[str, Any]:
-    step = training_step(job.source.pinned)
-    return {
-        "study": job.study,
-        "variant": job.variant,
-        "settings": json.dumps(job.identity | ({} if step is None else {"step": step})),
-        "seed": job.measuring.seed,
-        "noise": "aaa or bbb" if job.measuring.noise else None,
-        **made_by(device),
-    }

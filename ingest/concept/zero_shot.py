@@ -3,7 +3,7 @@
 A prompt is followed by a cue, such as "\\nAnswer:", unless it ends by asking for the answer. An answer may begin with a
 capital or not, after a space or not; the probabilities of all these first tokens are summed.
 
-    question = pose(tokenizer, load_dataset("world-cities"))
+    question = question_of(tokenizer, load_dataset("world-cities"))
     vectors, ends = capture.vectors_and_ends(token_ids, cue=question.cue)
     probabilities = answer(capture, ends, question)
 """
@@ -19,8 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdb.ingest.datasets import Dataset
-from kdb.ingest.describe import arrow_rows
 from kdb.ingest.models.tokens import bare
+from kdb.ingest.rows import arrow_rows
 
 if TYPE_CHECKING:
     from kdb.ingest.forward.capture import Capture
@@ -47,7 +47,7 @@ class Question:
         return all(self.first_tokens)
 
 
-def pose(tokenizer: Any, dataset: Dataset) -> Question:
+def question_of(tokenizer: Any, dataset: Dataset) -> Question:
     """The question of a dataset in a model's tokens; a token that may begin both answers counts for neither.
 
     Where that leaves an answer without tokens, nothing is asked.

@@ -12,18 +12,21 @@ import contextlib
 import logging
 import os
 import socket
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from kdb.errors import KdbError, ModelError
-from kdb.ingest.execution.local import Advance, Rows, Shard, make_worker
-from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
 from kdb.ingest.models.load import load_model
+from kdb.ingest.stages import Advance, Shard, Subject, Work
 
 log = logging.getLogger(__name__)
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 TRIES = 3
 """How often a shard is begun before its run fails: it may be what kills the workers, by the memory that it takes."""
@@ -113,16 +116,15 @@ def _places(nodes: Sequence[Mapping[str, Any]], needs: Needs) -> tuple[dict[str,
 
 @dataclass(frozen=True)
 class _Task:
-    """What one worker is asked, how often it was begun, and the shard that it is, if any."""
+    """One shard, what is to be done with it, and how often that was begun."""
 
-    question: str
-    arguments: tuple[Any, ...]
-    shard: Shard | None = None
+    work: Work[Any, Any]
+    shard: Shard
     begun: int = 0
 
 
 class Workers:
-    """An engine (``engine.py``) whose workers are actors of Ray; use it in a ``with`` statement."""
+    """An engine (`kdb.ingest.stages.Engine`) whose workers are actors of Ray; use it in a ``with`` statement."""
 
     def __init__(
         self, cluster: Cluster, source: ModelSource, settings: Mapping[str, Any], batch_tokens: int | None
@@ -131,24 +133,19 @@ class Workers:
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, tuple[Any, _Task]] = {}
-        self._jobs: dict[str, Any] = {}
+        self._sent: tuple[Subject[Any], Any] | None = None
         self._failed = 0
 
-    def ask(self, job: Job, question: str, *arguments: Any) -> Any:
-        """What a worker answers. Raises what it raises, as ModelError."""
-        [(_task, answer)] = self._results(job, [_Task(question, arguments)])
-        return answer
-
-    def measure(self, job: Job, shards: Iterable[Shard], advance: Advance) -> Iterator[tuple[str, Rows]]:
-        """The rows of each shard, in the order in which workers are done."""
-        tasks = [_Task("measure", (shard.prompts,), shard) for shard in shards]
-        for task, measured in self._results(job, tasks):
-            assert task.shard is not None
-            for rows in measured:
-                yield task.shard.name, rows
+    def map(
+        self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
+    ) -> Iterator[tuple[Shard, T]]:
+        """What the work yields for each shard, in the order in which workers are done."""
+        for task, results in self._results(subject, [_Task(work, shard) for shard in shards]):
+            for found in results:
+                yield task.shard, found
             advance(task.shard.size)
 
-    def _results(self, job: Job, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, Any]]:
+    def _results(self, subject: Subject[Any], tasks: Iterable[_Task]) -> Iterator[tuple[_Task, list[Any]]]:
         import ray
 
         waiting = deque(tasks)
@@ -156,7 +153,7 @@ class Workers:
             self._hire(len(waiting))
             while waiting and self._idle:
                 actor, task = self._idle.pop(), waiting.popleft()
-                reference = actor.answer.remote(self._reference(job), task.question, task.arguments)
+                reference = actor.measure.remote(self._reference(subject), task.work, task.shard)
                 self._busy[reference] = actor, replace(task, begun=task.begun + 1)
             done, _ = ray.wait([*self._busy, *self._starting], timeout=PATIENCE)
             if not done and not self._busy:
@@ -196,7 +193,7 @@ class Workers:
         if answer is not None:
             self._idle.append(actor)
             return answer
-        what = f"part {task.shard.name}" if task.shard else task.question
+        what = task.shard.name
         if task.begun >= TRIES:
             raise KdbError(
                 f"{task.begun} workers died of {what} of {self._source.name}: is there memory for it? Give a smaller "
@@ -218,13 +215,13 @@ class Workers:
             raise ModelError(answer)
         return (answer,)
 
-    def _reference(self, job: Job) -> Any:
-        """The job, sent to the cluster once."""
+    def _reference(self, subject: Subject[Any]) -> Any:
+        """The subject, sent to the cluster once."""
         import ray
 
-        if job.run not in self._jobs:
-            self._jobs = {job.run: ray.put(job)}
-        return self._jobs[job.run]
+        if self._sent is None or self._sent[0] is not subject:
+            self._sent = subject, ray.put((uuid.uuid4().hex, subject))
+        return self._sent[1]
 
     def __enter__(self) -> Self:
         return self
@@ -238,14 +235,14 @@ class Workers:
 
 
 class Holder:
-    """A worker's process: the model, and the job that it was last asked about.
+    """A worker's process: the model, and the subject that it measured last.
 
-    It returns ('done', the answer) or ('refused', a message): not every exception survives the way.
+    It returns ('done', the results) or ('refused', a message): not every exception survives the way.
     """
 
     def __init__(self, source: ModelSource, settings: dict[str, Any], batch_tokens: int | None, n_threads: int) -> None:
         self._source, self._settings, self._batch_tokens, self._n_threads = source, settings, batch_tokens, n_threads
-        self._at: tuple[str, Any] = ("", None)
+        self._held: tuple[str, Any] = ("", None)
 
     def load(self) -> tuple[str, Any]:
         """Load the model; returns the process's id."""
@@ -258,13 +255,13 @@ class Holder:
             return "refused", _said(error)
         return "done", os.getpid()
 
-    def answer(self, job: Job, question: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
-        """What the worker of the job answers; rows as a list."""
+    def measure(self, sent: tuple[str, Subject[Any]], work: Work[Any, Any], shard: Shard) -> tuple[str, Any]:
+        """What the work yields for one shard of the subject."""
+        key, subject = sent
         try:
-            if self._at[0] != job.run:
-                self._at = job.run, make_worker(job, lambda: self._loaded, self._batch_tokens)
-            asked = getattr(self._at[1], question)
-            return "done", list(asked(*arguments, lambda _: None)) if question == "measure" else asked(*arguments)
+            if self._held[0] != key:
+                self._held = key, subject.on(self._loaded, self._batch_tokens)
+            return "done", list(work(self._held[1], shard, lambda _n: None))
         except Exception as error:
             return "refused", _said(error)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kdb.warehouse.lake import StagedRun
 
 if TYPE_CHECKING:
-    from kdb.ingest.stages import Rows
+    from kdb.ingest.rows import Rows
 
 
 def write_behind(staged: StagedRun, measured: Iterable[tuple[str, Rows]], *, last: str, n_writers: int = 1) -> None:
@@ -19,11 +19,12 @@ def write_behind(staged: StagedRun, measured: Iterable[tuple[str, Rows]], *, las
     At most ``n_writers`` writes are under way, so that memory is bounded. A part of the table ``last`` makes its shard
     complete, and is written after all parts that were measured before it. Raises what a write raises, at the next rows.
     """
-    pending: deque[Future[None]] = deque()
+    pending: deque[tuple[str, Future[None]]] = deque()
     with ThreadPoolExecutor(n_writers, thread_name_prefix="writer") as writer:
         for name, rows in measured:
-            while len(pending) >= (1 if rows.table == last and _open_tables(pending) else n_writers):
-                pending.popleft().result()
-            pending.append(writer.submit(staged.write, rows.table, name, rows.groups, seconds=rows.seconds))
-        while pending:
-            pending.popleft().result()
+            while len(pending) >= n_writers or (rows.table == last and any(of == name for of, _ in pending)):
+                pending.popleft()[1].result()
+            written = writer.submit(staged.write, rows.table, name, rows.groups, seconds=rows.seconds)
+            pending.append((name, written))
+        for _, written in pending:
+            written.result()

@@ -13,6 +13,9 @@ CPU_TOKENS = 1536
 GPU_TOKENS = 65536
 """On a GPU, at most: more would make it no busier."""
 
+CHUNK_BYTES = 512 * 2**20
+"""Memory for the activation cache of one chunk of prompts, and for what is worked out from it, on a CPU."""
+
 SHARE = 0.4
 """Of a GPU's free memory, for one batch, recording or block of distributions: another may be on its way out."""
 

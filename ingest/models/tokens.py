@@ -9,11 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kdb.ingest.job import Job
-    from kdb.warehouse.lake import StagedRun
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +82,6 @@ class Spelled:
             "special_tokens_in_text": (self.special, "prompts whose text or template spells another special token"),
         }
         return [{"check": name, "value": float(n), "detail": detail + told} for name, (n, detail) in found.items()]
-
-
-def check_spelled(staged: StagedRun, job: Job, tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> None:
-    """Count the prompts of a job that spell special tokens: write the counts to ``checks``, and log those above 0."""
-    found = count_spelled(tokenizer, token_ids)
-    found.tell(job.dataset.name)
-    if not staged.has("checks", "texts"):  # of a run that is resumed, what is finished stays as it is
-        staged.write_rows("checks", "texts", found.rows)
 
 
 def count_spelled(tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> Spelled:

@@ -74,7 +74,7 @@ def ingest(
     asked = _asked(ctx, plan, options)
     alone = _jobs(asked[0]) if len(asked) == 1 else None
     if dry_run:
-        from kdb.ingest.cost import plan as cost
+        from kdb.ingest.cost import cost
 
         for one in asked:
             for job in alone or _jobs(one):
@@ -83,7 +83,7 @@ def ingest(
     opened = Warehouse.create(warehouse)
     with _engines(engine, address, worker_cpus, worker_gpus) as engines:
         if alone is not None and len(alone) == 1:  # there is nothing to go on with: what is wrong is wrong input
-            from kdb.ingest.concept.study import ingest_on
+            from kdb.ingest.measure import ingest_on
 
             with engines(asked[0], alone[0].source) as running:
                 outcome = ingest_on(opened.lake, alone[0], running)
@@ -343,6 +343,7 @@ def ablate(
         opened.lake,
         run,
         rows,
+        source,
         load,
         name=label,
         positions=options["positions"],

@@ -1,0 +1,187 @@
+"""The tables of the knowledge study, from the scores of a chunk of prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdb.ingest.prompts import Prompt
+from kdb.ingest.rows import arrow_rows
+from kdb.warehouse.schema import arrow_schema
+
+if TYPE_CHECKING:
+    from kdb.ingest.attribution.scores import Attribution, Neurons, Queries
+    from kdb.ingest.forward.decomposition import Decomposition
+
+HEADS_BY_POSITION = 10
+"""Heads of each prompt whose positions are scored apart."""
+
+QUERY_NEURONS = 100
+"""Query neurons of each prompt and kind that are stored."""
+
+TOKENS_OF_A_NEURON = 10
+"""Tokens named at either end of a neuron's logits."""
+
+
+def layer_rows(ids: Any, a: Attribution) -> pa.Table:
+    """Rows of ``layer_scores``; ``ids`` (prompt,) number the prompts of the chunk."""
+    layers = np.arange(a.n_layers)
+    return pa.concat_tables(
+        arrow_rows("layer_scores", {"prompt_id": ids[:, None], "layer": layers, "component": c, "score": score})
+        for c, score in a.layer_scores.items()
+    )
+
+
+def head_rows(ids: Any, a: Attribution) -> pa.Table:
+    """Rows of ``head_scores``."""
+    _b, n_layers, n_heads = a.head_scores.shape
+    place = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
+    return arrow_rows("head_scores", place | {"score": a.head_scores})
+
+
+def head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
+    """Rows of ``head_position_scores``: every position of each prompt's best heads."""
+    layer, head, attention, score = a.head_positions(HEADS_BY_POSITION)
+    n_tokens = attention.shape[2]
+    texts = [[tokenizer.decode([token]) for token in p.token_ids] + [""] * (n_tokens - len(p.token_ids)) for p in chunk]
+    table = arrow_rows(
+        "head_position_scores",
+        {
+            "prompt_id": ids[:, None, None],
+            "layer": layer[..., None],
+            "head": head[..., None],
+            "position": np.arange(n_tokens),
+            "token": np.array(texts, dtype=object)[:, None, :],
+            "attention": attention.double(),
+            "score": score,
+        },
+    )
+    lengths = np.array([len(p.token_ids) for p in chunk])[:, None, None]
+    real = np.broadcast_to(np.arange(n_tokens) < lengths, attention.shape)
+    return table.filter(pa.array(real.ravel()))
+
+
+def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
+    """Rows of ``neuron_scores``."""
+    table = arrow_rows(
+        "neuron_scores",
+        {
+            "prompt_id": ids[:, None],
+            "component": "ffn" if n.head is None else "attn",
+            "layer": n.layer,
+            "head": n.head,
+            "neuron": n.neuron,
+            "position": n.position,
+            "coefficient": n.coefficient.double(),
+            "score": n.score,
+            "lower": n.lower,
+            "upper": n.upper,
+            "exact": n.exact,
+            "rank": np.arange(1, n.layer.shape[1] + 1),
+        },
+    )
+    return table.filter(pa.array((n.layer >= 0).cpu().numpy().ravel()))
+
+
+def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+    """Rows of ``query_neuron_scores``; ``activates`` is the component whose value neurons they make fire."""
+    n = q.neurons.shape[2]
+    best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
+    return arrow_rows(
+        "query_neuron_scores",
+        {
+            "prompt_id": ids[:, None],
+            "activates": activates,
+            "layer": best.indices // n,
+            "neuron": best.indices % n,
+            "score": best.values.double(),
+            "rank": np.arange(1, best.indices.shape[1] + 1),
+        },
+    )
+
+
+def query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+    """Rows of ``query_layer_scores``."""
+    place = {"prompt_id": ids[:, None], "activates": activates}
+    rows = [
+        arrow_rows("query_layer_scores", place | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
+        for c, score in (("attn", q.attn), ("ffn", q.ffn))
+    ]
+    return pa.concat_tables(
+        [arrow_rows("query_layer_scores", place | {"component": "embed", "score": q.embed[:, None]}), *rows]
+    )
+
+
+def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
+    """What becomes of the target when the best neurons of every method are zeroed, at the last position and at all."""
+    from kdb.ingest.attribution.rankings import best_neurons
+    from kdb.ingest.forward.ablation import Intervention, intervene
+
+    n = a.ffn_coefficients.shape[2]
+    best = {method: places.tolist() for method, places in best_neurons(a, k, top).items()}
+    interventions = [
+        Intervention(
+            prompt.number,
+            prompt.token_ids,
+            prompt.target,
+            method,
+            positions,
+            silenced_ffn(places[i], n),
+            len(places[i]),
+        )
+        for method, places in best.items()
+        for i, prompt in enumerate(chunk)
+        for positions in ("last", "all")
+    ]
+    return intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
+
+
+def silenced_ffn(places: Sequence[int], n: int) -> Any:
+    """FFN neurons given by place in (l · n), as what an intervention silences."""
+    from kdb.ingest.forward.ablation import Silenced
+
+    by_layer: dict[int, list[int]] = {}
+    for place in places:
+        by_layer.setdefault(place // n, []).append(place % n)
+    return Silenced(ffn=by_layer)
+
+
+def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callable[[int], None]) -> Iterator[pa.Table]:
+    """Rows of ``neuron_tokens`` for neurons given by component, layer, head and neuron."""
+    import torch
+
+    table, tokenizer = decomposition.readout.table, decomposition.loaded.tokenizer
+    text = functools.cache(lambda token: tokenizer.decode([token]))
+    for (component, layer), group in _by(neurons.to_pylist(), "component", "layer"):
+        columns = decomposition.ffn_columns(layer) if component == "ffn" else decomposition.attn_columns(layer)
+        width = columns.shape[0] // decomposition.n_heads
+        for start in range(0, len(group), 256):
+            some = group[start : start + 256]
+            rows = [r["neuron"] if component == "ffn" else r["head"] * width + r["neuron"] for r in some]
+            with torch.inference_mode():
+                logits = columns[rows] @ table.T
+                ends = [logits.topk(TOKENS_OF_A_NEURON, dim=1, largest=largest) for largest in (True, False)]
+            n = min(TOKENS_OF_A_NEURON, logits.shape[1])
+            for sign, end in zip(("top", "bottom"), ends, strict=True):
+                yield pa.Table.from_pylist(
+                    [
+                        {**row, "sign": sign, "rank": j + 1, "token": text(end_tokens[j]), "logit": end_logits[j]}
+                        for row, end_tokens, end_logits in zip(
+                            some, end.indices.tolist(), end.values.tolist(), strict=True
+                        )
+                        for j in range(n)
+                    ],
+                    arrow_schema("neuron_tokens"),
+                )
+            on_batch(len(some))
+
+
+def _by(rows: Sequence[dict[str, Any]], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
+    yield from groups.items()

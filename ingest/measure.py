@@ -1,0 +1,85 @@
+"""Measure a model on a dataset: the door to both studies.
+
+ingest(lake, job, load)
+ingest_on(lake, job, engine)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from kdb.ingest.execution.local import Here
+from kdb.ingest.job import Job
+from kdb.ingest.models.find import LoadedModel, training_step
+from kdb.ingest.stages import Engine, Outcome, PlannedRun, Stage, Subject, carry_out
+from kdb.warehouse.lake import Lake, read_parts, table_files
+from kdb.warehouse.manifest import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_tokens: int | None = None) -> Outcome:
+    """Measure one model on one dataset in this process, and commit the run; a no-op where that run exists.
+
+    ``load`` loads the model and is called only if something is still to be measured with it.
+    Raises DatasetError, ModelError or WarehouseError; finished shards stay in staging, and the same job resumes there.
+    """
+    return ingest_on(lake, job, Here(load, batch_tokens))
+
+
+def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
+    """Measure one model on one dataset where the engine has the model. This process alone writes."""
+
+    def prepare() -> tuple[Subject[Any], Sequence[Stage]]:
+        _warn_of_namesakes(lake, job)
+        # A study imports NumPy and more, which a run that is stored already does not need.
+        if job.study == "knowledge":
+            from kdb.ingest.attribution import study
+        else:
+            from kdb.ingest.concept import study  # type: ignore[no-redef]
+        return study.prepare(job)
+
+    return carry_out(lake, PlannedRun(job.identity, job.source.name, job.dataset.name, _columns(job), prepare), engine)
+
+
+def _columns(job: Job) -> dict[str, Any]:
+    """The columns of ``runs`` that say what was asked for."""
+    step = training_step(job.source.pinned)
+    return {
+        "study": job.study,
+        "variant": job.variant,
+        "settings": json.dumps(job.identity | ({} if step is None else {"step": step})),
+        "seed": job.measuring.seed,
+        "noise": "aaa or bbb" if job.measuring.noise else None,
+    }
+
+
+def _warn_of_namesakes(lake: Lake, job: Job) -> None:
+    """Say so where the model's name is taken by another one, the first time that this one is measured."""
+    source, others = job.source, dict[str, int]()
+    mark = f"revision={source.pinned}" if source.pinned else ""
+    for folder in lake.run_folders():
+        if folder.model != source.name:
+            continue
+        with contextlib.suppress(OSError, LookupError, pa.ArrowException):  # removed a moment ago, or damaged
+            variant = _value(folder, "runs", "variant").split(" ")[0]
+            if (variant if variant.startswith("revision=") else "") == mark:
+                revision = _value(folder, "models", "revision")
+                others[revision] = others.get(revision, 0) + 1
+    if others and source.revision not in others:
+        found = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
+        log.warning(
+            "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is kept "
+            "apart by its revision, %s…; to give it a name of its own, add --name.",
+            *(source.name, found, source.revision[:12]),
+        )
+
+
+def _value(folder: RunFolder, table: str, column: str) -> str:
+    return str(read_parts(table_files(folder.path, table))[column][0].as_py())

@@ -1,0 +1,50 @@
+"""Rows that a stage yields, made from dictionaries or arrays in the columns of their table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdb.warehouse.schema import arrow_schema
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one table; each Arrow table becomes a row group. ``seconds`` is the time that it took to measure them."""
+
+    table: str
+    groups: list[pa.Table]
+    seconds: float = 0.0
+
+
+def timed(table: str, groups: list[pa.Table], begun: float) -> Rows:
+    """Rows that were measured since ``begun``, by the monotonic clock."""
+    return Rows(table, groups, time.monotonic() - begun)
+
+
+def rows_of(table: str, rows: Sequence[Mapping[str, Any]], begun: float | None = None) -> Rows:
+    """Rows from dictionaries, measured since ``begun`` if that is given; absent columns are NULL."""
+    groups = [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))]
+    return Rows(table, groups) if begun is None else timed(table, groups, begun)
+
+
+def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
+    """Rows of a table from arrays of one shape, or of shapes that broadcast; columns left out are NULL."""
+    arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
+    shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
+    n = int(np.prod(shape))
+    schema = arrow_schema(table)
+    return pa.table(
+        [
+            pa.array(np.broadcast_to(arrays[f.name], shape).ravel()).cast(f.type)
+            if f.name in arrays
+            else pa.nulls(n, f.type)
+            for f in schema
+        ],
+        schema=schema,
+    )
