@@ -199,10 +199,17 @@ def test_a_full_device_is_one_message_and_stays_a_device(measured: Path, run_kdb
     assert Path("/dev/full").is_char_device()
 
 
-def test_a_published_file_replaces_no_device(measured: Path, run_kdb: RunKdb) -> None:
-    result = run_kdb("rebuild", "--url", "https://example.org/w", "-o", "/dev/full", "--warehouse", measured)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "not a regular file" in result.stderr
+def test_a_published_file_replaces_no_device_and_no_file_of_another_kind(
+    measured: Path, run_kdb: RunKdb, tmp_path: Path
+) -> None:
+    (tmp_path / "x.duckdb").symlink_to("/dev/full")
+    (tmp_path / "passwd").write_text("mine")
+    for name, problem in (("x.duckdb", "not a regular file"), ("passwd", "expected a file that ends in .duckdb")):
+        publish = ("rebuild", "--url", "https://example.org/w", "-o", tmp_path / name)
+        result = run_kdb(*publish, "--warehouse", measured)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert problem in result.stderr
+    assert (tmp_path / "passwd").read_text() == "mine"
     assert Path("/dev/full").is_char_device()
 
 

@@ -263,7 +263,7 @@ def verify(warehouse: Path | str) -> None:
 
 @click.command()
 @click.option("--url", help="Where anyone reads the warehouse's folder, such as https://example.org/shared.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write, with --url.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write, with --url: .duckdb, .ddb or .db.")
 @warehouse_option
 def rebuild(url: str | None, output: Path | None, warehouse: Path | str) -> None:
     """Write kdb.duckdb, the DuckDB shell's file, anew.
@@ -276,7 +276,7 @@ def rebuild(url: str | None, output: Path | None, warehouse: Path | str) -> None
     kdb rebuild --url https://example.org/shared -o paper.duckdb
     """
     if output is not None:
-        check_output(output, None)
+        check_output(output, (".duckdb", ".ddb", ".db"))  # so that no other file is overwritten by mistake
     opened = kdb.open(warehouse)
     if (url is None) != (output is None):
         raise click.UsageError("--url and -o go together: kdb rebuild --url https://example.org/shared -o paper.duckdb")
