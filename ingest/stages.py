@@ -202,10 +202,10 @@ class RunInProgress:
         """The rows of a table that earlier stages have stored; else those of the run that it is computed from."""
         return read_parts(self.files(name))
 
-    def once(self, work: Work[Any, T], *, about: str) -> T:
-        """The one result of a question to the model; ``about`` names it where a worker dies of it."""
+    def once(self, work: Work[Any, T], shard: Shard) -> T:
+        """The one result of work on the model that writes no table, such as how much memory there is."""
         engine, subject = self._with_model()
-        [(_shard, found)] = engine.map(work, subject, [Shard(about)], lambda _n: None)
+        [(_shard, found)] = engine.map(work, subject, [shard], lambda _n: None)
         return found
 
     def is_complete(self, stage: Stage, shard: Shard) -> bool:
@@ -220,7 +220,7 @@ class RunInProgress:
             return
         if isinstance(stage, ModelStage):
             if "device" not in self.staged.facts:
-                self.staged.remember(device=self.once(_device, about="loading"))
+                self.staged.remember(device=self.once(_device, Shard("loading")))
             stage.announce(self)
         if stage.shown is None:
             self._write(stage, self._measured(stage, missing, lambda _n: None))

@@ -26,15 +26,16 @@ from test_run import interrupt_after, no_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.errors import ModelError
+from kdb.ingest import measure as studies
 from kdb.ingest.attribution import scores as attribution
 from kdb.ingest.attribution import study as knowledge
-from kdb.ingest.concept import study as run
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.forward import activation_cache as cache
 from kdb.ingest.forward.capture import CHECK_PROMPTS
 from kdb.ingest.job import Attributing, Job, Measuring, Probing
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.stages import Outcome, Shard
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -145,7 +146,7 @@ def measure(opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel
 
     def measure(dataset: Path | None = None, batch_tokens: int | None = None, **attributing: Any) -> Warehouse:
         asked = job(dataset, **attributing) if dataset else job(**attributing)
-        run.ingest(opened.lake, asked, lambda: tiny_loaded, batch_tokens=batch_tokens)
+        studies.ingest(opened.lake, asked, lambda: tiny_loaded, batch_tokens=batch_tokens)
         return opened
 
     return measure
@@ -485,7 +486,7 @@ def test_a_recorded_chunk_that_gives_other_logits_than_the_prompt_alone_is_refus
 
     monkeypatch.setattr(cache, "run_with_cache", wrong_in_the_runs_batches)
     with pytest.raises(ModelError, match=r"^tiny cannot be measured: logits is off by "):
-        run.ingest(opened.lake, job(), lambda: tiny_loaded)
+        studies.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert opened.lake.run_folders() == []
 
 
@@ -505,9 +506,9 @@ def test_prompts_on_both_sides_of_a_long_rope_are_scored_as_each_alone(
     monkeypatch.setattr(knowledge, "KEPT_RANK", 256)
     together, alone = (Warehouse.create(tmp_path / name) for name in ("together", "alone"))
     asked = replace(job(facts, ablate_k=2), source=find_model(str(folder)))
-    run.ingest(together.lake, asked, lambda: load_model(asked.source))
+    studies.ingest(together.lake, asked, lambda: load_model(asked.source))
     monkeypatch.setattr(knowledge, "CHUNK_BYTES", 1)
-    run.ingest(alone.lake, asked, lambda: load_model(asked.source), batch_tokens=1)
+    studies.ingest(alone.lake, asked, lambda: load_model(asked.source), batch_tokens=1)
     assert {n > 32 for (n,) in rows(together, "SELECT n_tokens FROM prompts WHERE kept")} == {True, False}
     assert_same_scores(together, alone)
 
@@ -545,7 +546,7 @@ def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
 ) -> None:
     before = everything(stored)
     (folder,) = stored.lake.run_folders()
-    assert run.ingest(stored.lake, job(), no_model) == run.Outcome(folder.run, "exists")
+    assert studies.ingest(stored.lake, job(), no_model) == Outcome(folder.run, "exists")
     assert answer(ingest(stored.lake.path)) == f"tiny on facts: is stored already (run {folder.run})\n"
     assert everything(stored) == before
     assert recorded == []
@@ -559,7 +560,7 @@ def uninterrupted(
     plain = Warehouse.create(tmp_path_factory.mktemp("uninterrupted") / "warehouse")
     with pytest.MonkeyPatch.context() as patch:
         make_chunks_small(patch)
-        run.ingest(plain.lake, job(), lambda: tiny_loaded)
+        studies.ingest(plain.lake, job(), lambda: tiny_loaded)
     return everything(plain)
 
 
@@ -576,7 +577,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     with monkeypatch.context() as patch:
         patch.setattr(cache, "run_with_cache", interrupt_after(3, cache.run_with_cache))
         with pytest.raises(KeyboardInterrupt):
-            run.ingest(opened.lake, job(), lambda: tiny_loaded)
+            studies.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert recorded == [8, 3]  # the checks, and one chunk
     assert opened.lake.run_folders() == []
     assert everything(opened) == {table: [] for table in TABLES}
@@ -585,7 +586,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     recorded.clear()
     with monkeypatch.context() as patch:  # that chunks are as they were begun is remembered, whatever fits now
         patch.setattr(knowledge, "CHUNK_BYTES", 2**29)
-        assert run.ingest(opened.lake, job(), lambda: tiny_loaded).status == "committed"
+        assert studies.ingest(opened.lake, job(), lambda: tiny_loaded).status == "committed"
     assert recorded == [3, 3, 3]
     assert everything(opened) == uninterrupted
 
@@ -593,7 +594,8 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
 def test_rows_that_are_waited_for_leave_torchs_mode_alone(
     job: Callable[..., Job], tiny_loaded: LoadedModel, known: list[tuple[str, str, str]]
 ) -> None:
-    measured = knowledge.Attributor(job(), lambda: tiny_loaded, None).measure(range(len(known)), lambda _: None)
+    subject = knowledge.prepare(job())[0].on(tiny_loaded, None)
+    measured = knowledge._attributed(subject, Shard("part", list(range(len(known)))), lambda _: None)
     assert next(measured).table == "layer_scores"
     assert not torch.is_inference_mode_enabled()
     with torch.inference_mode():
@@ -636,10 +638,10 @@ def test_an_ingest_that_is_cut_off_at_any_table_goes_on_to_the_same_rows(
     with monkeypatch.context() as patch:
         patch.setattr(StagedRun, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run.ingest(opened.lake, job(), lambda: tiny_loaded)
+            studies.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert everything(opened) == {name: [] for name in TABLES}
     recorded.clear()
-    run.ingest(opened.lake, job(), lambda: tiny_loaded)
+    studies.ingest(opened.lake, job(), lambda: tiny_loaded)
     assert recorded == left
     assert everything(opened) == uninterrupted
     assert list(opened.lake.verify()) == []

@@ -171,20 +171,23 @@ def _chunks(posed: PosedFacts, length_class: LengthClasses, run: RunInProgress) 
     """Kept prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
     kept = [posed.prompts[row["prompt_id"]] for row in run.table("prompts").to_pylist() if row["kept"]]
     if "chunks" not in run.staged.facts:
-        per_token, at_most, memory = run.once(_room, about="memory") if kept else (1, 1, 1)
+        per_token, at_most, memory = run.once(_room, Shard("memory", CHUNK_BYTES)) if kept else (1, 1, 1)
         order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
         found = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
         run.staged.remember(chunks=[[order[i].number for i in batch] for batch in found])
     return [Shard(f"part-{i:05}", chunk, len(chunk)) for i, chunk in enumerate(run.staged.facts["chunks"])]
 
 
-def _room(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[tuple[int, int, int]]:
-    """Bytes that caching a token takes, prompts attributed at once at most, and bytes that there are for both."""
+def _room(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[tuple[int, int, int]]:
+    """Bytes that caching a token takes, prompts attributed at once at most, and bytes that there are for both.
+
+    Where the model is not on a GPU, these are those of the shard's work.
+    """
     from kdb.ingest.attribution.scores import prompts_at_once
     from kdb.ingest.forward.activation_cache import bytes_per_token
 
     decomposition = subject.decomposition
-    yield bytes_per_token(decomposition), prompts_at_once(decomposition), room(subject.loaded.device, CHUNK_BYTES)
+    yield bytes_per_token(decomposition), prompts_at_once(decomposition), room(subject.loaded.device, shard.work)
 
 
 def _attributed(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:

@@ -148,7 +148,7 @@ def _capture_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
 def _announce(posed: PosedQuestion, run: RunInProgress) -> None:
     if not posed.question.tells:
         log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *posed.question.answers)
-    log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, about="cost"))
+    log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, Shard("cost")))
 
 
 def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Rows]:
