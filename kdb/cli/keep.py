@@ -263,7 +263,12 @@ def verify(warehouse: Path | str) -> None:
 
 @click.command()
 @click.option("--url", help="Where anyone reads the warehouse's folder, such as https://example.org/shared.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write, with --url: .duckdb, .ddb or .db.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write, with --url: .duckdb, .ddb or .db.",
+)
 @warehouse_option
 def rebuild(url: str | None, output: Path | None, warehouse: Path | str) -> None:
     """Write kdb.duckdb, the DuckDB shell's file, anew.
