@@ -30,6 +30,7 @@ from kdb.warehouse.lake import Lake
 from kdb.warehouse.notes import KdbNote
 from kdb.warehouse.schema import DEFAULT_PROBE, TABLES
 from kdb.warehouse.store import Warehouse
+from kdb.web import answers
 
 YEAR_2999 = datetime(2999, 1, 1, tzinfo=NOON.tzinfo)
 LATER = NOON + timedelta(hours=1)
@@ -259,7 +260,14 @@ def test_notes_are_printed_by_the_command_line_once(tmp_path: Path, run_kdb: Cal
             staged.write_rows("probe_scores", "part", [row | {"auc": 0.5} for row in probe(0.5)])
             staged.commit({"study": "concept", "variant": "default"})
     noted = "Note: 1 run of another model stored under the name 'm' (revision first) is not shown"
-    for command in (("query", "layer-accuracy"), ("plot", "depth-curves", "-o", tmp_path / "x.csv")):
+    select = "SELECT accuracy FROM current.probe_scores"
+    with Warehouse(tmp_path / "w").snapshot() as held:
+        assert "another model stored under the name" in answers.sql(held, select, "json")[0]["note"]
+    for command in (
+        ("query", "layer-accuracy"),
+        ("plot", "depth-curves", "-o", tmp_path / "x.csv"),
+        ("sql", select),
+    ):
         result = run_kdb(*command, "--warehouse", tmp_path / "w")
         assert result.exit_code == 0, result.output
         assert result.stderr.count(noted) == 1

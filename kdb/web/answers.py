@@ -35,8 +35,11 @@ _COPY = 2**18
 
 def sql(wh: Warehouse, text: str, format_: str) -> Answer:
     """One SELECT. It is answered whole or not at all: an answer beyond the limits is refused, not cut off."""
-    begun = time.perf_counter()
-    return _whole(wh.opened.public_sql(text), format_, begun)
+    begun, notes = time.perf_counter(), list[str]()
+    with noted(notes):
+        reader = wh.opened.public_sql(text)
+    head, body = _whole(reader, format_, begun)
+    return _noted(head, notes), body
 
 
 def query(wh: Warehouse, name: str, given: dict[str, Any], format_: str) -> Answer:
@@ -45,7 +48,7 @@ def query(wh: Warehouse, name: str, given: dict[str, Any], format_: str) -> Answ
     with noted(notes):
         reader = wh.opened.public_query(name, **given)
     head, body = _whole(reader, format_, begun, stem=name)
-    return (head | {"note": ascii(" ".join(notes))[1:-1]} if notes else head), body
+    return _noted(head, notes), body
 
 
 def table(
@@ -90,6 +93,10 @@ def page(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
 
 KINDS: dict[str, Callable[..., Answer]] = {"sql": sql, "query": query, "table": table, "chart": chart, "page": page}
 """What can be asked."""
+
+
+def _noted(head: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    return head | {"note": ascii(" ".join(notes))[1:-1]} if notes else head
 
 
 def _head(format_: str, stem: str) -> dict[str, Any]:
