@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,14 +43,22 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield "errors" if path.parent.name == "kdb" and path.stem in BOTTOM else "front door", path
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Every name that a file imports anywhere, inside functions and for type checkers too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, *, types: bool = True) -> Iterator[str]:
+    """Every name that a file imports anywhere, inside functions too, and with ``types`` for type checkers alone."""
+    for node in nodes(ast.parse(path.read_text()), types=types):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import hides where it points"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def nodes(node: ast.AST, *, types: bool) -> Iterator[ast.AST]:
+    """Every node of a file; without ``types``, those under ``if TYPE_CHECKING`` are left out."""
+    for child in ast.iter_child_nodes(node):
+        if types or not (isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING"):
+            yield child
+            yield from nodes(child, types=types)
 
 
 IMPORTS = [(package, path.relative_to(REPOSITORY), name) for package, path in modules() for name in imports(path)]
@@ -74,6 +82,80 @@ def test_only_the_warehouse_imports_duckdb() -> None:
 def test_nothing_but_the_command_line_imports_the_command_line() -> None:
     importers = {path.parent for _, path, name in IMPORTS if name.startswith("kdb.cli")}
     assert importers == {Path("kdb/cli")}
+
+
+MATHEMATICS = {
+    "ingest/concept/probes.py",
+    "ingest/attribution/bounds.py",
+    "analysis/uncertainty.py",
+}
+"""Files that take arrays and return frozen results: they know no model, no runner and no database."""
+
+ABOVE_MATHEMATICS = (
+    "kdb.ingest.",
+    "kdb.warehouse.",
+    "kdb.queries.",
+    "kdb.analysis.",
+    "torch.nn",
+    "transformers",
+    "duckdb",
+)
+
+ROOMS = {
+    "models": {"models"},
+    "forward": {"forward", "models"},
+    "datasets": {"datasets"},
+    "execution": {"execution", "models"},
+}
+"""The rooms of ingest below its studies, and the rooms that each may import."""
+
+
+@pytest.mark.parametrize("path", sorted(MATHEMATICS))
+def test_mathematics_imports_no_model_no_runner_and_no_database(path: str) -> None:
+    names = {name for name in imports(REPOSITORY / path, types=False) if name.startswith(ABOVE_MATHEMATICS)}
+    assert names == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards_only(room: str) -> None:
+    files = list((REPOSITORY / "ingest" / room).rglob("*.py"))
+    assert files
+    entered = {
+        (path.name, name)
+        for path in files
+        for name in imports(path, types=False)
+        for other in [name.removeprefix("kdb.ingest.").split(".")[0]]
+        if name.startswith("kdb.ingest.") and (REPOSITORY / "ingest" / other).is_dir() and other not in ROOMS[room]
+    }
+    assert entered == set()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = dict(module_files())
+    graph = {
+        module: {m for name in imports(path, types=False) for m in found(name, files)} for module, path in files.items()
+    }
+    assert len(graph) > 100
+    while leaves := [module for module, below in graph.items() if not (below - {module}) & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    # What is left imports something that is left: a circle, or what leads to one.
+    circle = {module for module in graph if any(module in graph[other] - {other} for other in graph)}
+    assert circle == set()
+
+
+def module_files() -> Iterator[tuple[str, Path]]:
+    """Every module's dotted name, with its file."""
+    for package, path in modules():
+        top = REPOSITORY if package in ("front door", "errors") else REPOSITORY / package
+        parts = path.relative_to(top).with_suffix("").parts
+        parts = parts if package in ("front door", "errors") else ("kdb", package, *parts)
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def found(name: str, files: Container[str]) -> list[str]:
+    """The module that a name is imported from, or is."""
+    return [m for m in (name, name.rpartition(".")[0]) if m in files][:1]
 
 
 # What a command loads --------------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ class CloudLake(Lake):
     @property
     def filesystem(self) -> CommittedFiles:
         """What opens ``kdb://`` paths, for DuckDB."""
-        return CommittedFiles(self)
+        return CommittedFiles(self.open, lambda path: self.record(path).bytes)
 
     def committed_files(self, table: str) -> list[str]:
         """The committed files of a table by their URLs, from the commits of all runs."""

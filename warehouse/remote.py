@@ -6,12 +6,10 @@ DuckDB opens no file whose path a filter on model, dataset or run excludes.
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from fsspec import AbstractFileSystem
-
-if TYPE_CHECKING:
-    from kdb.warehouse.cloud import CloudLake
 
 SCHEME = "kdb://"
 
@@ -22,19 +20,20 @@ class CommittedFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
     protocol = "kdb"
     cachable = False  # one per connection
 
-    def __init__(self, lake: CloudLake) -> None:
+    def __init__(self, opened: Callable[[str], BinaryIO], n_bytes: Callable[[str], int]) -> None:
+        """``opened`` opens a path, ``n_bytes`` is its size as the commit has it."""
         super().__init__()
-        self._lake = lake
+        self._opened, self._n_bytes = opened, n_bytes
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> BinaryIO:
         """A file, without fsspec's own buffer around it. Raises WarehouseError where its run was removed."""
         if mode != "rb":
             raise PermissionError(f"{path}: committed files are only read")
-        return self._lake.open(path.removeprefix(SCHEME))
+        return self._opened(path.removeprefix(SCHEME))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         """Name and size, from the commit."""
-        return {"name": path, "size": self._lake.record(path.removeprefix(SCHEME)).bytes, "type": "file"}
+        return {"name": path, "size": self._n_bytes(path.removeprefix(SCHEME)), "type": "file"}
 
     def glob(self, path: str, **_: Any) -> list[str]:
         """The path itself: DuckDB asks of every name, and no name of ours is a pattern."""

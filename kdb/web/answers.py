@@ -9,7 +9,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
@@ -17,9 +16,9 @@ import pyarrow as pa
 from kdb.analysis import figures
 from kdb.errors import NothingFoundError, QueryError
 from kdb.formats import MEDIA_TYPES, encode, read
-from kdb.warehouse.frames import CAST, first_line
 from kdb.warehouse.notes import noted
 from kdb.warehouse.paging import Page
+from kdb.web import views
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -86,8 +85,6 @@ def chart(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
 
 def page(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
     """A page as HTML."""
-    from kdb.web import views
-
     return {"media_type": "text/html; charset=utf-8"}, iter([views.render(wh, name, given).encode()])
 
 
@@ -131,25 +128,6 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
             yield from iter(lambda: file.read(_COPY), b"")
 
     return head, sent()
-
-
-def rows_of_page(reader: pa.RecordBatchReader, first: int, count: int) -> tuple[list[str], list[tuple[Any, ...]], bool]:
-    """Names of columns, ``count`` rows from the row ``first`` on, and whether others follow. Reads no further."""
-
-    def rows() -> Iterator[tuple[Any, ...]]:
-        for batch in read(reader):
-            yield from zip(*map(_cells, reader.schema.names, batch.columns), strict=True)
-
-    wanted = list(islice(rows(), first, first + count + 1))
-    return list(reader.schema.names), wanted[:count], len(wanted) > count
-
-
-def _cells(name: str, column: pa.Array) -> list[Any]:
-    try:
-        cells: list[Any] = column.to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError) as error:  # a date beyond Python's, say
-        raise QueryError(f"column {name}: {column.type} cannot be shown; {CAST}: {first_line(error)}") from error
-    return cells
 
 
 def catalogue_json() -> str:

@@ -15,7 +15,7 @@ from kdb.warehouse.notes import noted
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, sql_type
 from kdb.warehouse.statements import public_message
-from kdb.web.answers import rows_of_page
+from kdb.web.cells import rows_of_page
 from kdb.web.templates import render_template, url
 
 if TYPE_CHECKING:
