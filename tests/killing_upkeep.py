@@ -28,7 +28,7 @@ import pyarrow as pa
 from killing import Tally
 
 from kdb.cli import main
-from kdb.warehouse import compaction as upkeep
+from kdb.warehouse import compaction
 from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.store import Warehouse
@@ -105,7 +105,7 @@ def vectors(ids: Sequence[int], seed: int) -> Iterator[pa.Table]:
 def command(arguments: Sequence[str], cache: str) -> None:
     """A kdb command that says nothing, with a cache of its own."""
     os.environ["XDG_CACHE_HOME"] = cache
-    upkeep.SAMPLE = SAMPLED
+    compaction.SAMPLE = SAMPLED
     with (
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import BLOCKS, LAYERS, VOCAB, loaded, prompts, tiny_model
 
-from kdb.ingest.attribution import bounds as certificate
 from kdb.ingest.attribution import rankings as ranking
 from kdb.ingest.attribution.rankings import METHODS, best_neurons
 from kdb.ingest.attribution.scores import WIDEST, Attribution, Neurons
@@ -292,7 +291,7 @@ def test_the_top_neurons_are_those_of_brute_force(architecture: str, dtype: str,
 def test_every_neuron_has_an_interval_that_holds_its_score(
     architecture: str, dtype: str, explicit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certificate, "_EXPLICIT", explicit)
+    monkeypatch.setattr(bounds, "_EXPLICIT", explicit)
     a, brute = attribution_of(architecture, dtype), brute_of(architecture, dtype)
     ffn, attn = a.ffn_every(a.ffn_top(5)), a.attn_every(a.attn_top(5))
     assert attn.head is not None and attn.position is not None

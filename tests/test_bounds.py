@@ -12,7 +12,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdb.ingest.attribution import bounds as certificate
 from kdb.ingest.attribution.bounds import Distributions, certified_top, distributions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +108,7 @@ cases = st.builds(
 @contextmanager
 def small_tiles() -> Iterator[None]:
     """Vocabularies of hundreds are cut up as real ones of hundreds of thousands."""
-    with mock.patch.multiple(certificate, _TILE=16, _BLOCK=7, _EXPLICIT=20):
+    with mock.patch.multiple(bounds, _TILE=16, _BLOCK=7, _EXPLICIT=20):
         yield
 
 

@@ -21,7 +21,7 @@ from served import served
 
 import kdb
 from kdb.errors import WarehouseError
-from kdb.warehouse import compaction as upkeep
+from kdb.warehouse import compaction
 from kdb.warehouse.block_cache import BLOCK, BlockFile
 from kdb.warehouse.cloud import CloudLake
 from kdb.warehouse.store import Warehouse
@@ -272,8 +272,8 @@ def test_of_two_who_replace_a_run_one_is_told(
     use_cache(monkeypatch, tmp_path / "of-another-machine")
     other = kdb.open(URL).lake
     [folder] = other.run_folders()
-    with upkeep.rewriting(other, folder) as files:
-        assert upkeep.keep_vectors(one, one.find(folder.run), "none")
+    with compaction.rewriting(other, folder) as files:
+        assert compaction.keep_vectors(one, one.find(folder.run), "none")
         files.write({"activations": None})
         with pytest.raises(WarehouseError, match="changed by somebody else"):
             files.commit()

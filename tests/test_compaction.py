@@ -15,7 +15,7 @@ from click.testing import Result
 
 import kdb
 from kdb.ingest.concept import study as ingest_run
-from kdb.warehouse import compaction as upkeep
+from kdb.warehouse import compaction
 from kdb.warehouse.lake import Lake
 
 ROWS = "SELECT prompt_id, layer, site, vector FROM activations ORDER BY ALL"
@@ -72,7 +72,7 @@ def test_a_reader_notices_nothing_of_compactions(scattered: Path, tmp_path: Path
     for copy in copies:
         current[0] = copy
         lake = Lake(copy)
-        upkeep.compact(lake, lake.run_folders()[0].run)
+        compaction.compact(lake, lake.run_folders()[0].run)
     done.set()
     reader.join()
     assert seen
@@ -83,8 +83,8 @@ def compact_all(folder: str) -> None:
     """What is killed: the same run is written anew over and over."""
     lake = Lake(Path(folder))
     while True:
-        with upkeep.rewriting(lake, lake.run_folders()[0]) as files:
-            files.write({"activations": upkeep._by_layer(files.paths["activations"])})
+        with compaction.rewriting(lake, lake.run_folders()[0]) as files:
+            files.write({"activations": compaction._by_layer(files.paths["activations"])})
             files.commit()
 
 
@@ -101,7 +101,7 @@ def test_a_compaction_that_is_killed_leaves_the_run_whole(folder: Path, processe
         assert opened.sql(ROWS).equals(expected)
         assert list(opened.lake.verify()) == []
     lake = Lake(folder)
-    upkeep.keep_vectors(lake, lake.run_folders()[0], "sampled")
+    compaction.keep_vectors(lake, lake.run_folders()[0], "sampled")
     assert not list(folder.glob("staging/rewritten-*"))
 
 
@@ -125,7 +125,7 @@ def test_vectors_are_dropped_and_scores_kept(folder: Path, run_kdb: Callable[...
 def test_a_sample_is_the_same_prompts_in_every_layer(
     folder: Path, run_kdb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "SAMPLE", 7)
+    monkeypatch.setattr(compaction, "SAMPLE", 7)
     before = kdb.open(folder).sql(ROWS)
     assert run_kdb("runs", "keep-vectors", "sampled", "--model", "tiny", "--yes", "--warehouse", folder).exit_code == 0
     kept = kdb.open(folder).sql(ROWS)

@@ -467,7 +467,7 @@ def test_duckdbs_own_failure_costs_the_worker_and_is_no_fault_of_the_asker(
     asked = worker.Question("sql", {"text": "SELECT reservoir_quantile(1.5, [])", "format_": "json"}, (), ())
     opened = worker._Opened(kdb.open(measured), Limits(2**28, 1))
     (message,) = worker._answer(opened, asked)
-    assert message[:1] == worker.FAILED  # after which the desk takes another worker
+    assert message[:1] == worker.FAILED  # after which the pool takes another worker
     assert "site-packages" not in json.loads(message[1:])["error"]
 
 

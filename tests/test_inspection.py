@@ -112,7 +112,7 @@ ASKED: dict[str, Callable[[Path], object]] = {
     "table": lambda w: kdb.open(w).table("probe_scores"),
     "snapshot": lambda w: kdb.open(w).snapshot().__enter__(),
     "engine": lambda w: kdb.open(w).engine().connect(),
-    "compact": lambda w: __import__("kdb.warehouse.compaction").warehouse.upkeep.compact(
+    "compact": lambda w: __import__("kdb.warehouse.compaction").warehouse.compaction.compact(
         Lake(w), Lake(w).run_folders()[0].run
     ),
 }

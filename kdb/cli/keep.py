@@ -114,7 +114,7 @@ def keep_vectors(
     kdb runs keep-vectors none --older-than 90d
     kdb runs keep-vectors sampled --model smollm2-135m
     """
-    from kdb.warehouse import compaction as upkeep
+    from kdb.warehouse import compaction
 
     opened = kdb.open(warehouse or parent_warehouse)
     wanted = _having_vectors(opened, chosen, models, older_than)
@@ -124,7 +124,7 @@ def keep_vectors(
     if not yes:
         click.confirm(f"Drop the vectors of {_count(len(wanted), 'run')} for good?", abort=True, err=True)
     for run in wanted:
-        upkeep.keep_vectors(opened.lake, opened.lake.find(run), which)
+        compaction.keep_vectors(opened.lake, opened.lake.find(run), which)
         click.echo(f"Dropped vectors of run {run}.")
 
 
@@ -158,11 +158,11 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     \b
     kdb compact
     """
-    from kdb.warehouse import compaction as upkeep
+    from kdb.warehouse import compaction
 
     lake = kdb.open(warehouse).lake
     found = chosen or [folder.run for folder in lake.run_folders()]
-    fewer = sum(upkeep.compact(lake, run) for run in found)
+    fewer = sum(compaction.compact(lake, run) for run in found)
     click.echo(f"{_count(fewer, 'file')} fewer in {_count(len(found), 'run')}.")
 
 

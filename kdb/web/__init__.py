@@ -1,5 +1,5 @@
 """The warehouse as a service: pages for people and an API for programs, read-only.
 
-``app`` speaks HTTP and never touches a table; each question goes over a ``desk`` to a worker process, which answers it
-from ``answers`` (the API) or ``pages`` within limits that the operating system enforces.
+``app`` speaks HTTP and never touches a table. ``worker_pool`` gives each question to a worker process, which answers it
+from ``answers`` (the API) or ``views`` (the pages) within limits that the operating system enforces.
 """

@@ -29,7 +29,7 @@ from kdb.web import api, pages
 from kdb.web.guard import COOKIE, Access, Guard, access_log
 from kdb.web.metrics import FROM_MEMORY, REGISTRY, RUNS, TURNED_AWAY, WAITING
 from kdb.web.worker import Question
-from kdb.web.worker_pool import Answer, BusyError, Desk, FailedError, Settings
+from kdb.web.worker_pool import Answer, BusyError, FailedError, Settings, WorkerPool
 
 VERSION = importlib.metadata.version("kdb-lm")
 STATIC = Path(__file__).parent / "static"
@@ -47,11 +47,11 @@ _STALLED = 5.0
 def create_app(warehouse: Path | str, access: Access, settings: Settings | None = None) -> Guard:
     """The application for one warehouse. Raises WarehouseError if there is none."""
     opened = Warehouse(warehouse)
-    desk = Desk(opened.lake.location, settings or Settings())
+    pool = WorkerPool(opened.lake.location, settings or Settings())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with desk:
+        async with pool:
             yield
 
     app = FastAPI(
@@ -64,7 +64,7 @@ def create_app(warehouse: Path | str, access: Access, settings: Settings | None 
         docs_url=None,
         redoc_url=None,
     )
-    app.state.ask = Asking(opened, desk)
+    app.state.ask = Asking(opened, pool)
     api.add_routes(app)
     pages.add_routes(app)
     _add_operation(app, access)
@@ -83,14 +83,14 @@ class _Begun:
 
 
 class Asking:
-    """Answers a request by one question to the desk: unchanged answers as 304, others as they are computed.
+    """Answers a request by one question to the pool: unchanged answers as 304, others as they are computed.
 
     Small answers are kept, since the same runs give the same answer; and of equal questions that come while the first
     is being answered, the others wait for that answer.
     """
 
-    def __init__(self, warehouse: Warehouse, desk: Desk) -> None:
-        self._warehouse, self._desk = warehouse, desk
+    def __init__(self, warehouse: Warehouse, pool: WorkerPool) -> None:
+        self._warehouse, self._pool = warehouse, pool
         self._kept: LRUCache[str, _Begun] = LRUCache(_KEPT, getsizeof=lambda begun: len(begun.first) + 1000)
         self._waiting = 0
         self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -126,7 +126,7 @@ class Asking:
         return _Streamed(begun.first, begun.rest, headers)
 
     async def _begun(self, etag: str, question: Question) -> _Begun:
-        if self._waiting >= self._desk.settings.workers + self._desk.settings.queue:
+        if self._waiting >= self._pool.settings.workers + self._pool.settings.queue:
             raise BusyError
         self._waiting += 1
         WAITING.set(self._waiting)
@@ -144,7 +144,7 @@ class Asking:
             WAITING.set(self._waiting)
 
     async def _ask(self, question: Question) -> _Begun:
-        answer = await self._desk.ask(question)
+        answer = await self._pool.ask(question)
         first = b""
         try:
             async for chunk in answer:

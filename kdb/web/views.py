@@ -163,7 +163,7 @@ def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
     columns = sorted(datasets, key=lambda key: (key[0], order.get(key[1], len(order)), key[1]))
     counted = " UNION ALL ".join(f"SELECT '{name}' AS table_name, count(*) AS n FROM {name}" for name in TABLES)
     rows = {row["table_name"]: row["n"] for row in wh.sql(counted).to_dicts()}
-    anatomy = wh.sql(
+    structure = wh.sql(
         "SELECT model, any_value(family) AS family, any_value(n_params) AS n_params, any_value(n_layers) AS n_layers, "
         "any_value(coalesce(quantization, weights_dtype)) AS weights, any_value(instruct) AS instruct "
         "FROM models GROUP BY model"
@@ -171,7 +171,7 @@ def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
     return {
         "title": "Measured",
         "models": look.models,
-        "anatomy": {row["model"]: row for row in anatomy},
+        "structure": {row["model"]: row for row in structure},
         "columns": columns,
         "cells": cells,
         "rows": [(name, n, TABLES[name].comment) for name, n in rows.items() if n],
@@ -186,7 +186,7 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
     studies = _studies(wh, [model])
     one = "SELECT * FROM {} WHERE model = $model ORDER BY run LIMIT 1"
     shown = [wh.sql(one.format(table), {"model": model}) for table in ("current.models", "models")]
-    anatomy = next(frame for frame in shown if len(frame)).to_dicts()[0]
+    structure = next(frame for frame in shown if len(frame)).to_dicts()[0]
     told = {column.name: (column.comment, column.info["symbol"]) for column in TABLES["models"].columns}
     charts, tables = [], []
     if concept := [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]:
@@ -208,11 +208,11 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
     return {
         "title": model,
         "model": model,
-        "summary": f"{anatomy['architecture']}, {anatomy['n_layers']} layers of {anatomy['n_heads']} heads "
-        f"and {anatomy['intermediate_size']:,} neurons, hidden size {anatomy['hidden_size']:,}; "
-        f"weights {anatomy['quantization'] or anatomy['weights_dtype'] or 'of unknown format'}"
-        f"{', instruction-tuned' * bool(anatomy['instruct'])}",
-        "anatomy": [(name, anatomy[name], *told[name]) for name in told],
+        "summary": f"{structure['architecture']}, {structure['n_layers']} layers of {structure['n_heads']} heads "
+        f"and {structure['intermediate_size']:,} neurons, hidden size {structure['hidden_size']:,}; "
+        f"weights {structure['quantization'] or structure['weights_dtype'] or 'of unknown format'}"
+        f"{', instruction-tuned' * bool(structure['instruct'])}",
+        "structure": [(name, structure[name], *told[name]) for name in told],
         "choices": {
             "dataset": studies["concept"],
             "category": _choices(wh)["category"] if studies["knowledge"] else [],

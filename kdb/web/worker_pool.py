@@ -1,4 +1,4 @@
-"""The desk: takes questions to a few worker processes, in turn, and brings back answers within limits.
+"""A pool of worker processes that answer questions within limits.
 
 A question waits while all workers are busy; when too many wait, it is turned away. A worker that exceeds a limit, or
 whose client has left, is killed, and another takes its place.
@@ -75,7 +75,7 @@ class Answer:
             await self._close()
 
 
-class Desk:
+class WorkerPool:
     """Worker processes for one warehouse; use it in an ``async with`` statement."""
 
     def __init__(self, warehouse: Path | str, settings: Settings) -> None:
@@ -86,9 +86,9 @@ class Desk:
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
         self._all: set[_Worker] = set()
         self._hiring: set[asyncio.Future[None]] = set()
-        self._threads = ThreadPoolExecutor(settings.workers + 1, thread_name_prefix="desk")
+        self._threads = ThreadPoolExecutor(settings.workers + 1, thread_name_prefix="pool")
 
-    async def __aenter__(self) -> Desk:
+    async def __aenter__(self) -> WorkerPool:
         self._folder = Path(tempfile.mkdtemp(prefix="kdb-serve-"))
         for _ in range(self.settings.workers):
             self._free.put_nowait(await self._in_thread(self._hire))
