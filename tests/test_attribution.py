@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import BLOCKS, LAYERS, VOCAB, loaded, prompts, tiny_model
 
+from kdb.ingest.attribution import bounds
 from kdb.ingest.attribution import rankings as ranking
 from kdb.ingest.attribution.rankings import METHODS, best_neurons
 from kdb.ingest.attribution.scores import WIDEST, Attribution, Neurons

@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kdb.ingest.attribution import bounds
 from kdb.ingest.attribution.bounds import Distributions, certified_top, distributions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
