@@ -32,7 +32,7 @@ from kdb.ingest.models.load import load_model
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.rows import Rows
 from kdb.warehouse.lake import Lake
-from kdb.warehouse.vectors import activation_groups, prompts_per_part
+from kdb.warehouse.vectors import GPU_PART_BYTES, PART_BYTES, activation_groups, prompts_per_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = ("smollm2-135m:cities", "gemma-3-270m:cities", "smollm2-135m:strategyqa", "gemma-3-270m:strategyqa")
@@ -63,7 +63,7 @@ def batched(capture: Capture, token_ids: Sequence[Sequence[int]], lake: Lake, *,
     begun, capturing = time.perf_counter(), 0.0
     prefix = token_ids[0][: shared_prefix(token_ids)]
     order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-    size = prompts_per_part(*capture.shape)
+    size = prompts_per_part(*capture.shape, GPU_PART_BYTES if capture.loaded.device.type == "cuda" else PART_BYTES)
 
     def parts() -> Iterator[tuple[str, Rows]]:
         nonlocal capturing

@@ -202,6 +202,17 @@ class RunInProgress:
         """The rows of a table that earlier stages have stored; else those of the run that it is computed from."""
         return read_parts(self.files(name))
 
+    @property
+    def device(self) -> str:
+        """Where the model of the run was first loaded."""
+        return str(self.staged.facts["device"])
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """A plan that a resumed run must find as it was, though memory or the device may be another: JSON."""
+        if name not in self.staged.facts:
+            self.staged.remember(**{name: make()})
+        return self.staged.facts[name]
+
     def once(self, work: Work[Any, T], shard: Shard) -> T:
         """The one result of work on the model that writes no table, such as how much memory there is."""
         engine, subject = self._with_model()

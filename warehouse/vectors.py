@@ -15,11 +15,13 @@ from kdb.errors import WarehouseError
 from kdb.warehouse.schema import arrow_schema
 
 PART_BYTES = 64 * 2**20
+GPU_PART_BYTES = 256 * 2**20
+"""Of one part where a GPU captures: a smaller batch of a large model would leave it idle."""
 
 
-def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int) -> int:
-    """Prompts whose float32 vectors fill one part: what a crash can cost, and what is held in memory."""
-    return max(1, PART_BYTES // (4 * n_layers * n_sites * hidden_size))
+def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int, part_bytes: int = PART_BYTES) -> int:
+    """Prompts whose float32 vectors fill one part: what is held in memory."""
+    return max(1, part_bytes // (4 * n_layers * n_sites * hidden_size))
 
 
 def activation_groups(

@@ -10,6 +10,7 @@ length.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from kdb.ingest.attribution.score_rows import (
 )
 from kdb.ingest.forward.capture import batches, check_row, chosen_prompts, untouched
 from kdb.ingest.forward.length_classes import LengthClasses
-from kdb.ingest.forward.memory import CHUNK_BYTES, room
+from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import told
@@ -64,7 +65,7 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
         ModelStage(
-            ("prompts",), lambda _run: [Shard("part", size=len(posed.prompts))], _kept, shown=("prompts", "prompts")
+            ("prompts",), functools.partial(_prompt_shards, posed.token_ids), _kept, shown=("prompts", "prompts")
         ),
         ModelStage(("checks",), _stored_shards, _check_stored),
         ModelStage(
@@ -122,22 +123,32 @@ def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Ro
     yield rows_of("checks", rows, begun)
 
 
-def _kept(subject: Attributed, _shard: Shard, advance: Advance) -> Iterator[Rows]:
+def _prompt_shards(token_ids: Sequence[Sequence[int]], run: RunInProgress) -> list[Shard]:
+    """Prompts in their order, as many together as take about a minute."""
+    longest = max(map(len, token_ids))
+    most = most_per_shard(run.device, 2 * run.table("models").to_pylist()[0]["n_params"] * longest)
+    starts = run.remembered("asked", lambda: list(range(0, len(token_ids), most)))
+    numbers = [range(a, b) for a, b in itertools.pairwise([*starts, len(token_ids)])]
+    return [Shard(f"part-{i:05}", some, len(some)) for i, some in enumerate(numbers)]
+
+
+def _kept(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
     """What the untouched model says of each prompt, and whether it is kept: the rows of ``prompts``."""
     begun = time.monotonic()
-    yield rows_of("prompts", list(_prompt_rows(subject, advance)), begun)
+    yield rows_of("prompts", list(_prompt_rows(subject, shard.work, advance)), begun)
 
 
-def _prompt_rows(subject: Attributed, advance: Advance) -> Iterator[dict[str, Any]]:
+def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) -> Iterator[dict[str, Any]]:
     from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
 
-    trials = [Trial(p.token_ids, p.target, Silenced(), everywhere=False, rivals=p.rivals) for p in subject.prompts]
+    prompts = [subject.prompts[i] for i in numbers]
+    trials = [Trial(p.token_ids, p.target, Silenced(), everywhere=False, rivals=p.rivals) for p in prompts]
     found = run_trials(subject.decomposition, trials, batch_tokens=subject.batch_tokens, on_batch=advance)
-    tokenizer, job = subject.loaded.tokenizer, subject.job
-    for prompt, example, text in zip(subject.prompts, job.dataset.examples, job.texts, strict=True):
-        i = prompt.number
+    tokenizer, job, texts = subject.loaded.tokenizer, subject.job, subject.job.texts
+    for i, prompt in enumerate(prompts):
+        example, text = job.dataset.examples[prompt.number], texts[prompt.number]
         yield {
-            "prompt_id": i,
+            "prompt_id": prompt.number,
             "text": text,
             "category": example.category,
             "relation": example.relation,
@@ -170,12 +181,16 @@ def _check_stored(subject: Attributed, shard: Shard, _advance: Advance) -> Itera
 def _chunks(posed: PosedFacts, length_class: LengthClasses, run: RunInProgress) -> list[Shard]:
     """Kept prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
     kept = [posed.prompts[row["prompt_id"]] for row in run.table("prompts").to_pylist() if row["kept"]]
-    if "chunks" not in run.staged.facts:
-        per_token, at_most, memory = run.once(_room, Shard("memory", CHUNK_BYTES)) if kept else (1, 1, 1)
-        order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
-        found = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
-        run.staged.remember(chunks=[[order[i].number for i in batch] for batch in found])
-    return [Shard(f"part-{i:05}", chunk, len(chunk)) for i, chunk in enumerate(run.staged.facts["chunks"])]
+    chunks = run.remembered("chunks", lambda: _chunked(kept, length_class, run) if kept else [])
+    return [Shard(f"part-{i:05}", chunk, len(chunk)) for i, chunk in enumerate(chunks)]
+
+
+def _chunked(kept: Sequence[Prompt], length_class: LengthClasses, run: RunInProgress) -> list[list[int]]:
+    """Numbers of prompts that are attributed together: what fits into memory, which takes a minute or two at most."""
+    per_token, at_most, memory = run.once(_room, Shard("memory", CHUNK_BYTES))
+    order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
+    found = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
+    return [[order[i].number for i in batch] for batch in found]
 
 
 def _room(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[tuple[int, int, int]]:
@@ -263,7 +278,12 @@ def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
     queries = run.table("query_neuron_scores").select(["layer", "neuron"])
     queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
     every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])
-    return [Shard("part", every.sort_by([(c, "ascending") for c in neurons.column_names]), len(every))]
+    every = every.sort_by([(c, "ascending") for c in neurons.column_names])
+    model = run.table("models").to_pylist()[0]
+    most = most_per_shard(run.device, 2 * model["vocab_size"] * model["hidden_size"])
+    starts = run.remembered("named", lambda: list(range(0, len(every), most)))
+    parts = [every.slice(start, most) for start in starts]
+    return [Shard(f"part-{i:05}", part, len(part)) for i, part in enumerate(parts)]
 
 
 def _tokens(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:

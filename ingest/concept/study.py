@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from kdb.ingest.concept.zero_shot import Question, answer, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
 from kdb.ingest.forward.capture import Capture, check_capture, check_stored, chosen_prompts, shared_prefix
+from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
 from kdb.ingest.job import Job, Probing
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import told
@@ -31,7 +32,14 @@ from kdb.ingest.prompts import Posed, check_length, description, pose
 from kdb.ingest.rows import Rows, arrow_rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
 from kdb.warehouse.schema import DEFAULT_PROBE
-from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_states, read_vectors
+from kdb.warehouse.vectors import (
+    GPU_PART_BYTES,
+    PART_BYTES,
+    activation_groups,
+    prompts_per_part,
+    read_states,
+    read_vectors,
+)
 
 if TYPE_CHECKING:
     from kdb.ingest.concept.probes import ProbeScore, Split
@@ -136,13 +144,27 @@ def _cost(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[str]:
 
 
 def _capture_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
-    """The prompts, longest first, as many together as fill a part; sizes are in tokens."""
-    model = run.table("models").to_pylist()[0]
+    """The prompts, longest first, as many together as fill a part or take a minute; sizes are in tokens."""
     n_tokens = [len(ids) for ids in posed.token_ids]
-    order = sorted(range(len(n_tokens)), key=lambda i: -n_tokens[i])
-    size = prompts_per_part(model["n_layers"], len(SITES), model["hidden_size"])
-    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    parts = run.remembered("captured", lambda: _parts(n_tokens, run))
     return [Shard(f"part-{i:05}", ids, sum(n_tokens[j] for j in ids)) for i, ids in enumerate(parts)]
+
+
+def _parts(n_tokens: Sequence[int], run: RunInProgress) -> list[list[int]]:
+    model, on_gpu = run.table("models").to_pylist()[0], run.device.startswith("cuda")
+    size = prompts_per_part(
+        model["n_layers"], len(SITES), model["hidden_size"], GPU_PART_BYTES if on_gpu else PART_BYTES
+    )
+    most = max(GPU_TOKENS if on_gpu else CPU_TOKENS, most_per_shard(run.device, 2 * model["n_params"]))
+    parts: list[list[int]] = [[]]
+    tokens = 0
+    for prompt in sorted(range(len(n_tokens)), key=lambda i: -n_tokens[i]):
+        if len(parts[-1]) == size or (parts[-1] and tokens + n_tokens[prompt] > most):
+            parts.append([])
+            tokens = 0
+        parts[-1].append(prompt)
+        tokens += n_tokens[prompt]
+    return parts
 
 
 def _announce(posed: PosedQuestion, run: RunInProgress) -> None:

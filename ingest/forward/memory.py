@@ -13,6 +13,12 @@ CPU_TOKENS = 1536
 GPU_TOKENS = 65536
 """On a GPU, at most: more would make it no busier."""
 
+SHARD_FLOPS = {"cpu": 3e12, "cuda": 1e16}
+"""Operations of one shard: about a minute, which is what an interruption costs.
+
+A constant of the kind of device and not of its speed: how prompts fall into batches shows in the last digits.
+"""
+
 CHUNK_BYTES = 512 * 2**20
 """Memory for the activation cache of one chunk of prompts, and for what is worked out from it, on a CPU."""
 
@@ -26,6 +32,11 @@ def tokens_at_once(loaded: LoadedModel) -> int:
         return CPU_TOKENS
     size = next(loaded.model.parameters()).element_size()
     return fitting_tokens(room(loaded.device, 0), token_bytes(loaded.model.config, size))
+
+
+def most_per_shard(device: str, flops: float) -> int:
+    """How many prompts, tokens or neurons take about a minute on this device; ``flops`` for each. At least 1."""
+    return max(1, int(SHARD_FLOPS["cuda" if device.startswith("cuda") else "cpu"] // max(1.0, flops)))
 
 
 def fitting_tokens(free: int, each: int) -> int:

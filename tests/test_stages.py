@@ -1,0 +1,134 @@
+"""The runner: shards that are complete are skipped, and nothing else says that one is complete."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdb.ingest.concept import study
+from kdb.ingest.execution.writer import write_behind
+from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, SHARD_FLOPS, most_per_shard
+from kdb.ingest.rows import Rows, rows_of
+from kdb.ingest.stages import PlannedRun, RunInProgress, Shard, StoredStage, carry_out
+from kdb.warehouse.lake import Lake, StagedRun
+
+IDENTITY = {"model": "m", "dataset": "d"}
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake.create(tmp_path / "w")
+
+
+def planned(*stages: StoredStage) -> PlannedRun:
+    return PlannedRun(IDENTITY, "m", "d", {"study": "concept", "variant": "default"}, lambda: (None, stages))
+
+
+def prompts(measured: list[str], *, fails_at: str = "") -> StoredStage:
+    """A stage of three shards, of a prompt each, that notes what it measures."""
+
+    def rows(_inputs: Any, shard: Shard) -> list[Rows]:
+        if shard.name == fails_at:
+            raise KeyboardInterrupt
+        measured.append(shard.name)
+        return [rows_of("checks", [{"check": shard.name}]), rows_of("prompts", [{"prompt_id": shard.work}])]
+
+    return StoredStage(("checks", "prompts"), lambda _run: [Shard(f"part-{i}", i) for i in range(3)], rows)
+
+
+def test_an_interrupted_run_resumes_with_the_first_shard_that_is_missing(lake: Lake) -> None:
+    measured: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(lake, planned(prompts(measured, fails_at="part-1")))
+    assert lake.run_folders() == []
+    assert carry_out(lake, planned(prompts(measured))).status == "committed"
+    assert measured == ["part-0", "part-1", "part-2"]
+    assert carry_out(lake, planned(prompts(measured))).status == "exists"
+
+
+def test_a_shard_without_its_last_table_is_measured_again(lake: Lake) -> None:
+    measured: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(lake, planned(prompts(measured, fails_at="part-2")))
+    next(lake.staging.glob("*/prompts/part-1.parquet")).unlink()
+    carry_out(lake, planned(prompts(measured)))
+    assert measured == ["part-0", "part-1", "part-1", "part-2"]
+
+
+def test_parts_that_fell_into_other_shards_are_dropped(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(lake, planned(prompts(measured, fails_at="part-2")))
+    monkeypatch.setattr("kdb.ingest.stages.LAYOUT", 99)
+    carry_out(lake, planned(prompts(measured)))
+    assert measured == ["part-0", "part-1", *(f"part-{i}" for i in range(3))]
+
+
+def test_the_table_that_makes_a_shard_complete_is_written_last(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, str]] = []
+    moments = random.Random(0)
+
+    def write(_staged: StagedRun, table: str, name: str, *_: Any, **__: Any) -> None:
+        time.sleep(moments.random() / 50)
+        ended.append((table, name))
+
+    def measured() -> Iterator[tuple[str, Rows]]:
+        for i in range(12):
+            for table in ("a", "b", "last"):
+                yield f"part-{i}", Rows(table, [])
+
+    monkeypatch.setattr(StagedRun, "write", write)
+    with lake.stage("0" * 16, "m", "d") as staged:
+        write_behind(staged, measured(), last="last", n_writers=4)
+    assert len(ended) == 36
+    for i in range(12):
+        tables = [table for table, name in ended if name == f"part-{i}"]
+        assert tables[-1] == "last"
+
+
+def test_what_a_write_raises_ends_the_run(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(StagedRun, "write", full)
+    with lake.stage("0" * 16, "m", "d") as staged, pytest.raises(OSError, match="full"):
+        write_behind(staged, iter([("part", Rows("a", []))]), last="a", n_writers=4)
+
+
+def test_a_plan_is_remembered_whatever_fits_later(lake: Lake) -> None:
+    with lake.stage("0" * 16, "m", "d") as staged:
+        run = RunInProgress(staged, None, None, None)
+        assert run.remembered("chunks", lambda: [[0, 1], [2]]) == [[0, 1], [2]]
+        assert run.remembered("chunks", lambda: [[0], [1], [2]]) == [[0, 1], [2]]
+
+
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=200),
+    st.sampled_from([10**6, 10**8, 10**10, 10**12]),
+    st.sampled_from(["cpu", "cuda:0"]),
+)
+def test_captured_shards_hold_every_prompt_once_and_about_a_minute(
+    n_tokens: Sequence[int], n_params: int, device: str
+) -> None:
+    model = pa.Table.from_pylist([{"n_layers": 30, "hidden_size": 4096, "n_params": n_params}])
+    run: Any = SimpleNamespace(device=device, table=lambda _name: model)
+    parts = study._parts(n_tokens, run)
+    assert sorted(prompt for part in parts for prompt in part) == list(range(len(n_tokens)))
+    most = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, most_per_shard(device, 2 * n_params))
+    assert all(len(part) == 1 or sum(n_tokens[i] for i in part) <= most for part in parts)
+    assert all(parts)
+
+
+@given(st.floats(0, 1e20), st.sampled_from(["cpu", "cuda", "cuda:1"]))
+def test_a_shard_has_at_least_one_thing_and_takes_no_more_than_its_operations(flops: float, device: str) -> None:
+    most = most_per_shard(device, flops)
+    assert most == 1 or most * flops <= SHARD_FLOPS["cpu" if device == "cpu" else "cuda"]
