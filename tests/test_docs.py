@@ -163,3 +163,9 @@ def test_changelog_and_citation_are_of_the_version_and_its_day() -> None:
     newest, day = re.findall(r"^## \[(\d.*?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[0]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (newest, citation["version"], citation["date-released"]) == (version, version, day)
+
+
+def test_the_commit_hook_has_the_tested_ruff() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (rev,) = [source["rev"] for source in hooks if "ruff" in source["repo"]]
+    assert f"ruff=={rev.removeprefix('v')}" in (ROOT / "constraints.txt").read_text().splitlines()
