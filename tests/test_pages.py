@@ -51,7 +51,7 @@ def server() -> Iterator[Served]:
 def browser() -> Iterator[Browser]:
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if executable is None:
-        pytest.skip("there is no Chromium: apt install chromium")
+        pytest.skip("there is no Chromium: make browser")
     with sync_playwright() as playwright:
         try:
             opened = playwright.chromium.launch(
