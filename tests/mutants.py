@@ -1,0 +1,257 @@
+"""Deliberate faults, each with the tests that must notice it.
+
+    python tests/mutants.py                  # all of them; about ten minutes on two cores
+    python tests/mutants.py bounds stages    # those whose file or text has one of these words
+
+Each mutant is one changed line in a copy of the package. It is caught if a test fails. A mutant that survives is a gap
+in the tests, or code that does nothing: exits with 1 if fewer than 95 % are caught.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+LONGEST = 420.0
+"""Seconds after which a mutant counts as caught: it never ends."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` stands once in the file and becomes ``new``; ``tests`` are arguments of pytest."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old.strip()} → {self.new.strip() or 'nothing'}"
+
+
+PROBES, BOUNDS = "ingest/concept/probes.py", "ingest/attribution/bounds.py"
+RANKINGS, SCORES = "ingest/attribution/rankings.py", "ingest/attribution/scores.py"
+MACROS, UNCERTAINTY, LAKE = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/lake.py"
+IMPORTS, INSPECTION = "warehouse/imports.py", "warehouse/inspection.py"
+STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
+KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
+PROVED = "tests/test_bounds.py tests/test_attribution.py"
+
+MUTANTS = [
+    # The probe's solver
+    Mutant(PROBES, "return 2 * radius * float(", "return radius * float(", "tests/test_probes.py"),
+    Mutant(PROBES, "penalty[-1] = 0.0", "penalty[-1] = 1.0", "tests/test_probes.py"),
+    Mutant(PROBES, "return self.slack <= TOLERANCE", "return True", "tests/test_probes.py"),
+    Mutant(PROBES, "gradient = penalty * w + A.T @ (p - y)", "gradient = A.T @ (p - y)", "tests/test_probes.py"),
+    Mutant(PROBES, "w[-1] * design.radius - design.mean @ coef", "w[-1] * design.radius", "tests/test_probes.py"),
+    Mutant(PROBES, "PAPER_SEED = 42", "PAPER_SEED = 43", "tests/test_probes.py"),
+    Mutant(PROBES, "TEST_SHARE = 0.4", "TEST_SHARE = 0.5", "tests/test_probes.py"),
+    Mutant(
+        PROBES,
+        "return _Reading(decision > 0, decision",
+        "return _Reading(decision > 1, decision",
+        "tests/test_probes.py",
+    ),
+    Mutant(PROBES, "if not np.isfinite(X).all():", "if False:", "tests/test_probes.py"),
+    Mutant(
+        PROBES,
+        "if all(0 < drawn[rows].mean() < 1 for split in splits",
+        "if all(drawn[rows].mean() <= 1 for split in splits",
+        "tests/test_probes.py",
+    ),
+    # The proof
+    Mutant(BOUNDS, "least = (known - slack).topk(k", "least = known.topk(k", PROVED),
+    Mutant(BOUNDS, "bound = upper + slack", "bound = upper - slack", PROVED),
+    Mutant(BOUNDS, "open_ = (bound > least) & ~scored", "open_ = (upper - 0.02 > least) & ~scored", PROVED),
+    Mutant(BOUNDS, "closer(rows, columns) + slack[open_])", "closer(rows, columns) - slack[open_])", PROVED),
+    Mutant(BOUNDS, "_ROUNDING * terms * self.scale.abs()", "0 * terms * self.scale.abs()", PROVED),
+    Mutant(BOUNDS, "score = -total.log1p()", "score = -total", PROVED),
+    Mutant(BOUNDS, "far = (~((total > -0.99)", "far = (~((total > -9e9)", PROVED),
+    Mutant(BOUNDS, "phi = torch.where(b < 1e-3, 0.5 + b / 6", "phi = torch.where(b < 1e-3, 0.2 + b / 6", PROVED),
+    Mutant(BOUNDS, "(b.expm1() - b) / b.square())", "(b.expm1() - b) / (4 * b.square()))", PROVED),
+    Mutant(BOUNDS, "most = explicit + rest - first + largest", "most = explicit + rest - first + 0 * largest", PROVED),
+    Mutant(BOUNDS, "rest_mean = -first / rest", "rest_mean = first / rest", PROVED),
+    Mutant(BOUNDS, "index = torch.where(best.values > -torch.inf, best.indices, -1)", "index = best.indices", PROVED),
+    # Scores and rankings
+    Mutant(SCORES, "return (layer + (self.n_layers if component", "return (layer + (0 if component", PROVED),
+    Mutant(SCORES, "return torch.where(parallel[:, None, None], before, after)", "return after", PROVED),
+    Mutant(SCORES, "return torch.where(logits == 0, 1.0, slope)", "return torch.ones_like(slope)", PROVED),
+    Mutant(SCORES, "upper.append(factor * (at.slope[rows]", "upper.append(0.9 * factor * (at.slope[rows]", PROVED),
+    Mutant(SCORES, "return layer, head, weights * real, score", "return layer, head, weights, score", PROVED),
+    Mutant(RANKINGS, "-tie[near].cpu().numpy(), -row", "tie[near].cpu().numpy(), -row", "tests/test_attribution.py"),
+    Mutant(RANKINGS, "return 1e-5 * column_length", "return -1e-1 * column_length", "tests/test_attribution.py"),
+    Mutant(
+        RANKINGS,
+        "rank[rows] += (logits > own).sum(1)",
+        "rank[rows] += (logits >= own).sum(1)",
+        "tests/test_attribution.py",
+    ),
+    Mutant(RANKINGS, "return (1 + torch.cat(found", "return (2 + torch.cat(found", "tests/test_attribution.py"),
+    # The knowledge study
+    Mutant(KNOWLEDGE, "KEPT_RANK = 10", "KEPT_RANK = 11", "tests/test_knowledge_run.py"),
+    Mutant(KNOWLEDGE, "<= KEPT_RANK and found.ahead[i])", "<= KEPT_RANK)", "tests/test_knowledge_run.py"),
+    Mutant(
+        KNOWLEDGE,
+        "k = max(wanted.top_k, wanted.query_values",
+        "k = max(1, wanted.query_values",
+        "tests/test_knowledge_run.py",
+    ),
+    Mutant(
+        "ingest/prompts.py",
+        "sorted(of_category[category] - {target})",
+        "sorted(of_category[category])",
+        "tests/test_knowledge_run.py",
+    ),
+    Mutant("ingest/forward/ablation.py", "rank = 1 + (logits > own).sum(1)", "rank = (logits > own).sum(1)", PROVED),
+    Mutant("ingest/forward/ablation.py", "states[row, :, place] = 0", "states[row, :, place] *= 0.5", PROVED),
+    # Capture
+    Mutant(
+        "ingest/forward/capture.py",
+        '_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3',
+        '_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 1.0',
+        "tests/test_capture.py tests/test_length_classes.py",
+    ),
+    Mutant("ingest/forward/capture.py", "if not value <= tolerance:", "if value > tolerance:", "tests/test_capture.py"),
+    Mutant(
+        "ingest/forward/capture.py",
+        "while stop < limit and length_class(lengths[stop]) == same:",
+        "while stop < limit:",
+        "tests/test_length_classes.py",
+    ),
+    Mutant("ingest/forward/memory.py", "SHARE = 0.4", "SHARE = 0.9", "tests/test_memory.py"),
+    Mutant("ingest/models/tokens.py", "ids[: len(ids) - after]", "ids[: len(ids)]", "tests/test_tokens.py"),
+    Mutant(
+        "ingest/models/tokens.py",
+        "twice = 0 < before < len(ids)",
+        "twice = 1 < before < len(ids)",
+        "tests/test_tokens.py",
+    ),
+    # The runner
+    Mutant(
+        STAGES,
+        "return self.staged.has(stage.tables[-1], shard.name)",
+        "return self.staged.has(stage.tables[0], shard.name)",
+        "tests/test_stages.py",
+    ),
+    Mutant(STAGES, 'if staged.facts.get("layout") != LAYOUT:', "if False:", "tests/test_stages.py"),
+    Mutant(STAGES, "if name not in self.staged.facts:", "if True:", "tests/test_stages.py"),
+    Mutant(WRITER, "or (rows.table == last and any(of == name for of, _ in pending))", "", "tests/test_stages.py"),
+    Mutant(WRITER, "            written.result()\n", "            pass\n", "tests/test_stages.py"),
+    Mutant(
+        CONCEPT,
+        "if len(parts[-1]) == size or (parts[-1] and tokens",
+        "if len(parts[-1]) == size or (tokens",
+        "tests/test_stages.py",
+    ),
+    Mutant(CONCEPT, "tokens + n_tokens[prompt] > most", "tokens > most", "tests/test_stages.py"),
+    # Costs
+    Mutant(
+        "ingest/cost.py",
+        "seconds=flops / rate,",
+        "seconds=10 * flops / rate,",
+        "tests/test_run.py tests/test_knowledge_run.py",
+    ),
+    Mutant(
+        "ingest/cost.py", "_NEURON_BYTES = 80", "_NEURON_BYTES = 800", "tests/test_run.py tests/test_knowledge_run.py"
+    ),
+    # SQL
+    Mutant(
+        MACROS,
+        "round(variation_rate, 12) >= jump_ratio;",
+        "round(variation_rate, 12) > jump_ratio;",
+        "tests/test_queries.py",
+    ),
+    Mutant(
+        MACROS,
+        "round(abs(variation_rate - 1), 12) < tolerance;",
+        "round(abs(variation_rate - 1), 12) <= tolerance;",
+        "tests/test_queries.py",
+    ),
+    Mutant(MACROS, "max(layer) FILTER (has_converged", "min(layer) FILTER (has_converged", "tests/test_queries.py"),
+    Mutant(
+        MACROS, "CASE WHEN lag(layer) OVER by_layer = layer - 1 THEN", "CASE WHEN true THEN", "tests/test_queries.py"
+    ),
+    Mutant(MACROS, "WHERE kept AND among(category", "WHERE among(category", "tests/test_knowledge_queries.py"),
+    Mutant(MACROS, "len(a) + len(b) - n_shared(a, b))", "len(a) + len(b))", "tests/test_knowledge_queries.py"),
+    Mutant(MACROS, "WHEN preferred THEN 1 ELSE 3 END", "WHEN preferred THEN 3 ELSE 1 END", "tests/test_current.py"),
+    Mutant(MACROS, "least(finished_at, imported_at) AS since", "finished_at AS since", "tests/test_current.py"),
+    # Statistics
+    Mutant(UNCERTAINTY, "_LEVEL = (0.025, 0.975)", "_LEVEL = (0.05, 0.95)", "tests/test_uncertainty.py"),
+    Mutant(UNCERTAINTY, "np.stack([1 + (resampled >", "np.stack([0 + (resampled >", "tests/test_uncertainty.py"),
+    Mutant(UNCERTAINTY, "return min(1.0, 2 * float(", "return min(1.0, float(", "tests/test_uncertainty.py"),
+    Mutant(UNCERTAINTY, "rng.integers(n, size=n)", "rng.permutation(n)", "tests/test_uncertainty.py"),
+    # The warehouse
+    Mutant(
+        LAKE,
+        'raise AssertionError(f"the run id {run} is not that of its identity")',
+        "pass",
+        "tests/test_lake.py tests/test_manifest.py",
+    ),
+    Mutant(INSPECTION, "if found.size != record.bytes:", "if False:", "tests/test_inspection.py"),
+    Mutant(
+        INSPECTION,
+        'for what in ("bytes", "rows", "sha256"):',
+        'for what in ("bytes", "rows"):',
+        "tests/test_inspection.py",
+    ),
+    Mutant(INSPECTION, "or entry[:2] != [light, heavy]:", "or entry[0] != light:", "tests/test_inspection.py"),
+    Mutant(IMPORTS, "if n_places != (n_rows,):", "if False:", "tests/test_manifest.py"),
+    Mutant(IMPORTS, "            _check_id(copy, manifest, row)\n", "", "tests/test_manifest.py tests/test_schemas.py"),
+    Mutant(IMPORTS, "not 0 <= first <= last < n_layers:", "not 0 <= first <= last:", "tests/test_manifest.py"),
+    Mutant(
+        "warehouse/compaction.py", "if record.rows != before and not sampled:", "if False:", "tests/test_manifest.py"
+    ),
+    Mutant("warehouse/paging.py", "if list(names) != list(order) or", "if", "tests/test_serve.py"),
+    Mutant(
+        "warehouse/statements.py", 'if kinds[0] not in ("SELECT", "EXPLAIN"):', "if False:", "tests/test_hostile.py"
+    ),
+]
+
+
+def caught(mutant: Mutant) -> tuple[bool, str]:
+    """Whether a test fails on a copy of the package with the mutant, and what pytest said last."""
+    with tempfile.TemporaryDirectory(prefix="kdb-mutant-") as folder:
+        copy = Path(folder) / "kdb"
+        shutil.copytree(REPOSITORY / "kdb", copy)
+        for room in ("ingest", "analysis", "queries", "warehouse"):
+            shutil.copytree(REPOSITORY / room, copy / room)
+        part = mutant.file.removeprefix("kdb/")
+        text = (copy / part).read_text()
+        if text.count(mutant.old) != 1:
+            return False, f"stands there {text.count(mutant.old)} times: change the list"
+        (copy / part).write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LONGEST
+            )
+        except subprocess.TimeoutExpired:
+            return True, "never ended"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1, lines[0] if lines else done.stdout.strip()[-200:]
+
+
+def main(words: Sequence[str]) -> None:
+    """Try the mutants, and print a line for each."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in str(mutant) for word in words)]
+    survivors = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, (noticed, said) in zip(chosen, pool.map(caught, chosen), strict=True):
+            print(f"{'caught  ' if noticed else 'SURVIVED'} {mutant}\n         {said}", flush=True)
+            survivors += [] if noticed else [mutant]
+    share = 1 - len(survivors) / max(1, len(chosen))
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught: {share:.0%}")
+    sys.exit(share < 0.95)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
