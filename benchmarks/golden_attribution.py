@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from kdb.ingest.attribution.rankings import METHODS, best_neurons
+from kdb.ingest.attribution.score_rows import silenced_ffn
 from kdb.ingest.attribution.scores import Attribution, Neurons, Queries, prompts_at_once
-from kdb.ingest.attribution.study import KEPT_RANK, silenced_ffn
+from kdb.ingest.attribution.study import KEPT_RANK
 from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
 from kdb.ingest.forward.activation_cache import run_with_cache
