@@ -8,11 +8,13 @@ A query is named after its file. Its header reads::
     -- What one row is, and how to read it.
     --
     -- Parameters:
-    --   model    texts = all       models, side by side
+    --   model
     --   limit    integer = 20      rows at most
     --   prompt   integer required  prompt to show
 
-Types are text, texts (one or several), integer and number. ``= all`` is no restriction: the parameter is then
+A name alone is a parameter that queries share, declared in ``parameters.sql``; where that has two of the name, the
+type follows it (``dataset texts``). Types are text, texts (one or several), integer and number. ``= all`` is no
+restriction: the parameter is then
 NULL. ``= default|all`` has the default ``default``, and takes the word ``all``, too. Which values a parameter may have
 follows from its name (``domains.py``). The body reads each parameter with ``getvariable('name')``; defaults are in the
 header alone. Nothing here opens a database.
@@ -186,7 +188,7 @@ def bind(name: str, params: Sequence[Param], given: Mapping[str, object]) -> dic
 def _shell_note(param: Param) -> str:
     """What the default alone does not show of a parameter."""
     notes = ["required"] * param.required + ["a list: ['a', 'b']"] * (param.type == "texts")
-    return f" -- {', '.join(notes)}" if notes else ""
+    return f" -- {param.meaning}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 @cache
@@ -233,18 +235,40 @@ def _read_query(path: Path) -> SavedQuery:
     if "Parameters:" not in header or header.index("Parameters:") < 3 or not all(header[:2]):
         raise QueryError(f"{path}: the header needs a title, a reference, a description and 'Parameters:'")
     start = header.index("Parameters:")
-    params = tuple(_read_param(path, number, header[number]) for number in range(start + 1, len(header)))
+    params = tuple(_param(path, number, header[number]) for number in range(start + 1, len(header)))
     body = "\n".join(sql.splitlines()[len(header) :])
     _check_names(path, [param.name for param in params], set(_VARIABLE.findall(body)))
     title, reference, *description = header[:start]
     return SavedQuery(path.stem, title, reference, " ".join(description).strip(), params, sql, path)
 
 
+def _param(path: Path, number: int, line: str) -> Param:
+    """The parameter on a header line: one that queries share and that is named here, or one declared here."""
+    name, _, type_ = line.partition(" ")
+    if type_.strip() in ("", *_TYPES):
+        for shared in _shared_params():
+            if shared.name == name and type_.strip() in ("", shared.type):
+                return shared
+    return _read_param(path, number, line)
+
+
+@cache
+def _shared_params() -> tuple[Param, ...]:
+    """The parameters that are declared once, in ``parameters.sql``."""
+    path = FOLDER / "parameters.sql"
+    header = [line[2:].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    start = header.index("Parameters:")
+    return tuple(_read_param(path, number, header[number]) for number in range(start + 1, len(header)))
+
+
 def _read_param(path: Path, number: int, line: str) -> Param:
     """The parameter declared on a header line; `number` counts lines from 0."""
     match = _PARAM.fullmatch(line)
     if match is None:
-        expected = "expected 'name text|texts|integer|number = default meaning' or '… required meaning'"
+        expected = (
+            "expected the name of a parameter in parameters.sql, or 'name text|texts|integer|number = default meaning' "
+            "or '… required meaning'"
+        )
         raise QueryError(f"{path}, line {number + 1}: {expected}, found {line!r}")
     name, type_, default, meaning = match.group("name", "type", "default", "meaning")
     if default is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -588,3 +589,25 @@ def test_trials_leave_nothing_attached_to_the_model() -> None:
     with pytest.raises(IndexError):
         run_trials(decomposition, [Trial([VOCAB], 0, Silenced(ffn={0: [1]}), everywhere=True)])
     assert not any(m._forward_pre_hooks for m in decomposition.loaded.model.modules())
+
+
+# Ties ------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_values_are_ranked_by_larger_coefficient_and_then_by_place() -> None:
+    value = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0]]).double()
+    coefficient = torch.tensor([[1.0, 3.0, 2.0, 9.0, 3.0]]).double()
+    assert ranking._largest(value, coefficient, 4).tolist() == [[1, 4, 2, 0]]
+
+
+def test_a_token_with_the_same_logit_does_not_rank_before_the_target() -> None:
+    table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    readout = SimpleNamespace(table=table, longest=torch.arange(4))
+    columns = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    a: Any = SimpleNamespace(
+        decomposition=SimpleNamespace(readout=readout),
+        target=torch.tensor([0]),
+        ffn_columns=lambda neuron: (columns, neuron),
+    )
+    ranks = ranking._ranks(a, torch.tensor([0, 0]), torch.tensor([0, 1]))
+    assert ranks.tolist() == [2.0, 2.0]  # behind token 3, and not behind token 1; then behind token 2 alone

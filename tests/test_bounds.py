@@ -223,6 +223,31 @@ def test_the_top_k_is_complete_whatever_the_bounds_and_their_rounding(
             assert ((true[row, left] - slack[row, left]) <= (true[row, taken] + slack[row, taken]).min()).all()
 
 
+@pytest.mark.parametrize("tightened", [False, True])
+@pytest.mark.parametrize("step", [1, 3])
+def test_no_candidate_left_unscored_is_truly_above_the_kth_best(step: int, tightened: bool) -> None:
+    """Whatever rounding does within the slack: here it hides what is good and flatters what is not."""
+    random = torch.Generator().manual_seed(0)
+    n_rows, n, k = 3000, 12, 3
+    true = torch.randint(0, 12, (n_rows, n), generator=random).double() / 4
+    slack = torch.rand(n_rows, n, generator=random).double()
+    off = (2 * torch.rand(n_rows, n, generator=random).double() - 1).sign() * slack
+    gap = torch.rand(n_rows, n, generator=random).double() * (2 if tightened else 0.2)
+    scored = torch.zeros(n_rows, n, dtype=torch.bool)
+
+    def score(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        scored[rows, columns] = True
+        return true[rows, columns] + off[rows, columns]
+
+    def closer(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return true[rows, columns] - slack[rows, columns]
+
+    certified_top(true + gap - slack, slack, k, score, [closer] if tightened else [], step)
+    kth = true.topk(k, dim=1).values[:, -1:]
+    assert not (~scored & (true > kth)).any()
+    assert not scored.all()
+
+
 def test_without_rounding_the_top_k_is_exactly_the_sorted_top_k() -> None:
     true = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)).double()
     for k in (1, 10, 400, 1000):

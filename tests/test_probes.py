@@ -134,6 +134,35 @@ def test_refitting_gives_the_same_scores():
     assert score_probes(X, y, shuffled(y), splits, CLASSIFIERS) == score_probes(X, y, shuffled(y), splits, CLASSIFIERS)
 
 
+def test_the_slack_bounds_how_far_a_decision_is_from_the_optimums_and_half_of_it_does_not():
+    X, y = np.array([[-41.02], [-41.02], [41.02], [40.61]]), np.array([1, 1, 0, 1])
+    design = Design(X)
+    loose, best = fit_logistic(design, y, 2), fit_logistic(design, y, 400)
+    assert best.converged
+    assert not loose.converged
+    ends = design.mean + np.array([[design.radius], [-design.radius]])
+    off = np.abs(ends @ (loose.coef - best.coef) + loose.intercept - best.intercept).max()
+    assert loose.slack / 2 < off <= loose.slack
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_a_fit_to_short_rows_is_not_called_converged_before_its_intercept_is(scale):
+    X = np.random.default_rng(0).normal(size=(100, 5)) * scale
+    y = (np.arange(100) % 10 < 3).astype(int)
+    fit = fit_logistic(Design(X), y)
+    plain = LogisticRegression(solver="newton-cg", tol=1e-10, max_iter=1000).fit(X, y)
+    assert fit.converged
+    np.testing.assert_allclose(X @ fit.coef + fit.intercept, plain.decision_function(X), atol=2e-3)
+
+
+def test_logistic_predicts_the_likelier_class():
+    X, y = layer(120, 8)
+    (split,) = make_splits(y)
+    (score,) = score_probes(X, y, shuffled(y), [split], ["logistic"])
+    plain = LogisticRegression(solver="newton-cg", tol=1e-10, max_iter=1000).fit(X[split.train], y[split.train])
+    np.testing.assert_array_equal(score.predicted, plain.predict(X[split.test]))
+
+
 def test_scores_are_ordered_by_split_then_classifier():
     X, y = layer(60, 5)
     scores = score_probes(X, y, shuffled(y), make_splits(y, n_splits=2), ["logistic-paper", "logistic"])

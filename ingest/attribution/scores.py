@@ -197,7 +197,7 @@ class Attribution:
         every = torch.arange(len(base), device=base.device)
         score = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
         score[real] = self.at.scores(base, vectors[real], every, torch.ones(len(base), device=base.device))
-        return layer, head, weights * real, score
+        return layer, head, weights, score
 
     # Value neurons
 

@@ -324,7 +324,12 @@ def fit_logistic(design: Design, labels: ArrayLike, max_iter: int = 100) -> Logi
         gradient = penalty * w + A.T @ (p - y)
         slack = _slack(gradient, design.radius)
         if slack <= TOLERANCE or n_iter == max_iter:
-            break
+            slack, shift = _proved_slack(design, w, logits, y)
+            if slack <= TOLERANCE or n_iter == max_iter:
+                break
+            w[-1] += shift / design.radius  # rows are so short that the gradient hides an intercept far off
+            stale = True
+            continue
         curvature = p * (1 - p)
         if stale:
             hessian.refresh(curvature)
@@ -345,6 +350,31 @@ def _slack(gradient: Floats, radius: float) -> float:
     radius·‖w − w*‖ through w, and as much again through the intercept, which follows w at that rate.
     """
     return 2 * radius * float(np.linalg.norm(gradient))
+
+
+def _proved_slack(design: Design, w: Floats, logits: Floats, y: Floats) -> tuple[float, float]:
+    """``_slack`` where the intercept is at its best for w, plus how far it is from there; and that distance, signed.
+
+    ``_slack`` alone says nothing of the intercept, which has no penalty: with rows a thousandth long, its gradient
+    times their length is small however far off it is.
+    """
+    shift = _best_shift(logits, y)
+    gradient = w[:-1] + design.A[:, :-1].T @ (expit(logits + shift) - y)
+    return _slack(gradient, design.radius) + abs(shift), shift
+
+
+def _best_shift(logits: Floats, y: Floats) -> float:
+    """The root of Σ expit(logits + t) − y, which grows with t: what the intercept lacks to be at its best."""
+
+    def slope(t: float) -> float:
+        return float((expit(logits + t) - y).sum())
+
+    if not 0 < y.sum() < len(y):
+        return 0.0  # with one class there is none
+    reach = 1.0
+    while slope(-reach) > 0 or slope(reach) < 0:
+        reach *= 2
+    return float(brentq(slope, -reach, reach))
 
 
 class _FactoredHessian:

@@ -6,13 +6,13 @@
 -- no such layer.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model
+--   dataset texts
 --   site        text = all         where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   classifier
+--   split
+--   variant
+--   run
 --   jump_ratio  number = 1.1       smallest variation rate that is a jump
 --   convergence_tolerance  number = 0.03  largest change of a rate that has converged, itself excluded
 SELECT model, dataset, site, n_layers, jump_layer, jump_percent, converging_layer, converging_percent

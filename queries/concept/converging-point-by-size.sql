@@ -4,13 +4,13 @@
 -- One row per dataset, family and model, smallest first: jump point and converging point in percent of depth.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   model
+--   dataset texts
+--   site
+--   classifier
+--   split
+--   variant
+--   run
 SELECT
     dataset, family, round(n_params / 1e9, 3) AS size_billions, model,
     100 * converging_point AS converging_percent,

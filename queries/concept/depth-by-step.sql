@@ -5,11 +5,11 @@
 -- and where it is, and the jump and converging points. A checkpoint without such a point has NULL there.
 --
 -- Parameters:
---   model       texts = all          models, side by side
---   dataset     texts = all          datasets
---   site        text = resid_post    where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic      logistic, logistic-paper or random-forest
---   split       text = paper         paper, stratified-SEED or grouped
+--   model
+--   dataset texts
+--   site
+--   classifier
+--   split
 --   variant     text = default       what else sets the runs apart, such as bfloat16
 WITH best AS (
     SELECT

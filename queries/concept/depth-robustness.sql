@@ -7,13 +7,13 @@
 -- the point lies from there; empty where either has none.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   model
+--   dataset texts
+--   site
 --   classifier  text = logistic    where the split or a threshold is varied
 --   split       text = paper       where the classifier or a threshold is varied
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   variant
+--   run
 WITH thresholds AS (
     SELECT 'J' AS point, unnest([1.1, 1.02, 1.05, 1.15, 1.2]) AS threshold
     UNION ALL

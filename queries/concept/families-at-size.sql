@@ -5,13 +5,13 @@
 -- that reaches best_accuracy; J and C in percent of depth.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   model
+--   dataset texts
+--   site
+--   classifier
+--   split
+--   variant
+--   run
 --   size        number = 7         parameters, in billions
 --   within      number = 1.5       factor by which a model may be smaller or larger
 SELECT

@@ -6,14 +6,14 @@
 -- last, and at most so many prompts, spread over the dataset. `kdb project` computes them.
 --
 -- Parameters:
---   model    texts = all        models, side by side
---   dataset  texts = all        datasets
---   site     text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   model
+--   dataset texts
+--   site
 --   method   text = pca         pca or umap
 --   layers   integer = 12       layers shown
 --   prompts  integer = 300      prompts shown
---   variant  text = default     newest runs of this variant; `kdb runs` lists them
---   run      text = all         this run alone, whatever its variant
+--   variant
+--   run
 WITH chosen AS (
     SELECT model, dataset, run, n_layers, coalesce(source_run, run) AS source
     FROM known_runs

@@ -6,13 +6,13 @@
 -- converging mark the layers that J and C are at.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
+--   model
+--   dataset texts
+--   site
+--   classifier
+--   split
 --   variant     text = default|all  newest runs of this variant, or of all; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   run
 SELECT
     model, dataset, site, layer, 100 * depth AS depth_percent,
     accuracy, accuracy_low, accuracy_high, f1, auc, converged, n_test,

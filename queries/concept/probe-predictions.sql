@@ -4,13 +4,13 @@
 -- One row per model, dataset, layer and test prompt, in no order.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
+--   model
+--   dataset texts
+--   site
 --   classifier  text = logistic    logistic, logistic-paper, logistic-standardised or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   split
+--   variant
+--   run
 SELECT model, dataset, run, layer, n_layers, prompt_id, predicted, correct
 FROM probe_predictions
 JOIN (SELECT model, dataset, run, n_layers FROM known_runs) USING (model, dataset, run)

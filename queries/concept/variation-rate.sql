@@ -5,13 +5,13 @@
 -- none at layer 0.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   model
+--   dataset texts
+--   site
+--   classifier
+--   split
+--   variant
+--   run
 SELECT model, dataset, site, layer, 100 * depth AS depth_percent, accuracy, variation_rate
 FROM _rates_of_all()
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)

@@ -6,13 +6,13 @@
 -- answer: where it is small, the model was about to say something else. best_probe_accuracy is that of the best layer.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model
+--   dataset texts
 --   site        text = resid_post  of the probe beside it: resid_post or ffn_norm
 --   classifier  text = logistic    of the probe beside it
 --   split       text = paper       of the probe beside it
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   variant
+--   run
 WITH answers AS (
     SELECT
         model, dataset, run, variant,

@@ -5,13 +5,13 @@
 -- right token after zeroing. The untouched model is the method none, with k = 0.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   positions  text = last     where neurons were set to 0: last or all
---   k          integer = all   neurons set to 0
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   positions
+--   k
 SELECT model, category, dataset, prompt_id, method, k, mrr, prob_percent, logp
 FROM ablation_effects(
     wanted_model := getvariable('model'), wanted_category := getvariable('category'),

@@ -6,11 +6,11 @@
 -- together are 0; beyond 0 to 100 where one of them lowers the right token.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 WITH sums AS (
     SELECT
         model, category,

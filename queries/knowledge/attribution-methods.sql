@@ -6,13 +6,13 @@
 -- Letters as in the paper, o and k = 0 for the untouched model; methods that it does not have come last.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   positions  text = last     where neurons were set to 0: last or all
---   k          integer = all   neurons set to 0
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   positions
+--   k
 WITH methods AS (
     SELECT
         [

@@ -5,13 +5,13 @@
 -- its rank among the model's heads.
 --
 -- Parameters:
---   layer     integer required    layer of the head
---   head      integer required    number of the head within its layer
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   layer
+--   head
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 SELECT model, category, head_name(layer, head) AS head_name, layer, head, rank, score, n_prompts
 FROM ranked_heads(
     getvariable('model'), getvariable('category'), getvariable('dataset'),

@@ -5,13 +5,13 @@
 -- among the prompt's best, the token that it reads most, as a JSON string. The largest scores come first.
 --
 -- Parameters:
---   layer     integer required    layer of the head
---   head      integer required    number of the head within its layer
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   layer
+--   head
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 --   k         integer = 50     prompts at most, of each model
 WITH scores AS (
     SELECT model, dataset, run, category, prompt_id, layer, head, score

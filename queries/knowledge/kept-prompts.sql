@@ -6,11 +6,11 @@
 -- fails.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 SELECT
     model, dataset, category,
     count(*) AS n_prompts,

@@ -4,11 +4,11 @@
 -- One row per model, category, prompt, component and layer: the log-probability increase of the right token.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 SELECT model, category, dataset, prompt_id, component, layer, layer_name(component, layer) AS layer_name, score
 FROM layer_scores
 JOIN _kept_prompts(

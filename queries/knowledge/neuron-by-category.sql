@@ -6,12 +6,12 @@
 -- the neuron, and it counts 0 in the others.
 --
 -- Parameters:
---   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   neuron
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 SELECT
     model, category, getvariable('neuron') AS neuron_name, role, mean_over(sum(score), n_kept) AS score,
     count(DISTINCT (dataset, run, prompt_id)) AS n_prompts, n_kept

@@ -6,12 +6,12 @@
 -- among the prompt's neurons of that role. The largest scores come first.
 --
 -- Parameters:
---   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   neuron
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 --   k         integer = 50     prompts at most, of each model and role
 SELECT
     model, category, dataset, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,

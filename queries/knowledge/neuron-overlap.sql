@@ -5,11 +5,11 @@
 -- prompts, are the same, and the Jaccard index of the two sets.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 --   component  text = ffn      attn or ffn
 --   k          integer = 300   neurons of each category
 WITH best AS (

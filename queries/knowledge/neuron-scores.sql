@@ -5,12 +5,12 @@
 -- that a prompt has no row of counts 0 there.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   component  text = all      attn or ffn
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   component
 SELECT *
 FROM (
     SELECT

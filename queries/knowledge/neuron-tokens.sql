@@ -4,10 +4,10 @@
 -- One row per model, end and rank: the token, as a JSON string, and the neuron's logit of it.
 --
 -- Parameters:
---   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
---   model     texts = all     models, side by side
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   neuron
+--   model
+--   variant
+--   run
 SELECT
     model, getvariable('neuron') AS neuron_name, sign, rank, to_json(min(token))::VARCHAR AS token,
     min(logit) AS logit

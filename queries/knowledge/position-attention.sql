@@ -8,11 +8,11 @@
 -- largest score.
 --
 -- Parameters:
---   model        texts = all     models, side by side
---   category     texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset      text = all      one dataset
---   variant      text = default  newest runs of this variant; `kdb runs` lists them
---   run          text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 --   k            integer = 10    best heads of each category, where neither layer nor head is given
 --   layer        integer = all   layer of the heads
 --   head         integer = all   number of the heads within their layers

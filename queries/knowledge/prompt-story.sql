@@ -8,10 +8,10 @@
 --
 -- Parameters:
 --   prompt   integer required    the prompt_id; `kdb query prompts` lists them
---   model    texts = all         models, side by side
---   dataset  text = all          one dataset
---   variant  text = default      newest runs of this variant; `kdb runs` lists them
---   run      text = all          this run alone, whatever its variant
+--   model
+--   dataset
+--   variant
+--   run
 --   k        integer = 10        rows of each part
 WITH chosen AS (
     SELECT model, dataset, run

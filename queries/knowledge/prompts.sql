@@ -5,11 +5,11 @@
 -- prompt is kept. The best known prompts of each category come first. `kdb query prompt-story` tells one's story.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 --   k         integer = 10    prompts of each category
 SELECT model, dataset, category, prompt_id, text, answer, target_token, target_prob, target_rank, kept
 FROM prompts

@@ -6,12 +6,12 @@
 -- layer.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   activates  text = all      which value neurons are activated: attn or ffn
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   activates
 --   k          integer = 10    layers of each category and kind
 WITH scores AS (
     SELECT

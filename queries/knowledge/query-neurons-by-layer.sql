@@ -5,12 +5,12 @@
 -- prompt's k best query neurons lie in the layer, as a mean over the kept prompts and as a share of all of them.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   activates  text = all      which value neurons are activated: attn or ffn
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   activates
 --   k          integer = 300   best query neurons of each prompt and kind
 WITH kept AS (
     SELECT *

@@ -6,12 +6,12 @@
 -- those that have it. The tokens are the ten that the neuron raises most, and least.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   activates  text = all      which value neurons are activated: attn or ffn
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   activates
 --   k          integer = 10    neurons of each category and kind
 WITH scores AS (
     SELECT

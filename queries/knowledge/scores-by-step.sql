@@ -6,9 +6,9 @@
 -- that it knows; n_prompts says how many.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
+--   model
+--   category
+--   dataset
 --   variant   text = default  what else sets the runs apart, such as bfloat16
 WITH kept AS (
     SELECT model, dataset, run, step, revision, prompt_id, category

@@ -5,11 +5,11 @@
 -- token over the kept prompts. a23.12 is head 12 of layer 23, both numbered from 0.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model
+--   category
+--   dataset
+--   variant
+--   run
 --   k         integer = 10    heads of each category
 SELECT model, category, rank, head_name(layer, head) AS head_name, layer, head, score, n_prompts
 FROM ranked_heads(

@@ -7,12 +7,12 @@
 -- best.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   component  text = all      attn or ffn
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   component
 --   k          integer = 300   best neurons of each prompt and component
 WITH kept AS (
     SELECT *

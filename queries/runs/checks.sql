@@ -6,11 +6,11 @@
 -- NULL. Models, weight formats and devices stand side by side.
 --
 -- Parameters:
---   model    texts = all  models, side by side
---   dataset  text = all   one dataset
---   study    text = all   concept or knowledge
+--   model
+--   dataset
+--   study
 --   variant  text = all   newest runs of this variant; `kdb runs` lists them
---   run      text = all   this run alone, whatever its variant
+--   run
 SELECT
     model, dtype, quantization, device, dataset, study, runs.variant, "check", value, tolerance, passed, detail
 FROM checks

@@ -5,7 +5,7 @@
 -- dtype is that of the forward pass, of every run of it.
 --
 -- Parameters:
---   model  texts = all  models, side by side
+--   model
 SELECT
     model, any_value(family) AS family, any_value(source) AS source, revision,
     any_value(architecture) AS architecture, any_value(n_layers) AS n_layers, any_value(n_heads) AS n_heads,

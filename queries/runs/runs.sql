@@ -4,9 +4,9 @@
 -- One row per run, in the order in which they were finished.
 --
 -- Parameters:
---   model    texts = all  models, side by side
---   dataset  text = all   one dataset
---   study    text = all   concept or knowledge
+--   model
+--   dataset
+--   study
 SELECT
     run, model, dataset, variant, study, source_run, round(seconds, 1) AS seconds,
     strftime(finished_at, '%Y-%m-%d %H:%M') AS finished_utc, left(revision, 12) AS revision, imported_from, preferred

@@ -1,0 +1,21 @@
+-- Parameters that several saved queries share. A header that names one without more means the line here; one that gives its
+-- type too, as in `dataset texts`, means the line of that type.
+--
+-- Parameters:
+--   model      texts   = all              models, side by side
+--   dataset    text    = all              one dataset
+--   dataset    texts   = all              datasets
+--   category   texts   = all              kinds of knowledge: language, color, number, capital, country, month or your own
+--   site       text    = resid_post       where the hidden state is read: resid_post or ffn_norm
+--   classifier text    = logistic         logistic, logistic-paper or random-forest
+--   split      text    = paper            paper, stratified-SEED or grouped
+--   variant    text    = default          newest runs of this variant; `kdb runs` lists them
+--   run        text    = all              this run alone, whatever its variant
+--   component  text    = all              attn or ffn
+--   activates  text    = all              which value neurons are activated: attn or ffn
+--   neuron     text    required           such as f29_1234, or a23.12_45 of an attention head
+--   layer      integer required           layer of the head
+--   head       integer required           number of the head within its layer
+--   positions  text    = last             where neurons were set to 0: last or all
+--   study      text    = all              concept or knowledge
+--   k          integer = all              neurons set to 0
