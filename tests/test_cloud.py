@@ -236,7 +236,7 @@ def test_runs_are_compacted_and_lose_their_vectors(
     monkeypatch.setattr("kdb.ingest.concept.study.prompts_per_part", lambda *_: 10)
     assert run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL).exit_code == 0
     reader, before = kdb.open(URL), kdb.open(URL).sql(SUMS)
-    assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 run.\n"
+    assert run_kdb("compact", "--warehouse", URL).stdout == "Reduced the number of files by 3 in 1 run.\n"
     assert reader.sql(SUMS).equals(before)
     assert len(reader.files("activations")) == 1
     assert run_kdb("runs", "keep-vectors", "none", "--yes", "--warehouse", URL).exit_code == 0
@@ -260,7 +260,7 @@ def test_a_server_goes_on_where_a_run_is_compacted(
     environment = {**store.environment, "XDG_CACHE_HOME": str(tmp_path)}
     with served("--warehouse", URL, "--workers", "1", **environment) as running, running.client() as client:
         client.get("/api/queries/runs?format=json").raise_for_status()  # now it knows the run's files
-        assert run_kdb("compact", "--warehouse", URL).stdout == "3 files fewer in 1 run.\n"
+        assert run_kdb("compact", "--warehouse", URL).stdout == "Reduced the number of files by 3 in 1 run.\n"
         vectors = client.get("/api/tables/activations?format=csv").raise_for_status()
         assert len(vectors.text.splitlines()) == 1 + kdb.open(URL).sql("SELECT count(*) FROM activations").item()
 

@@ -78,7 +78,7 @@ def test_the_same_again_sends_and_fetches_nothing(
 ) -> None:
     run_kdb("push", URL, "--warehouse", warehouse)
     head = list(hub.commits[NAME])
-    assert "is there already (run " in run_kdb("push", URL, "--warehouse", warehouse).stdout
+    assert "is already there (run " in run_kdb("push", URL, "--warehouse", warehouse).stdout
     assert list(hub.commits[NAME]) == head
     run_kdb("pull", URL, "--warehouse", tmp_path / "back")
     shutil.rmtree(tmp_path / "hub-cache")

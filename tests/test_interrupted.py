@@ -79,7 +79,7 @@ def test_a_run_that_is_being_measured_is_not_offered_for_deletion(tmp_path: Path
     with lake.stage("0" * 16, "tiny", "snow") as staged:
         staged.write_rows("prompts", "part", [{"prompt_id": 0}])
         result = run_kdb("clean", "--warehouse", tmp_path / "new")
-        assert "Being measured, left alone: tiny on snow" in result.stderr
+        assert "Being measured, not deleted: tiny on snow" in result.stderr
         assert "Delete" not in result.stderr
     assert "Delete 1 interrupted run?" in run_kdb("clean", "--warehouse", tmp_path / "new").stderr
 
@@ -275,7 +275,7 @@ def test_clean_deletes_what_killed_commands_left_and_not_what_is_being_measured(
     with lake.stage(names[1], "tiny", "weather"):
         result = run_kdb("clean", "--yes", "--warehouse", folder)
         assert result.exit_code == 0, result.output
-        assert "Being measured, left alone: tiny on weather" in result.stderr
+        assert "Being measured, not deleted: tiny on weather" in result.stderr
         assert [path.name for path in lake.staging.iterdir() if path.is_dir()] == [names[1]]
     assert run_kdb("clean", "--yes", "--warehouse", folder).exit_code == 0
     assert not staged_parquet(folder)

@@ -354,7 +354,7 @@ def test_the_preference_of_a_run_that_was_imported_before_can_be_changed(tmp_pat
     measure(tmp_path / "theirs", accuracy=0.123, seed=2)
     arguments = ["import", tmp_path / "theirs", "--warehouse", tmp_path / "own"]
     assert run_kdb(*arguments).exit_code == 0
-    assert "is stored already, and is preferred now" in run_kdb(*arguments, "--prefer-imported").stdout
+    assert "is stored already, and now takes precedence" in run_kdb(*arguments, "--prefer-imported").stdout
     assert shown(tmp_path / "own") == {0.123}
     assert run_kdb(*arguments).stdout.strip().endswith(")"), "without the option, nothing changes"
     assert shown(tmp_path / "own") == {0.123}
