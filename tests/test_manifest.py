@@ -358,7 +358,7 @@ def test_the_preference_of_a_run_that_was_imported_before_can_be_changed(tmp_pat
     assert shown(tmp_path / "own") == {0.123}
     assert run_kdb(*arguments).stdout.strip().endswith(")"), "without the option, nothing changes"
     assert shown(tmp_path / "own") == {0.123}
-    assert "and is no longer preferred" in run_kdb(*arguments, "--no-prefer-imported").stdout
+    assert "and no longer takes precedence" in run_kdb(*arguments, "--no-prefer-imported").stdout
     assert shown(tmp_path / "own") == {0.5}
     assert not prefer(Lake(tmp_path / "own"), own, True), "a run measured here has no such choice"
     assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
@@ -386,7 +386,7 @@ def test_compacting_files_of_unlike_row_groups_loses_nothing(tmp_path: Path, run
     assert run_kdb("import", tmp_path / "theirs", "--warehouse", tmp_path / "own").exit_code == 0
     result = run_kdb("compact", "--warehouse", tmp_path / "own")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "row groups, expected as many in each: the run is left as it was." in result.stderr
+    assert "row groups, expected the same number in each. The run was not changed" in result.stderr
     assert kdb.open(tmp_path / "own").sql("SELECT count(*) FROM activations").item() == 8
     assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
 
