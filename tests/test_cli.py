@@ -402,7 +402,7 @@ def test_a_folder_that_is_no_warehouse_is_refused_by_every_command(
 
 def test_an_ingest_leaves_a_folder_of_someone_elses_alone(tmp_path: Path, ingest_tiny: Callable[..., Result]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    message = f"'{tmp_path}' is not a kdb warehouse, and not empty: name a new or empty folder with --warehouse."
+    message = f"'{tmp_path}' is not empty and not a kdb warehouse. Name a new or empty folder with --warehouse."
     assert refusal(ingest_tiny(tmp_path)) == message
     assert tree(tmp_path) == {"notes.txt": b"mine"}
 
@@ -473,9 +473,7 @@ def test_a_full_disk_costs_nothing_that_is_stored(
         small_disk.fill(leave=free)
         message = refusal(ingest_tiny(warehouse, "--limit", "10"))
         assert message.startswith("Cannot write to the warehouse at ")
-        assert message.endswith(
-            ": the disk is full. Free some space and give the same command again: what is finished is kept."
-        )
+        assert message.endswith(": the disk is full. Free some space, then run the same command again to resume.")
         answer(run_kdb("verify", "--warehouse", warehouse))
     small_disk.free()
     assert "tiny on weather: stored" in answer(ingest_tiny(warehouse, "--limit", "10"))

@@ -70,7 +70,7 @@ def test_an_engine_and_the_files_of_a_snapshot_are_of_its_runs(folder: Path) -> 
         assert held.files("probe_scores") == files
         assert all(Path(file).is_file() for file in files)
         assert opened.files("probe_scores") == []
-    with pytest.raises(WarehouseError, match="This snapshot has ended: ask within its `with` block"):
+    with pytest.raises(WarehouseError, match="This snapshot is closed"):
         held.query("runs")
 
 
@@ -331,7 +331,7 @@ def test_a_full_disk_loses_nothing_and_is_told(
         result = run_kdb(*given)
         assert result.exit_code in (0, 2), result.output
         if result.exit_code:
-            assert "the disk is full. Free some space and give the same command again" in result.stderr
+            assert "the disk is full. Free some space, then run the same command again" in result.stderr
             refused += 1
         assert kind == "none" or {run: ask(opened).get(run) for run in before} == before
         assert list(opened.lake.verify()) == []

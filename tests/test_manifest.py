@@ -224,7 +224,7 @@ def test_a_folder_that_kdb_would_not_have_written_is_named(tmp_path: Path, path:
     lake = Lake.create(tmp_path / "w")
     (lake.root / path).mkdir(parents=True)
     (lake.root / path / MANIFEST).write_bytes(content())
-    with pytest.raises(WarehouseError, match="is no folder that kdb writes"):
+    with pytest.raises(WarehouseError, match="was not written by kdb"):
         lake.run_folders()
 
 
@@ -260,7 +260,7 @@ CHANGES: dict[str, Callable[[RunFolder], None]] = {
     "never ended": lambda f: changed(
         f, "runs", "finished_at", lambda t: pa.nulls(1, t.schema.field("finished_at").type)
     ),
-    "other tables": lambda f: changed(
+    "name different tables": lambda f: changed(
         f, "runs", "tables", lambda t: pa.array([["runs"]], t.schema.field("tables").type)
     ),
     "rows of another model": lambda f: changed(f, "prompts", "model", lambda t: pa.array(["other"] * len(t))),
