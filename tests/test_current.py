@@ -240,7 +240,7 @@ def test_an_empty_answer_names_the_variants_that_are_stored(lake: Path) -> None:
     add_probe(lake, "a", probe(0.5), variant="limit=20")
     add_probe(lake, "b", probe(0.5), model="other")
     with Database(lake) as database:
-        with pytest.warns(KdbNote, match=r"No such run is of the variant 'default'\. Stored: limit=20 \(--variant"):
+        with pytest.warns(KdbNote, match=r"No matching run of the variant 'default'\. Stored: limit=20 \(--variant"):
             assert shown(database, model="m") == []
         with warnings.catch_warnings():
             warnings.simplefilter("error")

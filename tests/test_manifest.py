@@ -260,7 +260,7 @@ CHANGES: dict[str, Callable[[RunFolder], None]] = {
     "never ended": lambda f: changed(
         f, "runs", "finished_at", lambda t: pa.nulls(1, t.schema.field("finished_at").type)
     ),
-    "name different tables": lambda f: changed(
+    "other tables": lambda f: changed(
         f, "runs", "tables", lambda t: pa.array([["runs"]], t.schema.field("tables").type)
     ),
     "rows of another model": lambda f: changed(f, "prompts", "model", lambda t: pa.array(["other"] * len(t))),
