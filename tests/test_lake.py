@@ -600,7 +600,8 @@ def test_float16_is_refused_for_a_value_beyond_it() -> None:
     with pytest.raises(WarehouseError) as caught:
         list(activation_groups([0, 1], ["ffn_norm"], vectors, float16=True))
     assert str(caught.value) == (
-        "Layer 2 (ffn_norm) has values up to 70,000, but the limit of float16 is 65,504. Store these vectors with --store float32."
+        "Layer 2 (ffn_norm) has values up to 70,000, but the limit of float16 is 65,504. "
+        "Store these vectors with --store float32."
     )
 
 

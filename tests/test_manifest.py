@@ -394,7 +394,7 @@ def test_compacting_files_of_unlike_row_groups_loses_nothing(tmp_path: Path, run
 def test_rewriting_refuses_to_lose_rows(tmp_path: Path) -> None:
     folder = measure(tmp_path / "w")
     lake = Lake(tmp_path / "w")
-    with rewriting(lake, folder) as files, pytest.raises(WarehouseError, match="has 4 rows, and 3 were written"):
+    with rewriting(lake, folder) as files, pytest.raises(WarehouseError, match="has 4 rows, but 3 were written"):
         files.write({"prompts": [pq.ParquetFile(files.paths["prompts"][0]).read().slice(1)]})
     assert list(lake.verify()) == []
 

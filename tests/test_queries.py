@@ -318,9 +318,9 @@ def test_the_shell_script_says_what_a_default_does_not_show(tmp_path: Path) -> N
         ({"share": 1, "limit": 2.5}, "parameter limit: expected an integer, found 2.5"),
         ({"share": 1, "limit": True}, "parameter limit: expected an integer, found True"),
         ({"share": 1, "model": 7}, "parameter model: expected a text, found 7"),
-        ({"share": 1, "kinds": 7}, "parameter kinds: expected a text or several, found 7"),
-        ({"share": 1, "kinds": []}, "parameter kinds: expected a text or several, found ()"),
-        ({"share": 1, "kinds": ["a", 7]}, "parameter kinds: expected a text or several, found ('a', 7)"),
+        ({"share": 1, "kinds": 7}, "parameter kinds: expected one or several texts, found 7"),
+        ({"share": 1, "kinds": []}, "parameter kinds: expected one or several texts, found ()"),
+        ({"share": 1, "kinds": ["a", 7]}, "parameter kinds: expected one or several texts, found ('a', 7)"),
     ],
 )
 def test_missing_and_wrong_values_are_query_errors(tmp_path: Path, given: dict[str, object], problem: str) -> None:

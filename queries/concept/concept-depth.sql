@@ -1,20 +1,20 @@
--- Where a model comes to know a concept: jump point and converging point
+-- Depth at which a model comes to know a concept: jump point and converging point
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C
 --
--- One row per model, dataset and site. J is the first depth at which accuracy jumps to jump_ratio times that of
--- the layer before; C is the last at which it changes by less than convergence_tolerance. Empty where there is
--- no such layer.
+-- One row per model, dataset and site. J is the first depth at which accuracy is at least jump_ratio times that of the
+-- layer before. C is the last depth at which it changes by less than convergence_tolerance. NULL if there is no such
+-- layer.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = all         where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
---   jump_ratio  number = 1.1       smallest variation rate that is a jump
---   convergence_tolerance  number = 0.03  largest change of a rate that has converged, itself excluded
+--   classifier  text = logistic    classifier: logistic, logistic-paper or random-forest
+--   split       text = paper       split: paper, stratified-SEED or grouped
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
+--   jump_ratio  number = 1.1       smallest variation rate that counts as a jump
+--   convergence_tolerance  number = 0.03  a rate has converged if it changes by less than this
 SELECT model, dataset, site, n_layers, jump_layer, jump_percent, converging_layer, converging_percent
 FROM concept_depth(
     wanted_model := getvariable('model'), wanted_dataset := getvariable('dataset'), wanted_site := getvariable('site'),

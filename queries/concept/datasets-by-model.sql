@@ -1,17 +1,18 @@
--- Which concepts one model knows early, and which late
+-- Concepts that a model knows early, and late
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 1, datasets within one model
 --
--- One row per model and dataset, the best known first. accuracy_at_50_percent is that of the layer half way from the
--- first to the last, and so on; best_layer is the first that reaches best_accuracy; J and C in percent of depth.
+-- One row per model and dataset, best accuracy first. accuracy_at_50_percent is the accuracy of the layer half way from
+-- the first to the last, and so on. best_layer is the first layer that reaches best_accuracy. J and C are in percent of
+-- depth.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   classifier  text = logistic    classifier: logistic, logistic-paper or random-forest
+--   split       text = paper       split: paper, stratified-SEED or grouped
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
 SELECT
     model, dataset, depths.n_layers,
     max(accuracy) FILTER (layer = 0) AS accuracy_at_0_percent,

@@ -1,19 +1,19 @@
--- How J and C move with their thresholds, with the probe and with the split
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, and what they hang on
+-- Changes of J and C with their thresholds, the probe and the split
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, and what they depend on
 --
--- One row per model, dataset, point (J or C) and condition. Conditions vary one thing at a time: the threshold (of J
--- the ratio that is a jump, of C the largest change), the classifier, the split. published is the paper's own:
--- thresholds 1.1 and 0.03, the classifier and split that are given. moved_percent is how far, in percent of depth,
--- the point lies from there; empty where either has none.
+-- One row per model, dataset, point (J or C) and condition. Conditions vary one thing at a time: the threshold (for J,
+-- the smallest rate that is a jump; for C, the largest change), the classifier, or the split. The condition published
+-- is that of the paper: thresholds 1.1 and 0.03, with the given classifier and split. moved_percent is the distance
+-- from the published point in percent of depth; NULL if either does not exist.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    where the split or a threshold is varied
---   split       text = paper       where the classifier or a threshold is varied
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   classifier  text = logistic    classifier of the rows in which the split or a threshold varies
+--   split       text = paper       split of the rows in which the classifier or a threshold varies
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
 WITH thresholds AS (
     SELECT 'J' AS point, unnest([1.1, 1.02, 1.05, 1.15, 1.2]) AS threshold
     UNION ALL

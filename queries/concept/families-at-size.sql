@@ -1,18 +1,18 @@
--- Model families side by side at one size
+-- Model families compared at one size
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 2, families at one size
 --
--- One row per dataset and model whose number of parameters is within a factor of size. best_layer is the first
--- that reaches best_accuracy; J and C in percent of depth.
+-- One row per dataset and model whose number of parameters is within a factor of size. best_layer is the first layer
+-- that reaches best_accuracy. J and C are in percent of depth.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
---   size        number = 7         parameters, in billions
+--   classifier  text = logistic    classifier: logistic, logistic-paper or random-forest
+--   split       text = paper       split: paper, stratified-SEED or grouped
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
+--   size        number = 7         number of parameters, in billions
 --   within      number = 1.5       factor by which a model may be smaller or larger
 SELECT
     dataset, family, model, round(n_params / 1e9, 3) AS size_billions,

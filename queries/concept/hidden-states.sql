@@ -1,19 +1,19 @@
--- Where the prompts lie in two dimensions, layer by layer
+-- Positions of the prompts in two dimensions, layer by layer
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the pictures of hidden states by layer
 --
--- One row per model, dataset, layer and prompt: its place along the first two principal components of the layer's
--- hidden states, and the share of their variance in percent. Shown are some layers, evenly spaced from the first to the
--- last, and at most so many prompts, spread over the dataset. `kdb project` computes them.
+-- One row per model, dataset, layer and prompt: its position along the first two principal components of the layer's
+-- hidden states, and the share of their variance in percent. The layers are evenly spaced from the first to the last;
+-- the prompts are spread over the dataset. `kdb project` computes the positions.
 --
 -- Parameters:
---   model    texts = all        models, side by side
---   dataset  texts = all        datasets
+--   model    texts = all        names of models, shown side by side
+--   dataset  texts = all        names of datasets
 --   site     text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   method   text = pca         pca or umap
---   layers   integer = 12       layers shown
---   prompts  integer = 300      prompts shown
---   variant  text = default     newest runs of this variant; `kdb runs` lists them
---   run      text = all         this run alone, whatever its variant
+--   method   text = pca         projection: pca or umap
+--   layers   integer = 12       maximum number of layers
+--   prompts  integer = 300      maximum number of prompts
+--   variant  text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run      text = all         id of a single run to use, of any variant
 WITH chosen AS (
     SELECT model, dataset, run, n_layers, coalesce(source_run, run) AS source
     FROM known_runs

@@ -1,18 +1,18 @@
 -- Accuracy of the probe at every layer
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the curves of experiments 1 to 3
 --
--- One row per model, dataset, variant and layer. The interval is Wilson's, at 95 %, over the test prompts.
--- control_accuracy is what the same probe reaches on shuffled labels, selectivity accuracy less that. jump and
--- converging mark the layers that J and C are at.
+-- One row per model, dataset, variant and layer. The interval is the 95 % Wilson interval over the test prompts.
+-- control_accuracy is the accuracy of the same probe on shuffled labels; selectivity is accuracy minus
+-- control_accuracy. jump and converging mark the layers of J and C.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default|all  newest runs of this variant, or of all; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   classifier  text = logistic    classifier: logistic, logistic-paper or random-forest
+--   split       text = paper       split: paper, stratified-SEED or grouped
+--   variant     text = default|all  variant of the runs (`kdb runs`), or all; the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
 SELECT
     model, dataset, site, layer, 100 * depth AS depth_percent,
     accuracy, accuracy_low, accuracy_high, f1, auc, converged, n_test,

@@ -1,18 +1,18 @@
--- Which test prompts the probe gets right, layer by layer
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z that accuracy counts
+-- Correct and wrong predictions of the probe for test prompts, layer by layer
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z behind the accuracy
 --
 -- One row per model, dataset, run and layer. outcomes has a character for each test prompt, in the order of prompt_id:
--- 1 where the probe is right, 0 where it is wrong. So layers, or two runs on the same prompts, can be compared pair by
--- pair, and resampled.
+-- 1 if the probe is right, 0 if it is wrong. With it, layers, or two runs on the same prompts, can be compared prompt
+-- by prompt and resampled.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper, logistic-standardised or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
+--   split       text = paper       split: paper, stratified-SEED or grouped
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
 SELECT
     model, dataset, run, layer, n_layers, string_agg(correct::TINYINT, '' ORDER BY prompt_id) AS outcomes
 FROM probe_predictions

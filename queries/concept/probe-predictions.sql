@@ -1,16 +1,16 @@
--- What the probe says of every test prompt, at every layer
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z that accuracy counts
+-- Predictions of the probe for every test prompt, at every layer
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z behind the accuracy
 --
--- One row per model, dataset, layer and test prompt, in no order.
+-- One row per model, dataset, layer and test prompt, unordered.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
 --   site        text = resid_post  where the hidden state is read: resid_post or ffn_norm
---   classifier  text = logistic    logistic, logistic-paper, logistic-standardised or random-forest
---   split       text = paper       paper, stratified-SEED or grouped
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
+--   split       text = paper       split: paper, stratified-SEED or grouped
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
 SELECT model, dataset, run, layer, n_layers, prompt_id, predicted, correct
 FROM probe_predictions
 JOIN (SELECT model, dataset, run, n_layers FROM known_runs) USING (model, dataset, run)

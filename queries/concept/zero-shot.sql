@@ -1,18 +1,18 @@
--- What the model itself answers, without a probe
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): its datasets, asked instead of probed
+-- Accuracy of the model's own answers, without a probe
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): its datasets, as questions to the model
 --
--- One row per model and dataset, over all prompts: how often the likelier of the two answers is right, with its 95 %
--- Wilson interval, and how often where label 1 or label 0 is right. answered_percent is the mean probability of either
--- answer: where it is small, the model was about to say something else. best_probe_accuracy is that of the best layer.
+-- One row per model and dataset, over all prompts: the accuracy of the more probable of the two answers, with its 95 %
+-- Wilson interval, and the accuracy for label 1 and label 0. answered_percent is the mean probability of both answers
+-- together: if it is small, the model would say something else. best_probe_accuracy is that of the best layer.
 --
 -- Parameters:
---   model       texts = all        models, side by side
---   dataset     texts = all        datasets
---   site        text = resid_post  of the probe beside it: resid_post or ffn_norm
---   classifier  text = logistic    of the probe beside it
---   split       text = paper       of the probe beside it
---   variant     text = default     newest runs of this variant; `kdb runs` lists them
---   run         text = all         this run alone, whatever its variant
+--   model       texts = all        names of models, shown side by side
+--   dataset     texts = all        names of datasets
+--   site        text = resid_post  site of the probe to compare with: resid_post or ffn_norm
+--   classifier  text = logistic    classifier of the probe to compare with
+--   split       text = paper       split of the probe to compare with
+--   variant     text = default     variant of the runs (`kdb runs`); the newest ones are used
+--   run         text = all         id of a single run to use, of any variant
 WITH answers AS (
     SELECT
         model, dataset, run, variant,

@@ -1,17 +1,17 @@
--- What zeroing a method's neurons does to every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 2 takes means of
+-- Effect on every kept prompt of setting a method's neurons to 0
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values averaged in table 2
 --
 -- One row per model, category, prompt, method and k: reciprocal rank, probability in percent and log-probability of the
--- right token after zeroing. The untouched model is the method none, with k = 0.
+-- right token with the neurons set to 0. The unmodified model is the method none, with k = 0.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   positions  text = last     where neurons were set to 0: last or all
---   k          integer = all   neurons set to 0
+--   model      texts = all     names of models, shown side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset    text = all      name of one dataset
+--   variant    text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run        text = all      id of a single run to use, of any variant
+--   positions  text = last     token positions at which neurons were set to 0: last or all
+--   k          integer = all   number of neurons set to 0
 SELECT model, category, dataset, prompt_id, method, k, mrr, prob_percent, logp
 FROM ablation_effects(
     wanted_model := getvariable('model'), wanted_category := getvariable('category'),

@@ -1,17 +1,17 @@
--- One head: how much it matters for each kind of knowledge
+-- One head: its score for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 10, by head
 --
--- One row per model and category: the head's mean log-probability increase of the right token over the kept prompts, and
--- its rank among the model's heads.
+-- One row per model and category: the head's mean log-probability increase of the right token over the kept prompts,
+-- and its rank among the model's heads.
 --
 -- Parameters:
---   layer     integer required    layer of the head
---   head      integer required    number of the head within its layer
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   layer     integer required    layer of the head, from 0
+--   head      integer required    number of the head within its layer, from 0
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
 SELECT model, category, head_name(layer, head) AS head_name, layer, head, rank, score, n_prompts
 FROM ranked_heads(
     getvariable('model'), getvariable('category'), getvariable('dataset'),

@@ -1,18 +1,18 @@
 -- One head: the prompts in which it matters most
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its heads, prompt by prompt
 --
--- One row per model, dataset and kept prompt: the head's log-probability increase of the right token, and where it is
--- among the prompt's best, the token that it reads most, as a JSON string. The largest scores come first.
+-- One row per model, dataset and kept prompt: the head's log-probability increase of the right token. If the head is
+-- among the prompt's best, also the token that it reads most, as a JSON string. The largest scores come first.
 --
 -- Parameters:
---   layer     integer required    layer of the head
---   head      integer required    number of the head within its layer
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
---   k         integer = 50     prompts at most, of each model
+--   layer     integer required    layer of the head, from 0
+--   head      integer required    number of the head within its layer, from 0
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
+--   k         integer = 50     maximum number of prompts per model
 WITH scores AS (
     SELECT model, dataset, run, category, prompt_id, layer, head, score
     FROM head_scores

@@ -1,16 +1,16 @@
--- How many heads two kinds of knowledge share
+-- Number of heads that two kinds of knowledge share
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 10, compared
 --
--- One row per model and pair of categories: how many of the k best heads of each, by mean score over the kept
--- prompts, are the same, and the Jaccard index of the two sets.
+-- One row per model and pair of categories: the number of heads that are among the k best of both, by mean score over
+-- the kept prompts, and the Jaccard index of the two sets.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
---   k         integer = 10    heads of each category
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
+--   k         integer = 10    number of heads per category
 WITH best AS (
     SELECT model, category, list(head_name(layer, head)) AS heads
     FROM ranked_heads(

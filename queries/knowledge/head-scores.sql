@@ -1,14 +1,14 @@
--- Every head's score in every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 10 takes means of
+-- Score of every head in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values averaged in table 10
 --
 -- One row per model, category, prompt, layer and head: the log-probability increase of the right token.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
 SELECT model, category, dataset, prompt_id, layer, head, head_name(layer, head) AS head_name, score
 FROM head_scores
 JOIN _kept_prompts(

@@ -1,16 +1,16 @@
--- How many prompts count, and why the others do not
+-- Prompts that pass the filter, and reasons why others fail
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the filter of its datasets
 --
--- One row per model, dataset and category, over all prompts. A prompt is kept where the right token is among the
--- model's ten best and ahead of the category's other answers; the others fall out by the first of the two that
--- fails.
+-- One row per model, dataset and category, over all prompts. A prompt is kept if the right token is among the model's
+-- ten most probable tokens, and more probable than the other answers of the category. Other prompts are counted under
+-- the first of these conditions that fails.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
 SELECT
     model, dataset, category,
     count(*) AS n_prompts,

@@ -1,17 +1,17 @@
--- One neuron: how much it matters for each kind of knowledge
+-- One neuron: its score for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, by neuron
 --
--- One row per model, category and role: as a value neuron, its mean log-probability increase of the right token; as a
--- query neuron, its mean share of the activation. The mean is over all kept prompts; n_prompts are those that store
--- the neuron, and it counts 0 in the others.
+-- One row per model, category and role: for a value neuron, its mean log-probability increase of the right token; for a
+-- query neuron, its mean share of the activation. The mean is over all kept prompts. n_prompts is the number of prompts
+-- with which the neuron is stored; in the others, its score counts as 0.
 --
 -- Parameters:
---   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   neuron    text required       name of the neuron, such as f29_1234, or a23.12_45 in an attention head
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
 SELECT
     model, category, getvariable('neuron') AS neuron_name, role, mean_over(sum(score), n_kept) AS score,
     count(DISTINCT (dataset, run, prompt_id)) AS n_prompts, n_kept

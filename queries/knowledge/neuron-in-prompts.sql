@@ -1,18 +1,18 @@
 -- One neuron: the prompts in which it matters most
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, prompt by prompt
 --
--- One row per model, dataset, kept prompt and role: as a value neuron, its log-probability increase of the right token
--- (an attention neuron's positions added up); as a query neuron, its share of the activation. rank is its best place
--- among the prompt's neurons of that role. The largest scores come first.
+-- One row per model, dataset, kept prompt and role: for a value neuron, its log-probability increase of the right token
+-- (summed over positions for an attention neuron); for a query neuron, its share of the activation. rank is its best
+-- rank among the prompt's neurons of that role. The largest scores come first.
 --
 -- Parameters:
---   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
---   k         integer = 50     prompts at most, of each model and role
+--   neuron    text required       name of the neuron, such as f29_1234, or a23.12_45 in an attention head
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
+--   k         integer = 50     maximum number of prompts per model and role
 SELECT
     model, category, dataset, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,
     min(rank) AS rank, text, target_token

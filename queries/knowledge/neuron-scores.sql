@@ -1,16 +1,16 @@
--- Every stored value neuron's score in every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what the rankings of neurons take means of
+-- Score of every stored value neuron in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values behind the rankings of neurons
 --
--- One row per model, category, prompt, component and neuron; an attention neuron's positions are added up. A neuron
--- that a prompt has no row of counts 0 there.
+-- One row per model, category, prompt, component and neuron; scores of an attention neuron are summed over positions. A
+-- neuron without a row counts as 0 for that prompt.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   component  text = all      attn or ffn
+--   model      texts = all     names of models, shown side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset    text = all      name of one dataset
+--   variant    text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run        text = all      id of a single run to use, of any variant
+--   component  text = all      component: attn or ffn
 SELECT *
 FROM (
     SELECT

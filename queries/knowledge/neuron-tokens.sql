@@ -1,13 +1,13 @@
--- One neuron: the tokens that it raises most, and least
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the neuron's row through the unembedding
+-- One neuron: the tokens whose logits it raises or lowers most
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): neurons projected to the vocabulary
 --
 -- One row per model, end and rank: the token, as a JSON string, and the neuron's logit of it.
 --
 -- Parameters:
---   neuron    text required       such as f29_1234, or a23.12_45 of an attention head
---   model     texts = all     models, side by side
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
+--   neuron    text required       name of the neuron, such as f29_1234, or a23.12_45 in an attention head
+--   model     texts = all     names of models, shown side by side
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
 SELECT
     model, getvariable('neuron') AS neuron_name, sign, rank, to_json(min(token))::VARCHAR AS token,
     min(logit) AS logit

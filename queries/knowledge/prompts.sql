@@ -1,16 +1,17 @@
--- Prompts, and what the model says next
+-- Prompts, and the model's next token
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its prompts
 --
--- One row per model and prompt: the right next token, the model's probability of it and its rank, and whether the
--- prompt is kept. The best known prompts of each category come first. `kdb query prompt-story` tells one's story.
+-- One row per model and prompt: the right next token, its probability and rank in the model, and whether the prompt is
+-- kept. The prompts with the most probable answers come first in each category. `kdb query prompt-story` shows one in
+-- detail.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
---   k         integer = 10    prompts of each category
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
+--   k         integer = 10    number of prompts per category
 SELECT model, dataset, category, prompt_id, text, answer, target_token, target_prob, target_rank, kept
 FROM prompts
 JOIN chosen_runs('prompts', getvariable('variant'), getvariable('run')) USING (model, dataset, run)

@@ -1,18 +1,17 @@
 -- Layers that activate the value neurons
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query layers
 --
--- One row per model, category, kind of value neuron activated and rank: the layer outputs with the largest mean
--- score over the kept prompts. a5 is attention layer 5, f3 is FFN layer 3, embed the embedding, which has no
--- layer.
+-- One row per model, category, kind of value neuron activated and rank: the layer outputs with the largest mean score
+-- over the kept prompts. a5 is attention layer 5, f3 is FFN layer 3; embed is the embedding, whose layer is NULL.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   activates  text = all      which value neurons are activated: attn or ffn
---   k          integer = 10    layers of each category and kind
+--   model      texts = all     names of models, shown side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset    text = all      name of one dataset
+--   variant    text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run        text = all      id of a single run to use, of any variant
+--   activates  text = all      component of the value neurons that are activated: attn or ffn
+--   k          integer = 10    number of layers per category and kind
 WITH scores AS (
     SELECT
         model, category, activates, component, layer,

@@ -1,17 +1,17 @@
--- In which layers the query neurons lie
+-- Distribution of the query neurons over layers
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query neurons, by layer
 --
--- One row per model, category, kind of value neuron activated and layer, layers without any included: how many of a
--- prompt's k best query neurons lie in the layer, as a mean over the kept prompts and as a share of all of them.
+-- One row per model, category, kind of value neuron activated and layer, including layers without any: the number of a
+-- prompt's k best query neurons in the layer, as a mean over the kept prompts and as a share of all of them.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   activates  text = all      which value neurons are activated: attn or ffn
---   k          integer = 300   best query neurons of each prompt and kind
+--   model      texts = all     names of models, shown side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset    text = all      name of one dataset
+--   variant    text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run        text = all      id of a single run to use, of any variant
+--   activates  text = all      component of the value neurons that are activated: attn or ffn
+--   k          integer = 300   number of best query neurons per prompt and kind
 WITH kept AS (
     SELECT *
     FROM _kept_prompts(

@@ -1,18 +1,18 @@
 -- FFN neurons that activate the value neurons
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query neurons
 --
--- One row per model, category, kind of value neuron activated and rank: the query neurons with the largest mean
--- score over the kept prompts. A prompt counts 0 for a neuron that is not among its stored ones; n_prompts are
--- those that have it. The tokens are the ten that the neuron raises most, and least.
+-- One row per model, category, kind of value neuron activated and rank: the query neurons with the largest mean score
+-- over the kept prompts. A prompt counts as 0 for a neuron that is not stored with it; n_prompts is the number of
+-- prompts with which it is stored. The tokens are the ten that the neuron raises most, and least.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   activates  text = all      which value neurons are activated: attn or ffn
---   k          integer = 10    neurons of each category and kind
+--   model      texts = all     names of models, shown side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset    text = all      name of one dataset
+--   variant    text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run        text = all      id of a single run to use, of any variant
+--   activates  text = all      component of the value neurons that are activated: attn or ffn
+--   k          integer = 10    number of neurons per category and kind
 WITH scores AS (
     SELECT
         model, category, activates, layer, neuron, neuron_name('ffn', layer, NULL, neuron) AS neuron_name,

@@ -5,12 +5,12 @@
 -- token over the kept prompts. a23.12 is head 12 of layer 23, both numbered from 0.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
---   k         integer = 10    heads of each category
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
+--   k         integer = 10    number of heads per category
 SELECT model, category, rank, head_name(layer, head) AS head_name, layer, head, score, n_prompts
 FROM ranked_heads(
     getvariable('model'), getvariable('category'), getvariable('dataset'),

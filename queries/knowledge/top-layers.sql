@@ -6,12 +6,12 @@
 -- attention layer 23, f29 is FFN layer 29.
 --
 -- Parameters:
---   model     texts = all     models, side by side
---   category  texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset   text = all      one dataset
---   variant   text = default  newest runs of this variant; `kdb runs` lists them
---   run       text = all      this run alone, whatever its variant
---   k         integer = 10    layers of each category
+--   model     texts = all     names of models, shown side by side
+--   category  texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset   text = all      name of one dataset
+--   variant   text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run       text = all      id of a single run to use, of any variant
+--   k         integer = 10    number of layers per category
 SELECT
     model, category,
     row_number() OVER (PARTITION BY model, category ORDER BY score DESC, layer, component) AS rank,

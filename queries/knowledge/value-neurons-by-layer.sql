@@ -1,19 +1,18 @@
--- In which layers the value neurons lie
+-- Distribution of the value neurons over layers
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): figure 2
 --
--- One row per model, category, component and layer, layers without any included: how many of a prompt's k best
--- value neurons lie in the layer, as a mean over the kept prompts and as a share of all of them; score is what
--- these neurons add up to, as a mean too. An attention neuron counts at each position where it is among the
--- best.
+-- One row per model, category, component and layer, including layers without any: the number of a prompt's k best value
+-- neurons in the layer, as a mean over the kept prompts and as a share of all of them. score is the sum of their
+-- scores, also as a mean. An attention neuron counts at each position at which it is among the best.
 --
 -- Parameters:
---   model      texts = all     models, side by side
---   category   texts = all     kinds of knowledge: language, color, number, capital, country, month or your own
---   dataset    text = all      one dataset
---   variant    text = default  newest runs of this variant; `kdb runs` lists them
---   run        text = all      this run alone, whatever its variant
---   component  text = all      attn or ffn
---   k          integer = 300   best neurons of each prompt and component
+--   model      texts = all     names of models, shown side by side
+--   category   texts = all     kinds of knowledge: language, color, number, capital, country, month, or your own
+--   dataset    text = all      name of one dataset
+--   variant    text = default  variant of the runs (`kdb runs`); the newest ones are used
+--   run        text = all      id of a single run to use, of any variant
+--   component  text = all      component: attn or ffn
+--   k          integer = 300   number of best neurons per prompt and component
 WITH kept AS (
     SELECT *
     FROM _kept_prompts(

@@ -1,16 +1,16 @@
--- How far each run may be trusted
--- Every run of both studies, on a few chosen prompts, against the loaded model, run one prompt at a time
+-- Checks of the reliability of each run
+-- Runs of both studies, compared on a few chosen prompts with the loaded model, which runs one prompt at a time
 --
 -- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
--- tolerance. Counts of prompts (doubled_bos, special_tokens_in_text) come last: they have no tolerance, so passed is
--- NULL. Models, weight formats and devices stand side by side.
+-- tolerance. Counts of prompts (doubled_bos, special_tokens_in_text) are last; they have no tolerance, so passed is
+-- NULL. Models, weight formats and devices are shown side by side.
 --
 -- Parameters:
---   model    texts = all  models, side by side
---   dataset  text = all   one dataset
---   study    text = all   concept or knowledge
---   variant  text = all   newest runs of this variant; `kdb runs` lists them
---   run      text = all   this run alone, whatever its variant
+--   model    texts = all  names of models, shown side by side
+--   dataset  text = all   name of one dataset
+--   study    text = all   study: concept or knowledge
+--   variant  text = all   variant of the runs (`kdb runs`); the newest ones are used
+--   run      text = all   id of a single run to use, of any variant
 SELECT
     model, dtype, quantization, device, dataset, study, runs.variant, "check", value, tolerance, passed, detail
 FROM checks

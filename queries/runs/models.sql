@@ -1,11 +1,11 @@
--- Which models were measured, and what their files are
+-- Models that were measured, and their files
 -- The warehouse itself
 --
--- One row per model and revision: two rows of one name are two models. Number formats and quantization are the file's;
--- dtype is that of the forward pass, of every run of it.
+-- One row per model and revision: two rows with the same name are two models. Number formats and quantization are those
+-- of the file; dtype lists those of the forward pass in all its runs.
 --
 -- Parameters:
---   model  texts = all  models, side by side
+--   model  texts = all  names of models, shown side by side
 SELECT
     model, any_value(family) AS family, any_value(source) AS source, revision,
     any_value(architecture) AS architecture, any_value(n_layers) AS n_layers, any_value(n_heads) AS n_heads,

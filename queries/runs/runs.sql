@@ -1,12 +1,12 @@
--- What was measured, and when
+-- Runs that were measured, with date and variant
 -- The warehouse itself
 --
 -- One row per run, in the order in which they were finished.
 --
 -- Parameters:
---   model    texts = all  models, side by side
---   dataset  text = all   one dataset
---   study    text = all   concept or knowledge
+--   model    texts = all  names of models, shown side by side
+--   dataset  text = all   name of one dataset
+--   study    text = all   study: concept or knowledge
 SELECT
     run, model, dataset, variant, study, source_run, round(seconds, 1) AS seconds,
     strftime(finished_at, '%Y-%m-%d %H:%M') AS finished_utc, left(revision, 12) AS revision, imported_from, preferred
