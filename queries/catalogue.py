@@ -254,7 +254,7 @@ def _read_param(path: Path, number: int, line: str) -> Param:
 
 
 def _check_names(path: Path, declared: list[str], used: set[str]) -> None:
-    """Raise QueryError unless header and body name the same parameters; otherwise one would be NULL without an error."""
+    """Raise QueryError unless header and body name the same parameters; otherwise one would silently be NULL."""
     problems = [f"{name!r} is declared twice" for name in sorted(set(declared)) if declared.count(name) > 1]
     problems += [f"{name!r} is declared but not used" for name in sorted(set(declared) - used)]
     problems += [f"{name!r} is used but not declared" for name in sorted(used - set(declared))]

@@ -96,7 +96,9 @@ DOMAINS: Mapping[str, Domain] = {
     "component": _one_of("attn", "ffn"),
     "activates": _one_of("attn", "ffn"),
     "positions": _one_of("last", "all"),
-    "neuron": Spelled(re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 in an attention head"),
+    "neuron": Spelled(
+        re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 in an attention head"
+    ),
     "layer": Numbers(0, most=f"SELECT max(n_layers) - 1 {_OF_MODELS}"),
     "head": Numbers(0, most=f"SELECT max(n_heads) - 1 {_OF_MODELS}"),
     "prompt": Numbers(0, most=f"SELECT max(prompt_id) {_PROMPTS}"),

@@ -275,7 +275,7 @@ class CloudLake(Lake):
             self.commits()
         found = {SCHEMA_VERSION: {table: [str(empty_file(self.root, table))] for table in TABLES}}
         for folder in folders:
-            if folder.run in self._known:  # else removed meanwhile
+            if folder.run in self._known:  # otherwise it was removed meanwhile
                 commit = self._known[folder.run][1]
                 tables = found.setdefault(commit.manifest.schema_version, {})
                 for path, record in commit.paths().items():

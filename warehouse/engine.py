@@ -99,7 +99,7 @@ class Dialect(duckdb_engine.Dialect):
     name = "duckdb"
     supports_statement_cache = False  # as in the base class; SQLAlchemy requires it here
     supports_comments = False
-    ischema_names = {**duckdb_engine.Dialect.ischema_names, "list": NullType}  # noqa: RUF012  # else lists are warned of
+    ischema_names = {**duckdb_engine.Dialect.ischema_names, "list": NullType}  # noqa: RUF012  # avoids a warning
 
     get_pk_constraint = _nothing(lambda: {"constrained_columns": [], "name": None})
     get_foreign_keys = _nothing(list)

@@ -2,7 +2,7 @@
 
     manifest = read_manifest(folder, run="1f0c9a3b5d7e2468")
 
-A manifest is JSON that names each file of a run by its path within the run's folder, with its rows, bytes and SHA-256,
+A manifest is JSON. It lists the files of a run by their paths within its folder, with their rows, bytes and SHA-256,
 and says how the run's id follows from what determined the result. Nothing here opens a file that a manifest names.
 """
 

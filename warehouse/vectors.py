@@ -16,7 +16,7 @@ from kdb.warehouse.schema import arrow_schema
 
 PART_BYTES = 64 * 2**20
 GPU_PART_BYTES = 256 * 2**20
-"""Of one part where a GPU captures: a smaller batch of a large model would leave it idle."""
+"""Bytes of one part if a GPU captures, because smaller batches of a large model would leave it idle."""
 
 
 def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int, part_bytes: int = PART_BYTES) -> int:

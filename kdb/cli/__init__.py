@@ -34,7 +34,7 @@ class _Stopped(_Refused):
     exit_code = INTERRUPTED
 
     def show(self, file: Any = None) -> None:
-        """In a line of its own, after the terminal's ^C."""
+        """Print the message on a new line, after the ^C of the terminal."""
         click.echo(f"\n{self.message}", err=True)
 
 

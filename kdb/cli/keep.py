@@ -50,7 +50,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
     metavar="AGE",
     help="Remove the runs that finished earlier than this: 90d, 12h, or a date such as 2026-01-31 (UTC).",
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation.")
 @click.option("--warehouse", type=Location(), help="Folder of the warehouse, or its URL.")
 @click.pass_obj
 def remove(
@@ -99,7 +99,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
 @click.option(
     "--older-than", metavar="AGE", help="Only runs that finished earlier than this: 90d, 12h, or a date (UTC)."
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation.")
 @click.option("--warehouse", type=Location(), help="Folder of the warehouse.")
 @click.pass_obj
 def keep_vectors(
@@ -188,7 +188,7 @@ def moment(older_than: str, now: datetime) -> datetime:
 
 
 @click.command()
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation.")
 @warehouse_option
 def clean(yes: bool, warehouse: Path | str) -> None:
     """Delete the leftovers of killed commands: unused files, unfinished runs.
