@@ -1,1 +1,1 @@
-"""Analysis of what the warehouse holds; runs no model and never imports the measuring side."""
+"""Analysis of stored measurements; it runs no model and never imports `kdb.ingest`."""

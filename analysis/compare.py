@@ -1,7 +1,6 @@
-"""What differs between two runs: settings, versions, and every measured number that moved.
+"""Differences between two runs: settings, versions, and measured numbers.
 
-Rows are matched by the key that ``warehouse/schema.py`` declares for each table, so that a new table is compared
-without a line here.
+Rows are matched by the key that ``warehouse/schema.py`` declares for each table, so new tables need no change here.
 
     moved_numbers(kdb.open("kdb-warehouse"), "1f0c9a3b5d7e2468", "a2b3c4d5e6f70819")
 """
@@ -22,15 +21,15 @@ if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
 _DESCRIBED = ("models", "datasets", "runs")
-"""Tables of one row a run, whose columns are settings."""
+"""Tables with one row per run, whose columns are settings."""
 
 _TIMES = {"started_at", "finished_at", "seconds", "tables"}
 
 
 def find_runs(wh: Warehouse, *named: str) -> list[str]:
-    """The whole ids of runs given whole or by their first digits.
+    """Return the full ids of runs that are given by their ids or first digits.
 
-    Raises UnknownNameError for one that is not stored, QueryError where several begin alike.
+    Raises UnknownNameError for a run that is not stored, QueryError if several begin with the digits.
     """
     stored = wh.sql("SELECT run FROM runs ORDER BY run")["run"].to_list()
     found = []
@@ -45,14 +44,14 @@ def find_runs(wh: Warehouse, *named: str) -> list[str]:
 
 
 def differing_settings(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
-    """What the two runs say of themselves that is not the same: columns setting, a, b (as text)."""
+    """Return the settings that differ between the two runs: columns setting, a, b (as text)."""
     a, b = _settings(wh, run_a), _settings(wh, run_b)
     rows = [(name, a.get(name), b.get(name)) for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
     return pl.DataFrame(rows, schema=dict.fromkeys(("setting", "a", "b"), pl.String), orient="row")
 
 
 def _settings(wh: Warehouse, run: str) -> dict[str, str]:
-    """Everything that a run says of itself, by name."""
+    """Return all settings of a run by name."""
     said: dict[str, Any] = {}
     for table in _DESCRIBED:
         said |= wh.sql(f"SELECT * FROM {table} WHERE run = ?", [run]).row(0, named=True)
@@ -61,11 +60,11 @@ def _settings(wh: Warehouse, run: str) -> dict[str, str]:
 
 
 def moved_numbers(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
-    """Every measured number that is not the same in both runs, the largest change first.
+    """Return all measured numbers that differ between the two runs, the largest change first.
 
     Columns: table, key (such as 'layer=3 site=resid_post'), column, a, b, difference (b − a), and change_percent, the
-    difference in percent of the largest value that the column has in either run. Raises QueryError where the runs
-    have no table in common.
+    difference in percent of the largest value of the column in either run. Raises QueryError if the runs have no table
+    in common.
     """
     parts = [part for table in _compared(wh, run_a, run_b) for part in _moved(wh, table, run_a, run_b)]
     schema = {"table": pl.String, "key": pl.String, "column": pl.String}
@@ -75,7 +74,7 @@ def moved_numbers(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
 
 
 def compared_rows(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
-    """How many rows of each table were matched: columns table, rows, only_a, only_b."""
+    """Return the number of matched and unmatched rows of each table: columns table, rows, only_a, only_b."""
     counts = [
         (table, len(rows), *(rows.select(pl.col(f"{side}_there").is_null().sum()).item() for side in "ba"))
         for table in _compared(wh, run_a, run_b)
@@ -89,10 +88,10 @@ def compared_rows(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
 
 
 def accuracy_differences(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
-    """Whether the two runs' probes differ on the same test prompts, layer by layer: McNemar's exact test.
+    """Test whether the two runs' probes differ on the same test prompts, layer by layer, by McNemar's exact test.
 
     One row per layer, site, classifier and split that both have: accuracy_a, accuracy_b, only_a and only_b (prompts
-    that one of them alone gets right), p_value. Empty where the runs read different texts.
+    that only one of them predicts correctly), p_value. Empty if the runs used different texts.
     """
     if wh.sql("SELECT count(DISTINCT fingerprint) FROM datasets WHERE run IN (?, ?)", [run_a, run_b]).item() > 1:
         return pl.DataFrame()
@@ -116,16 +115,16 @@ def accuracy_differences(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
 
 
 def _compared(wh: Warehouse, run_a: str, run_b: str) -> list[str]:
-    """The tables with a key that both runs have rows in; vectors are left out."""
+    """Return the tables with a key in which both runs have rows, except tables of vectors."""
     shared = wh.sql("SELECT tables FROM runs WHERE run IN (?, ?)", [run_a, run_b])["tables"].to_list()
     tables = [name for name in TABLES if _measured(name) and all(name in tables for tables in shared)]
     if not tables:
-        raise QueryError(f"Runs {run_a} and {run_b} have no table in common: `kdb runs` shows what each measured.")
+        raise QueryError(f"Runs {run_a} and {run_b} have no table in common. `kdb runs` shows the study of each.")
     return tables
 
 
 def _measured(table: str) -> list[str]:
-    """The columns of a table that hold numbers and are not part of its key; none where it has no key."""
+    """Return the columns of a table that hold numbers and are not part of its key; none if it has no key."""
     declared = TABLES[table]
     if not declared.info["key"] or has_vectors(table):
         return []
@@ -134,7 +133,7 @@ def _measured(table: str) -> list[str]:
 
 
 def _matched(wh: Warehouse, table: str, run_a: str, run_b: str) -> pl.DataFrame:
-    """The rows of both runs side by side: the key, each measured number as a_… and b_…, NULL where a run lacks it."""
+    """Return the rows of both runs joined by the key, with numbers as a_… and b_…; NULL if a run lacks the row."""
     key, numbers = TABLES[table].info["key"], _measured(table)
     frames = (
         wh.scan(table, everything=True)

@@ -1,4 +1,4 @@
-"""Charts of concept depth: accuracy by layer, converging points, hidden states, and what J and C hang on.
+"""Charts of concept depth: accuracy by layer, converging points, hidden states, and the robustness of J and C.
 
 Jin et al., Exploring Concept Depth (arXiv 2404.07066). Each function draws the rows of a saved query; ``figures.py``
 names them.
@@ -33,7 +33,7 @@ MARKS = "▲ jump point J   ◇ converging point C"
 
 
 def curves_with_answers(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``layer-accuracy``, each with the accuracy of the model's own answers, NULL where none are stored."""
+    """Return rows of ``layer-accuracy`` with the accuracy of the model's own answers; NULL if none are stored."""
     frame = wh.query("layer-accuracy", **params)
     shared = {name: params[name] for name in ("model", "dataset", "variant", "run") if name in params}
     answers = wh.query("zero-shot", **shared).select("model", "dataset", zero_shot="accuracy")
@@ -41,7 +41,7 @@ def curves_with_answers(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def families_at_size(wh: Warehouse, *, size: float, within: float, **params: Any) -> pl.DataFrame:
-    """Rows of ``layer-accuracy`` of models whose size, in billions of parameters, is within a factor of ``size``."""
+    """Return rows of ``layer-accuracy`` of models whose size is within a factor of ``size`` billion parameters."""
     return wh.query("layer-accuracy", **params).filter(pl.col("size_billions").is_between(size / within, size * within))
 
 
@@ -84,9 +84,9 @@ def _panels(drawn: Any, frame: pl.DataFrame, field: str, names: list[str], colum
 
 
 def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]:
-    """A line for each value of the field ``line``, its interval as a band, and its J and C as marks."""
+    """Draw a line for each value of the field ``line``, its interval as a band, and its J and C as marks."""
     if metric not in METRICS:
-        raise QueryError(f"Unknown metric {metric!r}: take one of {', '.join(METRICS)}.")
+        raise QueryError(f"Unknown metric {metric!r}. Use one of {', '.join(METRICS)}.")
     told = look.lines(line, frame[line])
     x = depth_axis(frame)
     y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(zero=False))
@@ -110,7 +110,7 @@ def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]
 
 
 def _own_answers(frame: pl.DataFrame, look: Look, metric: str) -> list[Any]:
-    """The accuracy of the model's own answers, as a tick at the right edge of each line's panel."""
+    """Draw the accuracy of the model's own answers as a tick at the right edge of each line's panel."""
     if metric != "accuracy" or frame["zero_shot"].null_count() == len(frame):
         return []
     ticks = alt.Chart().transform_filter("datum.layer == datum.n_layers - 1 && isValid(datum.zero_shot)")
@@ -139,7 +139,7 @@ def points_by_size(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def _dots(y: alt.Y, **encodings: Any) -> Any:
-    """J and C along an axis of depth, told apart by colour and shape."""
+    """Draw J and C along an axis of depth, distinguished by colour and shape."""
     colors = alt.Scale(domain=["J", "C"], range=["#0072b2", "#d55e00"])
     shapes = alt.Scale(domain=["J", "C"], range=["triangle-up", "diamond"])
     legend = alt.Legend(title=None, symbolOpacity=1)
@@ -165,7 +165,7 @@ def hidden_states(frame: pl.DataFrame, look: Look) -> Chart:
     pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
     if len(pairs) > 1:
         listed = "; ".join(f"--model {model} --dataset {dataset}" for model, dataset in pairs[:6])
-        raise QueryError(f"hidden-states shows one model and one dataset: name them, such as {listed}.")
+        raise QueryError(f"hidden-states shows one model and one dataset. Name them, such as {listed}.")
     frame = frame.with_columns(panel=_panel_names(frame))
     names = frame.sort("layer")["panel"].unique(maintain_order=True).to_list()
     scale = alt.Scale(domain=[0, 1], range=["#e69f00", "#0072b2"])
@@ -190,13 +190,13 @@ def _panel_names(frame: pl.DataFrame) -> pl.Expr:
     return pl.format("layer {} ({} + {} %)", "layer", *shares)
 
 
-# What J and C hang on --------------------------------------------------------------------------------------------
+# Robustness of J and C -------------------------------------------------------------------------------------------
 
 
 def robustness(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``depth-robustness``; those of the published condition also have intervals over resampled test prompts.
+    """Return rows of ``depth-robustness``, for the published condition with intervals over resampled test prompts.
 
-    The columns added are those of ``depth_intervals``: low_percent, high_percent, same_percent and none_percent.
+    The added columns are those of ``depth_intervals``: low_percent, high_percent, same_percent and none_percent.
     """
     frame = wh.query("depth-robustness", **params)
     ends = depth_intervals(wh, **params).drop("n_layers", "layer").with_columns(varied=pl.lit("published"))
@@ -204,7 +204,7 @@ def robustness(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
-    """J and C under every condition; for the published one with the interval over resampled test prompts."""
+    """Draw J and C under every condition, for the published one with the interval over resampled test prompts."""
     frame = frame.with_columns(
         row=pl.format(
             "{} {}", "point", pl.when(varied="published").then(pl.lit("as published")).otherwise("condition")
@@ -227,24 +227,24 @@ def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 _FAR = 10.0
-"""Percent of depth by which a point may move before it hangs on the procedure."""
+"""Percent of depth by which a point may move before it counts as dependent on the procedure."""
 
 _SAME = 80.0
-"""Percentage of resamples that must agree on a point's layer within that distance."""
+"""Percentage of resamples in which a point must be within that distance of its layer."""
 
 
 _SURE = 0.05
-"""McNemar's p-value beyond which a jump may be one of the test prompts alone."""
+"""McNemar's p-value above which a jump may be due to the choice of test prompts."""
 
 
 def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Whether J and C of each model and dataset hold, or hang on the procedure, and on what of it.
+    """Return whether J and C of each model and dataset are robust, or depend on the procedure.
 
     One row per model, dataset and point: layer, percent, the interval over resampled test prompts, none_percent,
-    jump_p_value (McNemar's, against the layer before), and ``hangs_on``: what makes the point move by more than a tenth
-    of the depth or vanish ('threshold', 'classifier', 'split', 'test prompts'), 'chance' where a jump only climbs to
-    what always guessing the larger class gives, and for C 'its definition' where it is the last layer; empty where it
-    holds.
+    jump_p_value (McNemar's, against the layer before), and ``hangs_on``. ``hangs_on`` lists the choices that move the
+    point by more than a tenth of the depth or remove it: 'threshold', 'classifier', 'split', 'test prompts'. It also
+    has 'chance' if a jump only reaches the accuracy of always guessing the larger class, and 'its definition' for a C
+    in the last layer. It is empty if the point is robust.
     """
     frame, chance = robustness(wh, **params), _jumps_to_chance(wh, **params)
     keys = ["model", "dataset", "point"]
@@ -271,7 +271,7 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def _jumps_to_chance(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Where the jump's layer is no better than always guessing the larger class: its interval holds that share."""
+    """Return jumps whose layer is not better than always guessing the larger class: its interval has that share."""
     curves = wh.query("layer-accuracy", **params).filter("jump")
     sizes = wh.sql(
         "SELECT DISTINCT model, dataset, n_positive / n_prompts AS share FROM datasets "

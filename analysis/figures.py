@@ -1,4 +1,4 @@
-"""The figures of both papers, by name: what each shows, the saved query behind it, and what it takes.
+"""The figures of both papers by name, each with its title, saved query and parameters.
 
     from kdb.analysis import figures
 
@@ -6,7 +6,7 @@
     figures.chart(wh, "depth-curves", model=["smollm2-135m"])    # an Altair chart
     figures.frame(wh, "depth-curves", model=["smollm2-135m"])    # its numbers, a Polars frame
 
-A figure takes the parameters of its saved query, and those of its own. Nothing here runs a model.
+A figure has the parameters of its saved query, and its own. Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Figure:
     """One figure.
 
     ``query`` is the saved query whose rows it draws. ``numbers`` and ``draw`` name functions of ``depth.py`` or
-    ``importance.py``: the first makes the frame where it is more than those rows, the second the chart. ``defaults``
-    replaces the query's own; ``drawing`` are parameters that the chart takes, ``counting`` those that the frame takes.
+    ``importance.py``: the first returns the frame if it needs more than these rows, the second the chart. ``defaults``
+    replaces the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame.
     """
 
     name: str
@@ -48,15 +48,17 @@ class Figure:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        """What it takes: the saved query's parameters, then its own."""
+        """Return the saved query's parameters, then its own."""
         defaults, own = self.defaults or {}, {p.name for p in self.counting}
         asked = [p for p in find_query(self.query).params if p.name not in own]
         asked = [replace(p, default=defaults[p.name]) if p.name in defaults else p for p in asked]
         return (*asked, *self.counting, *self.drawing)
 
 
-_METRIC = Param("metric", "text", "accuracy", False, "accuracy, f1, auc, selectivity or control_accuracy")
-_SIZE = Param("size", "number", 7.0, False, "parameters, in billions")
+_METRIC = Param(
+    "metric", "text", "accuracy", False, "metric to draw: accuracy, f1, auc, selectivity or control_accuracy"
+)
+_SIZE = Param("size", "number", 7.0, False, "number of parameters, in billions")
 _WITHIN = Param("within", "number", 1.5, False, "factor by which a model may be smaller or larger")
 
 _DEPTH_MARKS = "▲ jump point J   ◇ converging point C   band: 95 % interval of accuracy"
@@ -64,7 +66,7 @@ _DEPTH_MARKS = "▲ jump point J   ◇ converging point C   band: 95 % interval 
 _ALL = (
     Figure(
         "depth-curves",
-        "How well each concept can be read off every layer",
+        "Accuracy of the probe for each concept at every layer",
         _DEPTH_MARKS + "\n✚ the model's own answer, read from its output probabilities",
         query="layer-accuracy",
         numbers="depth.curves_with_answers",
@@ -91,21 +93,21 @@ _ALL = (
     ),
     Figure(
         "converging-by-size",
-        "How deep models of growing size must go",
-        "▲ jump point J   ◆ converging point C; a model that has none has no mark",
+        "Depth at which models of growing size know a concept",
+        "▲ jump point J   ◆ converging point C; no mark if there is no such point",
         query="converging-point-by-size",
         draw="depth.points_by_size",
     ),
     Figure(
         "hidden-states",
-        "Where the prompts lie, layer by layer",
+        "Positions of the prompts, layer by layer",
         "first two components of the hidden states; in brackets their shares of the variance",
         query="hidden-states",
         draw="depth.hidden_states",
     ),
     Figure(
         "depth-by-variant",
-        "What noise and precision change",
+        "Effects of noise and precision",
         _DEPTH_MARKS,
         query="layer-accuracy",
         draw="depth.curves_by_variant",
@@ -114,7 +116,7 @@ _ALL = (
     ),
     Figure(
         "depth-robustness",
-        "How J and C move with thresholds, probe and split",
+        "Changes of J and C with thresholds, probe and split",
         "bar: 95 % interval over resampled test prompts; none: no such layer",
         query="depth-robustness",
         numbers="depth.robustness",
@@ -122,7 +124,7 @@ _ALL = (
     ),
     Figure(
         "layer-scores",
-        "What each attention and FFN layer adds",
+        "Contribution of each attention and FFN layer",
         "mean over the kept prompts; band: 95 % interval over prompts",
         query="layer-scores",
         numbers="importance.scores_by_layer",
@@ -148,7 +150,7 @@ _ALL = (
     ),
     Figure(
         "head-map",
-        "What every head adds",
+        "Contribution of every head",
         "mean over the kept prompts",
         query="top-heads",
         draw="importance.head_map",
@@ -156,7 +158,7 @@ _ALL = (
     ),
     Figure(
         "neurons-by-layer",
-        "Where value and query neurons lie",
+        "Layers of the value and query neurons",
         "share of each prompt's best neurons, mean over the kept prompts",
         query="layer-scores",
         numbers="importance.neurons_by_layer",
@@ -164,15 +166,15 @@ _ALL = (
     ),
     Figure(
         "attribution-methods",
-        "What is left of the answer without each method's best neurons",
-        "mean over the kept prompts; bar: 95 % interval over prompts; less is better",
+        "Probability of the answer without each method's best neurons",
+        "mean over the kept prompts; bar: 95 % interval over prompts; lower is better",
         query="attribution-methods",
         numbers="importance.method_effects",
         draw="importance.methods",
     ),
     Figure(
         "attention-vs-ffn",
-        "What attention and FFN layers add together",
+        "Total contributions of attention and FFN layers",
         "sum over layers, mean over the kept prompts; line: 95 % interval over prompts",
         query="attention-vs-ffn",
         numbers="importance.attention_and_ffn",
@@ -180,21 +182,21 @@ _ALL = (
     ),
     Figure(
         "head-overlap",
-        "Heads that kinds of knowledge share",
+        "Heads shared by kinds of knowledge",
         "number: shared among each one's best",
         query="head-overlap",
         draw="importance.overlap",
     ),
     Figure(
         "neuron-overlap",
-        "Neurons that kinds of knowledge share",
+        "Neurons shared by kinds of knowledge",
         "number: shared among each one's best",
         query="neuron-overlap",
         draw="importance.overlap",
     ),
     Figure(
         "prompt-story",
-        "One prompt's whole story",
+        "One prompt in detail",
         "blue: attention   orange: FFN",
         query="prompt-story",
         draw="importance.prompt_story",
@@ -205,16 +207,16 @@ FIGURES: Mapping[str, Figure] = {figure.name: figure for figure in _ALL}
 
 
 def find_figure(name: str) -> Figure:
-    """The figure of that name; UnknownNameError with the nearest names if there is none."""
+    """Return the figure of that name. Raises UnknownNameError with the closest names if there is none."""
     if name not in FIGURES:
         raise UnknownNameError("figure", name, FIGURES, "`kdb plot --help` lists them.")
     return FIGURES[name]
 
 
 def frame(wh: Warehouse, name: str, /, **params: object) -> pl.DataFrame:
-    """The numbers that a figure draws.
+    """Return the numbers that a figure draws.
 
-    Raises UnknownNameError for a figure that is none, QueryError for wrong parameters.
+    Raises UnknownNameError for an unknown figure, QueryError for wrong parameters.
     """
     figure = find_figure(name)
     with wh.snapshot() as frozen:
@@ -222,9 +224,9 @@ def frame(wh: Warehouse, name: str, /, **params: object) -> pl.DataFrame:
 
 
 def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
-    """The figure as an Altair chart, which Jupyter and marimo show by themselves.
+    """Return the figure as an Altair chart, which Jupyter and marimo display.
 
-    Raises UnknownNameError and QueryError as ``frame``, and NothingFoundError where the warehouse has nothing to draw.
+    Raises UnknownNameError and QueryError as ``frame``, and NothingFoundError if the warehouse has no data for it.
     """
     from kdb.analysis.style import finished, look_of
 
@@ -233,7 +235,7 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     with wh.snapshot() as frozen:
         numbers, look = _frame(frozen, figure, given), look_of(frozen)
     if numbers.is_empty():
-        raise NothingFoundError(f"{name}: there is nothing to draw. `kdb runs` shows what was measured.")
+        raise NothingFoundError(f"{name}: there is no data to draw. `kdb runs` lists what was measured.")
     own = {param.name: given[param.name] for param in figure.drawing} | dict(figure.fixed or {})
     told = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{told}” → “{numbers['target_token'][0]}”" if told else "")
@@ -253,7 +255,7 @@ def _wh(name: str, wh: Warehouse) -> Callable[..., pl.DataFrame]:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """A function of this package, imported when it is wanted: listing figures loads no Altair."""
+    """Return a function of this package, imported only when needed, so that listing figures does not load Altair."""
     from importlib import import_module
 
     module, _, function = name.partition(".")

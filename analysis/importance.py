@@ -1,7 +1,7 @@
-"""Charts of knowledge attribution: layers, heads, neurons, methods, what categories share, and one prompt's story.
+"""Charts of knowledge attribution: layers, heads, neurons, methods, overlaps of categories, and one prompt in detail.
 
 Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141). Each function draws the rows of a saved query,
-with intervals over prompts where it shows means; ``figures.py`` names them.
+with intervals over prompts if they are means; ``figures.py`` names them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
 EVERY = 1_000_000
-"""As k: all of them."""
+"""Value of k that stands for all rows."""
 
 INCREASE = "Δ log p (nat)"
-"""The log-probability increase, short enough for the side of a panel."""
+"""Label of the log-probability increase, short enough for the side of a panel."""
 
 EFFECTS = {"mrr": "mean reciprocal rank", "prob_percent": "probability (%)", "logp": "log-probability (nat)"}
 
@@ -33,26 +33,26 @@ EFFECTS = {"mrr": "mean reciprocal rank", "prob_percent": "probability (%)", "lo
 
 
 def layer_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``top-layers`` with the 95 % intervals of each score and rank over the kept prompts."""
+    """Return rows of ``top-layers`` with the 95 % intervals of each score and rank over the kept prompts."""
     return _ranking(wh, "top-layers", "layer-scores", ("model", "category"), "layer_name", params)
 
 
 def head_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``top-heads`` with the 95 % intervals of each score and rank over the kept prompts."""
+    """Return rows of ``top-heads`` with the 95 % intervals of each score and rank over the kept prompts."""
     return _ranking(wh, "top-heads", "head-scores", ("model", "category"), "head_name", params)
 
 
 def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Rows of ``top-neurons`` with the 95 % interval of each score over the kept prompts.
+    """Return rows of ``top-neurons`` with the 95 % interval of each score over the kept prompts.
 
-    Not of the rank: that would need every neuron's score in every prompt, and only the best are stored.
+    Ranks have no interval: it would need every neuron's score in every prompt, but only the best are stored.
     """
     ranking = wh.query("top-neurons", **params)
     shared = {name: value for name, value in params.items() if name != "k"}
     keys = ["model", "category", "component"]
     scores, prompts = wh.query("neuron-scores", **shared), [*keys, "dataset", "prompt_id"]
     listed = scores.join(ranking, on=[*keys, "neuron_name"], how="semi")
-    # A prompt that has none of them counts all the same.
+    # A prompt without any of them is also counted.
     others = scores.select(prompts).unique().join(ranking.select(*keys, "neuron_name").unique(keys), on=keys)
     others = others.with_columns(score=pl.lit(0.0))
     both = pl.concat([listed.select(others.columns), others])
@@ -67,14 +67,14 @@ def _ranking(
 
 
 def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """The means of ``attribution-methods`` in long form with their 95 % intervals over the kept prompts.
+    """Return the means of ``attribution-methods`` in long form with their 95 % intervals over the kept prompts.
 
     One row per model, method, k and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low and rank_high
-    (1 for the method that leaves least), n_prompts.
+    (1 for the method with the lowest value), n_prompts.
     """
     means, effects = wh.query("attribution-methods", **params), wh.query("ablation-effects", **params)
     item = pl.format("{} {}", "method", "k").alias("item")
-    # Less is better: what is ranked is the loss.
+    # Lower is better: the loss is ranked.
     losses = effects.unpivot(
         list(EFFECTS), index=["model", "dataset", "prompt_id", "method", "k"], variable_name="effect"
     ).select("model", "dataset", "prompt_id", "effect", item, score=-pl.col("value"))
@@ -86,7 +86,7 @@ def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """The sums of ``attention-vs-ffn`` in long form, with their 95 % intervals over the kept prompts.
+    """Return the sums of ``attention-vs-ffn`` in long form, with their 95 % intervals over the kept prompts.
 
     One row per model, category and component: score, percent, low, high, n_prompts.
     """
@@ -101,7 +101,7 @@ def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """``value-neurons-by-layer`` and ``query-neurons-by-layer`` together, told apart by the column kind."""
+    """Return ``value-neurons-by-layer`` and ``query-neurons-by-layer`` together, distinguished by the column kind."""
     values = wh.query("value-neurons-by-layer", **params)
     queries = wh.query("query-neurons-by-layer", **params)
     columns = ["model", "category", "layer", "neurons", "share_percent"]
@@ -115,12 +115,12 @@ def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def scores_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Every row of ``top-layers``, with intervals over prompts and each layer's depth in percent."""
+    """Return all rows of ``top-layers``, with intervals over prompts and each layer's depth in percent."""
     return _with_depth(wh, "layer_scores", layer_ranking(wh, **params, k=EVERY), params)
 
 
 def _with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str, Any]) -> pl.DataFrame:
-    """The rows with each model's number of layers, in the runs that they are of, and each layer's depth in percent."""
+    """Add each model's number of layers, from the runs of the rows, and each layer's depth in percent."""
     depths = wh.sql(
         "SELECT model, max(n_layers) AS n_layers FROM known_runs "
         "JOIN chosen_runs(?, ?, ?) USING (model, dataset, run) GROUP BY model",
@@ -134,7 +134,7 @@ def _with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str
 
 
 def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
-    """Log-probability increase by layer: a panel for each category, attention and FFN side by side."""
+    """Draw the log-probability increase by layer: a panel for each category, attention and FFN side by side."""
     base = alt.Chart().encode(x=depth_axis(frame))
     title = INCREASE
     told = components()
@@ -146,7 +146,7 @@ def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
-    """The best of each category with their intervals: a panel for each, the best on top."""
+    """Draw the best items of each category with their intervals: a panel for each, the best on top."""
     rule, dot = alt.Chart().mark_rule(strokeWidth=2.5, opacity=0.45), alt.Chart().mark_point(filled=True, size=45)
     if "component" in frame.columns:
         color, shape = component_points()
@@ -167,7 +167,7 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
 
 
 def head_map(frame: pl.DataFrame, look: Look) -> Chart:
-    """Every head of every layer, coloured by its mean score: a panel for each category."""
+    """Draw every head of every layer, coloured by its mean score: a panel for each category."""
     n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]
     side = max(3, min(14, 260 // max(n_layers, n_heads)))
     axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
@@ -178,7 +178,7 @@ def head_map(frame: pl.DataFrame, look: Look) -> Chart:
         .encode(
             alt.X("layer:O", title="layer", axis=axis),
             alt.Y("head:O", title="head", axis=alt.Axis(values=list(range(0, n_heads, 4)), grid=False)),
-            # Positive ends darker than negative: in grey, what is nearly black helps.
+            # The positive end is darker than the negative one, so that both differ in a grey print.
             alt.Color("score:Q", scale=alt.Scale(domainMid=0, range=["#e69f00", "#f7f7f7", "#08306b"]), legend=legend),
             tooltip=["head_name", alt.Tooltip("score:Q", format=".3f"), "rank"],
         )
@@ -188,7 +188,7 @@ def head_map(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
-    """In which layers the best value and query neurons lie: a panel for each category."""
+    """Draw the layers of the best value and query neurons: a panel for each category."""
     names = ["attn value", "ffn value", "query of attn", "query of ffn"]
     line = alt.Chart(frame).mark_line(strokeWidth=1.6)
     y = alt.Y("share_percent:Q", title="share (%)")
@@ -198,7 +198,7 @@ def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def methods(frame: pl.DataFrame, look: Look) -> Chart:
-    """Table 2: what is left of the right answer when each method's best neurons are zeroed, with intervals."""
+    """Draw table 2: the right answer when each method's best neurons are set to 0, with intervals."""
     frame = frame.with_columns(
         row=pl.when(pl.col("letter").str.len_chars() > 0)
         .then(pl.format("{}  {}", "letter", "method"))
@@ -224,7 +224,7 @@ def methods(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def overlap(frame: pl.DataFrame, look: Look) -> Chart:
-    """How much two categories share: a square for each pair, a panel for each model."""
+    """Draw the overlap of categories: a square for each pair, a panel for each model."""
     names = look.order("category", [*frame["category_a"], *frame["category_b"]])
     x = alt.X("category_a:N", sort=names, title=None, scale=alt.Scale(domain=names[:-1]), axis=alt.Axis(labelAngle=-40))
     y = alt.Y("category_b:N", sort=names, title=None, scale=alt.Scale(domain=names[1:]))
@@ -242,7 +242,7 @@ def overlap(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def shares(frame: pl.DataFrame, look: Look) -> Chart:
-    """What all attention and all FFN layers add, side by side, with intervals: a panel for each model."""
+    """Draw the total contributions of attention and FFN layers with intervals: a panel for each model."""
     names = look.order("category", frame["category"])
     told = components()["color"]
     told.legend = alt.Legend(title=None, symbolType="square")
@@ -260,12 +260,12 @@ def shares(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def prompt_story(frame: pl.DataFrame, look: Look) -> Chart:
-    """One prompt in one model: its layers, heads and what they read, neurons and their tokens, as bars."""
+    """Draw one prompt in one model: layers, heads and what they read, neurons and their tokens, as bars."""
     del look
     pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
     if len(pairs) > 1:
         named = "--model {} --dataset {}".format(*pairs[0])
-        raise QueryError(f"prompt-story shows one model and one dataset: name them, such as {named}.")
+        raise QueryError(f"prompt-story shows one model and one dataset. Name them, such as {named}.")
     parts = frame["part"].unique(maintain_order=True)
     columns = ([part for part in parts if _wide(part) is wide] for wide in (False, True))
     drawn = [alt.vconcat(*(_bars(frame.filter(part=part)) for part in column)) for column in columns if column]
@@ -278,7 +278,7 @@ def _wide(part: str) -> bool:
 
 
 def _bars(part: pl.DataFrame) -> Any:
-    """The best of one part of the story, best on top, with the tokens that belong to each."""
+    """Draw the best items of one part of the story, best on top, with the tokens of each."""
     at_position = pl.format("{} @ {}", "name", "position")
     label = pl.when(pl.col("position").is_null()).then("name").otherwise(at_position)
     tokens = pl.col("tokens").fill_null("").str.slice(0, 90)
@@ -305,7 +305,7 @@ def _bars(part: pl.DataFrame) -> Any:
 
 
 def _grid(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:
-    """A panel for each category; where there are several models, a row of panels for each."""
+    """Draw a panel for each category; if there are several models, a row of panels for each."""
     categories, models = look.order("category", frame["category"]), look.order("model", frame["model"])
     drawn = drawn.properties(data=frame)
     if len(models) == 1:

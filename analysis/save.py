@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from kdb.analysis.style import Chart
 
 _PNG_SCALE = 2.0
-"""Pixels per point: sharp on a screen of high density, and in print."""
+"""Pixels per point, sharp on high-resolution screens and in print."""
 
 
 def to_spec(chart: Chart) -> dict[str, Any]:
-    """The chart as Vega-Lite, in whose texts nothing is left on which vl-convert or a browser fails."""
+    """Return the chart as Vega-Lite, without characters on which vl-convert or a browser fails."""
     spec: dict[str, Any] = visible_within(chart.to_dict())
     return spec
 
 
 def to_svg(chart: Chart) -> str:
-    """The chart as SVG text."""
+    """Return the chart as SVG text."""
     import vl_convert
 
     return vl_convert.vegalite_to_svg(to_spec(chart))
@@ -54,27 +54,27 @@ _PAGE = """<!DOCTYPE html>
 
 
 def _html(chart: Chart) -> bytes:
-    # The scripts are in the file, and nothing is fetched. No text of the data may end the script that it is in.
+    # The scripts are in the file, and nothing is downloaded. No text in the data may end its script element.
     text = json.dumps(to_spec(chart)).replace("<", "\\u003c")
     return _PAGE.format(vega=_vega(), chart=text).encode()
 
 
 def _vega() -> str:
-    """Vega, Vega-Lite and vega-embed in one script; kept in the user's cache, as putting it together takes a second."""
+    """Return Vega, Vega-Lite and vega-embed in one script, cached for the user, because building it takes a second."""
     import vl_convert
 
     kept = user_cache_path("kdb") / f"vega-{version('vl-convert-python')}.js"
     with contextlib.suppress(OSError):
         return kept.read_text(encoding="utf-8")
-    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for what it does not need
-    with contextlib.suppress(OSError, QueryError):  # a page can be written where nothing can be kept
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub requires an unneeded argument
+    with contextlib.suppress(OSError, QueryError):  # pages can be written even if the cache cannot
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, script.encode())
     return script
 
 
 def to_png(chart: Chart, scale: float = _PNG_SCALE) -> bytes:
-    """The chart as PNG, with ``scale`` pixels per point."""
+    """Return the chart as PNG, with ``scale`` pixels per point."""
     import vl_convert
 
     return vl_convert.vegalite_to_png(to_spec(chart), scale=scale)
@@ -97,22 +97,22 @@ FORMATS = tuple(_WRITERS)
 
 
 def save(chart: Chart, path: Path) -> None:
-    """Write a chart in the format that the file's ending names, one of FORMATS; the file appears whole or not at all.
+    """Write a chart in the format of the file's ending, one of FORMATS, completely or not at all.
 
-    Raises QueryError where the file cannot be written.
+    Raises QueryError if the file cannot be written.
     """
     write_whole(path, _WRITERS[path.suffix.lower()](chart))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file by one rename; QueryError where that fails, and then the file that was there stays."""
+    """Write a file by one rename. Raises QueryError if that fails; the old file is then unchanged."""
     try:
-        target = path.resolve()  # what a link leads to is written, and the link stays
+        target = path.resolve()  # the target of a link is written, and the link kept
         if target.exists() and not target.is_file():  # a device or a pipe must not be replaced
             target.write_bytes(content)
         else:
             _replace(target, content)
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # for circular links
         raise QueryError(f"Cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}.") from error
 
 

@@ -1,7 +1,7 @@
-"""How every chart looks: colours that stay with their model or dataset in all figures, fixed orders, one style.
+"""Style of all charts: the same colour for a model or dataset in all figures, fixed orders, one design.
 
-Colours are Paul Tol's "muted" set and Okabe and Ito's, both made for colour-blind readers. They differ in lightness
-too, and lines also in their dashes and points in their shapes, so that a page printed in grey can be read.
+Colours are Paul Tol's "muted" set and Okabe and Ito's, both made for colour-blind readers. They differ in lightness.
+Lines also differ in their dashes and points in their shapes, so that a page printed in grey can be read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
 Chart: TypeAlias = Any
-"""One of Altair's charts; their classes share no base that has all that is called on them."""
+"""Any Altair chart; the classes have no common base with all methods that are used here."""
 
 CATEGORIES = ("language", "color", "number", "capital", "country", "month")
-"""The paper's kinds of knowledge, in its order; others follow by name."""
+"""The paper's kinds of knowledge, in its order; others follow in order of their names."""
 
 PAPER_DATASETS = (
     *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),
@@ -31,23 +31,23 @@ _PALETTE = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", 
 _DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 
 ATTN, FFN = "#0072b2", "#e69f00"
-"""Attention is blue and FFN orange, wherever the two stand side by side."""
+"""Colours of attention (blue) and FFN (orange) in all figures that show both."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """The order and colour of every model and dataset of a warehouse, the same whichever of them a figure shows."""
+    """The order and colour of every model and dataset of a warehouse, independent of the figure."""
 
     models: tuple[str, ...]
     datasets: tuple[str, ...]
 
     def order(self, field: str, shown: Iterable[str]) -> list[str]:
-        """The names shown of a field, in their fixed order; names that have none come last."""
+        """Return the shown names of a field in their fixed order; names without one are last."""
         known = {"model": self.models, "dataset": self.datasets, "category": CATEGORIES}.get(field, ())
         return sorted(set(shown), key=lambda name: (known.index(name) if name in known else len(known), name))
 
     def lines(self, field: str, shown: Iterable[str]) -> dict[str, Any]:
-        """Encodings that tell lines of a field apart, by colour and by dashes."""
+        """Return encodings that distinguish the lines of a field by colour and dashes."""
         names = self.order(field, shown)
         places = [self._place(field, name, names) for name in names]
         colors = [_PALETTE[place % len(_PALETTE)] for place in places]
@@ -65,7 +65,7 @@ class Look:
 
 
 def look_of(wh: Warehouse) -> Look:
-    """Every model by family and size, the paper's datasets in its order and then the others by name."""
+    """Return all models by family and size, and all datasets: the paper's in its order, then the others by name."""
     models = wh.sql("SELECT model FROM models GROUP BY model ORDER BY min(family), min(n_params), model")
     datasets = wh.sql("SELECT DISTINCT dataset FROM datasets ORDER BY dataset")["dataset"].to_list()
     others = [name for name in datasets if name not in PAPER_DATASETS]
@@ -73,7 +73,7 @@ def look_of(wh: Warehouse) -> Look:
 
 
 def depth_axis(frame: pl.DataFrame, **options: Any) -> alt.X:
-    """The horizontal axis of depth: layers from 0, or percent where the models shown differ in their number."""
+    """Return the horizontal axis of depth: layers from 0, or percent if the models differ in their number of layers."""
     if frame["n_layers"].n_unique() > 1:
         return alt.X("depth_percent:Q", title="depth (%)", scale=alt.Scale(domain=[0, 100]), **options)
     last = int(frame["n_layers"][0]) - 1
@@ -82,7 +82,7 @@ def depth_axis(frame: pl.DataFrame, **options: Any) -> alt.X:
 
 
 def components(field: str = "component", names: Sequence[str] = ("attn", "ffn")) -> dict[str, Any]:
-    """Encodings that tell attention from FFN by colour and by dashes."""
+    """Return encodings that distinguish attention from FFN by colour and dashes."""
     legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
     colors = {"attn": ATTN, "ffn": FFN}
     scale = alt.Scale(domain=list(names), range=[colors["attn" if "attn" in name else "ffn"] for name in names])
@@ -94,17 +94,17 @@ def components(field: str = "component", names: Sequence[str] = ("attn", "ffn"))
 
 
 def component_points() -> tuple[alt.Color, alt.Shape]:
-    """Encodings that tell points of attention from those of FFN, by colour and by shape."""
+    """Return encodings that distinguish points of attention from those of FFN by colour and shape."""
     names, legend = ["attn", "ffn"], alt.Legend(title=None, symbolOpacity=1)
     colors, shapes = alt.Scale(domain=names, range=[ATTN, FFN]), alt.Scale(domain=names, range=["circle", "square"])
     return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
 
 
-alt.data_transformers.disable_max_rows()  # its limit guards notebooks against millions; figures have thousands
+alt.data_transformers.disable_max_rows()  # its limit protects notebooks from millions of rows; figures have thousands
 
 
 def finished(chart: Chart, title: str, subtitle: str) -> Chart:
-    """The chart with its title, what its marks mean below that, and the style of all figures."""
+    """Return the chart with its title, a legend of its marks, and the style of all figures."""
     lines = [alt.TitleParams(text=title, subtitle=subtitle.split("\n"), anchor="start", offset=12)]
     styled: Chart = (
         chart.properties(title=lines[0], background="white")

@@ -1,7 +1,7 @@
-"""How sure a number is: resampled prompts, resampled test sets, and what J and C hang on.
+"""Uncertainty of numbers: resampled prompts, resampled test sets, and intervals of J and C.
 
-Arrays in, arrays out, then the functions that read a warehouse. What is
-resampled are prompts, so every interval says how far a number may move with other prompts of the same kind.
+The first functions take and return arrays; the later ones read a warehouse. Prompts are resampled, so every interval
+says how much a number may change with other prompts of the same kind.
 
     depth_intervals(kdb.open("kdb-warehouse"), model=["smollm2-135m"])
 """
@@ -31,10 +31,10 @@ _LEVEL = (0.025, 0.975)
 
 
 def resampled_means(values: NDArray[Any], n_resamples: int = N_RESAMPLES) -> Floats:
-    """Means (m, n_resamples) of the columns of ``values`` (n, m) over rows drawn with replacement.
+    """Return means (m, n_resamples) of the columns of ``values`` (n, m) over rows drawn with replacement.
 
-    All columns see the same draws, so that differences and ranks between columns can be read off the result. Drawn are
-    how often each row is taken: the means of all columns are then one matrix product, while scipy.stats.bootstrap
+    All columns use the same draws, so that differences and ranks between columns can be computed from the result. A
+    draw is the count of each row, so the means of all columns are one matrix product, while scipy.stats.bootstrap
     gathers rows. The intervals are the same (tests compare them).
     """
     means: Floats = (_draws(len(values), n_resamples) @ values / len(values)).T
@@ -43,20 +43,20 @@ def resampled_means(values: NDArray[Any], n_resamples: int = N_RESAMPLES) -> Flo
 
 @functools.lru_cache(maxsize=12)
 def _draws(n: int, n_resamples: int) -> NDArray[np.float32]:
-    """How often each of n rows is taken (n_resamples, n); the same for all that have n rows."""
+    """Return the count of each of n rows in each resample (n_resamples, n); the same for all inputs with n rows."""
     rng = np.random.default_rng(_SEED)
     counts = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(n_resamples)]
     return np.stack(counts).astype(np.float32)
 
 
 def intervals(resampled: Floats) -> tuple[Floats, Floats]:
-    """The ends of the 95 % interval of each row of ``resampled`` (m, n_resamples)."""
+    """Return the ends of the 95 % interval of each row of ``resampled`` (m, n_resamples)."""
     low, high = np.quantile(resampled, _LEVEL, axis=1)
     return low, high
 
 
 def rank_intervals(resampled: Floats, rows: Sequence[int]) -> tuple[Floats, Floats]:
-    """The ends of the 95 % interval of the rank, from 1 for the largest, that each of ``rows`` has among all."""
+    """Return the ends of the 95 % interval of the rank of each of ``rows`` among all, from 1 for the largest."""
     ranks = np.stack([1 + (resampled > resampled[row]).sum(axis=0) for row in rows])
     low, high = np.quantile(ranks, _LEVEL, axis=1, method="closest_observation")
     return low, high
@@ -66,10 +66,10 @@ def rank_intervals(resampled: Floats, rows: Sequence[int]) -> tuple[Floats, Floa
 
 
 def with_intervals(ranking: pl.DataFrame, scores: pl.DataFrame, by: Sequence[str], item: str) -> pl.DataFrame:
-    """A ranking with the columns low, high, rank_low and rank_high, from the prompts that its means are taken over.
+    """Add the columns low, high, rank_low and rank_high to a ranking, from the prompts behind its means.
 
-    ``scores`` has one row per prompt and item, with the columns ``by`` (what is ranked separately), dataset,
-    prompt_id, ``item`` and score; an item that a prompt lacks counts 0 there, as in the ranking itself.
+    ``scores`` has one row per prompt and item, with the columns ``by`` (which define separate rankings), dataset,
+    prompt_id, ``item`` and score; an item missing in a prompt counts as 0 there, as in the ranking itself.
     """
     groups = dict(_groups(scores, by))
     parts = []
@@ -91,7 +91,7 @@ def _groups(frame: pl.DataFrame, by: Sequence[str]) -> Iterator[tuple[tuple[Any,
 
 
 def _matrix(scores: pl.DataFrame, item: str) -> tuple[list[str], NDArray[np.float32]]:
-    """The items' names, and their scores (prompt, item)."""
+    """Return the names of the items, and their scores (prompt, item)."""
     prompts = scores.select(pl.struct("dataset", "prompt_id").rank("dense") - 1).to_series().to_numpy()
     names = scores[item].unique(maintain_order=True)
     places = scores[item].replace_strict(names, pl.int_range(len(names), eager=True)).to_numpy()
@@ -104,36 +104,35 @@ def _matrix(scores: pl.DataFrame, item: str) -> tuple[list[str], NDArray[np.floa
 
 
 def jump_layers(accuracy: Floats, jump_ratio: float = 1.1) -> Floats:
-    """J as a layer, of curves (…, layers); NaN where there is none. The reference of the SQL macro concept_depth."""
+    """Return J as a layer for curves (…, layers); NaN if none. Tests compare the SQL macro concept_depth with it."""
     return _extreme(np.round(_variation_rates(accuracy), 12) >= jump_ratio, first=True)
 
 
 def converging_layers(accuracy: Floats, tolerance: float = 0.03) -> Floats:
-    """C as a layer, of curves (…, layers); NaN where there is none. The reference of the SQL macro concept_depth."""
+    """Return C as a layer for curves (…, layers); NaN if none. Tests compare the SQL macro concept_depth with it."""
     return _extreme(np.round(np.abs(_variation_rates(accuracy) - 1), 12) < tolerance, first=False)
 
 
 def _variation_rates(accuracy: Floats) -> Floats:
-    """β of curves (…, layers): (…, layers − 1), NaN after an accuracy of 0."""
+    """Return β of curves (…, layers) as (…, layers − 1); NaN after an accuracy of 0."""
     before = np.where(accuracy[..., :-1] == 0, np.nan, accuracy[..., :-1])
     rates: Floats = accuracy[..., 1:] / before
     return rates
 
 
 def _extreme(holds: NDArray[np.bool_], *, first: bool) -> Floats:
-    """The first or last layer at which something holds; ``holds`` (…, layers − 1) begins with layer 1."""
+    """Return the first or last layer at which a condition holds; ``holds`` (…, layers − 1) begins with layer 1."""
     n = holds.shape[-1]
     place = holds.argmax(axis=-1) if first else n - 1 - holds[..., ::-1].argmax(axis=-1)
     return np.where(holds.any(axis=-1), place + 1.0, np.nan)
 
 
 def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """J and C of each model and dataset over resampled test prompts.
+    """Return J and C of each model and dataset, with intervals over resampled test prompts.
 
-    ``params`` are those of the saved query ``probe-outcomes``. One row per model, dataset and point: n_layers,
-    layer, the 95 % interval in percent of depth (over the resamples that have the point), and the percentage of
-    resamples in which it is at the same layer, and in which there is none. jump_p_value is McNemar's, of J's layer
-    against the one before.
+    ``params`` are those of the saved query ``probe-outcomes``. One row per model, dataset and point: n_layers, layer,
+    the 95 % interval in percent of depth (over the resamples that have the point), and the percentages of resamples in
+    which it is at the same layer, or does not exist. jump_p_value is McNemar's, of J's layer against the one before.
     """
     return _depth_rows(wh.query("probe-outcomes", **params))
 
@@ -150,7 +149,7 @@ def _depth_rows(outcomes: pl.DataFrame) -> pl.DataFrame:
 
 
 def _points(layers: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """J and C of one run, from a row with the columns layer, n_layers and outcomes for each layer."""
+    """Return J and C of one run, from rows with the columns layer, n_layers and outcomes, one for each layer."""
     n_layers = int(layers["n_layers"][0])
     correct = np.zeros((len(layers["outcomes"][0]), n_layers), dtype=np.float32)
     for layer, outcomes in layers.select("layer", "outcomes").iter_rows():
@@ -176,10 +175,10 @@ def _points(layers: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _paired(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """McNemar's p-value of two layers that are right (1) or wrong (0) on the same prompts (n,)."""
+    """Return McNemar's p-value of two layers that are right (1) or wrong (0) on the same prompts (n,)."""
     return mcnemar(int(np.sum(a > b)), int(np.sum(b > a)))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact p-value of McNemar's test: ``only_a`` prompts are right under a alone, ``only_b`` under b alone."""
+    """Return the exact p-value of McNemar's test: ``only_a`` prompts are right only in a, ``only_b`` only in b."""
     return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))

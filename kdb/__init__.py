@@ -1,4 +1,4 @@
-"""Measure where a language model keeps what it knows, and ask in SQL.
+"""Measure where a language model stores what it knows, and query the results in SQL.
 
 import kdb
 kdb.open("kdb-warehouse").query("concept-depth")
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def open(path: str | Path | None = None) -> Warehouse:  # noqa: A001  (kdb.open, as one opens a file)
-    """Open the warehouse at ``path``, else ``$KDB_WAREHOUSE``, else ``./kdb-warehouse``.
+    """Open the warehouse at ``path``, which defaults to ``$KDB_WAREHOUSE``, then to ``./kdb-warehouse``.
 
     Raises kdb.errors.WarehouseError if there is none.
     """
-    # Here and not above, so that `import kdb.errors` and `kdb --help` load neither DuckDB nor Polars.
+    # Imported here, so that `import kdb.errors` and `kdb --help` load neither DuckDB nor Polars.
     from kdb.warehouse.store import Warehouse
 
     return Warehouse(path or os.environ.get("KDB_WAREHOUSE") or "kdb-warehouse")

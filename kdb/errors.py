@@ -1,7 +1,7 @@
 """Every error that kdb raises on purpose.
 
-A ``KdbError`` is something the user can act on: what was wrong, where, and what to do. The front doors print
-it and exit with code 2; nothing else catches it.
+A ``KdbError`` is something that the user can act on: it says what was wrong, where, and what to do. The command line
+and the server report it, the former with exit code 2; nothing else catches it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class KdbError(Exception):
-    """Base of all errors that are the user's to mend."""
+    """Base of all errors that the user can fix."""
 
 
 class UnknownNameError(KdbError):
-    """A model, dataset, query or run that does not exist; suggests the nearest that do."""
+    """A model, dataset, query or run that does not exist; suggests the closest existing names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str) -> None:
         near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
@@ -24,7 +24,7 @@ class UnknownNameError(KdbError):
 
 
 class DatasetError(KdbError):
-    """A dataset file that is missing, unreadable or holds what a study cannot use."""
+    """A dataset file that is missing, unreadable, or has contents that a study cannot use."""
 
 
 class ModelError(KdbError):
@@ -32,7 +32,7 @@ class ModelError(KdbError):
 
 
 class PlanError(KdbError):
-    """A plan of runs that is no plan, or asks for the same run twice."""
+    """A plan of runs that is invalid, or lists the same run twice."""
 
 
 class WarehouseError(KdbError):
@@ -44,8 +44,8 @@ class QueryError(KdbError):
 
 
 class EngineError(QueryError):
-    """A statement on which DuckDB fails by a fault of its own; its connection may be of no more use."""
+    """An internal error of DuckDB; the connection may be unusable afterwards."""
 
 
 class NothingFoundError(QueryError):
-    """A question that is right, and to which this warehouse has no answer."""
+    """A valid query for which the warehouse holds no data."""

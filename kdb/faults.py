@@ -1,6 +1,6 @@
-"""Errors that nobody raised on purpose, in one line, with the details in a log file.
+"""Unexpected errors as one line of text, with the details in a log file.
 
-The guards around each command and each job of a plan ask `explain` what to say. KDB_DEBUG=1 shows the traceback too.
+The error handlers around each command and each run of a plan call `explain`. KDB_DEBUG=1 shows the traceback too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from kdb.text import one_line
 
 USERS, INTERNAL, INTERRUPTED = 2, 70, 130
-"""Exit codes: the user can mend it, kdb is at fault, the user stopped it."""
+"""Exit codes: an error that the user can fix, an internal error, an interruption by the user."""
 
 _LONGEST = 300
 _MEMORY = {"MemoryError", "OutOfMemoryError", "OutOfMemoryException"}
-"""Names of errors that say that memory is short; PyTorch and DuckDB have their own."""
+"""Class names of out-of-memory errors; PyTorch and DuckDB have their own."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Fault:
 
 
 def explain(error: BaseException, doing: str) -> Fault:
-    """What to say of an error while `doing` something, such as "kdb report"; details that it names are written."""
+    """Return the message for an error while `doing` something, such as "kdb report"; may write a log file."""
     if is_interrupt(error):
-        return Fault("Interrupted. Finished parts are kept: the same command continues.", INTERRUPTED)
+        return Fault("Interrupted. Finished parts are kept. Run the same command again to resume.", INTERRUPTED)
     if known := _known(error):
         return Fault(f"{doing}: {known}", USERS)
     details = _write_details(error, doing)
@@ -45,12 +45,12 @@ def explain(error: BaseException, doing: str) -> Fault:
 
 
 def is_debugging() -> bool:
-    """Whether tracebacks are wanted: KDB_DEBUG is set, and not to 0."""
+    """Whether to show tracebacks: KDB_DEBUG is set, and not to 0."""
     return os.environ.get("KDB_DEBUG", "0") not in ("", "0")
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether it is Ctrl-C, as Python or as DuckDB raises it."""
+    """Whether the error stands for Ctrl-C, as Python or DuckDB raises it."""
     return any(
         isinstance(one, KeyboardInterrupt)
         or type(one).__name__ == "InterruptException"
@@ -60,7 +60,7 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def summary(error: BaseException) -> str:
-    """The error's class and text, in one line of a bearable length."""
+    """Return the error's class and text in one line, shortened if necessary."""
     text = one_line(str(error))
     return f"{type(error).__name__}: {text[:_LONGEST]}{'…' * (len(text) > _LONGEST)}".removesuffix(": ").rstrip(".")
 
@@ -75,13 +75,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _known(error: BaseException) -> str | None:
-    """The message for an error of the machine or of a file, which the user can mend."""
+    """Return the message for an error of the machine or of a file, which the user can fix; None for any other."""
     if extra := missing_extra(error):
         return extra
     if type(error).__name__ in _MEMORY:
-        return "there is not enough memory. Ask for less at a time, or close other programs."
+        return "not enough memory. Request less at a time, or close other programs."
     if isinstance(error, UnicodeDecodeError) or _is_from_json(error):
-        return f"a file is damaged, or no text: {summary(error)}. `kdb verify` names damaged files of a warehouse."
+        return f"a file is damaged or is not text: {summary(error)}. `kdb verify` lists damaged files of a warehouse."
     if isinstance(error, OSError):
         where = f"{str(error.filename)!r}: " if error.filename else ""
         said = error.strerror or summary(error)
@@ -108,7 +108,7 @@ def missing_extra(error: BaseException) -> str | None:
 
 
 def _is_from_json(error: BaseException) -> bool:
-    """Whether JSON could not be read: it is none, or nested too deep."""
+    """Whether the error is that of invalid or too deeply nested JSON."""
     if not isinstance(error, ValueError | RecursionError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
@@ -116,7 +116,7 @@ def _is_from_json(error: BaseException) -> bool:
 
 
 def _write_details(error: BaseException, doing: str) -> str:
-    """Write the traceback to a file of its own, and return its path."""
+    """Write the traceback to a new log file, and return its path."""
     now = datetime.now(UTC)
     head = (
         f"{doing}\n{now.isoformat()} kdb {version('kdb-lm')} Python {platform.python_version()} {platform.platform()}"
@@ -128,12 +128,12 @@ def _write_details(error: BaseException, doing: str) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_bytes(text)
             return str(path)
-    return "no file, as none can be written (KDB_DEBUG=1 shows them)"
+    return "no file, because none can be written (set KDB_DEBUG=1 to show them)"
 
 
 def _folders() -> Iterator[Path]:
     from platformdirs import user_log_path
 
     yield user_log_path("kdb", appauthor=False)
-    with contextlib.suppress(OSError):  # no folder for temporary files
+    with contextlib.suppress(OSError):  # there is no folder for temporary files
         yield Path(tempfile.gettempdir())

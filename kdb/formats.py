@@ -1,4 +1,4 @@
-"""Rows as JSON, CSV, Arrow or Parquet, written as they are read: what is in memory is one batch.
+"""Rows as JSON, CSV, Arrow or Parquet, written as they are read: only one batch is in memory.
 
 for chunk in encode(reader, "csv"):
     file.write(chunk)
@@ -25,13 +25,14 @@ MEDIA_TYPES = {
     "arrow": "application/vnd.apache.arrow.stream",
     "parquet": "application/vnd.apache.parquet",
 }
-"""Each format's media type. JSON is one array of objects, a row each."""
+"""Each format's media type. JSON is one array with an object for each row."""
 
 
 def encode(reader: pa.RecordBatchReader, format_: str) -> Iterator[bytes]:
-    """The rows in a format of MEDIA_TYPES, in chunks. Raises QueryError where a row cannot be computed or written.
+    """Yield the rows in a format of MEDIA_TYPES, in chunks.
 
-    Columns of one name are told apart by a number, as in ``a`` and ``a_1``.
+    Columns of the same name are numbered, as in ``a`` and ``a_1``. Raises QueryError where a row cannot be computed or
+    written.
     """
     names = unique(reader.schema.names)
     schema = pa.schema(field.with_name(name) for field, name in zip(reader.schema, names, strict=True))
@@ -40,13 +41,13 @@ def encode(reader: pa.RecordBatchReader, format_: str) -> Iterator[bytes]:
 
 
 def read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    """The batches of an answer. Raises QueryError where one cannot be computed."""
+    """Yield the batches of an answer. Raises QueryError where one cannot be computed."""
     with reported():
         yield from reader
 
 
 def as_text(frame: pl.DataFrame, format_: str, write: Callable[[pl.DataFrame], str]) -> str:
-    """The frame as `write` puts it. Raises QueryError naming the column that it cannot."""
+    """Return the frame as text, made by `write`. Raises QueryError naming a column that it cannot write."""
     for name in frame.columns:
         if lacking := _lacking(frame[name], format_):
             raise _unwritable(name, lacking, format_)
@@ -60,20 +61,20 @@ def as_text(frame: pl.DataFrame, format_: str, write: Callable[[pl.DataFrame], s
 
 
 def to_csv(frame: pl.DataFrame, *, header: bool = True) -> str:
-    """CSV; lists and structures as JSON text, since CSV has none. Raises QueryError as `as_text` does."""
+    """Return the frame as CSV, with lists and structures as JSON text. Raises QueryError as `as_text` does."""
     return as_text(frame, "csv", lambda rows: _flat(rows).write_csv(include_header=header))
 
 
 def to_json(frame: pl.DataFrame) -> str:
-    """JSON: an array of objects. Raises QueryError as `as_text` does."""
+    """Return the frame as JSON, an array of objects. Raises QueryError as `as_text` does."""
     return as_text(frame, "json", lambda rows: rows.write_json())
 
 
 _FAILURES = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
-"""Errors of Polars for a value or a type that it cannot write."""
+"""Errors that Polars raises for a value or a type that it cannot write."""
 
 _DAYS = 95_000_000
-"""Days around 1970 that Polars can write: 260,000 years. DuckDB has more, and infinity."""
+"""Days before or after 1970 that Polars can write: 260,000 years. DuckDB's range is wider and includes infinity."""
 _SECOND = {"ms": 10**3, "us": 10**6}
 
 
@@ -87,19 +88,19 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _lacking(column: pl.Series, format_: str) -> str | None:
-    """How SQL calls what the column holds, where the format has no text for it."""
+    """Return the SQL name of a type in the column that the format cannot represent; None if there is none."""
     for kind in _kinds(column.dtype):
         if isinstance(kind, pl.Binary | pl.Object) or kind.is_extension():
             return "BLOB"
         if isinstance(kind, pl.Duration):
             return "INTERVAL"
         if format_ == "json" and isinstance(kind, pl.Map) and not isinstance(kind.key, pl.String):
-            return "MAP whose keys are no text"
-    return None if _is_in_calendar(column) else "a date beyond the calendar"
+            return "a MAP whose keys are not text"
+    return None if _is_in_calendar(column) else "a date out of range"
 
 
 def _kinds(kind: pl.DataType) -> Iterator[pl.DataType]:
-    """The type, and every type within it."""
+    """Yield the type, and every type nested in it."""
     yield kind
     for inner in _within(kind):
         yield from _kinds(inner)
@@ -116,7 +117,7 @@ def _within(kind: Any) -> list[Any]:
 def _is_in_calendar(column: pl.Series) -> bool:
     kind = column.dtype
     if not isinstance(kind, pl.Date | pl.Datetime) or (isinstance(kind, pl.Datetime) and kind.time_unit == "ns"):
-        return True  # nanoseconds do not reach beyond
+        return True  # the range of nanoseconds is smaller
     unit = 1 if isinstance(kind, pl.Date) else 86400 * _SECOND[kind.time_unit]
     numbers = column.to_physical()
     return bool(numbers.is_between(-_DAYS * unit, _DAYS * unit).all())
@@ -135,7 +136,7 @@ def _unwritable(name: str, kind: str, format_: str) -> QueryError:
 
 
 _PART = 2**22
-"""Bytes of a batch that are written at once: vectors make 20,000 rows hundreds of megabytes of text."""
+"""Bytes of a batch to write at a time: 20,000 rows with vectors would be hundreds of megabytes of text."""
 
 
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -146,7 +147,7 @@ def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 def _json(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
     opening = "["
-    to_json(_empty(schema))  # a type that cannot be written is refused before the answer begins
+    to_json(_empty(schema))  # refuse a type that cannot be written before the answer begins
     for batch in batches:
         # Without its brackets, so that batches join to one array.
         yield (opening + to_json(_frame(batch))[1:-1]).encode()
@@ -166,7 +167,7 @@ def _empty(schema: pa.Schema) -> pl.DataFrame:
 
 
 def _frame(rows: pa.RecordBatch | pa.Table) -> pl.DataFrame:
-    """As Polars, with decimals (a sum of integers is one) as integers where they are, and else as floats."""
+    """Return a Polars frame. Decimals, such as a sum of integers, become integers if they are whole, else floats."""
     frame = to_frame(pa.table(rows) if isinstance(rows, pa.RecordBatch) else rows)
     decimals = {name: kind for name, kind in frame.schema.items() if isinstance(kind, pl.Decimal)}
     try:
@@ -178,7 +179,7 @@ def _frame(rows: pa.RecordBatch | pa.Table) -> pl.DataFrame:
 
 
 class _Drain(io.RawIOBase):
-    """A file that is emptied as it is written."""
+    """A file-like buffer that is emptied while it is written."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -196,7 +197,7 @@ class _Drain(io.RawIOBase):
         return self._written
 
     def take(self) -> bytes:
-        """What was written since this was last asked."""
+        """Return the bytes written since the last call."""
         taken, self._parts = b"".join(self._parts), []
         return taken
 

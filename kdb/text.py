@@ -1,7 +1,7 @@
-"""Names and texts of others, as they may stand on a terminal, in a chart, in a page or in Markdown.
+"""Safe display of untrusted names and texts on a terminal, in a chart, in a page or in Markdown.
 
-A model, a prompt or a token may hold anything: escape sequences, line separators, markup. Each place where such text is
-shown has one function here.
+A model's name, a prompt or a token may contain anything: escape sequences, line separators, markup. There is one
+function here for each place where such text is shown.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _UNSEEN = re.compile(
     "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"  # no characters
 )
 _MARKUP = re.compile(r"[\\`*|~$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-](?![\d.])")
-"""What is markup where it stands: brackets make a link only before another one or a colon."""
+"""Text that is markup in its context: brackets make a link only before another bracket or a colon."""
 _LINKS = (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;"))
-"""What GitHub makes a link of without being asked, and how to write it so that it stays text."""
+"""Text that GitHub turns into a link by itself, and how to write it so that it remains text."""
 
 _PADDED = 40
-"""Characters up to which the cells of a Markdown table are filled with spaces."""
+"""Maximum width to which the cells of a Markdown table are padded with spaces."""
 
 
 class Code(str):
@@ -30,7 +30,7 @@ class Code(str):
 
 
 def visible(text: str) -> str:
-    """The text, with characters that nobody sees, or that do something, as escapes such as \\u001b."""
+    """Return the text with invisible and control characters as escapes such as \\u001b."""
     return _UNSEEN.sub(lambda found: _escape(found[0]), text)
 
 
@@ -40,12 +40,12 @@ def _escape(character: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text as `visible` shows it, in one line."""
+    """Return the text as `visible` does, in one line."""
     return visible(re.sub(r"\s*\r?\n\s*|\t", " ", text)).strip()
 
 
 def visible_within(value: Any) -> Any:
-    """A value of JSON with every text in it as `visible` shows it."""
+    """Return a JSON value with `visible` applied to every text in it."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):
@@ -54,7 +54,7 @@ def visible_within(value: Any) -> Any:
 
 
 def markdown(text: str) -> str:
-    """Markdown that shows the text as it is, in one line: no markup, no HTML, no links."""
+    """Return Markdown that shows the text literally, in one line: no markup, no HTML, no links."""
     escaped = _MARKUP.sub(r"\\\g<0>", html.escape(one_line(text), quote=False))
     for found, harmless in _LINKS:
         escaped = escaped.replace(found, harmless)
@@ -62,14 +62,14 @@ def markdown(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """Markdown that shows the text as code, in one line."""
+    """Return Markdown that shows the text as code, in one line."""
     line = one_line(text)
     # Between backticks nothing can be escaped.
     return f"<code>{markdown(line)}</code>" if re.search(r"[<>&`|]|^ *$", line) else f"`{line}`"
 
 
 def markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table. The only writer of one; cells are texts, or `Code`."""
+    """Return the lines of a Markdown table, whose cells are texts or `Code`. All Markdown tables are written here."""
     cells = [[markdown_code(one) if isinstance(one, Code) else markdown(one) for one in row] for row in rows]
     head = list(map(markdown, names))
     widths = [max(3, *(min(len(row[place]), _PADDED) for row in (head, *cells))) for place in range(len(head))]

@@ -1,23 +1,22 @@
-"""The catalogue of saved queries: plain SQL files whose header comment says what they ask and take.
+"""The catalogue of saved queries: plain SQL files whose header comment describes the query and its parameters.
 
 A query is named after its file. Its header reads::
 
     -- Title
-    -- Where in the paper it comes from
+    -- Reference to the paper
     --
-    -- What one row is, and how to read it.
+    -- Description of one row, and of its columns.
     --
     -- Parameters:
     --   model
-    --   limit    integer = 20      rows at most
+    --   limit    integer = 20      maximum number of rows
     --   prompt   integer required  prompt to show
 
-A name alone is a parameter that queries share, declared in ``parameters.sql``; where that has two of the name, the
-type follows it (``dataset texts``). Types are text, texts (one or several), integer and number. ``= all`` is no
-restriction: the parameter is then
-NULL. ``= default|all`` has the default ``default``, and takes the word ``all``, too. Which values a parameter may have
-follows from its name (``domains.py``). The body reads each parameter with ``getvariable('name')``; defaults are in the
-header alone. Nothing here opens a database.
+A name alone is a parameter that queries share. It is declared in ``parameters.sql``; if two there have the same name, the
+type follows it (``dataset texts``). Types are text, texts (one or several), integer and number. ``= all`` means no
+restriction; the parameter is then NULL. ``= default|all`` has the default ``default``, and also accepts the word
+``all``. The allowed values of a parameter depend on its name (``domains.py``). The body reads each parameter with
+``getvariable('name')``; defaults are only in the header. Nothing here opens a database.
 
 Print it: ``kdb queries``, ``kdb queries concept-depth``.
 """
@@ -36,7 +35,7 @@ from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.domains import DOMAINS, LARGEST, Numbers, Spelled
 
 Value = str | int | float | tuple[str, ...] | None
-"""What a parameter may be; None is SQL's NULL, a tuple its list."""
+"""Type of a parameter's value; None is SQL's NULL, a tuple is a list."""
 
 FOLDER = Path(__file__).parent
 ALL = "all"
@@ -50,7 +49,7 @@ _WORD = re.compile(r"\w+")
 
 
 def literal(value: Value) -> str:
-    """A value as SQL text. The one place where kdb quotes; values of queries are bound instead."""
+    """Return a value as SQL text. All quoting of kdb is done here; values of queries are bound instead."""
     if value is None:
         return "NULL"
     if isinstance(value, tuple):
@@ -60,9 +59,9 @@ def literal(value: Value) -> str:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of a saved query. Where it is not required, a default of None means no restriction.
+    """A parameter of a saved query. If it is not required, a default of None means no restriction.
 
-    ``also`` are words that it takes beside the names that are known of it.
+    ``also`` are words that it accepts in addition to the known names.
     """
 
     name: str
@@ -73,9 +72,9 @@ class Param:
     also: tuple[str, ...] = ()
 
     def parse(self, given: object) -> Value:
-        """The value given, from Python or as text from a command line; QueryError for one that it cannot have.
+        """Return the given value, from Python or as text from a command line. Raises QueryError for an invalid one.
 
-        Whether the warehouse knows a name is not asked here.
+        This does not check whether a name is stored in the warehouse.
         """
         if isinstance(given, Iterable) and not isinstance(given, str):
             given = tuple(given)
@@ -90,7 +89,7 @@ class Param:
         return value
 
     def _check(self, value: Value, expected: str) -> None:
-        """Raise QueryError for a value that no warehouse knows."""
+        """Raise QueryError for a value that is invalid in any warehouse."""
         domain = DOMAINS.get(self.name)
         if isinstance(domain, Spelled) and not domain.pattern.fullmatch(str(value)):
             raise QueryError(f"parameter {self.name}: expected a name such as {domain.example}, found {value!r}")
@@ -103,7 +102,7 @@ class Param:
 def _text(given: object) -> str:
     if not isinstance(given, str) or "\0" in given:
         raise TypeError
-    given.encode()  # raises where it is no valid Unicode, which DuckDB cannot take
+    given.encode()  # raises for invalid Unicode, which DuckDB does not accept
     return given
 
 
@@ -130,11 +129,11 @@ def _number(given: object) -> float:
 
 _TYPES: dict[str, tuple[str, Callable[[object], Value]]] = {
     "text": ("a text", _text),
-    "texts": ("a text or several", _texts),
+    "texts": ("one or several texts", _texts),
     "integer": ("an integer", _integer),
     "number": ("a number", _number),
 }
-"""Each type of parameter: how a message names it, and what makes a value of it."""
+"""Each type of parameter, with its name in messages, and the function that converts a value."""
 
 
 @dataclass(frozen=True)
@@ -151,33 +150,32 @@ class SavedQuery:
 
     @property
     def of_checkpoints(self) -> bool:
-        """Whether it compares checkpoints: its variant leaves their revisions out."""
+        """Whether it compares checkpoints: its parameter variant then has no revision."""
         return "checkpoints(" in self.sql
 
     @property
     def group(self) -> str:
-        """The folder that it lies in: a study, or what else it is about."""
+        """Return the name of its folder: a study, or another subject."""
         return self.path.parent.name
 
     def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
-        """A value for every parameter: the one given, else the default.
+        """Return a value for every parameter: the given one or the default.
 
-        Raises UnknownNameError for a parameter that the query does not take, and QueryError for one that is
-        missing or of the wrong type.
+        Raises UnknownNameError for an unknown parameter, and QueryError for one that is missing or has the wrong type.
         """
         return bind(self.name, self.params, given)
 
     def shell_script(self) -> str:
-        """What to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
+        """Return SQL to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
         lines = [f"SET VARIABLE {p.name} = {literal(p.default)};{_shell_note(p)}" for p in self.params]
         return "\n".join([*lines, "", self.sql])
 
 
 def bind(name: str, params: Sequence[Param], given: Mapping[str, object]) -> dict[str, Value]:
-    """A value for every parameter of what is called ``name``; see `SavedQuery.bind`."""
+    """Return a value for every parameter of the query or figure ``name``; see `SavedQuery.bind`."""
     names = [param.name for param in params]
     for unknown in (n for n in given if n not in names):
-        raise UnknownNameError("parameter", unknown, names, f"{name} takes {', '.join(names)}.")
+        raise UnknownNameError("parameter", unknown, names, f"{name} has the parameters {', '.join(names)}.")
     missing = [param for param in params if param.required and param.name not in given]
     if missing:
         needs = "; ".join(f"{param.name} ({param.type}: {param.meaning})" for param in missing)
@@ -186,19 +184,19 @@ def bind(name: str, params: Sequence[Param], given: Mapping[str, object]) -> dic
 
 
 def _shell_note(param: Param) -> str:
-    """What the default alone does not show of a parameter."""
+    """Return a comment with facts about a parameter that its default does not show."""
     notes = ["required"] * param.required + ["a list: ['a', 'b']"] * (param.type == "texts")
     return f" -- {param.meaning}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 @cache
 def load_catalogue(folder: Path = FOLDER) -> Mapping[str, SavedQuery]:
-    """Every saved query by name, a study's together; QueryError for a file whose header is wrong."""
+    """Return all saved queries by name, grouped by study. Raises QueryError for a file with a wrong header."""
     return {path.stem: _read_query(path) for path in sorted(folder.glob("*/*.sql"))}
 
 
 def find_query(name: str) -> SavedQuery:
-    """The saved query of that name; UnknownNameError with the nearest names if there is none."""
+    """Return the saved query of that name. Raises UnknownNameError with the closest names if there is none."""
     catalogue = load_catalogue()
     if name not in catalogue:
         raise UnknownNameError("query", name, catalogue, "`kdb queries` lists them.")
@@ -206,10 +204,10 @@ def find_query(name: str) -> SavedQuery:
 
 
 def macros(needed_by: str | None = None) -> str:
-    """The SQL of the views and macros that saved queries, and the shell, build on.
+    """Return the SQL of the views and macros for saved queries and the shell.
 
-    With `needed_by`, a statement, only those table macros that this names, or that those name in turn: DuckDB takes 2
-    to 3 ms to create each of the larger ones.
+    With `needed_by`, a statement, the SQL has only the table macros that the statement depends on: DuckDB takes 2 to
+    3 ms to create each of the larger ones.
     """
     text = (FOLDER / "macros.sql").read_text(encoding="utf-8")
     if needed_by is None:
@@ -225,7 +223,7 @@ def macros(needed_by: str | None = None) -> str:
 
 
 def neuron_sums() -> str:
-    """The SQL that adds one part's scores to the sums that a run stores."""
+    """Return the SQL that adds one part's scores to the sums of a run."""
     return (FOLDER / "neuron_sums.sql").read_text(encoding="utf-8")
 
 
@@ -262,7 +260,7 @@ def _shared_params() -> tuple[Param, ...]:
 
 
 def _read_param(path: Path, number: int, line: str) -> Param:
-    """The parameter declared on a header line; `number` counts lines from 0."""
+    """Return the parameter declared on a header line; `number` counts lines from 0."""
     match = _PARAM.fullmatch(line)
     if match is None:
         expected = (
@@ -279,7 +277,7 @@ def _read_param(path: Path, number: int, line: str) -> Param:
 
 
 def _check_names(path: Path, declared: list[str], used: set[str]) -> None:
-    """Header and body must name the same parameters, else one of them would be NULL unnoticed."""
+    """Raise QueryError unless header and body name the same parameters; otherwise one would silently be NULL."""
     problems = [f"{name!r} is declared twice" for name in sorted(set(declared)) if declared.count(name) > 1]
     problems += [f"{name!r} is declared but not used" for name in sorted(set(declared) - used)]
     problems += [f"{name!r} is used but not declared" for name in sorted(used - set(declared))]

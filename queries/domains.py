@@ -1,7 +1,7 @@
-"""The values that a parameter of a saved query may have, by the parameter's name.
+"""The allowed values of a saved query's parameters, by the name of the parameter.
 
-Names are checked as names of queries are: one that is unknown is an error that suggests the nearest. What is known is
-fixed, or stored in the warehouse; this module says where, and opens no database.
+An unknown name is an error that suggests the closest names. Known names are fixed, or stored in the warehouse; this
+module says where they are stored, and opens no database.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Names:
-    """Known names: `fixed` ones, and those that the SQL in `stored` finds."""
+    """Known names: `fixed` ones, and those found by the SQL in `stored`."""
 
     hint: str
     fixed: tuple[str, ...] = ()
@@ -22,9 +22,9 @@ class Names:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers from `least` on, itself included or not (`above`), up to what the SQL in `most` finds.
+    """Numbers from `least`, inclusive or not (`above`), up to the result of the SQL in `most`.
 
-    That SQL may read the query's parameters; NULL is no limit.
+    That SQL may read the query's parameters; NULL means no limit.
     """
 
     least: int
@@ -32,7 +32,7 @@ class Numbers:
     most: str | None = None
 
     def expected(self, most: object = None) -> str:
-        """The range in words."""
+        """Return the range in words."""
         text = f"above {self.least}" if self.above else f"from {self.least}"
         return text if most is None else f"{text} to {most}"
 
@@ -43,7 +43,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Spelled:
-    """Names that are spelled in one way."""
+    """Names of a fixed pattern."""
 
     pattern: re.Pattern[str]
     example: str
@@ -52,13 +52,13 @@ class Spelled:
 Domain = Names | Numbers | Spelled
 
 LARGEST = 2**31 - 1
-"""Largest integer that any column of the warehouse's keys holds."""
+"""Largest integer in any key column of the warehouse."""
 
 _RUNS = "`kdb runs` lists what is stored."
 
 
 def _one_of(*names: str, stored: str | None = None) -> Names:
-    return Names(f"Take one of {', '.join(names)}.", names, stored)
+    return Names(f"Use one of {', '.join(names)}.", names, stored)
 
 
 def _stored(column: str, *fixed: str) -> Names:
@@ -82,7 +82,7 @@ DOMAINS: Mapping[str, Domain] = {
     ),
     "study": _one_of("concept", "knowledge"),
     "category": Names(
-        "`kdb query kept-prompts` lists those that are stored.",
+        "`kdb query kept-prompts` lists the stored ones.",
         ("language", "color", "number", "capital", "country", "month"),
         "SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL",
     ),
@@ -96,7 +96,9 @@ DOMAINS: Mapping[str, Domain] = {
     "component": _one_of("attn", "ffn"),
     "activates": _one_of("attn", "ffn"),
     "positions": _one_of("last", "all"),
-    "neuron": Spelled(re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 of a head"),
+    "neuron": Spelled(
+        re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 in an attention head"
+    ),
     "layer": Numbers(0, most=f"SELECT max(n_layers) - 1 {_OF_MODELS}"),
     "head": Numbers(0, most=f"SELECT max(n_heads) - 1 {_OF_MODELS}"),
     "prompt": Numbers(0, most=f"SELECT max(prompt_id) {_PROMPTS}"),

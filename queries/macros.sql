@@ -1,10 +1,11 @@
--- Views and table macros that saved queries build on; kdb.duckdb has them too, for the shell.
--- The papers' quantities are computed here and nowhere else.
+-- Views and table macros on which the saved queries depend; kdb.duckdb has them, too, for the DuckDB shell.
+-- The papers' quantities are computed only here.
 
--- Every run with what decides whether it is current. standing: 1 for a run imported with preference, 2 for one measured
--- here, 3 for another imported one. since: when it was finished; of an imported run at the latest when it was imported,
--- so that a date in the future wins nothing. Two models may be stored under one name; their revision tells them apart.
--- shown_revision is that of one of them in each variant: of the run that stands first, and of these the newest measured one.
+-- All runs, with the columns that decide whether each is current. standing: 1 for a run imported with
+-- --prefer-imported, 2 for one measured here, 3 for any other imported one. since: the time at which it was finished,
+-- but for an imported run not later than its import, so that a date in the future gives no precedence. Two models may
+-- be stored under one name; they differ in their revision. shown_revision is the one that is shown for each variant:
+-- that of the newest measured run with the best standing.
 CREATE VIEW _known_runs AS
 SELECT
     *,
@@ -22,15 +23,15 @@ FROM (
     LEFT JOIN models USING (model, dataset, run)
 );
 
--- kdb itself puts a table in the place of this view, so that a question reads them once.
+-- kdb itself replaces this view by a table, so that a query reads the runs only once.
 CREATE VIEW known_runs AS
 FROM _known_runs;
 
-COMMENT ON VIEW known_runs IS 'run, with what decides whether it is current';
+COMMENT ON VIEW known_runs IS 'run, with the columns that decide whether it is current';
 
--- The newest run of each study, model, dataset and variant, for each table that it has rows in. A refit is newer
--- than the run it was computed from, but has probe_scores only: hence for each table. Both studies write prompts
--- and checks: hence for each study.
+-- The newest run of each study, model, dataset and variant, for each table in which it has rows. For each table,
+-- because a refit is newer than its source run, but has only probe_scores. For each study, because both write prompts
+-- and checks.
 CREATE VIEW current_runs AS
 SELECT table_name, study, model, dataset, variant, run
 FROM (
@@ -43,16 +44,16 @@ QUALIFY row_number() OVER (
 ) = 1;
 
 COMMENT ON VIEW current_runs IS 'table × study × model × dataset × variant';
-COMMENT ON COLUMN current_runs.table_name IS 'table that the run has rows in';
+COMMENT ON COLUMN current_runs.table_name IS 'table in which the run has rows';
 COMMENT ON COLUMN current_runs.study IS 'concept or knowledge';
 COMMENT ON COLUMN current_runs.model IS 'model';
 COMMENT ON COLUMN current_runs.dataset IS 'dataset';
-COMMENT ON COLUMN current_runs.variant IS 'what sets the run apart from the plain one; ''default'' when nothing does';
-COMMENT ON COLUMN current_runs.run IS 'the newest such run of one revision of the model; runs measured here come before imported ones';
+COMMENT ON COLUMN current_runs.variant IS 'settings that differ from the default ones; ''default'' if none do';
+COMMENT ON COLUMN current_runs.run IS 'newest such run of one revision of the model; local runs take precedence over imported ones';
 
--- The runs that are not current though nothing measured anew replaced them: runs of another model that is stored under the
--- same name ('revision'), and those that runs of another origin take the place of ('imported', or 'own' where the others
--- were imported with preference).
+-- The runs that are not current, although they were not measured again. The reason is 'revision' for runs of another
+-- model that is stored under the same name. It is 'imported' for imported runs that local runs replace, and 'own' for
+-- local runs that imported ones with --prefer-imported replace.
 CREATE VIEW shadowed_runs AS
 SELECT
     model, dataset, run, study, variant, revision, shown_revision,
@@ -68,10 +69,9 @@ FROM (
 ANTI JOIN current_runs USING (model, dataset, run, study, variant)
 WHERE revision != shown_revision OR standing > first_standing;
 
-COMMENT ON VIEW shadowed_runs IS 'run that is not shown because of another one''s revision or origin';
+COMMENT ON VIEW shadowed_runs IS 'run that is not shown because a run of another revision or origin is shown';
 
--- The runs that a query is about: the current ones of a variant (NULL: of all), or, where a run is named, that
--- run alone.
+-- The runs that a query uses: the current ones of a variant (or of all, if it is NULL), or only the run that is given.
 CREATE MACRO chosen_runs(wanted_table, wanted_variant, wanted_run) AS TABLE
 SELECT model, dataset, variant, run
 FROM current_runs
@@ -81,12 +81,12 @@ SELECT model, dataset, variant, run
 FROM known_runs
 WHERE run = wanted_run;
 
--- A variant without the revision that it names.
+-- The name of a variant without its revision.
 CREATE MACRO without_revision(variant) AS
     coalesce(nullif(trim(regexp_replace(variant, 'revision=\S+', '')), ''), 'default');
 
--- The newest run of each checkpoint whose revision tells a training step, among runs that nothing but their revision sets
--- apart from the variant asked for.
+-- The newest run of each checkpoint whose revision contains a training step, among runs whose variant is the given one
+-- apart from the revision.
 CREATE MACRO checkpoints(wanted_table, wanted_variant) AS TABLE
 SELECT
     model, dataset, run, json_extract_string(settings, '$.step')::BIGINT AS step,
@@ -97,13 +97,13 @@ WHERE table_name = wanted_table
     AND json_extract_string(settings, '$.step') IS NOT NULL
     AND without_revision(variant) = wanted_variant;
 
--- Whether a name is one of the names asked for; NULL asks for all. (A variable set to NULL is an INTEGER to DuckDB 1.)
+-- Whether a name is in the given list; NULL stands for all names. (In DuckDB 1, a variable set to NULL is an INTEGER.)
 CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR[], name);
 
 -- Concept depth ---------------------------------------------------------------------------------------------------
 
 -- Variation rate β_i = α_i / α_{i-1} of the accuracy α (Jin et al., arXiv 2404.07066, section on metrics).
--- NULL at layer 0, after a layer that was not measured, and after an accuracy of 0.
+-- NULL at layer 0, after a layer that was not measured, and after a layer with an accuracy of 0.
 CREATE MACRO _rates_of_all() AS TABLE
 SELECT
     model, dataset, run, site, classifier, split, layer, depth, accuracy,
@@ -112,15 +112,15 @@ SELECT
 FROM probe_scores
 WINDOW by_layer AS (PARTITION BY model, dataset, run, site, classifier, split ORDER BY layer);
 
--- Whether a variation rate is a jump, and whether accuracy has converged there (ibid.).
--- β is a ratio of counts; rounding keeps one that meets a threshold exactly from being decided by the last
--- bit of a double. Ratios that differ, differ by more than 1e-12.
+-- Whether a variation rate is a jump, and whether accuracy has converged there (ibid.). β is a ratio of counts. It is
+-- rounded, so that the last bit of a double does not decide whether it meets a threshold exactly. Different ratios
+-- differ by more than 1e-12.
 CREATE MACRO is_jump(variation_rate, jump_ratio) AS round(variation_rate, 12) >= jump_ratio;
 
 CREATE MACRO has_converged(variation_rate, tolerance) AS round(abs(variation_rate - 1), 12) < tolerance;
 
 -- Jump point J = min{ i/d : β_i ≥ 1.1 } and converging point C = max{ i/d : |β_i − 1| < 0.03 } (ibid.), where
--- d is the number of layers. Either may not exist: then it is NULL.
+-- d is the number of layers. A point that does not exist is NULL.
 CREATE MACRO _depths_of_all(jump_ratio := 1.1, convergence_tolerance := 0.03) AS TABLE
 SELECT
     model, dataset, run, site, classifier, split, n_layers,
@@ -136,8 +136,8 @@ FROM (
 )
 JOIN known_runs USING (model, dataset, run);
 
--- A macro with the name of a saved query answers it: it takes its parameters, after wanted_ where a column has that name,
--- and has its defaults.
+-- A macro with the name of a saved query computes its answer. It has the same parameters and defaults. A parameter with
+-- the name of a column has the prefix wanted_.
 CREATE MACRO concept_depth(
     wanted_model := NULL, wanted_dataset := NULL, wanted_site := NULL, wanted_classifier := 'logistic',
     wanted_split := 'paper', wanted_variant := 'default', wanted_run := NULL, jump_ratio := 1.1,
@@ -156,7 +156,7 @@ WHERE among(model, wanted_model)
     AND split = wanted_split
 ORDER BY model, dataset, site DESC;
 
--- The ends of the 95 % interval of a share p of n (Wilson 1927); probe_scores has scipy's, which are the same.
+-- The ends of the 95 % interval of a share p of n (Wilson 1927); those in probe_scores are computed by SciPy and equal.
 CREATE MACRO wilson_end(p, n, z) AS
     (p + z * z / (2 * n) + z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n);
 
@@ -166,7 +166,7 @@ CREATE MACRO wilson_high(p, n) AS wilson_end(p, n, 1.959963984540054);
 
 -- Knowledge attribution -------------------------------------------------------------------------------------------
 
--- What categories are sorted by: the paper's six in its order, then others by name.
+-- Sort key of categories: the paper's six in its order, then others by name.
 CREATE MACRO category_order(category) AS (
     coalesce(list_position(['language', 'color', 'number', 'capital', 'country', 'month'], category), 7), category
 );
@@ -180,7 +180,7 @@ CREATE MACRO head_name(layer, head) AS layer_name('attn', layer) || '.' || head;
 CREATE MACRO neuron_name(component, layer, head, neuron) AS
     CASE component WHEN 'attn' THEN head_name(layer, head) ELSE layer_name(component, layer) END || '_' || neuron;
 
--- The neuron that such a name names.
+-- The neuron with such a name.
 CREATE MACRO named_neuron(name) AS TABLE
 SELECT
     CASE name[1] WHEN 'a' THEN 'attn' ELSE 'ffn' END AS component,
@@ -189,18 +189,19 @@ SELECT
     regexp_extract(name, '_(\d+)$', 1)::INTEGER AS neuron
 WHERE regexp_full_match(name, '(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}');
 
--- A sum of doubles without its last bits, which hang on the order in which threads add up; ranks must not.
+-- A sum of doubles, rounded, because its last bits depend on the order in which threads add; ranks must not depend on
+-- it.
 CREATE MACRO steady(total) AS round(total, 12);
 
 CREATE MACRO mean_over(total, n) AS steady(total / n);
 
--- How many members two lists share, and their Jaccard index |a ∩ b| / |a ∪ b|.
+-- The number of members that two lists share, and their Jaccard index |a ∩ b| / |a ∪ b|.
 CREATE MACRO n_shared(a, b) AS len(list_intersect(a, b));
 
 CREATE MACRO jaccard(a, b) AS n_shared(a, b) / (len(a) + len(b) - n_shared(a, b))::DOUBLE;
 
--- The prompts that count, of the chosen runs that have a table: those kept, in the categories asked for. n_kept is
--- their number in the model's category, over all chosen datasets. A derived run that has no prompts has its source's.
+-- The kept prompts of the given categories, from the chosen runs that have a table. n_kept is their number in the
+-- model's category, over all chosen datasets. For a derived run without prompts, those of its source run are used.
 CREATE MACRO _kept_prompts(
     wanted_table, wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
 ) AS TABLE
@@ -244,10 +245,11 @@ FROM (
     GROUP BY ALL
 );
 
--- Value neurons of each component by mean score over the kept prompts, the best k. A run stores each prompt's best
--- neurons, and their sums in neuron_sums: one that is not among a prompt's counts 0 there. An attention neuron counts with
--- the sum over its positions. n_prompts: the prompts in which it is stored; run: of the runs that store it, the one with
--- the most prompts of the category. Rows are grouped by numbers: texts as keys make this slower.
+-- The best k value neurons of each component, by mean score over the kept prompts. A run stores each prompt's best
+-- neurons, and their sums in neuron_sums; a neuron that is not stored with a prompt counts as 0 there. The scores of an
+-- attention neuron are summed over its positions. n_prompts: the number of prompts with which it is stored. run: among
+-- the runs that store it, the one with the most prompts of the category. Rows are grouped by numbers, because texts as
+-- keys are slower.
 CREATE MACRO ranked_neurons(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k
 ) AS TABLE
@@ -268,7 +270,7 @@ sums AS (
     GROUP BY ALL
 ),
 
--- Ordered by one value: so DuckDB keeps the best k of each group, and sorts no others.
+-- Ordered by one value, so that DuckDB keeps only the best k of each group, and does not sort the others.
 best AS (
     SELECT component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts, number
     FROM sums
@@ -283,8 +285,9 @@ SELECT
 FROM best
 JOIN kept USING (number);
 
--- The ten tokens at either end of the logits of some neurons, a list of {model, dataset, run, component, layer, head,
--- neuron}, as JSON strings: so spaces are seen, and a line end is no line end. No other runs' files are read.
+-- The ten tokens with the largest and smallest logits of some neurons, a list of {model, dataset, run, component,
+-- layer, head, neuron}. Tokens are JSON strings, so that spaces are visible and line ends are escaped. No other runs'
+-- files are read.
 CREATE MACRO tokens_of_neurons(wanted_neurons) AS TABLE
 WITH wanted AS (SELECT DISTINCT * FROM (SELECT unnest(wanted_neurons, recursive := true)))
 
@@ -302,8 +305,8 @@ SEMI JOIN wanted
 WHERE rank <= 10
 GROUP BY model, dataset, run, component, layer, head, neuron;
 
--- What is left of the right token in each kept prompt when a method's k best neurons are zeroed (ibid., table 2); the
--- untouched model is the method none, with k = 0.
+-- Rank and probability of the right token in each kept prompt when a method's k best neurons are set to 0 (ibid., table
+-- 2); the unmodified model is the method none, with k = 0.
 CREATE MACRO _ablated(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k
 ) AS TABLE
@@ -333,7 +336,7 @@ FROM _ablated(
 )
 ORDER BY model, category_order(category), dataset, prompt_id, method, k;
 
--- Every prompt that stores a neuron, as what and with which score.
+-- All prompts with which a neuron is stored, with its role and score.
 CREATE MACRO _roles_of_neuron(name) AS TABLE
 SELECT model, dataset, run, prompt_id, 'value neuron' AS role, score, rank
 FROM neuron_scores

@@ -1,5 +1,5 @@
--- The rows of neuron_sums, with those of one more part of neuron_scores: $scores is its file, $prompts those of the run's
--- prompts, and summed the rows so far. A part has prompts of its own, so they are counted within it.
+-- The rows of neuron_sums after adding one part of neuron_scores: $scores is its file, $prompts are the files of the
+-- run's prompts, and summed holds the previous rows. No prompt is in two parts, so prompts are counted within the part.
 SELECT category, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::INTEGER AS n_prompts
 FROM (
     FROM summed

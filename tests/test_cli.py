@@ -128,7 +128,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
         patch.setattr(run, "_fits", interrupted)
         result = ingest_tiny(tmp_path / "new")
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "\nInterrupted. Finished parts are kept: the same command continues.\n"
+    assert result.stderr == "\nInterrupted. Finished parts are kept. Run the same command again to resume.\n"
     assert "tiny on weather: stored" in answer(ingest_tiny(tmp_path / "new"))
 
 
@@ -222,7 +222,7 @@ def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb
     result = run_kdb("query", "top-heads", "--warehouse", measured, "--format", "csv")
     assert result.exit_code == 0
     assert result.stdout.startswith("model,category,rank,")
-    assert result.stderr == "No rows. `kdb runs` shows what was measured.\n"
+    assert result.stderr == "No rows. `kdb runs` lists what was measured.\n"
 
 
 # Keeping ---------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
         (["probe", "--model", "tiny"], "Missing option '--dataset'."),
         (["sql", "SELECT layr FROM activations"], 'Binder Error: Referenced column "layr" not found'),
         (["sql", "SELECT 1; SELECT 2"], "kdb sql runs one statement at a time, found 2."),
-        (["sql", "SELECT 1", "--format", "parquet"], "--format parquet writes a file: name it with -o FILE."),
+        (["sql", "SELECT 1", "--format", "parquet"], "--format parquet needs a file. Name it with -o FILE."),
         (["sql", "SELECT 1", "-o", "/absent/a.csv"], "Cannot write '/absent/a.csv': there is no folder '/absent'."),
         (["probe", "--model", "tini", "--dataset", "weather"], "Unknown stored model 'tini'. Did you mean 'tiny'?"),
         (
@@ -402,7 +402,7 @@ def test_a_folder_that_is_no_warehouse_is_refused_by_every_command(
 
 def test_an_ingest_leaves_a_folder_of_someone_elses_alone(tmp_path: Path, ingest_tiny: Callable[..., Result]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    message = f"'{tmp_path}' is not a kdb warehouse, and not empty: name a new or empty folder with --warehouse."
+    message = f"'{tmp_path}' is not empty and not a kdb warehouse. Name a new or empty folder with --warehouse."
     assert refusal(ingest_tiny(tmp_path)) == message
     assert tree(tmp_path) == {"notes.txt": b"mine"}
 
@@ -473,9 +473,7 @@ def test_a_full_disk_costs_nothing_that_is_stored(
         small_disk.fill(leave=free)
         message = refusal(ingest_tiny(warehouse, "--limit", "10"))
         assert message.startswith("Cannot write to the warehouse at ")
-        assert message.endswith(
-            ": the disk is full. Free some space and give the same command again: what is finished is kept."
-        )
+        assert message.endswith(": the disk is full. Free some space, then run the same command again to resume.")
         answer(run_kdb("verify", "--warehouse", warehouse))
     small_disk.free()
     assert "tiny on weather: stored" in answer(ingest_tiny(warehouse, "--limit", "10"))

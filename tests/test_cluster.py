@@ -230,7 +230,7 @@ def test_ray_is_asked_for_only_where_it_is_used(
     assert "pip install 'kdb-lm[ray]'" in result.stderr
     result = run_kdb(*arguments, "--address", "127.0.0.1:6379")
     assert result.exit_code == 2
-    assert "go with --engine ray" in result.stderr
+    assert "need --engine ray" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def files(folder: Path) -> list[str]:
 def test_compact_leaves_one_file_a_table_and_every_row(folder: Path, run_kdb: Callable[..., Result]) -> None:
     before = kdb.open(folder).sql(ROWS)
     assert len(files(folder)) == 10
-    assert run_kdb("compact", "--warehouse", folder).stdout == "9 files fewer in 1 run.\n"
+    assert run_kdb("compact", "--warehouse", folder).stdout == "Reduced the number of files by 9 in 1 run.\n"
     assert len(files(folder)) == 1
     assert kdb.open(folder).sql(ROWS).equals(before)
     assert run_kdb("verify", "--warehouse", folder).exit_code == 0
-    assert run_kdb("compact", "--warehouse", folder).stdout == "0 files fewer in 1 run.\n"
+    assert run_kdb("compact", "--warehouse", folder).stdout == "Reduced the number of files by 0 in 1 run.\n"
     assert run_kdb("project", "--model", "tiny", "--dataset", "weather", "--warehouse", folder).exit_code == 0
     assert not list(folder.glob("staging/rewritten-*"))
 
@@ -119,7 +119,7 @@ def test_vectors_are_dropped_and_scores_kept(folder: Path, run_kdb: Callable[...
     refused = run_kdb("project", "--model", "tiny", "--dataset", "weather", "--warehouse", folder)
     assert refused.exit_code == 2
     again = run_kdb("runs", "keep-vectors", "none", "--yes", "--warehouse", folder)
-    assert (again.exit_code, again.stderr) == (0, "No such run has vectors.\n")
+    assert (again.exit_code, again.stderr) == (0, "None of these runs has vectors.\n")
 
 
 def test_a_sample_is_the_same_prompts_in_every_layer(

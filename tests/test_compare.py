@@ -142,11 +142,11 @@ def test_compare_prints_settings_numbers_and_tests(
 ) -> None:
     result = run_kdb("compare", "aa1", "aa2", "--warehouse", wh.lake.path)
     assert result.exit_code == 0, result.output
-    for heading in ("Settings that differ: 2", "Rows that were matched", "Numbers that moved", "McNemar"):
+    for heading in ("Settings that differ: 2", "Matched rows", "Numbers that changed", "McNemar"):
         assert heading in result.stdout
     whole = tmp_path / "moved.csv"
     assert run_kdb("compare", "aa1", "aa2", "-o", whole, "--warehouse", wh.lake.path).exit_code == 0
     assert len(whole.read_text().splitlines()) == 1 + len(moved_numbers(wh, A, B))
     assert run_kdb("compare", "aa1", "zz", "--warehouse", wh.lake.path).exit_code == 2
     same = run_kdb("compare", "aa1", "aa1", "--warehouse", wh.lake.path)
-    assert "No number moved." in same.stdout
+    assert "No number changed." in same.stdout

@@ -240,7 +240,7 @@ def test_an_empty_answer_names_the_variants_that_are_stored(lake: Path) -> None:
     add_probe(lake, "a", probe(0.5), variant="limit=20")
     add_probe(lake, "b", probe(0.5), model="other")
     with Database(lake) as database:
-        with pytest.warns(KdbNote, match=r"No such run is of the variant 'default'\. Stored: limit=20 \(--variant"):
+        with pytest.warns(KdbNote, match=r"No matching run of the variant 'default'\. Stored: limit=20 \(--variant"):
             assert shown(database, model="m") == []
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -282,7 +282,7 @@ def test_notes_are_printed_by_the_command_line_once(tmp_path: Path, run_kdb: Cal
         ("layer-accuracy", {"model": "mm"}, "Unknown model 'mm'. Did you mean 'm'?"),
         ("layer-accuracy", {"model": ["m", "x"]}, "Unknown model 'x'."),
         ("layer-accuracy", {"dataset": "livng"}, "Unknown dataset 'livng'. Did you mean 'living'?"),
-        ("layer-accuracy", {"site": "resid_pst"}, "Did you mean 'resid_post'? Take one of resid_post, ffn_norm."),
+        ("layer-accuracy", {"site": "resid_pst"}, "Did you mean 'resid_post'? Use one of resid_post, ffn_norm."),
         ("layer-accuracy", {"variant": "nois"}, "Did you mean 'noise'?"),
         ("concept-depth", {"variant": "all"}, "Unknown variant 'all'."),
         ("layer-accuracy", {"classifier": "logistc"}, "Did you mean 'logistic'"),
@@ -290,7 +290,7 @@ def test_notes_are_printed_by_the_command_line_once(tmp_path: Path, run_kdb: Cal
         ("layer-accuracy", {"run": "a" * 15 + "b"}, f"Did you mean {'a' * 16!r}"),
         ("top-heads", {"category": "capitol"}, "Did you mean 'capital'"),
         ("top-heads", {"category": "zo"}, "Did you mean 'zoo'?"),
-        ("top-neurons", {"component": "fnn"}, "Take one of attn, ffn."),
+        ("top-neurons", {"component": "fnn"}, "Use one of attn, ffn."),
         ("runs", {"study": "konwledge"}, "Did you mean 'knowledge'?"),
         ("top-heads", {"k": -1}, "parameter k: expected an integer from 1, found -1"),
         ("top-heads", {"k": "0"}, "parameter k: expected an integer from 1, found 0"),

@@ -265,7 +265,7 @@ def test_statements_that_read_are_run(database: Database, statement: str) -> Non
         ("SELECT 1::VARIANT", "VARIANT"),
         ("SELECT 1::STRUCT(a VARIANT[])", "VARIANT"),
         ("SELECT 1\0; DROP VIEW checks", "NUL"),
-        ("SELECT '\ud800'", "no valid Unicode"),
+        ("SELECT '\ud800'", "not valid Unicode"),
         ("FROM '/etc/passwd'", "passwd"),
         ("FROM lake", "does not exist"),  # a Python variable of this test
     ],

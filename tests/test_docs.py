@@ -121,7 +121,7 @@ def test_documented_command_runs(command: str, folder: Path) -> None:
         pytest.skip("gemma-3-270m would be a download")
     result = run(command, folder)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() or " -o " in command or "kdb serves at" in result.stderr
+    assert result.stdout.strip() or " -o " in command or "kdb is running at" in result.stderr
 
 
 def test_documented_python_runs(folder: Path) -> None:

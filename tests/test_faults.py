@@ -81,11 +81,11 @@ class OutOfMemoryException(Exception):  # noqa: N818
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "kdb query: there is not enough memory."),
-        (OutOfMemoryException(), "kdb query: there is not enough memory."),
+        (MemoryError(), "kdb query: not enough memory."),
+        (OutOfMemoryException(), "kdb query: not enough memory."),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "kdb query: '/x': Permission denied. Check that"),
         (OSError(errno.ENOSPC, "No space left on device"), "kdb query: No space left on device. Check that"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "a file is damaged, or no text: UnicodeDecodeError"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "a file is damaged or is not text: UnicodeDecodeError"),
     ],
 )
 def test_what_the_user_can_mend_is_said(
@@ -111,7 +111,7 @@ def test_ctrl_c_is_an_interruption_however_it_comes(
 ) -> None:
     result = failing(error)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "\nInterrupted. Finished parts are kept: the same command continues.\n"
+    assert result.stderr == "\nInterrupted. Finished parts are kept. Run the same command again to resume.\n"
 
 
 def test_a_reader_that_goes_away_is_no_error(measured: Path, start_kdb: Callable[..., subprocess.Popen[str]]) -> None:

@@ -86,7 +86,7 @@ def test_every_figure_holds_nine_models_and_nine_datasets(large: Warehouse, name
 @pytest.mark.parametrize("name", sorted(set(FIGURES) - {"prompt-story"}))
 def test_a_figure_without_rows_says_so(tmp_path: Path, name: str) -> None:
     empty = Warehouse.create(tmp_path / "w")
-    with pytest.raises(QueryError, match="nothing to draw"):
+    with pytest.raises(QueryError, match="no data to draw"):
         figures.chart(empty, name)
 
 
@@ -96,7 +96,7 @@ def test_an_unknown_figure_and_metric_are_named() -> None:
 
 
 def test_a_metric_that_is_none_lists_those_that_are(small: Warehouse) -> None:
-    with pytest.raises(QueryError, match="take one of accuracy, f1, auc, selectivity"):
+    with pytest.raises(QueryError, match="Use one of accuracy, f1, auc, selectivity"):
         figures.chart(small, "depth-curves", metric="precision")
 
 

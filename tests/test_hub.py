@@ -78,7 +78,7 @@ def test_the_same_again_sends_and_fetches_nothing(
 ) -> None:
     run_kdb("push", URL, "--warehouse", warehouse)
     head = list(hub.commits[NAME])
-    assert "is there already (run " in run_kdb("push", URL, "--warehouse", warehouse).stdout
+    assert "is already there (run " in run_kdb("push", URL, "--warehouse", warehouse).stdout
     assert list(hub.commits[NAME]) == head
     run_kdb("pull", URL, "--warehouse", tmp_path / "back")
     shutil.rmtree(tmp_path / "hub-cache")
@@ -125,7 +125,7 @@ def test_a_push_that_never_gets_through_says_so(hub: Hub, warehouse: Path, run_k
     hub.rivals = [lambda i=i: hub.commit(NAME, {f"note-{i}": b""}) for i in range(9)]
     result = run_kdb("push", URL, "--warehouse", warehouse)
     assert result.exit_code == 2
-    assert "others push to it" in result.stderr
+    assert "too many concurrent pushes" in result.stderr
     assert not any(path.startswith("lake/") for path in hub.files(NAME))
 
 
@@ -179,13 +179,13 @@ def test_refusals_of_the_hub_are_one_message_and_tell_no_token(
         assert TOKEN not in result.output
         return result.stderr
 
-    assert "no such dataset, or you may not see it" in refused("pull", URL, "--warehouse", tmp_path / "w")
+    assert "no such dataset, or you have no access" in refused("pull", URL, "--warehouse", tmp_path / "w")
     hub.commit(NAME, {".gitattributes": b""})
     assert "no such branch, tag or commit" in refused("pull", f"{URL}@v9", "--warehouse", tmp_path / "w")
     hub.read_only = True
-    assert "refuses (403); log in with `hf auth login`" in refused("push", URL, "--warehouse", warehouse)
+    assert "refused access (403). Log in with `hf auth login`" in refused("push", URL, "--warehouse", warehouse)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "log in with `hf auth login`" in refused("push", URL, "--warehouse", warehouse)
+    assert "Log in with `hf auth login`" in refused("push", URL, "--warehouse", warehouse)
     assert list(hub.files(NAME)) == [".gitattributes"]
     assert runs_of(tmp_path / "w") == []
 

@@ -70,7 +70,7 @@ def test_an_engine_and_the_files_of_a_snapshot_are_of_its_runs(folder: Path) -> 
         assert held.files("probe_scores") == files
         assert all(Path(file).is_file() for file in files)
         assert opened.files("probe_scores") == []
-    with pytest.raises(WarehouseError, match="This snapshot has ended: ask within its `with` block"):
+    with pytest.raises(WarehouseError, match="This snapshot is closed"):
         held.query("runs")
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_is_being_measured_is_not_offered_for_deletion(tmp_path: Path
     with lake.stage("0" * 16, "tiny", "snow") as staged:
         staged.write_rows("prompts", "part", [{"prompt_id": 0}])
         result = run_kdb("clean", "--warehouse", tmp_path / "new")
-        assert "Being measured, left alone: tiny on snow" in result.stderr
+        assert "Being measured, not deleted: tiny on snow" in result.stderr
         assert "Delete" not in result.stderr
     assert "Delete 1 interrupted run?" in run_kdb("clean", "--warehouse", tmp_path / "new").stderr
 
@@ -275,7 +275,7 @@ def test_clean_deletes_what_killed_commands_left_and_not_what_is_being_measured(
     with lake.stage(names[1], "tiny", "weather"):
         result = run_kdb("clean", "--yes", "--warehouse", folder)
         assert result.exit_code == 0, result.output
-        assert "Being measured, left alone: tiny on weather" in result.stderr
+        assert "Being measured, not deleted: tiny on weather" in result.stderr
         assert [path.name for path in lake.staging.iterdir() if path.is_dir()] == [names[1]]
     assert run_kdb("clean", "--yes", "--warehouse", folder).exit_code == 0
     assert not staged_parquet(folder)
@@ -331,7 +331,7 @@ def test_a_full_disk_loses_nothing_and_is_told(
         result = run_kdb(*given)
         assert result.exit_code in (0, 2), result.output
         if result.exit_code:
-            assert "the disk is full. Free some space and give the same command again" in result.stderr
+            assert "the disk is full. Free some space, then run the same command again" in result.stderr
             refused += 1
         assert kind == "none" or {run: ask(opened).get(run) for run in before} == before
         assert list(opened.lake.verify()) == []

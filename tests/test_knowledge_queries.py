@@ -493,7 +493,7 @@ def test_a_list_of_models_is_repeated_on_the_command_line(tmp_path: Path, run_kd
 
 def test_wrong_lists_are_query_errors(database: Database) -> None:
     for given in ([], 7, ["alpha", 7]):
-        with pytest.raises(QueryError, match="parameter model: expected a text or several"):
+        with pytest.raises(QueryError, match="parameter model: expected one or several texts"):
             database.query("top-heads", model=given)
 
 

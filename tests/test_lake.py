@@ -427,7 +427,7 @@ def test_any_name_of_a_model_or_dataset_is_stored_and_found(
 
 @pytest.mark.parametrize("name", ["", " ", "__none__", "__HIVE_DEFAULT_PARTITION__"])
 def test_a_name_that_would_not_come_back_is_refused(lake: Lake, name: str) -> None:
-    with pytest.raises(WarehouseError, match="cannot be stored as a name: give another with --name or --dataset-name"):
+    with pytest.raises(WarehouseError, match="cannot be stored as a name"):
         measure(lake, model=name)
 
 
@@ -484,7 +484,7 @@ def test_a_file_is_no_warehouse(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(WarehouseError, match="There is no warehouse at"):
         Warehouse(tmp_path / "notes.txt")
-    with pytest.raises(WarehouseError, match="is not a kdb warehouse, and not empty"):
+    with pytest.raises(WarehouseError, match="is not empty and not a kdb warehouse"):
         Warehouse.create(tmp_path / "notes.txt")
 
 
@@ -492,7 +492,7 @@ def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(WarehouseError, match=r"it has no warehouse\.json"):
         Warehouse(tmp_path)
-    with pytest.raises(WarehouseError, match="is not a kdb warehouse, and not empty: name a new or empty folder"):
+    with pytest.raises(WarehouseError, match="is not empty and not a kdb warehouse"):
         Warehouse.create(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -538,7 +538,7 @@ def test_a_full_disk_is_told_wherever_it_strikes_and_the_run_goes_on_from_there(
         try:
             measure(lake)
         except WarehouseError as error:
-            assert "the disk is full. Free some space and give the same command again" in str(error)
+            assert "the disk is full. Free some space, then run the same command again" in str(error)
             assert list(lake.verify()) == []
             assert stored(lake.path, "00000000000000bb") == MEASURED
             refused += 1
@@ -600,7 +600,8 @@ def test_float16_is_refused_for_a_value_beyond_it() -> None:
     with pytest.raises(WarehouseError) as caught:
         list(activation_groups([0, 1], ["ffn_norm"], vectors, float16=True))
     assert str(caught.value) == (
-        "Layer 2 (ffn_norm) reaches 70,000, and float16 ends at 65,504: store these vectors with --store float32."
+        "Layer 2 (ffn_norm) has values up to 70,000, but the limit of float16 is 65,504. "
+        "Store these vectors with --store float32."
     )
 
 

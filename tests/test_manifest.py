@@ -224,7 +224,7 @@ def test_a_folder_that_kdb_would_not_have_written_is_named(tmp_path: Path, path:
     lake = Lake.create(tmp_path / "w")
     (lake.root / path).mkdir(parents=True)
     (lake.root / path / MANIFEST).write_bytes(content())
-    with pytest.raises(WarehouseError, match="is no folder that kdb writes"):
+    with pytest.raises(WarehouseError, match="was not written by kdb"):
         lake.run_folders()
 
 
@@ -354,11 +354,11 @@ def test_the_preference_of_a_run_that_was_imported_before_can_be_changed(tmp_pat
     measure(tmp_path / "theirs", accuracy=0.123, seed=2)
     arguments = ["import", tmp_path / "theirs", "--warehouse", tmp_path / "own"]
     assert run_kdb(*arguments).exit_code == 0
-    assert "is stored already, and is preferred now" in run_kdb(*arguments, "--prefer-imported").stdout
+    assert "is stored already, and now takes precedence" in run_kdb(*arguments, "--prefer-imported").stdout
     assert shown(tmp_path / "own") == {0.123}
     assert run_kdb(*arguments).stdout.strip().endswith(")"), "without the option, nothing changes"
     assert shown(tmp_path / "own") == {0.123}
-    assert "and is no longer preferred" in run_kdb(*arguments, "--no-prefer-imported").stdout
+    assert "and no longer takes precedence" in run_kdb(*arguments, "--no-prefer-imported").stdout
     assert shown(tmp_path / "own") == {0.5}
     assert not prefer(Lake(tmp_path / "own"), own, True), "a run measured here has no such choice"
     assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
@@ -386,7 +386,7 @@ def test_compacting_files_of_unlike_row_groups_loses_nothing(tmp_path: Path, run
     assert run_kdb("import", tmp_path / "theirs", "--warehouse", tmp_path / "own").exit_code == 0
     result = run_kdb("compact", "--warehouse", tmp_path / "own")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "row groups, expected as many in each: the run is left as it was." in result.stderr
+    assert "row groups, expected the same number in each. The run was not changed" in result.stderr
     assert kdb.open(tmp_path / "own").sql("SELECT count(*) FROM activations").item() == 8
     assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
 
@@ -394,7 +394,7 @@ def test_compacting_files_of_unlike_row_groups_loses_nothing(tmp_path: Path, run
 def test_rewriting_refuses_to_lose_rows(tmp_path: Path) -> None:
     folder = measure(tmp_path / "w")
     lake = Lake(tmp_path / "w")
-    with rewriting(lake, folder) as files, pytest.raises(WarehouseError, match="has 4 rows, and 3 were written"):
+    with rewriting(lake, folder) as files, pytest.raises(WarehouseError, match="has 4 rows, but 3 were written"):
         files.write({"prompts": [pq.ParquetFile(files.paths["prompts"][0]).read().slice(1)]})
     assert list(lake.verify()) == []
 

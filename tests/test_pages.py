@@ -166,11 +166,11 @@ def test_sql_runs_from_the_keyboard_and_its_address_can_be_shared(watched: Watch
 def test_rows_are_shown_a_page_at_a_time(watched: Watched) -> None:
     page = watched.open("/sql?q=SELECT+i+FROM+range(250)+t(i)")
     assert "Rows 1 to 100" in page.locator(".status").inner_text()
-    page.get_by_role("link", name="Rows after").click()
-    page.get_by_role("link", name="Rows after").click()
+    page.get_by_role("link", name="Next rows").click()
+    page.get_by_role("link", name="Next rows").click()
     assert "Rows 201 to 250" in page.locator(".status").inner_text()
     assert page.locator("tbody td").first.inner_text() == "200"
-    assert page.get_by_role("link", name="Rows after").count() == 0
+    assert page.get_by_role("link", name="Next rows").count() == 0
 
 
 def test_a_saved_query_is_asked_by_its_form(watched: Watched) -> None:
@@ -178,11 +178,11 @@ def test_a_saved_query_is_asked_by_its_form(watched: Watched) -> None:
     page.get_by_label("model").select_option(["smollm2-135m"])
     page.get_by_label("category").select_option(["capital"])
     page.get_by_label("k", exact=True).fill("2")
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Run").click()
     assert "model=smollm2-135m&category=capital" in page.url
     assert page.locator("section[aria-label=Answer] tbody tr").count() == 2
     page.get_by_label("k", exact=True).fill("two")
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Run").click()
     assert "expected an integer" in page.get_by_role("alert").inner_text()
 
 

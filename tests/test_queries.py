@@ -300,10 +300,10 @@ def test_texts_are_one_or_several(tmp_path: Path, given: object, value: tuple[st
 def test_the_shell_script_says_what_a_default_does_not_show(tmp_path: Path) -> None:
     script = load_catalogue(write_query(tmp_path, HEADER + BODY))["rows"].shell_script()
     assert script.splitlines()[:4] == [
-        "SET VARIABLE model = NULL;",
-        "SET VARIABLE limit = 20;",
-        "SET VARIABLE share = NULL; -- required",
-        "SET VARIABLE kinds = NULL; -- a list: ['a', 'b']",
+        "SET VARIABLE model = NULL; -- one model",
+        "SET VARIABLE limit = 20; -- rows at most",
+        "SET VARIABLE share = NULL; -- share of rows (required)",
+        "SET VARIABLE kinds = NULL; -- kinds of rows (a list: ['a', 'b'])",
     ]
 
 
@@ -318,9 +318,9 @@ def test_the_shell_script_says_what_a_default_does_not_show(tmp_path: Path) -> N
         ({"share": 1, "limit": 2.5}, "parameter limit: expected an integer, found 2.5"),
         ({"share": 1, "limit": True}, "parameter limit: expected an integer, found True"),
         ({"share": 1, "model": 7}, "parameter model: expected a text, found 7"),
-        ({"share": 1, "kinds": 7}, "parameter kinds: expected a text or several, found 7"),
-        ({"share": 1, "kinds": []}, "parameter kinds: expected a text or several, found ()"),
-        ({"share": 1, "kinds": ["a", 7]}, "parameter kinds: expected a text or several, found ('a', 7)"),
+        ({"share": 1, "kinds": 7}, "parameter kinds: expected one or several texts, found 7"),
+        ({"share": 1, "kinds": []}, "parameter kinds: expected one or several texts, found ()"),
+        ({"share": 1, "kinds": ["a", 7]}, "parameter kinds: expected one or several texts, found ('a', 7)"),
     ],
 )
 def test_missing_and_wrong_values_are_query_errors(tmp_path: Path, given: dict[str, object], problem: str) -> None:
@@ -332,7 +332,9 @@ def test_missing_and_wrong_values_are_query_errors(tmp_path: Path, given: dict[s
 def test_unknown_names_suggest_the_nearest(database: Database) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'concept-depth'"):
         database.query("concept-dept")
-    with pytest.raises(UnknownNameError, match=r"'modle'\. Did you mean 'model'.* takes model, dataset, site"):
+    with pytest.raises(
+        UnknownNameError, match=r"'modle'\. Did you mean 'model'.* has the parameters model, dataset, site"
+    ):
         database.query("concept-depth", modle="m")
     with pytest.raises(QueryError, match="prompt-story needs prompt"):
         database.query("prompt-story")
@@ -369,7 +371,7 @@ def assert_same_in_the_shell(lake: Path, database: Database, name: str, **params
     write_shell_file(lake.parent)
     script = find_query(name).shell_script()
     for variable, value in find_query(name).bind(params).items():
-        script = re.sub(rf"(?<=SET VARIABLE {variable} = ).*(?=;)", lambda _, v=value: literal(v), script)
+        script = re.sub(rf"(?<=SET VARIABLE {variable} = )[^;]*(?=;)", lambda _, v=value: literal(v), script)
     answer = database.query(name, **params)
     assert not answer.is_empty()
     csv: dict[str, Any] = {"has_header": False, "null_values": ["", "NULL"]}  # the shell prints NULL

@@ -89,7 +89,7 @@ def test_what_was_not_measured_is_listed_and_fails_nothing(
     assert "Unknown model 'absent-model'" in refused.stderr
     result = run_kdb("report", "--model", "tiny", *arguments)
     assert result.exit_code == 0, result.output
-    assert "Missing: Prompts that count" in result.stderr
+    assert "Missing: Prompts that pass the filter" in result.stderr
     assert page.exists()
 
 
@@ -172,7 +172,7 @@ def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
     options = ("--model", tiny_model, "--dataset", user_dataset, "--noise")
     assert run_kdb("ingest", *options, "--warehouse", tmp_path / "w").exit_code == 0
     report = build_report(Warehouse(tmp_path / "w"))
-    assert "Study concept: there is no plain run; shown is the variant 'noise'." in report.missing
+    assert "Study concept: there is no run of the variant 'default'; the variant 'noise' is shown." in report.missing
     curves = next(item for item in report.chapters["Concept depth"] if "Experiment 1" in item.title)
     assert "--variant noise" in curves.command
 

@@ -54,7 +54,7 @@ def test_only_older_runs_are_removed(warehouse: Path, run_kdb: RunKdb) -> None:
 def test_it_asks_first(answer: str, left: int, warehouse: Path) -> None:
     command = ["runs", "remove", "--older-than", "0h", "--warehouse", str(warehouse)]
     result = CliRunner().invoke(main, command, input=answer)
-    assert "Remove 1 run for good?" in result.stderr
+    assert "Remove 1 run permanently?" in result.stderr
     assert result.exit_code == (1 if left else 0)
     assert len(runs(warehouse)) == left
 
@@ -63,7 +63,7 @@ def test_it_asks_first(answer: str, left: int, warehouse: Path) -> None:
 def test_a_run_or_an_age_is_named(options: list[str], warehouse: Path, run_kdb: RunKdb) -> None:
     result = run_kdb("runs", "remove", *options, "--warehouse", warehouse)
     assert result.exit_code == 2
-    assert "Name one run, or an age with --older-than." in result.stderr
+    assert "Give either one run, or an age with --older-than." in result.stderr
     assert len(runs(warehouse)) == 1
 
 
@@ -72,6 +72,6 @@ def test_a_run_is_removed_by_its_id_once_its_names_were_confirmed(warehouse: Pat
     command = ["runs", "remove", folder.run, "--warehouse", str(warehouse)]
     refused = CliRunner().invoke(main, command, input="n\n")
     assert (refused.exit_code, len(Lake(warehouse).run_folders())) == (1, 1)
-    assert f"Remove run {folder.run} (tiny on weather) for good?" in refused.output
+    assert f"Remove run {folder.run} (tiny on weather) permanently?" in refused.output
     assert CliRunner().invoke(main, command, input="y\n").exit_code == 0
     assert Lake(warehouse).run_folders() == []

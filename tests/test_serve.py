@@ -163,9 +163,9 @@ def test_what_has_no_text_is_refused_with_what_to_do(client: httpx.Client) -> No
         ("/api/tables/layer_scores?filter=layer~1", 400, "filter: expected COLUMN=VALUE"),
         ("/api/tables/layer_scores?filter=layer=one", 400, "Could not convert string 'one'"),
         ("/api/tables/layer_scores?sort=-", 404, "Unknown column ''"),
-        ("/api/tables/runs?sort=tables", 400, "a list cannot be filtered or sorted by"),
+        ("/api/tables/runs?sort=tables", 400, "filters and orders by a list are not supported"),
         ("/api/tables/layer_scores?limit=0", 422, "limit"),
-        ("/api/tables/layer_scores?limit=5&cursor=x", 400, "cursor: not one of this table and order"),
+        ("/api/tables/layer_scores?limit=5&cursor=x", 400, "cursor: does not belong to this table and order"),
         ("/api/tables/layer_scores?cursor=x", 400, "cursor: needs a limit"),
         ("/api/sql?sql=SELECT+1;SELECT+2", 400, "one statement at a time"),
         ("/api/sql?sql=SELECT+nope", 400, "nope"),
@@ -302,8 +302,8 @@ def test_an_empty_warehouse_says_how_to_fill_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (SLOW, "more than the 5 s that a question may take"),
-        (BIG, "more than the 256 MiB of memory that a question may use"),
+        (SLOW, "exceeds the time limit of 5 s"),
+        (BIG, "exceeds the memory limit of 256 MiB"),
         ("FROM range(1000001)", "more than 1,000,000 rows"),
         ("SELECT repeat('x', 3000) AS x FROM range(400000)", "more than 256 MiB"),
     ],
@@ -497,7 +497,7 @@ def test_a_port_that_is_taken_is_one_message(run_kdb: Callable[..., Result]) -> 
         taken.listen()
         result = run_kdb("serve", "--demo", "--port", str(taken.getsockname()[1]))
     assert result.exit_code == 2
-    assert "it is taken" in result.stderr
+    assert "already in use" in result.stderr
 
 
 def test_a_whole_table_takes_no_more_memory_than_a_page(server: Served, client: httpx.Client) -> None:

@@ -95,7 +95,7 @@ def test_a_damaged_run_is_refused_and_nothing_of_it_is_stored(
             {"files": [{"path": "nothing/all.parquet", "rows": 1, "bytes": 1, "sha256": ""}]},
             "which is not TABLE/NAME.parquet",
         ),
-        ({"files": 1}, "it names no files"),
+        ({"files": 1}, "it lists no files"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused(

@@ -1,4 +1,4 @@
-"""A remote file read by blocks, each of which is kept in a folder: who reads a hundredth of a file fetches no more."""
+"""A remote file that is read and cached by blocks, so that only the blocks that are needed are downloaded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BLOCK = 2**20
-"""Bytes of a block: a request takes about as long as so many bytes."""
+"""Bytes of a block. Downloading it takes about as long as the request itself."""
 
 
 class BlockFile(io.RawIOBase):
-    """A file of ``size`` bytes, whose bytes from ``start`` to ``end`` are ``fetch(start, end)``.
+    """A file of ``size`` bytes; ``fetch(start, end)`` downloads the bytes from ``start`` to ``end``.
 
-    Blocks are kept in ``folder``, whole or not at all; several processes can share it.
+    Blocks are cached in ``folder``, completely or not at all; several processes can share it.
     """
 
     def __init__(self, size: int, fetch: Callable[[int, int], bytes], folder: Path) -> None:
@@ -30,16 +30,16 @@ class BlockFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """The place that is read next."""
+        """Return the position that is read next."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place, as in any file."""
+        """Change the position, as in any file."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's Buffer cannot be filled
-        """Fill the buffer as far as the file goes, with as few requests as there are gaps in what is kept."""
+        """Fill the buffer up to the end of the file, with one request for each gap between cached blocks."""
         end = min(self._at + len(buffer), self._size)
         if end <= self._at:
             return 0
@@ -52,7 +52,7 @@ class BlockFile(io.RawIOBase):
         return count
 
     def _blocks(self, first: int, last: int) -> Iterator[bytes]:
-        """Blocks ``first`` to ``last``; those not kept that lie side by side are fetched together."""
+        """Return blocks ``first`` to ``last``; adjacent ones that are not cached are downloaded together."""
         number = first
         while number <= last:
             kept = self._kept(number)

@@ -1,10 +1,10 @@
-"""An object store, by its URL: S3, Google Cloud Storage or Azure, and whatever speaks like one of them.
+"""An object store given by its URL: S3, Google Cloud Storage or Azure, or a compatible one.
 
     bucket = Bucket.at("s3://lab/kdb")
     bucket.put_new("commits/1f0c.json", content)
 
-Credentials come from where each vendor's own tools look for them (the environment, ``~/.aws``, a role of the machine),
-and stay in memory. The words of a server's refusal are not passed on: they can hold the key's name.
+Credentials are found as by each vendor's own tools (the environment, ``~/.aws``, a role of the machine), and stay in
+memory. The server's own error messages are not shown, because they can contain the name of the key.
 """
 
 from __future__ import annotations
@@ -27,47 +27,49 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az")
 
 _PATIENCE = timedelta(seconds=30)
-"""From the first try of a request to the last."""
+"""Maximum time from the first attempt of a request to the last."""
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 
-_MAKE_IT = "there is no such bucket. Make it first, or name another with --warehouse."
+_MAKE_IT = "there is no such bucket. Create it first, or name another with --warehouse."
 
 
 def is_url(location: object) -> bool:
-    """Whether a warehouse's location is an object store's, and not a folder's."""
+    """Whether a warehouse's location is the URL of an object store, not a folder."""
     return "://" in str(location)
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object as a listing tells it; ``tag`` changes with its content."""
+    """An object in a listing; ``tag`` changes with its content."""
 
     path: str
     tag: str
 
 
 class Bucket:
-    """The objects under one URL. Every method raises WarehouseError where the store refuses or cannot be reached."""
+    """The objects under one URL. All methods raise WarehouseError if the store refuses or cannot be reached."""
 
     def __init__(self, store: ObjectStore, url: str) -> None:
         self.store, self.url = store, url
 
     @classmethod
     def at(cls, url: str) -> Bucket:
-        """The objects under ``url``. Raises WarehouseError for one of no known kind, or without its library."""
+        """Return the objects under ``url``. Raises WarehouseError for an unknown URL, or if its library is missing."""
         url = url.rstrip("/")
         scheme, _, rest = url.partition("://")
         if "@" in rest.partition("/")[0]:
-            raise WarehouseError("A URL holds no credentials: kdb looks for them where the vendor's tools do.")
+            raise WarehouseError(
+                "The URL contains credentials. Remove them: kdb finds credentials as the vendor's own tools do."
+            )
         if scheme not in SCHEMES or not rest.strip("/"):
             known = ", ".join(f"{known}://BUCKET/PREFIX" for known in SCHEMES)
-            raise WarehouseError(f"{url!r} is no location of a warehouse: name a folder, or one of {known}.")
+            raise WarehouseError(f"{url!r} is not a location of a warehouse. Name a folder, or one of {known}.")
         try:
             from obstore.store import from_url
         except ImportError:
             raise WarehouseError(
-                f"{url!r} needs a library that is not installed: pip install 'kdb-lm[cloud]'."
+                f"{url!r} needs a library that is not installed. Run: pip install 'kdb-lm[cloud]'."
             ) from None
         options: dict[str, Any] = _s3_options() if scheme == "s3" else {}
         with _reported(url):
@@ -80,7 +82,7 @@ class Bucket:
         return cls(store, url)
 
     def get(self, path: str) -> bytes | None:
-        """The content of an object; None where there is none."""
+        """Return the content of an object; None if it does not exist."""
         import obstore
 
         with _reported(self.url):
@@ -91,7 +93,7 @@ class Bucket:
                 return None
 
     def chunks(self, path: str) -> Iterator[bytes]:
-        """The content of an object, piece by piece. Raises FileNotFoundError where there is none."""
+        """Yield the content of an object in chunks. Raises FileNotFoundError if it does not exist."""
         import obstore
 
         with _reported(self.url):
@@ -99,7 +101,7 @@ class Bucket:
                 yield bytes(chunk)
 
     def range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` of an object. Raises FileNotFoundError where there is none."""
+        """Return bytes ``start`` to ``end`` of an object. Raises FileNotFoundError if it does not exist."""
         import obstore
 
         with _reported(self.url):
@@ -113,7 +115,7 @@ class Bucket:
             obstore.put(self.store, path, file)
 
     def put_new(self, path: str, content: bytes) -> bool:
-        """Write an object unless it exists, whoever else tries at the same moment; whether it was written."""
+        """Write an object atomically unless it exists; return whether it was written."""
         import obstore
 
         with _reported(self.url):
@@ -124,7 +126,7 @@ class Bucket:
         return True
 
     def put_over(self, path: str, content: bytes, expected: Callable[[bytes], bool]) -> bool:
-        """Write an object anew if it holds what is expected, whoever else tries at once; whether it was written."""
+        """Replace an object atomically if it has the expected content; return whether it was replaced."""
         import obstore
 
         with _reported(self.url):
@@ -132,7 +134,7 @@ class Bucket:
                 found = obstore.get(self.store, path)
                 if not expected(bytes(found.bytes())):
                     return False
-                # Google's store goes by the version, the others by the tag.
+                # Google's store compares the version, the others the tag.
                 version = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key]}
                 obstore.put(self.store, path, content, mode=cast("UpdateVersion", version), use_multipart=False)
             except (obstore.exceptions.PreconditionError, FileNotFoundError):
@@ -140,7 +142,7 @@ class Bucket:
         return True
 
     def list(self, prefix: str) -> list[Found]:
-        """Every object under a prefix, by path."""
+        """Yield all objects under a prefix, in order of their paths."""
         import obstore
 
         with _reported(self.url):
@@ -148,7 +150,7 @@ class Bucket:
         return sorted((Found(one["path"], one["e_tag"] or "") for one in found), key=lambda one: one.path)
 
     def delete(self, paths: Sequence[str]) -> None:
-        """Delete objects; those that are gone already are no matter."""
+        """Delete objects, ignoring those that no longer exist."""
         import obstore
 
         with _reported(self.url), contextlib.suppress(FileNotFoundError):
@@ -157,25 +159,25 @@ class Bucket:
 
 
 def _s3_options() -> dict[str, Any]:
-    """Credentials as boto3 finds them; without any, requests are not signed, as a public bucket wants them."""
+    """Return credentials as boto3 finds them; without any, requests are not signed, which public buckets accept."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     try:
         from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
-        raise WarehouseError("s3:// needs a library that is not installed: pip install 'kdb-lm[cloud]'.") from None
+        raise WarehouseError("s3:// needs a library that is not installed. Run: pip install 'kdb-lm[cloud]'.") from None
     try:
         return {"config": config, "credential_provider": Boto3CredentialProvider()}
     except ValueError:
         return {"config": {**config, "skip_signature": True}}
     except BotoCoreError as error:  # such as a profile that is not in ~/.aws
-        raise WarehouseError(f"The credentials of AWS cannot be read: {error}.") from error
+        raise WarehouseError(f"The AWS credentials cannot be read: {error}.") from error
 
 
 @contextlib.contextmanager
 def _reported(url: str) -> Iterator[None]:
-    """Turn the store's refusals into WarehouseError; that an object is missing is the caller's to judge."""
+    """Convert errors of the store into WarehouseError, except a missing object, which callers handle."""
     from obstore.exceptions import BaseError
 
     try:
@@ -184,7 +186,7 @@ def _reported(url: str) -> Iterator[None]:
         _refuse_missing_bucket(url, error)
         raise
     except (BaseError, OSError) as error:
-        raise WarehouseError(f"{url}: {_why(str(error))}") from None  # what it was raised from may show the key's name
+        raise WarehouseError(f"{url}: {_why(str(error))}") from None  # its cause may contain the name of the key
 
 
 def _refuse_missing_bucket(url: str, error: Exception) -> None:
@@ -193,7 +195,7 @@ def _refuse_missing_bucket(url: str, error: Exception) -> None:
 
 
 def _why(said: str) -> str:
-    """What a store's refusal means, and what to do."""
+    """Return what an error of the store means, and what to do."""
     code = "".join(re.findall(r"<Code>(\w+)</Code>", said)[:1])
     status = "".join(re.findall(r"status code: (\d{3})", said)[:1])
     detail = f" ({' '.join(filter(None, (status, code)))})" if status or code else ""
@@ -201,11 +203,11 @@ def _why(said: str) -> str:
         return _MAKE_IT
     if status in ("401", "403") or "credential" in said.lower():
         return (
-            f"permission denied{detail}. Check the credentials that the vendor's own tools use, and what they may do."
+            f"permission denied{detail}. Check the credentials that the vendor's own tools use, and their permissions."
         )
     if not status:
         return (
-            "the store cannot be reached, or the connection was cut. Give the same command again: what is finished "
-            "is kept. (For a store of your own, AWS_ENDPOINT_URL says where it is.)"
+            "the store cannot be reached, or the connection was lost. Run the same command again to resume. (For your "
+            "own store, set AWS_ENDPOINT_URL to its address.)"
         )
-    return f"the store refused{detail}. Give the same command again: what is finished is kept."
+    return f"the store refused the request{detail}. Run the same command again to resume."

@@ -1,14 +1,14 @@
-"""A warehouse in an object store. There is no rename there: a run is committed by the one object that names its files.
+"""A warehouse in an object store, which has no rename: a run is committed by writing the object that lists its files.
 
     s3://bucket/prefix/warehouse.json                                           marks the warehouse; schema version
                       /lake/model=M/dataset=D/run=R/<table>/<part>-A.parquet    A: this attempt to write the run
                       /commits/R.json                                           names the files; written last, if absent
 
-What no commit names is not there for any reader: what a killed writer uploaded, or the slower of two that wrote the
-same run. The store itself checks that a commit is absent, so one of two writers wins, whole.
+Readers ignore files that no commit lists, such as those of a killed writer, or of the slower of two writers of the same
+run. The store itself checks that a commit does not exist yet, so exactly one of two writers succeeds.
 
-A folder in the user's cache mirrors the layout. Runs are staged there as in any warehouse, and what is read is kept
-there: committed files never change. It can be deleted at any time when nothing runs.
+A folder in the user's cache mirrors the layout. Runs are staged there as in any warehouse, and files that were read are
+cached there, because committed files never change. The folder can be deleted whenever no kdb process is running.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _AT_ONCE = 16
-"""Requests under way at the same time."""
+"""Maximum number of concurrent requests."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A committed run. The manifest's paths are relative to the run's folder; ``attempt`` is in the name of each."""
+    """A committed run. The manifest's paths are relative to the run's folder; each file name contains ``attempt``."""
 
     run: str
     model: str
@@ -66,20 +66,20 @@ class Commit:
 
     @classmethod
     def read(cls, content: bytes, where: str) -> Commit:
-        """The commit in an object. Raises WarehouseError where it is none, or of a schema that kdb does not read."""
+        """Return the commit in an object. Raises WarehouseError if it is invalid or has an unsupported schema."""
         said = parse_json(content, where)
         names = {name: said.get(name) for name in ("run", "model", "dataset", "attempt")}
         if not all(isinstance(name, str) and name for name in names.values()):
-            raise WarehouseError(f"{where} is damaged: run, model, dataset and attempt are not texts.")
+            raise WarehouseError(f"{where} is damaged: run, model, dataset or attempt is not a text.")
         run = str(names["run"])
         if not RUN_ID.fullmatch(run):
             raise WarehouseError(f"{where} is damaged: run ids are 16 hex digits.")
         commit = cls(**cast("dict[str, str]", names), manifest=parse_manifest(content, run, where))
-        partitions(commit.model, commit.dataset, commit.run)  # refuses what cannot be a name
+        partitions(commit.model, commit.dataset, commit.run)  # raises for an invalid name
         return commit
 
     def content(self) -> bytes:
-        """The content of the commit's object."""
+        """Return the content of the commit's object."""
         names = {"run": self.run, "model": self.model, "dataset": self.dataset, "attempt": self.attempt}
         return json.dumps({**self.manifest.content(), **names}, indent=1).encode()
 
@@ -89,14 +89,14 @@ class Commit:
         return f"lake/{partitions(self.model, self.dataset, self.run)}"
 
     def paths(self, table: str | None = None) -> dict[str, FileRecord]:
-        """The files of one table or of all, by their paths within the warehouse."""
+        """Return the files of one table or of all, by their paths within the warehouse."""
         return {f"{self.folder}/{f.path}": f for f in self.manifest.files if table in (None, f.table)}
 
 
 class CloudLake(Lake):
-    """The warehouse under a URL, with a local mirror of what was read and of what is being written.
+    """The warehouse under a URL, with a local mirror of files that were read or are being written.
 
-    Raises WarehouseError if there is no warehouse, or one of another schema, or the store refuses.
+    Raises WarehouseError if there is no warehouse, if it has another schema, or if the store refuses.
     """
 
     def __init__(self, url: str, bucket: Bucket | None = None) -> None:
@@ -104,7 +104,7 @@ class CloudLake(Lake):
         content = self.bucket.get("warehouse.json")
         if content is None:
             raise WarehouseError(
-                f"There is no warehouse at {url!r}: `kdb ingest` makes one, --warehouse names another."
+                f"There is no warehouse at {url!r}. Create one with `kdb ingest`, or name another with --warehouse."
             )
         version = check_version(url, content)
         super().__init__(Lake.create(_mirror(url)).path)
@@ -114,7 +114,7 @@ class CloudLake(Lake):
 
     @classmethod
     def create_at(cls, url: str, bucket: Bucket | None = None) -> CloudLake:
-        """Open the warehouse at a URL, making it first where there is none."""
+        """Open the warehouse at a URL, and create it if there is none."""
         bucket = bucket or Bucket.at(url)
         if bucket.get("warehouse.json") is None:
             bucket.put_new("warehouse.json", json.dumps({"schema_version": SCHEMA_VERSION}).encode())
@@ -123,7 +123,7 @@ class CloudLake(Lake):
         return lake
 
     def raise_version(self) -> None:
-        """Let the warehouse say that it may hold runs of this kdb's schema, so that an older kdb leaves it alone."""
+        """Record in the warehouse that it may hold runs of this kdb's schema, so that an older kdb refuses it."""
         if self.schema_version < SCHEMA_VERSION:
             marker = json.dumps({"schema_version": SCHEMA_VERSION}).encode()
             self.bucket.put_over("warehouse.json", marker, lambda found: found != marker)
@@ -137,7 +137,7 @@ class CloudLake(Lake):
     # What is committed -----------------------------------------------------------------------------------------------
 
     def commits(self) -> dict[str, Commit]:
-        """Every committed run, by its id: one listing, and one request for each commit not seen before."""
+        """Return all committed runs by their ids, with one listing, and one request for each new commit."""
         listed = {Path(found.path).stem: found for found in self.bucket.list("commits")}
         seen = {run: known for run, known in self._known.items() if run in listed and known[0] == listed[run].tag}
         new = [found for run, found in listed.items() if run not in seen]
@@ -148,7 +148,7 @@ class CloudLake(Lake):
         return {run: commit for run, (_tag, commit) in self._known.items()}
 
     def _commit(self, found: Found) -> Commit | None:
-        """A commit as it was listed, kept in the mirror under its tag; None where it was removed meanwhile."""
+        """Return a listed commit, which is cached in the mirror under its tag; None if it was removed meanwhile."""
         where = f"{self.location}/{found.path}"
         kept = self.path / "commits" / hashlib.sha256(f"{found.path} {found.tag}".encode()).hexdigest()
         with contextlib.suppress(FileNotFoundError):
@@ -158,14 +158,14 @@ class CloudLake(Lake):
             return None
         commit = Commit.read(content, where)
         if found.path != f"commits/{commit.run}.json":
-            raise WarehouseError(f"{where} is damaged: it is the commit of run {commit.run}.")
+            raise WarehouseError(f"{where} is damaged: it holds the commit of another run, {commit.run}.")
         kept.parent.mkdir(exist_ok=True)
         with appears_whole(kept) as partial:
             partial.write_bytes(content)
         return commit
 
     def run_folders(self) -> list[RunFolder]:
-        """Every committed run, by model, dataset and run; its folder holds what was read of it so far."""
+        """Return all committed runs, by model, dataset and run; their folders hold the files cached so far."""
         self.commits()
         found = [
             RunFolder(commit.run, commit.model, commit.dataset, self.path / commit.folder, tag)
@@ -174,38 +174,40 @@ class CloudLake(Lake):
         return sorted(found, key=lambda folder: (folder.model, folder.dataset, folder.run))
 
     def find(self, run: str) -> RunFolder:
-        """The committed run with this id, all of its files fetched; raises UnknownNameError."""
+        """Return the committed run with this id, after downloading all its files. Raises UnknownNameError."""
         commit = self._named(run)
         folder = self.path / commit.folder
         self._fetch(commit.paths())
-        for path in folder.rglob("*.parquet"):  # of a run with this id that was removed and measured again
+        for path in folder.rglob(
+            "*.parquet"
+        ):  # files of an earlier run with this id, which was removed and measured again
             if path.relative_to(self.path).as_posix() not in commit.paths():
                 path.unlink()
         write_json(folder / MANIFEST, json.loads(commit.content()))
         return RunFolder(run, commit.model, commit.dataset, folder, self._known[run][0])
 
     def still(self, folders: Iterable[RunFolder]) -> bool:
-        """Always: no object is written twice under its name, so one that is read is of the commit that named it."""
+        """Return True: no object name is written twice, so a file always belongs to the commit that lists it."""
         return True
 
     def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
-        """Nothing: an object is checked against its commit when it is fetched."""
+        """Do nothing: an object is checked against its commit when it is downloaded."""
 
     def schema_versions(self, folders: Sequence[RunFolder]) -> dict[str, int]:
-        """The schema version of each run, by its id."""
+        """Return the schema version of each run, by its id."""
         return {folder.run: self._known[folder.run][1].manifest.schema_version for folder in folders}
 
     def manifest(self, folder: RunFolder) -> Manifest:
-        """The manifest of a committed run. Raises UnknownNameError."""
+        """Return the manifest of a committed run. Raises UnknownNameError."""
         return self._named(folder.run).manifest
 
     @contextlib.contextmanager
     def held(self, folders: Sequence[RunFolder]) -> Iterator[tuple[Path, list[RunFolder]]]:
-        """The lake itself: an object store has no links."""
+        """Yield the lake itself, because an object store has no links."""
         yield self.root, list(folders)
 
     def records(self, run: str) -> list[FileRecord]:
-        """The files of a committed run, none of which is fetched. Raises UnknownNameError."""
+        """Return the files of a committed run, without downloading them. Raises UnknownNameError."""
         return list(self._named(run).manifest.files)
 
     def _named(self, run: str) -> Commit:
@@ -222,9 +224,9 @@ class CloudLake(Lake):
         shutil.rmtree(self.path / commit.folder, ignore_errors=True)
 
     def replace(self, folder: RunFolder, new: Path, manifest: Manifest) -> None:
-        """Upload what was written, and let the commit name it and what is kept.
+        """Upload the new files, and replace the commit by one that lists them and the unchanged ones.
 
-        Raises WarehouseError where another has replaced or removed the run meanwhile.
+        Raises WarehouseError if another process has replaced or removed the run meanwhile.
         """
         before = self._known[folder.run][1]
         attempt = uuid.uuid4().hex[:8]
@@ -236,11 +238,13 @@ class CloudLake(Lake):
         where = f"{self.location}/{place}"
         if not self.bucket.put_over(place, commit.content(), lambda found: Commit.read(found, where) == before):
             self.bucket.delete(list(added))
-            raise WarehouseError(f"Run {folder.run} was changed by somebody else meanwhile: look, and ask again.")
+            raise WarehouseError(
+                f"Run {folder.run} was changed by another process meanwhile. Run `kdb runs`, then retry."
+            )
         self.bucket.delete([path for path in before.paths() if path not in commit.paths()])
 
     def verify(self) -> Iterator[Damage]:
-        """Read every committed file again and check it against its commit, naming what is damaged."""
+        """Read every committed file again and check it against its commit; yields the damaged ones."""
         for commit in self.commits().values():
             for path, record in commit.paths().items():
                 if problem := self._problem(path, record):
@@ -253,7 +257,7 @@ class CloudLake(Lake):
                 digest.update(chunk)
         except FileNotFoundError:
             return "missing"
-        return "" if digest.hexdigest() == record.sha256 else f"sha256: {record.sha256} at commit, another now"
+        return "" if digest.hexdigest() == record.sha256 else f"sha256: {record.sha256} at commit, different now"
 
     def stage(self, run: str, model: str, dataset: str, *, identity: Mapping[str, Any] | None = None) -> StagedRun:
         """Begin or resume a run, staged in the mirror; use it in a ``with`` statement."""
@@ -262,15 +266,16 @@ class CloudLake(Lake):
     # What is read ----------------------------------------------------------------------------------------------------
 
     def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
-        """The files of each table in these runs: a local path where it is mirrored, else ``kdb://`` and its path.
+        """Return the files of each table in these runs, for each schema version.
 
-        For each schema version that they follow; the empty typed file comes first in today's.
+        A file is given by its local path if it is mirrored, otherwise by ``kdb://`` and its path. In the current schema
+        version, the empty typed file comes first.
         """
         if any(folder.run not in self._known for folder in folders):
             self.commits()
         found = {SCHEMA_VERSION: {table: [str(empty_file(self.root, table))] for table in TABLES}}
         for folder in folders:
-            if folder.run in self._known:  # else removed meanwhile
+            if folder.run in self._known:  # otherwise it was removed meanwhile
                 commit = self._known[folder.run][1]
                 tables = found.setdefault(commit.manifest.schema_version, {})
                 for path, record in commit.paths().items():
@@ -279,17 +284,17 @@ class CloudLake(Lake):
 
     @property
     def filesystem(self) -> CommittedFiles:
-        """What opens ``kdb://`` paths, for DuckDB."""
+        """Return the file system that opens ``kdb://`` paths for DuckDB."""
         return CommittedFiles(self.open, lambda path: self.record(path).bytes)
 
     def committed_files(self, table: str) -> list[str]:
-        """The committed files of a table by their URLs, from the commits of all runs."""
+        """Return the URLs of a table's committed files, from the commits of all runs."""
         return [f"{self.location}/{path}" for commit in self.commits().values() for path in commit.paths(table)]
 
     def open(self, path: str) -> BinaryIO:
-        """A committed file to be read: fetched whole, once, or block by block where it holds vectors.
+        """Open a committed file: downloaded once as a whole, or block by block if it holds vectors.
 
-        Raises WarehouseError where the run was removed.
+        Raises WarehouseError if the run was removed.
         """
         record = self.record(path)
         if has_vectors(record.table):
@@ -298,12 +303,12 @@ class CloudLake(Lake):
         return (self._local(path, record) or self._download(path, record)).open("rb")
 
     def record(self, path: str) -> FileRecord:
-        """What the commit says of a file."""
+        """Return the commit's record of a file."""
         commit = self._known[path.split("/")[3].removeprefix("run=")][1]
         return commit.paths()[path]
 
     def fetch(self, table: str, runs: Iterable[str]) -> None:
-        """Bring every file of a table in these runs into the mirror."""
+        """Download all files of a table in these runs into the mirror."""
         commits = self.commits()
         self._fetch({p: r for run in runs if run in commits for p, r in commits[run].paths(table).items()})
 
@@ -328,7 +333,7 @@ class CloudLake(Lake):
                         digest.update(chunk)
                         file.write(chunk)
                 if digest.hexdigest() != record.sha256:
-                    raise WarehouseError(f"{self.location}/{path} is damaged: `kdb verify` names every such file.")
+                    raise WarehouseError(f"{self.location}/{path} is damaged. `kdb verify` lists all damaged files.")
         return local
 
     def _range(self, path: str, start: int, end: int) -> bytes:
@@ -337,7 +342,7 @@ class CloudLake(Lake):
 
 
 class _CloudRun(StagedRun):
-    """A run in progress, staged in the mirror and uploaded when it is whole."""
+    """A run in progress, staged in the mirror and uploaded when it is complete."""
 
     def __init__(
         self, lake: CloudLake, run: str, model: str, dataset: str, identity: Mapping[str, Any] | None = None
@@ -349,12 +354,12 @@ class _CloudRun(StagedRun):
         return self._lake.bucket.get(f"commits/{self.run}.json") is not None
 
     def _publish(self) -> None:
-        """Upload the files, then the commit that makes them the run.
+        """Upload the files, then the commit that makes them a run.
 
-        If another writer's commit stands, what was uploaded is taken back: the run is the same.
+        If another writer has committed the same run, the uploaded files are deleted.
         """
         if "attempt" not in self.facts:
-            self.remember(attempt=uuid.uuid4().hex[:8])  # before any upload: a resumed one writes the same objects
+            self.remember(attempt=uuid.uuid4().hex[:8])  # before any upload: a resumed one must write the same objects
         attempt, bucket = self.facts["attempt"], self._lake.bucket
         manifest = read_manifest(self.path, self.run)
         local = {file: _renamed(file, attempt) for file in manifest.files}
@@ -371,11 +376,11 @@ class _CloudRun(StagedRun):
         self.committed = True
 
     def _is_ours(self, commit: Commit) -> bool:
-        """Whether the commit that stands is this one, whose first answer was lost."""
+        """Whether the stored commit is this one: the first request succeeded, but its response was lost."""
         return self._lake.bucket.get(f"commits/{self.run}.json") == commit.content()
 
     def _move(self, sources: list[Path], commit: Commit) -> None:
-        """Keep the files where readers look for them first."""
+        """Move the files to the mirror, where readers look for them first."""
         for source, path in zip(sources, commit.paths(), strict=True):
             kept = self._lake.path / path
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +389,7 @@ class _CloudRun(StagedRun):
 
 
 def _at_once(function: Callable[..., Result], *arguments: Iterable[Any]) -> list[Result]:
-    """What a function gives for each argument, in their order; the first error ends it."""
+    """Yield a function's results for each argument in order, computed concurrently; the first error stops it."""
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(function, *arguments))
 
@@ -394,7 +399,7 @@ def _renamed(file: FileRecord, attempt: str) -> FileRecord:
 
 
 def _mirror(url: str) -> Path:
-    """The folder that mirrors a warehouse: one for each URL and server."""
+    """Return the folder that mirrors a warehouse: one for each URL and server."""
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     name = hashlib.sha256(f"{server} {url}".encode()).hexdigest()[:16]
     return user_cache_path("kdb") / "warehouses" / name
@@ -405,4 +410,6 @@ def _still_there(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise WarehouseError(f"{path} is gone: its run was removed while it was read. Ask again.") from None
+        raise WarehouseError(
+            f"{path} no longer exists: its run was removed while it was read. Run the query again."
+        ) from None

@@ -1,11 +1,11 @@
-"""Committed runs written anew without a reader noticing: small files merged, vectors dropped.
+"""Rewriting of committed runs, without an effect on readers: small files are merged, or vectors deleted.
 
     compact(lake, run)
     keep_vectors(lake, lake.find(run), "none")
 
-The run's new folder is built in staging, of links to what stays, and takes the old one's place in one step: two folders
-change names, or in an object store the commit is replaced. Files that are written get names of their own, so that no
-reader takes a new file for an old one; a question that meets the change is asked again (`Warehouse.sql`).
+The run's new folder is built in staging, with links to unchanged files, and replaces the old one in one step: two
+folders exchange names, or, in an object store, the commit is replaced. New files get new names, so that no reader
+mistakes one for an old file. A query that is running during the change is repeated (`Warehouse.sql`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from kdb.warehouse.manifest import FileRecord, RunFolder
 from kdb.warehouse.schema import has_vectors
 
 SAMPLE = 100
-"""Prompts whose vectors ``sampled`` keeps."""
+"""Number of prompts whose vectors ``sampled`` keeps."""
 
 _ROWS = 2**20
-"""Rows of a row group of a merged table."""
+"""Rows per row group of a merged table."""
 
 
 def compact(lake: Lake, run: str) -> int:
-    """Merge the files of each table of a run into one; returns by how many there are fewer.
+    """Merge the files of each table of a run into one; returns the decrease in the number of files.
 
-    Vectors keep their row groups, one for each site and layer, with the prompts of all parts. Raises WarehouseError
-    where the run is damaged or being written, or where it cannot be replaced in one step (`Lake.replace`).
+    Vectors keep one row group for each site and layer, now with the prompts of all parts. Raises WarehouseError if the
+    run is damaged or being written, or cannot be replaced in one step (`Lake.replace`).
     """
     tables = Counter(file.table for file in lake.records(run))
     if max(tables.values()) > 1:
@@ -56,9 +56,10 @@ def compact(lake: Lake, run: str) -> int:
 
 
 def keep_vectors(lake: Lake, folder: RunFolder, which: str) -> bool:
-    """Drop a run's vectors: all with 'none', all but those of ``SAMPLE`` prompts with 'sampled'; whether it had any.
+    """Delete a run's vectors and return whether it had any.
 
-    Its row in ``runs`` says what it still has. Raises WarehouseError as `compact` does.
+    'none' keeps none, 'sampled' those of ``SAMPLE`` prompts. The run's row in ``runs`` lists the remaining tables.
+    Raises WarehouseError as `compact` does.
     """
     with rewriting(lake, folder) as files:
         dropped = [table for table in files.paths if has_vectors(table)]
@@ -78,27 +79,27 @@ def keep_vectors(lake: Lake, folder: RunFolder, which: str) -> bool:
 
 
 def _in_turn(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """The rows of some files, one after the other."""
+    """Yield the rows of some files, one after the other."""
     for path in paths:
         for batch in pq.ParquetFile(path).iter_batches(_ROWS):
             yield pa.Table.from_batches([batch])
 
 
 def _by_layer(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """The vectors of some files, a group for each site and layer; every part has the same ones in the same order."""
+    """Yield the vectors of some files, grouped by site and layer; all files have the same groups in the same order."""
     files = [pq.ParquetFile(path) for path in paths]
     counts = {file.num_row_groups for file in files}
     if len(counts) > 1:
         raise WarehouseError(
-            f"{paths[0].parent}: its files have {', '.join(map(str, sorted(counts)))} row groups, expected as many in "
-            "each: the run is left as it was."
+            f"{paths[0].parent}: its files have {', '.join(map(str, sorted(counts)))} row groups, expected the same "
+            "number in each. The run was not changed; `kdb verify` checks it."
         )
     for group in range(counts.pop()):
         yield pa.concat_tables(file.read_row_group(group) for file in files)
 
 
 def _sampled(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """The vectors of the same prompts in every layer."""
+    """Yield the vectors of the sampled prompts, the same in every layer."""
     files = [pq.ParquetFile(path) for path in paths]
     ids = np.unique(np.concatenate([file.read_row_group(0, ["prompt_id"])["prompt_id"].to_numpy() for file in files]))
     chosen = pa.array(np.random.default_rng(0).permutation(ids)[:SAMPLE])
@@ -107,7 +108,7 @@ def _sampled(paths: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 class Rewriting:
-    """A committed run that is written anew while its lock is held. ``paths`` are its files, by table."""
+    """A committed run that is being rewritten while its lock is held. ``paths`` are its files, by table."""
 
     def __init__(self, lake: Lake, folder: RunFolder) -> None:
         self._lake, self._folder = lake, folder
@@ -120,33 +121,33 @@ class Rewriting:
             self.paths.setdefault(file.table, []).append(folder.path / file.path)
 
     def write(self, changed: Mapping[str, Iterable[pa.Table] | None], *, sampled: bool = False) -> dict[str, Path]:
-        """Write the tables ``changed``, and link the files of the others; a table that is None is dropped.
+        """Write the tables ``changed``, and link the files of the others; a table that is None is removed.
 
-        Each has as many rows as before, unless it is ``sampled``. Returns the new files by table. Raises WarehouseError
-        for a file that is not what it should be; nothing of the run is changed before `commit`.
+        Each table keeps its number of rows, unless it is ``sampled``. Returns the new files by table. Raises
+        WarehouseError for a file with unexpected content; the run itself does not change before `commit`.
         """
         kept = [self._kept(file) for file in self.manifest.files if file.table not in changed]
         written = [self._written(table, groups) for table, groups in changed.items() if groups is not None]
         for record in written:
             if problem := problem_of(self._new, record):
                 raise WarehouseError(
-                    f"{self._new / record.path} was not written well ({problem}): give the command again."
+                    f"{self._new / record.path} was not written correctly ({problem}). Run the command again."
                 )
             before = sum(file.rows for file in self.manifest.of(record.table))
             if record.rows != before and not sampled:
                 raise WarehouseError(
-                    f"Table {record.table} of run {self._folder.run} has {before:,} rows, and {record.rows:,} were "
-                    "written: the run is left as it was."
+                    f"Table {record.table} of run {self._folder.run} has {before:,} rows, but {record.rows:,} were "
+                    "written. The run was not changed; run the command again."
                 )
         self._files = (*kept, *written)
         return {record.table: self._new / record.path for record in written}
 
     def commit(self, **fields: Any) -> None:
-        """Put the run with the files written in its own place, in one step. ``fields`` are changed in its manifest."""
+        """Replace the run by the rewritten one in one step. ``fields`` are changed in its manifest."""
         self._lake.replace(self._folder, self._new, replace(self.manifest, files=self._files, **fields))
 
     def close(self) -> None:
-        """Delete what was built and not committed, or in a folder what was there before."""
+        """Delete files that were built but not committed, or, in a folder, those of the replaced run."""
         shutil.rmtree(self._new, ignore_errors=True)
 
     def _kept(self, file: FileRecord) -> FileRecord:
@@ -154,7 +155,8 @@ class Rewriting:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
             raise WarehouseError(
-                f"{source} is not a regular file: run {self._folder.run} is damaged. Nothing was changed."
+                f"{source} is not a regular file: run {self._folder.run} is damaged. "
+                "Nothing was changed; `kdb verify` checks it."
             )
         _link(source, target)
         return file
@@ -168,7 +170,7 @@ class Rewriting:
 
 @contextlib.contextmanager
 def rewriting(lake: Lake, folder: RunFolder) -> Iterator[Rewriting]:
-    """Take a run's lock to write it anew, once its files were found to be those of its manifest."""
+    """Lock a run for rewriting, after checking its files against its manifest."""
     with lake.locked(folder), storage_errors(lake.path):
         lake.look([lake.find(folder.run)], vectors=True)
         files = Rewriting(lake, folder)
@@ -181,5 +183,5 @@ def rewriting(lake: Lake, folder: RunFolder) -> Iterator[Rewriting]:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copyfile(source, target)

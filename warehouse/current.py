@@ -1,10 +1,10 @@
-"""What is current: of every table the rows that a question most likely means, as the views of schema `current`.
+"""Schema `current`: a view of every table with the rows that a query usually needs.
 
     SELECT layer, accuracy FROM current.probe_scores WHERE model = 'smollm2-135m' AND dataset = 'world-cities'
 
-They are those of the newest plain run of each study, model and dataset, which `current_runs` in ``queries/macros.sql``
-chooses; of probes those of the default classifier and split alone. The tables themselves, in schema `main`, hold
-everything.
+These are the rows of the newest run, variant 'default', of each study, model and dataset, which `current_runs` in
+``queries/macros.sql`` chooses. Of probes, only the default classifier and split are shown. The tables themselves, in
+schema `main`, hold everything.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SCHEMA = "current"
 
 
 def stubs() -> list[str]:
-    """The SQL of schema `current`, over tables that have no rows yet, and of these.
+    """Return the SQL of schema `current`, and of empty stubs of the tables that its views read.
 
-    Creating a view reads the files that it is over, so these views are created over stubs, which the real ones replace.
+    Creating a view reads its files, so the views are created over stubs, which the real tables then replace.
     """
     columns = {table: column_types(table) for table in TABLES}
     columns["current_runs"] = dict.fromkeys(("table_name", "variant", *PARTITIONS), "VARCHAR")
@@ -40,7 +40,7 @@ def stubs() -> list[str]:
 
 
 def default_rows(table: str) -> pl.Expr:
-    """Which rows of a table are those of the default probe; all of them where the table has no probes."""
+    """Return the SQL condition for rows of the default probe; empty if the table has no probes."""
     columns = TABLES[table].columns
     if not _has_probes(table):
         return pl.lit(value=True)
@@ -49,18 +49,18 @@ def default_rows(table: str) -> pl.Expr:
 
 
 class KnownRuns:
-    """The facts that decide which runs are current, kept in a table of a connection whose runs never change.
+    """The data that decide which runs are current, stored in a table of a connection whose runs never change.
 
-    Else a question would read it several times. Of a question about some models, only theirs is read at first.
+    Without the table, a query would read them several times. For a query about some models, only theirs are read.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, remembered: Remembered | None = None) -> None:
         self._connection, self._remembered = connection, remembered
-        # Whose runs are kept; None: all.
+        # Models whose runs are in the table; None means all.
         self._models: frozenset[str] | None = None if remembered and remembered.is_known else frozenset()
 
     def keep(self, models: Collection[str] | None = None) -> None:
-        """Read the runs of these models, or all; nothing where they are kept already."""
+        """Read the runs of these models, or of all, unless they were already read."""
         if self._models is None or (models is not None and self._models.issuperset(models)):
             return
         wanted = frozenset(models) if models is not None and not self._models else None
@@ -76,9 +76,9 @@ KEPT = "CREATE OR REPLACE VIEW known_runs AS FROM kept_runs"
 
 @dataclass(frozen=True)
 class Remembered:
-    """The facts that decide which runs are current, as this machine last read it: a Parquet file in the user's cache.
+    """The data that decide which runs are current, cached in a Parquet file of the user's cache.
 
-    ``key`` changes when a run is added, removed or written anew; what was written under another key is not read.
+    ``key`` changes when a run is added, removed or rewritten; a file written under another key is not read.
     """
 
     path: Path
@@ -94,11 +94,11 @@ class Remembered:
 
     @property
     def statement(self) -> str:
-        """The SQL that keeps the remembered runs in a connection that may still read every file."""
+        """Return the SQL that loads the cached runs in a connection that may still read every file."""
         return f"CREATE TABLE kept_runs AS FROM read_parquet({literal(str(self.path))}); {KEPT}"
 
     def write(self, rows: pa.Table) -> None:
-        """Remember the rows. Where the cache cannot be written, they are read again next time."""
+        """Cache the rows. If the cache cannot be written, they are read again next time."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with appears_whole(self.path) as partial:

@@ -1,7 +1,7 @@
-"""DuckDB over the lake: views, saved queries and SQL that can only read, as Polars frames.
+"""DuckDB over the lake: views, saved queries and read-only SQL, with answers as Polars frames.
 
-Everything that kdb itself asks runs in an in-memory DuckDB whose views are globs over the lake, so that no lock
-on ``kdb.duckdb`` is ever taken; that file holds the same views for people's own shells.
+All of kdb's own queries run in an in-memory DuckDB whose views are globs over the lake, so that ``kdb.duckdb`` is never
+locked. That file holds the same views for use in a DuckDB shell.
 
     with Database(lake, runs) as database:
         database.query("concept-depth", dataset="cities")
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine, Table
 
 _BATCH = 20_000
-"""Rows of a batch, where rows are read as they are computed."""
+"""Rows per batch when an answer is streamed."""
 
 _STORAGE_VERSION = "v1.0.0"
-"""Of the shell file: what DuckDB 1.0 wrote, so that every shell from 1.4 on opens it."""
+"""Storage version of the shell file: that of DuckDB 1.0, so that every shell since 1.4 can open it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one connection may use, where strangers ask: bytes of memory, and threads."""
+    """Limits of one connection for untrusted queries: bytes of memory, and number of threads."""
 
     memory: int
     threads: int
 
 
 Files = Mapping[int, Mapping[str, Sequence[str]]]
-"""The files of each table by their addresses, for each schema version that they follow."""
+"""The paths or URLs of each table's files, for each schema version."""
 
 
 def view_statements(
@@ -71,12 +71,11 @@ def view_statements(
     with_current: bool = True,
     needed_by: str | None = None,
 ) -> list[str]:
-    """The SQL that creates a view for every table, schema `current`, and the macros of the saved queries.
+    """Return the SQL that creates a view for every table, schema `current`, and the macros of the saved queries.
 
-    Views see the runs listed in the variable `kdb_runs`, or all of them where it is not set, as in a shell. They are
-    globs over the lake, or read the `files` of each table, by their addresses: one that has none has no rows. `movable`
-    ones glob in the folders that the variable `kdb_lake` says at the time. With `needed_by`, macros that this statement
-    does not need are left out.
+    Views show the runs listed in the variable `kdb_runs`; if it is not set, as in a shell, they show all. They are
+    globs over the lake, or read the given `files` of each table. `movable` views glob in the folders that the variable
+    `kdb_lake` names at the time of a query. With `needed_by`, macros that this statement does not need are left out.
     """
 
     def rows(name: str, table: Table) -> str:
@@ -90,13 +89,13 @@ def view_statements(
 
 
 def _statements(rows: Callable[[Table], str], shared: str, *, with_current: bool = True) -> list[str]:
-    """Statements that every database of kdb starts with: views, macros. The only such list."""
+    """Return the statements that create the views and macros of every database of kdb."""
     views = [_create_view(name, rows(table)) for name, table in TABLES.items()]
     return [*current.stubs(), shared, *views] if with_current else [*views, shared]
 
 
 def _rows_of_versions(table: Table, files: Files) -> str:
-    """The SELECT of a table's rows in files of several schemas: a column that an older one lacks is NULL."""
+    """Return the SELECT of a table's rows in files of several schemas; columns missing in older ones are NULL."""
     selects = [
         _rows(table, literal(tuple(tables[table.name])), version=version)
         for version, tables in sorted(files.items(), reverse=True)
@@ -106,9 +105,9 @@ def _rows_of_versions(table: Table, files: Files) -> str:
 
 
 def shell_statements(warehouse: Path, *, older_runs: bool = False) -> list[str]:
-    """The SQL of `kdb.duckdb`, whose views read the folder that the file lies in, wherever that is copied or moved.
+    """Return the SQL of `kdb.duckdb`, whose views read the folder that contains the file, even after a copy or move.
 
-    With `older_runs`, files may lack columns, and every file's names are read for each question.
+    With `older_runs`, files may lack columns, so each query reads the column names of all files.
     """
     home = shell.Home(warehouse)
 
@@ -119,9 +118,9 @@ def shell_statements(warehouse: Path, *, older_runs: bool = False) -> list[str]:
 
 
 def write_shell_file(warehouse: Path, *, older_runs: bool = False) -> None:
-    """Write `kdb.duckdb`: views only. Replaces it without opening it.
+    """Write `kdb.duckdb`, which holds only views. Replaces the old file without opening it.
 
-    A shell that holds the old file keeps it. Raises OSError when the folder cannot be written.
+    A shell that has the old file open keeps it. Raises OSError if the folder cannot be written.
     """
     target = warehouse / SHELL_FILE
     _put_shell_file(target, shell_statements(warehouse, older_runs=older_runs))
@@ -130,10 +129,10 @@ def write_shell_file(warehouse: Path, *, older_runs: bool = False) -> None:
 
 
 def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]], *, encoded: bool) -> None:
-    """Write a DuckDB file whose views read Parquet files by their URLs, a list for each table; nothing is fetched.
+    """Write a DuckDB file whose views read Parquet files by their URLs, a list for each table. Nothing is downloaded.
 
-    `encoded`: a folder's name is encoded, and a URL of HTTP encodes that again. Column types come from the lake's empty
-    tables. Raises OSError when the file cannot be written.
+    `encoded` is true for HTTP: names of folders are percent-encoded, and the URL encodes them again. Column types come
+    from the lake's empty tables. Raises OSError if the file cannot be written.
     """
 
     def rows(table: Table) -> str:
@@ -142,7 +141,7 @@ def write_public_file(path: Path, lake: Path, urls: Mapping[str, Sequence[str]],
             found = f"coalesce(getvariable('kdb_files_{table.name}')::VARCHAR[], {found})"
         return _rows(table, found, name_of="url_decode({})" if encoded else "{}")
 
-    # Views and macros are tried out as they are created: on empty files, as the others may not be there yet.
+    # DuckDB tests views and macros when it creates them: on empty files, as the others may not exist yet.
     empty = [f"SET VARIABLE kdb_files_{name} = {literal((str(empty_file(lake, name)),))}" for name in TABLES]
     name = shell.name_of_files(urls)
     views = _statements(rows, shell.bound_to(name, macros()))
@@ -153,7 +152,7 @@ def _put_shell_file(target: Path, statements: list[str]) -> None:
     if target.exists() and not target.is_file():  # a device must not be replaced
         raise OSError(errno.EINVAL, "not a regular file", str(target))
     staged = target.with_name(f".{SHELL_FILE}.{secrets.token_hex(4)}")
-    # Built elsewhere: DuckDB cannot attach every path (a ? ends the name of its log file).
+    # Built in another folder, because DuckDB cannot attach every path (a ? ends the name of its log file).
     with tempfile.TemporaryDirectory(prefix="kdb-") as folder:
         built = Path(folder) / SHELL_FILE
         _build_shell_file(built, statements)
@@ -175,28 +174,28 @@ def connect(
     needed_by: str | None = None,
     remembered: current.Remembered | None = None,
 ) -> duckdb.DuckDBPyConnection:
-    """Open an in-memory DuckDB that reads the lake and nothing else. The only place where one is opened.
+    """Open an in-memory DuckDB that reads the lake and nothing else. All connections are opened here.
 
-    `runs` is a snapshot: with it, a run committed meanwhile stays invisible, so that no query sees it in one
-    table and not in the next; None shows every run. `limits` bound what it may use; else DuckDB's own do. `files`
-    name what is read, where globs over the lake would not do: for runs of an older schema, and where `filesystem`
-    (fsspec's) opens those that are not local. A connection opens sooner without schema `current`, and with those macros
-    alone that are `needed_by` one statement. Raises WarehouseError when the lake cannot be read.
+    `runs` is a snapshot: runs committed later are invisible, so that no query sees a run in one table but not in
+    another. None shows all runs. `limits` default to DuckDB's own. `files` lists the files to read where globs over the
+    lake are not enough: for runs of an older schema, and for remote files, which `filesystem` (of fsspec) opens. A
+    connection opens faster without schema `current`, and with only the macros `needed_by` one statement. Raises
+    WarehouseError if the lake cannot be read.
     """
     connection = duckdb.connect()
     try:
-        # Views are created first: that reads files, and creating anything is refused by the time users ask.
+        # Views are created first: that reads files, and nothing can be created once users can send statements.
         if filesystem is not None:
             connection.register_filesystem(filesystem)
-        # They are created over the empty files alone: each would list all folders, 3 s of them for a thousand runs.
+        # They are created over the empty files only: otherwise each lists all folders, 3 s for a thousand runs.
         empty = literal(_escape_glob(empty_file(lake, "runs").parents[1]))
         connection.execute(f"SET VARIABLE kdb_lake = {empty}")
         for statement in view_statements(lake, files, movable=True, with_current=with_current, needed_by=needed_by):
             connection.execute(statement)
         connection.execute(f"SET VARIABLE kdb_lake = {literal(_run_folders(lake))}")
         if runs is not None:
-            # As a literal: binding any value makes DuckDB import pandas, where that is installed, for 0.25 s. And as
-            # one text, which DuckDB copies for each file that it asks about: a list of thousands takes longer.
+            # As a literal, because binding a value makes DuckDB import pandas, if installed, which takes 0.25 s. And as
+            # one text, because DuckDB copies it for each file: a list of thousands takes longer.
             connection.execute(f"SET VARIABLE kdb_runs = {literal(','.join(['', *runs, '']))}")
         if remembered is not None and remembered.is_known:
             connection.execute(remembered.statement)
@@ -204,14 +203,14 @@ def connect(
     except duckdb.Error as error:
         connection.close()
         raise WarehouseError(
-            f"{lake}: cannot be read: {message(error)}. `kdb verify` names damaged files, and `kdb rebuild` "
-            "writes again what every view needs."
+            f"{lake}: cannot be read: {message(error)}. `kdb verify` lists damaged files, and `kdb rebuild` "
+            "restores the files that every view needs."
         ) from error
     return connection
 
 
 class Database:
-    """The committed runs as they were when it was opened, to be asked in SQL.
+    """A connection to query the runs that were committed when it was opened.
 
     ``before`` is called with the text of each statement before it is run.
     """
@@ -245,14 +244,16 @@ class Database:
     @property
     def _connection(self) -> duckdb.DuckDBPyConnection:
         if self._opened is None:
-            raise WarehouseError("This snapshot has ended: ask within its `with` block, or ask the warehouse itself.")
+            raise WarehouseError(
+                "This snapshot is closed. Query it within its `with` block, or query the warehouse itself."
+            )
         return self._opened
 
     def sql(self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pl.DataFrame:
-        """The rows of one statement that reads.
+        """Return the rows of one read-only statement.
 
-        `params` are the values of its `?` (a sequence) or `$name` (a mapping). Raises QueryError for a
-        statement that would change anything, and with DuckDB's words for one that fails.
+        `params` are the values of its `?` (a sequence) or `$name` (a mapping). Raises QueryError for a statement that
+        would change anything, and with DuckDB's message for one that fails.
         """
         self._before(text)
         statement = check_reads(self._connection, text)
@@ -260,7 +261,7 @@ class Database:
         return self._frame(statement, params)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
-        """The rows of a saved query; a KdbNote warns where runs are left out that one may look for.
+        """Return the rows of a saved query; a KdbNote warns if the answer leaves out runs that users may expect.
 
         Raises UnknownNameError and QueryError, see `SavedQuery.bind` and `check_values`.
         """
@@ -272,16 +273,16 @@ class Database:
         return answer
 
     def note_current(self, text: str = "current.") -> None:
-        """Warn with a KdbNote where a text names schema `current`, and that leaves runs out that one may look for."""
+        """Warn with a KdbNote if a statement uses schema `current` and that leaves out runs that users may expect."""
         if names_current(text):
             self._keep_known_runs(None)
             with reported():
                 _warn(notes_on_current(self._connection))
 
     def public_sql(self, text: str) -> pa.RecordBatchReader:
-        """As `sql`, for a stranger's statement, and as batches that are computed as they are read.
+        """Return the rows of an untrusted statement as a stream of batches.
 
-        Raises QueryError for a statement that reads anything but the views; see `check_public`.
+        Raises QueryError for a statement that reads anything except the views; see `check_public`.
         """
         self._before(text)
         with reported():
@@ -290,32 +291,32 @@ class Database:
             return self._batches(statement)
 
     def public_query(self, name: str, /, **params: object) -> pa.RecordBatchReader:
-        """As `query`, as batches that are computed as they are read."""
+        """Return the rows of a saved query as a stream of batches; see `query`."""
         return self._batches(self._bound(name, params)[0].sql)
 
     def batches(self, text: str, params: Sequence[Any] = ()) -> pa.RecordBatchReader:
-        """The rows of kdb's own SQL, as batches that are computed as they are read."""
+        """Return the rows of kdb's own SQL as a stream of batches."""
         self._before(text)
         return self._batches(text, params)
 
     def current_runs(self, table: str) -> list[tuple[str, str, str]]:
-        """Model, dataset and run of those whose rows of a table `current` shows."""
+        """Return model, dataset and run of the runs whose rows of a table are shown by schema `current`."""
         self._keep_known_runs(None)
         plain = f"current_runs WHERE table_name = {literal(table)} AND variant = 'default'"
         with reported():
             return self._connection.execute(f"SELECT model, dataset, run FROM {plain}").fetchall()
 
     def _bound(self, name: str, params: Mapping[str, object]) -> tuple[SavedQuery, Mapping[str, Value]]:
-        """A saved query whose parameters are set and checked, and their values."""
+        """Return a saved query after setting and checking its parameters, and their values."""
         saved = find_query(name)
         self._before(saved.sql)
         values = saved.bind(params)
         for variable, value in values.items():
             if variable in params:
                 self._connection.execute(f"SET VARIABLE {variable} = ?", [value])
-            else:  # a default is our own text, and need not be bound: see connect
+            else:  # a default is trusted and need not be bound: see connect
                 self._connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
-        if "variant" in values:  # else all runs are asked about, current or not
+        if "variant" in values:  # otherwise the query is about all runs, current or not
             models = values.get("model")
             self._keep_known_runs(models if isinstance(models, tuple) else None)
         with reported():
@@ -341,7 +342,7 @@ class Database:
         return to_frame(table)
 
     def close(self) -> None:
-        """Give back memory and temporary files."""
+        """Release memory and temporary files."""
         if self._opened is not None:
             self._opened.close()
         self._opened = None
@@ -354,7 +355,7 @@ class Database:
 
 
 def names_current(text: str) -> bool:
-    """Whether a statement names schema `current`."""
+    """Whether a statement uses schema `current`."""
     return bool(re.search(r"\bcurrent\b\"?\s*\.", text, re.IGNORECASE))
 
 
@@ -364,19 +365,19 @@ def _warn(found: Sequence[str]) -> None:
 
 
 def is_gone(error: KdbError) -> bool:
-    """Whether a question failed because a file that was there when it was asked is no longer."""
+    """Whether a query failed because a file was removed while it was running."""
     return bool(re.search(r"No such file or directory|No files found|its run was removed", str(error)))
 
 
 def engine(
     opened: Callable[[], duckdb.DuckDBPyConnection], before: Callable[[str], None] = lambda _text: None
 ) -> Engine:
-    """A SQLAlchemy engine that reads the lake, for pandas, notebooks and reflection.
+    """Return a SQLAlchemy engine that reads the lake, for pandas, notebooks and reflection.
 
-    Each connection is one that ``opened`` returns, see `connect`. ``before`` is called with the text of each statement
-    before it is run.
+    ``opened`` opens its connections, see `connect`. ``before`` is called with the text of each statement before it is
+    run.
     """
-    from kdb.warehouse.engine import open_engine  # here: only who asks for an engine waits for it
+    from kdb.warehouse.engine import open_engine  # imported here: only users of an engine wait for it
 
     def check(connection: Any, statement: str) -> None:
         check_reads(connection, statement)
@@ -388,9 +389,9 @@ def engine(
 
 
 def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFrame:
-    """A table as a Polars LazyFrame, in the view's columns; of `runs` alone, where given.
+    """Return a table as a Polars LazyFrame with the view's columns; only the rows of `runs`, if given.
 
-    Vectors come as lists of Float32, whatever their length and stored width.
+    Vectors are lists of Float32, whatever their length and storage format.
     """
     columns = TABLES[table].columns
     vectors = [pl.col(c.name).cast(pl.List(pl.Float32)) for c in columns if isinstance(c.type, Vector)]
@@ -400,30 +401,30 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
         for folder in sorted(lake.glob(f"model=*/dataset=*/run=*/{table}"))
         if runs is None or folder.parent.name.removeprefix("run=") in {*runs, "__none__"}
     ]
-    # One scan per run: Polars reads fixed-size vectors as arrays, whose lengths differ between models.
+    # One scan per run, because Polars reads fixed-size vectors as arrays, whose lengths differ between models.
     frames = [_scan_files(sorted(folder.glob("*.parquet"))).with_columns(vectors) for folder in folders]
-    # What a run of an older schema lacks is NULL.
+    # Columns missing in an older schema are NULL.
     return pl.concat([*frames, typed], how="diagonal").select(*PARTITIONS, *columns.keys())
 
 
 def _run_folders(lake: Path) -> str:
-    """The glob of all runs' folders."""
+    """Return the glob of all runs' folders."""
     return f"{_escape_glob(lake)}/*/*/*"
 
 
 def _create_view(name: str, rows: str) -> str:
-    """The SQL of a table's view, in the place of its stub."""
+    """Return the SQL of a table's view, which replaces its stub."""
     visible = "getvariable('kdb_runs') IS NULL OR contains(getvariable('kdb_runs')::VARCHAR, ',' || run || ',')"
     return f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM ({rows}) WHERE {visible}"
 
 
 def _rows(table: Table, files: str, *, name_of: str = "{}", version: int = SCHEMA_VERSION, union: bool = False) -> str:
-    """The SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` makes a name of its path's.
+    """Return the SELECT of a table's rows in `files`, SQL for a glob or a list; `name_of` decodes a name in a path.
 
-    The files follow the schema `version`: a column that came later is NULL. With `union` they follow several, and
-    DuckDB looks into each for its columns.
+    The files have the schema `version`: columns added later are NULL. With `union`, they have several schemas, and
+    DuckDB reads the columns of each file.
     """
-    if files == "[]":  # which read_parquet refuses
+    if files == "[]":  # read_parquet refuses an empty list
         typed = (f"NULL::{kind} AS {_quoted(name)}" for name, kind in column_types(table.name).items())
         return f"SELECT {', '.join(typed)} WHERE false"
     names = [f"{name_of.format(_quoted(name))} AS {_quoted(name)}" for name in PARTITIONS]
@@ -448,7 +449,7 @@ def _all_comments() -> list[str]:
 
 
 def _comments(table: Table) -> str:
-    """What the table's rows and columns mean, for `duckdb_columns()` in a shell."""
+    """Return SQL comments with the meanings of a table and its columns, for `duckdb_columns()` in a shell."""
     meanings = {**PARTITIONS, **{column.name: column.comment for column in table.columns}}
     lines = []
     for view in (table.name, f"{current.SCHEMA}.{table.name}"):
@@ -458,7 +459,7 @@ def _comments(table: Table) -> str:
 
 
 def _escape_glob(folder: Path) -> str:
-    """The folder's absolute path, as a DuckDB glob that matches it alone."""
+    """Return the folder's absolute path, as a DuckDB glob that matches only this folder."""
     return re.sub(r"[\[*?{]", r"[\g<0>]", str(folder.resolve()))
 
 
@@ -472,14 +473,14 @@ def _build_shell_file(path: Path, statements: list[str]) -> None:
 
 
 def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
-    """The work's result, computed beside the main thread: DuckDB may notice Ctrl-C only when it has finished."""
+    """Run the work in another thread and return its result, because DuckDB may react to Ctrl-C only at its end."""
     ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
     if ignored or threading.current_thread() is not threading.main_thread():
         return work()
     with ThreadPoolExecutor(1, "kdb-query") as beside:
         working = beside.submit(work)
         try:
-            # Looked at now and then: a signal that another thread takes does not wake this one.
+            # Checked periodically, because a signal handled by another thread does not wake this one.
             while not wait([working], timeout=0.1).done:
                 pass
         except KeyboardInterrupt:
@@ -490,28 +491,28 @@ def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.
 
 @contextlib.contextmanager
 def _as_arrow() -> Iterator[None]:
-    """Without DuckDB 2's warning: it would rather have a relation, which takes no checked statement."""
+    """Return the rows as Arrow, without the warning of DuckDB 2, which recommends relations."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Arrow output on a DB-API result")
         yield
 
 
 def _lock(connection: duckdb.DuckDBPyConnection, lake: Path, limits: Limits | None, also: list[str]) -> None:
-    """Leave the connection able to read the lake, and to change none of its settings."""
-    # The path check sees a view's glob as it is written, escapes included.
+    """Restrict the connection to reading the lake, and lock its settings."""
+    # DuckDB compares the path with a view's glob as written, including escapes.
     readable = f"[{', '.join(map(literal, [str(lake.resolve()), _escape_glob(lake), *also]))}]"
     if limits is not None:
         connection.execute(
             f"SET memory_limit = '{limits.memory}B'; SET threads = {limits.threads};"
             f"SET max_temp_directory_size = '{4 * limits.memory}B';"
-            # Files never change once they are committed, so what their footers say can be kept.
+            # Committed files never change, so their footers can be cached.
             "SET parquet_metadata_cache = true; SET enable_progress_bar = false"
         )
     spill = Path(tempfile.gettempdir()) / f"kdb-{os.getpid()}-{secrets.token_hex(4)}"
     connection.execute(
         "SET TimeZone = 'UTC';"
         "SET python_enable_replacements = false;"  # FROM name must not find a Python variable
-        f"SET temp_directory = {literal(str(spill))};"  # else .tmp in the current folder; made when memory is short
+        f"SET temp_directory = {literal(str(spill))};"  # default: .tmp in the current folder; created if needed
         f"SET allowed_directories = {readable};"
         "SET enable_external_access = false;"
         "SET lock_configuration = true"
@@ -519,5 +520,5 @@ def _lock(connection: duckdb.DuckDBPyConnection, lake: Path, limits: Limits | No
 
 
 def _scan_files(files: list[Path]) -> pl.LazyFrame:
-    # Without glob=False Polars would read [ in a folder's name as a pattern.
+    # Without glob=False, Polars would take [ in a folder's name for a pattern.
     return pl.scan_parquet(files, glob=False, hive_partitioning=True, hive_schema=dict.fromkeys(PARTITIONS, pl.String))

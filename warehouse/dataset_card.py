@@ -1,7 +1,7 @@
-"""The dataset card: README.md of a folder of runs, for the hub, for `datasets` and for whoever finds it.
+"""The dataset card: README.md of a folder of runs, for the hub, for `datasets` and for readers.
 
-Its header names a config for each table that has rows; where there are vectors, one for each model, as the vectors of a
-config have one length. What people write above or below kdb's part of the text stays.
+Its header has a config for each table that has rows. For vectors, it has one for each model, because the vectors of a
+config must have the same length. Text above or below kdb's part of the card is preserved.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from kdb.warehouse.store import Warehouse
 
 BEGIN, END = "<!-- kdb: what stands from here on is written anew -->", "<!-- kdb: until here -->"
 UNKNOWN = "unknown"
-"""The hub's word for a licence that nobody has given."""
+"""The hub's value for an unspecified licence."""
 
 _LISTED = 200
-"""Runs that the card lists; the table runs has all of them."""
+"""Maximum number of runs that the card lists; the table runs has all of them."""
 
 
 def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, before: str = "") -> str:
-    """The card of the warehouse's runs, which are to be found as ``name``, a folder or hf://datasets/OWNER/NAME.
+    """Return the card of a warehouse whose location is ``name``, a folder or hf://datasets/OWNER/NAME.
 
-    ``before`` is the card that is there already: its licence, unless another is given, and its other text are kept.
+    ``before`` is the existing card. Its text and its licence, unless another is given, are preserved.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    old = DatasetCard(before or "---\n{}\n---\n", ignore_metadata_errors=True)  # it warns where there is no header
+    old = DatasetCard(before or "---\n{}\n---\n", ignore_metadata_errors=True)  # it warns if there is no header
     folders = warehouse.lake.run_folders()
     kept: dict[str, Any] = old.data.to_dict()  # type: ignore[no-untyped-call]
     kept["license"] = licence or kept.get("license") or UNKNOWN
@@ -48,7 +48,7 @@ def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, b
 
 
 def configs(folders: Sequence[RunFolder]) -> dict[str, str]:
-    """Every config of `datasets`, and the files that it reads."""
+    """Return each config for `datasets`, and the files that it reads."""
     found = {}
     for name in TABLES:
         having = [folder for folder in folders if row_counts(folder).get(name)]
@@ -65,7 +65,7 @@ def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence
     return [
         f"# {markdown(title)}",
         "",
-        "Where in language models what they know lives, as measured by kdb: runs of models over prompts, as Parquet "
+        "Measurements by kdb of where language models store what they know: runs of models on prompts, as Parquet "
         "files under `lake/model=M/dataset=D/run=R/TABLE/`.",
         "",
         *_models(warehouse),
@@ -74,15 +74,15 @@ def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence
         *_tables(sorted({table for folder in folders for table, rows in row_counts(folder).items() if rows})),
         "## Licence",
         "",
-        f"{_licence(licence)} The models and the datasets of prompts have licences of their own.",
+        f"{_licence(licence)} The models and the datasets of prompts have their own licences.",
         "",
     ]
 
 
 def _licence(licence: str) -> str:
     if licence == UNKNOWN:
-        return "Nobody has said under which licence these numbers are: ask before you publish them."
-    return f"These numbers: {markdown(licence)}."
+        return "No licence is specified for this data. Ask its authors before you publish it."
+    return f"Licence of this data: {markdown(licence)}."
 
 
 def _models(warehouse: Warehouse) -> list[str]:
@@ -105,11 +105,11 @@ def _runs(warehouse: Warehouse) -> list[str]:
 
 
 def _short(settings: str | None) -> str:
-    """Settings in short: without what other columns of the card say."""
+    """Return the settings without those that other columns of the card show."""
     said = {"study", "model", "dataset", "revision", "fingerprint", "source_run", "units"}
     try:
         given = dict(json.loads(settings or "{}"))
-    except (ValueError, TypeError, RecursionError):  # of a run from elsewhere, which may hold anything
+    except (ValueError, TypeError, RecursionError):  # an imported run may contain anything
         return settings or ""
     return json.dumps({k: v for k, v in given.items() if k not in said and v not in (None, False)})
 
@@ -121,17 +121,17 @@ def _loading(name: str, names: Sequence[str]) -> list[str]:
     table = config.partition("-")[0]
     files = f"{name.rstrip('/')}/lake/*/*/*/{table}/*.parquet"
     lines = [
-        *("## Read it", "", "With `datasets`:", "", "```python", "from datasets import load_dataset", ""),
+        *("## How to read the data", "", "With `datasets`:", "", "```python", "from datasets import load_dataset", ""),
         *(f'rows = load_dataset({json.dumps(place, ensure_ascii=False)}, "{config}", split="train")', "```", ""),
-        *("In DuckDB, without downloading all of it:", "", "```sql"),
+        *("In DuckDB, without downloading all files:", "", "```sql"),
         *(f"SELECT * FROM read_parquet({literal(files)}, hive_partitioning = true) LIMIT 10;", "```", ""),
     ]
     command = f"kdb pull {name}" if name.startswith("hf:") else f"kdb import {name}"
-    return [*lines, "With kdb, into a warehouse, where saved queries answer:", "", f"    {command}", ""]
+    return [*lines, "With kdb, into a warehouse with saved queries:", "", f"    {command}", ""]
 
 
 def _tables(names: Sequence[str]) -> list[str]:
-    lines = ["## Tables", "", "Each is a config. Every table also has these columns:", ""]
+    lines = ["## Tables", "", "Each table is a config. Every table also has these columns:", ""]
     lines += [f"- `{name}` (VARCHAR): {meaning}" for name, meaning in PARTITIONS.items()]
     for name in names:
         lines += ["", f"### {name}", "", f"One row per {TABLES[name].comment}.", "", *columns_of(TABLES[name])]

@@ -1,10 +1,10 @@
-"""The SQLAlchemy engine over a warehouse: what duckdb-engine lacks for pandas and for reflection.
+"""The SQLAlchemy engine of a warehouse, which adds to duckdb-engine what pandas and reflection need.
 
     pandas.read_sql_table("runs", kdb.open("kdb-warehouse").engine())
 
-DuckDB gives times with a time zone to Python by pytz, which kdb does not need; here they come through Arrow. And what a
-warehouse has are views, so that there are no keys, indexes and constraints, which SQLAlchemy would ask PostgreSQL's
-catalog for.
+DuckDB converts times with a time zone by pytz, which kdb does not require; here they are converted by Arrow. A
+warehouse has only views, so there are no keys, indexes and constraints, which SQLAlchemy would look up in PostgreSQL's
+catalog.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BATCH = 20_000
 
 
 def open_engine(opened: Callable[[], duckdb.DuckDBPyConnection], check: Callable[[Any, str], object]) -> Engine:
-    """An engine, each of whose connections is a DuckDB of its own; `check` raises for a statement it must not run."""
+    """Return an engine with a separate DuckDB for each connection; `check` raises for a statement it must not run."""
     registry.register("kdb", __name__, "Dialect")
     return create_engine("kdb://", creator=lambda: _Connection(opened(), check), poolclass=NullPool)
 
@@ -41,7 +41,7 @@ class _Connection(duckdb_engine.ConnectionWrapper):
 
 
 class _Cursor(duckdb_engine.CursorWrapper):
-    """A cursor that reads times with a time zone through Arrow, as datetimes of Python in UTC."""
+    """A cursor that reads times with a time zone through Arrow, as Python datetimes in UTC."""
 
     def __init__(self, opened: Any, connection: _Connection, check: Callable[[Any, str], object]) -> None:
         super().__init__(opened, connection)
@@ -84,22 +84,22 @@ def _rows(reader: pa.RecordBatchReader) -> Iterator[tuple[Any, ...]]:
 
 def _values(column: pa.Array) -> list[Any]:
     values: list[Any] = column.to_pylist()
-    whole = pa.types.is_decimal(column.type) and column.type.scale == 0  # as which HUGEINT comes
+    whole = pa.types.is_decimal(column.type) and column.type.scale == 0  # DuckDB returns HUGEINT as this type
     return [None if value is None else int(value) for value in values] if whole else values
 
 
 def _nothing(answer: Any) -> Callable[..., Any]:
-    """A method of reflection whose answer is the same for every view."""
+    """Return a method of reflection with the same result for every view."""
     return lambda *_, **__: answer()
 
 
 class Dialect(duckdb_engine.Dialect):
-    """DuckDB's, where whatever is reflected is a view."""
+    """DuckDB's dialect, in which every reflected object is a view."""
 
     name = "duckdb"
-    supports_statement_cache = False  # of the base; SQLAlchemy wants to see it here
+    supports_statement_cache = False  # as in the base class; SQLAlchemy requires it here
     supports_comments = False
-    ischema_names = {**duckdb_engine.Dialect.ischema_names, "list": NullType}  # noqa: RUF012  # else lists are warned of
+    ischema_names = {**duckdb_engine.Dialect.ischema_names, "list": NullType}  # noqa: RUF012  # avoids a warning
 
     get_pk_constraint = _nothing(lambda: {"constrained_columns": [], "name": None})
     get_foreign_keys = _nothing(list)
@@ -108,7 +108,7 @@ class Dialect(duckdb_engine.Dialect):
     get_indexes = _nothing(list)
     get_table_comment = _nothing(lambda: {"text": None})
 
-    # Those of PostgreSQL ask its catalog for all tables at once; these ask the methods above for each.
+    # PostgreSQL's methods query its catalog for all tables at once; these call the methods above for each table.
     get_multi_pk_constraint = DefaultDialect.get_multi_pk_constraint  # type: ignore[assignment]
     get_multi_foreign_keys = DefaultDialect.get_multi_foreign_keys  # type: ignore[assignment]
     get_multi_unique_constraints = DefaultDialect.get_multi_unique_constraints  # type: ignore[assignment]

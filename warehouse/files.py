@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what the file system's refusals mean.
+"""Files that are written completely or not at all, and messages for errors of the file system.
 
 with appears_whole(path) as partial:
     partial.write_text("content")
@@ -20,14 +20,14 @@ _PARTIAL = ".partial"
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that appears whole or not at all."""
+    """Write a JSON file completely or not at all."""
     with appears_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def appears_whole(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the name ``path`` once it is whole, and else leaves nothing behind."""
+    """Yield a file to write. It is renamed to ``path`` when it is complete, and deleted after an error."""
     partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}{_PARTIAL}")  # two processes may write the same file
     try:
         yield partial
@@ -38,12 +38,12 @@ def appears_whole(path: Path) -> Iterator[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a file is what a killed writer left."""
+    """Whether a file is the partial file of a killed writer."""
     return path.suffix == _PARTIAL
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk: a rename must not get there before what it makes visible."""
+    """Wait until a file or folder is on the disk, so that a later rename does not reach the disk before its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,14 +53,13 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals into a WarehouseError that says what to do."""
+    """Convert errors of the file system into a WarehouseError that says what to do."""
     try:
         yield
     except OSError as error:
         advice = {
-            errno.ENOSPC: "the disk is full. Free some space and give the same command again: what is finished is kept",
-            errno.EDQUOT: "the disk quota is used up. Free some space and give the same command again: what "
-            "is finished is kept",
+            errno.ENOSPC: "the disk is full. Free some space, then run the same command again to resume",
+            errno.EDQUOT: "the disk quota is exceeded. Free some space, then run the same command again to resume",
             errno.EACCES: "permission denied. Name a folder that you can write to with --warehouse",
             errno.EPERM: "permission denied. Name a folder that you can write to with --warehouse",
             errno.EROFS: "the file system is read-only. Name another folder with --warehouse",

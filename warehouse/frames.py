@@ -1,6 +1,6 @@
-"""From Arrow, as DuckDB answers, to Polars: one place that knows which columns Polars cannot hold.
+"""Conversion of DuckDB's Arrow answers to Polars, with a check for columns that Polars cannot hold.
 
-Polars panics on some of them, which no `except Exception` catches; so types are looked at first.
+Polars panics on some of them, which `except Exception` does not catch. Therefore types are checked first.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from kdb.errors import QueryError
 
 
 def to_frame(rows: pa.Table) -> pl.DataFrame:
-    """The rows in Polars. Raises QueryError naming the column whose type Polars cannot hold.
+    """Return the rows as a Polars frame. Raises QueryError naming the column whose type Polars cannot hold.
 
-    Columns of one name are told apart by a number, as in ``a`` and ``a_1``.
+    Columns of the same name are numbered, as in ``a`` and ``a_1``.
     """
     check_types(rows.schema)
     try:
@@ -37,7 +37,7 @@ CAST = "cast it, such as CAST(… AS VARCHAR)"
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, with a number where one stands there already."""
+    """Return the names, with a number added to repeated ones."""
     taken: list[str] = []
     for name in names:
         number, free = 0, name
@@ -49,24 +49,24 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
+    """Return the first line of an error's text."""
     return str(error).strip().partition("\n")[0]
 
 
 def _kinds(kind: pa.DataType) -> Iterator[pa.DataType]:
-    """The type, and every type within it."""
+    """Yield the type, and every type nested in it."""
     yield kind
     for index in range(kind.num_fields):
         yield from _kinds(kind.field(index).type)
 
 
 def _lacking(kind: pa.DataType) -> str | None:
-    """How SQL calls the type, where Polars has none for it."""
+    """Return the SQL name of a type that Polars lacks; None for any other type."""
     if pa.types.is_interval(kind):
         return "INTERVAL"
     if pa.types.is_union(kind):
         return "UNION"
     if pa.types.is_struct(kind):
         names = [kind.field(index).name for index in range(kind.num_fields)]
-        return "STRUCT with fields of one name, or of none" if len(set(names)) < len(names) else None
+        return "STRUCT with repeated or empty field names" if len(set(names)) < len(names) else None
     return None

@@ -1,12 +1,12 @@
-"""Names of the DuckDB functions that a statement may call: `COMPUTE` for everybody, `LOCAL` for the warehouse's owner.
+"""Names of the DuckDB functions that a statement may call: `COMPUTE` for all users, `LOCAL` for the warehouse's owner.
 
 Listed from `duckdb_functions()` of DuckDB 1.5. A function that is not listed is refused: a new one may read files,
-tell of the machine, run the text that it is given, or crash. Left out on purpose are
+reveal facts about the machine, run its argument as SQL, or crash. Excluded on purpose are
 
 - functions that read or write: `read_*`, `glob`, `query`, `query_table`, `write_log`, `enable_*`, `nextval`, `setseed`;
-- functions that tell of the machine, the session or the catalog: `getvariable`, `current_setting`, `duckdb_*`, `pg_*`;
+- functions that reveal the machine, the session or the catalog: `getvariable`, `current_setting`, `duckdb_*`, `pg_*`;
 - functions that parse or bind a text: `json_serialize_*`, `json_deserialize_sql`, `json_execute_serialized_sql`;
-- functions that crash on some arguments: those that DuckDB means for itself (`combine`, `finalize`, `create_sort_key`,
+- functions that crash on some arguments: DuckDB's internal ones (`combine`, `finalize`, `create_sort_key`,
   `variant_*`, `st_*`, `__internal_*`), `reservoir_quantile`, and those whose recursion a deep JSON text breaks:
   `json_structure`, `json_group_structure`, `json_contains`, `json_merge_patch`, `json_transform`, `from_json`.
 """
@@ -92,13 +92,13 @@ _ROWS = "generate_series json_each json_tree range repeat repeat_row unnest"
 COMPUTE = frozenset(
     " ".join((_OPERATORS, _NUMBERS, _TEXTS, _TIMES, _NESTED, _JSON, _OTHERS, _AGGREGATES, _ROWS)).split()
 )
-"""Functions that compute, from nothing but their arguments."""
+"""Functions whose result depends only on their arguments."""
 
 _FILES = """
     parquet_file_metadata parquet_full_metadata parquet_kv_metadata parquet_metadata parquet_scan parquet_schema
     read_parquet
 """
-"""They read the lake's files alone: the connection is locked."""
+"""Functions that read files; they can read only the lake's, because the connection is locked."""
 _CATALOG = """
     duckdb_columns duckdb_constraints duckdb_databases duckdb_functions duckdb_indexes duckdb_keywords duckdb_memory
     duckdb_schemas duckdb_sequences duckdb_settings duckdb_tables duckdb_types duckdb_variables duckdb_views
@@ -109,4 +109,4 @@ _CATALOG = """
     pg_type_is_visible session_user shobj_description user version
 """
 LOCAL = COMPUTE | frozenset(f"{_FILES} {_CATALOG}".split())
-"""These, and functions that read the lake's files, or DuckDB's settings and catalog, as SQLAlchemy does."""
+"""All of `COMPUTE`, and functions that read the lake's files or DuckDB's settings and catalog, as SQLAlchemy does."""

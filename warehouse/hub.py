@@ -1,10 +1,10 @@
-"""Runs on the hub: a dataset repository that is an exported folder, with a card, and ``kdb.duckdb`` over its URLs.
+"""Runs on the hub: a dataset repository with the layout of an exported folder, a card, and a ``kdb.duckdb``.
 
 push(kdb.open("kdb-warehouse"), ["1f0c9a3b5d7e2468"], "hf://datasets/lab/depths")
 pull("hf://datasets/lab/depths", lake)
 
-A push is one commit, and so is whole or not there; it adds runs and takes none away. Credentials are huggingface_hub's
-own: HF_TOKEN, or `hf auth login`.
+A push is one commit, so it succeeds completely or not at all; it adds runs and removes none. Credentials are those of
+huggingface_hub: HF_TOKEN, or `hf auth login`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _TRIES = 5
-"""How often a push is tried, where others push at the same time."""
+"""Maximum attempts of a push while others push at the same time."""
 
 _FILE = re.compile(
     r"lake/(model=[^/]+/dataset=[^/]+/run=(?P<run>[0-9a-f]{16}))/"
@@ -44,7 +44,7 @@ _FILE = re.compile(
 
 
 class HubError(KdbError):
-    """A dataset on the hub that does not exist, may not be read or written, or cannot be reached."""
+    """A dataset on the hub that does not exist, cannot be reached, or denies access."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Place:
 
     @classmethod
     def of(cls, url: str) -> Place:
-        """The place that ``hf://datasets/OWNER/NAME[@REVISION]`` names; HubError for another text."""
+        """Return the place named by ``hf://datasets/OWNER/NAME[@REVISION]``. Raises HubError for any other text."""
         from huggingface_hub import parse_hf_uri
         from huggingface_hub.errors import HfUriError
 
@@ -76,9 +76,9 @@ class Place:
 def push(
     warehouse: Warehouse, runs: Iterable[str], url: str, *, licence: str | None = None, private: bool = False
 ) -> list[str]:
-    """Add runs to a dataset on the hub, which is made if need be; returns those that were not there yet.
+    """Add runs to a dataset on the hub, creating it if necessary; returns the runs that were added.
 
-    Raises HubError where the hub refuses, and WarehouseError for a run that is damaged; nothing of it is then there.
+    Raises HubError if the hub refuses, and WarehouseError for a damaged run; in both cases, nothing is added.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -91,17 +91,17 @@ def push(
             try:
                 return _push_once(api, place, warehouse, runs, licence)
             except HfHubHTTPError as error:
-                # Somebody else has pushed since we looked: 412, or 409 while they do. The card must tell of both.
+                # Another push came first: 412, or 409 during that push. The card must describe the runs of both.
                 if error.response.status_code not in (409, 412) or not left:
                     raise
     raise AssertionError("the last try returns or raises")
 
 
 def pull(url: str, lake: Lake, *, preferred: bool = False) -> Iterator[tuple[str, bool]]:
-    """Copy every run of a dataset on the hub; yields each run, and whether it was copied or is stored already.
+    """Copy all runs of a dataset on the hub; yields each run, and whether it was copied or is stored already.
 
-    ``preferred`` runs take precedence over those measured here. Raises HubError where the hub refuses, and
-    WarehouseError for a run that is damaged, or is not what it says (`take_in`).
+    ``preferred`` runs take precedence over those measured here. Raises HubError if the hub refuses, and WarehouseError
+    for a run that is damaged or inconsistent (`take_in`).
     """
     from huggingface_hub import HfApi
 
@@ -120,7 +120,7 @@ def pull(url: str, lake: Lake, *, preferred: bool = False) -> Iterator[tuple[str
 
 
 def _plain_copy(cached: Path, copy: Path) -> Path:
-    """A folder of links to the hub's cached files, which are links themselves: a warehouse has none."""
+    """Yield a folder of hard links to the hub's cached files, because these are symlinks, which a warehouse refuses."""
     for path in cached.rglob("*"):
         if path.is_file():
             target = copy / path.relative_to(cached)
@@ -146,13 +146,15 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
         for run in new:
             found = warehouse.lake.find(run)
             if warehouse.lake.manifest(found).schema_version < SCHEMA_VERSION:
-                raise HubError(f"Run {run} was measured by an older kdb: `kdb migrate`, then push it.")
+                raise HubError(f"Run {run} was measured by an older kdb. Run `kdb migrate`, then push again.")
             copy.lake.adopt(found)
         added = [path for run in new for path in sorted(copy.lake.find(run).path.rglob("*")) if path.is_file()]
         uploads: dict[str, Any] = {path.relative_to(copy.lake.path).as_posix(): path for path in added}
         known = _known(api, place, head, files)
         if there and check_version(str(place), (known / "warehouse.json").read_bytes()) < SCHEMA_VERSION:
-            raise HubError(f"{place} was pushed by an older kdb: pull it, `kdb migrate`, and push to a new dataset.")
+            raise HubError(
+                f"{place} was pushed by an older kdb. Pull it, run `kdb migrate`, and push to a new dataset."
+            )
         _complete(copy, uploads, place, known, files, licence)
         operations = [CommitOperationAdd(path, content) for path, content in uploads.items()]
         api.create_commit(
@@ -169,7 +171,7 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
 def _complete(
     copy: Warehouse, uploads: dict[str, Any], place: Place, known: Path, files: Sequence[str], licence: str | None
 ) -> None:
-    """Add what tells of all runs: the card, and ``kdb.duckdb``. ``known`` holds the small tables of the other runs."""
+    """Add the files about all runs: card and ``kdb.duckdb``. ``known`` holds the small tables of the other runs."""
     every = sorted({*files, *uploads})
     urls: dict[str, list[str]] = {name: [] for name in TABLES}
     for found in filter(None, map(_FILE.fullmatch, every)):
@@ -178,12 +180,12 @@ def _complete(
     shell = copy.lake.path / "public.duckdb"
     write_public_file(shell, copy.lake.root, urls, encoded=True)
     readme = known / "README.md"
-    # The rest of the runs is only told of: their small tables stand beside the new runs.
+    # Of the other runs, only the small tables are placed beside the new runs.
     for path in known.glob("lake/*/*/*/**/*"):
         target = copy.lake.path / path.relative_to(known)
         if path.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)  # a link would lead out of what DuckDB may read
+            shutil.copyfile(path, target)  # the target of a link would be outside the folders that DuckDB may read
     text = write_card(copy, str(place), licence=licence, before=readme.read_text("utf-8") if readme.exists() else "")
     uploads |= {
         "README.md": text.encode(),
@@ -193,35 +195,41 @@ def _complete(
 
 
 def _contents(api: HfApi, place: Place) -> tuple[str, list[str]]:
-    """The commit that a dataset is at, and its files."""
+    """Return the current commit of a dataset, and its files."""
     head = api.dataset_info(place.name, revision=place.revision).sha
     return str(head), api.list_repo_files(place.name, repo_type="dataset", revision=head)
 
 
 def _known(api: HfApi, place: Place, head: str, files: Sequence[str]) -> Path:
-    """A folder with what a dataset tells of its runs: their manifests and small tables, and the card."""
+    """Return a folder with the description of a dataset's runs: manifests, small tables, and the card."""
     small = ["README.md", "lake/*/manifest.json", "lake/*/runs/*.parquet", "lake/*/models/*.parquet"]
     return _download(api, place, head, files, small)
 
 
 def _download(api: HfApi, place: Place, head: str, files: Sequence[str], wanted: Sequence[str]) -> Path:
-    """The cached copy of the files wanted (patterns).
+    """Return the folder with cached copies of the files that match the patterns.
 
-    Raises HubError and WarehouseError for a dataset that is no warehouse, or of a schema that this kdb does not read.
+    Raises HubError and WarehouseError for a dataset that is not a warehouse, or has an unsupported schema.
     """
     there = any(_FILE.fullmatch(file) for file in files)
-    wanted = [*wanted, "warehouse.json", ".gitattributes"]  # which every dataset has: none found is a warning
+    wanted = [
+        *wanted,
+        "warehouse.json",
+        ".gitattributes",
+    ]  # every dataset has it: without a match, the hub's library warns
     folder = Path(api.snapshot_download(place.name, repo_type="dataset", revision=head, allow_patterns=wanted))
     if there:
         try:
             check_version(str(place), (folder / "warehouse.json").read_bytes())
         except OSError:
-            raise HubError(f"{place} has no warehouse.json: it was not pushed by kdb, or is damaged.") from None
+            raise HubError(
+                f"{place} has no warehouse.json: it was not pushed by kdb, or is damaged. Check the name."
+            ) from None
     return folder
 
 
 def _url(place: Place, path: str) -> str:
-    """Where anyone reads a file of a dataset. = stays as it is: DuckDB takes a path's names from it."""
+    """Return the public URL of a dataset's file. '=' is not encoded, because DuckDB reads names from 'model=…'."""
     from huggingface_hub import hf_hub_url
 
     base = hf_hub_url(place.name, "lake", repo_type="dataset", revision=place.revision)
@@ -230,31 +238,33 @@ def _url(place: Place, path: str) -> str:
 
 @contextlib.contextmanager
 def _reported(place: Place) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError that says what to do; it holds no token."""
+    """Convert errors of huggingface_hub into a HubError that says what to do, and contains no token."""
     from huggingface_hub import errors
 
-    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may do this"
+    login = "Log in with `hf auth login`, or set HF_TOKEN to a token with this permission"
     try:
         yield
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{place}: there is no such branch, tag or commit.") from error
+        raise HubError(f"{place}: there is no such branch, tag or commit. Check what follows the @.") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if isinstance(error, errors.RepositoryNotFoundError):
-            raise HubError(f"{place}: there is no such dataset, or you may not see it; {login}.") from None
+            raise HubError(f"{place}: there is no such dataset, or you have no access. {login}.") from None
         if status in (401, 403):
-            raise HubError(f"{place}: the hub refuses ({status}); {login}.") from None
+            raise HubError(f"{place}: the hub refused access ({status}). {login}.") from None
         if status in (409, 412):
-            raise HubError(f"{place}: others push to it all the time; give the same command again.") from None
-        raise HubError(f"{place}: the hub answers {status}; give the same command again later.") from None
-    except ValueError as error:  # such as a licence that it does not know
+            raise HubError(f"{place}: too many concurrent pushes. Run the same command again later.") from None
+        raise HubError(f"{place}: the hub answered with status {status}. Run the same command again later.") from None
+    except ValueError as error:  # for example, an unknown licence
         raise HubError(f"{place}: {' '.join(str(error).split())}") from error
     except (_transport_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise HubError(f"{place}: the hub cannot be reached ({type(error).__name__}); is there a network?") from None
+        raise HubError(
+            f"{place}: the hub cannot be reached ({type(error).__name__}). Check the network connection."
+        ) from None
 
 
 def _transport_error() -> type[Exception]:
-    """What the HTTP client raises when no answer comes; which client that is depends on huggingface_hub's version."""
+    """Return the error class of the HTTP client for a failed connection; the client depends on huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     error: type[Exception] = HfHubHTTPError.__bases__[0]

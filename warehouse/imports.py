@@ -1,10 +1,10 @@
-"""Runs from another warehouse: checked as input, marked with where they come from, and copied.
+"""Runs from another warehouse: checked as untrusted input, marked with their origin, and copied.
 
     take_in(lake, source, source.find("1f0c9a3b5d7e2468"), Origin("shared/"))
 
 A run is copied if its id follows from its identity, its files have the columns and types of their tables, and its rows
-say of which model, dataset and run they are. It never takes the place of a run measured here: `current_runs` puts those
-first, unless the run was imported to be preferred.
+name the right model, dataset and run. It never replaces a run measured here: `current_runs` gives those precedence,
+unless the run was imported with --prefer-imported.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from kdb.warehouse.migration import upgraded
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector, arrow_schema, column_names
 
 _DERIVED = (("seed", "classifiers", "splits"), ("projections",))
-"""Settings that, with its source, made the id of a derived run before schema 4: of a refit, of a projection."""
+"""Settings that determined, with the source run, the id of a refit or projection before schema 4."""
 
 _ROWS = 2**18
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an imported run comes from, and whether it is to take precedence over runs measured here."""
+    """The source of an imported run, and whether the run takes precedence over runs measured here."""
 
     place: str
     preferred: bool = False
 
 
 def take_in(lake: Lake, source: Lake, folder: RunFolder, origin: Origin) -> bool:
-    """Copy a run of another warehouse into ``lake``; False where a run of this id is stored already.
+    """Copy a run of another warehouse into ``lake``; return False if a run with this id is already stored.
 
-    Raises WarehouseError for a run that is damaged, or is not what it says; nothing of it is then visible.
+    Raises WarehouseError for a run that is damaged or inconsistent; nothing of it is then visible.
     """
     if any(found.run == folder.run for found in lake.run_folders()):
         return False
@@ -63,21 +63,21 @@ def take_in(lake: Lake, source: Lake, folder: RunFolder, origin: Origin) -> bool
 
 @contextlib.contextmanager
 def _explained(folder: RunFolder) -> Iterator[None]:
-    """Raise what is wrong with a copy as a WarehouseError about the run that it is a copy of."""
+    """Convert an error about a copy into a WarehouseError about the original run."""
     try:
         yield
     except _RefusedError as refused:
         raise WarehouseError(
-            f"Run {folder.run} ({folder.model} on {folder.dataset}) of {str(folder.path)!r} is not copied: {refused}."
+            f"Run {folder.run} ({folder.model} on {folder.dataset}) of {str(folder.path)!r} was not copied: {refused}."
         ) from refused
 
 
 class _RefusedError(Exception):
-    """Why a run is not what it says."""
+    """The reason why a run is refused."""
 
 
 def prefer(lake: Lake, folder: RunFolder, preferred: bool) -> bool:
-    """Store with an imported run whether it takes precedence over runs measured here; whether that changed anything.
+    """Store with an imported run whether it takes precedence over local runs; return whether that changed anything.
 
     Raises WarehouseError for a run that another process is changing.
     """
@@ -91,7 +91,7 @@ def prefer(lake: Lake, folder: RunFolder, preferred: bool) -> bool:
 
 
 def _upgraded(folder: RunFolder, manifest: Manifest) -> Iterator[tuple[str, pa.Table]]:
-    """The tables of a run that today's schema gives more columns."""
+    """Return the tables of a run to which the current schema adds columns."""
     for table in manifest.tables:
         if column_names(table, manifest.schema_version) != column_names(table):
             rows = pa.concat_tables(_read(folder, record) for record in manifest.of(table))
@@ -108,7 +108,7 @@ def _marked(row: pa.Table, origin: Origin) -> pa.Table:
 
 
 def _with(row: pa.Table, values: Mapping[str, Any]) -> pa.Table:
-    """The row of ``runs`` with other values."""
+    """Return the row of ``runs`` with changed values."""
     for name, value in values.items():
         field = arrow_schema("runs").field(name)
         row = row.set_column(row.schema.get_field_index(name), field, pa.array([value], field.type))
@@ -120,7 +120,7 @@ def _read(folder: RunFolder, record: FileRecord) -> pa.Table:
 
 
 def _checked_rows(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
-    """The row of ``runs``, once every file was read and found to be of its table and of this run."""
+    """Return the row of ``runs``, after checking that all files belong to their tables and to this run."""
     for record in manifest.files:
         try:
             _check_file(folder, record, manifest.schema_version)
@@ -138,20 +138,20 @@ def _checked_rows(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
 
 
 def _only_row(folder: RunFolder, manifest: Manifest, table: str) -> dict[str, Any]:
-    """The row of a table that has one row in each run."""
+    """Return the row of a table that has one row in each run."""
     try:
         rows = [row for record in manifest.of(table) for row in _read(folder, record).to_pylist()]
-    except (OverflowError, ValueError) as error:  # a time beyond the calendar
+    except (OverflowError, ValueError) as error:  # for example a time out of range
         raise _RefusedError(f"a value of its table {table} cannot be read ({error})") from error
     if len(rows) != 1:
-        raise _RefusedError(f"its table {table} has {len(rows)} rows, and a run has one")
+        raise _RefusedError(f"its table {table} has {len(rows)} rows, expected one")
     return dict(rows[0])
 
 
 def _check_places(folder: RunFolder, manifest: Manifest, table: str, n_layers: int) -> None:
-    """Refuse rows that stand twice, and rows of a layer that the model does not have."""
+    """Refuse duplicate rows, and rows of a layer that the model does not have."""
     key = ", ".join(f'"{name}"' for name in TABLES[table].info["key"])
-    if not key:  # one row a run
+    if not key:  # one row per run
         return
     layers = "min(layer), max(layer)" if "layer" in TABLES[table].columns else "NULL, NULL"
     files = [str(folder.path / record.path) for record in manifest.of(table)]
@@ -161,9 +161,9 @@ def _check_places(folder: RunFolder, manifest: Manifest, table: str, n_layers: i
         n_rows, first, last = connection.sql(f"SELECT count(*), {layers} FROM rows").fetchone() or (0, None, None)
         del rows
     if n_places != (n_rows,):
-        raise _RefusedError(f"rows of its table {table} stand there twice ({key})")
+        raise _RefusedError(f"its table {table} has duplicate rows ({key})")
     if first is not None and not 0 <= first <= last < n_layers:
-        raise _RefusedError(f"its table {table} has layers {first} to {last}, and its model has {n_layers}")
+        raise _RefusedError(f"its table {table} has layers {first} to {last}, but its model has {n_layers}")
 
 
 def _check_file(folder: RunFolder, record: FileRecord, version: int) -> None:
@@ -172,16 +172,16 @@ def _check_file(folder: RunFolder, record: FileRecord, version: int) -> None:
     names = dict(zip(PARTITIONS, (folder.model, folder.dataset, folder.run), strict=True))
     vectors = [name for name in file.schema_arrow.names if _is_vector(file.schema_arrow.field(name).type)]
     sizes: set[int | None] = set()
-    for batch in file.iter_batches(_ROWS):  # read to the end: a page that cannot be read is found here
+    for batch in file.iter_batches(_ROWS):  # read to the end, to find pages that cannot be read
         for column, name in names.items():
             if column in batch.schema.names and not pc.all(pc.fill_null(pc.equal(batch[column], name), False)).as_py():
-                raise _RefusedError(f"{record.path} has rows of another {column} than {name!r}")
+                raise _RefusedError(f"{record.path} has rows whose {column} is not {name!r}")
         for column in vectors:
             sizes.update(pc.unique(pc.list_value_length(batch[column])).to_pylist())
             if pc.list_flatten(batch[column]).null_count:
-                raise _RefusedError(f"{record.path} has a vector with a number that is missing")
+                raise _RefusedError(f"{record.path} has a vector with a missing number")
     if len(sizes) > 1:
-        raise _RefusedError(f"{record.path} has vectors of different lengths, or without any")
+        raise _RefusedError(f"{record.path} has vectors of different lengths, or of length 0")
 
 
 def _check_columns(folder: RunFolder, record: FileRecord, found: pa.Schema, version: int) -> None:
@@ -204,20 +204,20 @@ def _is_vector(kind: pa.DataType) -> bool:
 
 
 def _check_row(folder: RunFolder, manifest: Manifest, row: Mapping[str, Any]) -> None:
-    """Raise WarehouseError unless the run's row agrees with its manifest and holds what every reader counts on."""
+    """Raise WarehouseError unless the run's row agrees with its manifest and has all values that readers need."""
     settings = _settings(row)
     if settings is None:
         raise _RefusedError("its settings are not a JSON object")
     if row["study"] not in ("concept", "knowledge"):
         raise _RefusedError(f"its study is {row['study']!r}, expected concept or knowledge")
     if not isinstance(row["variant"], str) or not row["variant"] or row["finished_at"] is None:
-        raise _RefusedError("its variant or the time at which it ended is missing")
+        raise _RefusedError("its variant or its finished_at is missing")
     if sorted(row["tables"] or ()) != manifest.tables:
-        raise _RefusedError("its row names other tables than its manifest")
+        raise _RefusedError("its row and its manifest name different tables")
     identity = manifest.identity or {}
     for name, value in (("model", folder.model), ("dataset", folder.dataset)):
         if identity.get(name, value) != value:
-            raise _RefusedError(f"its identity is of the {name} {identity[name]!r}")
+            raise _RefusedError(f"its identity names the {name} {identity[name]!r}")
 
 
 def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -229,10 +229,10 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_id(folder: RunFolder, manifest: Manifest, row: Mapping[str, Any]) -> None:
-    """Raise WarehouseError unless the run's id follows from what determined its result."""
+    """Raise WarehouseError unless the run's id follows from its settings."""
     if manifest.formula is None:
-        raise _RefusedError("its manifest does not say what its run id was computed from")
-    if manifest.identity is not None:  # checked where the manifest was read
+        raise _RefusedError("its manifest does not record from what its run id was computed")
+    if manifest.identity is not None:  # checked when the manifest was read
         return
     settings = {key: value for key, value in (_settings(row) or {}).items() if key != "step"}
     candidates = [settings]  # of a measured run, or of an ablation

@@ -1,12 +1,12 @@
-"""The first look at a run: its files are held against its manifest before anything of them is an answer.
+"""Inspection of a run: its files are compared with its manifest before any query reads them.
 
     inspector = Inspector(lake)
     inspector.look(lake.run_folders(), vectors=False)
 
-Names and sizes are compared whenever a process first sees a run. A file whose size, time and inode this machine has not
-verified yet is hashed once, before it is first read; files of vectors when vectors are asked for. What was verified is
-remembered in the user's cache and not in the warehouse: a warehouse from somebody else must not bring its own proof.
-Damage that leaves size, time and inode as they were is for ``kdb verify`` to find.
+Names and sizes are compared when a process first reads a run. A file whose size, time and inode are new to this machine
+is hashed once, before it is first read; files of vectors only when vectors are queried. The results are stored in the
+user's cache and not in the warehouse, because a warehouse from elsewhere must not contain its own proof. Damage that
+does not change size, time and inode is found only by ``kdb verify``.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from kdb.warehouse.schema import TABLES, has_vectors
 log = logging.getLogger(__name__)
 
 _HEAVY = frozenset(table for table in TABLES if has_vectors(table))
-"""Tables of vectors, whose files are hashed when they are asked for."""
+"""Tables of vectors, whose files are hashed when they are queried."""
 
 _AT_ONCE = 4
-"""Files hashed at the same time."""
+"""Number of files that are hashed concurrently."""
 
 _WORTH_TELLING = 256 * 2**20
-"""Bytes to hash from which on the user is told why it takes a while."""
+"""Bytes to hash above which a message tells the user about the delay."""
 
 
 class DamagedRunError(WarehouseError):
-    """A run whose files are not those of its manifest. The message names the run and the file."""
+    """A run whose files differ from its manifest. The message names the run and the file."""
 
 
 @dataclass(frozen=True)
 class _Seen:
     """Verified signatures of one version of a run.
 
-    ``light`` is that of the hashed files without vectors. ``compared`` is that of the files with vectors when their
-    names and sizes were compared, and ``heavy`` the same once they were hashed.
+    ``light`` is the signature of the hashed files without vectors. ``compared`` is that of the files with vectors after
+    comparing names and sizes, and ``heavy`` the same after hashing.
     """
 
     version: str
@@ -67,7 +67,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _File:
-    """A file as a listing tells it; ``regular`` is false for links, devices, pipes and folders."""
+    """A file in a listing; ``regular`` is false for links, devices, pipes and folders."""
 
     size: int
     mtime: int
@@ -76,16 +76,16 @@ class _File:
 
 
 class Inspector:
-    """Looks at the runs of the lake at ``root`` before they are read, and remembers what it verified."""
+    """Checks the runs of the lake at ``root`` before they are read, and caches the results."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._seen: dict[str, _Seen] = {}
 
     def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
-        """Raise DamagedRunError unless the files of every run are those of its manifest.
+        """Raise DamagedRunError unless the files of every run match its manifest.
 
-        ``vectors`` says whether files of vectors are about to be read, too.
+        ``vectors`` says whether files of vectors will be read, too.
         """
         new = [folder for folder in folders if not self._is_seen(folder, vectors)]
         if not new:
@@ -106,21 +106,21 @@ class Inspector:
             memory.remember(found)
 
     def remember(self, folder: RunFolder, manifest: Manifest) -> None:
-        """Remember a run whose every file was hashed a moment ago."""
+        """Cache that all files of a run were just hashed."""
         light, heavy = _signatures(folder, _listing(folder))
         seen = _Seen(folder.version, manifest.schema_version, light, heavy, heavy)
         self._seen[folder.run] = seen
         Memory.of(self._root).remember([(folder, seen)])
 
     def schema_versions(self, folders: Iterable[RunFolder]) -> dict[str, int]:
-        """The schema version of each run that was looked at, by its id."""
+        """Return the schema version of each inspected run, by its id."""
         return {folder.run: self._schema_version(folder) for folder in folders}
 
     def _schema_version(self, folder: RunFolder) -> int:
         seen = self._seen[folder.run]
         if seen.version == folder.version:
             return seen.schema_version
-        return read_manifest(folder.path, folder.run).schema_version  # written anew since another thread looked at it
+        return read_manifest(folder.path, folder.run).schema_version  # rewritten since another thread inspected it
 
     def _is_seen(self, folder: RunFolder, vectors: bool) -> bool:
         seen = self._seen.get(folder.run)
@@ -128,7 +128,7 @@ class Inspector:
 
 
 class Memory:
-    """Record of the runs of one lake that this machine has verified: JSON in the user's cache."""
+    """The runs of one lake that this machine has verified, stored as JSON in the user's cache."""
 
     def __init__(self, root: Path, path: Path) -> None:
         self._root, self._path = root, path
@@ -136,18 +136,18 @@ class Memory:
 
     @classmethod
     def of(cls, root: Path) -> Memory:
-        """The memory of the lake at ``root``."""
+        """Return the memory of the lake at ``root``."""
         return cls(root, memory_path(root))
 
     def known(self, folder: RunFolder, light: str, heavy: str) -> _Seen | None:
-        """Record of a run whose files have these signatures; None if they were not verified."""
+        """Return the record of a run whose files have these signatures; None if they were not verified."""
         entry = self._entries.get(self._key(folder))
         if not isinstance(entry, list) or len(entry) != 4 or entry[:2] != [light, heavy]:
             return None
         return _Seen(folder.version, int(entry[3]), light, heavy, heavy if entry[2] == heavy else None)
 
     def remember(self, found: Iterable[tuple[RunFolder, _Seen]]) -> None:
-        """Add what was verified. Where the cache cannot be written, it is verified again next time."""
+        """Add verified runs. If the cache cannot be written, they are verified again next time."""
         added = {
             self._key(folder): [seen.light, seen.compared, seen.heavy, seen.schema_version] for folder, seen in found
         }
@@ -168,13 +168,13 @@ class Memory:
 
 
 def memory_path(root: Path) -> Path:
-    """Where this machine remembers what it verified of the lake at ``root``."""
+    """Return the file that stores which runs of the lake at ``root`` this machine has verified."""
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
     return user_cache_path("kdb") / "verified" / f"{name}.json"
 
 
 def file_record(path: Path, folder: Path) -> FileRecord:
-    """The record of a file in a run's folder, for its manifest."""
+    """Return the record of a file in a run's folder, for its manifest."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     rows = pq.read_metadata(path).num_rows
@@ -182,7 +182,7 @@ def file_record(path: Path, folder: Path) -> FileRecord:
 
 
 def problem_of(folder: Path, record: FileRecord) -> str:
-    """The way in which a file differs from its record; empty where it does not."""
+    """Return how a file differs from its record; empty if it does not."""
     path = folder / record.path
     try:
         mode = path.lstat().st_mode
@@ -201,7 +201,7 @@ def problem_of(folder: Path, record: FileRecord) -> str:
 
 
 def strays(folder: RunFolder, manifest: Manifest) -> list[str]:
-    """The Parquet files in a run's folder that its manifest does not name, by their paths within the folder."""
+    """Return the Parquet files in a run's folder that its manifest does not list, by their paths within the folder."""
     named = {file.path for file in manifest.files}
     return sorted(path for path in _listing(folder) if path.endswith(".parquet") and path not in named)
 
@@ -228,7 +228,7 @@ def _seen(folder: RunFolder, files: Mapping[str, _File], manifest: Manifest, vec
 
 
 def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
-    """The manifest of a run whose files have the names and sizes that it says; else DamagedRunError."""
+    """Return the manifest of a run after comparing names and sizes of its files. Raises DamagedRunError."""
     try:
         manifest = read_manifest(folder.path, folder.run)
     except FileNotFoundError:
@@ -251,7 +251,7 @@ def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
 def _hash_all(wanted: Sequence[tuple[RunFolder, FileRecord]]) -> None:
     total, begun = sum(record.bytes for _, record in wanted), time.monotonic()
     if total >= _WORTH_TELLING:
-        log.warning("Verifying %s MB that this machine reads for the first time.", f"{total / 1e6:,.0f}")
+        log.warning("Verifying %s MB of files that are new to this machine.", f"{total / 1e6:,.0f}")
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="verify") as pool:
         problems = pool.map(lambda pair: problem_of(pair[0].path, pair[1]), wanted)
         for (folder, record), problem in zip(wanted, problems, strict=True):
@@ -263,7 +263,7 @@ def _hash_all(wanted: Sequence[tuple[RunFolder, FileRecord]]) -> None:
 
 
 def _listing(folder: RunFolder) -> dict[str, _File]:
-    """Every file of a run's folder by its path within it, as the folder lists it: nothing is followed or opened."""
+    """Return all files of a run's folder by their paths within it, without following or opening any."""
     found: dict[str, _File] = {}
     try:
         with os.scandir(folder.path) as entries:
@@ -285,7 +285,7 @@ def _file(entry: os.DirEntry[str]) -> _File:
 
 
 def _signatures(folder: RunFolder, files: Mapping[str, _File]) -> tuple[str, str]:
-    """Two texts that change when a file of a run does: one for the tables without vectors, one for those with them."""
+    """Return two signatures, of the files without and with vectors, which change when one of the files changes."""
     return (
         _signature(folder, files, lambda path: path.partition("/")[0] not in _HEAVY),
         _signature(folder, files, lambda path: path.partition("/")[0] in _HEAVY),
@@ -312,6 +312,6 @@ def _named(folder: RunFolder) -> str:
 def _advice(folder: RunFolder) -> str:
     warehouse = shlex.quote(str(folder.path.parents[3]))
     return (
-        "`kdb verify` names every damaged file. Put the files back, or remove the run with "
+        "`kdb verify` lists all damaged files. Restore the files, or remove the run with "
         f"`kdb runs remove {folder.run} --warehouse {warehouse}` and measure it again."
     )

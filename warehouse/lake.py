@@ -1,14 +1,14 @@
-"""The warehouse's folders: parts in staging, one atomic rename to commit, checksums to verify by.
+"""The warehouse's folders: parts in staging, one atomic rename to commit, checksums to verify files.
 
     W/warehouse.json                                        marks the folder; schema version
     W/lake/model=M/dataset=D/run=R/<table>/<part>.parquet   committed runs, with a manifest.json each
     W/staging/R/<table>/<part>.parquet                      a run in progress
 
-A part counts once it has its final name; a run counts once its folder stands in ``lake``. Both appear by
-rename, so a reader sees all of it or nothing, whenever the writer is killed.
+A part is valid when it has its final name; a run is valid when its folder is in ``lake``. Both appear by a rename, so a
+reader sees all of a run or nothing, whenever the writer is killed.
 
-A warehouse may come from anybody: names of folders are checked where they are read (`Lake.run_folders`), manifests in
-``manifest.py``, and the files themselves in ``inspection.py`` before they are first read.
+A warehouse may come from an untrusted source. Names of folders are checked when they are read (`Lake.run_folders`),
+manifests in ``manifest.py``, and the files themselves in ``inspection.py`` before they are first read.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ NOBODY = "__none__"
 """Partition value of the empty typed files, which keep every view valid before the first run."""
 
 _MERGE_BELOW = 64 * 2**20
-"""A table whose parts hold fewer bytes than this is committed as one file: few files keep queries fast."""
+"""A table whose parts are smaller than this in total is committed as one file, because few files keep queries fast."""
 
 _SECONDS = b"kdb_seconds"
 
 _PATIENCE = 600
-"""Seconds for which a check waits for a run that is being written anew."""
+"""Seconds for which a check waits for a run that is being rewritten."""
 
 _GLANCE = 1.0
-"""Seconds for which a writer waits for a lock: another process may be looking whether it is free (`leftovers`)."""
+"""Seconds for which a writer waits for a lock, because another process may be testing it (`leftovers`)."""
 
 _LONGEST_NAME = 200
-"""Bytes of the longest name, as a folder spells it: file systems end at 255."""
+"""Maximum bytes of a name in its encoded form; the limit of file systems is 255."""
 
 _WORDS = {NOBODY, "__HIVE_DEFAULT_PARTITION__", "all"}
-"""Names that mean something else: nobody's files, no value, and every name."""
+"""Names with a special meaning: the empty typed files, no value, and all names."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A committed file that is not what it was at commit."""
+    """A committed file that has changed since its commit."""
 
     run: str
     path: Path
@@ -83,9 +83,9 @@ class Damage:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something in staging: a run that was begun (``begun`` has its names), or a folder that nothing reads any more.
+    """An item in staging: an unfinished run (``begun`` has its names), or a folder that is no longer read.
 
-    ``in_progress``: whether a process is at work on it.
+    ``in_progress`` says whether a process is working on it.
     """
 
     path: Path
@@ -95,13 +95,13 @@ class Leftover:
 
 
 Prepare = Callable[[RunFolder, Manifest], Mapping[str, pa.Table]]
-"""Tables that a copied run is committed with instead of its own; see `Lake.adopt`."""
+"""Tables that replace those of a copied run when it is committed; see `Lake.adopt`."""
 
 
 class Lake:
-    """The folders of one warehouse. ``location`` is what its user calls it.
+    """The folders of one warehouse. ``location`` is the path or URL that the user gave.
 
-    Raises WarehouseError if ``path`` is no warehouse, or one that a newer kdb wrote.
+    Raises WarehouseError if ``path`` is not a warehouse, or was written by a newer kdb.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,20 +112,20 @@ class Lake:
         self.marker = self.path / "warehouse.json"
         self.schema_version = self._check_marker()
         self.inspector = Inspector(self.root)
-        self.partial = False  # where runs are told of that are not all there: see `kdb.warehouse.hub`
+        self.partial = False  # for folders that describe more runs than they contain: see `kdb.warehouse.hub`
 
     @classmethod
     def create(cls, path: Path) -> Lake:
-        """Open the warehouse at ``path``, making it first where the folder is missing or empty."""
+        """Open the warehouse at ``path``, and create it if the folder is missing or empty."""
         marker = path / "warehouse.json"
         with storage_errors(path):
-            # Looked for twice: another process may be making it too.
+            # Checked twice, because another process may be creating it, too.
             if not marker.exists() and not _is_vacant(path) and not marker.exists():
                 raise WarehouseError(
-                    f"{str(path)!r} is not a kdb warehouse, and not empty: name a new or empty folder with --warehouse."
+                    f"{str(path)!r} is not empty and not a kdb warehouse. Name a new or empty folder with --warehouse."
                 )
             if not marker.exists():
-                # The marker comes first: if this is cut off, the folder is ours, and what it lacks is mended.
+                # The marker comes first: after an interruption, the folder is recognised and completed later.
                 path.mkdir(parents=True, exist_ok=True)
                 write_json(marker, {"schema_version": SCHEMA_VERSION})
                 _write_empty_tables(path / "lake")
@@ -134,7 +134,7 @@ class Lake:
         return lake
 
     def raise_version(self) -> None:
-        """Let the warehouse say that it may hold runs of this kdb's schema, so that an older kdb leaves it alone."""
+        """Record in the warehouse that it may hold runs of this kdb's schema, so that an older kdb refuses it."""
         if self.schema_version < SCHEMA_VERSION:
             _write_empty_tables(self.root)
             self.mark(schema_version=SCHEMA_VERSION, older_runs=bool(self.run_folders()))
@@ -142,18 +142,20 @@ class Lake:
 
     @property
     def older_runs(self) -> bool:
-        """Whether there may be runs of an older schema; `kdb migrate` leaves none."""
+        """Whether there may be runs of an older schema; none are left after `kdb migrate`."""
         return self.schema_version < SCHEMA_VERSION or bool(self.marks().get("older_runs"))
 
     def marks(self) -> dict[str, Any]:
-        """Content of ``warehouse.json``. Raises WarehouseError where that cannot be read."""
+        """Return the content of ``warehouse.json``. Raises WarehouseError if it cannot be read."""
         return parse_json(self.marker.read_bytes(), self.marker)
 
     def mark(self, **changed: object) -> None:
-        """Change what the warehouse says of itself; None takes a mark away."""
+        """Change fields of ``warehouse.json``; None removes a field."""
         with storage_errors(self.path):
             self.staging.mkdir(exist_ok=True)
-            with FileLock(self.staging / "marks.lock").acquire(timeout=_PATIENCE):  # two processes may change two marks
+            with FileLock(self.staging / "marks.lock").acquire(
+                timeout=_PATIENCE
+            ):  # two processes may change different fields
                 marks = {**self.marks(), **changed}
                 write_json(self.marker, {name: value for name, value in marks.items() if value is not None})
 
@@ -162,32 +164,36 @@ class Lake:
         for folder in (self.root, self.staging):
             if folder.is_symlink():
                 raise WarehouseError(
-                    f"{str(folder)!r} is a link: a warehouse's folders lie within it. Put a folder there."
+                    f"{str(folder)!r} is a link, but a warehouse's folders must be real. Replace it by a folder."
                 )
         if not self.path.is_dir():
-            raise WarehouseError(f"There is no warehouse at {name}: `kdb ingest` makes one, --warehouse names another.")
+            raise WarehouseError(
+                f"There is no warehouse at {name}. Create one with `kdb ingest`, or name another with --warehouse."
+            )
         try:
             content = self.marker.read_text()
         except FileNotFoundError:
             raise WarehouseError(
-                f"{name} is not a kdb warehouse: it has no warehouse.json. --warehouse names another folder."
+                f"{name} is not a kdb warehouse: it has no warehouse.json. Name another folder with --warehouse."
             ) from None
         except UnicodeDecodeError:
             content = ""
         except OSError as error:
-            raise WarehouseError(f"The warehouse {name} cannot be read: {error.strerror}.") from error
+            raise WarehouseError(
+                f"The warehouse {name} cannot be read: {error.strerror}. Check its permissions."
+            ) from error
         return check_version(str(self.path), content)
 
     def restore_empty_tables(self) -> None:
-        """Write the empty typed files again, without which a view over no run is an error."""
+        """Rewrite the empty typed files, without which a view over no run is an error."""
         with storage_errors(self.path):
             _write_empty_tables(self.root)
 
     def run_folders(self) -> list[RunFolder]:
-        """Every committed run, by model, dataset and run.
+        """Return all committed runs, by model, dataset and run.
 
-        Raises WarehouseError for a folder that kdb would not have written: a link, another spelling of a name, or a
-        run id that stands twice.
+        Raises WarehouseError for a folder that kdb would not have written: a link, a name in another encoding, or a
+        duplicate run id.
         """
         found: dict[str, RunFolder] = {}
         for model in _subfolders(self.root, "model="):
@@ -206,29 +212,29 @@ class Lake:
         return sorted(found.values(), key=lambda folder: (folder.model, folder.dataset, folder.run))
 
     def find(self, run: str) -> RunFolder:
-        """The committed run with this id; raises UnknownNameError."""
+        """Return the committed run with this id. Raises UnknownNameError."""
         folders = {folder.run: folder for folder in self.run_folders()}
         if run not in folders:
             raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
         return folders[run]
 
     def still(self, folders: Iterable[RunFolder]) -> bool:
-        """Whether runs that were listed a while ago are as they were: none removed, none written anew."""
+        """Whether runs that were listed earlier are unchanged: none removed, none rewritten."""
         return all(_version(folder.path) == folder.version for folder in folders)
 
     def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
-        """Raise DamagedRunError unless the files of these runs are those of their manifests; see `Inspector`."""
+        """Raise DamagedRunError unless the files of these runs match their manifests; see `Inspector`."""
         if not self.partial:
             self.inspector.look(folders, vectors=vectors)
 
     def schema_versions(self, folders: Sequence[RunFolder]) -> dict[str, int]:
-        """The schema version of each run, by its id; of runs that were looked at."""
+        """Return the schema version of each run by its id, for runs that were inspected."""
         if self.partial:
             return {folder.run: self.manifest(folder).schema_version for folder in folders}
         return self.inspector.schema_versions(folders)
 
     def manifest(self, folder: RunFolder) -> Manifest:
-        """The manifest of a committed run. Raises WarehouseError where it is damaged or gone."""
+        """Return the manifest of a committed run. Raises WarehouseError if it is damaged or missing."""
         try:
             return read_manifest(folder.path, folder.run)
         except FileNotFoundError:
@@ -237,13 +243,13 @@ class Lake:
             ) from None
 
     def records(self, run: str) -> list[FileRecord]:
-        """The files of a committed run. Raises UnknownNameError."""
+        """Return the files of a committed run. Raises UnknownNameError."""
         return list(self.manifest(self.find(run)).files)
 
     def files(self, folders: Sequence[RunFolder]) -> dict[int, dict[str, list[str]]]:
-        """The files of each table in these runs by their absolute paths, for each schema version that they follow.
+        """Return the absolute paths of the files of each table in these runs, for each schema version.
 
-        The empty typed file comes first: it tells a table's types. Runs that are held (`held`) have one beside them.
+        The empty typed file comes first, because it gives a table's types. Held runs (`held`) have one beside them.
         """
         root = folders[0].path.parents[2] if folders else self.root
         found = {self.schema_version: {table: [str(empty_file(root, table))] for table in TABLES}}
@@ -255,36 +261,34 @@ class Lake:
         return found
 
     def committed_files(self, table: str) -> list[str]:
-        """The committed files of a table by their absolute paths, from the manifests of all runs."""
+        """Return the absolute paths of a table's committed files, from the manifests of all runs."""
         files = []
         for folder in self.run_folders():
-            with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                 files += [str(folder.path / f.path) for f in read_manifest(folder.path, folder.run).of(table)]
         return files
 
     @contextlib.contextmanager
     def locked(self, folder: RunFolder, *, patience: float = _GLANCE) -> Iterator[None]:
-        """Keep other processes from a committed run; raises WarehouseError if one has it for ``patience`` seconds."""
+        """Lock a committed run; raises WarehouseError if another process holds the lock for ``patience`` seconds."""
         lock = FileLock(self.staging / f"{folder.run}.lock")
         with storage_errors(self.path):
             self.staging.mkdir(exist_ok=True)
             try:
                 lock.acquire(timeout=patience)
             except Timeout:
-                raise WarehouseError(
-                    f"Run {folder.run} is being written by another process: ask again later."
-                ) from None
+                raise WarehouseError(f"Run {folder.run} is being written by another process. Retry later.") from None
         try:
             yield
         finally:
             lock.release()
 
     def replace(self, folder: RunFolder, new: Path, manifest: Manifest) -> None:
-        """Put ``new``, which holds the files of the manifest, in a committed run's place, in one step.
+        """Replace a committed run by the folder ``new``, which holds the files of the manifest, in one step.
 
-        Every file is one that was verified a moment ago.
+        All files were verified just before.
 
-        Raises WarehouseError where the system has no such step: with two, a reader in between would miss the run.
+        Raises WarehouseError if the system has no such step: with two steps, a reader in between would miss the run.
         """
         write_json(new / MANIFEST, manifest.content())
         _exchange(new, folder.path)
@@ -293,10 +297,10 @@ class Lake:
     # Staging ---------------------------------------------------------------------------------------------------------
 
     def interrupted(self) -> list[Leftover]:
-        """Runs in progress or interrupted, each with what it said of itself when it was begun."""
+        """Return runs in progress or interrupted, each with the facts recorded at its start."""
         found = []
         for file in sorted(self.staging.glob("*/run.json")):
-            with contextlib.suppress(OSError, WarehouseError):  # committed a moment ago
+            with contextlib.suppress(OSError, WarehouseError):  # committed since it was listed
                 begun = parse_json(file.read_bytes(), file)
                 if {"run", "model", "dataset"} <= set(begun):
                     at_work = not _is_free(self.staging / f"{file.parent.name}.lock")
@@ -304,19 +308,19 @@ class Lake:
         return found
 
     def leftovers(self) -> list[Leftover]:
-        """Folders in staging that nothing reads any more, left by a process that is gone."""
+        """Return folders in staging that are no longer read, left by a process that has ended."""
         found = []
         for path in sorted(self.staging.glob("*-*")):
             kind, _, rest = path.name.partition("-")
             if kind in ("removed", "rewritten", "copied", "held") and path.is_dir() and not path.is_symlink():
-                # Who copies a run or writes it anew holds its lock, and who holds a snapshot that of its folder.
+                # A process that copies or rewrites a run holds its lock; one with a snapshot holds that of its folder.
                 lock = path.name if kind == "held" else rest.partition("-")[0]
                 if kind == "removed" or _is_free(self.staging / f"{lock}.lock"):
                     found.append(Leftover(path, _bytes_of(path)))
         return found
 
     def sweep(self) -> int:
-        """Delete what nothing reads any more from staging (`leftovers`); returns its bytes."""
+        """Delete folders in staging that are no longer read (`leftovers`); returns their size in bytes."""
         swept = 0
         for left in self.leftovers():
             shutil.rmtree(left.path, ignore_errors=True)
@@ -325,7 +329,7 @@ class Lake:
         return swept
 
     def discard(self, left: Leftover) -> bool:
-        """Delete a run in progress, unless a process is at work on it; whether it was deleted."""
+        """Delete an unfinished run unless a process is working on it; return whether it was deleted."""
         lock = FileLock(self.staging / f"{left.path.name}.lock")
         try:
             with lock.acquire(timeout=0):
@@ -336,10 +340,10 @@ class Lake:
 
     @contextlib.contextmanager
     def held(self, folders: Sequence[RunFolder]) -> Iterator[tuple[Path, list[RunFolder]]]:
-        """A lake of links to the files of some runs, which stay readable whatever becomes of the runs.
+        """Yield a lake of hard links to the files of some runs, which remain readable even if the runs are removed.
 
-        Yields its root and the runs in it; the lake itself where the disk has no links or may not be written. Raises
-        FileNotFoundError where a run is gone already.
+        Yields its root and the runs in it, or the lake itself if it is read-only or the disk has no links. Raises
+        FileNotFoundError if a run no longer exists.
         """
         name = f"held-{uuid.uuid4().hex[:16]}"
         with contextlib.ExitStack() as stack:
@@ -359,21 +363,21 @@ class Lake:
             yield root, [replace(run, path=root / run.path.relative_to(self.root)) for run in folders]
 
     def remove(self, run: str) -> None:
-        """Delete a committed run: one rename takes it out of every reader's sight."""
+        """Delete a committed run; one rename makes it invisible to all readers."""
         folder = self.find(run)
         with storage_errors(self.path):
             self.staging.mkdir(exist_ok=True)
             grave = self.staging / f"removed-{run}-{uuid.uuid4().hex[:8]}"
             folder.path.rename(grave)
-            shutil.rmtree(grave, ignore_errors=True)  # what is left is swept away later: see `sweep`
+            shutil.rmtree(grave, ignore_errors=True)  # the rest is deleted later: see `sweep`
             for parent in folder.path.parents[:2]:
-                with contextlib.suppress(OSError):  # another run lives there
+                with contextlib.suppress(OSError):  # the folder has another run
                     parent.rmdir()
 
     def verify(self) -> Iterator[Damage]:
-        """Check every committed file against its manifest, naming what is damaged. Each run is locked meanwhile.
+        """Check every committed file against its manifest; yields the damaged ones. Each run is locked meanwhile.
 
-        Where the warehouse may not be written, there are no locks.
+        In a read-only warehouse, there are no locks.
         """
         writable = os.access(self.staging if self.staging.is_dir() else self.path, os.W_OK)
         for listed in self.run_folders():
@@ -382,18 +386,18 @@ class Lake:
                 folder = replace(listed, version=version or "")
                 damages = list(_verify_run(folder))
                 if version is None or _version(listed.path) != version:
-                    continue  # removed meanwhile, which no lock keeps anybody from
+                    continue  # removed meanwhile, which no lock prevents
                 if not damages:
                     self.inspector.remember(folder, self.manifest(folder))
                 yield from damages
 
     def adopt(self, folder: RunFolder, prepare: Prepare = lambda _copy, _manifest: {}) -> bool:
-        """Copy a run of another warehouse, and commit it if every file is what its manifest says.
+        """Copy a run of another warehouse, and commit it if all files match its manifest.
 
-        ``prepare`` is called with the copy, once its files were compared with the manifest, and returns the tables that
-        it is committed with instead of its own; it may refuse the run with a WarehouseError. The source is not read
-        again: it may change meanwhile. False where the run is here already. Raises WarehouseError for a run that is
-        damaged, or being measured here; nothing of it is then visible.
+        ``prepare`` is called with the copy after its files were compared with the manifest. It returns tables that
+        replace the run's own, or raises WarehouseError to refuse the run. The source is not read again, since it may
+        change meanwhile. Returns False if the run is already here. Raises WarehouseError for a run that is damaged, or
+        is being measured here; nothing of it is then visible.
         """
         with self.stage(folder.run, folder.model, folder.dataset) as staged:
             if staged.committed:
@@ -404,22 +408,22 @@ class Lake:
     def stage(self, run: str, model: str, dataset: str, *, identity: Mapping[str, Any] | None = None) -> StagedRun:
         """Begin or resume a run; use it in a ``with`` statement, which holds the run's lock.
 
-        ``identity`` is what the run's id was computed from (`run_id`); without it nobody can import the run.
+        ``identity`` holds the values from which the run's id was computed (`run_id`); an import needs it.
         """
         return StagedRun(self, run, model, dataset, identity)
 
 
 class StagedRun:
-    """A run in progress: parts that are finished stay finished, whatever happens to the writer.
+    """A run in progress. Finished parts remain, whatever happens to the writer.
 
-    ``committed`` says whether the run stands in the lake, and so has nothing left to be written.
+    ``committed`` says whether the run is already in the lake, so that nothing remains to be written.
     """
 
     def __init__(
         self, lake: Lake, run: str, model: str, dataset: str, identity: Mapping[str, Any] | None = None
     ) -> None:
         if identity is not None and run_id(identity) != run:
-            raise AssertionError(f"the run id {run} is not that of its identity")
+            raise AssertionError(f"the run id {run} does not follow from its identity")
         self.run, self.model, self.dataset, self.identity = run, model, dataset, identity
         self._inspector = lake.inspector
         self.path = lake.staging / run
@@ -429,15 +433,15 @@ class StagedRun:
         self._lock = FileLock(lake.staging / f"{run}.lock")
 
     def __enter__(self) -> StagedRun:
-        """Take the run's lock; raises WarehouseError if another process has it."""
+        """Take the run's lock. Raises WarehouseError if another process holds it."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 raise WarehouseError(
-                    f"Run {self.run} ({self.model} on {self.dataset}) is being measured by another process: "
-                    "wait for it to finish, then ask again."
+                    f"Run {self.run} ({self.model} on {self.dataset}) is being measured by another process. "
+                    "Wait for it to finish, then retry."
                 ) from None
             try:
                 self._begin()
@@ -447,20 +451,20 @@ class StagedRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the lock; what is finished stays in staging."""
+        """Release the lock; finished parts remain in staging."""
         if self.path.is_dir() and not any(self.path.rglob("*.parquet")):
             shutil.rmtree(self.path, ignore_errors=True)
         if self.committed:
-            # Whoever still waits on the removed file finds the run committed, and has nothing to write.
+            # A process that still waits for the removed lock file finds the run committed, and has nothing to write.
             Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
     def _begin(self) -> None:
         self.committed = self._stands()
-        if self.committed:  # by the process that held the lock a moment ago
+        if self.committed:  # by the process that held the lock before
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        if (self.path / MANIFEST).exists():  # its commit was cut off
+        if (self.path / MANIFEST).exists():  # its commit was interrupted
             self._publish()
             return
         for stray in filter(is_partial, self.path.rglob("*")):
@@ -472,16 +476,16 @@ class StagedRun:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known of the run since it was begun: its names, ``started_at``, and what was remembered."""
+        """Return the recorded facts of the run: its names, ``started_at``, and those added by `remember`."""
         facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         return facts
 
     def remember(self, **facts: object) -> None:
-        """Keep facts of a run in progress that a resumed run could not know otherwise."""
+        """Record facts of a run in progress that a resumed run needs."""
         write_json(self.path / "run.json", {**self.facts, **facts})
 
     def restart(self, **facts: object) -> None:
-        """Drop every finished part, and remember nothing but the run's names, when it was begun, and these facts."""
+        """Delete all finished parts and recorded facts, except the run's names, its start, and the facts given."""
         with storage_errors(self.path):
             for child in self.path.iterdir():
                 if child.is_dir():
@@ -490,11 +494,11 @@ class StagedRun:
             write_json(self.path / "run.json", {**kept, **facts})
 
     def _stands(self) -> bool:
-        """Whether the run is in the lake already."""
+        """Whether the run is already in the lake."""
         return self.target.is_dir()
 
     def part(self, table: str, name: str) -> Path:
-        """Where a part lies once it is finished."""
+        """Return the path of a finished part."""
         return self.path / table / f"{name}.parquet"
 
     def has(self, table: str, name: str) -> bool:
@@ -502,17 +506,17 @@ class StagedRun:
         return self.part(table, name).exists()
 
     def parts(self, table: str) -> list[Path]:
-        """The finished parts of a table, in order of their names."""
+        """Return the finished parts of a table, in order of their names."""
         return sorted(path for path in (self.path / table).glob("*.parquet") if path.stem != "all")
 
     def table(self, table: str) -> pa.Table:
-        """The rows of the finished parts of a table."""
+        """Return the rows of the finished parts of a table."""
         return read_parts(self.parts(table))
 
     def write(self, table: str, name: str, groups: Iterable[pa.Table], *, seconds: float = 0.0) -> None:
-        """Write one part, each Arrow table a row group; it counts when it is whole.
+        """Write one part, with a row group for each Arrow table; it is valid when it is complete.
 
-        ``seconds`` is the time spent measuring what it holds; the parts' sum is the run's.
+        ``seconds`` is the time spent measuring its content; the run's time is the sum over its parts.
         """
         with storage_errors(self.path):
             write_parquet(self.part(table, name), map(self._signed, groups), seconds=seconds)
@@ -522,30 +526,30 @@ class StagedRun:
         self.write(table, name, [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))], seconds=seconds)
 
     def commit(self, run_row: Mapping[str, Any]) -> None:
-        """Make the run visible, whole, in one rename.
+        """Make the complete run visible by one rename.
 
-        ``run_row`` is the row of ``runs``; times and the list of tables are filled in here. The manifest is
-        written last: what it names is the run, and whoever next takes the lock ends a commit that was cut off.
+        ``run_row`` is the row of ``runs``; times and the list of tables are filled in here. The manifest, which defines
+        the run, is written last. An interrupted commit is completed by the next process that takes the lock.
         """
         with storage_errors(self.path):
             self._seal(run_row)
             self._publish()
 
     def adopt(self, folder: RunFolder, prepare: Prepare) -> None:
-        """Become a copy of a committed run, see `Lake.adopt`. Raises WarehouseError if it is damaged."""
-        # In a folder of its own: what is copied is never taken for a part that was measured here.
+        """Copy a committed run into this one, see `Lake.adopt`. Raises WarehouseError if it is damaged."""
+        # In a separate folder, so that a copied file is never mistaken for a part measured here.
         copy = self.path.with_name(f"copied-{self.run}-{uuid.uuid4().hex[:8]}")
         try:
             try:
                 manifest = read_manifest(folder.path, folder.run)
             except FileNotFoundError:
-                raise WarehouseError(f"{folder.path / MANIFEST} is missing: the run is not copied.") from None
+                raise WarehouseError(f"{folder.path / MANIFEST} is missing: the run was not copied.") from None
             with storage_errors(self.path):
                 for record in manifest.files:
                     _copy_regular(folder.path / record.path, copy / record.path)
             for record in manifest.files:
                 if problem := problem_of(copy, record):
-                    raise WarehouseError(f"{folder.path / record.path} is damaged ({problem}): the run is not copied.")
+                    raise WarehouseError(f"{folder.path / record.path} is damaged ({problem}): the run was not copied.")
             changed = prepare(replace(folder, path=copy), manifest)
             with storage_errors(self.path):
                 records = [self._replaced(copy, manifest, table, rows) for table, rows in changed.items()]
@@ -555,13 +559,13 @@ class StagedRun:
                 write_json(copy / MANIFEST, self._hashed.content())
                 write_json(copy / "run.json", self.facts)
                 shutil.rmtree(self.path)
-                copy.rename(self.path)  # from here on, whoever takes the lock ends the commit
+                copy.rename(self.path)  # from here on, the next process that takes the lock completes the commit
                 self._publish()
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
     def _replaced(self, copy: Path, manifest: Manifest, table: str, rows: pa.Table) -> FileRecord:
-        """Write a table in the place of its files in a copy."""
+        """Write a table to replace its files in a copy."""
         before = [copy / record.path for record in manifest.of(table)]
         seconds = sum(seconds_of(path) for path in before)
         for path in before:
@@ -575,7 +579,7 @@ class StagedRun:
         self.path.rename(self.target)
         sync(self.target.parent)
         self.committed = True
-        if self._hashed is not None:  # a moment ago, from the disk
+        if self._hashed is not None:  # just written, and read back from the disk
             folder = RunFolder(self.run, self.model, self.dataset, self.target, _version(self.target) or "")
             self._inspector.remember(folder, self._hashed)
 
@@ -602,7 +606,7 @@ class StagedRun:
         self._hashed = manifest
 
     def _merged(self, table: str, paths: list[Path]) -> list[Path]:
-        # Vectors stay as they are: their row groups are what lets a reader skip all other layers.
+        # Vectors are not merged: their row groups let a reader skip all other layers.
         if has_vectors(table) or len(paths) < 2 or sum(path.stat().st_size for path in paths) >= _MERGE_BELOW:
             return paths
         whole = self.part(table, "all")
@@ -621,20 +625,20 @@ class StagedRun:
 
 
 def read_parts(parts: Sequence[Path]) -> pa.Table:
-    """The rows of some Parquet files of one table."""
+    """Return the rows of some Parquet files of one table."""
     return pa.concat_tables((pq.ParquetFile(part).read() for part in parts), promote_options="default")
 
 
 def table_files(run: Path, table: str) -> list[Path]:
-    """The Parquet files of a table in a committed run's folder."""
+    """Return the Parquet files of a table in a committed run's folder."""
     return sorted((run / table).glob("*.parquet"))
 
 
 def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.0) -> None:
-    """Write Arrow tables as the row groups of one Parquet file that appears whole or not at all.
+    """Write Arrow tables as the row groups of one Parquet file, completely or not at all.
 
-    Vectors of float32 are split by byte, which makes their exponents compress (DuckDB cannot read float16
-    so); everything is zstd.
+    Vectors of float32 are byte-stream-split, so that their exponents compress (DuckDB cannot read float16 in this
+    encoding). Everything is compressed with zstd.
     """
     groups = iter(groups)
     first = next(groups)
@@ -645,13 +649,15 @@ def write_parquet(path: Path, groups: Iterable[pa.Table], *, seconds: float = 0.
     options["use_dictionary"] = [f.name for f in schema if not pa.types.is_nested(f.type)]
     with appears_whole(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         for group in itertools.chain([first], groups):
-            if len(group):  # `datasets` reads no file that has an empty row group
+            if len(group):  # `datasets` cannot read a file with an empty row group
                 writer.write_table(group, row_group_size=len(group))
 
 
 def _signed(rows: pa.Table, *names: str) -> pa.Table:
-    """The rows, with the columns that their path names: readers that know no partitions see where a file is from."""
-    rows = rows.drop_columns([name for name in PARTITIONS if name in rows.column_names])  # of a run that they come from
+    """Add the columns of the path to the rows, so that readers without partitions know a file's origin."""
+    rows = rows.drop_columns(
+        [name for name in PARTITIONS if name in rows.column_names]
+    )  # of the run that they come from
     for column, name in zip(PARTITIONS, names, strict=True):
         rows = rows.append_column(column, pa.repeat(name, len(rows)))
     return rows
@@ -662,21 +668,21 @@ def _is_float32_vector(kind: pa.DataType) -> bool:
 
 
 def partitions(model: str, dataset: str, run: str) -> str:
-    """A run's folder within the lake. Raises WarehouseError for a name that cannot be one of a folder."""
+    """Return a run's folder within the lake. Raises WarehouseError for a name that no folder can have."""
     return f"model={_encoded(model)}/dataset={_encoded(dataset)}/run={run}"
 
 
 def _encoded(name: str) -> str:
-    """A model's or dataset's name as a partition value, which every engine reads back as this text."""
+    """Return a model's or dataset's name as a partition value, which every engine decodes to the same text."""
     text = quote(name, safe="", errors="surrogatepass")
     if name in _WORDS or not name.strip() or len(text) > _LONGEST_NAME:
-        raise WarehouseError(f"{name[:200]!r} cannot be stored as a name: give another with --name or --dataset-name.")
+        raise WarehouseError(f"{name[:200]!r} cannot be stored as a name. Give another with --name or --dataset-name.")
     # DuckDB reads a bare null as NULL.
     return f"%{ord(text[0]):02X}{text[1:]}" if text.lower() == "null" else text
 
 
 def _decoded(folder: Path) -> str:
-    """The name that a partition's folder spells. Raises WarehouseError for one that kdb would spell otherwise."""
+    """Return the name encoded in a partition's folder. Raises WarehouseError if kdb would encode it differently."""
     value = folder.name.partition("=")[2]
     if value == NOBODY:
         return value
@@ -684,52 +690,52 @@ def _decoded(folder: Path) -> str:
     try:
         spelled = _encoded(name)
     except (WarehouseError, UnicodeError):
-        raise _odd(folder, "that is no name that can be stored") from None
+        raise _odd(folder, "this name cannot be stored") from None
     if spelled != value:
-        raise _odd(folder, f"the name would be spelled {spelled!r}")
+        raise _odd(folder, f"the encoded name would be {spelled!r}")
     return name
 
 
 def _odd(path: Path, why: str) -> WarehouseError:
     return WarehouseError(
-        f"{str(path)!r} is no folder that kdb writes: {why}. Delete it, or put it where it came from, and ask again."
+        f"{str(path)!r} was not written by kdb: {why}. Delete it, or move it out of the warehouse, then retry."
     )
 
 
 def _version(run: Path) -> str | None:
-    """Text that changes when the run in this folder is written anew; None if gone, empty without a manifest."""
+    """Return a text that changes when the run in this folder is rewritten; None if removed, empty without manifest."""
     try:
         status = os.lstat(f"{run}/{MANIFEST}")
     except (FileNotFoundError, NotADirectoryError):
         return "" if run.is_dir() else None
-    except OSError:  # a folder that may not be read: said when its files are looked at
+    except OSError:  # a folder without read permission: reported when its files are inspected
         return ""
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def check_version(location: str, marker: str | bytes) -> int:
-    """The schema version in the content of a warehouse.json. Raises WarehouseError unless this kdb reads its tables."""
+    """Return the schema version in a warehouse.json. Raises WarehouseError unless this kdb can read its tables."""
     version = schema_version_of(marker, location + "/warehouse.json")
     if version > SCHEMA_VERSION:
         raise WarehouseError(
             f"The warehouse {location!r} was written by a newer kdb (schema {version}, this one knows "
-            f"{SCHEMA_VERSION}): upgrade kdb, or name another with --warehouse."
+            f"{SCHEMA_VERSION}). Upgrade kdb, or name another with --warehouse."
         )
     if version < OLDEST_SCHEMA:
         raise WarehouseError(
             f"The warehouse {location!r} was written by an older kdb (schema {version}, this one reads "
-            f"{OLDEST_SCHEMA} and later): measure again into a new folder, named with --warehouse."
+            f"{OLDEST_SCHEMA} and later). Measure again into a new folder, named with --warehouse."
         )
     return version
 
 
 def _is_vacant(path: Path) -> bool:
-    """Whether a warehouse can be made here: nothing is, or an empty folder, or what a killed kdb left of one."""
+    """Whether a warehouse can be created here: no folder, an empty one, or one that a killed kdb left incomplete."""
     return not path.exists() or (path.is_dir() and all(map(is_partial, path.iterdir())))
 
 
 def _subfolders(parent: Path, prefix: str) -> list[Path]:
-    # A folder can vanish between two looks, when another process removes a run.
+    # A folder can disappear between two checks, when another process removes a run.
     try:
         with os.scandir(parent) as entries:
             found = [entry for entry in entries if entry.name.startswith(prefix)]
@@ -740,11 +746,11 @@ def _subfolders(parent: Path, prefix: str) -> list[Path]:
     except FileNotFoundError:
         return []
     except PermissionError as error:
-        raise WarehouseError(f"{str(parent)!r} cannot be read: {error.strerror}.") from error
+        raise WarehouseError(f"{str(parent)!r} cannot be read: {error.strerror}. Check its permissions.") from error
 
 
 def empty_file(root: Path, table: str) -> Path:
-    """The typed file without rows that keeps a table's view valid, in the lake at ``root``."""
+    """Return the empty typed file that keeps a table's view valid, in the lake at ``root``."""
     return root / f"model={NOBODY}/dataset={NOBODY}/run={NOBODY}" / table / "empty.parquet"
 
 
@@ -754,7 +760,7 @@ def _write_empty_tables(root: Path) -> None:
 
 
 def seconds_of(path: Path) -> float:
-    """Seconds that it took to measure what a file holds; 0 where the file does not say."""
+    """Return the seconds spent measuring the content of a file; 0 if not recorded in the file."""
     try:
         seconds = float((pq.read_schema(path).metadata or {}).get(_SECONDS, 0))
     except ValueError:
@@ -763,11 +769,13 @@ def seconds_of(path: Path) -> float:
 
 
 def row_counts(folder: RunFolder) -> dict[str, int]:
-    """The rows of each table of a run, as its manifest says. Raises WarehouseError where that is unreadable."""
+    """Return the row counts of a run's tables from its manifest. Raises WarehouseError if that cannot be read."""
     try:
         return read_manifest(folder.path, folder.run).row_counts()
     except FileNotFoundError:
-        raise WarehouseError(f"{folder.path / MANIFEST} is missing: run {folder.run} is damaged.") from None
+        raise WarehouseError(
+            f"{folder.path / MANIFEST} is missing: run {folder.run} is damaged. See `kdb verify`."
+        ) from None
 
 
 def _verify_run(folder: RunFolder) -> Iterator[Damage]:
@@ -790,7 +798,7 @@ def _problem(folder: Path, record: FileRecord) -> str:
 
 
 def _copy_regular(source: Path, target: Path) -> None:
-    """Copy a file, if it is one: what else stands in its place is left out, and then missed as any other damage."""
+    """Copy a regular file; anything else is skipped, and then reported as a missing file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISREG(source.lstat().st_mode) and not source.parent.is_symlink():
@@ -799,7 +807,7 @@ def _copy_regular(source: Path, target: Path) -> None:
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """Make a folder like ``source``, a level deep, of links to its files."""
+    """Make a copy of the folder ``source``, one level deep, with hard links to its files."""
     target.mkdir(parents=True)
     with os.scandir(source) as entries:
         for entry in entries:
@@ -813,7 +821,7 @@ def _link_folder(source: Path, target: Path) -> None:
 
 def _bytes_of(folder: Path) -> int:
     total = 0
-    for parent, _, names in os.walk(folder):  # unlike rglob, it bears that a folder is gone meanwhile
+    for parent, _, names in os.walk(folder):  # unlike rglob, it tolerates folders that disappear meanwhile
         for name in names:
             with contextlib.suppress(OSError):
                 total += Path(parent, name).lstat().st_size
@@ -821,7 +829,7 @@ def _bytes_of(folder: Path) -> int:
 
 
 def _is_free(lock: Path) -> bool:
-    """Whether no process holds a lock."""
+    """Whether a lock is free."""
     try:
         with FileLock(lock).acquire(timeout=0):
             return True
@@ -830,7 +838,7 @@ def _is_free(lock: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Let two folders change names. Raises WarehouseError where the system has no such step."""
+    """Exchange the names of two folders. Raises WarehouseError if the system cannot do it in one step."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         at_here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -838,8 +846,8 @@ def _exchange(one: Path, other: Path) -> None:
         if hasattr(libc, "renameat2") and libc.renameat2(*names, exchange) == 0:
             return
         if not other.is_dir():
-            raise WarehouseError(f"{other} was removed by another process meanwhile: there is nothing to change.")
+            raise WarehouseError(f"{other} was removed by another process meanwhile. There is nothing to change.")
     raise WarehouseError(
-        f"{other}: this system cannot exchange two folders in one step, and a reader would miss the run in between. "
-        "Export the runs to a disk of Linux's, and do it there."
+        f"{other}: this system cannot exchange two folders in one step, so a reader could miss the run in between. "
+        "Export the runs to a Linux file system, and run the command there."
     )

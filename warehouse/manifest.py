@@ -1,8 +1,8 @@
-"""Manifests: what a committed run holds, read as input from somebody else, whoever wrote it.
+"""Manifests: lists of the files of committed runs, read as untrusted input.
 
     manifest = read_manifest(folder, run="1f0c9a3b5d7e2468")
 
-A manifest is JSON that names each file of a run by its path within the run's folder, with its rows, bytes and SHA-256,
+A manifest is JSON. It lists the files of a run by their paths within its folder, with their rows, bytes and SHA-256,
 and says how the run's id follows from what determined the result. Nothing here opens a file that a manifest names.
 """
 
@@ -22,13 +22,13 @@ from kdb.warehouse.schema import OLDEST_SCHEMA, SCHEMA_VERSION, TABLES
 MANIFEST = "manifest.json"
 
 FORMULA = 2
-"""How a run's id is computed today; see `run_id`."""
+"""Number of the current formula for run ids; see `run_id`."""
 
 _DEEPEST = 50
-"""Lists and objects that JSON may nest."""
+"""Maximum nesting of lists and objects in JSON."""
 
 _LARGEST = 64 * 2**20
-"""Bytes of the largest manifest that is read: some hundred thousand files."""
+"""Maximum bytes of a manifest, enough for some hundred thousand files."""
 
 _FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.parquet", re.ASCII)
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -37,7 +37,7 @@ RUN_ID = re.compile("[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A committed run, as its path tells it. ``version`` changes whenever the run is written anew under its id."""
+    """A committed run, as named by its path. ``version`` changes whenever the run is rewritten under its id."""
 
     run: str
     model: str
@@ -57,15 +57,15 @@ class FileRecord:
 
     @property
     def table(self) -> str:
-        """The table whose rows it holds."""
+        """Return the table whose rows the file holds."""
         return self.path.partition("/")[0]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a run, the schema that they follow, and what its id was computed from.
+    """The files of a run, their schema version, and the values from which its id was computed.
 
-    ``formula`` and ``identity`` are None where the run's id follows from nothing that is recorded.
+    ``formula`` and ``identity`` are None if these values are not recorded.
     """
 
     files: tuple[FileRecord, ...]
@@ -75,26 +75,26 @@ class Manifest:
 
     @property
     def tables(self) -> list[str]:
-        """The tables that the run has files of, in alphabetical order."""
+        """Return the tables of which the run has files, in alphabetical order."""
         return sorted({file.table for file in self.files})
 
     def of(self, table: str) -> list[FileRecord]:
-        """The files of one table."""
+        """Return the files of one table."""
         return [file for file in self.files if file.table == table]
 
     def row_counts(self) -> dict[str, int]:
-        """The rows of each table."""
+        """Return the number of rows of each table."""
         return {table: sum(file.rows for file in self.of(table)) for table in self.tables}
 
     def content(self) -> dict[str, Any]:
-        """The manifest as the object that its JSON holds."""
+        """Return the manifest as an object for JSON."""
         return asdict(self)
 
 
 def run_id(identity: Mapping[str, Any], formula: int = FORMULA) -> str:
-    """Sixteen hex digits derived from everything that determines a result.
+    """Return 16 hex digits derived from everything that determines a result.
 
-    Formula 1, of runs measured before schema 4, hashed the schema version too; a new column then changed every id.
+    Formula 1, of runs measured before schema 4, also hashed the schema version, so a new column changed every id.
     """
     salt = {1: {"schema_version": 3}, 2: {"formula": 2}}[formula]
     text = json.dumps({**identity, **salt}, sort_keys=True)
@@ -102,7 +102,7 @@ def run_id(identity: Mapping[str, Any], formula: int = FORMULA) -> str:
 
 
 def read_manifest(folder: Path, run: str) -> Manifest:
-    """The manifest of the run in ``folder``. Raises WarehouseError, and FileNotFoundError where there is none."""
+    """Return the manifest of the run in ``folder``. Raises WarehouseError, or FileNotFoundError if there is none."""
     path = folder / MANIFEST
     try:
         if path.is_symlink() or not path.is_file():
@@ -114,32 +114,32 @@ def read_manifest(folder: Path, run: str) -> Manifest:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise WarehouseError(f"{path} cannot be read: {error.strerror}.") from error
+        raise WarehouseError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
 
 
 def parse_manifest(content: bytes, run: str, where: str) -> Manifest:
-    """The manifest in ``content``, of the run with this id. Raises WarehouseError for anything that is none."""
+    """Return the manifest in ``content`` of the run with this id. Raises WarehouseError for any other content."""
     said = parse_json(content, where)
     version = _whole(said.get("schema_version"), "schema_version", where)
     if not OLDEST_SCHEMA <= version <= SCHEMA_VERSION:
         raise WarehouseError(
-            f"{where} was written with schema {version}, and this kdb reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}: "
-            f"{'upgrade kdb' if version > SCHEMA_VERSION else 'measure the run again'}."
+            f"{where} was written with schema {version}, but this kdb reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}. "
+            f"{'Upgrade kdb' if version > SCHEMA_VERSION else 'Measure the run again'}."
         )
     files = said.get("files")
     if not isinstance(files, list) or not files:
-        raise _damaged(where, "it names no files")
+        raise _damaged(where, "it lists no files")
     records = tuple(_record(file, where) for file in files)
     if len({record.path.lower() for record in records}) < len(records):
-        raise _damaged(where, "it names a file twice")
+        raise _damaged(where, "it lists a file twice")
     if [record.table for record in records].count("runs") != 1:
-        raise _damaged(where, "it does not name one file of the table runs")
+        raise _damaged(where, "it does not list exactly one file of the table runs")
     formula = 1 if version < 4 else said.get("formula")
     return Manifest(records, version, *_checked_identity(formula, said.get("identity"), run, where))
 
 
 def parse_json(content: bytes | str, where: object) -> dict[str, Any]:
-    """The JSON object in ``content``. Raises WarehouseError for any other content, however deep or long."""
+    """Return the JSON object in ``content``. Raises WarehouseError for any other content, however deep or long."""
     try:
         said = json.loads(content)
     except RecursionError:
@@ -154,7 +154,7 @@ def parse_json(content: bytes | str, where: object) -> dict[str, Any]:
 
 
 def _is_deep(content: object) -> bool:
-    """Whether lists and objects are nested more than `_DEEPEST` times: what writes JSON calls itself for each."""
+    """Whether lists and objects are nested more than `_DEEPEST` times, because writing JSON is recursive."""
     level = [content]
     for _ in range(_DEEPEST):
         level = [inner for value in level for inner in _inner(value)]
@@ -168,17 +168,17 @@ def _inner(value: object) -> list[object]:
 
 
 def schema_version_of(content: bytes | str, where: str) -> int:
-    """The schema version that a ``warehouse.json`` names. Raises WarehouseError where it names none."""
+    """Return the schema version in a ``warehouse.json``. Raises WarehouseError if there is none."""
     return _whole(parse_json(content, where).get("schema_version"), "schema_version", where)
 
 
 def _record(file: object, where: object) -> FileRecord:
     if not isinstance(file, dict) or set(file) != {"path", "rows", "bytes", "sha256"}:
-        raise _damaged(where, "a file has other fields than path, rows, bytes and sha256")
+        raise _damaged(where, "a file's fields are not path, rows, bytes and sha256")
     path, sha256 = file["path"], file["sha256"]
     table, _, name = path.partition("/") if isinstance(path, str) else ("", "", "")
     if table not in TABLES or not _FILE_NAME.fullmatch(name):
-        raise _damaged(where, f"it names {str(path)[:200]!r}, which is not TABLE/NAME.parquet")
+        raise _damaged(where, f"it lists {str(path)[:200]!r}, which is not TABLE/NAME.parquet")
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise _damaged(where, f"the sha256 of {path} is not 64 hex digits")
     return FileRecord(path, _whole(file["rows"], "rows", where), _whole(file["bytes"], "bytes", where), sha256)
@@ -191,13 +191,13 @@ def _whole(value: object, name: str, where: object) -> int:
 
 
 def _checked_identity(formula: object, identity: object, run: str, where: object) -> tuple[int | None, Any]:
-    """Formula and identity, once the run's id was computed from them; None and None where a manifest has neither."""
+    """Return formula and identity after checking the run's id against them; None and None if there are none."""
     if formula is None and identity is None:
         return None, None
     if formula not in (1, FORMULA):
-        raise _damaged(where, f"it computes its run id by formula {formula!r}, and this kdb knows 1 and {FORMULA}")
+        raise _damaged(where, f"it computes its run id by formula {formula!r}, but this kdb knows only 1 and {FORMULA}")
     if identity is None and formula == 1:
-        return 1, None  # the table runs has what it was computed from: see `kdb.warehouse.imports`
+        return 1, None  # the table runs has the values from which it was computed: see `kdb.warehouse.imports`
     if not isinstance(identity, dict):
         raise _damaged(where, "its identity is not a JSON object")
     if run_id(identity, formula) != run:

@@ -1,10 +1,10 @@
-"""Runs of an older schema, written anew in today's: the same rows under the same id, with the columns that came since.
+"""Migration: rewrites runs of an older schema in the current one, with the same rows and id, and the new columns.
 
     for folder in older(lake):
         migrate(lake, folder)
 
-A run is replaced in one step, once its new files were read back; wherever the process is killed, the run that is there
-is the old one or the new one, whole.
+A run is replaced in one step, after its new files were read back. Whenever the process is killed, the complete old run
+or the complete new run is there.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, SCHEMA_VERSION, TABL
 
 
 def older(lake: Lake) -> list[RunFolder]:
-    """The committed runs whose files follow an older schema than this kdb's."""
+    """Return the committed runs whose files have an older schema."""
     return [folder for folder in lake.run_folders() if lake.manifest(folder).schema_version < SCHEMA_VERSION]
 
 
 def migrate(lake: Lake, folder: RunFolder) -> list[str]:
-    """Write a run anew in today's schema; returns the columns that stay NULL until the run is measured again.
+    """Rewrite a run in the current schema; returns the columns that stay NULL until the run is measured again.
 
-    Raises WarehouseError for a run that is damaged, and where it cannot be replaced in one step (`Lake.replace`).
+    Raises WarehouseError if the run is damaged, or cannot be replaced in one step (`Lake.replace`).
     """
     with rewriting(lake, folder) as files:
         version = files.manifest.schema_version
@@ -45,17 +45,17 @@ def migrate(lake: Lake, folder: RunFolder) -> list[str]:
 
 
 def missing(table: str, version: int) -> list[str]:
-    """The columns of a table that only a new measurement can fill in a run of this schema version."""
+    """Return the columns of a table that only a new measurement can fill in a run of this schema version."""
     there = {*column_names(table, version), *_COMPUTED.get(table, ())}
     return [column.name for column in TABLES[table].columns if column.name not in there and table != "runs"]
 
 
 _COMPUTED = {"probe_scores": ("is_default",)}
-"""Columns that follow from those that an older schema has."""
+"""Columns that are computed from those of an older schema."""
 
 
 def upgraded(table: str, rows: pa.Table) -> pa.Table:
-    """Rows of an older schema with today's columns: NULL, or computed from those that are there."""
+    """Return rows of an older schema with the current columns; new ones are computed from the others, or NULL."""
     columns = []
     for field in arrow_schema(table):
         if field.name in rows.column_names:
@@ -84,8 +84,10 @@ def _groups(table: str, paths: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 def _check_same_rows(table: str, version: int, before: Sequence[Path], after: Path) -> None:
-    """Raise WarehouseError unless a table's new file has, in the columns that there were, the rows of the old ones."""
+    """Raise WarehouseError unless a table's new file has the same rows as the old ones, in the old columns."""
     columns = [*column_names(table, version), *PARTITIONS]
     old = pa.concat_tables(pq.ParquetFile(path).read(columns) for path in before)
     if not pq.ParquetFile(after).read(columns).equals(old):
-        raise WarehouseError(f"{after} does not hold the rows of {before[0]}: the run is left as it was.")
+        raise WarehouseError(
+            f"{after} does not hold the rows of {before[0]}. The run was not changed; run the command again."
+        )

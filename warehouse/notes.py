@@ -1,8 +1,8 @@
-"""Notes beside an answer: runs that it leaves out though nothing was measured anew.
+"""Notes about an answer: which runs it leaves out, apart from runs that were measured again.
 
-Two models, or a measured and an imported run, may be stored under one name. An answer shows one of them
-(`current_runs` in ``queries/macros.sql``), and says so: as a warning in Python, which the command line prints and the
-server sends as a header.
+Two models, or a measured and an imported run, may be stored under the same name. An answer shows one of them
+(`current_runs` in ``queries/macros.sql``). A note says so: it is a Python warning, which the command line prints and
+the server sends as a header.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kdb.queries.catalogue import SavedQuery, Value
 
 
 class KdbNote(UserWarning):
-    """Something to know of an answer."""
+    """A note about an answer."""
 
 
 _ALIKE = """
 SELECT count(DISTINCT (model, revision)) = count(DISTINCT model) AND count(*) FILTER (standing != 2) = 0
 FROM known_runs
 """
-"""Whether every run was measured here, and every name is one model's: then there is nothing to note."""
+"""SQL that is true if all runs were measured here and each name stands for one model, so that no notes are needed."""
 
 _SHADOWED = """
 SELECT model, reason, count(DISTINCT (dataset, run)) AS n, list_sort(list(DISTINCT revision[:12])) AS revisions
@@ -54,11 +54,11 @@ ORDER BY variant
 """
 
 _MOST = 5
-"""Notes at most, beside one answer."""
+"""Maximum number of notes about one answer."""
 
 
 def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]) -> list[str]:
-    """Notes on the answer to a saved query, one sentence each; none where one run was asked for by its id."""
+    """Return notes about the answer to a saved query, one sentence each; none if one run was chosen by its id."""
     if "variant" not in values or values.get("run") or _rows(connection, _ALIKE) == [(True,)]:
         return []
     asked = {name: _several(values.get(name)) for name in ("model", "dataset")}
@@ -72,12 +72,12 @@ def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapp
 
 
 def _at_most(found: list[str]) -> list[str]:
-    more = [f"The same holds for {len(found) - _MOST} more models."] if len(found) > _MOST else []
+    more = [f"The same applies to {len(found) - _MOST} more models."] if len(found) > _MOST else []
     return found[:_MOST] + more
 
 
 def notes_on_current(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """Notes on an answer from schema `current`: runs of all models and datasets that it leaves out."""
+    """Return notes about an answer from schema `current`: the runs of all models and datasets that it leaves out."""
     if _rows(connection, _ALIKE) == [(True,)]:
         return []
     every = dict.fromkeys(("model", "dataset", "study")) | {"variant": "default", "checkpoints": False}
@@ -87,7 +87,7 @@ def notes_on_current(connection: duckdb.DuckDBPyConnection) -> list[str]:
 def notes_on_nothing(
     connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]
 ) -> list[str]:
-    """The variants that are stored, where an answer has no rows and there is no run of the variant asked for."""
+    """Return a note with the stored variants if an answer has no rows because the variant is not stored."""
     if values.get("variant") in (None, "all") or values.get("run"):
         return []
     about = {name: _several(values.get(name)) for name in ("model", "dataset")} | {"study": _study(saved, values)}
@@ -95,12 +95,12 @@ def notes_on_nothing(
     if not variants or values["variant"] in variants:
         return []
     named = ", ".join(variants[:_MOST]) + (", …" if len(variants) > _MOST else "")
-    return [f"No such run is of the variant {values['variant']!r}. Stored: {named} (--variant {variants[0]!r})."]
+    return [f"No matching run of the variant {values['variant']!r}. Stored: {named} (--variant {variants[0]!r})."]
 
 
 @contextlib.contextmanager
 def noted(found: list[str]) -> Iterator[None]:
-    """Add the notes that answers come with to a list, each once; other warnings pass."""
+    """Collect the notes about answers in a list, each once; other warnings are not affected."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KdbNote)
         try:
@@ -125,16 +125,16 @@ def _study(saved: SavedQuery, values: Mapping[str, Value]) -> Value:
 
 
 def _shadowed(model: str, reason: str, n: int, revisions: list[str]) -> str:
-    where = "`kdb query runs` lists all with their revisions, --run shows one."
+    where = "`kdb query runs` lists all runs with their revisions, --run shows one."
     runs, are = ("1 run", "is") if n == 1 else (f"{n} runs", "are")
     if reason == "revision":
         named = ", ".join(filter(None, revisions)) or "unknown"
         return f"{runs} of another model stored under the name {model!r} (revision {named}) {are} not shown; {where}"
     if reason == "imported":
         return f"{runs} of {model!r} imported from elsewhere {are} not shown beside those measured here; {where}"
-    return f"{runs} of {model!r} measured here {are} not shown: imported runs are preferred to them; {where}"
+    return f"{runs} of {model!r} measured here {are} not shown, because imported runs take precedence; {where}"
 
 
 def _mixed(model: str, revisions: list[str]) -> str:
     named = ", ".join(revision or "unknown" for revision in revisions)
-    return f"Variants of {model!r} were measured on different models stored under that name (revisions {named})."
+    return f"Variants of {model!r} were measured with different models stored under that name (revisions {named})."

@@ -1,9 +1,9 @@
-"""A table in pages: filtered, sorted, and continued where the last page ended.
+"""Pages of a table: filtered, sorted, and continued after the previous page.
 
     page = Page.of("layer_scores", filters=["layer>=12", "component=ffn"], sort=["-score"], limit=100)
 
-A cursor holds the values at which its page ended, so the next page starts after them: no row is skipped or seen twice,
-whatever runs appear in between.
+A cursor holds the values at the end of its page, and the next page starts after them. So no row is skipped or repeated
+when new runs appear in between.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FILTER = re.compile(r"(\w+)(?:(<=|>=|!=|=|<|>)(.*)|\s+((?i:is(?:\s+not)?\s+null
 
 @dataclass(frozen=True)
 class Page:
-    """Rows of one table: SQL with ``?`` for its ``params``, and what it takes to go on after them.
+    """A page of one table: SQL with ``?`` for its ``params``, and the data to continue after it.
 
-    ``order`` are the columns of the order; only a page with a limit has one, as a whole table is read as it lies.
+    ``order`` are the columns of the order. Only a page with a limit has an order; a whole table is read unordered.
     """
 
     sql: str
@@ -43,9 +43,9 @@ class Page:
         limit: int | None = None,
         cursor: str | None = None,
     ) -> Self:
-        """The page asked for by ``filters`` (``layer>=12``, ``head is null``), ``sort`` (``-score``: falling) etc.
+        """Return the page for ``filters`` (``layer>=12``, ``head is null``), ``sort`` (``-score``: descending) etc.
 
-        Raises UnknownNameError for a table or column that is none, QueryError for a wrong filter or cursor.
+        Raises UnknownNameError for an unknown table or column, QueryError for a wrong filter or cursor.
         """
         types = column_types(table)
         where, params = [], []
@@ -56,7 +56,7 @@ class Page:
         order = _order(table, sort, types) if limit is not None or sort else {}
         if cursor is not None:
             if limit is None:
-                raise QueryError("cursor: needs a limit, the one of the page before")
+                raise QueryError("cursor: needs a limit. Use that of the previous page")
             condition, values = _after(order, _values(cursor, order), types)
             where.append(condition)
             params += values
@@ -67,20 +67,20 @@ class Page:
             directions = {True: "DESC", False: "ASC"}
             sql += " ORDER BY " + ", ".join(f"{_quoted(n)} {directions[d]} NULLS LAST" for n, d in order.items())
         if limit is not None:
-            sql += f" LIMIT {limit + 1}"  # one more row says whether there is a next page
+            sql += f" LIMIT {limit + 1}"  # one more row shows whether there is a next page
         return cls(sql, tuple(params), tuple(order))
 
     def cursor(self, last: Mapping[str, Any]) -> str:
-        """The cursor of the page after the one that ends with this row."""
+        """Return the cursor of the page after the one that ends with this row."""
         values = [last[name] for name in self.order]
         plain = [value.isoformat() if isinstance(value, datetime) else value for value in values]
         return base64.urlsafe_b64encode(json.dumps([list(self.order), plain]).encode()).decode().rstrip("=")
 
 
 def column_types(table: str) -> dict[str, str]:
-    """Every column of a table, those from its path first, and DuckDB's name of its type. Raises UnknownNameError."""
+    """Return the columns of a table with their DuckDB types, those from its path first. Raises UnknownNameError."""
     if table not in TABLES:
-        raise UnknownNameError("table", table, TABLES, "/schema lists them.")
+        raise UnknownNameError("table", table, TABLES, "/schema lists the tables.")
     own = {column.name: sql_type(column) for column in TABLES[table].columns}
     return {**dict.fromkeys(PARTITIONS, "VARCHAR"), **own}
 
@@ -93,7 +93,7 @@ def _column(name: str, types: Mapping[str, str]) -> str:
     if name not in types:
         raise UnknownNameError("column", name, types, f"The columns are {', '.join(types)}.")
     if types[name].endswith("[]"):
-        raise QueryError(f"column {name}: a list cannot be filtered or sorted by")
+        raise QueryError(f"column {name}: filters and orders by a list are not supported. Choose another column")
     return name
 
 
@@ -109,7 +109,7 @@ def _condition(text: str, types: Mapping[str, str]) -> tuple[str, list[str]]:
 
 
 def _order(table: str, sort: Sequence[str], types: Mapping[str, str]) -> dict[str, bool]:
-    """The columns sorted by, and whether each falls: those asked for, then those that tell rows apart."""
+    """Return the columns of the order, and whether each is descending: those given, then those that identify a row."""
     order = {}
     for text in sort:
         order[_column(text.removeprefix("-"), types)] = text.startswith("-")
@@ -125,14 +125,16 @@ def _values(cursor: str, order: Mapping[str, bool]) -> list[Any]:
             raise ValueError
         if not all(value is None or isinstance(value, str | int | float) for value in values):
             raise ValueError
-        "".join(value for value in values if isinstance(value, str)).encode()  # half of a pair is no character
+        "".join(
+            value for value in values if isinstance(value, str)
+        ).encode()  # half of a surrogate pair is not a character
     except (ValueError, TypeError, RecursionError):
-        raise QueryError("cursor: not one of this table and order; take it from the page before") from None
+        raise QueryError("cursor: does not belong to this table and order. Use that of the previous page") from None
     return list(values)
 
 
 def _after(order: Mapping[str, bool], values: Sequence[Any], types: Mapping[str, str]) -> tuple[str, list[Any]]:
-    """The condition that a row comes after the one with these values. NULL comes last, whichever way a column runs."""
+    """Return the condition that a row comes after the one with these values. NULL is last in any direction."""
     cases: list[str] = []
     equal: list[str] = []
     params: list[Any] = []

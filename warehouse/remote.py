@@ -1,4 +1,4 @@
-"""Committed files of an object store, as DuckDB opens them: one that a question needs is fetched when it is opened.
+"""File system through which DuckDB opens committed files of an object store; a file is downloaded when it is opened.
 
 DuckDB opens no file whose path a filter on model, dataset or run excludes.
 """
@@ -15,34 +15,34 @@ SCHEME = "kdb://"
 
 
 class CommittedFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """``kdb://`` and a path within one warehouse, to be read."""
+    """A read-only file system for ``kdb://`` and a path within one warehouse."""
 
     protocol = "kdb"
     cachable = False  # one per connection
 
     def __init__(self, opened: Callable[[str], BinaryIO], n_bytes: Callable[[str], int]) -> None:
-        """``opened`` opens a path, ``n_bytes`` is its size as the commit has it."""
+        """Take ``opened``, which opens a path, and ``n_bytes``, which returns its size in the commit."""
         super().__init__()
         self._opened, self._n_bytes = opened, n_bytes
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> BinaryIO:
-        """A file, without fsspec's own buffer around it. Raises WarehouseError where its run was removed."""
+        """Open a file without fsspec's own buffer. Raises WarehouseError if its run was removed."""
         if mode != "rb":
-            raise PermissionError(f"{path}: committed files are only read")
+            raise PermissionError(f"{path}: committed files are read-only")
         return self._opened(path.removeprefix(SCHEME))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Name and size, from the commit."""
+        """Return name and size, from the commit."""
         return {"name": path, "size": self._n_bytes(path.removeprefix(SCHEME)), "type": "file"}
 
     def glob(self, path: str, **_: Any) -> list[str]:
-        """The path itself: DuckDB asks of every name, and no name of ours is a pattern."""
+        """Return the path itself: DuckDB calls this for every name, and no name in a commit is a pattern."""
         return [path]
 
     def exists(self, path: str, **_: Any) -> bool:
-        """Whether a commit names it, which is why it was asked for."""
+        """Return True: only files in a commit are opened."""
         return True
 
     def modified(self, path: str) -> datetime.datetime:
-        """Always the same: what is committed never changes."""
+        """Return a constant time, because committed files never change."""
         return datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)

@@ -27,24 +27,24 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 SCHEMA_VERSION = 4
-"""Raised when a table or column is added or changed. No part of a run's id: a new column measures nothing anew."""
+"""Increased when a table or column is added or changed. Run ids do not depend on it."""
 
 OLDEST_SCHEMA = 3
-"""Runs written since this version are read as they are: what they lack is NULL."""
+"""Oldest schema version that is still read; columns that a run lacks are NULL."""
 
 DEFAULT_PROBE = {"classifier": "logistic", "split": "paper"}
-"""The probe whose rows have is_default, and which schema `current` shows; rows without is_default are told by it."""
+"""The probe that schema `current` shows: rows with is_default, or, in runs without that column, with these values."""
 
 PARTITIONS = {
-    "model": "model, as named in the registry or by --name",
-    "dataset": "dataset, as listed by `kdb datasets` or by --dataset-name",
+    "model": "name of the model, as listed by `kdb models` or given by --name",
+    "dataset": "name of the dataset, as listed by `kdb datasets` or given by --dataset-name",
     "run": "run id: 16 hex digits derived from everything that determines the result",
 }
-"""Columns of every table that come from the path, in the path's order. Always text."""
+"""Columns of every table that come from the path, in the order of the path. They are always text."""
 
 
 class Vector(UserDefinedType[Any]):
-    """A vector of one length within a run: the model's hidden size."""
+    """A vector whose length is the model's hidden size."""
 
     cache_ok = True
 
@@ -61,12 +61,12 @@ metadata = MetaData()
 def _column(
     name: str, type_: TypeEngine[Any], meaning: str, unit: str = "", symbol: str = "", since: int = OLDEST_SCHEMA
 ) -> Column[Any]:
-    """A column; ``since`` is the schema version that brought it, before which it is NULL."""
+    """Declare a column; ``since`` is the schema version that added it. In older runs it is NULL."""
     return Column(name, type_, comment=meaning, info={"unit": unit, "symbol": symbol, "since": since})
 
 
 def _table(name: str, rows: str, *columns: Column[Any], key: tuple[str, ...] = ()) -> Table:
-    """A table whose comment says what one row is; ``key`` names the columns that tell a run's rows apart."""
+    """Declare a table whose comment describes one row; ``key`` names the columns that identify a row within a run."""
     return Table(name, metadata, *columns, comment=rows, info={"key": key})
 
 
@@ -82,7 +82,7 @@ def _site() -> Column[Any]:
     return _column(
         "site",
         Text(),
-        "where the hidden state is read: resid_post (the block's output) or ffn_norm (what enters the FFN)",
+        "where the hidden state is read: resid_post (the block's output) or ffn_norm (the FFN's input)",
     )
 
 
@@ -105,7 +105,7 @@ def _position() -> Column[Any]:
 
 
 def _activates() -> Column[Any]:
-    return _column("activates", Text(), "which value neurons are activated: attn or ffn")
+    return _column("activates", Text(), "component of the value neurons that are activated: attn or ffn")
 
 
 def _rank(of: str) -> Column[Any]:
@@ -116,13 +116,13 @@ models = _table(
     "models",
     "run",
     _column("family", Text(), "model family, such as llama or gemma"),
-    _column("source", Text(), "hub id, or file or folder name, that the weights came from"),
+    _column("source", Text(), "source of the weights: hub id, or name of a file or folder"),
     _column(
         "revision",
         Text(),
         "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer",
     ),
-    _column("architecture", Text(), "transformers' class"),
+    _column("architecture", Text(), "model class of the transformers library"),
     _column("n_layers", SmallInteger(), "transformer blocks", symbol="d, L"),
     _column("n_heads", SmallInteger(), "attention heads per layer", symbol="H"),
     _column("n_kv_heads", SmallInteger(), "key and value heads per layer"),
@@ -135,55 +135,62 @@ models = _table(
     _column(
         "quantization",
         Text(),
-        "how the weights are quantized, with each format's share of the parameters, such as 'Q4_1 81 %, F32 19 %'; "
-        "NULL when they are not",
+        "quantization of the weights, with each format's share of the parameters, such as 'Q4_1 81 %, F32 19 %'; "
+        "NULL if they are not quantized",
     ),
     _column("weights_dtype", Text(), "number formats of the weights in the file, the most frequent first", since=4),
-    _column("base_model", Text(), "model that this one was made from, where its files say so", since=4),
-    _column("instruct", Boolean(), "trained to follow instructions, where its files say so; else NULL", since=4),
+    _column("base_model", Text(), "model from which this one was made, if its files say so; otherwise NULL", since=4),
+    _column(
+        "instruct",
+        Boolean(),
+        "whether the model was trained to follow instructions, if its files say so; otherwise NULL",
+        since=4,
+    ),
 )
 
 datasets = _table(
     "datasets",
     "run",
     _column("study", Text(), "concept or knowledge"),
-    _column("source", Text(), "where the texts came from"),
+    _column("source", Text(), "source of the texts"),
     _column("fingerprint", Text(), "sha256 of texts, labels and groups"),
     _column("template", Text(), "prompt template; {text} stands for the text"),
-    _column("n_prompts", Integer(), "prompts"),
-    _column("n_positive", Integer(), "prompts with label 1"),
+    _column("n_prompts", Integer(), "number of prompts"),
+    _column("n_positive", Integer(), "number of prompts with label 1"),
 )
 
 runs = _table(
     "runs",
     "run",
     _column("study", Text(), "concept or knowledge"),
-    _column("variant", Text(), "what sets the run apart from the plain one; 'default' when nothing does"),
-    _column("source_run", Text(), "run that a derived run was computed from; NULL for a measured one"),
-    _column("tables", TextList(), "tables that the run has rows in"),
-    _column("settings", Text(), "what determined the result, as JSON"),
-    _column("seed", Integer(), "seed of noise and of further splits"),
-    _column("noise", Text(), "text put before each prompt's text, or NULL"),
+    _column("variant", Text(), "settings that differ from the default ones, such as 'bfloat16'; 'default' if none do"),
+    _column("source_run", Text(), "run from which this run was computed; NULL for a measured run"),
+    _column("tables", TextList(), "tables in which the run has rows"),
+    _column("settings", Text(), "settings that determine the result, as JSON"),
+    _column("seed", Integer(), "seed of the noise and of all splits except the paper's"),
+    _column("noise", Text(), "noise put before the text of each prompt; NULL if there is none"),
     _column("kdb_version", Text(), "version of kdb"),
-    _column("torch_version", Text(), "version of torch, NULL where no model ran"),
-    _column("transformers_version", Text(), "version of transformers, NULL where no model ran"),
-    _column("device", Text(), "device that the model ran on"),
-    _column("started_at", DateTime(timezone=True), "when the run was begun", unit="UTC"),
-    _column("finished_at", DateTime(timezone=True), "when the run was committed", unit="UTC"),
-    _column("seconds", Double(), "time spent measuring, interruptions left out", unit="s"),
-    _column("imported_from", Text(), "warehouse that the run was copied from; NULL for a run measured here", since=4),
-    _column("imported_at", DateTime(timezone=True), "when the run was copied from there", unit="UTC", since=4),
-    _column("preferred", Boolean(), "imported to take precedence over runs measured here", since=4),
+    _column("torch_version", Text(), "version of torch; NULL if no model ran"),
+    _column("transformers_version", Text(), "version of transformers; NULL if no model ran"),
+    _column("device", Text(), "device on which the model ran"),
+    _column("started_at", DateTime(timezone=True), "time at which the run was started", unit="UTC"),
+    _column("finished_at", DateTime(timezone=True), "time at which the run was committed", unit="UTC"),
+    _column("seconds", Double(), "time spent measuring, without interruptions", unit="s"),
+    _column(
+        "imported_from", Text(), "warehouse from which the run was imported; NULL for a run measured here", since=4
+    ),
+    _column("imported_at", DateTime(timezone=True), "time at which the run was imported", unit="UTC", since=4),
+    _column("preferred", Boolean(), "whether the imported run takes precedence over runs measured here", since=4),
 )
 
 checks = _table(
     "checks",
     "run × check",
-    _column("check", Text(), "what was compared with the untouched model, or counted"),
-    _column("value", Double(), "largest difference found, in the unit that detail names; or how many prompts"),
+    _column("check", Text(), "name of the check: a comparison with the unmodified model, or a count"),
+    _column("value", Double(), "largest difference found, in the unit given in detail; or number of prompts"),
     _column("tolerance", Double(), "largest difference allowed; NULL for a count"),
-    _column("passed", Boolean(), "value is at most tolerance; NULL for a count"),
-    _column("detail", Text(), "how value was computed, and over what"),
+    _column("passed", Boolean(), "whether value is at most tolerance; NULL for a count"),
+    _column("detail", Text(), "how value was computed, and from which data"),
     key=("check",),
 )
 
@@ -191,19 +198,28 @@ prompts = _table(
     "prompts",
     "prompt",
     _prompt_id(),
-    _column("text", Text(), "the prompt as the model read it"),
-    _column("label", SmallInteger(), "1 for true, yes, positive, hateful or sarcastic; else 0", symbol="y"),
-    _column("group_id", Text(), "what a grouped split keeps on one side, such as the city; NULL if none"),
+    _column("text", Text(), "text of the prompt, as given to the model"),
+    _column("label", SmallInteger(), "1 for true, yes, positive, hateful or sarcastic; otherwise 0", symbol="y"),
+    _column(
+        "group_id",
+        Text(),
+        "group, such as the city, that a grouped split does not divide between training and test; NULL if none",
+    ),
     _column("category", Text(), "kind of knowledge: language, color, number, capital, country or month"),
     _column("relation", Text(), "relation between subject and answer"),
-    _column("subject", Text(), "what the prompt is about"),
-    _column("answer", Text(), "the right continuation"),
-    _column("target_token_id", Integer(), "first token that the answer adds", symbol="w"),
-    _column("target_token", Text(), "that token's text"),
-    _column("n_tokens", Integer(), "tokens of the prompt, special ones included", unit="tokens"),
+    _column("subject", Text(), "subject of the prompt"),
+    _column("answer", Text(), "correct continuation of the prompt"),
+    _column("target_token_id", Integer(), "token id of the answer's first token, the target", symbol="w"),
+    _column("target_token", Text(), "text of the target token"),
+    _column("n_tokens", Integer(), "number of tokens of the prompt, including special tokens", unit="tokens"),
     _column("target_prob", Double(), "the model's probability of the target", symbol="p(w)"),
-    _column("target_rank", Integer(), "the target's place among all tokens, from 1"),
-    _column("kept", Boolean(), "the target is among the ten best and ahead of its category's other answers"),
+    _column("target_rank", Integer(), "rank of the target among all tokens, from 1"),
+    _column(
+        "kept",
+        Boolean(),
+        "whether the prompt passes the filter: the target is among the ten most probable tokens, and more probable "
+        "than the other answers of its category",
+    ),
     key=("prompt_id",),
 )
 
@@ -225,18 +241,27 @@ probe_scores = _table(
     _site(),
     _column("classifier", Text(), "logistic, logistic-paper, logistic-standardised or random-forest"),
     _column("split", Text(), "paper, stratified-SEED or grouped"),
-    _column("converged", Boolean(), "the fit met its stopping rule; logistic: proved to 0.001 logit"),
-    _column("n_iter", Integer(), "iterations of the fit"),
-    _column("n_train", Integer(), "prompts fitted on"),
-    _column("n_test", Integer(), "prompts scored"),
-    _column("accuracy", Double(), "share of test prompts classified right", symbol="α_i"),
+    _column(
+        "converged",
+        Boolean(),
+        "whether the fit met its stopping rule; for logistic, an error below 0.001 logit is proved",
+    ),
+    _column("n_iter", Integer(), "number of iterations of the fit"),
+    _column("n_train", Integer(), "number of training prompts"),
+    _column("n_test", Integer(), "number of test prompts"),
+    _column("accuracy", Double(), "share of test prompts classified correctly", symbol="α_i"),
     _column("accuracy_low", Double(), "lower end of the 95 % Wilson interval of accuracy"),
     _column("accuracy_high", Double(), "upper end of the 95 % Wilson interval of accuracy"),
     _column("f1", Double(), "F1 score of label 1"),
     _column("auc", Double(), "area under the ROC curve of the decision function"),
-    _column("control_accuracy", Double(), "accuracy of the same classifier where it is fitted to shuffled labels"),
+    _column("control_accuracy", Double(), "accuracy of the same classifier fitted to shuffled labels"),
     _column("selectivity", Double(), "accuracy - control_accuracy"),
-    _column("is_default", Boolean(), "the default classifier on the default split: what `current` shows", since=4),
+    _column(
+        "is_default",
+        Boolean(),
+        "whether the row is of the default classifier and split, which `current` shows",
+        since=4,
+    ),
     key=("layer", "site", "classifier", "split"),
 )
 
@@ -248,8 +273,8 @@ probe_predictions = _table(
     _site(),
     _column("classifier", Text(), "as in probe_scores"),
     _column("split", Text(), "as in probe_scores"),
-    _column("predicted", SmallInteger(), "label that the classifier reads off the hidden state", symbol="z"),
-    _column("correct", Boolean(), "predicted is the prompt's label"),
+    _column("predicted", SmallInteger(), "label that the classifier predicts from the hidden state", symbol="z"),
+    _column("correct", Boolean(), "whether predicted is the prompt's label"),
     key=("prompt_id", "layer", "site", "classifier", "split"),
 )
 
@@ -257,12 +282,12 @@ zero_shot = _table(
     "zero_shot",
     "prompt",
     _prompt_id(),
-    _column("positive", Text(), "answer that says label 1, such as yes"),
-    _column("negative", Text(), "answer that says label 0, such as no"),
-    _column("prob_positive", Double(), "the model's probability that its next token begins that answer"),
-    _column("prob_negative", Double(), "the same for the other answer"),
-    _column("predicted", SmallInteger(), "label of the likelier answer"),
-    _column("correct", Boolean(), "predicted is the prompt's label"),
+    _column("positive", Text(), "answer that stands for label 1, such as yes"),
+    _column("negative", Text(), "answer that stands for label 0, such as no"),
+    _column("prob_positive", Double(), "the model's probability that the next token begins the positive answer"),
+    _column("prob_negative", Double(), "the model's probability that the next token begins the negative answer"),
+    _column("predicted", SmallInteger(), "label of the more probable answer"),
+    _column("correct", Boolean(), "whether predicted is the prompt's label"),
     key=("prompt_id",),
 )
 
@@ -272,7 +297,7 @@ projections = _table(
     _prompt_id(),
     _layer(),
     _site(),
-    _column("method", Text(), "pca, or umap, whose two axes then stand in pc1 and pc2"),
+    _column("method", Text(), "pca or umap; for umap, pc1 and pc2 hold its two axes"),
     _column("pc1", Double(), "first principal component"),
     _column("pc2", Double(), "second principal component"),
     _column("explained1", Double(), "share of the layer's variance along pc1; NULL for umap"),
@@ -315,7 +340,7 @@ head_position_scores = _table(
 
 neuron_scores = _table(
     "neuron_scores",
-    "prompt × neuron, the best ones or all",
+    "prompt × neuron, for the best neurons or all",
     _prompt_id(),
     _component(),
     _layer(),
@@ -326,21 +351,25 @@ neuron_scores = _table(
     _column("score", Double(), "log-probability increase of the target", unit="nat"),
     _column("lower", Double(), "certified lower bound of score", unit="nat"),
     _column("upper", Double(), "certified upper bound of score", unit="nat"),
-    _column("exact", Boolean(), "score was computed over the whole vocabulary, not bounded"),
-    _rank("place among the prompt's neurons of this component"),
+    _column(
+        "exact",
+        Boolean(),
+        "whether score was computed over the whole vocabulary; otherwise it lies between lower and upper",
+    ),
+    _rank("rank among the prompt's neurons of this component"),
     key=("prompt_id", "component", "layer", "head", "neuron", "position"),
 )
 
 neuron_sums = _table(
     "neuron_sums",
-    "category × neuron, of those in neuron_scores",
+    "category × neuron, for the neurons in neuron_scores",
     _column("category", Text(), "kind of knowledge, as in prompts"),
     _component(),
     _layer(),
     _head(),
     _neuron(),
-    _column("total", Double(), "sum of score over the category's kept prompts, and over positions", unit="nat"),
-    _column("n_prompts", Integer(), "kept prompts that have the neuron"),
+    _column("total", Double(), "sum of score over the category's kept prompts and all positions", unit="nat"),
+    _column("n_prompts", Integer(), "number of kept prompts with which the neuron is stored"),
     key=("category", "component", "layer", "head", "neuron"),
 )
 
@@ -352,7 +381,7 @@ query_neuron_scores = _table(
     _layer(),
     _neuron(),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
-    _rank("place among the prompt's query neurons"),
+    _rank("rank among the prompt's query neurons"),
     key=("prompt_id", "activates", "layer", "neuron"),
 )
 
@@ -371,15 +400,15 @@ ablations = _table(
     "ablations",
     "prompt × method × k",
     _prompt_id(),
-    _column("method", Text(), "how the zeroed neurons were ranked"),
-    _column("k", Integer(), "neurons zeroed"),
-    _column("positions", Text(), "where they were zeroed: last or all"),
-    _column("rank_before", Integer(), "the target's rank in the untouched model, from 1"),
-    _column("rank_after", Integer(), "the target's rank after zeroing, from 1"),
-    _column("prob_before", Double(), "the target's probability in the untouched model"),
-    _column("prob_after", Double(), "the target's probability after zeroing"),
-    _column("logp_before", Double(), "the target's log-probability in the untouched model", unit="nat"),
-    _column("logp_after", Double(), "the target's log-probability after zeroing", unit="nat"),
+    _column("method", Text(), "attribution method that ranked the neurons set to zero"),
+    _column("k", Integer(), "number of neurons set to zero"),
+    _column("positions", Text(), "token positions at which the neurons were set to zero: last or all"),
+    _column("rank_before", Integer(), "the target's rank in the unmodified model, from 1"),
+    _column("rank_after", Integer(), "the target's rank with the neurons set to zero, from 1"),
+    _column("prob_before", Double(), "the target's probability in the unmodified model"),
+    _column("prob_after", Double(), "the target's probability with the neurons set to zero"),
+    _column("logp_before", Double(), "the target's log-probability in the unmodified model", unit="nat"),
+    _column("logp_after", Double(), "the target's log-probability with the neurons set to zero", unit="nat"),
     key=("prompt_id", "method", "k", "positions"),
 )
 
@@ -391,8 +420,8 @@ neuron_tokens = _table(
     _head(),
     _neuron(),
     _column("sign", Text(), "top or bottom end of the neuron's logits"),
-    _rank("place from that end"),
-    _column("token", Text(), "token"),
+    _rank("rank from that end"),
+    _column("token", Text(), "text of the token"),
     _column("logit", Double(), "the neuron's logit of that token", unit="logit"),
     key=("component", "layer", "head", "neuron", "sign", "rank"),
 )
@@ -410,16 +439,16 @@ _TYPES: dict[type[TypeEngine[Any]], tuple[pa.DataType, str]] = {
     TextList: (pa.list_(pa.string()), "VARCHAR[]"),
     Vector: (pa.list_(pa.float32()), "FLOAT[]"),
 }
-"""Each column type's Arrow type, and the name that DuckDB gives it."""
+"""The Arrow type and the DuckDB name of each column type."""
 
 
 def has_vectors(table: str) -> bool:
-    """Whether a table's rows hold vectors, which make it the largest by far."""
+    """Whether a table has a column of vectors, which makes it by far the largest."""
     return any(isinstance(column.type, Vector) for column in TABLES[table].columns)
 
 
 def arrow_schema(table: str, *, vector_size: int | None = None, float16: bool = False) -> pa.Schema:
-    """The Arrow schema of a table's Parquet files; partition columns are not in them.
+    """Return the Arrow schema of a table's Parquet files, which do not contain the partition columns.
 
     ``vector_size`` is the model's hidden size, ``float16`` the half-width storage of vectors.
     """
@@ -431,17 +460,17 @@ def arrow_schema(table: str, *, vector_size: int | None = None, float16: bool = 
 
 
 def column_names(table: str, version: int = SCHEMA_VERSION) -> list[str]:
-    """The columns that a table's files have in a run of this schema version; those from its path are left out."""
+    """Return the columns of a table's files in a run of this schema version, without those from the path."""
     return [column.name for column in TABLES[table].columns if column.info["since"] <= version]
 
 
 def sql_type(column: Column[Any]) -> str:
-    """A column's type as DuckDB names it."""
+    """Return a column's type as DuckDB names it."""
     return _TYPES[type(column.type)][1]
 
 
 def data_dictionary() -> str:
-    """The data dictionary as Markdown: what ``kdb schema`` prints and ``docs/schema.md`` holds."""
+    """Return the data dictionary as Markdown; ``kdb schema`` prints it, and it is stored in ``docs/schema.md``."""
     lines = ["# The warehouse's tables", "", "Every table also has these columns, from its path:", ""]
     lines += [f"- `{name}` (VARCHAR): {meaning}" for name, meaning in PARTITIONS.items()]
     for table in TABLES.values():
@@ -450,7 +479,7 @@ def data_dictionary() -> str:
 
 
 def columns_of(table: Table) -> list[str]:
-    """A table's columns as the lines of a Markdown table; those from its path are left out."""
+    """Return a table's columns, without those from the path, as the lines of a Markdown table."""
     lines = ["| column | type | unit | meaning | symbol |", "| --- | --- | --- | --- | --- |"]
     for column in table.columns:
         info = column.info

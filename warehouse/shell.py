@@ -1,12 +1,13 @@
-"""How the views of `kdb.duckdb` find the folder that this file lies in, wherever it is copied or moved.
+"""Lookup by which the views of `kdb.duckdb` find the folder that contains the file, even after a copy or move.
 
-SQL cannot say in which file a view is stored. But `read_parquet` takes a setting of DuckDB: the default of
-`temp_directory` is the path of the file that was opened, and `.tmp`. Where that says nothing (the file is attached, or
-the setting was changed), views read the folder that the file was written for. Both are guesses until a condition of
-every view has compared them with the path of the open file; where they differ, the view is an error.
+SQL cannot tell in which file a view is stored. But `read_parquet` accepts a setting of DuckDB: `temp_directory`
+defaults to the path of the file that was opened, with `.tmp` added. If that is no help (the file is attached, or the
+setting was changed), views read the folder for which the file was written. In both cases, a condition of every view
+compares the result with the path of the open file; if they differ, the view raises an error.
 
-To find the open file, each holds a type that is named after its folder. A macro is bound in the session's default
-database, whichever file it is from; it names the type, too, and so is an error in the database of another warehouse.
+To identify the open file, each file has a type that is named after its folder. A macro is bound in the session's
+default database, even if it is from another file. It also refers to the type, and so fails in the database of another
+warehouse.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _TABLE_MACRO = re.compile(r"^(CREATE MACRO \w+\([^;]*?\) AS TABLE)\n(.*?);$", re
 
 
 class Home:
-    """The folder of a warehouse, as the SQL in its `kdb.duckdb` finds it."""
+    """The folder of a warehouse, as found by the SQL in its `kdb.duckdb`."""
 
     def __init__(self, warehouse: Path) -> None:
         self._written_for = str(warehouse.resolve()).rstrip("/") + "/"
@@ -36,12 +37,12 @@ class Home:
         self._sql = f"CASE WHEN {_IS_OPENED} THEN {_OPENED} ELSE {literal(self._written_for)} END"
 
     def files(self, table: str) -> str:
-        """SQL for the glob of a table's files."""
+        """Return SQL for the glob of a table's files."""
         return rf"regexp_replace({self._sql}, '[\[*?{{]', '[\0]', 'g') || 'lake/*/*/*/{table}/*.parquet'"
 
     @property
     def is_here(self) -> str:
-        """SQL that is true where `files` are those beside the open file, and else an error."""
+        """Return SQL that is true if `files` are those beside the open file, and otherwise raises an error."""
         return (
             f"(SELECT CASE WHEN {self._is_sure} THEN true ELSE error({self._refusal}) END FROM duckdb_databases() "
             "WHERE database_name = 'temp' OR database_name IN "
@@ -50,46 +51,47 @@ class Home:
 
     @property
     def _is_sure(self) -> str:
-        """Whether one open file has the type, and lies where `files` are, over the rows of that file and `temp`."""
+        """SQL over the rows of one open file and `temp`: whether it has the type and is in the folder of `files`."""
         folder = r"max(regexp_replace(path, '[^/\\]*$', ''))"
         relative = rf"NOT regexp_matches({self._sql}, '^([/\\]|\w+:)')"
-        # The shell of 1.5 has an absolute path, of which the setting may be the end: of the database opened first.
+        # The shell of 1.5 has an absolute path. The setting may be its end, for the database that was opened first.
         first = "min(database_oid) FILTER (NOT internal) < min(database_oid) FILTER (internal)"
         end = rf"ends_with({folder}, '/' || regexp_replace({self._sql}, '^(.*[/\\])?\.\.?[/\\]', ''))"
         return (
+            # DuckDB would look for a relative path in file_search_path.
             f"count(*) FILTER (NOT internal) = 1 AND ({folder} = {self._sql} OR {relative} AND {first} AND {end}) "
-            f"AND NOT ({relative} AND current_setting('file_search_path') <> '')"  # where DuckDB would look for it
+            f"AND NOT ({relative} AND current_setting('file_search_path') <> '')"
         )
 
     @property
     def _refusal(self) -> str:
         written = literal(f"This {SHELL_FILE} was written for {self._written_for}, and is open as ")
         what_to_do = literal(
-            f". Its views cannot tell which warehouse to read: open that path as it is, by itself. To attach "
-            f"{SHELL_FILE}, run `kdb rebuild --warehouse FOLDER` once and give the file's absolute path."
+            f". Its views cannot tell which warehouse to read. Open only that path, unchanged. To attach "
+            f"{SHELL_FILE}, run `kdb rebuild --warehouse FOLDER` once and use the file's absolute path."
         )
         return f"{written} || coalesce(string_agg(path, ' and '), 'a copy in memory') || {what_to_do}"
 
 
 def name_of_files(urls: Mapping[str, Sequence[str]]) -> str:
-    """The name of a file's type, whose views read these URLs of each table."""
+    """Return the name of the type of a file whose views read these URLs of each table."""
     every = sorted(url for found in urls.values() for url in found)
     return _name("files of", "".join(every[:1]).partition("/lake/")[0], *every)
 
 
 def create_type(name: str) -> str:
-    """The SQL that creates the type of a file."""
+    """Return the SQL that creates the type of a file."""
     return f"CREATE TYPE {_quoted(name)} AS BOOLEAN"
 
 
 def bound_to(name: str, macros: str) -> str:
-    """The SQL of macros, where each that reads tables is an error in a database that lacks the type."""
-    # DuckDB looks the type up where it looks up the tables; a condition of rows could be optimised away.
+    """Return the SQL of macros; those that read tables fail in a database without the type."""
+    # DuckDB looks up the type in the same database as the tables; a condition on rows could be optimised away.
     return _TABLE_MACRO.sub(rf"\1\nSELECT * FROM (\n\2\n) WHERE NULL::{_quoted(name)} IS NULL;", macros)
 
 
 def _name(kind: str, place: str, *more: str) -> str:
-    # With a hash, as DuckDB does not tell upper from lower case in names.
+    # With a hash, because names in DuckDB are case-insensitive.
     return f"kdb {kind} {place} ({hashlib.sha256(chr(10).join([place, *more]).encode()).hexdigest()[:8]})"
 
 

@@ -1,9 +1,9 @@
-"""What a statement may do, known before it runs.
+"""Checks of a statement before it runs.
 
-The locked connection still lets COPY write inside the lake, and lets SELECT call functions that write logs there; and
-its catalog tells where the lake lies. So a statement is parsed by DuckDB itself, the whole tree is looked at, and the
-text that was parsed is the text that runs. What is not known to be harmless is refused: kinds of statements, parts of a
-SELECT, and functions are allowed by name.
+The locked connection still lets COPY write inside the lake, and lets SELECT call functions that write logs there. Its
+catalog also reveals the path of the lake. So DuckDB itself parses a statement, the whole tree is checked, and exactly
+the parsed text is run. Kinds of statements, parts of a SELECT, and functions are allowed by name; all others are
+refused.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from kdb.warehouse.functions import COMPUTE, LOCAL
 from kdb.warehouse.schema import TABLES
 
 _EXPLAIN = re.compile(r"[ \t\r\n]*EXPLAIN[ \t\r\n]+(ANALYZE[ \t\r\n]+)?", re.IGNORECASE)
-"""The beginning of an EXPLAIN; what follows it is the statement that it explains, or no SELECT."""
+"""The beginning of an EXPLAIN, followed by the statement that it explains."""
 
 _VIEWS = {*TABLES, *re.findall(r"CREATE VIEW (?:\w+\.)?(\w+)", macros())}
 _SCHEMAS = {"", "main", "current"}
 _CATALOG = {"tables", "columns", "schemata"}
-"""Views of information_schema that strangers may read: those that tell no path."""
+"""Views of information_schema that clients of the server may read: those that reveal no path."""
 
 _MACROS = frozenset(name.lower() for name in re.findall(r"CREATE MACRO (?:\w+\.)?(\w+)", macros()))
 _TABLE_FUNCTIONS = {"generate_series", "json_each", "json_tree", "range", "repeat", "repeat_row", "unnest", *_MACROS}
@@ -44,14 +44,14 @@ _EXPRESSIONS = {
     *("TYPE", "WINDOW"),
 }
 _CRASHING_TYPES = {"VARIANT", "AGGREGATE_STATE"}
-"""Types whose functions fail inside DuckDB 1.5 on ordinary arguments."""
+"""Types whose functions cause internal errors in DuckDB 1.5 on ordinary arguments."""
 
 _SHOWN = {"tables", "__show_tables_expanded"}
-"""Lists that SHOW may give to strangers."""
+"""Lists that SHOW may return to clients of the server."""
 
 
 def check_reads(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
-    """The one statement in the text, if all it can do is read; else QueryError."""
+    """Return the one statement in the text. Raises QueryError unless it can only read."""
     statement, select = _parsed(connection, text)
     for node in _nodes(_tree(connection, select)):
         _check_part(node, LOCAL)
@@ -59,10 +59,10 @@ def check_reads(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Stat
 
 
 def check_public(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Statement:
-    """As ``check_reads``, for a stranger's statement: the views, and nothing of the machine that they lie on."""
+    """Return the statement as ``check_reads``, for a client of the server: it may read only the views."""
     statement, select = _parsed(connection, text)
     if statement.type.name != "SELECT":
-        raise QueryError("Only SELECT is answered here: EXPLAIN is refused")
+        raise QueryError("Only SELECT is allowed here, not EXPLAIN")
     nodes = list(_nodes(_tree(connection, select)))
     named = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", ())}
     for node in nodes:
@@ -77,36 +77,36 @@ def check_public(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.Sta
 
 
 def _parsed(connection: duckdb.DuckDBPyConnection, text: str) -> tuple[duckdb.Statement, str]:
-    """The one statement of the text, SELECT or EXPLAIN, and the text of its SELECT."""
+    """Return the one statement of the text, SELECT or EXPLAIN, and the text of its SELECT."""
     _check_characters(text)
     with reported():
         statements = connection.extract_statements(text)
     kinds = [statement.type.name for statement in statements]
     if len(kinds) != 1:
-        hint = " Give PIVOT its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
+        hint = " PIVOT needs its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
         raise QueryError(f"kdb sql runs one statement at a time, found {len(kinds)}.{hint}")
     if kinds[0] not in ("SELECT", "EXPLAIN"):
         raise QueryError(f"kdb sql only reads: {kinds[0]} is refused")
     if kinds[0] == "SELECT":
         return statements[0], text
-    # Taken from the beginning alone: EXPLAIN ANALYZE runs what follows. A comment before it, or options in brackets,
-    # leave a text that is no SELECT.
+    # Only at the beginning of the text, because EXPLAIN ANALYZE runs the rest. After a comment, or with options in
+    # brackets, the text does not parse as a SELECT.
     beginning = _EXPLAIN.match(text)
     return statements[0], text[beginning.end() :] if beginning else text
 
 
 def _check_characters(text: str) -> None:
-    """Refuse NUL, which ends a text for some parsers, and what is no Unicode."""
+    """Refuse NUL, which ends a text for some parsers, and invalid Unicode."""
     if "\0" in text:
-        raise QueryError("The statement has a NUL character in it: remove it")
+        raise QueryError("The statement contains a NUL character. Remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise QueryError(f"The statement is no valid Unicode at character {error.start + 1}") from error
+        raise QueryError(f"The statement is not valid Unicode at character {error.start + 1}") from error
 
 
 def _check_part(node: dict[str, Any], functions: frozenset[str]) -> None:
-    """Refuse a part of the tree that is of an unknown kind, or calls a function that is not among these."""
+    """Refuse a part of the tree that is of an unknown kind, or calls a function that is not listed."""
     part = node.get("type") if "sample" in node or "cte_map" in node else None
     if (part and part not in _PARTS) or ("class" in node and node["class"] not in _EXPRESSIONS):
         raise QueryError(f"kdb sql only reads: {part or node['class']} is refused")
@@ -117,7 +117,7 @@ def _check_part(node: dict[str, Any], functions: frozenset[str]) -> None:
         raise QueryError("kdb sql only reads and computes: EXPORT_STATE is refused")
     kind = str(node.get("name" if node.get("type") == "UNBOUND_TYPE_INFO" else "id")).upper()
     if kind in _CRASHING_TYPES:
-        raise QueryError(f"The type {kind} is refused, as DuckDB fails on it")
+        raise QueryError(f"The type {kind} is refused, because it causes internal errors in DuckDB")
 
 
 def _check_table(node: dict[str, Any], named: set[str]) -> None:
@@ -128,29 +128,29 @@ def _check_table(node: dict[str, Any], named: set[str]) -> None:
         return
     if schema == "information_schema" and name in _CATALOG:
         return
-    # A name that the statement itself gave; but DuckDB may take it for one of its own, or for a file, elsewhere in it.
+    # A name defined by the statement itself; elsewhere, DuckDB may take it for its own name or for a file.
     if not (catalog or schema) and name in named and not re.match(r"duckdb_|pragma_|pg_|sqlite_|.*[^\w ]", name):
         return
     shown = ".".join(node[key] for key in ("catalog_name", "schema_name", "table_name") if node[key])
-    raise QueryError(f"There is no table {shown!r} here: the tables are {', '.join(sorted(_VIEWS))}")
+    raise QueryError(f"There is no table {shown!r} here. The tables are {', '.join(sorted(_VIEWS))}")
 
 
 def _check_table_function(name: str) -> None:
     if name.lower() not in _TABLE_FUNCTIONS:
         allowed = ", ".join(sorted(_TABLE_FUNCTIONS - _MACROS))
-        raise QueryError(f"The table function {name} is refused: there are {allowed} and the macros of saved queries")
+        raise QueryError(f"The table function {name} is refused. Allowed are {allowed} and the macros of saved queries")
 
 
 def _check_show(node: dict[str, Any]) -> None:
-    """Refuse SHOW of variables, databases and other lists of the server's; DESCRIBE and SUMMARIZE hold a query."""
+    """Refuse SHOW of variables, databases and other lists of the server; DESCRIBE and SUMMARIZE contain a query."""
     shown = node["table_name"].strip('"').lower()
     if node["query"] is None and shown not in _SHOWN:
-        raise QueryError("SHOW is refused here, but for SHOW TABLES; DESCRIBE shows the columns of a table")
+        raise QueryError("SHOW is refused here, except SHOW TABLES; DESCRIBE shows the columns of a table")
 
 
 def _tree(connection: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
-    """The statement as DuckDB parses it; QueryError for what is no SELECT."""
-    # In hex, which no parser changes. Not bound: DuckDB would import pandas, and lose a Ctrl-C that comes meanwhile.
+    """Return the statement as parsed by DuckDB. Raises QueryError unless it is a SELECT."""
+    # In hex, which no parser changes. Not bound: DuckDB would import pandas, and ignore Ctrl-C during the import.
     text = f"decode(unhex('{select.encode().hex()}'))"
     try:
         with reported():
@@ -159,12 +159,14 @@ def _tree(connection: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
     except RecursionError as error:
         raise QueryError("The statement is nested too deeply") from error
     if tree["error"] or len(tree["statements"]) != 1:
-        raise QueryError("kdb sql only reads: what is not a SELECT is refused (EXPLAIN comes first, without options)")
+        raise QueryError(
+            "kdb sql only reads: a statement that is not a SELECT is refused (EXPLAIN is allowed, without options)"
+        )
     return tree
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every object of the tree. Without recursion: a statement may be nested deeper than Python's stack."""
+    """Yield all objects of the tree, without recursion: a statement may be nested deeper than Python's stack."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
@@ -176,11 +178,11 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 _EXCERPTS = re.compile(r"\n\n(LINE |At:\n|Stack Trace:|This error signals)|\nStack Trace|Stack Trace:")
-"""Where DuckDB's words end, and an excerpt of SQL, of Python, or of its stack begins."""
+"""The end of DuckDB's message, after which an excerpt of SQL, Python, or its stack begins."""
 
 
 def message(error: BaseException) -> str:
-    """DuckDB's message, or ours that passed through it or through Arrow, without the excerpts that follow it."""
+    """Return the message of an error of DuckDB, Arrow or kdb, without the excerpts that follow it."""
     text = _EXCERPTS.split(str(error), maxsplit=1)[0]
     return re.sub(r"^(WarehouseError|Invalid Error: IOError): ", "", text).strip()
 
@@ -189,30 +191,30 @@ _PATH = re.compile(r"(?<![\w./:])/(?:[\w.@%+=,~-]+/)+[\w.@%+=,~-]*")
 
 
 def public_message(text: str, lake: Path, asked: str) -> str:
-    """The text without paths of this machine: those in the lake begin there, others stay where they were asked for."""
+    """Return the text without paths of this machine: relative to the lake, or unchanged if part of the statement."""
     for root in (lake.resolve(), lake):
         text = text.replace(str(root), "lake")
     return _PATH.sub(lambda found: found[0] if found[0] in asked else "PATH", text)
 
 
 def refusal(error: BaseException) -> QueryError:
-    """The error to raise for one of DuckDB's, or for one that came through Arrow. KeyboardInterrupt for Ctrl-C."""
+    """Return the error to raise for one of DuckDB or Arrow. Raises KeyboardInterrupt for Ctrl-C."""
     said = message(error)
     if said.startswith("INTERRUPT Error"):
         raise KeyboardInterrupt from error
     if re.match(r"(\w+Error: )?(INTERNAL|FATAL) Error", said):
-        return EngineError(f"DuckDB failed on this statement, by a fault of its own: {said.partition(chr(10))[0]}")
+        return EngineError(f"Internal error of DuckDB on this statement: {said.partition(chr(10))[0]}")
     return QueryError(said)
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turn errors of DuckDB and Arrow into QueryError, and DuckDB's word for Ctrl-C into KeyboardInterrupt."""
+    """Convert errors of DuckDB and Arrow into QueryError, and DuckDB's error for Ctrl-C into KeyboardInterrupt."""
     try:
         yield
     except duckdb.InterruptException as error:
         raise KeyboardInterrupt from error
-    except (duckdb.Error, pa.ArrowException, OSError) as error:  # DuckDB's errors, some as they come through Arrow
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # DuckDB's errors, some of them raised by Arrow
         raise refusal(error) from error
     except UnicodeDecodeError as error:  # DuckDB cut its message in the middle of a character
         raise QueryError(error.object.decode(errors="replace").partition("\n\n")[0].strip()) from error

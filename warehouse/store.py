@@ -1,4 +1,4 @@
-"""A warehouse as its users see it: folders and DuckDB under one handle."""
+"""The public class of a warehouse, which combines folders and DuckDB."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ if TYPE_CHECKING:
 
 
 VERSION = 1
-"""Raised when what decides which runs are current is computed in another way (`current_runs`)."""
+"""Increased when the rules of `current_runs` change, so that cached results are not reused."""
 
 _TRIES = 5
-"""How often a question is asked while runs are being changed, before its runs are held."""
+"""Maximum attempts of a query while runs are being changed, before a snapshot of its runs is made."""
 
-_CHANGING = "The runs of the warehouse are changed all the time: ask again in a moment."
+_CHANGING = "The runs of the warehouse are being changed. Retry in a moment."
 
 _VECTORS = re.compile(rf"\b({'|'.join(filter(has_vectors, TABLES))})\b", re.IGNORECASE)
 
 
 class Warehouse:
-    """Measurements that can be asked for; ``kdb.open`` makes one.
+    """Measurements that can be queried; ``kdb.open`` returns one.
 
-    Every question sees the runs that were committed when it was asked, each of them whole.
-    ``location`` is a folder, or the URL of one in an object store. Raises WarehouseError if it is no warehouse, or one
-    that a newer kdb wrote.
+    A query sees the runs that were committed when it was started, each of them complete. ``location`` is a folder, or a
+    URL in an object store. Raises WarehouseError if it is not a warehouse, or was written by a newer kdb.
     """
 
     _shared: database.Database | None = None
@@ -59,33 +58,33 @@ class Warehouse:
 
     @classmethod
     def create(cls, location: str | Path) -> Warehouse:
-        """Open a warehouse to write to it, making it first where the folder is missing or empty, or the URL vacant."""
+        """Open a warehouse to write to it, and create it if the folder or URL is missing or empty."""
         opened = cls.__new__(cls)
         opened._open(lake_at(location, create=True))
         if not opened._remote:
-            opened._mend()  # where that fails, so would whatever is to be written
+            opened._mend()  # if this fails, later writes would fail, too
         return opened
 
     def _open(self, lake: Lake) -> None:
         self.lake = lake
         self._remote = _remote(lake)
         if not self._remote:
-            # On a read-only disk there is nothing to mend, only to ask.
+            # On a read-only disk, nothing can be repaired, but queries work.
             with contextlib.suppress(WarehouseError, OSError):
                 lake.sweep()
                 self._mend()
 
     @property
     def tables(self) -> list[str]:
-        """Names of the tables."""
+        """Return the names of the tables."""
         return list(TABLES)
 
     @contextlib.contextmanager
     def snapshot(self, runs: Sequence[str] | None = None, limits: database.Limits | None = None) -> Iterator[Warehouse]:
-        """The warehouse as it is now, opened once for many questions: all see the same runs, and the same rows of them.
+        """Return a snapshot of the warehouse, opened once for many queries, which all see the same runs and rows.
 
-        In a folder that can be written, it stays as it is whatever becomes of the runs meanwhile (`Lake.held`). `runs`
-        are the only ones of it; `limits` bound what questions may use.
+        In a writable folder, it does not change even if runs are removed (`Lake.held`). It is restricted to `runs`, if
+        given; `limits` are those of its queries.
         """
         with contextlib.ExitStack() as stack:
             root, folders = self._held(stack, runs)
@@ -98,7 +97,7 @@ class Warehouse:
     def _held(self, stack: contextlib.ExitStack, runs: Sequence[str] | None) -> tuple[Path, list[RunFolder]]:
         for _ in range(_TRIES):
             folders = self._listed(runs)
-            with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                 root, held = stack.enter_context(self.lake.held(folders))
                 if self.lake.still(folders):
                     return root, held
@@ -106,7 +105,7 @@ class Warehouse:
 
     @contextlib.contextmanager
     def unheld(self, runs: Sequence[str], limits: database.Limits | None = None) -> Iterator[Warehouse]:
-        """A snapshot of runs that were listed a moment ago, which nothing holds: see `unchanged`."""
+        """Return a snapshot of runs that are not protected from removal: see `unchanged`."""
         folders = self._listed(runs)
         with self._database_of(folders, limits) as opened:
             frozen = copy.copy(self)
@@ -114,23 +113,23 @@ class Warehouse:
             yield frozen
 
     def unchanged(self) -> bool:
-        """Whether the runs of a snapshot are as they were when it was opened."""
+        """Whether the runs of a snapshot are the same as when it was opened."""
         return self.lake.still(self._folders)
 
     def query(self, name: str, /, **params: object) -> pl.DataFrame:
-        """Answer a saved query; ``kdb queries`` lists them with their parameters.
+        """Run a saved query; ``kdb queries`` lists them with their parameters.
 
-        Raises UnknownNameError for a name that is none, QueryError for wrong parameters.
+        Raises UnknownNameError for an unknown name, QueryError for wrong parameters.
         """
         saved = find_query(name)
         return self._ask(lambda opened: opened.query(name, **params), with_current=False, needed_by=saved.sql)
 
     def sql(self, text: str, params: Sequence[object] | Mapping[str, object] | None = None) -> pl.DataFrame:
-        """Answer one SELECT; ``params`` fill ``?`` or ``$name``. Raises QueryError for anything else."""
+        """Run one SELECT; ``params`` are the values of ``?`` or ``$name``. Raises QueryError for anything else."""
         return self._ask(lambda opened: opened.sql(text, params), with_current=_names_more(text))
 
     def _ask(self, question: Callable[[database.Database], pl.DataFrame], **needed: Any) -> pl.DataFrame:
-        """The answer of the runs as they are now; asked again where a run was removed or written anew meanwhile.
+        """Return an answer from the current runs; repeat the query if a run was removed or rewritten meanwhile.
 
         `needed`: see `database.connect`.
         """
@@ -152,20 +151,20 @@ class Warehouse:
 
     @property
     def opened(self) -> database.Database:
-        """The database of a snapshot, for answers that are streamed."""
+        """Return the database of a snapshot, for answers that are streamed."""
         if self._shared is None:
             raise AssertionError("only a snapshot has a database of its own")
         return self._shared
 
     def table(self, table: str, *, everything: bool = False) -> pl.DataFrame:
-        """The current rows of a table, those of `current.TABLE` in SQL; or everything that is stored.
+        """Return the current rows of a table, those of `current.TABLE` in SQL, or all rows.
 
         Raises UnknownNameError.
         """
         return self.scan(table, everything=everything).collect()
 
     def scan(self, table: str, *, everything: bool = False) -> pl.LazyFrame:
-        """The same as a Polars LazyFrame: of the files, only what is needed is read. Raises UnknownNameError."""
+        """Return a table as a Polars LazyFrame, which reads only what it needs. Raises UnknownNameError."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
         folders = self._seen_runs()
@@ -183,14 +182,14 @@ class Warehouse:
         return rows if everything else rows.filter(current.default_rows(table))
 
     def _seen_runs(self) -> Sequence[RunFolder]:
-        """The runs of a snapshot; else those that are committed now."""
+        """Return the runs of a snapshot, or those that are committed now."""
         return self._listed() if self._shared is None else self._folders
 
     def _current(self, folders: Sequence[RunFolder]) -> contextlib.AbstractContextManager[database.Database]:
         return contextlib.nullcontext(self._shared) if self._shared else self._database_of(folders)
 
     def files(self, table: str) -> list[str]:
-        """The committed Parquet files of a table, for other engines: absolute paths, or URLs of a bucket.
+        """Return the committed Parquet files of a table, for other engines, as absolute paths or URLs of a bucket.
 
         Model, dataset and run are in the path (``model=…/dataset=…/run=…``, percent-encoded). Raises UnknownNameError.
         """
@@ -203,7 +202,7 @@ class Warehouse:
         return [str(folder.path / file.path) for folder, manifest in manifests for file in manifest.of(table)]
 
     def engine(self) -> Engine:
-        """A SQLAlchemy engine that reads the views, for pandas and notebooks."""
+        """Return a SQLAlchemy engine that reads the views, for pandas and notebooks."""
 
         def opened() -> duckdb.DuckDBPyConnection:
             folders = self._seen_runs()
@@ -212,9 +211,9 @@ class Warehouse:
         return database.engine(opened, lambda text: self._before(self._seen_runs(), text))
 
     def rebuild(self) -> Path:
-        """Write ``kdb.duckdb`` anew, and the empty tables that its views need; returns its path.
+        """Rewrite ``kdb.duckdb`` and the empty tables that its views need; returns its path.
 
-        Of a warehouse in an object store, it reads the runs that are there now.
+        For a warehouse in an object store, the file reads the runs that are there now.
         """
         self.lake.restore_empty_tables()
         shell = self.lake.path / SHELL_FILE
@@ -229,9 +228,9 @@ class Warehouse:
         return shell
 
     def publish(self, url: str, path: Path) -> None:
-        """Write a DuckDB file over the committed runs as anyone reads them from ``url``, the warehouse's folder.
+        """Write a DuckDB file that reads the committed runs from ``url``, the public address of the warehouse's folder.
 
-        Raises QueryError where that is no URL, WarehouseError where the file cannot be written.
+        Raises QueryError if that is not a URL, WarehouseError if the file cannot be written.
         """
         if not re.match(r"https?://[^/?#]+[^?#]*$", url):
             raise QueryError(
@@ -245,16 +244,16 @@ class Warehouse:
             database.write_public_file(path, self.lake.root, urls, encoded=True)
 
     def _refuse_older(self) -> None:
-        """Raise WarehouseError where a run is of an older schema: views over single files know one schema alone."""
+        """Raise WarehouseError if a run has an older schema: views over single files support only one schema."""
         if self.lake.older_runs:
             versions = {self.lake.manifest(folder).schema_version for folder in self.lake.run_folders()}
             if versions - {SCHEMA_VERSION}:
                 raise WarehouseError(
-                    "Some runs were measured by an older kdb: `kdb migrate`, then give this command again."
+                    "Some runs were measured by an older kdb. Run `kdb migrate`, then this command again."
                 )
 
     def _mend(self) -> None:
-        """Rebuild ``kdb.duckdb`` where it is missing, or its views are not of this place and version."""
+        """Rebuild ``kdb.duckdb`` if it is missing, or its views are of another folder or version."""
         if self.lake.marks().get("views") != self._views or not (self.lake.path / "kdb.duckdb").exists():
             self.rebuild()
 
@@ -264,7 +263,7 @@ class Warehouse:
         return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
     def _listed(self, runs: Sequence[str] | None = None) -> list[RunFolder]:
-        """The committed runs as they are now, looked at: each is whole. Raises DamagedRunError."""
+        """Return the committed runs after inspecting them: each is complete. Raises DamagedRunError."""
         for left in reversed(range(_TRIES)):
             folders = [folder for folder in self.lake.run_folders() if runs is None or folder.run in runs]
             try:
@@ -295,29 +294,29 @@ class Warehouse:
         )
 
     def _remembered(self, folders: Sequence[RunFolder]) -> current.Remembered:
-        """Remembered facts about these runs, in these versions."""
+        """Return the cached data about these runs, in these versions."""
         key = hashlib.sha256("\n".join(f"{VERSION} {folder.run} {folder.version}" for folder in folders).encode())
         return current.Remembered(memory_path(self.lake.root).with_suffix(".runs.parquet"), key.hexdigest())
 
     def _before(self, folders: Sequence[RunFolder], text: str) -> None:
-        """Look at the files of vectors before a statement that names their table."""
+        """Inspect the files of vectors before a statement that names their table."""
         if _VECTORS.search(text):
             self.lake.look(folders, vectors=True)
 
     def _sources(self, folders: Sequence[RunFolder]) -> dict[str, Any]:
-        """Files that a connection reads where globs over the lake would not do; see `database.connect`."""
+        """Return the files that a connection reads if globs over the lake are not enough; see `database.connect`."""
         if self._remote:
             return {"files": self.lake.files(folders), "filesystem": self._remote.filesystem}
         versions = {self.lake.schema_version, *self.lake.schema_versions(folders).values()}
         return {"files": self.lake.files(folders)} if versions != {SCHEMA_VERSION} else {}
 
     def runs(self) -> list[str]:
-        """Ids of the committed runs; of a snapshot, those that it sees."""
+        """Return the ids of the committed runs, or of the runs of a snapshot."""
         return _ids(self._folders if self._shared else self.lake.run_folders())
 
 
 def lake_at(location: str | Path, *, create: bool = False) -> Lake:
-    """The lake in a folder, or in an object store where the location is a URL."""
+    """Return the lake in a folder, or in an object store if the location is a URL."""
     if not is_url(location):
         return Lake.create(Path(location)) if create else Lake(Path(location))
     from kdb.warehouse.cloud import CloudLake
@@ -326,7 +325,7 @@ def lake_at(location: str | Path, *, create: bool = False) -> Lake:
 
 
 def _names_more(text: str) -> bool:
-    """Whether a statement may name schema `current`, or ask which tables there are."""
+    """Whether a statement may use schema `current`, or list the tables."""
     return bool(
         re.search(
             r"\b(current|information_schema|show|describe|summarize|\w+_catalog|duckdb_\w+|pragma_\w+)\b",

@@ -1,8 +1,8 @@
-"""Scores added up when a run is stored, so that questions about all of its prompts read no single one.
+"""Sums of scores, computed when a run is stored, so that queries about all prompts need not read each one.
 
     write_neuron_sums(staged)
 
-Whoever writes a run's scores writes their sums, too: no reader looks whether they are there.
+Code that writes a run's scores must write their sums, too: readers do not check that they exist.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from kdb.warehouse.schema import arrow_schema
 
 
 def write_neuron_sums(staged: StagedRun) -> None:
-    """Write ``neuron_sums`` of a run whose ``neuron_scores`` and ``prompts`` are written. Raises WarehouseError."""
+    """Write ``neuron_sums`` of a run that has its ``neuron_scores`` and ``prompts``. Raises WarehouseError."""
     begun = time.monotonic()
     sums = sum_neurons(staged.parts("neuron_scores"), staged.parts("prompts"))
     staged.write("neuron_sums", "part", [sums], seconds=time.monotonic() - begun)
 
 
 def sum_neurons(scores: Sequence[Path], prompts: Sequence[Path]) -> pa.Table:
-    """The rows of ``neuron_sums`` for the parts of ``neuron_scores``, of which each has prompts of its own.
+    """Return the rows of ``neuron_sums`` for the parts of ``neuron_scores``, each with different prompts.
 
-    Parts are added one by one, for a part is what fits into memory, and rows in their order: the same parts make the
-    same sums, to the last bit.
+    Parts are added one by one, so that they fit into memory, and rows in their order, so that the same parts give the
+    same sums to the last bit.
     """
     schema, files = arrow_schema("neuron_sums"), [str(path) for path in prompts]
     summed = schema.empty_table()

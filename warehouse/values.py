@@ -1,6 +1,6 @@
-"""Values of parameters, checked against what the warehouse holds before a query runs.
+"""Checks of parameter values against the content of the warehouse, before a query runs.
 
-An unknown name would be an empty answer, which reads as a result.
+Without them, an unknown name would give an empty answer, which looks like a result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def check_values(
     values: Mapping[str, Value],
     see_all: Callable[[], None],
 ) -> None:
-    """Refuse a value that the warehouse does not know; the values are set as variables already.
+    """Refuse values that are not stored in the warehouse; they must already be set as variables.
 
-    `see_all` makes the runs of all models visible, where the connection sees those of some. Raises UnknownNameError for
-    a name that is none, QueryError for a number beyond what is stored. Defaults are not looked up.
+    `see_all` makes the runs of all models visible if the connection sees only some. Raises UnknownNameError for an
+    unknown name, QueryError for a number beyond the stored ones. Defaults are not checked.
     """
     for param in params:
         domain, value = DOMAINS.get(param.name), values[param.name]
@@ -40,7 +40,7 @@ def check_values(
 
 
 def check_known(kind: str, names: Iterable[str], known: Collection[str], hint: str) -> None:
-    """Raise UnknownNameError for the first name that is not known."""
+    """Raise UnknownNameError for the first unknown name."""
     for name in names:
         if name not in known:
             raise UnknownNameError(kind, name, known, hint)
@@ -53,7 +53,7 @@ def _stored(
     known: list[str],
     see_all: Callable[[], None],
 ) -> list[str]:
-    """The known names and those that the SQL finds; of all models, where those seen lack a name."""
+    """Return the known names, and those that the SQL finds: in all models if the visible ones lack a name."""
     found = _names(connection, text)
     if not set(told) <= {*known, *found}:
         see_all()

@@ -1,4 +1,4 @@
-"""Activations on disk: row groups of one layer and site each, so that reading a layer skips all others."""
+"""Activations on disk, with a row group for each layer and site, so that reading a layer skips all others."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from kdb.warehouse.schema import arrow_schema
 
 PART_BYTES = 64 * 2**20
 GPU_PART_BYTES = 256 * 2**20
-"""Of one part where a GPU captures: a smaller batch of a large model would leave it idle."""
+"""Bytes of one part if a GPU captures, because smaller batches of a large model would leave it idle."""
 
 
 def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int, part_bytes: int = PART_BYTES) -> int:
-    """Prompts whose float32 vectors fill one part: what is held in memory."""
+    """Return the number of prompts whose float32 vectors fill one part, which is held in memory."""
     return max(1, part_bytes // (4 * n_layers * n_sites * hidden_size))
 
 
 def activation_groups(
     prompt_ids: Sequence[int], sites: Sequence[str], vectors: NDArray[np.float32], *, float16: bool = False
 ) -> Iterator[pa.Table]:
-    """Turn vectors (prompt, layer, site, hidden) into Arrow tables, one per site and layer.
+    """Convert vectors (prompt, layer, site, hidden) into Arrow tables, one per site and layer.
 
-    Raises WarehouseError where ``float16`` is asked for and a value does not fit into it (65,504).
+    Raises WarehouseError if ``float16`` is set and a value exceeds its range (65,504).
     """
     order = np.argsort(prompt_ids)
     ids = pa.array(np.asarray(prompt_ids, dtype=np.int32)[order])
@@ -43,7 +43,7 @@ def activation_groups(
 
 
 def read_vectors(parts: Sequence[Path], layer: int, site: str) -> NDArray[np.float32]:
-    """The vectors (prompt, hidden) of one layer and site, in order of prompt_id."""
+    """Return the vectors (prompt, hidden) of one layer and site, in order of prompt_id."""
     wanted = (pc.field("layer") == layer) & (pc.field("site") == site)
     tables = [pq.read_table(part, columns=["prompt_id", "vector"], filters=wanted) for part in parts]
     table = pa.concat_tables(tables).combine_chunks()
@@ -54,7 +54,7 @@ def read_vectors(parts: Sequence[Path], layer: int, site: str) -> NDArray[np.flo
 
 
 def read_states(parts: Sequence[Path], prompt_ids: Sequence[int], site: str) -> NDArray[np.float32]:
-    """The vectors (prompt, layer, hidden) of some prompts at one site, in the order given."""
+    """Return the vectors (prompt, layer, hidden) of some prompts at one site, in the order given."""
     wanted = (pc.field("site") == site) & pc.field("prompt_id").isin(prompt_ids)
     table = pa.concat_tables(pq.read_table(part, filters=wanted) for part in parts).combine_chunks()
     flat: NDArray[np.float32] = table["vector"].chunk(0).flatten().to_numpy().astype(np.float32)
@@ -68,7 +68,7 @@ def _narrow(rows: NDArray[np.float32], layer: int, site: str) -> NDArray[np.floa
     largest = float(np.abs(rows).max())
     if largest > float(np.finfo(np.float16).max):
         raise WarehouseError(
-            f"Layer {layer} ({site}) reaches {largest:,.0f}, and float16 ends at 65,504: "
-            "store these vectors with --store float32."
+            f"Layer {layer} ({site}) has values up to {largest:,.0f}, but the limit of float16 is 65,504. "
+            "Store these vectors with --store float32."
         )
     return rows.astype(np.float16)

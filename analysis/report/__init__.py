@@ -2,8 +2,7 @@
 
     build(kdb.open("kdb-warehouse"), ["smollm2-135m"]).html()
 
-Every table and figure stands with the command that makes it again. What the warehouse lacks is listed, and nothing
-fails for it.
+Every table and figure is shown with the command that produces it. Missing data are listed and cause no error.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """A table or a figure of the report: what it shows, the command behind it, and the rows or the picture."""
+    """A table or a figure of the report: its title, its command, and its rows or picture."""
 
     title: str
     note: str
@@ -45,7 +44,7 @@ class Item:
 
     @property
     def table(self) -> str:
-        """The rows as a Markdown table."""
+        """Return the rows as a Markdown table."""
         if self.frame is None:
             return ""
         return "\n".join(markdown_table(self.frame.columns, (list(map(cell, row)) for row in self.frame.iter_rows())))
@@ -53,18 +52,18 @@ class Item:
 
 @dataclass
 class Report:
-    """What was found for some models, chapter by chapter, and what was not."""
+    """The results for some models by chapter, and the missing data."""
 
     models: list[str]
     chapters: dict[str, list[Item]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     def html(self) -> str:
-        """One page that needs no other file."""
+        """Return the report as one HTML page that needs no other file."""
         return self._render("page.html.j2")
 
     def markdown(self) -> str:
-        """The tables alone."""
+        """Return the tables as Markdown."""
         return self._render("page.md.j2")
 
     def _render(self, template: str) -> str:
@@ -81,9 +80,9 @@ class Report:
 
 
 def build(wh: Warehouse, models: Sequence[str] = (), *, pictures: bool = True) -> Report:
-    """Ask for everything that the report shows of the models, or of all where none is named.
+    """Query everything that the report shows about the given models, or about all if none is given.
 
-    Raises UnknownNameError where one of the models named is not stored.
+    Raises UnknownNameError if a given model is not stored.
     """
     with wh.snapshot() as frozen:
         report = Report(_known(frozen, models))
@@ -93,7 +92,7 @@ def build(wh: Warehouse, models: Sequence[str] = (), *, pictures: bool = True) -
 
 
 def _known(wh: Warehouse, models: Sequence[str]) -> list[str]:
-    """The models that are stored, those named alone; UnknownNameError for one that is not."""
+    """Return the given models, or all stored ones. Raises UnknownNameError for one that is not stored."""
     names = list(look_of(wh).models)
     check_known("model", models, names, "`kdb runs` lists what is stored.")
     return [name for name in names if not models or name in models]
@@ -128,11 +127,11 @@ def _figure(wh: Warehouse, wanted: Drawn, pictures: bool) -> Iterator[Item]:
 
 
 _LARGE_SVG = 2_000_000
-"""Characters beyond which a picture is embedded as PNG: a page of heat maps would be slow to open."""
+"""Characters above which a picture is embedded as PNG, because a page of SVG heat maps would be slow to open."""
 
 
 def _data_uri(chart: Chart) -> str:
-    """A picture that needs no file. Several SVG texts in one page would mix up their clip paths; images don't."""
+    """Return a picture as a data URI, because several inline SVGs in one page would mix up their clip paths."""
     kind, content = "svg+xml", to_svg(chart).encode()
     if len(content) > _LARGE_SVG:
         kind, content = "png", to_png(chart, scale=1)
@@ -140,7 +139,7 @@ def _data_uri(chart: Chart) -> str:
 
 
 def command(verb: str, name: str, params: dict[str, Any]) -> str:
-    """The command line that makes a table or figure again."""
+    """Return the command line that produces a table or figure."""
     words = ["kdb", verb, name]
     for param, value in params.items():
         for one in value if isinstance(value, list | tuple) else [value]:
@@ -149,7 +148,7 @@ def command(verb: str, name: str, params: dict[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as the report's tables show it: numbers to four significant digits, nothing as a dash."""
+    """Return a value as shown in the report's tables: numbers with four significant digits, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool):

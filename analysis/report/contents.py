@@ -1,4 +1,4 @@
-"""What stands in the report, in its order: the tables and figures of both papers, and what to make of them."""
+"""Contents of the report, in order: the tables and figures of both papers, with remarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tabled:
-    """A table: how its rows are made, and the saved query that gives them, or what they are made of."""
+    """A table: the function that computes its rows, and the saved query or the data from which they are computed."""
 
     title: str
     note: str
@@ -38,7 +38,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something that a reader must know of a chapter; it is listed with what is missing."""
+    """A remark about a chapter; it is listed with the missing data."""
 
     title: str
     text: str
@@ -51,21 +51,21 @@ _ASKED = "nothing is stored (`kdb ingest --dataset knowledge`)."
 
 
 def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
-    """What was measured, and how far it may be trusted."""
+    """Yield the models and runs that were measured, and the checks of their reliability."""
     given = {"model": list(models)}
 
     def files() -> pl.DataFrame:
         of_file = ("model", "source", "weights_dtype", "quantization", "base_model", "instruct", "dtype", "n_params")
         return wh.query("models", **given).select(*of_file, pl.col("revision").str.slice(0, 12), "n_runs")
 
-    yield Tabled("Models", "What was measured: the files, and what they say of themselves.", "models", given, files)
+    yield Tabled("Models", "The models that were measured, described by their files.", "models", given, files)
     columns = ("model", "dataset", "study", "variant", "dtype", "device", "finished_at", "seconds", "run")
 
     def runs() -> pl.DataFrame:
         frame = wh.query("runs", **given)
         return frame.select(name for name in columns if name in frame.columns)
 
-    yield Tabled("Runs", "Everything that was measured on these models.", "runs", given, runs)
+    yield Tabled("Runs", "All runs of these models.", "runs", given, runs)
 
     def failed() -> pl.DataFrame:
         checks = wh.query("checks", **given)
@@ -76,35 +76,40 @@ def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
             pl.col("passed").all().alias("all passed"),
         )
 
-    text = "Largest difference from the loaded model without hooks, over all runs. Counts of prompts have no tolerance."
+    text = "Largest difference over all runs from the loaded model without hooks. Counts of prompts have no tolerance."
     yield Tabled("Checks", text, "checks", given, failed)
 
 
 def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
-    """The first study: Jin et al., arXiv 2404.07066."""
+    """Yield the first study: Jin et al., arXiv 2404.07066."""
     given = yield from _asked_for(wh, models, "concept")
     curves = wh.query("layer-accuracy", **given)
     yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", given)
     yield _asked(wh, "Best layer, jump and converging point", "", "datasets-by-model", given, _PROBED)
     yield Tabled(
-        "Which J and C hold",
-        "The 95 % interval is over resampled test prompts; none_percent is how often a resample has no such layer. "
-        "hangs_on names what makes the point move by more than a tenth of the depth, or vanish: then it is an artefact "
-        "of the procedure. A C that is the last layer hangs on its definition: it only says that the curve ends flat.",
+        "Robustness of J and C",
+        "The 95 % interval is over resampled test prompts; in none_percent % of them, there is no such point. "
+        "hangs_on names the choices that move the point by more than a tenth of the depth, or remove it: then it is an "
+        "artefact of the procedure. A C in the last layer depends on its definition: it only says that the curve ends "
+        "flat.",
         "depth-robustness",
         given,
         lambda: depth.verdicts(wh, **given),
         _PROBED,
     )
     for model in models[:_ROBUST]:
-        yield Drawn(f"What J and C hang on: {model}", "", "depth-robustness", given | {"model": [model]})
+        yield Drawn(
+            f"Dependence of J and C on the procedure: {model}", "", "depth-robustness", given | {"model": [model]}
+        )
     yield Drawn(
         "Selectivity",
-        "What the probe reads beyond what it learns by heart.",
+        "Accuracy of the probe above its accuracy on shuffled labels.",
         "depth-curves",
         given | {"metric": "selectivity"},
     )
-    yield _asked(wh, "The model's own answers", "Over all prompts, without a probe.", "zero-shot", given, _PROBED)
+    yield _asked(
+        wh, "The model's own answers", "Computed over all prompts, without a probe.", "zero-shot", given, _PROBED
+    )
     if curves["model"].n_unique() > 1:
         yield from _side_by_side(curves, given)
     yield Drawn("Experiment 3: J and C by family and size", "", "converging-by-size", given)
@@ -119,11 +124,11 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
 
 
 _ROBUST, _PROJECTED = 3, 2
-"""Models and datasets of which a page shows the figures that show one alone."""
+"""Maximum number of models and datasets that get a figure of their own."""
 
 
 def _side_by_side(curves: pl.DataFrame, given: dict[str, Any]) -> Contents:
-    """Experiments 2 and 3, for several models: all of one size, and families that have several sizes."""
+    """Yield experiments 2 and 3, for several models of one size, and for families with several sizes."""
     middle = float(curves.unique("model")["size_billions"].median() or 1)  # type: ignore[arg-type]
     note = "Models within a factor of 3 of the median size."
     yield Drawn("Experiment 2: families at one size", note, "depth-by-family", given | {"size": middle, "within": 3})
@@ -133,9 +138,16 @@ def _side_by_side(curves: pl.DataFrame, given: dict[str, Any]) -> Contents:
 
 
 def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
-    """The second study: Yu and Ananiadou, arXiv 2312.12141."""
+    """Yield the second study: Yu and Ananiadou, arXiv 2312.12141."""
     given = yield from _asked_for(wh, models, "knowledge")
-    yield _asked(wh, "Prompts that count", "Those that the model knows.", "kept-prompts", given, _ASKED)
+    yield _asked(
+        wh,
+        "Prompts that pass the filter",
+        "Only these prompts are used: the model knows their answers.",
+        "kept-prompts",
+        given,
+        _ASKED,
+    )
     yield Drawn("Attention and FFN", "", "attention-vs-ffn", given)
     yield Tabled(
         "Attention and FFN",
@@ -146,7 +158,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
         _ASKED,
     )
     yield Drawn("Every layer", "", "layer-scores", given)
-    ranks = "In brackets the 95 % interval of the rank over resampled prompts: it says how stable a place is."
+    ranks = "The brackets show the 95 % interval of the rank over resampled prompts: a narrow one means a stable rank."
     yield Tabled(
         "Table 4: the ten best layers",
         ranks,
@@ -165,8 +177,8 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
         _ASKED,
     )
     yield Drawn("Every head", "", "head-map", given)
-    yield _asked(wh, "What the best heads read", "", "position-attention", given | {"k": 1, "tokens": 3}, _ASKED)
-    yield Drawn("Figure 2: where value and query neurons lie", "", "neurons-by-layer", given)
+    yield _asked(wh, "Tokens that the best heads read", "", "position-attention", given | {"k": 1, "tokens": 3}, _ASKED)
+    yield Drawn("Figure 2: layers of the value and query neurons", "", "neurons-by-layer", given)
     yield Tabled(
         "The best neurons",
         "With 95 % intervals over prompts.",
@@ -178,14 +190,14 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Table 2: methods compared", "", "attribution-methods", given)
     yield Tabled(
         "Table 2: methods compared",
-        "With 95 % intervals over prompts, in round brackets that of the rank; less is better.",
+        "With 95 % intervals over prompts; round brackets show that of the rank. Lower is better.",
         "attribution-methods",
         given,
         lambda: _methods(importance.method_effects(wh, **given)),
         _ASKED,
     )
-    yield Drawn("Heads that categories share", "", "head-overlap", given)
-    yield Drawn("Neurons that categories share", "", "neuron-overlap", given)
+    yield Drawn("Heads shared by categories", "", "head-overlap", given)
+    yield Drawn("Neurons shared by categories", "", "neuron-overlap", given)
     for model, dataset, prompt in _examples(wh, given):
         named = given | {"model": [model], "dataset": dataset, "prompt": prompt}
         yield Drawn(f"One prompt in {model}", "", "prompt-story", named)
@@ -199,7 +211,7 @@ CHAPTERS = {
 
 
 def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Remark, None, dict[str, Any]]:
-    """The models and, where none of them has a plain run of the study, the variant that was measured last."""
+    """Return the models, and the newest variant if none of them has a run of the study with the variant 'default'."""
     given: dict[str, Any] = {"model": list(models)}
     variants = wh.sql(
         "SELECT variant FROM runs WHERE study = ? AND list_contains(?, model) "
@@ -207,18 +219,20 @@ def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Re
         [study, list(models)],
     )["variant"].to_list()
     if variants not in ([], ["default"]):
-        yield Remark(f"Study {study}", f"there is no plain run; shown is the variant {variants[0]!r}.")
+        yield Remark(
+            f"Study {study}", f"there is no run of the variant 'default'; the variant {variants[0]!r} is shown."
+        )
         given["variant"] = variants[0]
     return given
 
 
 def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, Any], hint: str) -> Tabled:
-    """A table that is the answer of a saved query."""
+    """Return a table that is the answer of a saved query."""
     return Tabled(title, note, query, params, lambda: wh.query(query, **params), hint)
 
 
 def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
-    """A row for each model and category, as the paper prints it: names in order, each with the interval of its rank."""
+    """Return a row for each model and category as in the paper: names in order, each with the interval of its rank."""
     if ranking.is_empty():
         return ranking
     place = pl.format("{} ({}–{})", item, "rank_low", "rank_high")
@@ -233,7 +247,7 @@ def _with_ends(value: str) -> pl.Expr:
 
 
 def _methods(effects: pl.DataFrame) -> pl.DataFrame:
-    """A row for each model and method, a column for each effect."""
+    """Return a row for each model and method, with a column for each effect."""
     keys = ["model", "letter", "method", "k", "n_prompts"]
     ranks = pl.format(" ({}–{})", "rank_low", "rank_high")
     cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), ranks))
@@ -249,7 +263,7 @@ def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
 
 
 def _examples(wh: Warehouse, given: dict[str, Any]) -> list[tuple[str, str, int]]:
-    """The prompt that each of the first models knows best."""
+    """Return, for each of the first models, the prompt with the most probable answer."""
     found = wh.query("prompts", **given | {"model": given["model"][:_PROJECTED], "k": 1}).filter("kept")
     best = found.sort("target_prob", descending=True).unique("model", keep="first", maintain_order=True)
     return best.select("model", "dataset", "prompt_id").sort("model").rows()

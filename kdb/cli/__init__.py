@@ -1,7 +1,7 @@
-"""The kdb command: a file per group of commands, each of which parses, calls one function and renders.
+"""The kdb command, with one file per group of commands.
 
-The modules import what they need inside their functions: `kdb --help` must not load DuckDB, and asking a
-question must not load torch.
+Each command parses its options, calls one function and prints the result. The modules import what they need inside
+their functions: `kdb --help` must not load DuckDB, and a query must not load torch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class _Stopped(_Refused):
     exit_code = INTERRUPTED
 
     def show(self, file: Any = None) -> None:
-        """In a line of its own, after the terminal's ^C."""
+        """Print the message on a new line, after the ^C of the terminal."""
         click.echo(f"\n{self.message}", err=True)
 
 
 class _Commands(click.Group):
-    """Commands in the order they are used, and every error as one message.
+    """Commands in the order in which they are used, with every error shown as one message.
 
-    Exit codes are 2 where the user can mend it, 70 where kdb is at fault, 130 after Ctrl-C.
+    Exit codes are 2 for an error that the user can fix, 70 for an internal error, 130 after Ctrl-C.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -59,7 +59,7 @@ class _Commands(click.Group):
 
 
 _CLICKS_OWN = (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError)
-"""What click itself turns into words, or into none: nobody reads any more."""
+"""Exceptions that click handles itself, such as a closed pipe."""
 
 
 def _refused(error: BaseException, doing: str) -> _Refused:
@@ -73,7 +73,7 @@ def _refused(error: BaseException, doing: str) -> _Refused:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="kdb-lm", prog_name="kdb")
 def main() -> None:
-    """Measure where a language model keeps what it knows, and ask in SQL.
+    """Measure where a language model stores what it knows, and query the results in SQL.
 
     \b
     kdb ingest --model smollm2-135m

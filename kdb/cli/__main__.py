@@ -1,4 +1,4 @@
-"""``python -m kdb.cli``: the kdb command, where its script is not on the path."""
+"""``python -m kdb.cli``: the kdb command, if its script is not on the path."""
 
 from kdb.cli import main
 

@@ -1,4 +1,4 @@
-"""Asking: saved queries, SQL, and the data dictionary."""
+"""Commands that query: saved queries, SQL, and the data dictionary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _SavedQueries(click.Group):
 
 @click.group(cls=_SavedQueries, subcommand_metavar="NAME [--PARAMETER VALUE]...")
 def query() -> None:
-    """Answer a saved query.
+    """Run a saved query.
 
     \b
     kdb query concept-depth --model smollm2-135m
@@ -82,7 +82,7 @@ def queries(name: str | None) -> None:
 
 
 def _entry(saved: SavedQuery) -> str:
-    """A query of the catalogue with its parameters."""
+    """Return the lines that describe a saved query and its parameters."""
     lines = [f"{saved.name}: {saved.title}", f"    {saved.reference}"]
     for param in saved.params:
         default = "required" if param.required else f"default {'all' if param.default is None else param.default}"
@@ -95,10 +95,11 @@ def _entry(saved: SavedQuery) -> str:
 @warehouse_option
 @output_options
 def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
-    """Answer one SELECT; it can read the warehouse and nothing else.
+    """Run one SELECT statement.
 
-    Schema `current` has, for every table, the rows of the newest plain run of each study, model and dataset, of probes
-    the default ones. The tables themselves hold everything: every variant, classifier, split and refit.
+    It can read the warehouse and nothing else. The tables hold everything: every variant, classifier, split and refit.
+    Schema `current` has the same tables with only the newest run, variant 'default', of each study, model and dataset.
+    Of probes, it has the default classifier and split.
 
     \b
     kdb sql "SELECT layer, accuracy FROM current.probe_scores WHERE dataset = 'cities' AND site = 'resid_post'"

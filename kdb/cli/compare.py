@@ -1,4 +1,4 @@
-"""Comparing: what differs between two runs."""
+"""Command that compares two runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from kdb.cli.options import output_options, show, warehouse_option
 @click.argument("run_a")
 @click.argument("run_b")
 @click.option(
-    "--limit", type=click.IntRange(0, 10**9), default=20, show_default=True, help="Numbers shown, largest first."
+    "--limit",
+    type=click.IntRange(0, 10**9),
+    default=20,
+    show_default=True,
+    help="Number of changes to show, largest first.",
 )
 @warehouse_option
 @output_options
 def compare(
     run_a: str, run_b: str, limit: int, warehouse: Path | str, format_: str | None, output: Path | None
 ) -> None:
-    """Show what differs between two runs: settings, versions, and the numbers that moved.
+    """Show the settings, versions and numbers that differ in two runs.
 
-    Runs are given by their ids, or by the first digits (`kdb runs`). A change is in percent of the largest value of
-    its column. Where both probed the same texts, McNemar's test says whether their accuracies differ. With -o, every
-    number that moved is written to the file.
+    Give the ids of the runs (`kdb runs`), or the first digits. A change is in percent of the largest value of its
+    column. If both runs probed the same texts, McNemar's test says whether their accuracies differ. With -o, all
+    numbers that changed are written to the file.
 
     \b
     kdb compare 1f0c9a 77aa01
@@ -46,12 +50,12 @@ def compare(
         differ = tests.filter(pl.col("only_a") + pl.col("only_b") > 0).sort("p_value") if len(tests) else tests
     for title, frame in (
         (f"Settings that differ: {len(settings)}", settings),
-        ("Rows that were matched", rows),
-        (f"Numbers that moved: {len(moved):,}", moved.head(limit)),
+        ("Matched rows", rows),
+        (f"Numbers that changed: {len(moved):,}", moved.head(limit)),
         ("Accuracies that differ, by the p-value of McNemar's test", differ.head(limit)),
     ):
         if len(frame):
             click.echo(title)
             show(frame, format_, None)
     if moved.is_empty():
-        click.echo("No number moved.")
+        click.echo("No number changed.")

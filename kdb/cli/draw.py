@@ -1,4 +1,4 @@
-"""Looking: the figures of both papers, and the report."""
+"""Commands that draw: the figures of both papers, and the report."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class _Figures(click.Group):
 
 @click.group(cls=_Figures, subcommand_metavar="NAME [--PARAMETER VALUE]... -o FILE")
 def plot() -> None:
-    """Draw a figure into a file: .html (works offline), .png, .svg, .pdf, or .json (Vega-Lite).
+    """Draw a figure to a file.
 
-    The endings .csv and .parquet write the numbers that it draws.
+    The file can be .html (works offline), .png, .svg, .pdf, or .json (Vega-Lite). A file name that ends in .csv or
+    .parquet writes the figure's numbers instead.
 
     \b
     kdb plot depth-curves --model smollm2-135m -o depth.html
@@ -56,7 +57,7 @@ def _command(name: str) -> click.Command:
         check_output(output, (*save.FORMATS, *_NUMBERS))
         given = {key: value for key, value in params.items() if value not in (None, ())}
         as_numbers = output.suffix.lower() in _NUMBERS
-        with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all that a figure asks
+        with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all queries of a figure
             if as_numbers:
                 show(figures.frame(opened, name, **given), None, output)
             else:
@@ -66,7 +67,7 @@ def _command(name: str) -> click.Command:
         name,
         params=[param_option(param) for param in figure.params],
         callback=output_path(warehouse_option(draw)),
-        help=f"{figure.title}.\n\n{figure.marks}\n\nIts numbers are those of `kdb query {figure.query}`.",
+        help=f"{figure.title}.\n\n{figure.marks}\n\n`kdb query {figure.query}` prints its numbers.",
         short_help=figure.title,
     )
     command.params += getattr(draw, "__click_params__", [])
@@ -74,17 +75,20 @@ def _command(name: str) -> click.Command:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, help="Model, as stored; repeatable. All of them if none is named.")
+@click.option("--model", "models", multiple=True, help="Name of a stored model; repeatable.  [default: all]")
 @click.option(
-    "--format", "format_", type=click.Choice(["html", "markdown"]), help="Else by the ending of -o: .md is Markdown."
+    "--format",
+    "format_",
+    type=click.Choice(["html", "markdown"]),
+    help="Format of the report; defaults to Markdown for a file that ends in .md, otherwise HTML.",
 )
 @warehouse_option
 @output_path
 def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, output: Path) -> None:
-    """Write one page with the tables and figures of both studies, models side by side.
+    """Write a page with the tables and figures of both studies.
 
-    HTML needs no other file and no network, and prints; Markdown has the tables alone. What was not measured is
-    listed.
+    Models are shown side by side. The HTML page needs no other file and no network, and can be printed. Markdown has
+    only the tables. The report lists what was not measured.
 
     \b
     kdb report --model smollm2-135m -o report.html

@@ -1,4 +1,4 @@
-"""Keeping: list, remove, shrink and verify runs, and rebuild the shell's file."""
+"""Commands of maintenance: list, remove, shrink and verify runs, and rebuild the file for the DuckDB shell."""
 
 from __future__ import annotations
 
@@ -40,39 +40,43 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
             state = "Being measured" if left.in_progress else "Interrupted"
             say(f"{state}: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
         for left in opened.lake.leftovers():
-            say(f"Dropped and not deleted: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes it.", err=True)
+            say(f"Leftover files: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes them.", err=True)
 
 
 @runs.command()
 @click.argument("run", required=False)
 @click.option(
-    "--older-than", metavar="AGE", help="Runs that ended before: 90d, 12h, or a date such as 2026-01-31 (UTC)."
+    "--older-than",
+    metavar="AGE",
+    help="Remove the runs that finished earlier than this: 90d, 12h, or a date such as 2026-01-31 (UTC).",
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation.")
 @click.option("--warehouse", type=Location(), help="Folder of the warehouse, or its URL.")
 @click.pass_obj
 def remove(
     parent_warehouse: Path | str, run: str | None, older_than: str | None, yes: bool, warehouse: Path | str | None
 ) -> None:
-    """Delete a run for good, or every run that is older than some age, after asking for confirmation.
+    """Delete a run permanently, or all runs older than some age, after asking for confirmation.
 
     \b
     kdb runs remove 1f0c9a3b5d7e2468
     kdb runs remove --older-than 90d
     """
     if (run is None) == (older_than is None):
-        raise click.UsageError("Name one run, or an age with --older-than.")
+        raise click.UsageError("Give either one run, or an age with --older-than.")
     opened = kdb.open(warehouse or parent_warehouse)
     if run and not yes:
-        folder = opened.lake.find(run)  # by its names: who has its id alone may mean another warehouse's
-        click.confirm(visible(f"Remove run {run} ({folder.model} on {folder.dataset}) for good?"), abort=True, err=True)
+        folder = opened.lake.find(run)  # with its names: the id alone might be meant for another warehouse
+        click.confirm(
+            visible(f"Remove run {run} ({folder.model} on {folder.dataset}) permanently?"), abort=True, err=True
+        )
     for chosen in [run] if run else _confirmed(opened, str(older_than), yes):
         opened.lake.remove(str(chosen))
         click.echo(f"Removed run {chosen}.")
 
 
 def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
-    """The runs that ended before that, once they were listed and whoever asks has agreed; none if there are none."""
+    """Return the runs that finished earlier, after listing them and asking for confirmation; none if there are none."""
     old = opened.sql(
         "SELECT run, model, dataset, variant, strftime(finished_at, '%Y-%m-%d %H:%M') AS finished_utc "
         "FROM runs WHERE finished_at < $1::TIMESTAMPTZ ORDER BY finished_at, run",
@@ -84,7 +88,7 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
     for row in old.rows():
         say(" ".join(map(str, row)), err=True)
     if not yes:
-        click.confirm(f"Remove {_count(len(old), 'run')} for good?", abort=True, err=True)
+        click.confirm(f"Remove {_count(len(old), 'run')} permanently?", abort=True, err=True)
     return old["run"].to_list()
 
 
@@ -92,8 +96,10 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
 @click.argument("which", type=click.Choice(["none", "sampled"]))
 @click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.")
 @click.option("--model", "models", multiple=True, help="Every run of this model; repeatable.")
-@click.option("--older-than", metavar="AGE", help="Of these (else of all), runs that ended before: 90d, 12h, a date.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--older-than", metavar="AGE", help="Only runs that finished earlier than this: 90d, 12h, or a date (UTC)."
+)
+@click.option("--yes", is_flag=True, help="Skip the confirmation.")
 @click.option("--warehouse", type=Location(), help="Folder of the warehouse.")
 @click.pass_obj
 def keep_vectors(
@@ -105,10 +111,10 @@ def keep_vectors(
     yes: bool,
     warehouse: Path | str | None,
 ) -> None:
-    """Drop the hidden states of runs, and keep what was worked out from them.
+    """Delete the hidden states of runs, and keep everything computed from them.
 
-    They are most of a warehouse's bytes. `sampled` keeps those of 100 prompts. To have them all again, remove the run
-    and measure it again.
+    Hidden states take most of a warehouse's space. `sampled` keeps those of 100 prompts. To restore all of them, remove
+    the run and measure it again.
 
     \b
     kdb runs keep-vectors none --older-than 90d
@@ -119,19 +125,19 @@ def keep_vectors(
     opened = kdb.open(warehouse or parent_warehouse)
     wanted = _having_vectors(opened, chosen, models, older_than)
     if not wanted:
-        click.echo("No such run has vectors.", err=True)
+        click.echo("None of these runs has vectors.", err=True)
         return
     if not yes:
-        click.confirm(f"Drop the vectors of {_count(len(wanted), 'run')} for good?", abort=True, err=True)
+        click.confirm(f"Delete the vectors of {_count(len(wanted), 'run')} permanently?", abort=True, err=True)
     for run in wanted:
         compaction.keep_vectors(opened.lake, opened.lake.find(run), which)
-        click.echo(f"Dropped vectors of run {run}.")
+        click.echo(f"Deleted vectors of run {run}.")
 
 
 def _having_vectors(
     opened: Warehouse, chosen: tuple[str, ...], models: tuple[str, ...], older_than: str | None
 ) -> list[str]:
-    """The runs that are meant and have vectors. Raises UnknownNameError for a name that is not there."""
+    """Return the chosen runs that have vectors. Raises UnknownNameError for a name that is not stored."""
     from kdb.warehouse.values import check_known
 
     before = moment(older_than, datetime.now(UTC)).isoformat() if older_than else None
@@ -148,12 +154,12 @@ def _having_vectors(
 
 
 @click.command()
-@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable. Else every one.")
+@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.  [default: all]")
 @warehouse_option
 def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
-    """Merge the small files of committed runs: a file for each table of a run.
+    """Merge the small files of committed runs.
 
-    Nothing else changes, and nobody who asks meanwhile notices.
+    Each table of a run becomes one file. Nothing else changes, and running queries are not affected.
 
     \b
     kdb compact
@@ -163,7 +169,7 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     lake = kdb.open(warehouse).lake
     found = chosen or [folder.run for folder in lake.run_folders()]
     fewer = sum(compaction.compact(lake, run) for run in found)
-    click.echo(f"{_count(fewer, 'file')} fewer in {_count(len(found), 'run')}.")
+    click.echo(f"Reduced the number of files by {fewer:,} in {_count(len(found), 'run')}.")
 
 
 def _count(n: int, noun: str) -> str:
@@ -171,7 +177,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def moment(older_than: str, now: datetime) -> datetime:
-    """The moment that an age (90d, 12h) or a date names. Raises QueryError for what is neither."""
+    """Return the time that an age (90d, 12h) or a date stands for. Raises QueryError for any other text."""
     with contextlib.suppress(ValueError, OverflowError):
         if age := re.fullmatch(r"(\d+)([dh])", older_than):
             return now - timedelta(hours=int(age[1]) * (24 if age[2] == "d" else 1))
@@ -182,12 +188,12 @@ def moment(older_than: str, now: datetime) -> datetime:
 
 
 @click.command()
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation.")
 @warehouse_option
 def clean(yes: bool, warehouse: Path | str) -> None:
-    """Delete what killed commands left in staging: dropped files, and runs that were begun and not finished.
+    """Delete the leftovers of killed commands: unused files, unfinished runs.
 
-    A run that a process is measuring now is left alone. An unfinished run that is deleted begins anew when it is
+    A run that a process is measuring now is not deleted. A deleted unfinished run starts from the beginning when it is
     measured again.
 
     \b
@@ -197,7 +203,7 @@ def clean(yes: bool, warehouse: Path | str) -> None:
     begun = lake.interrupted()
     unfinished = [left for left in begun if not left.in_progress]
     for left in begun:
-        state = "Being measured, left alone" if left.in_progress else "Interrupted"
+        state = "Being measured, not deleted" if left.in_progress else "Interrupted"
         say(f"{state}: {left.begun['model']} on {left.begun['dataset']}, {left.bytes / 1e6:,.1f} MB.", err=True)
     swept = lake.sweep()
     if unfinished and not yes:
@@ -206,18 +212,18 @@ def clean(yes: bool, warehouse: Path | str) -> None:
         if lake.discard(left):
             swept += left.bytes
         else:
-            click.echo(f"Run {left.begun['run']} is being measured now: left alone.", err=True)
+            click.echo(f"Run {left.begun['run']} is being measured now and was not deleted.", err=True)
     click.echo(f"Deleted {swept / 1e6:,.1f} MB from staging.")
 
 
 @click.command()
 @warehouse_option
 def migrate(warehouse: Path | str) -> None:
-    """Rewrite, in this kdb's schema, the runs that an older kdb measured.
+    """Rewrite older runs in the schema of this kdb.
 
-    Rows and run ids stay as they are. Each run is replaced in one step, after its new files were compared with the old
-    ones; interrupted, the same command continues with the runs that are left. Queries read older runs without it, more
-    slowly.
+    These are runs that an older kdb measured. Rows and run ids do not change. Each run is replaced in one step, after
+    its new files were compared with the old ones. After an interruption, run the same command again to continue.
+    Without migration, queries also read older runs, but more slowly.
 
     \b
     kdb migrate
@@ -233,7 +239,7 @@ def migrate(warehouse: Path | str) -> None:
         click.echo(f"{number} of {len(left)}: {folder.model} on {folder.dataset} (run {folder.run}).")
     stored = len(opened.lake.run_folders())
     if not left:
-        click.echo(f"Nothing to migrate: {_count(stored, 'run')} stored, all in this kdb's schema.")
+        click.echo(f"Nothing to migrate: {_count(stored, 'run')} stored, all in the schema of this kdb.")
     else:
         click.echo(f"{_count(len(left), 'run')} migrated.")
     if missing:
@@ -248,7 +254,7 @@ def migrate(warehouse: Path | str) -> None:
 def verify(warehouse: Path | str) -> None:
     """Check every file against the checksums of its commit.
 
-    Exits with 1 where something is damaged, and names it.
+    If files are damaged, lists them and exits with status 1.
     """
     lake = kdb.open(warehouse).lake
     damages = list(lake.verify())
@@ -262,31 +268,33 @@ def verify(warehouse: Path | str) -> None:
 
 
 @click.command()
-@click.option("--url", help="Where anyone reads the warehouse's folder, such as https://example.org/shared.")
+@click.option("--url", help="Public address of the warehouse's folder, such as https://example.org/shared.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File to write, with --url: .duckdb, .ddb or .db.",
+    help="File to write if --url is given: .duckdb, .ddb or .db.",
 )
 @warehouse_option
 def rebuild(url: str | None, output: Path | None, warehouse: Path | str) -> None:
-    """Write kdb.duckdb, the DuckDB shell's file, anew.
+    """Rewrite kdb.duckdb, the file to open in the DuckDB shell.
 
-    With --url, write a file to publish beside the folder instead: its views read the Parquet files by their URLs, those
-    that the folder has now. Nothing is fetched, and the folder need not be there yet.
+    With --url, write a file to publish together with the folder instead. Its views read the folder's current Parquet
+    files by their URLs. Nothing is downloaded, and the folder need not be published yet.
 
     \b
     kdb rebuild
     kdb rebuild --url https://example.org/shared -o paper.duckdb
     """
     if output is not None:
-        check_output(output, (".duckdb", ".ddb", ".db"))  # so that no other file is overwritten by mistake
+        check_output(output, (".duckdb", ".ddb", ".db"))  # refuse to overwrite another kind of file by mistake
     opened = kdb.open(warehouse)
     if (url is None) != (output is None):
-        raise click.UsageError("--url and -o go together: kdb rebuild --url https://example.org/shared -o paper.duckdb")
+        raise click.UsageError(
+            "--url and -o must be given together: kdb rebuild --url https://example.org/shared -o paper.duckdb"
+        )
     if url is None or output is None:
         click.echo(f"Wrote {opened.rebuild()}.")
         return
     opened.publish(url, output)
-    click.echo(f"Wrote {output}, over {url}.")
+    click.echo(f"Wrote {output}, which reads {url}.")

@@ -1,4 +1,4 @@
-"""Measuring: run a model on datasets, refit probes, project, and list what can be measured."""
+"""Commands that measure: run a model on datasets, refit probes, project, and list models and datasets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @dataset_options
 @probe_options
 @attribution_options
-@click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
+@click.option("--dry-run", is_flag=True, help="Estimate time, memory and disk space, and stop.")
 @engine_options
 @warehouse_option
 @click.pass_context
@@ -50,14 +50,14 @@ def ingest(
     worker_gpus: int | None,
     **options: Any,
 ) -> None:
-    """Run models on datasets, and measure where they know what these ask.
+    """Run models on datasets, and measure where they store knowledge.
 
-    Texts with labels: stores the last token's hidden state at every layer and two sites, probes them, and stores
-    what the model itself answers. Prompts with answers: scores the layers, heads and neurons that raise the answer's
-    probability. The same command goes on from where it was interrupted, and does nothing where the run is stored.
+    For texts with labels: store the last token's hidden state at every layer and two sites, fit probes to it, and store
+    the model's own answers. For prompts with answers: score the layers, heads and neurons that raise the answer's
+    probability. The same command resumes an interrupted run, and skips a stored one.
 
-    Several models, revisions or datasets are measured one after the other; one that fails is told of at the end. A plan
-    is a YAML file with a list `runs` of such options.
+    Several models, revisions or datasets are measured one after the other. Failed runs are listed at the end; the
+    others continue. A plan is a YAML file with a list `runs` of such options.
 
     \b
     kdb ingest --model smollm2-135m
@@ -82,7 +82,7 @@ def ingest(
         return
     opened = Warehouse.create(warehouse)
     with _engines(engine, address, worker_cpus, worker_gpus) as engines:
-        if alone is not None and len(alone) == 1:  # there is nothing to go on with: what is wrong is wrong input
+        if alone is not None and len(alone) == 1:  # a single run: an error is an error of the input
             from kdb.ingest.measure import ingest_on
 
             with engines(asked[0], alone[0].source) as running:
@@ -94,7 +94,7 @@ def ingest(
 
 @contextlib.contextmanager
 def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | None) -> Iterator[Callable[..., Any]]:
-    """What runs a model of those asked for: this process, or workers of a Ray cluster."""
+    """Yield a function that makes the engine for a model: this process, or workers of a Ray cluster."""
     from kdb.ingest.execution.local import Here
     from kdb.ingest.models import load as loading
 
@@ -110,7 +110,7 @@ def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | Non
 
     if engine == "local":
         if address or cpus or gpus is not None:
-            raise click.UsageError("--address, --worker-cpus and --worker-gpus go with --engine ray.")
+            raise click.UsageError("--address, --worker-cpus and --worker-gpus need --engine ray.")
         yield here
         return
     from kdb.ingest.execution.ray import Cluster, Needs
@@ -123,7 +123,7 @@ def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | Non
 
 
 def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> list[Any]:
-    """The models and revisions of a plan or of the options, each with its datasets; names are checked."""
+    """Return the models and revisions of a plan or of the options, each with its datasets, after checking the names."""
     from dataclasses import replace
 
     from kdb.ingest.models.find import check_named
@@ -137,12 +137,14 @@ def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> li
         asked = combine({**settings, **several})
     else:
         if options["models_"] or options["revisions"] or options["datasets_"]:
-            raise click.UsageError("A plan names its models, revisions and datasets: leave those options out.")
+            raise click.UsageError(
+                "A plan names its models, revisions and datasets. Remove --model, --revision and --dataset."
+            )
         params = {param.name: param for param in ctx.command.params if param.name in settings and not param.multiple}
         asked = read_plan(plan, {**dict.fromkeys(SEVERAL, str), **{str(n): _kind(p) for n, p in params.items()}})
         for one in asked:
             for key, value in one.options.items():
-                params[key].type_cast_value(ctx, value)  # which refuses what the option would
+                params[key].type_cast_value(ctx, value)  # raises as the option would
     named = [
         replace(one, datasets=one.datasets or tuple(_built_in(options)), options={**settings, **one.options})
         for one in asked
@@ -150,13 +152,13 @@ def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> li
     check_distinct(named)
     for one in named:
         check_named(one.model)
-        for dataset in one.datasets:  # a wrong name is found before any model is
+        for dataset in one.datasets:  # find wrong names before looking for any model
             _dataset(dataset, one.options)
     return named
 
 
 def _kind(param: click.Parameter) -> type:
-    """The type of an option's values in a plan."""
+    """Return the type of an option's values in a plan."""
     kinds = {click.types.IntParamType: int, click.types.FloatParamType: float, click.types.BoolParamType: bool}
     return next((kind for type_, kind in kinds.items() if isinstance(param.type, type_)), str)
 
@@ -186,13 +188,13 @@ def _load_dataset(name: str, data_dir: Any, dataset_name: Any, template: Any, li
 
 
 def _jobs(asked: Any) -> list[Any]:
-    """Every run of a model at a revision, found and checked before any work."""
+    """Return all runs of a model at a revision, found and checked before any work."""
     from kdb.ingest.job import Attributing, Job, Measuring
     from kdb.ingest.models.find import find_model
 
     options = dict(asked.options)
     if options["dataset_name"] and len(asked.datasets) != 1:
-        raise click.UsageError("--dataset-name names one dataset: give one --dataset with it.")
+        raise click.UsageError("--dataset-name names one dataset. Give exactly one --dataset with it.")
     texts = [_dataset(name, options) for name in asked.datasets]
     source = find_model(asked.model, name=options["name"], revision=asked.revision)
     measuring = Measuring(**{n: options[n] for n in ("dtype", "quantize", "noise", "seed", "store", "limit")})
@@ -202,7 +204,7 @@ def _jobs(asked: Any) -> list[Any]:
 
 
 def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
-    """A line for each run as it ends, and at the end what failed and why; then the exit status is 1."""
+    """Print a line for each run when it ends, and finally the failed runs; if there are any, exit with status 1."""
     failed, width = [], len(str(total))
     for number, one in enumerate(ended, start=1):
         done = {"exists": "is stored already", "committed": "stored", "failed": "FAILED"}[one.status]
@@ -210,7 +212,7 @@ def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
         say(f"[{number:{width}}/{total}] {one.model} on {one.dataset}: {done}{run}")
         failed += [one] * (one.status == "failed")
     if failed:
-        click.echo(f"\n{len(failed)} of {total} runs failed; the same command tries them again:", err=True)
+        click.echo(f"\n{len(failed)} of {total} runs failed. Run the same command again to retry them:", err=True)
         for one in failed:
             say(f"  {one.model} on {one.dataset}: {one.why}", err=True)
         ctx.exit(1)
@@ -234,7 +236,7 @@ def _report(outcome: Any, model: str, dataset: str) -> None:
 def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **options: Any) -> None:
     """Fit probes again on stored activations, without the model.
 
-    The scores are a run of their own that names its source.
+    The scores are stored as a new run, which names the run that it was computed from.
 
     \b
     kdb probe --model smollm2-135m --dataset cities --splits 5 --classifier random-forest
@@ -255,13 +257,13 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **optio
     type=click.Choice(["pca", "umap"]),
     default="pca",
     show_default=True,
-    help="Two principal components; or UMAP too (`pip install 'kdb-lm[umap]'`).",
+    help="Projection: two principal components (pca), or UMAP as well (umap; needs `pip install 'kdb-lm[umap]'`).",
 )
 @warehouse_option
 def project(model: str, dataset: str, variant: str, method: str, warehouse: Path | str) -> None:
     """Project stored activations onto two axes at every layer, without the model.
 
-    The points are a run of their own that names its source, in the table projections.
+    The points are stored in the table projections as a new run, which names the run that it was computed from.
 
     \b
     kdb project --model smollm2-135m --dataset cities
@@ -271,37 +273,37 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     _log_to_stderr()
     opened = kdb.open(warehouse)
     source = _stored_run(opened.sql, model, dataset, variant)
-    # PCA every time: queries read the newest run, and it must not lack what an older one had.
+    # Always PCA: queries read the newest run, which must have everything that an older one had.
     methods = tuple(dict.fromkeys(("pca", method)))
     _report(project_run(opened.lake, opened.lake.find(source), methods), model, dataset)
 
 
 @click.command()
-@click.option("--model", required=True, help="Name (`kdb models`), hub id, folder, or .gguf file.")
-@click.option("--name", "model_name", help="Name that the model is stored under; else its own.")
+@click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file.")
+@click.option("--name", "model_name", help="Name under which the model is stored; defaults to its own name.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--dataset", default="knowledge", show_default=True, help="Dataset, as stored.")
+@click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset.")
 @click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
-@click.option("--query", "query_", required=True, help="SQL that gives layer, component, head and neuron.")
-@click.option("--label", default="custom", show_default=True, help="Name to store the set's effect under.")
+@click.option("--query", "query_", required=True, help="SQL query that returns layer, component, head and neuron.")
+@click.option("--label", default="custom", show_default=True, help="Name under which the effect is stored.")
 @click.option(
     "--positions",
     type=click.Choice(["last", "all"]),
     default="last",
     show_default=True,
-    help="Zero at the last token, or at all.",
+    help="Set to zero at the last token only, or at all tokens.",
 )
 @click.option(
     "--controls",
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="Sets of as many random neurons of the same layers.",
+    help="Number of control sets: random neurons, as many and in the same layers.",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True, help="Seed of the random sets."
 )
-@click.option("--device", help="cpu, cuda, cuda:1, …; else CUDA where there is one.")
+@click.option("--device", help="Device: cpu, cuda, cuda:1, ….  [default: cuda if available, else cpu]")
 @warehouse_option
 def ablate(
     model: str,
@@ -314,10 +316,10 @@ def ablate(
     warehouse: Path | str,
     **options: Any,
 ) -> None:
-    """Zero the neurons or heads that a query names, in every prompt that counts.
+    """Set neurons or heads to zero, in every prompt that passes the filter, and store the effect.
 
-    The query gives the columns layer, component (attn or ffn), head and neuron; a head without a neuron is zeroed
-    whole. The effect is a run of its own, of the variant 'ablate=LABEL', beside that of random neurons.
+    The SQL query returns the columns layer, component (attn or ffn), head and neuron. If neuron is NULL, the whole head
+    is set to zero. The effect is stored, with that of random neurons, as a new run of the variant 'ablate=LABEL'.
 
     \b
     kdb ablate --model smollm2-135m --label best-heads --query "
@@ -354,10 +356,10 @@ def ablate(
 
 
 def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, table: str = "activations") -> str:
-    """The newest run of this model, dataset and variant that has rows in a table."""
+    """Return the newest run of this model, dataset and variant that has rows in a table."""
     current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
-    hint = "`kdb runs` lists what is stored; `kdb ingest` measures more."
+    hint = "`kdb runs` lists what is stored, `kdb ingest` measures more."
     for kind, place, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
         stored = {key[place] for key in runs if key[:place] == (model, dataset)[:place]}
         if name not in stored:
@@ -367,9 +369,9 @@ def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str,
 
 @click.command()
 def models() -> None:
-    """List the models that have a short name, and which files they stand for.
+    """List the models that have a short name, with the source of their weights.
 
-    Any hub id, folder or .gguf file works too. `kdb query models` shows what the files of a measured model are.
+    Any hub id, folder or .gguf file works too. `kdb query models` describes the files of measured models.
     """
     from kdb.ingest.models.find import REGISTRY
 
@@ -381,7 +383,7 @@ def models() -> None:
 
 
 def _weights(model: Any) -> tuple[str, str]:
-    """What the weights of a model are here, and where they come from."""
+    """Return the file format of a model's weights, and their source."""
     if model.is_installed:
         return f"GGUF, quantized ({model.packaged})", f"package {model.package}"
     return "safetensors, as published", "the hub"
@@ -392,10 +394,10 @@ def _weights(model: Any) -> tuple[str, str]:
     "--data-dir",
     type=click.Path(path_type=Path),
     envvar="KDB_DATA_DIR",
-    help="Folder to look in; else $KDB_DATA_DIR.",
+    help="Folder with dataset files; defaults to $KDB_DATA_DIR.",
 )
 def datasets(data_dir: Path | None) -> None:
-    """List the datasets that have a name, and which can be had here."""
+    """List the datasets that have a name, and whether each is available here."""
     from kdb.ingest.datasets import available_datasets
 
     rows = [(i.name, i.size, f"{i.status} {i.where}".strip(), i.source) for i in available_datasets(data_dir)]
@@ -409,7 +411,7 @@ def _columns(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
 
 
 class _Visible(logging.Formatter):
-    """Lines in which no name sends an escape sequence to the terminal."""
+    """Log lines in which untrusted names cannot send escape sequences to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))

@@ -32,11 +32,11 @@ _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
 }
 _SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table", "": "table"}
 _ENTRIES = 4
-"""Entries of a list that a table shows."""
+"""Maximum number of entries of a list that a table shows."""
 
 
 class Location(click.Path):
-    """A folder, as a Path, or a URL such as s3://bucket/prefix, as it is given."""
+    """A folder, as a Path, or a URL such as s3://bucket/prefix, as text."""
 
     name = "location"
 
@@ -44,19 +44,19 @@ class Location(click.Path):
         super().__init__(file_okay=False, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A URL is not a path: as one, it would lose a slash."""
+        """Return a URL unchanged, since a Path would remove a slash, and anything else as a Path."""
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
 def warehouse_option(command: Command) -> Command:
-    """``--warehouse DIR`` or a URL, else $KDB_WAREHOUSE, else ./kdb-warehouse."""
+    """``--warehouse DIR`` or a URL; defaults to $KDB_WAREHOUSE, then to ./kdb-warehouse."""
     return click.option(
         "--warehouse",
         type=Location(),
         envvar="KDB_WAREHOUSE",
         default=DEFAULT_WAREHOUSE,
         show_default=True,
-        help="Folder of the warehouse, or its URL (s3://, gs://, az://); else $KDB_WAREHOUSE.",
+        help="Folder of the warehouse, or its URL (s3://, gs://, az://); defaults to $KDB_WAREHOUSE.",
     )(command)
 
 
@@ -70,30 +70,38 @@ def output_options(command: Command) -> Command:
         return command(*args, **given)
 
     with_format: Command = click.option(
-        "--format", "format_", type=click.Choice(FORMATS), help="Else by the ending of -o, else table."
+        "--format",
+        "format_",
+        type=click.Choice(FORMATS),
+        help="Output format; defaults to the file ending of -o, then to table.",
     )(cast("Command", checked))
     return click.option(
-        "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; else the terminal."
+        "-o",
+        "--output",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="File to write; defaults to the terminal.",
     )(with_format)
 
 
 def check_output(output: Path, endings: Iterable[str] | None) -> None:
-    """Raise QueryError where the file could not be written, or has none of the endings."""
+    """Raise QueryError if the file's folder does not exist, or its name has none of the endings."""
     if endings is not None and output.suffix.lower() not in endings:
         raise QueryError(f"-o {output.name!r}: expected a file that ends in {', '.join(filter(None, endings))}.")
     if not output.parent.is_dir():
-        raise QueryError(f"Cannot write {str(output)!r}: there is no folder {str(output.parent)!r}.")
+        raise QueryError(
+            f"Cannot write {str(output)!r}: there is no folder {str(output.parent)!r}. Create it, or name another file."
+        )
 
 
 def output_path(command: Command) -> Command:
-    """``-o FILE``, which has to be given."""
+    """``-o FILE``, which is required."""
     return click.option(
         "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write."
     )(command)
 
 
 def param_option(param: Param) -> click.Option:
-    """The option for a parameter of a saved query or a figure."""
+    """Return the option for a parameter of a saved query or a figure."""
     several = param.type == "texts"
     default = "" if param.default is None else f"  [default: {param.default}]"
     return click.Option(
@@ -107,7 +115,7 @@ def param_option(param: Param) -> click.Option:
 
 @contextlib.contextmanager
 def notes_shown() -> Iterator[None]:
-    """Print on stderr what kdb notes beside its answers, each note once."""
+    """Print kdb's notes about an answer on stderr, each note once."""
     from kdb.warehouse.notes import noted
 
     found: list[str] = []
@@ -120,10 +128,10 @@ def notes_shown() -> Iterator[None]:
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers. Every comparison with NaN is false, so click takes it for one within."""
+    """A range of numbers that refuses NaN. Click accepts it, because every comparison with NaN is false."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, if it is one within the range."""
+        """Return the number if it is within the range."""
         found = super().convert(value, param, ctx)
         if math.isnan(found):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
@@ -131,23 +139,23 @@ class FiniteRange(click.FloatRange):
 
 
 def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
-    """Write a frame as the user asked for it, and say on stderr if it has no rows."""
+    """Write a frame in the requested format, and report on stderr if it has no rows."""
     format_ = format_ or (_SUFFIXES[output.suffix.lower()] if output else "table")
     if output is not None:
         from kdb.analysis.save import write_whole
 
         write_whole(output, _content(frame, format_))
     elif format_ == "parquet":
-        raise click.UsageError("--format parquet writes a file: name it with -o FILE.")
+        raise click.UsageError("--format parquet needs a file. Name it with -o FILE.")
     else:
         text = _text(frame, format_)
         say(text) if format_ == "table" or sys.stdout.isatty() else click.echo(text, color=True)
     if frame.is_empty():
-        click.echo("No rows. `kdb runs` shows what was measured.", err=True)
+        click.echo("No rows. `kdb runs` lists what was measured.", err=True)
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a text that may hold names of others: no escape sequence in them reaches the terminal."""
+    """Print a text that may contain untrusted names; escape sequences in them do not reach the terminal."""
     click.echo(visible(text), err=err)
 
 
@@ -189,7 +197,7 @@ def _drawn(frame: pl.DataFrame, format_: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a Markdown table: of a long list, as many entries as on the terminal."""
+    """Return a value for a Markdown table; a long list is shortened as on the terminal."""
     if isinstance(value, list):
         shown = value if len(value) <= _ENTRIES else [*value[: _ENTRIES - 1], "…", value[-1]]
         return f"[{', '.join(map(_cell, shown))}]"

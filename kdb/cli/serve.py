@@ -1,4 +1,4 @@
-"""Serving: the warehouse as pages and an API."""
+"""Command that serves the warehouse as web pages and an API."""
 
 from __future__ import annotations
 
@@ -19,28 +19,47 @@ from kdb.cli.options import FiniteRange, warehouse_option
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; any but this machine's own needs a token.",
+    help="Address to listen on; one that other machines can reach needs --token.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port to listen on; 0: any free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8765,
+    show_default=True,
+    help="Port to listen on; 0 picks a free one.",
 )
-@click.option("--token", envvar="KDB_TOKEN", help="What whoever asks must bring; else $KDB_TOKEN.")
-@click.option("--allow-host", "names", multiple=True, help="Name that the server is also reached by; repeatable.")
+@click.option("--token", envvar="KDB_TOKEN", help="Access token that clients must send; defaults to $KDB_TOKEN.")
 @click.option(
-    "--workers", type=click.IntRange(1, 64), help="Processes that answer.  [default: 2, or half the processors]"
+    "--allow-host",
+    "names",
+    multiple=True,
+    help="Additional host name under which clients reach the server; repeatable.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    help="Number of worker processes.  [default: half the processors, at least 2]",
 )
 @click.option(
     "--memory",
     type=FiniteRange(0.1, 2**20),
     default=1.0,
     show_default=True,
-    help="GiB that DuckDB may use in each of them.",
+    help="Memory limit of DuckDB in each worker, in GiB.",
 )
 @click.option(
-    "--seconds", type=FiniteRange(0.1, 86400), default=30.0, show_default=True, help="Time that a question may take."
+    "--seconds",
+    type=FiniteRange(0.1, 86400),
+    default=30.0,
+    show_default=True,
+    help="Time limit of a query, in seconds.",
 )
 @click.option(
-    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Questions that may wait; others get 503."
+    "--queue",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Number of requests that may wait; further ones get HTTP status 503.",
 )
 def serve(
     warehouse: Path | str,
@@ -56,7 +75,7 @@ def serve(
 ) -> None:
     """Serve the warehouse to browsers and programs, read-only.
 
-    Runs that are committed meanwhile appear by themselves. Ctrl-C stops it once what is being answered is sent.
+    New runs appear without a restart. Ctrl-C stops the server after it has sent the answers in progress.
 
     \b
     kdb serve
@@ -66,7 +85,7 @@ def serve(
     from kdb.web.serve import run
 
     if not _is_local(host) and not token:
-        raise click.UsageError(f"--host {host} can be reached from other machines: give --token, or set KDB_TOKEN.")
+        raise click.UsageError(f"--host {host} can be reached from other machines. Give --token, or set KDB_TOKEN.")
     processors = os.cpu_count() or 2
     workers = workers or max(2, processors // 2)
     own = (

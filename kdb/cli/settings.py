@@ -10,26 +10,32 @@ from kdb.cli.options import Command
 
 
 def dataset_options(command: Command) -> Command:
-    """Which prompts."""
+    """Options that choose the prompts."""
     for option in reversed(
         (
             click.option(
                 "--dataset",
                 "datasets_",
                 multiple=True,
-                help="Name or .csv, .jsonl or .parquet file; repeatable. Else every built-in one.",
+                help="Name of a dataset, or .csv, .jsonl or .parquet file; repeatable.  [default: all built-in ones]",
             ),
-            click.option("--dataset-name", help="Name to store a file of your own under; else its stem."),
+            click.option(
+                "--dataset-name",
+                help="Name under which a dataset from a file is stored; defaults to the file name without its ending.",
+            ),
             click.option(
                 "--data-dir",
                 type=click.Path(path_type=Path),
                 envvar="KDB_DATA_DIR",
-                help="Folder with the papers' original files; else $KDB_DATA_DIR, else the cache.",
+                help="Folder with the papers' original files; defaults to $KDB_DATA_DIR, then to the cache folder.",
             ),
             click.option("--template", help="Prompt template, such as 'Is it true? {text}'."),
-            click.option("--limit", type=int, help="Take the first N of each class."),
-            click.option("--group-by", help="Column that a grouped split keeps on one side."),
-            click.option("--noise", is_flag=True, help="Put aaa or bbb before each text, by seed."),
+            click.option("--limit", type=int, help="Use only the first N texts of each class."),
+            click.option(
+                "--group-by",
+                help="Column of groups for a grouped split: a group is not divided between training and test.",
+            ),
+            click.option("--noise", is_flag=True, help="Put aaa or bbb, chosen by --seed, before each text."),
         )
     ):
         command = option(command)
@@ -37,7 +43,7 @@ def dataset_options(command: Command) -> Command:
 
 
 def probe_options(command: Command) -> Command:
-    """How they are probed."""
+    """Options of the probes."""
     for option in reversed(
         (
             click.option(
@@ -45,21 +51,21 @@ def probe_options(command: Command) -> Command:
                 "classifiers",
                 multiple=True,
                 type=click.Choice(["logistic", "logistic-paper", "logistic-standardised", "random-forest"]),
-                help="Fit this too; logistic and logistic-paper always are.",
+                help="Additional classifier to fit; logistic and logistic-paper are always fitted. Repeatable.",
             ),
             click.option(
                 "--splits",
                 type=click.IntRange(1),
                 default=1,
                 show_default=True,
-                help="Splits in all: the paper's, then seeded stratified ones.",
+                help="Number of splits: the paper's, then seeded stratified ones.",
             ),
             click.option(
                 "--seed",
                 type=click.IntRange(0, 2**31 - 1),
                 default=42,
                 show_default=True,
-                help="Seed of noise, of shuffled labels and of all splits but the paper's.",
+                help="Seed of the noise, of shuffled labels and of all splits except the paper's.",
             ),
         )
     ):
@@ -68,7 +74,7 @@ def probe_options(command: Command) -> Command:
 
 
 def attribution_options(command: Command) -> Command:
-    """What is kept of their attribution."""
+    """Options of knowledge attribution."""
     for option in reversed(
         (
             click.option(
@@ -76,26 +82,26 @@ def attribution_options(command: Command) -> Command:
                 type=click.IntRange(1),
                 default=300,
                 show_default=True,
-                help="Knowledge: neurons of each component to store for a prompt, proved to be the best.",
+                help="Knowledge: number of best neurons of each component to store for each prompt.",
             ),
             click.option(
                 "--all-neurons",
                 is_flag=True,
-                help="Knowledge: store every neuron, with a certified interval of its score.",
+                help="Knowledge: store all neurons, each with a certified interval of its score.",
             ),
             click.option(
                 "--query-values",
                 type=click.IntRange(1),
                 default=30,
                 show_default=True,
-                help="Knowledge: value neurons that are traced back to query neurons.",
+                help="Knowledge: number of value neurons to trace back to query neurons.",
             ),
             click.option(
                 "--ablate-k",
                 type=click.IntRange(0),
                 default=10,
                 show_default=True,
-                help="Knowledge: neurons of each method that are zeroed; 0 skips the comparison.",
+                help="Knowledge: number of best neurons of each method to set to zero; 0 skips the comparison.",
             ),
         )
     ):
@@ -104,45 +110,49 @@ def attribution_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """Which models, and how they run."""
+    """Options that choose the models, and how they run."""
     for option in reversed(
         (
             click.option(
                 "--model",
                 "models_",
                 multiple=True,
-                help="Name (`kdb models`), hub id, folder, or .gguf file; repeatable.",
+                help="Model: name (`kdb models`), hub id, folder, or .gguf file; repeatable.",
             ),
-            click.option("--name", help="Name to store the model under; else its own."),
+            click.option("--name", help="Name under which the model is stored; defaults to its own name."),
             click.option(
                 "--revision",
                 "revisions",
                 multiple=True,
-                help="Branch, tag or commit on the hub, or checkpoint in a folder of them; repeatable.",
+                help="Branch, tag or commit on the hub, or checkpoint in a local folder; repeatable.",
             ),
             click.option(
-                "--device", help="cpu, cuda, cuda:1, …, or auto: spread over all GPUs; else CUDA where there is one."
+                "--device",
+                help="Device: cpu, cuda, cuda:1, …, or auto (spread over all GPUs).  [default: cuda if available, "
+                "else cpu]",
             ),
             click.option(
                 "--dtype",
                 type=click.Choice(["float32", "bfloat16", "float16"]),
                 default="float32",
                 show_default=True,
-                help="Of the weights in the forward pass.",
+                help="Weight dtype for the forward pass.",
             ),
-            click.option("--quantize", type=click.Choice(["int8"]), help="Quantize the weights alone."),
+            click.option(
+                "--quantize", type=click.Choice(["int8"]), help="Quantize the weights, but not the activations."
+            ),
             click.option(
                 "--store",
                 type=click.Choice(["float32", "float16"]),
                 default="float32",
                 show_default=True,
-                help="Of the vectors on disk.",
+                help="Number format of the vectors on disk.",
             ),
             click.option(
                 "--batch-tokens",
                 type=click.IntRange(1),
-                help="Tokens per batch; changes speed and memory. Hidden states agree to about 1e-5 in float32, and "
-                "to the rounding of half precision in bfloat16 (about 1e-2) and float16 (about 1e-3).",
+                help="Tokens per batch; changes speed and memory use. Hidden states then agree to about 1e-5 in "
+                "float32, 1e-2 in bfloat16 and 1e-3 in float16.",
             ),
         )
     ):
@@ -151,7 +161,7 @@ def model_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """Where models run."""
+    """Options that choose where models run."""
     for option in reversed(
         (
             click.option(
@@ -159,14 +169,18 @@ def engine_options(command: Command) -> Command:
                 type=click.Choice(["local", "ray"]),
                 default="local",
                 show_default=True,
-                help="Where models run: in this process, or on the workers of a Ray cluster.",
+                help="Run models in this process (local), or on the workers of a Ray cluster (ray).",
             ),
-            click.option("--address", help="Ray's HOST:PORT; else a Ray of this machine's own."),
+            click.option("--address", help="Ray: HOST:PORT of the cluster; defaults to a new one on this machine."),
             click.option(
-                "--worker-cpus", type=click.IntRange(1), help="Ray: CPUs of a worker; else all of the smallest node."
+                "--worker-cpus",
+                type=click.IntRange(1),
+                help="Ray: CPUs per worker; defaults to all CPUs of the smallest node.",
             ),
             click.option(
-                "--worker-gpus", type=click.IntRange(0), help="Ray: GPUs of a worker; else one, where there are any."
+                "--worker-gpus",
+                type=click.IntRange(0),
+                help="Ray: GPUs per worker; defaults to 1 if the cluster has GPUs, else 0.",
             ),
         )
     ):
@@ -175,11 +189,11 @@ def engine_options(command: Command) -> Command:
 
 
 def stored_options(command: Command) -> Command:
-    """A run that is stored."""
+    """Options that choose a stored run."""
     for option in reversed(
         (
-            click.option("--model", required=True, help="Model, as stored."),
-            click.option("--dataset", required=True, help="Dataset, as stored."),
+            click.option("--model", required=True, help="Name of a stored model."),
+            click.option("--dataset", required=True, help="Name of a stored dataset."),
             click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`)."),
         )
     ):

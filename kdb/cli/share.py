@@ -1,4 +1,4 @@
-"""Sharing: copy runs from one warehouse into another, which may be a dataset on the hub."""
+"""Commands that share: copy runs from one warehouse to another, which may be a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def chosen_options(command: Command) -> Command:
-    """``--run``, ``--model`` and ``--dataset``, each repeatable: which runs are copied; all if none is given."""
+    """``--run``, ``--model`` and ``--dataset``, each repeatable, choose the runs to copy; all if none is given."""
     for option in (
-        click.option("--dataset", "datasets", multiple=True, help="Of these, the runs on this dataset; repeatable."),
-        click.option("--model", "models", multiple=True, help="Every run of this model; repeatable."),
+        click.option("--dataset", "datasets", multiple=True, help="Only runs on this dataset; repeatable."),
+        click.option("--model", "models", multiple=True, help="All runs of this model; repeatable."),
         click.option(
             "--run",
             "runs",
             multiple=True,
-            help="Run (`kdb runs`); repeatable. Runs that it was computed from go along.",
+            help="Run (`kdb runs`), copied with the run that it was computed from; repeatable.",
         ),
     ):
         command = option(command)
@@ -40,7 +40,7 @@ def licence_option(command: Command) -> Command:
         "--license",
         "licence",
         metavar="ID",
-        help="Licence of the numbers, for the dataset card, such as cc-by-4.0; else the card's, or unknown.",
+        help="Licence of the data for the dataset card, such as cc-by-4.0; defaults to the card's, then to unknown.",
     )(command)
 
 
@@ -57,10 +57,11 @@ def export(
     licence: str | None,
     warehouse: Path | str,
 ) -> None:
-    """Copy runs into a folder of their own, which is a warehouse too; all of them if none is named.
+    """Copy runs to another folder, which is also a warehouse.
 
-    Each file is checked against the checksum of its commit. Runs that are there already are left alone. The folder's
-    README.md is a dataset card, so that `datasets.load_dataset` reads it, a config for each table.
+    All runs are copied if none is named. Each file is checked against its recorded checksum. Runs that the folder
+    already has are skipped. Its README.md is a dataset card with one config per table, so that `datasets.load_dataset`
+    can read the folder.
 
     \b
     kdb export shared/ --model smollm2-135m
@@ -75,7 +76,7 @@ def export(
     chosen = _chosen(opened, runs, models, datasets)
     target = Warehouse.create(folder)
     _copy(opened.lake, target.lake, chosen)
-    if is_url(folder):  # a card is for people who find a folder
+    if is_url(folder):  # a bucket gets no card
         return
     with storage_errors(target.lake.path):
         readme = target.lake.path / "README.md"
@@ -87,7 +88,7 @@ def export(
 @click.argument("url")
 @chosen_options
 @licence_option
-@click.option("--private", is_flag=True, help="Make the dataset private, where it is made.")
+@click.option("--private", is_flag=True, help="Make the dataset private when it is created.")
 @warehouse_option
 def push(
     url: str,
@@ -98,22 +99,22 @@ def push(
     private: bool,
     warehouse: Path | str,
 ) -> None:
-    """Add runs to a dataset on the Hugging Face hub, with a card that says what they are.
+    """Add runs to a dataset on the Hugging Face hub.
 
-    The dataset is made if need be. Runs that it has already stay, and are not sent again; all others appear at once.
-    Log in with `hf auth login`, or set HF_TOKEN.
+    The dataset, with a card that describes it, is created if it does not exist. Runs that it already has are kept and
+    not uploaded again. The new runs appear in one commit. Log in with `hf auth login`, or set HF_TOKEN.
 
     \b
     kdb push hf://datasets/OWNER/NAME --model smollm2-135m --license cc-by-4.0
     """
     from kdb.warehouse import hub
 
-    hub.Place.of(url)  # said before anything is read
+    hub.Place.of(url)  # report a wrong URL before anything is read
     opened = kdb.open(warehouse)
     chosen = _chosen(opened, runs, models, datasets)
     pushed = hub.push(opened, chosen, url, licence=licence, private=private)
     for run in chosen:
-        _tell(opened.lake.find(run), "pushed" if run in pushed else "is there already")
+        _tell(opened.lake.find(run), "pushed" if run in pushed else "is already there")
 
 
 def prefer_option(command: Command) -> Command:
@@ -121,8 +122,8 @@ def prefer_option(command: Command) -> Command:
     return click.option(
         "--prefer-imported/--no-prefer-imported",
         default=None,
-        help="Show imported runs in place of runs measured here of the same model, dataset and variant, or no longer. "
-        "Also changes runs that were imported before.",
+        help="Whether imported runs take precedence over local runs of the same model, dataset and variant. "
+        "Also applies to runs that were imported before.",
     )(command)
 
 
@@ -131,9 +132,9 @@ def prefer_option(command: Command) -> Command:
 @prefer_option
 @warehouse_option
 def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
-    """Copy every run of a dataset on the Hugging Face hub into the warehouse.
+    """Copy all runs of a dataset on the Hugging Face hub.
 
-    Each run is checked as `kdb import` does. Runs that are stored already are not fetched again. A branch, tag or
+    Each run is checked as by `kdb import`. Runs that are already stored are not downloaded again. A branch, tag or
     commit may follow the name: hf://datasets/OWNER/NAME@v1.
 
     \b
@@ -142,7 +143,7 @@ def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
     from kdb.warehouse import hub
     from kdb.warehouse.store import Warehouse
 
-    hub.Place.of(url)  # else a warehouse would be made first
+    hub.Place.of(url)  # before a warehouse is created
     lake = Warehouse.create(warehouse).lake
     for run, copied in hub.pull(url, lake, preferred=bool(prefer_imported)):
         _tell_imported(lake, lake.find(run), copied, prefer_imported)
@@ -153,11 +154,12 @@ def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
 @prefer_option
 @warehouse_option
 def import_(folder: Path | str, prefer_imported: bool | None, warehouse: Path | str) -> None:
-    """Copy every run of another warehouse into this one, such as one that was exported.
+    """Copy all runs of another warehouse to this one.
 
-    Checked first: each file's checksum, columns and types, and that the run's id follows from what determined its
-    result. A run appears whole or not at all; one that is there already is left alone. `runs` says where it came from
-    and when. Runs measured here are shown before imported ones, unless --prefer-imported is given.
+    The other warehouse is, for example, an exported one. Each run is checked first: its files' checksums, columns and
+    types, and that its id follows from its settings. A run is imported completely or not at all; one that is already
+    stored is skipped. Table runs records the source and the time. Local runs take precedence over imported ones, unless
+    --prefer-imported is given.
 
     \b
     kdb import shared/
@@ -170,22 +172,22 @@ def import_(folder: Path | str, prefer_imported: bool | None, warehouse: Path | 
     source = lake_at(folder)
     lake, origin = Warehouse.create(warehouse).lake, Origin(source.location, bool(prefer_imported))
     for listed in source.run_folders():
-        found = source.find(listed.run) if is_url(folder) else listed  # which fetches its files
+        found = source.find(listed.run) if is_url(folder) else listed  # find() downloads its files
         _tell_imported(lake, found, take_in(lake, source, found, origin), prefer_imported)
 
 
 def _tell_imported(lake: Lake, folder: RunFolder, copied: bool, preferred: bool | None) -> None:
-    """A line for a run that was imported now, or before; of these, the preference is changed where one was given."""
+    """Print a line for an imported run; change the preference, if given, of a run that was imported before."""
     from kdb.warehouse.imports import prefer
 
     done = "copied" if copied else "is stored already"
     if not copied and preferred is not None and prefer(lake, lake.find(folder.run), preferred):
-        done += ", and is preferred now" if preferred else ", and is no longer preferred"
+        done += ", and now takes precedence" if preferred else ", and no longer takes precedence"
     _tell(folder, done)
 
 
 def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], datasets: tuple[str, ...]) -> list[str]:
-    """The runs asked for, and those that they were computed from, which come first."""
+    """Return the chosen runs, each after the run that it was computed from."""
     from kdb.warehouse.values import check_known
 
     rows = {row["run"]: row for row in opened.sql("SELECT run, model, dataset, source_run FROM runs").to_dicts()}
@@ -199,7 +201,7 @@ def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], d
         and (row["dataset"] in datasets or not datasets)
     ]
     if not wanted:
-        raise QueryError("No run is of these models and datasets. `kdb runs` shows what was measured.")
+        raise QueryError("No run of these models and datasets is stored. `kdb runs` lists what was measured.")
     chosen: dict[str, None] = {}
     for run in wanted:
         source = rows[run]["source_run"]

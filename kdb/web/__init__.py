@@ -1,5 +1,6 @@
 """The warehouse as a service: pages for people and an API for programs, read-only.
 
-``app`` speaks HTTP and never touches a table. ``worker_pool`` gives each question to a worker process, which answers it
-from ``answers`` (the API) or ``views`` (the pages) within limits that the operating system enforces.
+``app`` handles HTTP and never reads a table. ``worker_pool`` passes each request to a worker process. The worker
+computes the answer with ``answers`` (the API) or ``views`` (the pages), within limits that the operating system
+enforces.
 """

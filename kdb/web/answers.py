@@ -1,6 +1,6 @@
-"""Answers of the API, each as a head (JSON) and chunks of its body; what a worker does for one question.
+"""Functions that a worker runs to answer one request; each returns a head (JSON) and the chunks of the body.
 
-Each takes the warehouse as a snapshot. What goes wrong is a KdbError before the first chunk.
+Each takes a snapshot of the warehouse. Errors are raised as KdbError before the first chunk.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Answer: TypeAlias = tuple[dict[str, Any], Iterator[bytes]]
 
 MAX_ROWS = 1_000_000
 MAX_BYTES = 2**28
-"""Most that one SELECT may answer; a whole table has no such limit, as it takes no more memory than a page."""
+"""Maximum rows and bytes of the answer to one SELECT. A whole table has no such limit, because it is streamed."""
 
 _COPY = 2**18
 
 
 def sql(wh: Warehouse, text: str, format_: str) -> Answer:
-    """One SELECT. It is answered whole or not at all: an answer beyond the limits is refused, not cut off."""
+    """Answer one SELECT, completely or not at all: an answer beyond the limits is refused, not truncated."""
     begun, notes = time.perf_counter(), list[str]()
     with noted(notes):
         reader = wh.opened.public_sql(text)
@@ -42,7 +42,7 @@ def sql(wh: Warehouse, text: str, format_: str) -> Answer:
 
 
 def query(wh: Warehouse, name: str, given: dict[str, Any], format_: str) -> Answer:
-    """A saved query."""
+    """Answer a saved query."""
     begun, notes = time.perf_counter(), list[str]()
     with noted(notes):
         reader = wh.opened.public_query(name, **given)
@@ -59,7 +59,7 @@ def table(
     cursor: str | None,
     format_: str,
 ) -> Answer:
-    """Rows of a table: a page with the cursor of the next one, or without a limit all of them as they are read."""
+    """Answer with rows of a table: a page and the cursor of the next one, or, without a limit, all rows streamed."""
     page = Page.of(name, filters=filters, sort=sort, limit=limit, cursor=cursor)
     reader = wh.opened.batches(page.sql, page.params)
     head = _head(format_, name)
@@ -73,7 +73,7 @@ def table(
 
 
 def chart(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
-    """A figure as Vega-Lite; where there is nothing to draw, ``{"nothing": "why"}``."""
+    """Answer with a figure as Vega-Lite, or with ``{"nothing": "why"}`` if there is no data for it."""
     several = {param.name for param in figures.find_figure(name).params if param.type == "texts"}
     told = {key: values if key in several else values[-1] for key, values in given.items()}
     try:
@@ -84,12 +84,12 @@ def chart(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
 
 
 def page(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
-    """A page as HTML."""
+    """Answer with a page as HTML."""
     return {"media_type": "text/html; charset=utf-8"}, iter([views.render(wh, name, given).encode()])
 
 
 KINDS: dict[str, Callable[..., Answer]] = {"sql": sql, "query": query, "table": table, "chart": chart, "page": page}
-"""What can be asked."""
+"""The kinds of requests, with the function that answers each."""
 
 
 def _noted(head: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _head(format_: str, stem: str) -> dict[str, Any]:
 
 
 def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str = "answer") -> Answer:
-    """The answer written to a file first, so that one that fails or is too large is refused, and not cut off."""
+    """Write the answer to a temporary file first, so that one that fails or is too large is refused, not truncated."""
     rows = 0
 
     def counted() -> Iterator[pa.RecordBatch]:
@@ -110,8 +110,8 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
             rows += batch.num_rows
             if rows > MAX_ROWS:
                 raise QueryError(
-                    f"The answer has more than {MAX_ROWS:,} rows: add LIMIT or aggregate; "
-                    "/api/tables/NAME streams a table of any size"
+                    f"The answer has more than {MAX_ROWS:,} rows. Add LIMIT or aggregate; "
+                    "/api/tables/NAME streams a table of any size."
                 )
             yield batch
 
@@ -119,7 +119,7 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
     for chunk in encode(pa.RecordBatchReader.from_batches(reader.schema, counted()), format_):
         file.write(chunk)
         if file.tell() > MAX_BYTES:
-            raise QueryError(f"The answer has more than {MAX_BYTES // 2**20:,} MiB: add LIMIT or choose columns")
+            raise QueryError(f"The answer has more than {MAX_BYTES // 2**20:,} MiB. Add LIMIT or select fewer columns.")
     file.seek(0)
     head = {**_head(format_, stem), "rows": rows, "seconds": round(time.perf_counter() - begun, 4)}
 
@@ -131,7 +131,7 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
 
 
 def catalogue_json() -> str:
-    """The saved queries with their parameters."""
+    """Return the saved queries with their parameters, for JSON."""
     from kdb.queries.catalogue import load_catalogue
 
     return json.dumps(

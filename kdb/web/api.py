@@ -1,4 +1,4 @@
-"""The routes of the API, typed so that their OpenAPI description is what they take.
+"""The routes of the API. Their types are also their OpenAPI description.
 
 curl localhost:8765/api/queries/top-heads?category=capital
 curl localhost:8765/api/tables/layer_scores?filter=layer%3E%3D12&sort=-score&limit=10&format=csv
@@ -26,17 +26,17 @@ Format = Literal["json", "csv", "arrow", "parquet"]
 _TYPES: dict[str, Any] = {"text": str, "texts": list[str], "integer": int, "number": float}
 _MAX_SQL = 65_536
 MAX_PAGE = 10_000
-"""Rows of a page at most; without a limit a table is streamed whole."""
+"""Maximum rows of a page; without a limit, the whole table is streamed."""
 
 
 class Error(BaseModel):
-    """Why there is no answer, and what to do."""
+    """Error message: why there is no answer, and what to do."""
 
     error: str
 
 
 class Statement(BaseModel):
-    """One SELECT over the views."""
+    """One SELECT statement over the views."""
 
     sql: str = Field(max_length=_MAX_SQL, examples=["SELECT model, layer, accuracy FROM current.probe_scores"])
 
@@ -86,20 +86,20 @@ def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     rows["application/vnd.apache.parquet"]["schema"]["format"] = "binary"
     said: dict[int | str, dict[str, Any]] = {
         200: {"description": "Rows", "content": rows},
-        304: {"description": "Unchanged: the ETag is the one that If-None-Match names"},
-        400: {"model": Error, "description": "What was asked cannot be answered, or not within the limits"},
+        304: {"description": "Not modified: the ETag matches If-None-Match"},
+        400: {"model": Error, "description": "The request is invalid, or its answer exceeds the limits"},
         401: {"model": Error, "description": "The token is missing or wrong"},
         404: {"model": Error, "description": "A name does not exist"},
         413: {"model": Error, "description": "The request is too long"},
         422: {"model": Error, "description": "A parameter is of the wrong type"},
-        503: {"model": Error, "description": "Too many questions wait: ask again after Retry-After seconds"},
+        503: {"model": Error, "description": "Too many waiting requests; retry after Retry-After seconds"},
     }
     return {status: said[status] for status in (*statuses, 401, 422)}
 
 
 def _format(
     request: Request,
-    format: Annotated[Format | None, Query(description="Format of the rows; else by Accept, else JSON")] = None,  # noqa: A002
+    format: Annotated[Format | None, Query(description="Format of the rows; defaults to Accept, then JSON")] = None,  # noqa: A002
 ) -> str:
     if format is not None:
         return format
@@ -121,7 +121,7 @@ _Chosen = Annotated[str, Depends(_format)]
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add every route of the API, one for each saved query among them."""
+    """Add all routes of the API, including one for each saved query."""
 
     @app.get("/api/queries", tags=["queries"], responses=_answers(), response_model=list[Catalogued])
     async def queries() -> Response:
@@ -142,11 +142,11 @@ def add_routes(app: FastAPI) -> None:
 
     @app.get("/api/queries/{name}", include_in_schema=False)
     async def no_query(name: str) -> Response:
-        raise UnknownNameError("query", name, load_catalogue(), "/api/queries lists them.")
+        raise UnknownNameError("query", name, load_catalogue(), "/api/queries lists all queries.")
 
     @app.post("/api/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 413, 503))
     async def sql(request: Request, statement: Statement, format: _Chosen) -> Response:  # noqa: A002
-        """Answer one SELECT, whole or not at all. It can read the views and nothing else."""
+        """Answer one SELECT statement, completely or not at all. It can read the views and nothing else."""
         answered: Response = await request.app.state.ask(request, "sql", text=statement.sql, format_=format)
         return answered
 
@@ -156,7 +156,7 @@ def add_routes(app: FastAPI) -> None:
         sql: Annotated[str, Query(max_length=_MAX_SQL)],
         format: _Chosen,  # noqa: A002
     ) -> Response:
-        """The same, as a link that can be shared."""
+        """Answer one SELECT statement, given in a link that can be shared."""
         answered: Response = await request.app.state.ask(request, "sql", text=sql, format_=format)
         return answered
 
@@ -173,15 +173,21 @@ def add_routes(app: FastAPI) -> None:
         name: Annotated[str, Path(json_schema_extra={"enum": list(TABLES)})],
         format: _Chosen,  # noqa: A002
         filter: Annotated[  # noqa: A002
-            list[str], Query(description="COLUMN=VALUE, with = != < <= > >=, or COLUMN is null; all must hold")
+            list[str],
+            Query(
+                description="Condition COLUMN=VALUE, with = != < <= > >=, or COLUMN is null; repeatable, all must hold"
+            ),
         ] = [],  # noqa: B006  (FastAPI copies it)
-        sort: Annotated[list[str], Query(description="Column, with - before it for falling order")] = [],  # noqa: B006
+        sort: Annotated[list[str], Query(description="Column to sort by; put - before it for descending order")] = [],  # noqa: B006
         limit: Annotated[
-            int | None, Query(ge=1, le=MAX_PAGE, description="Rows of a page; without it the whole table is streamed")
+            int | None,
+            Query(
+                ge=1, le=MAX_PAGE, description="Maximum rows of a page; without a limit, the whole table is streamed"
+            ),
         ] = None,
-        cursor: Annotated[str | None, Query(description="X-Kdb-Cursor of the page before")] = None,
+        cursor: Annotated[str | None, Query(description="X-Kdb-Cursor of the previous page")] = None,
     ) -> Response:
-        """Rows of a table. With a limit, Link and X-Kdb-Cursor lead to the next page."""
+        """Return rows of a table. With a limit, the headers Link and X-Kdb-Cursor give the next page."""
         _refuse_unknown(request, ("filter", "sort", "limit", "cursor", "format"), "a table")
         asked = {"name": name, "filters": filter, "sort": sort, "limit": limit, "cursor": cursor, "format_": format}
         answered: Response = await request.app.state.ask(request, "table", **asked)
@@ -189,7 +195,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 def _endpoint(saved: SavedQuery) -> Any:
-    """A function whose signature is the saved query's, which is what FastAPI checks and describes."""
+    """Return a function with the parameters of the saved query as its signature, for FastAPI to check and describe."""
 
     async def endpoint(request: Request, format: str, **given: Any) -> Response:  # noqa: A002
         _refuse_unknown(request, [*(param.name for param in saved.params), "format"], saved.name)
@@ -209,14 +215,16 @@ def _endpoint(saved: SavedQuery) -> Any:
 
 
 def _refuse_unknown(request: Request, known: Sequence[str], what: str) -> None:
-    """Raise QueryError for a parameter that would be passed over in silence."""
+    """Raise QueryError for an unknown parameter, which would otherwise be ignored."""
     for name in request.query_params:
         if name not in known:
-            raise QueryError(str(UnknownNameError("parameter", name, known, f"{what} takes {', '.join(known)}.")))
+            raise QueryError(
+                str(UnknownNameError("parameter", name, known, f"{what} has the parameters {', '.join(known)}."))
+            )
 
 
 def _declared(param: Param) -> dict[str, Any]:
-    """How FastAPI is told of a parameter: its type, and the default that no value stands for."""
+    """Return the declaration of a parameter for FastAPI: its type, description and default."""
     default = "" if param.required else f"; default: {'all' if param.default is None else param.default}"
     described = Query(description=param.meaning + default)
     annotation = _TYPES[param.type]

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, negotiation, caching, and turning errors into answers. It never touches a table."""
+"""The HTTP application: routes, negotiation, caching, and errors as responses. It never reads a table."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ VERSION = importlib.metadata.version("kdb-lm")
 STATIC = Path(__file__).parent / "static"
 
 _SMALL = 2**20
-"""Bytes up to which an answer is kept, and read to its end whatever its client does."""
+"""Maximum bytes of an answer that is cached, and completed even if its client disconnects."""
 
 _KEPT = 2**26
-"""Bytes of answers that are kept."""
+"""Maximum bytes of all cached answers."""
 
 _STALLED = 5.0
-"""Seconds in which a client must take a piece of an answer (64 KiB); one that does not would hold a worker."""
+"""Seconds in which a client must read 64 KiB of an answer; a slower client would block a worker."""
 
 
 def create_app(warehouse: Path | str, access: Access, settings: Settings | None = None) -> Guard:
-    """The application for one warehouse. Raises WarehouseError if there is none."""
+    """Return the application for one warehouse. Raises WarehouseError if there is none."""
     opened = Warehouse(warehouse)
     pool = WorkerPool(opened.lake.location, settings or Settings())
 
@@ -57,7 +57,7 @@ def create_app(warehouse: Path | str, access: Access, settings: Settings | None 
     app = FastAPI(
         title="kdb",
         version=VERSION,
-        description="Where in a language model what it knows lives: measurements, read-only. "
+        description="Measurements of where language models store what they know; read-only. "
         "Every answer has an ETag that changes when runs are added, removed or rewritten.",
         lifespan=lifespan,
         openapi_url="/api/openapi.json",
@@ -75,7 +75,7 @@ def create_app(warehouse: Path | str, access: Access, settings: Settings | None 
 
 @dataclass(frozen=True)
 class _Begun:
-    """An answer as far as it is there: its head, its first bytes, and what follows them, if anything does."""
+    """The start of an answer: its head, its first bytes, and the rest of the stream, if there is more."""
 
     head: dict[str, Any]
     first: bytes
@@ -83,10 +83,10 @@ class _Begun:
 
 
 class Asking:
-    """Answers a request by one question to the pool: unchanged answers as 304, others as they are computed.
+    """Passes each request to the worker pool; answers 304 if the answer has not changed, and streams it otherwise.
 
-    Small answers are kept, since the same runs give the same answer; and of equal questions that come while the first
-    is being answered, the others wait for that answer.
+    Small answers are cached, since the same runs give the same answer. If equal requests arrive while the first one is
+    being answered, the others wait for that answer.
     """
 
     def __init__(self, warehouse: Warehouse, pool: WorkerPool) -> None:
@@ -96,13 +96,13 @@ class Asking:
         self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def runs(self) -> dict[str, str]:
-        """The runs there are now, and the version of each."""
+        """Return the committed runs with their versions."""
         found = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.lake.run_folders()})
         RUNS.set(len(found))
         return dict(sorted(found.items()))
 
     async def __call__(self, request: Request, kind: str, **params: Any) -> Response:
-        """The response to a request that is answered by this question."""
+        """Return the response to a request; the arguments say what to ask the worker."""
         runs = await self.runs()
         etag = _etag(kind, params, runs)
         headers = {"etag": etag, "cache-control": "private, no-cache", "vary": "accept, cookie, authorization"}
@@ -158,7 +158,7 @@ class Asking:
 
 
 class _Streamed(StreamingResponse):
-    """An answer that is sent as it is computed, unless its client stops reading."""
+    """A response that is streamed while it is computed, and cancelled if its client stops reading."""
 
     def __init__(self, first: bytes, rest: Answer, headers: dict[str, str]) -> None:
         async def body() -> AsyncIterator[bytes]:
@@ -199,10 +199,10 @@ def _etags(header: str) -> list[str]:
 
 
 async def _unless_left(request: Request, asking: Coroutine[Any, Any, _Begun]) -> _Begun:
-    """The answer, unless its client leaves before it is there: then the question is called off."""
+    """Return the answer, or cancel the request if its client disconnects first."""
 
     async def left() -> None:
-        with contextlib.suppress(HTTPException):  # more of a body than was announced, or than is taken
+        with contextlib.suppress(HTTPException):  # a body longer than announced, or than allowed
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
@@ -218,13 +218,13 @@ async def _unless_left(request: Request, asking: Coroutine[Any, Any, _Begun]) ->
 
 
 class ClientLeftError(Exception):
-    """Nobody waits for this answer any more."""
+    """The client disconnected before the answer was complete."""
 
 
 def _add_operation(app: FastAPI, access: Access) -> None:
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> JSONResponse:
-        """Whether the warehouse can be read."""
+        """Report whether the warehouse can be read."""
         return JSONResponse({"status": "ok", "version": VERSION, "runs": len(await app.state.ask.runs())})
 
     @app.get("/metrics", include_in_schema=False)
@@ -264,7 +264,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(BusyError)
     async def busy(request: Request, _: BusyError) -> Response:
         TURNED_AWAY.inc()
-        said = _said(request, 503, "Too many questions wait for an answer: ask again in a moment")
+        said = _said(request, 503, "Too many waiting requests; retry later")
         said.headers["retry-after"] = "2"
         return said
 
@@ -290,7 +290,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _said(request: Request, status: int, text: str) -> Response:
-    """An error as people's pages and as programs read it."""
+    """Return an error as a page for browsers, or as JSON for programs."""
     if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/"):
         return Response(pages.error(status, text), status, media_type="text/html")
     return JSONResponse({"error": text}, status)

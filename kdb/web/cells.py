@@ -1,4 +1,4 @@
-"""The rows of a page, as values that a template can show."""
+"""The rows of a page, as values for a template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdb.warehouse.frames import CAST, first_line
 
 
 def rows_of_page(reader: pa.RecordBatchReader, first: int, count: int) -> tuple[list[str], list[tuple[Any, ...]], bool]:
-    """Names of columns, ``count`` rows from the row ``first`` on, and whether others follow. Reads no further."""
+    """Return the column names, ``count`` rows starting at ``first``, and whether more follow. Reads no further."""
 
     def rows() -> Iterator[tuple[Any, ...]]:
         for batch in read(reader):
@@ -27,6 +27,6 @@ def rows_of_page(reader: pa.RecordBatchReader, first: int, count: int) -> tuple[
 def _cells(name: str, column: pa.Array) -> list[Any]:
     try:
         cells: list[Any] = column.to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError) as error:  # a date beyond Python's, say
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # for example a date outside Python's range
         raise QueryError(f"column {name}: {column.type} cannot be shown; {CAST}: {first_line(error)}") from error
     return cells

@@ -1,6 +1,6 @@
-"""What every request passes: who may ask, what browsers are told, what is logged and counted.
+"""Middleware for every request: access control, security headers, logging and metrics.
 
-Plain ASGI, since it must see every message of a streamed answer.
+It is plain ASGI, because it must see every message of a streamed answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ access_log = logging.getLogger("kdb.access")
 
 COOKIE = "kdb_session"
 _OPEN = ("/healthz", "/login", "/static/")
-"""What is answered without the token."""
+"""Paths that need no token."""
 
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -44,22 +44,22 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Access:
-    """Names that the service answers to, without their ports, and the token that it wants, if any."""
+    """Host names under which the server answers, without ports, and the access token, if one is required."""
 
     hosts: frozenset[str]
     token: str | None = None
 
     @property
     def session(self) -> str:
-        """What a browser that gave the token is given for it."""
+        """Return the value of the session cookie that a browser gets after login."""
         return hmac.new((self.token or "").encode(), b"kdb session", "sha256").hexdigest()
 
     def knows_token(self, given: str) -> bool:
-        """Whether the token is right; takes as long for a wrong one."""
+        """Whether the token is valid, compared in constant time."""
         return self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())
 
     def admits(self, headers: Headers) -> bool:
-        """Whether a request brings the token or the cookie that stands for it."""
+        """Whether a request has a valid token or session cookie."""
         if self.token is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -72,22 +72,20 @@ class Access:
         return cookie is not None and hmac.compare_digest(cookie.value.encode(), self.session.encode())
 
     def refusal(self, scope: Scope) -> Response | None:
-        """What is answered to a request that may not ask; None for one that may."""
+        """Return the response to a request without access; None for a request with access."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if _name(host) not in self.hosts:
-            # A page on a name of its own that resolves to this address would else read the warehouse.
-            return _refused(
-                400, f"This server does not answer to the host {host!r}; `kdb serve --allow-host NAME` names more"
-            )
+            # Otherwise a foreign page whose host name resolves to this address could read the warehouse.
+            return _refused(400, f"Host {host!r} is not allowed. `kdb serve --allow-host NAME` adds a host name.")
         origin = headers.get("origin")
         if origin is not None and origin != f"{scope['scheme']}://{host}":
-            return _refused(403, f"Requests from {origin!r} are refused: ask from this server's own pages")
+            return _refused(403, f"Requests from origin {origin!r} are refused. Use this server's own pages.")
         if self.admits(headers) or scope["path"].startswith(_OPEN):
             return None
         if "text/html" in headers.get("accept", "") and scope["method"] == "GET":
             return RedirectResponse("/login", 303)
-        refused = _refused(401, "This server wants its token: `Authorization: Bearer TOKEN`, or /login in a browser")
+        refused = _refused(401, "Token required: send `Authorization: Bearer TOKEN`, or use /login in a browser")
         refused.headers["www-authenticate"] = "Bearer"
         return refused
 
@@ -99,7 +97,7 @@ class Guard:
         self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse or pass on one request, and log it."""
+        """Refuse or forward one request, and log it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -113,7 +111,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-                if not body.whole:  # else the server would read the rest, to throw it away
+                if not body.whole:  # otherwise the server would read and discard the rest
                     headers["connection"] = "close"
             sent += len(message.get("body", b""))
             await send(message)
@@ -130,16 +128,16 @@ class Guard:
 
 
 _BODY = 2**19
-"""Bytes of a request's body at most: the longest statement, every character of it escaped."""
+"""Maximum bytes of a request's body: the longest statement, with every character escaped."""
 _BODY_SECONDS = 10.0
-"""Seconds in which a body must arrive."""
+"""Maximum seconds for a body to arrive."""
 
 
 _TOO_LONG = f"The request is longer than {_BODY:,} bytes"
 
 
 class _Body:
-    """A request's body, kept to its limits while it is read, whatever its headers say."""
+    """A request's body, whose limits are enforced while it is read, whatever its headers say."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         headers = Headers(scope=scope)
@@ -148,18 +146,18 @@ class _Body:
         self.whole = self._announced == "0" and "transfer-encoding" not in headers
 
     def refusal(self) -> Response | None:
-        """The answer to a request that announces a longer body than is read."""
+        """Return the response to a request that announces a body beyond the limit; None for any other."""
         fits = self._announced.isdecimal() and int(self._announced[:20]) <= _BODY
         return None if fits else _refused(413, _TOO_LONG)
 
     async def receive(self) -> Message:
-        """The next part of the body, or that the client left. Raises HTTPException beyond a limit."""
+        """Return the next part of the body, or the client's disconnection. Raises HTTPException beyond a limit."""
         if self.whole:
             return await self._receive()
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
         except TimeoutError:
-            raise HTTPException(408, "The request's body did not come in time") from None
+            raise HTTPException(408, "The request's body did not arrive in time") from None
         self._taken += len(message.get("body", b""))
         self.whole = not message.get("more_body", False)
         if self._taken > _BODY:
@@ -172,12 +170,12 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 
 
 def hosts_of(names: Iterable[str]) -> frozenset[str]:
-    """Names as they are compared: in lower case."""
+    """Return host names in lower case, for comparison."""
     return frozenset(name.lower() for name in names)
 
 
 def _name(host: str) -> str:
-    """The name of a Host header without its port."""
+    """Return the host name in a Host header, without its port."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
@@ -192,7 +190,7 @@ def _entry(scope: Scope, status: int, sent: int, took: float) -> dict[str, objec
         "method": scope["method"],
         "path": scope["path"],
         "query": scope["query_string"].decode("latin-1"),
-        "status": status,  # 0: the client left before there was an answer
+        "status": status,  # 0: the client disconnected before there was an answer
         "bytes": sent,
         "seconds": round(took, 4),
     }

@@ -1,4 +1,4 @@
-"""The routes of the pages. A worker makes each page (`views`), save those that ask nothing of the warehouse."""
+"""The routes of the pages. A worker makes each page (`views`), except those that need no data of the warehouse."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PAGES = {
     "/sql": "sql",
     "/schema": "schema",
 }
-"""Each page's path and the view that makes it; what it shows is in its query string."""
+"""Path of each page, with the view that makes it. The query string chooses the content."""
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add every page, and the charts that pages show."""
+    """Add all pages, and the charts on them."""
     for path, view in PAGES.items():
         app.add_api_route(path, _page(view), response_class=Response, include_in_schema=False)
 
@@ -54,17 +54,17 @@ def _page(view: str):  # type: ignore[no-untyped-def]
 
 
 def _given(request: Request, **also: str) -> dict[str, list[str]]:
-    """The query string's values by name; an empty one, as a form sends for a field left blank, is not given."""
+    """Return the values in the query string by name, without empty ones, which forms send for empty fields."""
     names = request.query_params.keys()
     given = {name: [value for value in request.query_params.getlist(name) if value] for name in names}
     return {name: values for name, values in given.items() if values} | {name: [value] for name, value in also.items()}
 
 
 def login(*, wrong: bool) -> str:
-    """The page that asks for the token."""
+    """Return the page that asks for the token."""
     return render_template("login.html.j2", title="Log in", wrong=wrong)
 
 
 def error(status: int, text: str) -> str:
-    """The page that says what went wrong."""
+    """Return the page that shows an error."""
     return render_template("error.html.j2", title=str(status), text=text)

@@ -1,4 +1,4 @@
-"""From the command line to a running server, and to its end."""
+"""Start and shutdown of the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdb.web.worker_pool import Settings
 DEMO = Path(__file__).parent / "demo.zip"
 
 _PATIENCE = 10
-"""Seconds that answers under way have to end in, once the server is told to stop."""
+"""Seconds that answers in progress have to finish when the server stops."""
 
 
 def run(
@@ -40,9 +40,9 @@ def run(
     seconds: float,
     queue: int,
 ) -> None:
-    """Serve a warehouse, or the demonstration one, until the process is told to stop.
+    """Serve a warehouse, or the demo, until the process receives a signal to stop.
 
-    Raises WarehouseError if there is no such warehouse, and KdbError where the address cannot be listened on.
+    Raises WarehouseError if there is no such warehouse, and KdbError if the server cannot listen on the address.
     """
     with contextlib.nullcontext(warehouse) if warehouse else _demo() as folder:
         settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
@@ -52,27 +52,27 @@ def run(
             app,
             host=host,
             port=port,
-            access_log=False,  # the guard's has one line of JSON for each request
+            access_log=False,  # the guard logs one line of JSON for each request
             log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=_PATIENCE,
             lifespan="on",
         )
-        # uvicorn ends what is under way, and then raises the signal again: it must not skip what is cleaned up here.
+        # uvicorn finishes the open requests, and then raises the signal again: the cleanup here must still run.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with _listen(host, port) as listening, contextlib.suppress(KeyboardInterrupt):
             _Server(config).run([listening])
 
 
 class _Server(uvicorn.Server):
-    """Says where it can be reached, once it can be."""
+    """A server that prints its address when it is ready."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in (sockets or []) if self.started else []:
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            click.echo(f"kdb serves at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
+            click.echo(f"kdb is running at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -85,9 +85,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.listen(2048)
     except OSError as error:
         listening.close()
-        taken = "it is taken" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        taken = "the port is already in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise KdbError(
-            f"Cannot listen at {host}, port {port}: {taken}. --host and --port name another place."
+            f"Cannot listen on {host}, port {port}: {taken}. Choose another address with --host and --port."
         ) from error
     return listening
 
@@ -102,7 +102,7 @@ def _log_to_stderr() -> None:
 
 @contextlib.contextmanager
 def _demo() -> Iterator[Path]:
-    """The warehouse that comes with kdb, unpacked for as long as it is served."""
+    """Unpack the demo warehouse that comes with kdb for as long as it is served."""
     with tempfile.TemporaryDirectory(prefix="kdb-demo-") as folder, zipfile.ZipFile(DEMO) as packed:
         packed.extractall(folder)
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""HTML from Jinja templates. Everything is escaped: texts come from models and datasets."""
+"""HTML from Jinja templates. Everything is escaped, because texts come from models and datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEAD = re.compile(r"a(\d+)\.(\d+)")
 
 
 def render_template(name: str, **context: Any) -> str:
-    """The template's HTML."""
+    """Return the HTML of a template."""
     return _environment().get_template(name).render(**context)
 
 
@@ -38,13 +38,13 @@ def _environment() -> Environment:
 
 
 def url(path: str, params: Mapping[str, Any] | None = None, **more: Any) -> str:
-    """A path with its query string; None and empty lists are left out."""
+    """Return a path with its query string, without None and empty lists."""
     given = {name: value for name, value in {**(params or {}), **more}.items() if value not in (None, [], ())}
     return f"{path}?{urlencode(given, doseq=True)}" if given else path
 
 
 def link(column: str, row: Mapping[str, Any]) -> str | None:
-    """Where a cell of a table leads: to the page of its model, prompt, neuron or head."""
+    """Return the link of a table's cell to the page of its model, prompt, neuron or head; None if it has no page."""
     value, model, dataset = row.get(column), row.get("model"), row.get("dataset")
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""What each page shows, asked of a snapshot of the warehouse."""
+"""The content of each page, queried from a snapshot of the warehouse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
 PAGE_ROWS = 100
-"""Rows of a table that a page shows at once."""
+"""Maximum rows of a table that a page shows."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,35 @@ class Given:
     values: Mapping[str, Sequence[str]]
 
     def one(self, name: str) -> str | None:
-        """The value of that name, or None."""
+        """Return the value of that name, or None."""
         return self.values.get(name, [None])[0]
 
     def many(self, name: str) -> list[str]:
-        """Every value of that name."""
+        """Return all values of that name."""
         return list(self.values.get(name, []))
 
     def needed(self, name: str) -> str:
-        """The value of that name; QueryError without one."""
+        """Return the value of that name. Raises QueryError if there is none."""
         value = self.one(name)
         if value is None:
-            raise QueryError(f"{name}: the address needs it, as in ?{name}=…")
+            raise QueryError(f"{name} is missing. Add it to the address, as in ?{name}=…")
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """The value of that name as a number from 0."""
+        """Return the value of that name as a number from 0."""
         text = self.needed(name) if default is None else self.one(name) or str(default)
         if not text.isascii() or not text.isdigit() or len(text) > 9:
             raise QueryError(f"{name}: expected a number from 0, found {text!r}")
         return int(text)
 
     def only(self, *names: str) -> dict[str, list[str]]:
-        """The values of these names, where there are some."""
+        """Return the values of those names that have any."""
         return {name: list(self.values[name]) for name in names if name in self.values}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A table on a page: title, the rows, and the address of the whole answer."""
+    """A table on a page: its title, its rows, and the address of the query behind it."""
 
     title: str
     columns: list[str]
@@ -70,7 +70,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Charted:
-    """A chart on a page: where its Vega-Lite comes from, and where the numbers that it draws are."""
+    """A chart on a page: its title, and the addresses of its Vega-Lite and its numbers."""
 
     title: str
     spec: str
@@ -78,7 +78,7 @@ class Charted:
 
 
 def render(wh: Warehouse, name: str, given: dict[str, list[str]]) -> str:
-    """The HTML of a page. Raises KdbError where the address names what does not exist."""
+    """Return the HTML of a page. Raises KdbError if the address has a name that does not exist."""
     notes: list[str] = []
     with noted(notes):
         context = VIEWS[name](wh, Given(given))
@@ -89,7 +89,7 @@ def render(wh: Warehouse, name: str, given: dict[str, list[str]]) -> str:
 
 
 def _asked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequence[str] = (), title: str = "") -> Shown:
-    """The answer of a saved query as a table; columns that the page says already are left out."""
+    """Return the answer of a saved query as a table, without the columns that the page shows elsewhere."""
     told = _told(params)
     frame = wh.query(name, **told)
     columns = [column for column in frame.columns if column not in drop]
@@ -105,12 +105,12 @@ def _chart(name: str, params: Mapping[str, Any]) -> Charted:
 
 
 def _told(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that have a value."""
+    """Return the parameters that have a value."""
     return {key: value for key, value in params.items() if value not in (None, [])}
 
 
 def _choices(wh: Warehouse) -> dict[str, list[str]]:
-    """What a form offers for parameters whose values are in the warehouse."""
+    """Return the choices of a form for parameters whose values are stored in the warehouse."""
     look = look_of(wh)
     found = wh.sql("SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL")["category"].to_list()
     stored = set(wh.sql("SELECT DISTINCT dataset FROM runs")["dataset"])
@@ -124,7 +124,7 @@ def _choices(wh: Warehouse) -> dict[str, list[str]]:
 
 
 def _studies(wh: Warehouse, models: Sequence[str]) -> dict[str, list[str]]:
-    """The datasets of each study that any of the models was measured on."""
+    """Return the datasets of each study on which any of the models was measured."""
     frame = wh.sql(
         "SELECT DISTINCT study, dataset FROM runs WHERE list_contains($models, model) ORDER BY ALL",
         {"models": list(models)},
@@ -135,7 +135,7 @@ def _studies(wh: Warehouse, models: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _projected(wh: Warehouse, model: str) -> list[str]:
-    """The datasets whose hidden states were projected."""
+    """Return the datasets whose hidden states were projected."""
     text = "SELECT DISTINCT dataset FROM current_runs WHERE table_name = 'projections' AND model = $model ORDER BY ALL"
     return wh.sql(text, {"model": model})["dataset"].to_list()
 
@@ -144,7 +144,7 @@ def _known(wh: Warehouse, names: Sequence[str]) -> None:
     stored = wh.sql("SELECT DISTINCT model FROM models")["model"].to_list()
     for name in names:
         if name not in stored:
-            raise UnknownNameError("model", name, stored, "The home page lists what is stored.")
+            raise UnknownNameError("model", name, stored, "The home page lists all stored models.")
 
 
 # Pages -----------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
         "model": model,
         "summary": f"{structure['architecture']}, {structure['n_layers']} layers of {structure['n_heads']} heads "
         f"and {structure['intermediate_size']:,} neurons, hidden size {structure['hidden_size']:,}; "
-        f"weights {structure['quantization'] or structure['weights_dtype'] or 'of unknown format'}"
+        f"weights {structure['quantization'] or structure['weights_dtype'] or 'in an unknown format'}"
         f"{', instruction-tuned' * bool(structure['instruct'])}",
         "structure": [(name, structure[name], *told[name]) for name in told],
         "choices": {
@@ -252,7 +252,7 @@ def _compare(wh: Warehouse, given: Given) -> dict[str, Any]:
 
 
 def _beside(wh: Warehouse, query: str, item: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The five best of each category, a column for each model."""
+    """Return the five best items of each category, with a column for each model."""
     frame = wh.query(query, k=5, **_told(about)).to_dicts()
     ranked: dict[str, dict[int, dict[str, Any]]] = {}
     for row in frame:
@@ -283,7 +283,10 @@ def _prompt(wh: Warehouse, given: Given) -> dict[str, Any]:
     asked = {"prompt": number, "model": about.get("model", []), **one}
     story = wh.query("prompt-story", **_told(asked)).to_dicts()
     if not story:
-        raise QueryError("There is no such prompt, or it does not count: its answer is not what the model says next")
+        raise QueryError(
+            "No such prompt, or it does not pass the filter: the model does not predict its answer. /prompt lists the "
+            "prompts."
+        )
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in story:
         parts.setdefault(f"{row['part']}, {row['model']}", []).append(row)
@@ -304,7 +307,7 @@ def _prompt(wh: Warehouse, given: Given) -> dict[str, Any]:
 
 
 def _said(given: Given, *columns: str) -> list[str]:
-    """Columns that are the same in every row of a page about these, the model too where there is one."""
+    """Return the columns with the same value in all rows of a page; includes the model if there is only one."""
     return [*columns, "model"] if len(given.many("model")) == 1 else list(columns)
 
 
@@ -319,7 +322,9 @@ def _neuron(wh: Warehouse, given: Given) -> dict[str, Any]:
     tokens = {key: value for key, value in asked.items() if key in ("neuron", "model", "variant", "run")}
     tables.insert(1, _asked(wh, "neuron-tokens", tokens, drop=drop))
     if not any(table.rows for table in tables):
-        raise QueryError(f"{asked['neuron']}: no stored prompt has it; a neuron is named like f29_1234 or a23.12_45")
+        raise QueryError(
+            f"{asked['neuron']}: not stored with any prompt. Names of neurons are like f29_1234 or a23.12_45."
+        )
     return {"title": f"Neuron {asked['neuron']}", "models": given.many("model"), "tables": tables}
 
 
@@ -330,7 +335,7 @@ def _head(wh: Warehouse, given: Given) -> dict[str, Any]:
     tables = [_asked(wh, name, asked, drop=_said(given, "head_name", "layer", "head")) for name in names]
     title = f"a{asked['layer']}.{asked['head']}"
     if not any(table.rows for table in tables):
-        raise QueryError(f"{title}: no stored prompt has such a head")
+        raise QueryError(f"{title}: not stored with any prompt. Check the numbers of layer and head, counted from 0.")
     return {"title": f"Head {title}", "models": given.many("model"), "tables": tables}
 
 
@@ -365,7 +370,7 @@ def _query(wh: Warehouse, given: Given) -> dict[str, Any]:
     except KdbError as error:
         asked_nothing = not told and any(param.required for param in saved.params)
         return context | {"problem": None if asked_nothing else str(error)}
-    # A figure with defaults of its own asks for other rows than these.
+    # A figure with its own defaults shows other rows than these.
     fitting = [figure for figure in FIGURES.values() if figure.query == saved.name and not figure.defaults]
     drawn = fitting if context["found"].rows else []
     context["charts"] = [_chart(figure.name, told) for figure in drawn]
@@ -376,7 +381,7 @@ _DOWNLOADS = ("csv", "json", "parquet", "arrow")
 
 
 def _found(ask: Callable[[], Any], given: Given, path: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The rows of a page of an answer, how long it took, and where the next rows are."""
+    """Return the rows of one page of an answer, the time it took, and the addresses of the pages before and after."""
     page = max(1, given.integer("page", 1))
     begun = time.perf_counter()
     names, rows, more = rows_of_page(ask(), (page - 1) * PAGE_ROWS, PAGE_ROWS)

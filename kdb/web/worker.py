@@ -1,7 +1,7 @@
-"""A process that answers questions one after the other, and can be killed in the middle of one.
+"""A process that answers requests one after the other, and can be killed at any time.
 
-Processes, not threads: DuckDB's memory limit does not count the texts that a function makes (``repeat('x', 3000000)``
-took 5.9 GB under a limit of 300 MB), and such a function looks at no interrupt until it has ended.
+Workers are processes, not threads. DuckDB's memory limit does not count texts that a function makes (``repeat('x',
+3000000)`` took 5.9 GB under a limit of 300 MB), and such a function cannot be interrupted before it ends.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from kdb.web import answers
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a kind of `answers.KINDS`, its parameters, and the runs that the answer is about.
+    """A request to a worker: a kind of `answers.KINDS`, its parameters, and the runs to answer from.
 
-    A run's version changes whenever its rows do.
+    A run's version changes whenever its rows change.
     """
 
     kind: str
@@ -45,25 +45,25 @@ class Question:
 
 
 HEAD, CHUNK, END, REFUSED, FAILED, EXHAUSTED = b"H", b"C", b"E", b"R", b"F", b"X"
-"""First byte of each message: of an answer the head, its chunks and the end; or why there is none."""
+"""First byte of each message, which says what it holds: the head, a chunk or the end of an answer, or an error."""
 
 _PIECE = 2**16
-"""Bytes of a message at most: the server holds no more for a client that reads slowly."""
+"""Maximum bytes of a message, and so the most that the server buffers for a client that reads slowly."""
 
 _TRIES = 5
-"""How often a question is asked while runs are being changed."""
+"""Maximum attempts to answer while runs are being changed."""
 
 _INTERNAL = "Internal error. Details are in the server's log; please report it."
 
 
 def serve(connection: Connection, warehouse: Path | str, limits: Limits, folder: Path) -> None:
-    """Answer what comes over the connection until it is closed; spill into the folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets answers end first
+    """Answer requests from the connection until it is closed; DuckDB's temporary files go to the folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which finishes open answers first
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tempfile.tempdir = str(folder)
     _warm_up()
     _limit_memory(limits.memory)
-    warnings.simplefilter("ignore", KdbNote)  # whoever asks is told of them
+    warnings.simplefilter("ignore", KdbNote)  # the client gets the notes
     opened = _Opened(Warehouse(warehouse), limits)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -78,25 +78,25 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
         for chunk in itertools.chain([first], chunks):
             yield from (CHUNK + chunk[start : start + _PIECE] for start in range(0, len(chunk), _PIECE))
         yield END
-    except EngineError as error:  # DuckDB is of no more use to this process: another takes its place
+    except EngineError as error:  # DuckDB is unusable in this process: another process replaces it
         yield FAILED + _failure(opened.public(error, question), error)
     except (KdbError, MemoryError) as error:
         if isinstance(error, MemoryError) or str(error).startswith("Out of Memory"):
-            yield EXHAUSTED  # what is left of the memory is in pieces: another worker takes this one's place
+            yield EXHAUSTED  # the memory is fragmented now: another worker replaces this one
             return
         said = {"error": opened.public(error, question), "unknown": isinstance(error, UnknownNameError)}
         yield REFUSED + json.dumps(said).encode()
-    except (Exception, pl.exceptions.PanicException) as error:  # one question must not take the next ones with it
+    except (Exception, pl.exceptions.PanicException) as error:  # an error must not affect later requests
         yield FAILED + _failure(_INTERNAL, error)
 
 
 def _failure(told: str, error: BaseException) -> bytes:
-    """The message to the client, and the details for the server's log."""
+    """Return the message for the client, and the details for the server's log."""
     return json.dumps({"error": told, "details": "".join(traceback.format_exception(error))}).encode()
 
 
 def _begin_whole(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:
-    """As `_begin`, again where a run was removed or written anew meanwhile: all rows are of before, or of after."""
+    """Call `_begin`, and retry if a run was removed or rewritten meanwhile, so that all rows are of one state."""
     for left in reversed(range(_TRIES)):
         try:
             begun = _begin(opened, question)
@@ -107,18 +107,18 @@ def _begin_whole(opened: _Opened, question: Question) -> tuple[dict[str, Any], b
             if not opened.changed():
                 return begun
         opened.refresh()
-    raise QueryError("The runs of the warehouse are changed all the time: ask again in a moment.")
+    raise QueryError("The runs of the warehouse are being changed. Retry in a moment.")
 
 
 def _begin(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:
-    """An answer's head, and its first chunk: what fails, fails here mostly, while it can still be said."""
+    """Return an answer's head and first chunk. Most errors occur here, before anything was sent to the client."""
     head, body = answers.KINDS[question.kind](opened.at(question), **question.params)
     chunks = iter(body)
     return head, next(chunks, b""), chunks
 
 
 class _Opened:
-    """The warehouse with some runs, opened anew when other runs, or other versions of them, are asked about."""
+    """The warehouse with certain runs, reopened when a request is about other runs or other versions of them."""
 
     def __init__(self, warehouse: Warehouse, limits: Limits) -> None:
         self.limits, self.lake = limits, warehouse.lake.root
@@ -127,7 +127,7 @@ class _Opened:
         self._open = contextlib.ExitStack()
 
     def at(self, question: Question) -> Warehouse:
-        """The warehouse as it was with the runs of the question."""
+        """Return the warehouse with the runs of the request."""
         if self._at != (question.runs, question.versions):
             self._open.close()
             self._frozen = self._open.enter_context(self._warehouse.unheld(question.runs, self.limits))
@@ -135,26 +135,26 @@ class _Opened:
         return self._frozen
 
     def public(self, error: Exception, question: Question) -> str:
-        """The error's text as the client may read it."""
+        """Return the error's text without anything that the client must not see."""
         return public_message(str(error), self.lake, " ".join(map(str, question.params.values())))
 
     def changed(self) -> bool:
-        """Whether a run was removed or written anew since it was opened."""
+        """Whether a run was removed or rewritten since it was opened."""
         return self._at is not None and not self._frozen.unchanged()
 
     def refresh(self) -> None:
-        """Look anew which files the runs have."""
+        """List the files of the runs again."""
         self._at = None
         self._warehouse.runs()
 
 
 def _warm_up() -> None:
-    """Let Polars reserve its first gigabyte of addresses now, so that it is not counted against a question."""
+    """Let Polars reserve its first gigabyte of address space now, so that it does not count as a request's memory."""
     b"".join(encode(pa.table({"warm": [1]}).to_reader(), "json"))
 
 
 def _limit_memory(limit: int) -> None:
-    """Let the operating system refuse what DuckDB's own limit overlooks. Nothing, where there is no such limit."""
+    """Let the operating system refuse memory that DuckDB's own limit does not count, if the system has such a limit."""
     try:
         import resource
 
@@ -166,4 +166,4 @@ def _limit_memory(limit: int) -> None:
 
 
 _ROOM = 512 * 2**20
-"""Bytes beyond twice DuckDB's limit: stacks of threads, a row group being written, a page being made."""
+"""Extra bytes beyond twice DuckDB's limit, for thread stacks, a row group being written, and a page being made."""

@@ -1,7 +1,7 @@
-"""A pool of worker processes that answer questions within limits.
+"""A pool of worker processes that answer requests within limits.
 
-A question waits while all workers are busy; when too many wait, it is turned away. A worker that exceeds a limit, or
-whose client has left, is killed, and another takes its place.
+A request waits while all workers are busy; if too many wait, it is refused. A worker that exceeds a limit, or whose
+client has disconnected, is killed and replaced.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from kdb.web.worker import Question
 
 
 class BusyError(Exception):
-    """All workers are busy and too many questions wait."""
+    """All workers are busy and too many requests wait."""
 
 
 class FailedError(Exception):
-    """A worker failed in a way that is not the asker's fault; `details` are for the server's log."""
+    """A worker failed for a reason that the client did not cause; `details` are for the server's log."""
 
     def __init__(self, told: str, details: str = "") -> None:
         super().__init__(told)
@@ -44,7 +44,7 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the service may use: workers, DuckDB's memory and threads for each, seconds for a question, waiting ones."""
+    """Limits of the server: workers, DuckDB's memory and threads in each, seconds per request, waiting requests."""
 
     workers: int = 2
     memory: int = 2**30
@@ -54,7 +54,7 @@ class Settings:
 
 
 class Answer:
-    """The head of an answer, and its body as it is computed. Whoever takes one must close it."""
+    """The head of an answer, and its body as a stream. The caller must close it."""
 
     def __init__(
         self, head: dict[str, Any], chunks: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]
@@ -63,13 +63,13 @@ class Answer:
         self._chunks, self._close, self._closed = chunks, close, False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The chunks of the body. Raises FailedError where the rest cannot be computed, QueryError beyond a limit."""
+        """Yield the chunks of the body. Raises FailedError if computing the rest fails, QueryError beyond a limit."""
         async for chunk in self._chunks:
             yield chunk
         await self.close()
 
     async def close(self) -> None:
-        """Let go of the worker; a body that was not read to its end is given up."""
+        """Release the worker; the rest of a body that was not read to its end is discarded."""
         if not self._closed:
             self._closed = True
             await self._close()
@@ -81,7 +81,7 @@ class WorkerPool:
     def __init__(self, warehouse: Path | str, settings: Settings) -> None:
         self._warehouse, self.settings = warehouse, settings
         self._context = multiprocessing.get_context("forkserver")
-        # A worker is then forked in milliseconds from a process that has imported all that it needs.
+        # A worker is then forked in milliseconds from a process that has already imported everything.
         self._context.set_forkserver_preload(["kdb.web.worker"])
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
         self._all: set[_Worker] = set()
@@ -101,9 +101,9 @@ class WorkerPool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def ask(self, question: Question) -> Answer:
-        """Take a question to a worker; returns when the answer's first bytes are there.
+        """Send a request to a worker; returns when the answer's first bytes have arrived.
 
-        Raises KdbError for what the asker can mend, a limit included, BusyError when no worker is free for long, and
+        Raises KdbError for errors that the client can fix, including limits, BusyError if no worker becomes free, and
         FailedError.
         """
         hired = await self._turn()
@@ -123,7 +123,7 @@ class WorkerPool:
 
     async def _turn(self) -> _Worker:
         try:
-            # Longer than a question may take: whoever waits for that long would have left.
+            # Longer than the time limit of a request: no client waits that long.
             async with asyncio.timeout(2 * self.settings.seconds):
                 hired = await self._free.get()
         except TimeoutError:
@@ -131,7 +131,7 @@ class WorkerPool:
         if hired.process.is_alive():
             BUSY.inc()
             return hired
-        await self._replace(hired)  # the operating system was short of memory, say
+        await self._replace(hired)  # for example, the operating system was out of memory
         return await self._turn()
 
     async def _chunks(self, hired: _Worker) -> AsyncIterator[bytes]:
@@ -139,7 +139,7 @@ class WorkerPool:
             kind, content = await self._receive(hired)
             if kind == worker.END:
                 return
-            if kind != worker.CHUNK:  # the answer has begun: all that is left is to break it off
+            if kind != worker.CHUNK:  # the answer has begun: it can only be aborted
                 raise FailedError(json.loads(content)["error"])
             yield content
 
@@ -147,23 +147,23 @@ class WorkerPool:
         message = await self._in_thread(hired.receive, question, self.settings.seconds)
         if message is None:
             raise QueryError(
-                f"The answer takes more than the {self.settings.seconds:g} s that a question may take: "
-                "ask for fewer rows, or of one model"
+                f"The query exceeds the time limit of {self.settings.seconds:g} s. "
+                "Request fewer rows, or only one model."
             )
         if message == b"" and (number := await self._in_thread(hired.signal)) not in _SHORT_OF_MEMORY:
             raise FailedError(
-                "The process that answered this question has died: ask for something else, or report it",
+                "The worker process of this request ended unexpectedly. Change the query, or report it.",
                 f"a worker died of signal {number}",
             )
         if message in (b"", worker.EXHAUSTED):
             raise QueryError(
-                f"The answer needs more than the {self.settings.memory / 2**20:.0f} MiB of memory that a question may "
-                "use: ask for fewer rows, or of one model"
+                f"The query exceeds the memory limit of {self.settings.memory / 2**20:.0f} MiB. "
+                "Request fewer rows, or only one model."
             )
         return message[:1], message[1:]
 
     async def _done(self, hired: _Worker) -> None:
-        """Take the worker back; one that is still at work is replaced."""
+        """Return the worker to the pool; one that is still busy is replaced."""
         BUSY.dec()
         if hired.quiet:
             self._free.put_nowait(hired)
@@ -173,14 +173,14 @@ class WorkerPool:
 
     async def _replace(self, hired: _Worker) -> None:
         self._dismiss(hired)
-        # Shielded and held: whoever asked may have left, and been cancelled.
+        # Shielded and referenced: the client's task may have been cancelled.
         hiring = asyncio.ensure_future(self._hire_anew())
         self._hiring.add(hiring)
         hiring.add_done_callback(self._hiring.discard)
         await asyncio.shield(hiring)
 
     async def _hire_anew(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the service is being stopped
+        with contextlib.suppress(RuntimeError):  # the server is stopping
             self._free.put_nowait(await self._in_thread(self._hire))
 
     async def _in_thread(self, function: Any, *args: Any) -> Any:
@@ -206,13 +206,13 @@ class WorkerPool:
 
 
 _SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGABRT)
-"""Signals that end a process where memory is short: from the system, or from its own allocator."""
+"""Signals that end a process that is out of memory: from the system, or from its own allocator."""
 _BURIAL = 5.0
 """Seconds to wait for the exit code of a process whose connection has closed."""
 
 
 class RefusedError(QueryError):
-    """What a worker refuses; ``unknown`` where it is a name that does not exist."""
+    """A request that a worker refuses; ``unknown`` if it has a name that does not exist."""
 
     def __init__(self, text: str, *, unknown: bool) -> None:
         super().__init__(text)
@@ -220,16 +220,16 @@ class RefusedError(QueryError):
 
 
 class _Worker:
-    """A process, and the connection to it. ``quiet``: nothing is under way, so it can be asked again."""
+    """A process, and the connection to it. ``quiet``: it is idle and can take a request."""
 
     def __init__(self, process: ForkServerProcess, connection: Connection, folder: Path) -> None:
         self.process, self.connection, self.folder = process, connection, folder
         self.quiet = True
 
     def receive(self, question: Question | None, seconds: float) -> bytes | None:
-        """Ask, if there is a question; the next message, None where none comes in time, empty where it has died.
+        """Send the request, if any, and return the next message: None after a timeout, empty if the process has ended.
 
-        Blocks, but not for long once the process is killed.
+        Blocks, but returns soon after the process is killed.
         """
         self.quiet = False
         try:
@@ -246,6 +246,6 @@ class _Worker:
         return message
 
     def signal(self) -> int:
-        """The signal that the process died of; 0 where it ended in another way."""
+        """Return the signal that ended the process; 0 if it ended in another way."""
         self.process.join(_BURIAL)
         return -(self.process.exitcode or 0)

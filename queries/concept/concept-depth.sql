@@ -1,9 +1,9 @@
--- Where a model comes to know a concept: jump point and converging point
+-- Depth at which a model comes to know a concept: jump point and converging point
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C
 --
--- One row per model, dataset and site. J is the first depth at which accuracy jumps to jump_ratio times that of
--- the layer before; C is the last at which it changes by less than convergence_tolerance. Empty where there is
--- no such layer.
+-- One row per model, dataset and site. J is the first depth at which accuracy is at least jump_ratio times that of the
+-- layer before. C is the last depth at which it changes by less than convergence_tolerance. NULL if there is no such
+-- layer.
 --
 -- Parameters:
 --   model
@@ -13,8 +13,8 @@
 --   split
 --   variant
 --   run
---   jump_ratio  number = 1.1       smallest variation rate that is a jump
---   convergence_tolerance  number = 0.03  largest change of a rate that has converged, itself excluded
+--   jump_ratio  number = 1.1       smallest variation rate that counts as a jump
+--   convergence_tolerance  number = 0.03  a rate has converged if it changes by less than this
 SELECT model, dataset, site, n_layers, jump_layer, jump_percent, converging_layer, converging_percent
 FROM concept_depth(
     wanted_model := getvariable('model'), wanted_dataset := getvariable('dataset'), wanted_site := getvariable('site'),

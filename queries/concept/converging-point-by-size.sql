@@ -1,4 +1,4 @@
--- How deep models of growing size must go
+-- Jump and converging point of models of growing size
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 3, sizes within one family
 --
 -- One row per dataset, family and model, smallest first: jump point and converging point in percent of depth.

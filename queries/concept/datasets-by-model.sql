@@ -1,8 +1,9 @@
--- Which concepts one model knows early, and which late
+-- Concepts that a model knows early, and late
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 1, datasets within one model
 --
--- One row per model and dataset, the best known first. accuracy_at_50_percent is that of the layer half way from the
--- first to the last, and so on; best_layer is the first that reaches best_accuracy; J and C in percent of depth.
+-- One row per model and dataset, best accuracy first. accuracy_at_50_percent is the accuracy of the layer half way from
+-- the first to the last, and so on. best_layer is the first layer that reaches best_accuracy. J and C are in percent of
+-- depth.
 --
 -- Parameters:
 --   model

@@ -1,8 +1,8 @@
--- When in training a model came to know a concept, and at which depth
+-- Training step and depth at which a model comes to know a concept
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, over checkpoints
 --
--- One row per model, dataset, site and checkpoint whose revision tells a training step: the best accuracy of any layer
--- and where it is, and the jump and converging points. A checkpoint without such a point has NULL there.
+-- One row per model, dataset, site and checkpoint whose revision contains a training step: the best accuracy of any
+-- layer, the layer that has it, and the jump and converging points. NULL if a checkpoint has no such point.
 --
 -- Parameters:
 --   model
@@ -10,7 +10,7 @@
 --   site
 --   classifier
 --   split
---   variant     text = default       what else sets the runs apart, such as bfloat16
+--   variant     text = default       variant of the runs apart from the checkpoint, such as bfloat16
 WITH best AS (
     SELECT
         model, dataset, run, site, classifier, split, max(accuracy) AS best_accuracy,

@@ -1,17 +1,17 @@
--- How J and C move with their thresholds, with the probe and with the split
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, and what they hang on
+-- Changes of J and C with their thresholds, the probe and the split
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, and what they depend on
 --
--- One row per model, dataset, point (J or C) and condition. Conditions vary one thing at a time: the threshold (of J
--- the ratio that is a jump, of C the largest change), the classifier, the split. published is the paper's own:
--- thresholds 1.1 and 0.03, the classifier and split that are given. moved_percent is how far, in percent of depth,
--- the point lies from there; empty where either has none.
+-- One row per model, dataset, point (J or C) and condition. Conditions vary one thing at a time: the threshold (for J,
+-- the smallest rate that is a jump; for C, the largest change), the classifier, or the split. The condition published
+-- is that of the paper: thresholds 1.1 and 0.03, with the given classifier and split. moved_percent is the distance
+-- from the published point in percent of depth; NULL if either does not exist.
 --
 -- Parameters:
 --   model
 --   dataset texts
 --   site
---   classifier  text = logistic    where the split or a threshold is varied
---   split       text = paper       where the classifier or a threshold is varied
+--   classifier  text = logistic    classifier of the rows in which the split or a threshold varies
+--   split       text = paper       split of the rows in which the classifier or a threshold varies
 --   variant
 --   run
 WITH thresholds AS (

@@ -1,8 +1,8 @@
--- Model families side by side at one size
+-- Model families compared at one size
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 2, families at one size
 --
--- One row per dataset and model whose number of parameters is within a factor of size. best_layer is the first
--- that reaches best_accuracy; J and C in percent of depth.
+-- One row per dataset and model whose number of parameters is within a factor of size. best_layer is the first layer
+-- that reaches best_accuracy. J and C are in percent of depth.
 --
 -- Parameters:
 --   model
@@ -12,7 +12,7 @@
 --   split
 --   variant
 --   run
---   size        number = 7         parameters, in billions
+--   size        number = 7         number of parameters, in billions
 --   within      number = 1.5       factor by which a model may be smaller or larger
 SELECT
     dataset, family, model, round(n_params / 1e9, 3) AS size_billions,

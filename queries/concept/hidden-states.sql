@@ -1,17 +1,17 @@
--- Where the prompts lie in two dimensions, layer by layer
+-- Positions of the prompts in two dimensions, layer by layer
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the pictures of hidden states by layer
 --
--- One row per model, dataset, layer and prompt: its place along the first two principal components of the layer's
--- hidden states, and the share of their variance in percent. Shown are some layers, evenly spaced from the first to the
--- last, and at most so many prompts, spread over the dataset. `kdb project` computes them.
+-- One row per model, dataset, layer and prompt: its position along the first two principal components of the layer's
+-- hidden states, and the share of their variance in percent. The layers are evenly spaced from the first to the last;
+-- the prompts are spread over the dataset. `kdb project` computes the positions.
 --
 -- Parameters:
 --   model
 --   dataset texts
 --   site
---   method   text = pca         pca or umap
---   layers   integer = 12       layers shown
---   prompts  integer = 300      prompts shown
+--   method   text = pca         projection: pca or umap
+--   layers   integer = 12       maximum number of layers
+--   prompts  integer = 300      maximum number of prompts
 --   variant
 --   run
 WITH chosen AS (

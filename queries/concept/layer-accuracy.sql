@@ -1,9 +1,9 @@
 -- Accuracy of the probe at every layer
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the curves of experiments 1 to 3
 --
--- One row per model, dataset, variant and layer. The interval is Wilson's, at 95 %, over the test prompts.
--- control_accuracy is what the same probe reaches on shuffled labels, selectivity accuracy less that. jump and
--- converging mark the layers that J and C are at.
+-- One row per model, dataset, variant and layer. The interval is the 95 % Wilson interval over the test prompts.
+-- control_accuracy is the accuracy of the same probe on shuffled labels; selectivity is accuracy minus
+-- control_accuracy. jump and converging mark the layers of J and C.
 --
 -- Parameters:
 --   model
@@ -11,7 +11,7 @@
 --   site
 --   classifier
 --   split
---   variant     text = default|all  newest runs of this variant, or of all; `kdb runs` lists them
+--   variant     text = default|all  variant of the runs (`kdb runs`), or all; the newest ones are used
 --   run
 SELECT
     model, dataset, site, layer, 100 * depth AS depth_percent,

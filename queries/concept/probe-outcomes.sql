@@ -1,15 +1,15 @@
--- Which test prompts the probe gets right, layer by layer
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z that accuracy counts
+-- Correct and wrong predictions of the probe for test prompts, layer by layer
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z behind the accuracy
 --
 -- One row per model, dataset, run and layer. outcomes has a character for each test prompt, in the order of prompt_id:
--- 1 where the probe is right, 0 where it is wrong. So layers, or two runs on the same prompts, can be compared pair by
--- pair, and resampled.
+-- 1 if the probe is right, 0 if it is wrong. With it, layers, or two runs on the same prompts, can be compared prompt
+-- by prompt and resampled.
 --
 -- Parameters:
 --   model
 --   dataset texts
 --   site
---   classifier  text = logistic    logistic, logistic-paper, logistic-standardised or random-forest
+--   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
 --   split
 --   variant
 --   run

@@ -1,13 +1,13 @@
--- What the probe says of every test prompt, at every layer
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z that accuracy counts
+-- Predictions of the probe for every test prompt, at every layer
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the predictions z behind the accuracy
 --
--- One row per model, dataset, layer and test prompt, in no order.
+-- One row per model, dataset, layer and test prompt, unordered.
 --
 -- Parameters:
 --   model
 --   dataset texts
 --   site
---   classifier  text = logistic    logistic, logistic-paper, logistic-standardised or random-forest
+--   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
 --   split
 --   variant
 --   run

@@ -1,8 +1,8 @@
--- How much accuracy changes from one layer to the next
+-- Change of accuracy from one layer to the next
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the variation rate β
 --
--- One row per model, dataset and layer: β is the layer's accuracy over that of the layer before. There is
--- none at layer 0.
+-- One row per model, dataset and layer: β is the layer's accuracy divided by that of the layer before. It is NULL at
+-- layer 0.
 --
 -- Parameters:
 --   model

@@ -1,16 +1,16 @@
--- What the model itself answers, without a probe
--- Jin et al., Exploring Concept Depth (arXiv 2404.07066): its datasets, asked instead of probed
+-- Accuracy of the model's own answers, without a probe
+-- Jin et al., Exploring Concept Depth (arXiv 2404.07066): its datasets, as questions to the model
 --
--- One row per model and dataset, over all prompts: how often the likelier of the two answers is right, with its 95 %
--- Wilson interval, and how often where label 1 or label 0 is right. answered_percent is the mean probability of either
--- answer: where it is small, the model was about to say something else. best_probe_accuracy is that of the best layer.
+-- One row per model and dataset, over all prompts: the accuracy of the more probable of the two answers, with its 95 %
+-- Wilson interval, and the accuracy for label 1 and label 0. answered_percent is the mean probability of both answers
+-- together: if it is small, the model would say something else. best_probe_accuracy is that of the best layer.
 --
 -- Parameters:
 --   model
 --   dataset texts
---   site        text = resid_post  of the probe beside it: resid_post or ffn_norm
---   classifier  text = logistic    of the probe beside it
---   split       text = paper       of the probe beside it
+--   site        text = resid_post  site of the probe to compare with: resid_post or ffn_norm
+--   classifier  text = logistic    classifier of the probe to compare with
+--   split       text = paper       split of the probe to compare with
 --   variant
 --   run
 WITH answers AS (

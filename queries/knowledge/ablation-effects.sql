@@ -1,8 +1,8 @@
--- What zeroing a method's neurons does to every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 2 takes means of
+-- Effect on every kept prompt of setting a method's neurons to 0
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values averaged in table 2
 --
 -- One row per model, category, prompt, method and k: reciprocal rank, probability in percent and log-probability of the
--- right token after zeroing. The untouched model is the method none, with k = 0.
+-- right token with the neurons set to 0. The unmodified model is the method none, with k = 0.
 --
 -- Parameters:
 --   model

@@ -1,9 +1,9 @@
--- Whether attention or FFN layers hold more of each kind of knowledge
+-- Shares of attention and FFN layers in each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4, summed up
 --
--- One row per model and category: the log-probability increases of all attention layers, and of all FFN layers,
--- as sums per prompt and means over the kept prompts, and each in percent of both together. Empty where both
--- together are 0; beyond 0 to 100 where one of them lowers the right token.
+-- One row per model and category: the log-probability increases of all attention layers and of all FFN layers, summed
+-- per prompt and averaged over the kept prompts, and each in percent of their sum. NULL if the sum is 0; below 0 or
+-- above 100 if one of them lowers the probability of the right token.
 --
 -- Parameters:
 --   model

@@ -1,9 +1,9 @@
--- Which way of ranking FFN neurons finds those that the answer hangs on
+-- Comparison of methods that rank FFN neurons by their effect on the answer
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 2
 --
--- One row per model and method: what is left of the right token when the method's k best FFN neurons are set to
--- 0. mrr is the mean of 1 / rank, prob_percent and logp are means, all over the kept prompts; lower is better.
--- Letters as in the paper, o and k = 0 for the untouched model; methods that it does not have come last.
+-- One row per model and method: rank and probability of the right token when the method's k best FFN neurons are set to
+-- 0. mrr is the mean of 1 / rank; prob_percent and logp are means; all are over the kept prompts, and lower is better.
+-- Letters are those of the paper; o with k = 0 is the unmodified model. Methods that are not in the paper are last.
 --
 -- Parameters:
 --   model

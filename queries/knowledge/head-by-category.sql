@@ -1,8 +1,8 @@
--- One head: how much it matters for each kind of knowledge
+-- One head: its score for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 10, by head
 --
--- One row per model and category: the head's mean log-probability increase of the right token over the kept prompts, and
--- its rank among the model's heads.
+-- One row per model and category: the head's mean log-probability increase of the right token over the kept prompts,
+-- and its rank among the model's heads.
 --
 -- Parameters:
 --   layer

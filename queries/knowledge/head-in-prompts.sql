@@ -1,8 +1,8 @@
 -- One head: the prompts in which it matters most
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its heads, prompt by prompt
 --
--- One row per model, dataset and kept prompt: the head's log-probability increase of the right token, and where it is
--- among the prompt's best, the token that it reads most, as a JSON string. The largest scores come first.
+-- One row per model, dataset and kept prompt: the head's log-probability increase of the right token. If the head is
+-- among the prompt's best, also the token that it reads most, as a JSON string. The largest scores come first.
 --
 -- Parameters:
 --   layer
@@ -12,7 +12,7 @@
 --   dataset
 --   variant
 --   run
---   k         integer = 50     prompts at most, of each model
+--   k         integer = 50     maximum number of prompts per model
 WITH scores AS (
     SELECT model, dataset, run, category, prompt_id, layer, head, score
     FROM head_scores

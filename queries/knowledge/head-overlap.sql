@@ -1,8 +1,8 @@
--- How many heads two kinds of knowledge share
+-- Number of heads that two kinds of knowledge share
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 10, compared
 --
--- One row per model and pair of categories: how many of the k best heads of each, by mean score over the kept
--- prompts, are the same, and the Jaccard index of the two sets.
+-- One row per model and pair of categories: the number of heads that are among the k best of both, by mean score over
+-- the kept prompts, and the Jaccard index of the two sets.
 --
 -- Parameters:
 --   model
@@ -10,7 +10,7 @@
 --   dataset
 --   variant
 --   run
---   k         integer = 10    heads of each category
+--   k         integer = 10    number of heads per category
 WITH best AS (
     SELECT model, category, list(head_name(layer, head)) AS heads
     FROM ranked_heads(

@@ -1,5 +1,5 @@
--- Every head's score in every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 10 takes means of
+-- Score of every head in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values averaged in table 10
 --
 -- One row per model, category, prompt, layer and head: the log-probability increase of the right token.
 --

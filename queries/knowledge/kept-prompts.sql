@@ -1,9 +1,9 @@
--- How many prompts count, and why the others do not
+-- Prompts that pass the filter, and reasons why others fail
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the filter of its datasets
 --
--- One row per model, dataset and category, over all prompts. A prompt is kept where the right token is among the
--- model's ten best and ahead of the category's other answers; the others fall out by the first of the two that
--- fails.
+-- One row per model, dataset and category, over all prompts. A prompt is kept if the right token is among the model's
+-- ten most probable tokens, and more probable than the other answers of the category. Other prompts are counted under
+-- the first of these conditions that fails.
 --
 -- Parameters:
 --   model

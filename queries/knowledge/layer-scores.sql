@@ -1,5 +1,5 @@
--- Every layer's score in every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what table 4 takes means of
+-- Score of every layer in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values averaged in table 4
 --
 -- One row per model, category, prompt, component and layer: the log-probability increase of the right token.
 --

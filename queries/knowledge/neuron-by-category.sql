@@ -1,9 +1,9 @@
--- One neuron: how much it matters for each kind of knowledge
+-- One neuron: its score for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, by neuron
 --
--- One row per model, category and role: as a value neuron, its mean log-probability increase of the right token; as a
--- query neuron, its mean share of the activation. The mean is over all kept prompts; n_prompts are those that store
--- the neuron, and it counts 0 in the others.
+-- One row per model, category and role: for a value neuron, its mean log-probability increase of the right token; for a
+-- query neuron, its mean share of the activation. The mean is over all kept prompts. n_prompts is the number of prompts
+-- with which the neuron is stored; in the others, its score counts as 0.
 --
 -- Parameters:
 --   neuron

@@ -1,9 +1,9 @@
 -- One neuron: the prompts in which it matters most
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, prompt by prompt
 --
--- One row per model, dataset, kept prompt and role: as a value neuron, its log-probability increase of the right token
--- (an attention neuron's positions added up); as a query neuron, its share of the activation. rank is its best place
--- among the prompt's neurons of that role. The largest scores come first.
+-- One row per model, dataset, kept prompt and role: for a value neuron, its log-probability increase of the right token
+-- (summed over positions for an attention neuron); for a query neuron, its share of the activation. rank is its best
+-- rank among the prompt's neurons of that role. The largest scores come first.
 --
 -- Parameters:
 --   neuron
@@ -12,7 +12,7 @@
 --   dataset
 --   variant
 --   run
---   k         integer = 50     prompts at most, of each model and role
+--   k         integer = 50     maximum number of prompts per model and role
 SELECT
     model, category, dataset, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,
     min(rank) AS rank, text, target_token

@@ -1,8 +1,8 @@
--- How many value neurons two kinds of knowledge share
+-- Number of value neurons that two kinds of knowledge share
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value neurons, compared
 --
--- One row per model and pair of categories: how many of the k best neurons of each, by mean score over the kept
--- prompts, are the same, and the Jaccard index of the two sets.
+-- One row per model and pair of categories: the number of neurons that are among the k best of both, by mean score over
+-- the kept prompts, and the Jaccard index of the two sets.
 --
 -- Parameters:
 --   model
@@ -10,8 +10,8 @@
 --   dataset
 --   variant
 --   run
---   component  text = ffn      attn or ffn
---   k          integer = 300   neurons of each category
+--   component  text = ffn      component: attn or ffn
+--   k          integer = 300   number of neurons per category
 WITH best AS (
     SELECT model, category, list(neuron_name) AS neurons
     FROM ranked_neurons(

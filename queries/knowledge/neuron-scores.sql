@@ -1,8 +1,8 @@
--- Every stored value neuron's score in every kept prompt
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what the rankings of neurons take means of
+-- Score of every stored value neuron in every kept prompt
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values behind the rankings of neurons
 --
--- One row per model, category, prompt, component and neuron; an attention neuron's positions are added up. A neuron
--- that a prompt has no row of counts 0 there.
+-- One row per model, category, prompt, component and neuron; scores of an attention neuron are summed over positions. A
+-- neuron without a row counts as 0 for that prompt.
 --
 -- Parameters:
 --   model

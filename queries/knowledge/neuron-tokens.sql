@@ -1,5 +1,5 @@
--- One neuron: the tokens that it raises most, and least
--- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the neuron's row through the unembedding
+-- One neuron: the tokens whose logits it raises or lowers most
+-- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): neurons projected to the vocabulary
 --
 -- One row per model, end and rank: the token, as a JSON string, and the neuron's logit of it.
 --

@@ -1,11 +1,10 @@
--- Which tokens a head reads
+-- Tokens that a head reads
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): what its best heads attend to
 --
--- One row per model, category, head and token: how much the last token attends to it, and the log-probability
--- increase of the right token that the head reads there. Both are added up where the token stands more than
--- once, and are means over the n_prompts kept prompts in which it stands and the head is among those stored.
--- Shown are the k best heads, or, where a layer or a head is given, all of those; each with its tokens of
--- largest score.
+-- One row per model, category, head and token: the attention of the last token to it, and the log-probability increase
+-- of the right token that the head reads there. Both are summed if the token occurs more than once. They are means over
+-- the n_prompts kept prompts that contain the token and in which the head is among the stored ones. The rows are those
+-- of the k best heads, or of all heads of a given layer or number, each with its tokens of largest score.
 --
 -- Parameters:
 --   model
@@ -13,11 +12,11 @@
 --   dataset
 --   variant
 --   run
---   k            integer = 10    best heads of each category, where neither layer nor head is given
---   layer        integer = all   layer of the heads
---   head         integer = all   number of the heads within their layers
---   tokens       integer = 5     tokens of each head at most
---   min_prompts  integer = 1     prompts that a token must stand in
+--   k            integer = 10    number of best heads per category, if neither layer nor head is given
+--   layer        integer = all   layer of the heads, from 0
+--   head         integer = all   number of the head within its layer, from 0
+--   tokens       integer = 5     maximum number of tokens per head
+--   min_prompts  integer = 1     minimum number of prompts that contain a token
 WITH by_prompt AS (
     SELECT
         model, category, layer, head, token, dataset, run, prompt_id,

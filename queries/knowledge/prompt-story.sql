@@ -1,18 +1,18 @@
--- One prompt's whole story: layers, heads and what they read, neurons and their tokens
+-- One prompt in detail: layers, heads and what they read, neurons and their tokens
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its case studies
 --
--- One row per model, dataset, part and rank: the k layers, heads, attention and FFN value neurons, and query neurons
--- that do most for the right token of one prompt, and for the best heads the positions that they read. score is the
--- log-probability increase in nat; of query neurons the share of activation. tokens are those at a head's position,
--- or the ten that a neuron raises most.
+-- One row per model, dataset, part and rank. The parts are the k layers, heads, attention and FFN value neurons, and
+-- query neurons with the largest score for the right token of one prompt, and the positions that the best heads read.
+-- score is the log-probability increase in nat; for query neurons, the share of activation. tokens are the token at a
+-- head's position, or the ten tokens that a neuron raises most.
 --
 -- Parameters:
---   prompt   integer required    the prompt_id; `kdb query prompts` lists them
+--   prompt   integer required    prompt_id of the prompt (`kdb query prompts`)
 --   model
 --   dataset
 --   variant
 --   run
---   k        integer = 10        rows of each part
+--   k        integer = 10        number of rows per part
 WITH chosen AS (
     SELECT model, dataset, run
     FROM chosen_runs('layer_scores', getvariable('variant'), getvariable('run'))

@@ -1,8 +1,9 @@
--- Prompts, and what the model says next
+-- Prompts, and the model's next token
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its prompts
 --
--- One row per model and prompt: the right next token, the model's probability of it and its rank, and whether the
--- prompt is kept. The best known prompts of each category come first. `kdb query prompt-story` tells one's story.
+-- One row per model and prompt: the right next token, its probability and rank in the model, and whether the prompt is
+-- kept. The prompts with the most probable answers come first in each category. `kdb query prompt-story` shows one in
+-- detail.
 --
 -- Parameters:
 --   model
@@ -10,7 +11,7 @@
 --   dataset
 --   variant
 --   run
---   k         integer = 10    prompts of each category
+--   k         integer = 10    number of prompts per category
 SELECT model, dataset, category, prompt_id, text, answer, target_token, target_prob, target_rank, kept
 FROM prompts
 JOIN chosen_runs('prompts', getvariable('variant'), getvariable('run')) USING (model, dataset, run)

@@ -1,9 +1,8 @@
 -- Layers that activate the value neurons
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query layers
 --
--- One row per model, category, kind of value neuron activated and rank: the layer outputs with the largest mean
--- score over the kept prompts. a5 is attention layer 5, f3 is FFN layer 3, embed the embedding, which has no
--- layer.
+-- One row per model, category, kind of value neuron activated and rank: the layer outputs with the largest mean score
+-- over the kept prompts. a5 is attention layer 5, f3 is FFN layer 3; embed is the embedding, whose layer is NULL.
 --
 -- Parameters:
 --   model
@@ -12,7 +11,7 @@
 --   variant
 --   run
 --   activates
---   k          integer = 10    layers of each category and kind
+--   k          integer = 10    number of layers per category and kind
 WITH scores AS (
     SELECT
         model, category, activates, component, layer,

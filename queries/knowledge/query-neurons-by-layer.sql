@@ -1,8 +1,8 @@
--- In which layers the query neurons lie
+-- Distribution of the query neurons over layers
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query neurons, by layer
 --
--- One row per model, category, kind of value neuron activated and layer, layers without any included: how many of a
--- prompt's k best query neurons lie in the layer, as a mean over the kept prompts and as a share of all of them.
+-- One row per model, category, kind of value neuron activated and layer, including layers without any: the number of a
+-- prompt's k best query neurons in the layer, as a mean over the kept prompts and as a share of all of them.
 --
 -- Parameters:
 --   model
@@ -11,7 +11,7 @@
 --   variant
 --   run
 --   activates
---   k          integer = 300   best query neurons of each prompt and kind
+--   k          integer = 300   number of best query neurons per prompt and kind
 WITH kept AS (
     SELECT *
     FROM _kept_prompts(

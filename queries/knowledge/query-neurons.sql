@@ -1,9 +1,9 @@
 -- FFN neurons that activate the value neurons
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): query neurons
 --
--- One row per model, category, kind of value neuron activated and rank: the query neurons with the largest mean
--- score over the kept prompts. A prompt counts 0 for a neuron that is not among its stored ones; n_prompts are
--- those that have it. The tokens are the ten that the neuron raises most, and least.
+-- One row per model, category, kind of value neuron activated and rank: the query neurons with the largest mean score
+-- over the kept prompts. A prompt counts as 0 for a neuron that is not stored with it; n_prompts is the number of
+-- prompts with which it is stored. The tokens are the ten that the neuron raises most, and least.
 --
 -- Parameters:
 --   model
@@ -12,7 +12,7 @@
 --   variant
 --   run
 --   activates
---   k          integer = 10    neurons of each category and kind
+--   k          integer = 10    number of neurons per category and kind
 WITH scores AS (
     SELECT
         model, category, activates, layer, neuron, neuron_name('ffn', layer, NULL, neuron) AS neuron_name,

@@ -1,15 +1,15 @@
--- When in training attention and FFN layers came to hold each kind of knowledge
+-- Training step at which attention and FFN layers acquire each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4, over checkpoints
 --
--- One row per model, category, checkpoint whose revision tells a training step, and component: the sum of its layers'
--- mean log-probability increases over the kept prompts, and the layer that adds most. Each checkpoint counts the prompts
--- that it knows; n_prompts says how many.
+-- One row per model, category, checkpoint whose revision contains a training step, and component: the sum over layers
+-- of the mean log-probability increase in the kept prompts, and the layer with the largest score. Each checkpoint
+-- counts the prompts that it knows; n_prompts is their number.
 --
 -- Parameters:
 --   model
 --   category
 --   dataset
---   variant   text = default  what else sets the runs apart, such as bfloat16
+--   variant   text = default  variant of the runs apart from the checkpoint, such as bfloat16
 WITH kept AS (
     SELECT model, dataset, run, step, revision, prompt_id, category
     FROM prompts

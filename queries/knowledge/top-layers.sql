@@ -11,7 +11,7 @@
 --   dataset
 --   variant
 --   run
---   k         integer = 10    layers of each category
+--   k         integer = 10    number of layers per category
 SELECT
     model, category,
     row_number() OVER (PARTITION BY model, category ORDER BY score DESC, layer, component) AS rank,

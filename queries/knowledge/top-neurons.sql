@@ -1,10 +1,10 @@
 -- Value neurons that matter most for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value neurons and their tokens
 --
--- One row per model, category, component and rank: the neurons with the largest mean log-probability increase of
--- the right token over the kept prompts. A prompt counts 0 for a neuron that is not among its stored ones;
--- n_prompts are those that have it. f29_1234 is neuron 1234 of FFN layer 29, a23.12_45 dimension 45 of head 12
--- in layer 23, its positions added up. The tokens are the ten that the neuron raises most, and least.
+-- One row per model, category, component and rank: the neurons with the largest mean log-probability increase of the
+-- right token over the kept prompts. A prompt counts as 0 for a neuron that is not stored with it; n_prompts is the
+-- number of prompts with which it is stored. f29_1234 is neuron 1234 of FFN layer 29; a23.12_45 is dimension 45 of head
+-- 12 in layer 23, summed over positions. The tokens are the ten that the neuron raises most, and least.
 --
 -- Parameters:
 --   model
@@ -13,7 +13,7 @@
 --   variant
 --   run
 --   component
---   k          integer = 10    neurons of each category and component
+--   k          integer = 10    number of neurons per category and component
 WITH best AS MATERIALIZED (
     SELECT *
     FROM ranked_neurons(

@@ -1,10 +1,9 @@
--- In which layers the value neurons lie
+-- Distribution of the value neurons over layers
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): figure 2
 --
--- One row per model, category, component and layer, layers without any included: how many of a prompt's k best
--- value neurons lie in the layer, as a mean over the kept prompts and as a share of all of them; score is what
--- these neurons add up to, as a mean too. An attention neuron counts at each position where it is among the
--- best.
+-- One row per model, category, component and layer, including layers without any: the number of a prompt's k best value
+-- neurons in the layer, as a mean over the kept prompts and as a share of all of them. score is the sum of their
+-- scores, also as a mean. An attention neuron counts at each position at which it is among the best.
 --
 -- Parameters:
 --   model
@@ -13,7 +12,7 @@
 --   variant
 --   run
 --   component
---   k          integer = 300   best neurons of each prompt and component
+--   k          integer = 300   number of best neurons per prompt and component
 WITH kept AS (
     SELECT *
     FROM _kept_prompts(

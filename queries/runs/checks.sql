@@ -1,15 +1,15 @@
--- How far each run may be trusted
--- Every run of both studies, on a few chosen prompts, against the loaded model, run one prompt at a time
+-- Checks of the reliability of each run
+-- Runs of both studies, compared on a few chosen prompts with the loaded model, which runs one prompt at a time
 --
 -- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
--- tolerance. Counts of prompts (doubled_bos, special_tokens_in_text) come last: they have no tolerance, so passed is
--- NULL. Models, weight formats and devices stand side by side.
+-- tolerance. Counts of prompts (doubled_bos, special_tokens_in_text) are last; they have no tolerance, so passed is
+-- NULL. Models, weight formats and devices are shown side by side.
 --
 -- Parameters:
 --   model
 --   dataset
 --   study
---   variant  text = all   newest runs of this variant; `kdb runs` lists them
+--   variant  text = all   variant of the runs (`kdb runs`); the newest ones are used
 --   run
 SELECT
     model, dtype, quantization, device, dataset, study, runs.variant, "check", value, tolerance, passed, detail

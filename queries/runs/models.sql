@@ -1,8 +1,8 @@
--- Which models were measured, and what their files are
+-- Models that were measured, and their files
 -- The warehouse itself
 --
--- One row per model and revision: two rows of one name are two models. Number formats and quantization are the file's;
--- dtype is that of the forward pass, of every run of it.
+-- One row per model and revision: two rows with the same name are two models. Number formats and quantization are those
+-- of the file; dtype lists those of the forward pass in all its runs.
 --
 -- Parameters:
 --   model

@@ -1,4 +1,4 @@
--- What was measured, and when
+-- Runs that were measured, with date and variant
 -- The warehouse itself
 --
 -- One row per run, in the order in which they were finished.

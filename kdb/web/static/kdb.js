@@ -1,4 +1,4 @@
-// Draws charts, and lets the SQL editor be used from the keyboard. Everything else works without it.
+// Draws charts, and adds keyboard shortcuts to the SQL editor. Everything else works without this script.
 "use strict";
 
 async function draw(place) {
@@ -12,7 +12,7 @@ async function draw(place) {
       return;
     }
     const quiet = vega.logger(vega.Error);
-    // ast and the interpreter: Vega would else compile expressions by eval, which this site's policy forbids.
+    // With ast and the interpreter, because Vega otherwise compiles expressions by eval, which this site's policy forbids.
     const runtime = vega.parse(vegaLite.compile(spec, { logger: quiet }).spec, null, { ast: true });
     const canvas = document.createElement("div");
     const view = new vega.View(runtime, { expr: vega.expressionInterpreter, renderer: "svg", container: canvas, hover: true });
@@ -29,7 +29,7 @@ async function draw(place) {
 }
 
 async function drawAll() {
-  // One after the other: a page must not take every worker of the server.
+  // One after the other, so that a page does not use all workers of the server.
   for (const place of document.querySelectorAll("[data-spec]")) await draw(place);
 }
 
