@@ -12,7 +12,7 @@ A query is named after its file. Its header reads::
     --   limit    integer = 20      maximum number of rows
     --   prompt   integer required  prompt to show
 
-A name alone is a parameter that queries share. It is declared in ``parameters.sql``; if two there have the same name, the
+A name alone is a parameter that queries share, declared in ``parameters.sql``. If two there have the same name, its
 type follows it (``dataset texts``). Types are text, texts (one or several), integer and number. ``= all`` means no
 restriction; the parameter is then NULL. ``= default|all`` has the default ``default``, and also accepts the word
 ``all``. The allowed values of a parameter depend on its name (``domains.py``). The body reads each parameter with

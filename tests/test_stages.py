@@ -9,14 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdb.errors import ModelError
+from kdb.ingest.attribution import study as attribution
 from kdb.ingest.concept import study
+from kdb.ingest.datasets import Example
 from kdb.ingest.execution.writer import write_behind
-from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, SHARD_FLOPS, most_per_shard
+from kdb.ingest.forward.ablation import Effects
+from kdb.ingest.forward.capture import check_row
+from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, SHARD_FLOPS, most_per_shard, room
+from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import Rows, rows_of
 from kdb.ingest.stages import PlannedRun, RunInProgress, Shard, StoredStage, carry_out
 from kdb.warehouse.lake import Lake, StagedRun
@@ -132,3 +139,42 @@ def test_captured_shards_hold_every_prompt_once_and_about_a_minute(
 def test_a_shard_has_at_least_one_thing_and_takes_no_more_than_its_operations(flops: float, device: str) -> None:
     most = most_per_shard(device, flops)
     assert most == 1 or most * flops <= SHARD_FLOPS["cpu" if device == "cpu" else "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "ahead", "kept"), [(1, True, True), (10, True, True), (11, True, False), (1, False, False)]
+)
+def test_a_prompt_is_kept_if_its_target_is_among_the_ten_best_and_beats_its_rivals(
+    monkeypatch: pytest.MonkeyPatch, rank: int, ahead: bool, kept: bool
+) -> None:
+    found = Effects(np.array([rank]), np.array([0.1]), np.array([-2.3]), np.array([ahead]))
+    monkeypatch.setattr("kdb.ingest.forward.ablation.run_trials", lambda *_, **__: found)
+    job = SimpleNamespace(
+        dataset=SimpleNamespace(examples=[Example("The sky is", answer="blue")]), texts=["The sky is"]
+    )
+    subject: Any = SimpleNamespace(
+        prompts=(Prompt(0, [1, 2], 3),),
+        decomposition=None,
+        batch_tokens=None,
+        job=job,
+        loaded=SimpleNamespace(tokenizer=SimpleNamespace(decode=str)),
+    )
+    (row,) = attribution._prompt_rows(subject, [0], lambda _n: None)
+    assert row["kept"] is kept
+
+
+@pytest.mark.parametrize(
+    ("dtype", "states", "others"), [("float32", 1e-3, 1e-3), ("bfloat16", 0.3, 0.1), ("float16", 0.04, 0.02)]
+)
+def test_a_check_allows_what_the_docs_say_and_no_more(dtype: str, states: float, others: float) -> None:
+    loaded: Any = SimpleNamespace(dtype=dtype, source=SimpleNamespace(name="tiny"))
+    for check, allowed in (("resid_post", states), ("stored_states", states), ("readout", others)):
+        assert check_row(check, [0.99 * allowed], loaded, 1)["passed"]
+        with pytest.raises(ModelError, match=f"{check} is off by"):
+            check_row(check, [1.01 * allowed], loaded, 1)
+
+
+def test_a_batch_takes_two_fifths_of_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (1000, 5000))
+    assert room(SimpleNamespace(type="cuda"), 7) == 400
+    assert room(SimpleNamespace(type="cpu"), 7) == 7
