@@ -215,7 +215,7 @@ def test_variants_of_different_models_under_one_name_are_told_of(lake: Path) -> 
     add_probe(lake, "a", probe(0.5), revision="first")
     add_probe(lake, "b", probe(0.6), revision="second", variant="noise")
     with Database(lake) as database:
-        with pytest.warns(KdbNote, match=r"Variants of 'm' were measured on different models .*first, second"):
+        with pytest.warns(KdbNote, match=r"Variants of 'm' were measured with different models .*first, second"):
             assert shown(database, variant="all") == [0.5, 0.6]
         with warnings.catch_warnings():
             warnings.simplefilter("error")

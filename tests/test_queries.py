@@ -332,7 +332,9 @@ def test_missing_and_wrong_values_are_query_errors(tmp_path: Path, given: dict[s
 def test_unknown_names_suggest_the_nearest(database: Database) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'concept-depth'"):
         database.query("concept-dept")
-    with pytest.raises(UnknownNameError, match=r"'modle'\. Did you mean 'model'.* takes model, dataset, site"):
+    with pytest.raises(
+        UnknownNameError, match=r"'modle'\. Did you mean 'model'.* has the parameters model, dataset, site"
+    ):
         database.query("concept-depth", modle="m")
     with pytest.raises(QueryError, match="prompt-story needs prompt"):
         database.query("prompt-story")
