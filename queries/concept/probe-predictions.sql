@@ -7,7 +7,7 @@
 --   model
 --   dataset texts
 --   site
---   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
+--   classifier
 --   split
 --   variant
 --   run
