@@ -2,6 +2,20 @@
 -- type too, as in `dataset texts`, means the line of that type.
 --
 -- Parameters:
---   classifier text    = logistic         classifier: logistic, logistic-paper, logistic-standardised or random-forest
---   variant    text    = default          variant of the runs apart from the checkpoint, such as bfloat16
---   k          integer = 10               number of heads per category
+--   model      texts   = all              names of models, shown side by side
+--   dataset    text    = all              name of one dataset
+--   dataset    texts   = all              names of datasets
+--   category   texts   = all              kinds of knowledge: language, color, number, capital, country, month, or your own
+--   site       text    = resid_post       where the hidden state is read: resid_post or ffn_norm
+--   classifier text    = logistic         classifier: logistic, logistic-paper or random-forest
+--   split      text    = paper            split: paper, stratified-SEED or grouped
+--   variant    text    = default          variant of the runs (`kdb runs`); the newest ones are used
+--   run        text    = all              id of a single run to use, of any variant
+--   component  text    = all              component: attn or ffn
+--   activates  text    = all              component of the value neurons that are activated: attn or ffn
+--   neuron     text    required           name of the neuron, such as f29_1234, or a23.12_45 in an attention head
+--   layer      integer required           layer of the head, from 0
+--   head       integer required           number of the head within its layer, from 0
+--   positions  text    = last             token positions at which neurons were set to 0: last or all
+--   study      text    = all              study: concept or knowledge
+--   k          integer = all              number of neurons set to 0

@@ -10,7 +10,7 @@
 --   site
 --   classifier
 --   split
---   variant
+--   variant     text = default       variant of the runs apart from the checkpoint, such as bfloat16
 WITH best AS (
     SELECT
         model, dataset, run, site, classifier, split, max(accuracy) AS best_accuracy,

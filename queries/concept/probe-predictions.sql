@@ -7,7 +7,7 @@
 --   model
 --   dataset texts
 --   site
---   classifier
+--   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
 --   split
 --   variant
 --   run

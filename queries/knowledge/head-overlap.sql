@@ -10,7 +10,7 @@
 --   dataset
 --   variant
 --   run
---   k
+--   k         integer = 10    number of heads per category
 WITH best AS (
     SELECT model, category, list(head_name(layer, head)) AS heads
     FROM ranked_heads(

@@ -9,7 +9,7 @@
 --   model
 --   category
 --   dataset
---   variant
+--   variant   text = default  variant of the runs apart from the checkpoint, such as bfloat16
 WITH kept AS (
     SELECT model, dataset, run, step, revision, prompt_id, category
     FROM prompts

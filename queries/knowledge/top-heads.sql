@@ -10,7 +10,7 @@
 --   dataset
 --   variant
 --   run
---   k
+--   k         integer = 10    number of heads per category
 SELECT model, category, rank, head_name(layer, head) AS head_name, layer, head, score, n_prompts
 FROM ranked_heads(
     getvariable('model'), getvariable('category'), getvariable('dataset'),
