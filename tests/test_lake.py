@@ -476,7 +476,7 @@ def test_rebuild_restores_the_empty_tables(lake: Lake) -> None:
 
 
 def test_a_missing_folder_is_no_warehouse(tmp_path: Path) -> None:
-    with pytest.raises(WarehouseError, match=r"There is no warehouse at '.*/absent': `kdb ingest` makes one"):
+    with pytest.raises(WarehouseError, match=r"There is no warehouse at '.*/absent'. Create one with `kdb ingest`"):
         Warehouse(tmp_path / "absent")
 
 
@@ -503,7 +503,7 @@ def test_an_empty_folder_becomes_a_warehouse(tmp_path: Path) -> None:
 
 def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> None:
     lake.marker.write_text('{"schema_version": 99}')
-    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 4\): upgrade kdb"):
+    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 4\). Upgrade kdb"):
         Warehouse.create(lake.path)
     assert json.loads(lake.marker.read_text()) == {"schema_version": 99}
 
@@ -511,7 +511,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> Non
 def test_a_warehouse_of_an_older_kdb_is_refused(lake: Lake) -> None:
     lake.marker.write_text('{"schema_version": 1}')
     with pytest.raises(
-        WarehouseError, match=r"written by an older kdb \(schema 1, this one reads 3 and later\): measure again"
+        WarehouseError, match=r"written by an older kdb \(schema 1, this one reads 3 and later\). Measure again"
     ):
         Warehouse(lake.path)
 
