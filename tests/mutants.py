@@ -155,11 +155,9 @@ MUTANTS = [
         "ingest/cost.py",
         "seconds=flops / rate,",
         "seconds=10 * flops / rate,",
-        "tests/test_run.py tests/test_knowledge_run.py",
+        "tests/test_cost.py",
     ),
-    Mutant(
-        "ingest/cost.py", "_NEURON_BYTES = 80", "_NEURON_BYTES = 800", "tests/test_run.py tests/test_knowledge_run.py"
-    ),
+    Mutant("ingest/cost.py", "_NEURON_BYTES = 80", "_NEURON_BYTES = 800", "tests/test_cost.py"),
     # SQL
     Mutant(
         MACROS,

@@ -1,0 +1,30 @@
+"""The cost of a run is counted in operations and bytes before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdb.ingest import cost as costs
+from kdb.ingest.datasets import load_dataset
+from kdb.ingest.job import Attributing, Job, Measuring, Probing
+from kdb.ingest.models.find import find_model
+from kdb.ingest.models.load import count_params, load_config
+
+
+def test_the_cost_of_attribution_counts_forward_passes_and_rows_of_the_vocabulary(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "gemm_rate", lambda *_: 1e9)
+    source = find_model(str(tiny_model))
+    job = Job(source, load_dataset("knowledge", limit=3), Measuring(), Probing(), attributing=Attributing(ablate_k=0))
+    found = costs.cost(job, "cpu")
+    vocab, hidden, layers, heads, passes = 256, 16, 2, 2, 2  # each prompt runs to be judged, and to be attributed
+    blocks = count_params(load_config(source)) - vocab * hidden
+    readouts = 6 * layers + layers * heads + 2 * 300 + 1
+    flops = 2 * blocks * found.n_tokens + 2 * vocab * hidden * readouts * found.n_prompts
+    assert found.n_prompts == 18
+    assert found.n_tokens % passes == 0
+    assert found.seconds == pytest.approx(flops / 0.7e9)
+    assert found.disk_bytes == 80 * 2 * 300 * found.n_prompts
