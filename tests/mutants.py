@@ -187,7 +187,7 @@ MUTANTS = [
     # The warehouse
     Mutant(
         LAKE,
-        'raise AssertionError(f"the run id {run} is not that of its identity")',
+        'raise AssertionError(f"the run id {run} does not follow from its identity")',
         "pass",
         "tests/test_lake.py tests/test_manifest.py",
     ),
