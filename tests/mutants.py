@@ -225,7 +225,7 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
             return False, f"stands there {text.count(mutant.old)} times: change the list"
         (copy / part).write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
-        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
                 command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LONGEST
