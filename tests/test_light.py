@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from kdb.faults import EXTRAS, missing_extra
+from kdb.warehouse.lake import Lake
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -106,12 +107,13 @@ def test_catalogues_and_help_need_no_extra(missing: str, args: list[str]) -> Non
         (["serve", "--port", "0"], "serve"),
     ],
 )
-def test_another_command_names_the_extra_that_it_needs(
-    missing: str, measured: Path, tmp_path: Path, args: list[str], extra: str
+def test_another_command_names_the_extra_that_it_needs_and_begins_nothing(
+    missing: str, warehouse: Path, tmp_path: Path, args: list[str], extra: str
 ) -> None:
     args = [str(tmp_path / arg) if arg == "x.html" else arg for arg in args]
-    result = kdb(missing, *args, "--warehouse", measured)
+    result = kdb(missing, *args, "--warehouse", warehouse)
     assert result.returncode == 2
+    assert Lake(warehouse).interrupted() == []
     assert result.stderr.count("\n") == 1
     assert re.search(rf"this needs \w+, which is not installed: .*`pip install 'kdb-lm\[{extra}\]'`", result.stderr)
 

@@ -35,6 +35,8 @@ def refit(lake: Lake, source: RunFolder, wanted: Probing, *, seed: int = Measuri
 
     Raises WarehouseError if the source run has no activations.
     """
+    import kdb.ingest.concept.probes  # noqa: F401  (a library that is missing is reported before anything is written)
+
     return _derive(lake, source, "probe", {"seed": seed, **asdict(wanted)}, probing(wanted, seed), seed=seed)
 
 
