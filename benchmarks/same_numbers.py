@@ -47,7 +47,7 @@ def rows(run: Path, table: str) -> pl.DataFrame | None:
 
 
 def differences(old: pl.DataFrame | None, new: pl.DataFrame | None) -> Iterator[str]:
-    """What is not equal, a line for each column."""
+    """Describe what differs, a line for each column."""
     if old is None or new is None:
         if old is not new:
             yield "there before, not after" if new is None else "not there before, there after"

@@ -40,10 +40,12 @@ def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
         _warn_of_namesakes(lake, job)
         # A study imports NumPy and more, which a run that is stored already does not need.
         if job.study == "knowledge":
-            from kdb.ingest.attribution import study
-        else:
-            from kdb.ingest.concept import study  # type: ignore[no-redef]
-        return study.prepare(job)
+            from kdb.ingest.attribution.study import prepare as prepare_knowledge
+
+            return prepare_knowledge(job)
+        from kdb.ingest.concept.study import prepare as prepare_concept
+
+        return prepare_concept(job)
 
     return carry_out(lake, PlannedRun(job.identity, job.source.name, job.dataset.name, _columns(job), prepare), engine)
 
@@ -61,7 +63,7 @@ def _columns(job: Job) -> dict[str, Any]:
 
 
 def _warn_of_namesakes(lake: Lake, job: Job) -> None:
-    """Say so where the model's name is taken by another one, the first time that this one is measured."""
+    """Warn if another model is stored under this name, the first time that this one is measured."""
     source, others = job.source, dict[str, int]()
     mark = f"revision={source.pinned}" if source.pinned else ""
     for folder in lake.run_folders():

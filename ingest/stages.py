@@ -113,7 +113,7 @@ class Engine(Protocol):
     def map(
         self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
     ) -> Iterator[tuple[Shard, T]]:
-        """What the work yields for every shard, with the shard. Results of one shard keep their order.
+        """Yield each result of the work on every shard, with the shard. Results of one shard keep their order.
 
         The model is loaded when it is first needed. Raises ModelError where it cannot be, or fails.
         """
@@ -278,9 +278,9 @@ def _computed(
     yield from zip(shards, mapped(rows, inputs, shards, n_jobs), strict=True)
 
 
-def single(name: str = "part", work: Any = None) -> Callable[[RunInProgress], list[Shard]]:
+def single(name: str = "part") -> Callable[[RunInProgress], list[Shard]]:
     """The shards of a stage whose work is one part."""
-    return lambda _run: [Shard(name, work)]
+    return lambda _run: [Shard(name)]
 
 
 def _copying(table: str) -> StoredStage:

@@ -133,7 +133,7 @@ def _prompt_shards(token_ids: Sequence[Sequence[int]], run: RunInProgress) -> li
 
 
 def _kept(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
-    """What the untouched model says of each prompt, and whether it is kept: the rows of ``prompts``."""
+    """Rows of ``prompts``: the untouched model's answer to each prompt, and whether the prompt is kept."""
     begun = time.monotonic()
     yield rows_of("prompts", list(_prompt_rows(subject, shard.work, advance)), begun)
 
@@ -282,7 +282,7 @@ def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
     model = run.table("models").to_pylist()[0]
     most = most_per_shard(run.device, 2 * model["vocab_size"] * model["hidden_size"])
     starts = run.remembered("named", lambda: list(range(0, len(every), most)))
-    parts = [every.slice(start, most) for start in starts]
+    parts = [every.slice(a, b - a) for a, b in itertools.pairwise([*starts, len(every)])]
     return [Shard(f"part-{i:05}", part, len(part)) for i, part in enumerate(parts)]
 
 

@@ -186,7 +186,7 @@ def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Row
 
 
 def _stored_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
-    """What is stored of the chosen prompts: states (prompt, layer, hidden), and probabilities (prompt, 2) or None."""
+    """Stored values of the chosen prompts: states (prompt, layer, hidden), and probabilities (prompt, 2) or None."""
     chosen = chosen_prompts(posed.token_ids)
     parts = [
         run.staged.part("activations", shard.name)
@@ -215,7 +215,7 @@ def _check_stored(subject: Captured, shard: Shard, _advance: Advance) -> Iterato
 
 @dataclass(frozen=True)
 class _Fits:
-    """What every probe of a run is fitted with."""
+    """Inputs that all probes of a run share."""
 
     activations: list[Path]
     labels: NDArray[Any]

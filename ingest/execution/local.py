@@ -22,7 +22,7 @@ class Here:
     def map(
         self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
     ) -> Iterator[tuple[Shard, T]]:
-        """What the work yields for one shard after the other."""
+        """Yield the results of one shard after the other."""
         if self._held is None or self._held[0] is not subject:
             self._held = None  # before the next subject is made: both may not fit into memory
             self._held = subject, subject.on(self._load(), self._batch_tokens)

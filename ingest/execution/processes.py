@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def mapped(work: Callable[[Any, S], T], inputs: Any, shards: Sequence[S], n_jobs: int) -> Iterator[T]:
-    """What ``work(inputs, shard)`` gives for each shard, in their order, as they are ready.
+    """Yield ``work(inputs, shard)`` for each shard, in their order, as soon as each is ready.
 
     No more than ``n_jobs`` shards are worked on at once, so that no more matrices are in memory. All three must be
     picklable. The processes share the cores evenly: fitting a probe took 12 s of CPU on two threads, 8 on one.

@@ -139,7 +139,7 @@ class Workers:
     def map(
         self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
     ) -> Iterator[tuple[Shard, T]]:
-        """What the work yields for each shard, in the order in which workers are done."""
+        """Yield the results of each shard, in the order in which workers finish."""
         for task, results in self._results(subject, [_Task(work, shard) for shard in shards]):
             for found in results:
                 yield task.shard, found
@@ -256,7 +256,7 @@ class Holder:
         return "done", os.getpid()
 
     def measure(self, sent: tuple[str, Subject[Any]], work: Work[Any, Any], shard: Shard) -> tuple[str, Any]:
-        """What the work yields for one shard of the subject."""
+        """Return the results of the work on one shard of the subject."""
         key, subject = sent
         try:
             if self._held[0] != key:
