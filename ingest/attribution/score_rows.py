@@ -117,7 +117,7 @@ def query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
 
 
 def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
-    """Rows of ``ablations``: the target after the best neurons of every method are zeroed, at the last position and at all."""
+    """Rows of ``ablations``: the target after zeroing each method's best neurons, at the last position and at all."""
     from kdb.ingest.attribution.rankings import best_neurons
     from kdb.ingest.forward.ablation import Intervention, intervene
 
