@@ -2,9 +2,9 @@
 
     python benchmarks/analysis.py
 
-The numbers are invented (tests/synthetic.py), their sizes are realistic. Prints the median of three for each figure
-over all nine models, after one to warm up, and time and peak memory of the report; beside them a Python that only
-imports Altair, since that is a part of each.
+The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic. Prints the median of three for each
+figure over all nine models, after one to warm up, and time and peak memory of the report; beside them a Python that
+only imports Altair, since that is a part of each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from synthetic import build
+from helpers.synthetic import build
 
 from kdb.analysis.figures import FIGURES
 

@@ -28,7 +28,7 @@ from deltalake import DeltaTable, write_deltalake
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from objectstore import KEY, SECRET, ObjectStore, extension, object_store
+from helpers.object_store import KEY, SECRET, ObjectStore, extension, object_store
 
 import kdb
 from kdb.warehouse import cloud

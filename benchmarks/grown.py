@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from synthetic import CATEGORIES, NINE_CONCEPTS, NINE_MODELS, SITES, Concept, Model, describe, rng_of, score_rows
+from helpers.synthetic import (
+    CATEGORIES,
+    NINE_CONCEPTS,
+    NINE_MODELS,
+    SITES,
+    Concept,
+    Model,
+    describe,
+    rng_of,
+    score_rows,
+)
 
 from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.lake import Lake, StagedRun, partitions

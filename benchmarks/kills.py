@@ -6,8 +6,8 @@
 
 A tiny random model is measured on 40 prompts in ten parts. After each commit the rows are compared with those of an
 ingest that was left alone, and every file with its checksum. With ``--upkeep``, compact, keep-vectors, remove, import
-and migrate are killed, and each answer is compared with what those commands may leave (tests/killing_upkeep.py). Exits
-with 1 unless all of it is as it should be.
+and migrate are killed, and each answer is compared with what those commands may leave
+(tests/helpers/killing_commands.py). Exits with 1 unless all of it is as it should be.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from conftest import make_tiny_model, preload, weather
-from killing import Tally, Writers, kill_writers
-from killing_upkeep import Commands
-from objectstore import object_store
+from helpers.killing import Tally, Writers, kill_writers
+from helpers.killing_commands import Commands
+from helpers.object_store import object_store
+from helpers.tiny_llama import make_tiny_model, preload, weather
 
 from kdb.warehouse import cloud
 

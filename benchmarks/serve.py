@@ -2,9 +2,9 @@
 
     python benchmarks/serve.py
 
-The numbers are invented (tests/synthetic.py), their sizes are realistic: nine models, 2,430 prompts that count. For a
-saved query, a page and a page of a table, p50 and p99 of the seconds until the last byte: of questions that were never
-asked before, and of questions that were, whose answers are kept. Then a run is ingested beside 8 clients, a table is
+The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic: nine models, 2,430 prompts that count.
+For a saved query, a page and a page of a table, p50 and p99 of the seconds until the last byte: of questions that were
+never asked before, and of questions that were, whose answers are kept. Then a run is ingested beside 8 clients, a table is
 downloaded whole, and the peak memory of all processes is printed; a request that fails ends the benchmark.
 """
 
@@ -25,8 +25,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from served import Served, served
-from synthetic import CATEGORIES, NINE_CONCEPTS, NINE_MODELS, build
+from helpers.served import Served, served
+from helpers.synthetic import CATEGORIES, NINE_CONCEPTS, NINE_MODELS, build
 
 from kdb.warehouse.store import Warehouse
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers.tiny_llama import make_tiny_model, preload, weather
 
 import kdb
 from kdb.cli import main
@@ -25,8 +26,6 @@ from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models.find import REGISTRY, LoadedModel, find_model
 from kdb.ingest.models.load import load_model
-
-TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
 
 
 @pytest.fixture(autouse=True)
@@ -64,36 +63,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A folder for ``--model``: a Llama of 2 layers × 16, and a tokenizer of 256 bytes. It reads 128 tokens."""
-    import torch
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    # The vocabulary is an alphabet and nothing is merged: so every text has tokens, and none is unknown.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.5,  # the usual 0.02 leaves states so small that an L2 probe ignores them
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_loaded(tiny_model: Path) -> LoadedModel:
     return load_model(find_model(str(tiny_model)))
@@ -117,13 +86,6 @@ def _installed(name: str) -> LoadedModel:
 
 
 # Datasets and jobs -----------------------------------------------------------------------------------------------
-
-
-def weather(n: int) -> str:
-    rows = (
-        f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n)
-    )
-    return "\n".join(["text,label,town", *rows]) + "\n"
 
 
 @pytest.fixture(scope="session")
@@ -178,22 +140,6 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload())
     return context
-
-
-def preload() -> list[str]:
-    """What a process imports that ingests, and what the modules of the tests import."""
-    return [
-        *("pytest", "hypothesis"),
-        *(
-            "kdb.cli",
-            "kdb.warehouse.store",
-            "kdb.ingest.concept.study",
-            "kdb.ingest.concept.probes",
-            "kdb.ingest.forward.capture",
-        ),
-        *("kdb.cli.keep", "kdb.cli.share", "kdb.warehouse.imports", "kdb.warehouse.compaction"),
-        *("torch", "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),
-    ]
 
 
 # Warehouses ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import BLOCKS, LAYERS, VOCAB, loaded, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BLOCKS, LAYERS, VOCAB, loaded, prompts, tiny_model
 
 from kdb.ingest.attribution import bounds
 from kdb.ingest.attribution import rankings as ranking

@@ -5,18 +5,16 @@ The models are real and tiny: every architecture of transformers that the design
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.plain import assert_same, plain
+from helpers.tiny_models import ARCHITECTURES, VOCAB, WINDOW, loaded, prompts, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from tiny_models import ARCHITECTURES, BLOCKS, VOCAB, WINDOW, loaded, prompts, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from kdb.errors import ModelError
@@ -27,44 +25,10 @@ from kdb.ingest.models.structure import find_structure
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
-# Where the FFN sits, written down here and not asked of the code that is tested.
-FFN = {"opt": "fc1"}
-
 
 @cache
 def capture_of(architecture: str) -> Capture:
     return Capture(loaded(tiny_model(architecture)))
-
-
-def plain(model: Any, architecture: str, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Block outputs and FFN inputs (layer, site, hidden) of the last token, the prompt being run alone."""
-    found: dict[tuple[int, int], torch.Tensor] = {}
-
-    def keep(layer: int, site: int, value: Any) -> None:
-        hidden = value[0] if isinstance(value, tuple) else value
-        found[layer, site] = hidden.reshape(len(token_ids), -1)[-1].float()
-
-    handles = []
-    blocks = model.get_submodule(BLOCKS.get(architecture, "model.layers"))
-    for layer, block in enumerate(blocks):
-        ffn = block.get_submodule(FFN.get(architecture, "mlp"))
-        handles += [
-            block.register_forward_hook(lambda _m, _i, output, layer=layer: keep(layer, 0, output)),
-            ffn.register_forward_pre_hook(lambda _m, inputs, layer=layer: keep(layer, 1, inputs)),
-        ]
-    with torch.no_grad():
-        model(torch.tensor([token_ids]), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return np.stack([[found[layer, site].numpy() for site in (0, 1)] for layer in range(len(blocks))])
-
-
-def assert_same(vectors: NDArray[np.float32], expected: NDArray[np.float32], rtol: float = 1e-5) -> None:
-    """Every vector has the length and the direction it should have."""
-    lengths = np.linalg.norm(expected, axis=-1)
-    assert (np.linalg.norm(vectors - expected, axis=-1) / lengths).max() < rtol
-    cosines = (vectors * expected).sum(axis=-1, dtype=np.float64) / lengths / np.linalg.norm(vectors, axis=-1)
-    assert cosines.min() >= 0.99999
 
 
 # States of every architecture ------------------------------------------------------------------------------------

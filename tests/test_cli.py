@@ -19,6 +19,7 @@ import click
 import polars as pl
 import pytest
 from click.testing import Result
+from helpers.command_line import answer, refusal
 
 from kdb.cli import main
 from kdb.ingest.concept import study as run
@@ -26,20 +27,6 @@ from kdb.ingest.job import Job
 from kdb.warehouse.lake import Lake
 
 RunKdb = Callable[..., Result]
-
-
-def refusal(result: Result) -> str:
-    """The one message of a command that was refused: on stderr, with exit code 2, and nothing on stdout."""
-    assert (result.exit_code, result.stdout) == (2, "")
-    before, *messages = re.split(r"^Error: ", result.stderr, flags=re.MULTILINE)
-    assert len(messages) == 1
-    assert before == "" or before.startswith("Usage: ")  # click shows the usage of a command that was misspelt
-    return messages[0].strip()
-
-
-def answer(result: Result) -> str:
-    assert (result.exit_code, result.stderr) == (0, "")
-    return result.stdout
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -13,11 +13,11 @@ from typing import Any
 import duckdb
 import pytest
 from click.testing import Result
+from helpers.killing import Writers, kill_writers
+from helpers.object_store import CUT, KEY, LOSE, SECRET, ObjectStore, extension, object_store
+from helpers.served import served
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import Writers, kill_writers
-from objectstore import CUT, KEY, LOSE, SECRET, ObjectStore, extension, object_store
-from served import served
 
 import kdb
 from kdb.errors import WarehouseError

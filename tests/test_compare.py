@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from synthetic import write_manifests
-from test_database import Rows, add_run, create_lake
+from helpers.stored import Rows, add_run, create_lake
+from helpers.synthetic import write_manifests
 
 from kdb.analysis.compare import (
     accuracy_differences,

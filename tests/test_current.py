@@ -15,9 +15,9 @@ import pandas as pd
 import polars as pl
 import pytest
 from click.testing import Result
+from helpers.knowledge_rows import ALPHA, add_knowledge
+from helpers.stored import NOON, Rows, add_run, create_lake, needs_shell, shell
 from polars.testing import assert_frame_equal
-from test_database import NOON, Rows, add_run, create_lake, needs_shell, shell
-from test_knowledge_queries import ALPHA, add_knowledge
 
 import kdb
 from kdb.errors import KdbError, QueryError, UnknownNameError

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import duckdb
 import pandas as pd
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from helpers.stored import NOON, add_run, create_lake, needs_shell, shell, write_part
 from sqlalchemy import inspect, text
 
 from kdb.errors import QueryError, WarehouseError
@@ -24,40 +19,8 @@ from kdb.warehouse.database import Database, connect, engine, scan, write_shell_
 from kdb.warehouse.schema import PARTITIONS, TABLES, arrow_schema, sql_type
 
 ODD_NAMES = ["007", "true", "1e5", "null", "a=b/c d%", "2024-01-01", "ü", "it's"]
-NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-SHELL = shutil.which("duckdb", path=str(Path(sys.executable).parent)) or shutil.which("duckdb")
-needs_shell = pytest.mark.skipif(SHELL is None, reason="duckdb-cli is not installed")
 
 VIEWS = ("current_runs", "known_runs", "shadowed_runs")
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-def write_part(folder: Path, table: pa.Table) -> None:
-    folder.mkdir(parents=True)
-    pq.write_table(table, folder / "0000.parquet")
-
-
-def encoded(name: str) -> str:
-    """A partition value as it stands in the path. DuckDB takes the word null for no value, if unencoded."""
-    return name.replace("n", "%6E", 1) if name == "null" else quote(name, safe="")
-
-
-def create_lake(warehouse: Path) -> Path:
-    """A lake without runs: an empty typed file for each table."""
-    for name in TABLES:
-        folder = warehouse / "lake/model=__none__/dataset=__none__/run=__none__" / name
-        write_part(folder, arrow_schema(name).empty_table())
-    return warehouse / "lake"
-
-
-def add_run(lake: Path, model: str, dataset: str, run: str, **tables: Rows) -> None:
-    """Commit a run with these rows. `runs` gets its row, with what `runs=[…]` says."""
-    info = {"study": "concept", "variant": "default", "tables": [*tables, "runs"], "finished_at": NOON}
-    tables["runs"] = [info | dict(tables.get("runs", [{}])[0])]
-    for name, rows in tables.items():
-        folder = lake / f"model={encoded(model)}/dataset={encoded(dataset)}/run={run}" / name
-        write_part(folder, pa.Table.from_pylist(rows, schema=arrow_schema(name)))
 
 
 def add_vectors(lake: Path, run: str, size: int, value: float, float16: bool = False) -> None:
@@ -72,12 +35,6 @@ def add_vectors(lake: Path, run: str, size: int, value: float, float16: bool = F
 def digest(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def shell(file: Path, sql: str) -> list[str]:
-    """The lines that the DuckDB shell prints, as CSV without header."""
-    command = [str(SHELL), "-readonly", "-csv", "-noheader", str(file), sql]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, BLOCKS, HIDDEN, VOCAB, loaded, prompts, tiny_model
+from helpers.tiny_models import ARCHITECTURES, BLOCKS, HIDDEN, VOCAB, loaded, prompts, tiny_model
 from transformers import DynamicCache
 
 from kdb.errors import ModelError

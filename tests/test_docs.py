@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from objectstore import object_store
+from helpers.object_store import object_store
 from platformdirs import user_cache_path
 
 ROOT = Path(__file__).parents[1]

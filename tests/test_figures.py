@@ -11,10 +11,10 @@ import altair as alt
 import polars as pl
 import pytest
 from click.testing import Result
-from synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
-from test_database import needs_shell
-from test_queries import BEYOND_PROBES, assert_same_in_the_shell
-from test_uncertainty import curve_rows, prediction_rows, warehouse_of
+from helpers.curves import curve_rows, prediction_rows, warehouse_of
+from helpers.stored import assert_same_in_the_shell, needs_shell
+from helpers.synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
+from test_queries import BEYOND_PROBES
 
 from kdb.analysis import figures
 from kdb.analysis.figures import FIGURES

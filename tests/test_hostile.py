@@ -17,7 +17,7 @@ import duckdb
 import httpx
 import psutil
 import pytest
-from served import Served, served
+from helpers.served import Served, served
 from starlette.exceptions import HTTPException
 
 import kdb

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from hub import TOKEN, Hub, attaching, pretended
+from helpers.hub import TOKEN, Hub, attaching, pretended
 
 import kdb
 from kdb.warehouse.lake import Lake

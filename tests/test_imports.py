@@ -209,3 +209,13 @@ def test_an_ingest_that_was_done_before_loads_no_model_library(
 ) -> None:
     args = ("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", warehouse)
     assert loaded_by(*args) & MEASURING_LIBRARIES == set()
+
+
+def test_what_tests_and_benchmarks_share_depends_on_neither() -> None:
+    """Tests run slices of benchmarks, and both use tests/helpers: so helpers import neither, and benchmarks no test."""
+    tests, benchmarks = (
+        {path.stem for path in (REPOSITORY / folder).glob("*.py")} for folder in ("tests", "benchmarks")
+    )
+    for folder, forbidden in (("tests/helpers", tests | benchmarks), ("benchmarks", tests)):
+        for path in (REPOSITORY / folder).glob("*.py"):
+            assert not forbidden & {name.partition(".")[0] for name in imports(path)}, path

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from test_manifest import measure
+from helpers.measured import measure
 
 import kdb
 from kdb.errors import KdbError

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from filelock import FileLock
-from killing_upkeep import OLD, ask, command, write_source
+from helpers.killing_commands import OLD, ask, command, write_source
 
 from kdb.errors import WarehouseError
 from kdb.warehouse import lake as lake_module

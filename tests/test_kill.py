@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Writers, kill_writers
-from killing_upkeep import Commands
+from helpers.killing import Writers, kill_writers
+from helpers.killing_commands import Commands
 
 from kdb.warehouse.store import Warehouse
 

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from test_cli import answer, refusal
-from test_run import interrupt_after, no_model
+from helpers.command_line import answer, refusal
+from helpers.interruptions import interrupt_after, no_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.errors import ModelError

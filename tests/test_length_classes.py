@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.plain import assert_same, plain
+from helpers.tiny_models import loaded, prompts, tiny_config, tiny_model
 from numpy.typing import NDArray
-from test_capture import assert_same, plain
-from tiny_models import loaded, prompts, tiny_config, tiny_model
 
 from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
 from kdb.ingest.forward.activation_cache import check_decomposition

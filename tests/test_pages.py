@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from helpers.served import Served, served
 from playwright.sync_api import Browser, Error, Page, sync_playwright
-from served import Served, served
 
 MODEL = "model=gemma-3-270m"
 PAGES = {

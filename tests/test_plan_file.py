@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from helpers.stored import assert_same_in_the_shell, needs_shell
 from hypothesis import given
 from hypothesis import strategies as st
-from test_database import needs_shell
-from test_queries import assert_same_in_the_shell
 
 import kdb
 from kdb.errors import UnknownNameError

@@ -10,14 +10,13 @@ from typing import Any
 
 import polars as pl
 import pytest
+from helpers.stored import NOON, Rows, add_run, assert_same_in_the_shell, create_lake, needs_shell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from polars.testing import assert_frame_equal
-from test_database import NOON, Rows, add_run, create_lake, needs_shell, shell
 
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import find_query, literal, load_catalogue
-from kdb.warehouse.database import Database, write_shell_file
+from kdb.warehouse.database import Database
 
 HEADER = """\
 -- Rows
@@ -364,21 +363,6 @@ def test_saved_query_only_reads_and_runs_on_an_empty_warehouse(tmp_path: Path, n
         answer = database.query(name, **required)
         assert answer.is_empty()
         assert database.sql(find_query(name).sql).columns == answer.columns
-
-
-def assert_same_in_the_shell(lake: Path, database: Database, name: str, **params: Any) -> None:
-    """The shell prints what the database answers, and that is something."""
-    write_shell_file(lake.parent)
-    script = find_query(name).shell_script()
-    for variable, value in find_query(name).bind(params).items():
-        script = re.sub(rf"(?<=SET VARIABLE {variable} = )[^;]*(?=;)", lambda _, v=value: literal(v), script)
-    answer = database.query(name, **params)
-    assert not answer.is_empty()
-    csv: dict[str, Any] = {"has_header": False, "null_values": ["", "NULL"]}  # the shell prints NULL
-    printed = pl.read_csv("\n".join(shell(lake.parent / "kdb.duckdb", script)).encode(), **csv)
-    expected = pl.read_csv(answer.write_csv(include_header=False).encode(), **csv)
-    ordered = "ORDER BY" in script
-    assert_frame_equal(printed, expected, rel_tol=1e-5, check_row_order=ordered)
 
 
 @needs_shell

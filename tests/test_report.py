@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
-from synthetic import Concept, Model, build
+from helpers.synthetic import Concept, Model, build
 
 from kdb.analysis.report import build as build_report
 from kdb.analysis.report import command

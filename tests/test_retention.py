@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from test_cli import refusal
+from helpers.command_line import refusal
 
 import kdb
 from kdb.cli import main

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from helpers.interruptions import interrupt_after, no_model
 
 from kdb.errors import DatasetError, ModelError, WarehouseError
 from kdb.ingest.concept import study as run
@@ -57,10 +58,6 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Capture, "vectors_and_ends", counted)
     return calls
-
-
-def no_model() -> LoadedModel:
-    raise AssertionError("the model was loaded")
 
 
 RESULTS = {
@@ -232,18 +229,6 @@ def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
     assert ingest(opened.lake, tiny_job(), no_model) == Outcome(folder.run, "exists")
     assert results(opened) == before
     assert captured == []
-
-
-def interrupt_after(n: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which gets a Ctrl-C in its n-th call."""
-    left = iter(range(n, -1, -1))
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if next(left) == 1:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    return interrupted
 
 
 def test_an_interrupted_capture_goes_on_from_its_last_finished_part(

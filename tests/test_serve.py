@@ -22,11 +22,11 @@ import pyarrow as pa
 import pytest
 import schemathesis
 from click.testing import Result
+from helpers.served import Served, served
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
-from served import Served, served
 
 import kdb
 from kdb.errors import QueryError, UnknownNameError

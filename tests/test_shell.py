@@ -7,8 +7,8 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from helpers.stored import add_run, create_lake, needs_shell, shell
 from sqlalchemy import create_engine, text
-from test_database import add_run, create_lake, needs_shell, shell
 
 from kdb.queries.catalogue import macros
 from kdb.warehouse.database import write_public_file, write_shell_file

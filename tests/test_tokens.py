@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import TOWNS
-from test_cli import answer
-from test_knowledge_datasets import tokenizer
+from helpers.command_line import answer
+from helpers.tiny_llama import TOWNS
+from helpers.tokenizers import tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from killing import Tally
 
+from helpers.killing import Tally
 from kdb.cli import main
 from kdb.warehouse import compaction
 from kdb.warehouse.lake import Lake
@@ -34,7 +34,7 @@ from kdb.warehouse.manifest import run_id
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.vectors import activation_groups
 
-OLD = Path(__file__).with_name("warehouses") / "schema-3.zip"
+OLD = Path(__file__).parents[1] / "warehouses/schema-3.zip"
 PROMPTS, PARTS, LAYERS, WIDTH, SAMPLED = 40, 4, 3, 64, 10
 KINDS = ("compact", "sampled", "none", "remove", "import", "migrate")
 
