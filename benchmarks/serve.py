@@ -4,8 +4,8 @@
 
 The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic: nine models, 2,430 prompts that count.
 For a saved query, a page and a page of a table, p50 and p99 of the seconds until the last byte: of questions that were
-never asked before, and of questions that were, whose answers are kept. Then a run is ingested beside 8 clients, a table is
-downloaded whole, and the peak memory of all processes is printed; a request that fails ends the benchmark.
+never asked before, and of questions that were, whose answers are kept. Then a run is ingested beside 8 clients, a table
+is downloaded whole, and the peak memory of all processes is printed; a request that fails ends the benchmark.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import shutil
 import signal
 import string
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -198,12 +197,10 @@ def test_a_shard_that_kills_every_worker_fails_the_run(
 def test_an_address_without_ray_is_one_message(
     address: str, user_dataset: Path, tiny_model: Path, tmp_path: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    begun = time.monotonic()
     arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
     result = run_kdb(*arguments, "--engine", "ray", "--address", address)
     assert result.exit_code == 2
     assert f"{address!r}" in result.stderr
-    assert time.monotonic() - begun < 60
     assert not list((tmp_path / "w").glob("staging/*/*/*.parquet"))
 
 

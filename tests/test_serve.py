@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,7 +42,8 @@ BIG = "SELECT sum(length(repeat('x', 3000000 + i::INTEGER))) FROM range(2048) t(
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with served("--demo", "--seconds", "5", "--memory", "0.25") as running:
+    # No ordinary question takes so long on any machine: what is tested with it never meets the time limit.
+    with served("--demo", "--seconds", "300", "--memory", "0.25") as running:
         yield running
 
 
@@ -302,7 +302,6 @@ def test_an_empty_warehouse_says_how_to_fill_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (SLOW, "exceeds the time limit of 5 s"),
         (BIG, "exceeds the memory limit of 256 MiB"),
         ("FROM range(1000001)", "more than 1,000,000 rows"),
         ("SELECT repeat('x', 3000) AS x FROM range(400000)", "more than 256 MiB"),
@@ -315,7 +314,7 @@ def test_an_answer_beyond_a_limit_is_refused_and_the_next_one_comes(client: http
     assert client.post("/api/sql", json={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
 
 
-def test_too_many_questions_are_told_to_come_again() -> None:
+def test_a_question_beyond_the_time_limit_is_refused_and_those_that_wait_are_bounded() -> None:
     with served("--demo", "--workers", "1", "--queue", "1", "--seconds", "3") as running, running.client() as asking:
         statuses: list[httpx.Response] = []
 
@@ -328,6 +327,8 @@ def test_too_many_questions_are_told_to_come_again() -> None:
         for thread in threads:
             thread.join()
         assert sorted(response.status_code for response in statuses) == [400, 400, 503, 503]
+        refused = next(response for response in statuses if response.status_code == 400)
+        assert "exceeds the time limit of 3 s" in refused.json()["error"]
         turned_away = next(response for response in statuses if response.status_code == 503)
         assert turned_away.headers["retry-after"] == "2"
         # Again while a worker that takes the place of another one is slower than a question may be.
@@ -350,12 +351,12 @@ def test_equal_questions_are_answered_once() -> None:
 
 
 def test_a_question_ends_when_its_client_leaves() -> None:
-    with served("--demo", "--workers", "1", "--seconds", "60") as running, running.client() as asking:
+    """Else the one worker would be busy for an hour, and the next question would wait longer than its client does."""
+    with served("--demo", "--workers", "1", "--seconds", "3600") as running, running.client() as asking:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{running.url}/api/sql", json={"sql": SLOW}, timeout=1)
-        begun = time.monotonic()
-        assert asking.post("/api/sql", json={"sql": "SELECT 1 AS one"}).json() == [{"one": 1}]
-        assert time.monotonic() - begun < 20
+        answered = asking.post("/api/sql", json={"sql": "SELECT 1 AS one"}, timeout=600)
+        assert answered.json() == [{"one": 1}]
 
 
 def test_a_download_ends_when_its_client_leaves() -> None:
@@ -366,7 +367,7 @@ def test_a_download_ends_when_its_client_leaves() -> None:
 
 
 def test_clients_that_read_nothing_lose_their_workers_before_others_are_turned_away() -> None:
-    with served("--demo", "--workers", "2", "--seconds", "20") as running, contextlib.ExitStack() as held:
+    with served("--demo", "--workers", "2", "--seconds", "60") as running, contextlib.ExitStack() as held:
         before = psutil.Process(running.process.pid).memory_info().rss
         for name in ("probe_predictions?format=json", "probe_predictions?format=json&sort=layer"):
             stalled = held.enter_context(socket.socket())
@@ -462,8 +463,7 @@ def test_health_metrics_and_log(server: Served, client: httpx.Client) -> None:
     told = client.get("/metrics").text
     assert 'kdb_requests_total{method="GET",route="/api/sql",status="200"}' in told
     assert "kdb_request_seconds_bucket" in told
-    time.sleep(0.2)
-    entry = next(json.loads(line) for line in reversed(server.log) if "logged" in line)
+    entry = json.loads(server.line_with("logged"))
     assert (entry["method"], entry["path"], entry["status"], entry["client"]) == ("GET", "/api/sql", 200, "127.0.0.1")
     assert set(entry) == {"time", "client", "method", "path", "query", "status", "bytes", "seconds"}
 
@@ -478,7 +478,7 @@ def test_it_stops_when_what_is_under_way_is_sent_and_leaves_nothing_behind(tmp_p
         running.wait_until_busy(1)
         assert any(tmp_path.iterdir())
         running.process.send_signal(sign)
-        assert running.process.wait(timeout=30) == 0
+        assert running.process.wait() == 0
         thread.join()
         assert taken[0].json() == [{"n": 199990000}]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("kdb")] == []
@@ -541,7 +541,7 @@ def test_no_described_request_is_a_fault_of_the_server(server: Served) -> None:
         def ask(case: schemathesis.Case) -> None:
             nonlocal tried
             tried += 1
-            response = case.call(timeout=30)
+            response = case.call(timeout=600)
             case.validate_response(
                 response, checks=[not_a_server_error, status_code_conformance, content_type_conformance]
             )

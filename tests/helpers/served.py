@@ -41,8 +41,16 @@ class Served:
             while f"kdb_workers_busy {workers}.0" not in asking.get("/metrics").text:
                 time.sleep(0.05)
 
+    def line_with(self, text: str) -> str:
+        """Return the newest line of the log that holds this text, once there is one."""
+        while True:
+            for line in reversed(self.log):
+                if text in line:
+                    return line
+            time.sleep(0.05)
+
     def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=600, **options)
 
 
 @contextlib.contextmanager
