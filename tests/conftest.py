@@ -27,6 +27,15 @@ from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.models.find import REGISTRY, LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 
+REAL_MODELS = {"smollm2_135m", "gemma_3_270m"}
+"""Fixtures that load a real model: their tests get the marker real_model."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if REAL_MODELS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real_model")
+
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:

