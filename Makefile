@@ -1,5 +1,6 @@
 # make demo       from nothing to the first answers
 # make test       the whole test suite
+# make test-fast  the tests of a second or two, without real models, browsers and clusters: under two minutes
 # make browser    Chromium, for the tests of pages, which are skipped without it
 # demo and test make what they need in .venv, and install nothing twice. Only browser installs a package of the system.
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := kdb-warehouse
 
-.PHONY: demo test browser lint types bench docs
+.PHONY: demo test test-fast browser lint types bench docs
 
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
@@ -22,6 +23,9 @@ demo: .venv/.demo
 # Two processes share the cores: OpenMP's threads must not spin while they wait for each other.
 test: .venv/.test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/.test
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 -m 'not (slow or real_model or browser or cluster)'
 
 # Any of the three names is found by the tests. apt-get runs as root, or by sudo.
 browser:

@@ -46,6 +46,8 @@ KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
 PROVED = "tests/test_bounds.py tests/test_attribution.py"
 
 MUTANTS = [
+    # Files
+    Mutant("warehouse/files.py", "        sync(partial)\n", "", "tests/test_lake.py"),
     # The probe's solver
     Mutant(PROBES, "return 2 * radius * float(", "return radius * float(", "tests/test_probes.py"),
     Mutant(PROBES, "penalty[-1] = 0.0", "penalty[-1] = 1.0", "tests/test_probes.py"),

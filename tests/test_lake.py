@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from kdb.errors import UnknownNameError, WarehouseError
 from kdb.warehouse import lake as lake_module
+from kdb.warehouse.files import write_json
 from kdb.warehouse.lake import Lake, StagedRun
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.schema import TABLES
@@ -93,6 +94,16 @@ def test_a_part_that_fails_while_it_is_written_leaves_nothing(lake: Lake) -> Non
         with pytest.raises(RuntimeError):
             staged.write("activations", "part-00001", half())
         assert [path.name for path in (staged.path / "activations").iterdir()] == ["part-00000.parquet"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that loses power may leave the name of a file, and nothing in it."""
+    events, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append(f"{self} is {to}") or replace(self, to))
+    write_json(tmp_path / "a.json", {})
+    (written,) = [event for event in events if " is " not in event]
+    assert events == [written, f"{written} is {tmp_path / 'a.json'}"]
 
 
 def test_a_run_is_invisible_until_it_is_committed(lake: Lake) -> None:
