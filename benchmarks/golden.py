@@ -91,7 +91,7 @@ def measure(warehouse: Warehouse, model: str, dataset: str, golden_dir: Path, da
     template = json.loads((golden_dir / "templates.json").read_text())[dataset]
     texts = load_dataset(dataset, data_dir=data, template=template, limit=LIMITS[dataset])
     job = Job(find_model(MODELS[model]), texts, Measuring(limit=LIMITS[dataset]), Probing(), custom_template=True)
-    return ingest(warehouse.lake, job, functools.partial(_load, model)).run
+    return ingest(warehouse.storage, job, functools.partial(_load, model)).run
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,8 +20,11 @@ import pytest
 from sqlalchemy import inspect, text
 
 from kdb.errors import QueryError, WarehouseError
-from kdb.warehouse.database import Database, connect, engine, scan, write_shell_file
+from kdb.warehouse.connection import connect
+from kdb.warehouse.database import Database, engine
+from kdb.warehouse.scan import scan
 from kdb.warehouse.schema import PARTITIONS, TABLES, arrow_schema, sql_type
+from kdb.warehouse.shell_file import write_shell_file
 
 ODD_NAMES = ["007", "true", "1e5", "null", "a=b/c d%", "2024-01-01", "ü", "it's"]
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -17,7 +17,8 @@ from test_database import NOON, Rows, add_run, create_lake, needs_shell, shell
 
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import find_query, literal, load_catalogue
-from kdb.warehouse.database import Database, write_shell_file
+from kdb.warehouse.database import Database
+from kdb.warehouse.shell_file import write_shell_file
 
 HEADER = """\
 -- Rows
