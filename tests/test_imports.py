@@ -128,6 +128,7 @@ STORAGE = STORAGE_KINDS | {
     "staged_run",
     "staging",
     "storage",
+    "verification",
 }
 """Files of the warehouse that keep runs: they know no SQL and no query."""
 

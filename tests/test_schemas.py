@@ -66,7 +66,7 @@ def test_every_query_reads_an_older_warehouse_as_it_is(old: Path) -> None:
     assert {name for name, rows in found.items() if not rows} <= {"depth-by-step", "scores-by-step", "families-at-size"}
     assert all(folder.path.is_dir() for folder in opened.storage.run_folders())
     assert {opened.storage.manifest(folder).schema_version for folder in opened.storage.run_folders()} == {
-        opened.storage.schema_version
+        opened.storage.local.schema_version
     }
     missing = opened.sql("SELECT weights_dtype, imported_from FROM models JOIN runs USING (model, dataset, run)")
     assert set(missing.rows()) == {(None, None)}
@@ -143,7 +143,7 @@ def test_a_warehouse_that_cannot_be_written_is_read_as_it_is(old: Path, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("kdb.warehouse.files.appears_whole", refuse)
-    monkeypatch.setattr("kdb.warehouse.store.Warehouse.rebuild", refuse)
+    monkeypatch.setattr("kdb.warehouse.shell_file.rebuild", refuse)
     assert len(kdb.open(old).query("runs")) == len(FolderStorage(old).run_folders())
 
 

@@ -25,13 +25,14 @@ from typing import Any
 
 from kdb.errors import WarehouseError
 from kdb.warehouse.files import storage_errors, sync, write_json
-from kdb.warehouse.inspection import Inspector, damaged_files
+from kdb.warehouse.inspection import Inspector
 from kdb.warehouse.local_folder import LocalFolder
 from kdb.warehouse.manifest import MANIFEST, Files, Manifest, RunFolder, read_manifest
 from kdb.warehouse.run_folders import empty_file, list_run_folders, version_of
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.storage import Damage, Storage
+from kdb.warehouse.verification import damaged_files
 
 _VERIFY_SECONDS = 600
 """Seconds for which a check waits for a run that is being rewritten."""

@@ -20,7 +20,7 @@ import os
 import shlex
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ _HEAVY = frozenset(table for table in TABLES if has_vectors(table))
 _AT_ONCE = 4
 """Number of files that are hashed concurrently."""
 
-_ADDED = "not part of the run: it was added after commit"
+ADDED = "not part of the run: it was added after commit"
 
 _WORTH_TELLING = 256 * 2**20
 """Bytes to hash above which a message tells the user about the delay."""
@@ -180,21 +180,6 @@ def unlisted(folder: RunFolder, manifest: Manifest) -> list[str]:
     return sorted(path for path in _listing(folder) if path.endswith(".parquet") and path not in named)
 
 
-def damaged_files(folder: RunFolder) -> Iterator[tuple[Path, str]]:
-    """Read every file of a run and compare it with the manifest; yields damaged and added files, with the problem."""
-    try:
-        manifest = read_manifest(folder.path, folder.run)
-        added = unlisted(folder, manifest)
-    except (OSError, WarehouseError) as error:
-        yield folder.path / MANIFEST, f"unreadable ({error})"
-        return
-    for record in manifest.files:
-        if problem := problem_of(folder.path, record):
-            yield folder.path / record.path, problem
-    for path in added:
-        yield folder.path / path, _ADDED
-
-
 def _verified(unknown: Sequence[tuple[RunFolder, dict[str, _File]]], vectors: bool) -> list[tuple[RunFolder, _Seen]]:
     manifests = [_compared(folder, files) for folder, files in unknown]
     wanted = [
@@ -233,7 +218,7 @@ def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
         if found.size != record.bytes:
             raise _damaged(folder, record.path, f"bytes: {record.bytes} at commit, {found.size} now")
     for path in unlisted(folder, manifest):
-        raise _damaged(folder, path, _ADDED)
+        raise _damaged(folder, path, ADDED)
     return manifest
 
 

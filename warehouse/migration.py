@@ -2,6 +2,7 @@
 
     for folder in older(storage):
         migrate(storage, folder)
+    finish(storage)
 
 A run is replaced in one step, after its new files were read back. Whenever the process is killed, the complete old run
 or the complete new run is there.
@@ -21,6 +22,7 @@ from kdb.errors import WarehouseError
 from kdb.warehouse.compaction import rewriting
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, column_names
+from kdb.warehouse.shell_file import rebuild
 from kdb.warehouse.storage import Storage
 
 
@@ -42,6 +44,13 @@ def migrate(storage: Storage, folder: RunFolder) -> list[str]:
             _check_same_rows(table, version, files.paths[table], path)
         files.commit(schema_version=SCHEMA_VERSION, formula=files.manifest.formula or 1)
     return [f"{table}.{name}" for table in tables for name in missing(table, version)]
+
+
+def finish(storage: Storage) -> None:
+    """Record that no run has an older schema, and rewrite ``kdb.duckdb``, whose views are then simpler."""
+    if not storage.is_remote:
+        storage.local.record(older_runs=None)
+        rebuild(storage)
 
 
 def missing(table: str, version: int) -> list[str]:

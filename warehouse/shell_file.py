@@ -1,22 +1,32 @@
-"""``kdb.duckdb``, a file for the DuckDB shell that holds only views, of a folder or of public URLs."""
+"""``kdb.duckdb``, a file for the DuckDB shell that holds only views, of a folder or of public URLs.
+
+rebuild(storage)
+publish(storage, "https://example.org/shared", Path("paper.duckdb"))
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import duckdb
 
+from kdb.errors import QueryError, WarehouseError
 from kdb.queries.catalogue import literal, macros
 from kdb.warehouse import shell_lookup
+from kdb.warehouse.files import storage_errors
 from kdb.warehouse.run_folders import empty_file
-from kdb.warehouse.schema import TABLES
+from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
 from kdb.warehouse.shell_lookup import SHELL_FILE
+from kdb.warehouse.storage import Storage
 from kdb.warehouse.views import comments, create_statements, select_rows
 
 if TYPE_CHECKING:
@@ -24,6 +34,59 @@ if TYPE_CHECKING:
 
 _STORAGE_VERSION = "v1.0.0"
 """Storage version of the shell file: that of DuckDB 1.0, so that every shell since 1.4 can open it."""
+
+
+def rebuild(storage: Storage) -> Path:
+    """Rewrite ``kdb.duckdb`` and the empty tables that its views need; returns its path.
+
+    The file of a bucket reads the runs that are there now.
+    """
+    local = storage.local
+    local.restore_empty_tables()
+    with storage_errors(local.path):
+        if storage.is_remote:
+            _refuse_older(storage)
+            urls = {table: storage.committed_files(table) for table in TABLES}
+            write_public_file(local.shell_file, local.lake, urls, encoded=False)
+        else:
+            write_shell_file(local.path, older_runs=storage.older_runs)
+            local.record(views=_digest(storage))
+    return local.shell_file
+
+
+def repair(storage: Storage) -> None:
+    """Rebuild the file of a folder if it is missing, or its views are of another folder or version."""
+    if storage.local.recorded().get("views") != _digest(storage) or not storage.local.shell_file.exists():
+        rebuild(storage)
+
+
+def publish(storage: Storage, url: str, path: Path) -> None:
+    """Write a file that reads the committed runs from ``url``, the public address of the warehouse's folder.
+
+    Raises QueryError if that is not a URL, WarehouseError if the file cannot be written.
+    """
+    if not re.match(r"https?://[^/?#]+[^?#]*$", url):
+        raise QueryError(f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}")
+    _refuse_older(storage)
+    base, here = url.rstrip("/"), f"{storage.location}/"
+    paths = {table: [f.removeprefix(here) for f in storage.committed_files(table)] for table in TABLES}
+    urls = {table: [f"{base}/{quote(path, safe='/=')}" for path in within] for table, within in paths.items()}
+    with storage_errors(path.parent):
+        write_public_file(path, storage.local.lake, urls, encoded=True)
+
+
+def _refuse_older(storage: Storage) -> None:
+    """Raise WarehouseError if a run has an older schema: views over single files support only one schema."""
+    if storage.older_runs:
+        versions = {storage.manifest(folder).schema_version for folder in storage.run_folders()}
+        if versions - {SCHEMA_VERSION}:
+            raise WarehouseError("Some runs were measured by an older kdb. Run `kdb migrate`, then this command again.")
+
+
+def _digest(storage: Storage) -> str:
+    """Return a text that changes with the views of a folder's file."""
+    statements = shell_statements(storage.local.path, older_runs=storage.older_runs)
+    return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
 
 def shell_statements(warehouse: Path, *, older_runs: bool = False) -> list[str]:

@@ -10,22 +10,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-from kdb.errors import KdbError, QueryError, UnknownNameError, WarehouseError
+from kdb.errors import KdbError, UnknownNameError, WarehouseError
 from kdb.queries.catalogue import find_query
-from kdb.warehouse import current
+from kdb.warehouse import current, shell_file
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.connection import connect
 from kdb.warehouse.database import Database, engine, is_gone
-from kdb.warehouse.files import storage_errors
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.inspection import DamagedRunError, memory_path
 from kdb.warehouse.limits import Limits
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.scan import scan
-from kdb.warehouse.schema import SCHEMA_VERSION, TABLES, has_vectors
-from kdb.warehouse.shell_file import shell_statements, write_public_file, write_shell_file
+from kdb.warehouse.schema import TABLES, has_vectors
 from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
@@ -64,7 +61,7 @@ class Warehouse:
         """Open a warehouse to write to it, and create it if the folder or URL is missing or empty."""
         opened = cls.over(storage_at(location, create=True))
         if not opened.storage.is_remote:
-            opened._repair_shell_file()  # if this fails, later writes would fail, too
+            shell_file.repair(opened.storage)  # if this fails, later writes would fail, too
         return opened
 
     @classmethod
@@ -80,7 +77,7 @@ class Warehouse:
             # On a read-only disk, nothing can be repaired, but queries work.
             with contextlib.suppress(WarehouseError, OSError):
                 storage.local.staging.delete_leftovers()
-                self._repair_shell_file()
+                shell_file.repair(storage)
 
     @property
     def tables(self) -> list[str]:
@@ -216,60 +213,14 @@ class Warehouse:
 
         For a warehouse in an object store, the file reads the runs that are there now.
         """
-        local = self.storage.local
-        local.restore_empty_tables()
-        with storage_errors(local.path):
-            if self.storage.is_remote:
-                self._refuse_older()
-                urls = {table: self.files(table) for table in TABLES}
-                write_public_file(local.shell_file, local.lake, urls, encoded=False)
-            else:
-                write_shell_file(local.path, older_runs=self.storage.older_runs)
-                local.record(views=self._views)
-        return local.shell_file
+        return shell_file.rebuild(self.storage)
 
     def publish(self, url: str, path: Path) -> None:
         """Write a DuckDB file that reads the committed runs from ``url``, the public address of the warehouse's folder.
 
         Raises QueryError if that is not a URL, WarehouseError if the file cannot be written.
         """
-        if not re.match(r"https?://[^/?#]+[^?#]*$", url):
-            raise QueryError(
-                f"--url: expected the address of a folder, such as https://example.org/shared, found {url!r}"
-            )
-        self._refuse_older()
-        base = url.rstrip("/")
-        within = {table: [f.removeprefix(f"{self.storage.location}/") for f in self.files(table)] for table in TABLES}
-        urls = {table: [f"{base}/{quote(path, safe='/=')}" for path in paths] for table, paths in within.items()}
-        with storage_errors(path.parent):
-            write_public_file(path, self.storage.local.lake, urls, encoded=True)
-
-    def _refuse_older(self) -> None:
-        """Raise WarehouseError if a run has an older schema: views over single files support only one schema."""
-        if self.storage.older_runs:
-            versions = {self.storage.manifest(folder).schema_version for folder in self.storage.run_folders()}
-            if versions - {SCHEMA_VERSION}:
-                raise WarehouseError(
-                    "Some runs were measured by an older kdb. Run `kdb migrate`, then this command again."
-                )
-
-    def finish_migration(self) -> None:
-        """Record that no run has an older schema, and rewrite ``kdb.duckdb``, whose views are then simpler."""
-        if not self.storage.is_remote:
-            self.storage.local.record(older_runs=None)
-            self.rebuild()
-
-    def _repair_shell_file(self) -> None:
-        """Rebuild ``kdb.duckdb`` if it is missing, or its views are of another folder or version."""
-        local = self.storage.local
-        if local.recorded().get("views") != self._views or not local.shell_file.exists():
-            self.rebuild()
-
-    @property
-    def _views(self) -> str:
-        """A text that changes with the views of ``kdb.duckdb``."""
-        statements = shell_statements(self.storage.local.path, older_runs=self.storage.older_runs)
-        return hashlib.sha256("\n".join(statements).encode()).hexdigest()
+        shell_file.publish(self.storage, url, path)
 
     def _listed(self, runs: Sequence[str] | None = None) -> list[RunFolder]:
         """Return the committed runs after inspecting them: each is complete. Raises DamagedRunError."""

@@ -245,7 +245,7 @@ def migrate(warehouse: Path | str) -> None:
         click.echo(f"{_count(len(left), 'run')} migrated.")
     if missing:
         click.echo(f"NULL until the model is measured again: {', '.join(missing)}.", err=True)
-    opened.finish_migration()
+    migration.finish(opened.storage)
 
 
 @click.command()
