@@ -31,7 +31,7 @@ from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.rows import Rows
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.vectors import GPU_PART_BYTES, PART_BYTES, activation_groups, prompts_per_part
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def batched(capture: Capture, token_ids: Sequence[Sequence[int]], lake: Lake, *, behind: bool) -> tuple[float, float]:
+def batched(
+    capture: Capture, token_ids: Sequence[Sequence[int]], lake: FolderStorage, *, behind: bool
+) -> tuple[float, float]:
     """Seconds for all prompts: capture and writing, and capture alone. Writing waits its turn, or goes on behind."""
     begun, capturing = time.perf_counter(), 0.0
     prefix = token_ids[0][: shared_prefix(token_ids)]
@@ -125,7 +127,7 @@ def compare(label: str, loaded: LoadedModel, token_ids: Sequence[Sequence[int]],
     with tempfile.TemporaryDirectory() as folder:
         before = loop(capture, chosen[::2])
         rate = square_product(loaded)
-        lake = Lake.create(Path(folder) / "w")
+        lake = FolderStorage.create(Path(folder) / "w")
         in_turn, capturing = batched(capture, token_ids, lake, behind=False)
         seconds, _ = batched(capture, token_ids, lake, behind=True)
         rate = (rate + square_product(loaded)) / 2

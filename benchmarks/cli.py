@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.store import Warehouse
 
 LAYERS = 30
@@ -25,7 +25,7 @@ LAYERS = 30
 
 def build(path: Path, n_runs: int) -> None:
     """A warehouse of small runs, ten datasets to a model, as an ingest leaves them."""
-    lake = Lake.create(path)
+    lake = FolderStorage.create(path)
     for number in range(n_runs):
         model, dataset = f"model-{number // 10}", f"dataset-{number % 10}"
         with lake.stage(f"{number:016x}", model, dataset) as staged:

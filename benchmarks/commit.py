@@ -14,6 +14,7 @@ in which one process at a time writes; elsewhere a database server.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -31,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.object_store import KEY, SECRET, ObjectStore, extension, object_store
 
 import kdb
-from kdb.warehouse import cloud
+from kdb.warehouse import bucket_storage
 from kdb.warehouse.manifest import RunFolder, read_manifest
+from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import PARTITIONS
 from kdb.warehouse.store import Warehouse
 from kdb.web.serve import DEMO
@@ -53,15 +55,15 @@ Way = tuple[Callable[[RunFolder], object], Callable[[], Iterator[Callable[[], pl
 
 def marker(store: ObjectStore, folder: Path) -> Way:
     """Kdb's own: files, then the commit object that names them; what is read is kept in a local mirror."""
-    cloud.user_cache_path = lambda _: folder / "writer"  # type: ignore[assignment]
-    lake = Warehouse.create(URL).lake
+    bucket_storage.user_cache_path = lambda _: folder / "writer"  # type: ignore[assignment]
+    lake = Warehouse.create(URL).storage
 
     def ask() -> Iterator[Callable[[], pl.DataFrame]]:
-        cloud.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
+        bucket_storage.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
         yield lambda: kdb.open(URL).sql(QUESTION)
         yield lambda: kdb.open(URL).sql(QUESTION)
 
-    return lake.adopt, ask
+    return functools.partial(copy_run, lake), ask
 
 
 def direct(store: ObjectStore, folder: Path) -> Way:
@@ -160,7 +162,7 @@ def main() -> None:
         folder = Path(name)
         os.environ.update(store.environment)
         zipfile.ZipFile(DEMO).extractall(folder / "demo")
-        runs = sorted(Warehouse(folder / "demo").lake.run_folders(), key=lambda run: run.dataset == "knowledge")
+        runs = sorted(Warehouse(folder / "demo").storage.run_folders(), key=lambda run: run.dataset == "knowledge")
         expected = kdb.open(folder / "demo").sql(QUESTION)
         print("| | write a run | ask | ask again |\n| --- | --- | --- | --- |")
         for way, prepare in ways.items():

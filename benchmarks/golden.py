@@ -93,7 +93,7 @@ def measure(warehouse: Warehouse, model: str, dataset: str, golden_dir: Path, da
     # Without groups there is no grouped split, of which there are no golden values.
     texts = replace(texts, examples=tuple(replace(example, group=None) for example in texts.examples))
     job = Job(find_model(MODELS[model]), texts, Measuring(limit=LIMITS[dataset]), Probing(), custom_template=True)
-    return ingest(warehouse.lake, job, functools.partial(_load, model)).run
+    return ingest(warehouse.storage, job, functools.partial(_load, model)).run
 
 
 @functools.lru_cache(maxsize=1)

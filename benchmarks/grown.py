@@ -30,9 +30,11 @@ from helpers.synthetic import (
 )
 
 from kdb.ingest.rows import arrow_rows
-from kdb.warehouse.lake import Lake, StagedRun, partitions
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import run_id
+from kdb.warehouse.run_folders import partitions
 from kdb.warehouse.schema import arrow_schema
+from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.sums import write_neuron_sums
 from kdb.warehouse.vectors import activation_groups
 
@@ -73,10 +75,10 @@ def build_folders(folder: Path, runs: int) -> Path:
     scores = arrow_rows("layer_scores", {"prompt_id": 0, "layer": np.arange(model.n_layers), "score": 1.0})
     for _, _, staged in _runs(folder):
         staged.write("layer_scores", "part", [scores])
-    lake = Lake(folder)
+    lake = FolderStorage(folder)
     first = lake.run_folders()[0].path
     for i in range(len(lake.run_folders()), runs):
-        target = lake.root / partitions(model.name, f"copy-{i}", run_id({"copy": i}))
+        target = lake.local.lake / partitions(model.name, f"copy-{i}", run_id({"copy": i}))
         for file in filter(Path.is_file, first.rglob("*")):
             (target / file.relative_to(first)).parent.mkdir(parents=True, exist_ok=True)
             os.link(file, target / file.relative_to(first))
@@ -85,7 +87,7 @@ def build_folders(folder: Path, runs: int) -> Path:
 
 def _runs(folder: Path) -> Iterator[tuple[Model, Concept, StagedRun]]:
     """The 81 runs that do not stand yet, each committed once it is filled."""
-    lake = Lake.create(folder)
+    lake = FolderStorage.create(folder)
     for model in NINE_MODELS:
         for concept in NINE_CONCEPTS:
             run = run_id({"model": model.name, "dataset": concept.name})

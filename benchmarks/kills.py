@@ -31,7 +31,7 @@ from helpers.killing_commands import Commands
 from helpers.object_store import object_store
 from helpers.tiny_llama import make_tiny_model, preload, weather
 
-from kdb.warehouse import cloud
+from kdb.warehouse import bucket_storage
 
 
 def forks() -> ForkServerContext:
@@ -52,7 +52,7 @@ def writers(folder: Path, *, bucket: bool) -> Iterator[Writers]:
     if not bucket:
         yield Writers(context, model, dataset, lambda number: str(folder / f"warehouse-{number}"), folder)
         return
-    cloud.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
+    bucket_storage.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
     with object_store() as store:
         os.environ.update(store.environment)
         location = "s3://lab/{}".format

@@ -19,7 +19,7 @@ import polars as pl
 import polars.selectors as cs
 
 import kdb
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.schema import TABLES
 
 CIRCUMSTANCES = (
@@ -32,7 +32,7 @@ CIRCUMSTANCES = (
 def runs(warehouse: Path) -> dict[str, Path]:
     """The folder of each committed run, by its id."""
     kdb.open(warehouse)  # says what is wrong with a folder that is no warehouse
-    return {folder.run: folder.path for folder in Lake(warehouse).run_folders()}
+    return {folder.run: folder.path for folder in FolderStorage(warehouse).run_folders()}
 
 
 def rows(run: Path, table: str) -> pl.DataFrame | None:

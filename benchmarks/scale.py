@@ -31,7 +31,7 @@ from grown import HIDDEN, build, build_folders, build_vectors
 
 import kdb
 from kdb.queries.catalogue import find_query, literal, macros
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.schema import TABLES
 from kdb.warehouse.vectors import read_vectors
 
@@ -132,7 +132,7 @@ QUESTIONS: dict[str, Callable[[Path], Question]] = {
 }
 
 FOLDERS: dict[str, Callable[[Path], Question]] = {
-    "list run folders": lambda folder: Lake(folder).run_folders,
+    "list run folders": lambda folder: FolderStorage(folder).run_folders,
     "open a snapshot": lambda folder: lambda: held(folder),
     "first look at all files": lambda folder: lambda: first_look(folder),
     "kdb runs": saved("runs"),
@@ -149,9 +149,9 @@ def held(folder: Path) -> None:
 
 def first_look(folder: Path) -> float:
     """Verify every file as on a machine that has seen none; returns the seconds."""
-    lake, begun = Lake(folder), time.perf_counter()
+    lake, begun = FolderStorage(folder), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict("os.environ", XDG_CACHE_HOME=cache):
-        lake.look(lake.run_folders(), vectors=True)
+        lake.inspect(lake.run_folders(), vectors=True)
     return time.perf_counter() - begun
 
 
@@ -221,7 +221,7 @@ def sizes_of(folder: Path) -> dict[str, tuple[int, float]]:
     """Rows of each table that the warehouse's runs have, and bytes of Parquet for a row."""
     sizes: dict[str, tuple[int, float]] = {}
     for table in TABLES:
-        files = [file for run in Lake(folder).run_folders() for file in (run.path / table).glob("*.parquet")]
+        files = [file for run in FolderStorage(folder).run_folders() for file in (run.path / table).glob("*.parquet")]
         rows = sum(pq.read_metadata(file).num_rows for file in files)
         if rows:
             sizes[table] = rows, sum(file.stat().st_size for file in files) / rows
@@ -239,7 +239,7 @@ def print_sizes(folders: dict[int, Path], what: str) -> None:
 def print_vectors(folder: Path, rows: int) -> None:
     """The cost of one layer of one run's vectors."""
     print_sizes({rows: folder}, f"vectors of {HIDDEN} float32")
-    parts = sorted(Lake(folder).run_folders()[0].path.glob("activations/*.parquet"))
+    parts = sorted(FolderStorage(folder).run_folders()[0].path.glob("activations/*.parquet"))
     answer = ask(lambda: read_vectors(parts, 3, "resid_post"))
     print(f"\nOne layer of one run: {answer['warm']:.3f} s.")
     size = sum(path.stat().st_size for path in (folder / "lake").rglob("*.parquet")) / 1e6

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import kdb
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.schema import TABLES, arrow_schema
 from kdb.warehouse.store import Warehouse
@@ -47,7 +47,7 @@ def cut(full: Warehouse, small: Path) -> None:
     ).to_dicts()
     identities = {row["run"]: {"demonstration_of": row["run"]} for row in runs}
     named = {run: run_id(identity) for run, identity in identities.items()}
-    lake = Lake.create(small)
+    lake = FolderStorage.create(small)
     for row in runs:
         run = row["run"]
         with lake.stage(named[run], row["model"], row["dataset"], identity=identities[run]) as staged:

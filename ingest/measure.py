@@ -1,7 +1,7 @@
 """Measure a model on a dataset: the door to both studies.
 
-ingest(lake, job, load)
-ingest_on(lake, job, engine)
+ingest(storage, job, load)
+ingest_on(storage, job, engine)
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from kdb.ingest.execution.local import Here
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel, training_step
 from kdb.ingest.stages import Engine, Outcome, PlannedRun, Stage, Subject, carry_out
-from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.parquet import read_parts
+from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.storage import Storage
 
 log = logging.getLogger(__name__)
 
 
-def ingest(lake: Lake, job: Job, load: Callable[[], LoadedModel], *, batch_tokens: int | None = None) -> Outcome:
+def ingest(storage: Storage, job: Job, load: Callable[[], LoadedModel], *, batch_tokens: int | None = None) -> Outcome:
     """Measure one model on one dataset in this process, and commit the run; a no-op where that run exists.
 
     ``load`` loads the model and is called only if something is still to be measured with it.
     Raises DatasetError, ModelError or WarehouseError; finished shards stay in staging, and the same job resumes there.
     """
-    return ingest_on(lake, job, Here(load, batch_tokens))
+    return ingest_on(storage, job, Here(load, batch_tokens))
 
 
-def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
+def ingest_on(storage: Storage, job: Job, engine: Engine) -> Outcome:
     """Measure one model on one dataset where the engine has the model. This process alone writes."""
 
     def prepare() -> tuple[Subject[Any], Sequence[Stage]]:
-        _warn_of_namesakes(lake, job)
+        _warn_of_namesakes(storage, job)
         # A study imports NumPy and more, which a run that is stored already does not need.
         if job.study == "knowledge":
             from kdb.ingest.attribution.study import prepare as prepare_knowledge
@@ -47,7 +49,8 @@ def ingest_on(lake: Lake, job: Job, engine: Engine) -> Outcome:
 
         return prepare_concept(job)
 
-    return carry_out(lake, PlannedRun(job.identity, job.source.name, job.dataset.name, _columns(job), prepare), engine)
+    planned = PlannedRun(job.identity, job.source.name, job.dataset.name, _columns(job), prepare)
+    return carry_out(storage, planned, engine)
 
 
 def _columns(job: Job) -> dict[str, Any]:
@@ -62,11 +65,11 @@ def _columns(job: Job) -> dict[str, Any]:
     }
 
 
-def _warn_of_namesakes(lake: Lake, job: Job) -> None:
+def _warn_of_namesakes(storage: Storage, job: Job) -> None:
     """Warn if another model is stored under this name, the first time that this one is measured."""
     source, others = job.source, dict[str, int]()
     mark = f"revision={source.pinned}" if source.pinned else ""
-    for folder in lake.run_folders():
+    for folder in storage.run_folders():
         if folder.model != source.name:
             continue
         with contextlib.suppress(OSError, LookupError, pa.ArrowException):  # removed a moment ago, or damaged

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kdb.ingest.job import Job
     from kdb.ingest.models.find import ModelSource
     from kdb.ingest.stages import Engine
-    from kdb.warehouse.lake import Lake
+    from kdb.warehouse.storage import Storage
 
 
 SEVERAL = ("model", "revision", "dataset")
@@ -121,7 +121,7 @@ class Ended:
 
 
 def measure_all(
-    lake: Lake,
+    storage: Storage,
     asked: Sequence[Asked],
     jobs: Callable[[Asked], Sequence[Job]],
     engine: Callable[[Asked, ModelSource], Engine],
@@ -139,12 +139,12 @@ def measure_all(
             continue
         with engine(one, planned[0].source) as running:
             for job in planned:
-                yield _measure(lake, one, job, running)
+                yield _measure(storage, one, job, running)
 
 
-def _measure(lake: Lake, one: Asked, job: Job, engine: Engine) -> Ended:
+def _measure(storage: Storage, one: Asked, job: Job, engine: Engine) -> Ended:
     try:
-        outcome = ingest_on(lake, job, engine)
+        outcome = ingest_on(storage, job, engine)
     except BaseException as error:  # out of memory, say: the next run may be smaller
         why = _why(error, f"measuring {one.name} on {job.dataset.name}")
         return Ended(one.name, job.dataset.name, "failed", why=why)

@@ -1,6 +1,6 @@
 """A run is a list of stages, and one runner carries it out.
 
-    outcome = carry_out(lake, PlannedRun(...), engine)
+    outcome = carry_out(storage, PlannedRun(...), engine)
 
 A stage writes rows of some tables. Its work falls into shards; each shard is a part of every one of these tables. The
 runner alone opens the staged run, skips shards that are complete, asks the engine to map the stage over the others,
@@ -22,9 +22,12 @@ import pyarrow as pa
 from kdb.ingest.execution.writer import write_behind
 from kdb.ingest.progress import progress
 from kdb.ingest.rows import Rows
-from kdb.warehouse.lake import Lake, StagedRun, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder, run_id
 from kdb.warehouse.migration import upgraded
+from kdb.warehouse.parquet import read_parts
+from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.staged_run import StagedRun
+from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel, ModelSource
@@ -152,13 +155,13 @@ class Outcome:
     status: str
 
 
-def carry_out(lake: Lake, planned: PlannedRun, engine: Engine | None = None) -> Outcome:
+def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = None) -> Outcome:
     """Measure a run and commit it; a no-op where it is stored already.
 
     Raises DatasetError, ModelError or WarehouseError. Finished shards stay in staging, and the same run resumes there.
     """
     run = run_id(planned.identity)
-    with lake.stage(run, planned.model, planned.dataset, identity=planned.identity) as staged:
+    with storage.stage(run, planned.model, planned.dataset, identity=planned.identity) as staged:
         if staged.committed:
             return Outcome(run, "exists")
         if staged.facts.get("layout") != LAYOUT:

@@ -39,7 +39,7 @@ class Mutant:
 
 PROBES, BOUNDS = "ingest/concept/probes.py", "ingest/attribution/bounds.py"
 RANKINGS, SCORES = "ingest/attribution/rankings.py", "ingest/attribution/scores.py"
-MACROS, UNCERTAINTY, LAKE = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/lake.py"
+MACROS, UNCERTAINTY, STAGED_RUN = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/staged_run.py"
 IMPORTS, INSPECTION = "warehouse/imports.py", "warehouse/inspection.py"
 STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
 KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
@@ -188,14 +188,14 @@ MUTANTS = [
     Mutant(UNCERTAINTY, "rng.integers(n, size=n)", "rng.permutation(n)", "tests/test_uncertainty.py"),
     # The warehouse
     Mutant(
-        LAKE,
+        STAGED_RUN,
         'raise AssertionError(f"the run id {run} does not follow from its identity")',
         "pass",
         "tests/test_lake.py tests/test_manifest.py",
     ),
     Mutant(INSPECTION, "if found.size != record.bytes:", "if False:", "tests/test_inspection.py"),
     Mutant(
-        INSPECTION,
+        "warehouse/checksums.py",
         'for what in ("bytes", "rows", "sha256"):',
         'for what in ("bytes", "rows"):',
         "tests/test_inspection.py",

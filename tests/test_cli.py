@@ -24,7 +24,7 @@ from helpers.command_line import answer, refusal
 from kdb.cli import main
 from kdb.ingest.concept import study as run
 from kdb.ingest.job import Job
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 
 RunKdb = Callable[..., Result]
 
@@ -120,7 +120,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 
 
 def test_runs_tells_of_one_that_was_interrupted(warehouse: Path, run_kdb: RunKdb) -> None:
-    with Lake(warehouse).stage("00000000000000aa", "tiny", "snow") as staged:
+    with FolderStorage(warehouse).stage("00000000000000aa", "tiny", "snow") as staged:
         staged.write_rows("prompts", "part", [{"prompt_id": 0}])
     result = run_kdb("runs", "--warehouse", warehouse)
     assert result.stderr == "Interrupted: tiny on snow (run 00000000000000aa), 0.0 MB in staging.\n"
@@ -216,19 +216,19 @@ def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb
 
 
 def test_a_run_is_removed_by_its_id(warehouse: Path, run_kdb: RunKdb) -> None:
-    (folder,) = Lake(warehouse).run_folders()
+    (folder,) = FolderStorage(warehouse).run_folders()
     assert (
         answer(run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", warehouse))
         == f"Removed run {folder.run}.\n"
     )
-    assert Lake(warehouse).run_folders() == []
+    assert FolderStorage(warehouse).run_folders() == []
     message = refusal(run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", warehouse))
     assert message == f"Unknown run '{folder.run}'. `kdb runs` lists them."
 
 
 def test_verify_exits_with_1_and_names_what_is_damaged(warehouse: Path, run_kdb: RunKdb) -> None:
     assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 1 run are as they were committed.\n"
-    (folder,) = Lake(warehouse).run_folders()
+    (folder,) = FolderStorage(warehouse).run_folders()
     (folder.path / "prompts/part.parquet").unlink()
     result = run_kdb("verify", "--warehouse", warehouse)
     assert (result.exit_code, result.stdout) == (1, f"{folder.path / 'prompts/part.parquet'}: missing\n")
@@ -406,7 +406,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_as_it_is(
 
 
 def hold(folder: str, run: str, held: Event, release: Event) -> None:
-    with Lake(Path(folder)).stage(run, "tiny", "weather"):
+    with FolderStorage(Path(folder)).stage(run, "tiny", "weather"):
         held.set()
         release.wait()
 
@@ -415,7 +415,7 @@ def test_a_second_ingest_of_a_run_in_progress_is_refused(
     tmp_path: Path, ingest_tiny: Callable[..., Result], tiny_job: Callable[..., Job], processes: ForkServerContext
 ) -> None:
     held, release = processes.Event(), processes.Event()
-    Lake.create(tmp_path / "new")
+    FolderStorage.create(tmp_path / "new")
     other = processes.Process(target=hold, args=(str(tmp_path / "new"), tiny_job().run, held, release))
     other.start()
     assert held.wait(timeout=60)
@@ -474,7 +474,7 @@ def test_a_read_only_disk_can_be_asked_and_not_written(
     small_disk.make_read_only()
     assert "weather" in answer(run_kdb("runs", "--warehouse", warehouse))
     assert "weather" in answer(run_kdb("query", "concept-depth", "--warehouse", warehouse))
-    (folder,) = Lake(warehouse).run_folders()
+    (folder,) = FolderStorage(warehouse).run_folders()
     for result in (
         ingest_tiny(warehouse, "--limit", "10"),
         ingest_tiny(small_disk.path / "new"),

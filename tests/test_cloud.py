@@ -23,7 +23,8 @@ import kdb
 from kdb.errors import WarehouseError
 from kdb.warehouse import compaction
 from kdb.warehouse.block_cache import BLOCK, BlockFile
-from kdb.warehouse.cloud import CloudLake
+from kdb.warehouse.bucket_storage import BucketStorage
+from kdb.warehouse.run_copy import copy_into, copy_run
 from kdb.warehouse.store import Warehouse
 
 URL = "s3://lab/some/where"
@@ -62,17 +63,17 @@ def filled(store: ObjectStore, measured: Path, run_kdb: Callable[..., Result]) -
 
 
 def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("kdb.warehouse.cloud.user_cache_path", lambda _: folder)
+    monkeypatch.setattr("kdb.warehouse.bucket_storage.user_cache_path", lambda _: folder)
 
 
 def forget() -> None:
     """Delete what is mirrored, as on another machine."""
-    shutil.rmtree(kdb.open(URL).lake.path)
+    shutil.rmtree(kdb.open(URL).storage.local.path)
 
 
 def objects() -> list[str]:
     """The committed and uncommitted files of runs in the bucket."""
-    return [found.path for found in kdb.open(URL).lake.bucket.list("lake") if "__none__" not in found.path]
+    return [found.path for found in kdb.open(URL).storage.bucket.list("lake") if "__none__" not in found.path]
 
 
 def read(seen: list[str]) -> list[str]:
@@ -122,7 +123,7 @@ def test_vectors_are_read_by_blocks_and_kept(filled: ObjectStore, monkeypatch: p
     with filled.counted() as again:
         assert kdb.open(URL).sql(question).equals(expected)
     assert read(again) == []
-    assert not any((kdb.open(URL).lake.root / "model=tiny").rglob("activations/*.parquet"))  # not whole
+    assert not any((kdb.open(URL).storage.local.lake / "model=tiny").rglob("activations/*.parquet"))  # not whole
 
 
 def test_frames_engines_shells_and_servers_read_it_too(filled: ObjectStore, measured: Path) -> None:
@@ -185,16 +186,16 @@ def test_a_run_that_is_removed_and_measured_again_is_read_anew(
     assert reader.sql("SELECT count(*) FROM prompts").item() == 0
     assert run_kdb("import", measured, "--warehouse", URL).exit_code == 0
     assert reader.sql(SUMS).equals(before)
-    assert reader.lake.find(run).path.is_dir()
+    assert reader.storage.find(run).path.is_dir()
     assert run_kdb("verify", "--warehouse", URL).exit_code == 0
 
 
 def test_a_damaged_object_is_named_and_never_kept(filled: ObjectStore, run_kdb: Callable[..., Result]) -> None:
-    lake = kdb.open(URL).lake
+    lake = kdb.open(URL).storage
     path = next(path for path in objects() if "/prompts/" in path)
     content = bytearray(lake.bucket.get(path))
     content[len(content) // 2] ^= 1
-    damaged = lake.path / "damaged"
+    damaged = lake.local.path / "damaged"
     damaged.write_bytes(content)
     lake.bucket.upload(path, damaged)
     found = run_kdb("verify", "--warehouse", URL)
@@ -242,7 +243,7 @@ def test_runs_are_compacted_and_lose_their_vectors(
     assert run_kdb("runs", "keep-vectors", "none", "--yes", "--warehouse", URL).exit_code == 0
     assert reader.sql("SELECT count(*) FROM activations").item() == 0
     assert reader.sql("SELECT count(*) FROM probe_scores").item() > 0
-    [commit] = kdb.open(URL).lake.commits().values()
+    [commit] = kdb.open(URL).storage.commits.refresh().values()
     assert sorted(commit.paths()) == objects()  # nothing is left of what was
     assert run_kdb("verify", "--warehouse", URL).exit_code == 0
 
@@ -268,17 +269,17 @@ def test_a_server_goes_on_where_a_run_is_compacted(
 def test_of_two_who_replace_a_run_one_is_told(
     filled: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    one = kdb.open(URL).lake
+    one = kdb.open(URL).storage
     use_cache(monkeypatch, tmp_path / "of-another-machine")
-    other = kdb.open(URL).lake
+    other = kdb.open(URL).storage
     [folder] = other.run_folders()
     with compaction.rewriting(other, folder) as files:
         assert compaction.keep_vectors(one, one.find(folder.run), "none")
         files.write({"activations": None})
         with pytest.raises(WarehouseError, match="changed by another process"):
             files.commit()
-    assert list(kdb.open(URL).lake.verify()) == []
-    assert sorted(next(iter(kdb.open(URL).lake.commits().values())).paths()) == objects()
+    assert list(kdb.open(URL).storage.verify()) == []
+    assert sorted(next(iter(kdb.open(URL).storage.commits.refresh().values())).paths()) == objects()
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -290,15 +291,15 @@ def test_two_writers_of_one_run_leave_one_whole_run(
     lakes = []
     for name in ("one", "two", "three"):
         use_cache(monkeypatch, tmp_path / name)
-        lakes.append(CloudLake.create_at(URL))
-    assert len({lake.path for lake in lakes}) == 3
-    [folder] = kdb.open(measured).lake.run_folders()
+        lakes.append(BucketStorage.create(URL))
+    assert len({lake.local.path for lake in lakes}) == 3
+    [folder] = kdb.open(measured).storage.run_folders()
     together, outcomes = threading.Barrier(3), []
 
-    def write(lake: CloudLake) -> None:
+    def write(lake: BucketStorage) -> None:
         with lake.stage(folder.run, folder.model, folder.dataset) as staged:
             together.wait()  # each has seen that there is no such run
-            staged.adopt(folder, lambda _copy, _manifest: {})
+            copy_into(staged, folder, lambda _copy, _manifest: {})
             outcomes.append(staged.committed)
 
     threads = [threading.Thread(target=write, args=(lake,)) for lake in lakes]
@@ -308,10 +309,10 @@ def test_two_writers_of_one_run_leave_one_whole_run(
         thread.join()
     assert outcomes == [True] * 3
     opened = kdb.open(URL)
-    [commit] = opened.lake.commits().values()
+    [commit] = opened.storage.commits.refresh().values()
     assert sorted(commit.paths()) == objects()  # the losers took theirs back
     assert opened.sql(SUMS).equals(kdb.open(measured).sql(SUMS))
-    assert list(opened.lake.verify()) == []
+    assert list(opened.storage.verify()) == []
 
 
 def test_two_writers_of_two_runs_both_find_theirs(
@@ -323,17 +324,19 @@ def test_two_writers_of_two_runs_both_find_theirs(
 ) -> None:
     arguments = ["--model", "tiny", "--dataset", "weather", "--warehouse", warehouse]
     assert run_kdb("probe", *arguments, "--splits", "2").exit_code == 0
-    folders, lakes = kdb.open(warehouse).lake.run_folders(), []
+    folders, lakes = kdb.open(warehouse).storage.run_folders(), []
     for folder in folders:
         use_cache(monkeypatch, tmp_path / folder.run)
-        lakes.append(CloudLake.create_at(URL))
-    threads = [threading.Thread(target=lake.adopt, args=(folder,)) for lake, folder in zip(lakes, folders, strict=True)]
+        lakes.append(BucketStorage.create(URL))
+    threads = [
+        threading.Thread(target=copy_run, args=(lake, folder)) for lake, folder in zip(lakes, folders, strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert kdb.open(URL).query("runs").sort("run").equals(kdb.open(warehouse).query("runs").sort("run"))
-    assert list(kdb.open(URL).lake.verify()) == []
+    assert list(kdb.open(URL).storage.verify()) == []
 
 
 def test_a_connection_cut_before_the_commit_leaves_nothing_visible_and_goes_on(
@@ -423,7 +426,7 @@ def test_a_refusal_does_not_tell_the_key(filled: ObjectStore, run_kdb: Callable[
 def test_no_credentials_are_kept(filled: ObjectStore, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
     assert run_kdb("query", "concept-depth", "--warehouse", URL).exit_code == 0
     assert run_kdb("rebuild", "--warehouse", URL).exit_code == 0
-    lake = kdb.open(URL).lake
+    lake = kdb.open(URL).storage
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     stored = [lake.bucket.get(found.path) or b"" for found in lake.bucket.list("")]
     assert len(kept) > 20
@@ -441,7 +444,7 @@ def test_a_store_that_cannot_be_reached_is_one_message(
 
 
 def test_a_newer_schema_is_refused(store: ObjectStore) -> None:
-    bucket = CloudLake.create_at(URL).bucket
+    bucket = BucketStorage.create(URL).bucket
     bucket.delete(["warehouse.json"])
     bucket.put_new("warehouse.json", b'{"schema_version": 99}')
     with pytest.raises(WarehouseError, match="newer kdb"):

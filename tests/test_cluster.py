@@ -20,8 +20,8 @@ from kdb.ingest.attribution import study as knowledge
 from kdb.ingest.concept import study as run
 from kdb.ingest.execution import ray as cluster
 from kdb.ingest.execution.ray import Needs
-from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import TABLES
+from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kdb-lm[ray]'")
@@ -80,7 +80,7 @@ def assert_same(found: Warehouse, expected: Warehouse) -> None:
         rows, others = (opened.sql(f"FROM {table}") for opened in (found, expected))
         keys = [c for c, t in rows.schema.items() if not t.is_nested() and t != pl.Float64]
         assert rows.sort(keys).equals(others.sort(keys)), table
-    assert list(found.lake.verify()) == []
+    assert list(found.storage.verify()) == []
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from click.testing import Result
 import kdb
 from kdb.ingest.concept import study as ingest_run
 from kdb.warehouse import compaction
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 
 ROWS = "SELECT prompt_id, layer, site, vector FROM activations ORDER BY ALL"
 
@@ -71,7 +71,7 @@ def test_a_reader_notices_nothing_of_compactions(scattered: Path, tmp_path: Path
     reader.start()
     for copy in copies:
         current[0] = copy
-        lake = Lake(copy)
+        lake = FolderStorage(copy)
         compaction.compact(lake, lake.run_folders()[0].run)
     done.set()
     reader.join()
@@ -81,7 +81,7 @@ def test_a_reader_notices_nothing_of_compactions(scattered: Path, tmp_path: Path
 
 def compact_all(folder: str) -> None:
     """What is killed: the same run is written anew over and over."""
-    lake = Lake(Path(folder))
+    lake = FolderStorage(Path(folder))
     while True:
         with compaction.rewriting(lake, lake.run_folders()[0]) as files:
             files.write({"activations": compaction._by_layer(files.paths["activations"])})
@@ -99,8 +99,8 @@ def test_a_compaction_that_is_killed_leaves_the_run_whole(folder: Path, processe
         assert process.exitcode == -signal.SIGKILL
         opened = kdb.open(folder)
         assert opened.sql(ROWS).equals(expected)
-        assert list(opened.lake.verify()) == []
-    lake = Lake(folder)
+        assert list(opened.storage.verify()) == []
+    lake = FolderStorage(folder)
     compaction.keep_vectors(lake, lake.run_folders()[0], "sampled")
     assert not list(folder.glob("staging/rewritten-*"))
 
@@ -138,9 +138,9 @@ def test_a_sample_is_the_same_prompts_in_every_layer(
 
 
 def test_a_run_that_is_written_is_left_alone(folder: Path, run_kdb: Callable[..., Result]) -> None:
-    lake = Lake(folder)
+    lake = FolderStorage(folder)
     [found] = lake.run_folders()
-    with lake.locked(found):
+    with lake.local.staging.locked(found.run):
         result = run_kdb("compact", "--warehouse", folder)
     assert result.exit_code == 2
     assert "is being written by another process" in result.stderr

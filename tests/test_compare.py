@@ -140,13 +140,13 @@ def test_runs_with_nothing_in_common_are_refused(wh: Warehouse) -> None:
 def test_compare_prints_settings_numbers_and_tests(
     wh: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    result = run_kdb("compare", "aa1", "aa2", "--warehouse", wh.lake.path)
+    result = run_kdb("compare", "aa1", "aa2", "--warehouse", wh.storage.local.path)
     assert result.exit_code == 0, result.output
     for heading in ("Settings that differ: 2", "Matched rows", "Numbers that changed", "McNemar"):
         assert heading in result.stdout
     whole = tmp_path / "moved.csv"
-    assert run_kdb("compare", "aa1", "aa2", "-o", whole, "--warehouse", wh.lake.path).exit_code == 0
+    assert run_kdb("compare", "aa1", "aa2", "-o", whole, "--warehouse", wh.storage.local.path).exit_code == 0
     assert len(whole.read_text().splitlines()) == 1 + len(moved_numbers(wh, A, B))
-    assert run_kdb("compare", "aa1", "zz", "--warehouse", wh.lake.path).exit_code == 2
-    same = run_kdb("compare", "aa1", "aa1", "--warehouse", wh.lake.path)
+    assert run_kdb("compare", "aa1", "zz", "--warehouse", wh.storage.local.path).exit_code == 2
+    same = run_kdb("compare", "aa1", "aa1", "--warehouse", wh.storage.local.path)
     assert "No number changed." in same.stdout

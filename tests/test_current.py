@@ -25,10 +25,11 @@ from kdb.ingest.concept.probes import CLASSIFIERS
 from kdb.ingest.models.structure import SITES
 from kdb.queries.catalogue import find_query, load_catalogue, macros
 from kdb.queries.domains import DOMAINS, Names
-from kdb.warehouse.database import Database, write_shell_file
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.database import Database
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.notes import KdbNote
 from kdb.warehouse.schema import DEFAULT_PROBE, TABLES
+from kdb.warehouse.shell_file import write_shell_file
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
 
@@ -64,7 +65,7 @@ def full(tmp_path: Path) -> Warehouse:
     others = [*probe(0.1, "logistic-paper"), *probe(0.2, split="stratified-43"), *probe(0.3, "random-forest")]
 
     def add(run: str, rows: Rows, model: str = "m", dataset: str = "d", **info: Any) -> None:
-        with Lake(tmp_path / "w").stage(run * 16, model, dataset) as staged:
+        with FolderStorage(tmp_path / "w").stage(run * 16, model, dataset) as staged:
             staged.write_rows("models", "part", [{"n_layers": 2, "n_heads": 2, "revision": "r1"}])
             staged.write_rows("datasets", "part", [{"study": "concept", "n_prompts": 2}])
             if "source_run" not in info:
@@ -118,9 +119,9 @@ def test_the_default_probe_is_that_of_saved_queries() -> None:
 @needs_shell
 def test_current_is_read_in_shells_and_by_other_programs(full: Warehouse, tmp_path: Path) -> None:
     asked = "SELECT layer, accuracy FROM {}current.probe_scores WHERE site = 'ffn_norm' AND model = 'm' ORDER BY layer"
-    assert shell(full.lake.path / "kdb.duckdb", asked.format("")) == ["0,0.9", "1,0.9"]
+    assert shell(full.storage.local.path / "kdb.duckdb", asked.format("")) == ["0,0.9", "1,0.9"]
     with duckdb.connect() as other:
-        other.execute(f"ATTACH '{full.lake.path / 'kdb.duckdb'}' AS paper (READ_ONLY)")
+        other.execute(f"ATTACH '{full.storage.local.path / 'kdb.duckdb'}' AS paper (READ_ONLY)")
         assert other.execute(asked.format("paper.")).fetchall() == [(0, 0.9), (1, 0.9)]
     assert len(pd.read_sql(asked.format(""), full.engine())) == 2
     with full.snapshot() as frozen:
@@ -146,7 +147,7 @@ def test_a_macro_called_bare_answers_the_saved_query_of_its_name(full: Warehouse
     public = set(re.findall(r"CREATE MACRO (\w+)", macros()))
     named = {name for name in load_catalogue() if name.replace("-", "_") in public}
     assert named == {"concept-depth", "ablation-effects"}
-    with Database(full.lake.root) as concept, Database(lake) as knowledge:
+    with Database(full.storage.local.lake) as concept, Database(lake) as knowledge:
         for name in named:
             database = concept if find_query(name).group == "concept" else knowledge
             answer = database.query(name)
@@ -255,7 +256,7 @@ def test_an_older_run_and_a_refits_source_are_no_news(full: Warehouse) -> None:
 
 def test_notes_are_printed_by_the_command_line_once(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
     for number, revision in enumerate(("first", "second")):
-        with Lake.create(tmp_path / "w").stage(f"{number:016x}", "m", "d") as staged:
+        with FolderStorage.create(tmp_path / "w").stage(f"{number:016x}", "m", "d") as staged:
             staged.write_rows("models", "part", [{"n_layers": 2, "revision": revision}])
             staged.write_rows("probe_scores", "part", [row | {"auc": 0.5} for row in probe(0.5)])
             staged.commit({"study": "concept", "variant": "default"})
@@ -361,7 +362,7 @@ def test_commands_check_values_too(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        result = run_kdb(*command, "--warehouse", full.lake.path)
+        result = run_kdb(*command, "--warehouse", full.storage.local.path)
     assert result.exit_code == 2
     assert problem in result.stderr
     assert not (tmp_path / "x").exists()

@@ -15,8 +15,11 @@ from helpers.stored import NOON, add_run, create_lake, needs_shell, shell, write
 from sqlalchemy import inspect, text
 
 from kdb.errors import QueryError, WarehouseError
-from kdb.warehouse.database import Database, connect, engine, scan, write_shell_file
+from kdb.warehouse.connection import connect
+from kdb.warehouse.database import Database, engine
+from kdb.warehouse.scan import scan
 from kdb.warehouse.schema import PARTITIONS, TABLES, arrow_schema, sql_type
+from kdb.warehouse.shell_file import write_shell_file
 
 ODD_NAMES = ["007", "true", "1e5", "null", "a=b/c d%", "2024-01-01", "ü", "it's"]
 

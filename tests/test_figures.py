@@ -164,8 +164,8 @@ def test_figures_of_one_model_ask_which_one(small: Warehouse) -> None:
 @needs_shell
 @pytest.mark.parametrize("name", sorted(BEYOND_PROBES))
 def test_saved_query_answers_the_same_in_the_shell(small: Warehouse, name: str) -> None:
-    with Database(small.lake.root) as database:
-        assert_same_in_the_shell(small.lake.root, database, name)
+    with Database(small.storage.local.lake) as database:
+        assert_same_in_the_shell(small.storage.local.lake, database, name)
 
 
 def test_zero_shot_rates_and_interval_are_those_of_the_answers(small: Warehouse) -> None:
@@ -217,14 +217,16 @@ def test_plot_writes_every_format(small: Warehouse, tmp_path: Path, run_kdb: Cal
     begins |= {"csv": b"model,dataset", "parquet": b"PAR1"}
     for ending, start in begins.items():
         path = tmp_path / f"depth.{ending}"
-        result = run_kdb("plot", "depth-curves", "--model", "tiny-a", "-o", path, "--warehouse", small.lake.path)
+        result = run_kdb(
+            "plot", "depth-curves", "--model", "tiny-a", "-o", path, "--warehouse", small.storage.local.path
+        )
         assert result.exit_code == 0, result.output
         assert path.read_bytes().lstrip()[:40].lower().startswith(start.lower())
 
 
 def test_html_fetches_nothing(small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
     path = tmp_path / "depth.html"
-    run_kdb("plot", "depth-curves", "-o", path, "--warehouse", small.lake.path)
+    run_kdb("plot", "depth-curves", "-o", path, "--warehouse", small.storage.local.path)
     page = path.read_text()
     assert "<script src=" not in page
     assert "cdn." not in page.partition("<body")[0].partition("<script")[0]
@@ -258,7 +260,7 @@ def test_what_cannot_be_drawn_is_one_message(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = run_kdb("plot", *args, "--warehouse", small.lake.path)
+    result = run_kdb("plot", *args, "--warehouse", small.storage.local.path)
     assert result.exit_code == 2
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -22,9 +22,10 @@ from starlette.exceptions import HTTPException
 
 import kdb
 from kdb.errors import EngineError, QueryError
-from kdb.warehouse.database import Database, Limits
+from kdb.warehouse.database import Database
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.functions import COMPUTE, LOCAL
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.limits import Limits
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.statements import public_message, refusal
 from kdb.warehouse.store import Warehouse
@@ -608,7 +609,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A warehouse whose model, dataset, prompts and tokens are named after markup."""
     folder = tmp_path_factory.mktemp("marked") / "w"
     Warehouse.create(folder)
-    lake = Lake(folder)
+    lake = FolderStorage(folder)
     kept = {"kept": True, "target_prob": 0.5, "target_rank": 1, "target_token": MARKUP, "text": MARKUP}
     score = {"prompt_id": 0, "layer": 0, "score": 1.0, "rank": 1}
     rows = {

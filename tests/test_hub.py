@@ -13,7 +13,7 @@ from click.testing import Result
 from helpers.hub import TOKEN, Hub, attaching, pretended
 
 import kdb
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 
 URL, NAME = "hf://datasets/lab/depths", "lab/depths"
 
@@ -47,12 +47,12 @@ def second(warehouse: Path, tmp_path: Path, run_kdb: Callable[..., Result]) -> P
     result = run_kdb("project", "--model", "tiny", "--dataset", "weather", "--warehouse", folder)
     assert result.exit_code == 0, result.output
     (measured,) = runs_of(warehouse)
-    kdb.open(folder).lake.remove(measured)
+    kdb.open(folder).storage.remove(measured)
     return folder
 
 
 def runs_of(folder: Path) -> list[str]:
-    return [found.run for found in Lake(folder).run_folders()]
+    return [found.run for found in FolderStorage(folder).run_folders()]
 
 
 def card_of(hub: Hub) -> str:

@@ -110,6 +110,64 @@ ROOMS = {
 """The rooms of ingest below its studies, and the rooms that each may import."""
 
 
+STORAGE_KINDS = {"folder_storage", "bucket_storage"}
+"""The two kinds of storage, which know nothing of each other."""
+
+STORAGE = STORAGE_KINDS | {
+    "bucket",
+    "checksums",
+    "commits",
+    "files",
+    "inspection",
+    "local_folder",
+    "manifest",
+    "mirror",
+    "parquet",
+    "run_copy",
+    "run_folders",
+    "staged_run",
+    "staging",
+    "storage",
+    "verification",
+}
+"""Files of the warehouse that keep runs: they know no SQL and no query."""
+
+OPENERS = {"store", "hub"}
+"""Files of the warehouse that choose a kind of storage; all others take any `Storage`."""
+
+
+def warehouse_imports(name: str) -> set[str]:
+    """The modules of the warehouse that one of its files imports."""
+    names = imports(REPOSITORY / "warehouse" / f"{name}.py")
+    return {n.split(".")[2] for n in names if n.startswith("kdb.warehouse.")}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "warehouse").glob("*.py")), ids=lambda path: path.stem)
+def test_one_kind_of_storage_is_not_mentioned_by_the_other_or_by_those_who_use_it(path: Path) -> None:
+    allowed = STORAGE_KINDS if path.stem in OPENERS else set()
+    assert warehouse_imports(path.stem) & STORAGE_KINDS <= allowed
+
+
+def test_front_doors_and_studies_take_any_storage() -> None:
+    kinds = tuple(f"kdb.warehouse.{kind}" for kind in STORAGE_KINDS)
+    assert [(path, name) for package, path, name in IMPORTS if package != "warehouse" and name.startswith(kinds)] == []
+
+
+def test_a_folder_and_a_bucket_are_siblings() -> None:
+    from kdb.warehouse.bucket_storage import BucketStorage
+    from kdb.warehouse.folder_storage import FolderStorage
+    from kdb.warehouse.storage import Storage
+
+    assert FolderStorage.__bases__ == BucketStorage.__bases__ == (Storage,)
+
+
+@pytest.mark.parametrize("name", sorted(STORAGE))
+def test_storage_knows_no_sql(name: str) -> None:
+    names = set(imports(REPOSITORY / "warehouse" / f"{name}.py"))
+    assert {n for n in names if n.startswith("duckdb")} == set()
+    assert warehouse_imports(name) & {"connection", "database", "views", "limits", "shell_file", "store"} == set()
+
+
 @pytest.mark.parametrize("path", sorted(MATHEMATICS))
 def test_mathematics_imports_no_model_no_runner_and_no_database(path: str) -> None:
     names = {name for name in imports(REPOSITORY / path, types=False) if name.startswith(ABOVE_MATHEMATICS)}

@@ -17,8 +17,8 @@ from helpers.measured import measure
 import kdb
 from kdb.errors import KdbError
 from kdb.warehouse import inspection
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.inspection import DamagedRunError
-from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import FileRecord
 
 RunKdb = Callable[..., Result]
@@ -113,7 +113,7 @@ ASKED: dict[str, Callable[[Path], object]] = {
     "snapshot": lambda w: kdb.open(w).snapshot().__enter__(),
     "engine": lambda w: kdb.open(w).engine().connect(),
     "compact": lambda w: __import__("kdb.warehouse.compaction").warehouse.compaction.compact(
-        Lake(w), Lake(w).run_folders()[0].run
+        FolderStorage(w), FolderStorage(w).run_folders()[0].run
     ),
 }
 
@@ -210,7 +210,7 @@ def test_a_memory_that_cannot_be_written_or_read_is_done_without(folder: Path, t
 
 def test_runs_and_remove_work_beside_a_damaged_run(folder: Path, run_kdb: RunKdb) -> None:
     lose_part(folder)
-    [damaged] = Lake(folder).run_folders()
+    [damaged] = FolderStorage(folder).run_folders()
     assert run_kdb("verify", "--warehouse", folder).exit_code == 1
     assert run_kdb("runs", "remove", damaged.run, "--yes", "--warehouse", folder).exit_code == 0
     assert run_kdb("runs", "--warehouse", folder).exit_code == 0

@@ -21,8 +21,9 @@ from filelock import FileLock
 from helpers.killing_commands import OLD, ask, command, write_source
 
 from kdb.errors import WarehouseError
-from kdb.warehouse import lake as lake_module
-from kdb.warehouse.lake import Lake
+from kdb.warehouse import folder_storage, staging
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.staging import Staging
 from kdb.warehouse.store import Warehouse
 
 RunKdb = Callable[..., Result]
@@ -64,7 +65,7 @@ def test_an_engine_and_the_files_of_a_snapshot_are_of_its_runs(folder: Path) -> 
         engine, table = held.engine(), "SELECT count(*) FROM probe_scores"
         before, files = held.sql(table).item(), held.files("probe_scores")
         for run in opened.runs():
-            opened.lake.remove(run)
+            opened.storage.remove(run)
         with engine.connect() as connection:
             assert connection.exec_driver_sql(table).scalar_one() == before > 0
         assert held.files("probe_scores") == files
@@ -75,7 +76,7 @@ def test_an_engine_and_the_files_of_a_snapshot_are_of_its_runs(folder: Path) -> 
 
 
 def test_a_run_that_is_being_measured_is_not_offered_for_deletion(tmp_path: Path, run_kdb: RunKdb) -> None:
-    lake = Lake.create(tmp_path / "new")
+    lake = FolderStorage.create(tmp_path / "new")
     with lake.stage("0" * 16, "tiny", "snow") as staged:
         staged.write_rows("prompts", "part", [{"prompt_id": 0}])
         result = run_kdb("clean", "--warehouse", tmp_path / "new")
@@ -133,7 +134,7 @@ def test_a_snapshot_shows_runs_of_which_all_are_removed(folder: Path) -> None:
     with opened.snapshot() as held:
         before = ask(held)
         for run in opened.runs():
-            opened.lake.remove(run)
+            opened.storage.remove(run)
         assert ask(held) == before
     assert ask(opened) == {}
 
@@ -173,9 +174,9 @@ def test_processes_leave_the_snapshots_of_others_alone(folder: Path, holder: Any
     process, here = holder
     before = here.recv()
     with Warehouse(folder).snapshot() as held:
-        Warehouse(folder).lake.sweep()
+        Warehouse(folder).storage.local.staging.delete_leftovers()
         for run in held.runs():
-            held.lake.remove(run)
+            held.storage.remove(run)
         here.send(True)
         assert here.recv() == ask(held) == before
     here.send(False)
@@ -195,7 +196,7 @@ def test_a_question_of_a_vanishing_folder_is_about_what_is_left(
         return scan(path)
 
     (left / "prompts").mkdir(parents=True)
-    monkeypatch.setattr(Lake, "sweep", lambda _: 0)
+    monkeypatch.setattr(Staging, "delete_leftovers", lambda _: 0)
     monkeypatch.setattr(os, "scandir", delete_first)
     assert run_kdb("runs", "--warehouse", folder).exit_code == 0
     assert not left.exists()
@@ -237,7 +238,7 @@ def test_a_command_that_is_interrupted_at_some_step_leaves_every_run_whole_and_c
     start, done = tmp_path / "start", tmp_path / "done"
     shutil.copytree(mixed, start)
     if kind == "import":
-        Lake(start).remove(Warehouse(source).runs()[0])
+        FolderStorage(start).remove(Warehouse(source).runs()[0])
     shutil.copytree(start, done)
     cache, before = str(tmp_path / "cache"), ask(Warehouse(start))
     assert run_kdb(*arguments(kind, done, source)).exit_code == 0
@@ -252,7 +253,7 @@ def test_a_command_that_is_interrupted_at_some_step_leaves_every_run_whole_and_c
         opened = Warehouse(folder)
         seen = ask(opened)
         assert all(seen.get(run) in (before.get(run), after.get(run)) for run in {*before, *after, *seen})
-        assert list(opened.lake.verify()) == []
+        assert list(opened.storage.verify()) == []
         assert not staged_parquet(folder) or (kind == "import" and number == signal.SIGKILL)
         if seen != after or staged_parquet(folder):
             assert run_kdb(*given).exit_code == 0
@@ -265,18 +266,18 @@ def test_a_command_that_is_interrupted_at_some_step_leaves_every_run_whole_and_c
 
 
 def test_clean_deletes_what_killed_commands_left_and_not_what_is_being_measured(folder: Path, run_kdb: RunKdb) -> None:
-    lake, names = Lake(folder), ("00000000000000aa", "00000000000000bb")
+    lake, names = FolderStorage(folder), ("00000000000000aa", "00000000000000bb")
     before = ask(Warehouse(folder))
     for run in names:
         with lake.stage(run, "tiny", "weather") as staged:
             staged.write_rows("probe_scores", "part", [{"layer": 0}])
     for dropped in ("removed-00000000000000cc-1", "rewritten-00000000000000cc-1", "held-1"):
-        shutil.copytree(lake.staging / names[0], lake.staging / dropped)
+        shutil.copytree(lake.local.staging.path / names[0], lake.local.staging.path / dropped)
     with lake.stage(names[1], "tiny", "weather"):
         result = run_kdb("clean", "--yes", "--warehouse", folder)
         assert result.exit_code == 0, result.output
         assert "Being measured, not deleted: tiny on weather" in result.stderr
-        assert [path.name for path in lake.staging.iterdir() if path.is_dir()] == [names[1]]
+        assert [path.name for path in lake.local.staging.path.iterdir() if path.is_dir()] == [names[1]]
     assert run_kdb("clean", "--yes", "--warehouse", folder).exit_code == 0
     assert not staged_parquet(folder)
     assert ask(Warehouse(folder)) == before
@@ -285,22 +286,22 @@ def test_clean_deletes_what_killed_commands_left_and_not_what_is_being_measured(
 def test_a_run_that_is_removed_while_it_is_verified_is_not_called_damaged(
     folder: Path, run_kdb: RunKdb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone, check = Warehouse(folder).runs()[0], lake_module._verify_run
+    gone, check = Warehouse(folder).runs()[0], folder_storage.damaged_files
 
     def remove_first(run: Any) -> Any:
         if run.run == gone:  # another process removes it
-            Lake(folder).remove(gone)
+            FolderStorage(folder).remove(gone)
         return check(run)
 
-    monkeypatch.setattr(lake_module, "_verify_run", remove_first)
+    monkeypatch.setattr(folder_storage, "damaged_files", remove_first)
     result = run_kdb("verify", "--warehouse", folder)
     assert result.exit_code == 0, result.output
 
 
 def set_marks(folder: str, name: str) -> None:
-    lake = Lake(Path(folder))
+    lake = FolderStorage(Path(folder))
     for value in range(100):
-        lake.mark(**{name: value})
+        lake.local.record(**{name: value})
 
 
 def test_processes_that_change_two_marks_of_a_warehouse_lose_none(folder: Path, processes: ForkServerContext) -> None:
@@ -310,7 +311,7 @@ def test_processes_that_change_two_marks_of_a_warehouse_lose_none(folder: Path, 
         writer.start()
     for writer in writers:
         writer.join()
-    marks = Lake(folder).marks()
+    marks = FolderStorage(folder).local.recorded()
     assert [marks.get(name) for name in names] == [99, 99, 99]
 
 
@@ -323,7 +324,7 @@ def test_a_full_disk_loses_nothing_and_is_told(
 ) -> None:
     folder = Path(shutil.copytree(mixed, small_disk.path / "w"))
     if kind == "import":
-        Lake(folder).remove(Warehouse(source).runs()[0])
+        FolderStorage(folder).remove(Warehouse(source).runs()[0])
     opened, refused = Warehouse(folder), 0
     before, given = ask(opened), arguments(kind, folder, source)
     for pages in (0, 1, 2, 4, 6):
@@ -334,13 +335,13 @@ def test_a_full_disk_loses_nothing_and_is_told(
             assert "the disk is full. Free some space, then run the same command again" in result.stderr
             refused += 1
         assert kind == "none" or {run: ask(opened).get(run) for run in before} == before
-        assert list(opened.lake.verify()) == []
+        assert list(opened.storage.verify()) == []
         assert not staged_parquet(folder)
     assert refused
     small_disk.free()
     result = run_kdb(*given)
     assert result.exit_code == 0, result.output
-    assert list(opened.lake.verify()) == []
+    assert list(opened.storage.verify()) == []
 
 
 QUESTIONS = """
@@ -372,7 +373,7 @@ def test_a_warehouse_that_may_not_be_written_can_be_asked(older: bool, source: P
     ):
         refused = without_privileges(kdb, *given, "--warehouse", str(folder))
         assert (refused.returncode, "permission denied" in refused.stderr) == (2, True), refused.stderr
-    assert list(Lake(folder).verify()) == []
+    assert list(FolderStorage(folder).verify()) == []
 
 
 def without_privileges(*given: str) -> subprocess.CompletedProcess[str]:
@@ -387,9 +388,9 @@ def without_privileges(*given: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_lock_that_another_process_looks_at_is_waited_for(folder: Path) -> None:
-    lake = Lake(folder)
+    lake = FolderStorage(folder)
     found = lake.run_folders()[0]
-    look = FileLock(lake.staging / f"{found.run}.lock")
+    look = FileLock(lake.local.staging.path / f"{found.run}.lock")
     look.acquire()
     waited = []
 
@@ -400,6 +401,6 @@ def test_a_lock_that_another_process_looks_at_is_waited_for(folder: Path) -> Non
             return super().acquire(*args, timeout=timeout, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lake_module, "FileLock", Released)
-        with lake.locked(found):
+        patch.setattr(staging, "FileLock", Released)
+        with lake.local.staging.locked(found.run):
             assert (waited[0] or 0) > 0

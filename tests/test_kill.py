@@ -69,7 +69,7 @@ def test_a_killed_ingest_resumes_to_the_same_rows_and_no_reader_notices(
     assert tally.reads > 0
     assert writers.resumed > 0  # else every kill came before the first part
     for warehouse in tmp_path.glob("[0-9]*"):
-        assert Warehouse(warehouse).lake.interrupted() == []
+        assert Warehouse(warehouse).storage.local.staging.unfinished_runs() == []
 
 
 def test_commands_that_are_killed_lose_nothing_and_no_reader_notices(

@@ -32,7 +32,7 @@ import kdb
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.database import Database
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 
 LATER = NOON + timedelta(hours=1)
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -334,7 +334,7 @@ def test_several_models_stand_side_by_side(database: Database) -> None:
 
 def test_a_list_of_models_is_repeated_on_the_command_line(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
     for number, model in enumerate(("alpha", "beta", "gamma")):
-        with Lake.create(tmp_path / "w").stage(f"{number:016x}", model, "facts") as staged:
+        with FolderStorage.create(tmp_path / "w").stage(f"{number:016x}", model, "facts") as staged:
             for table, rows in BETA.items():
                 staged.write_rows(table, "part", rows)
             staged.commit({"study": "knowledge", "variant": "default"})

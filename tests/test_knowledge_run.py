@@ -36,7 +36,7 @@ from kdb.ingest.job import Attributing, Job, Measuring, Probing
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.stages import Outcome, Shard
-from kdb.warehouse.lake import StagedRun
+from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,7 +146,7 @@ def measure(opened: Warehouse, job: Callable[..., Job], tiny_loaded: LoadedModel
 
     def measure(dataset: Path | None = None, batch_tokens: int | None = None, **attributing: Any) -> Warehouse:
         asked = job(dataset, **attributing) if dataset else job(**attributing)
-        studies.ingest(opened.lake, asked, lambda: tiny_loaded, batch_tokens=batch_tokens)
+        studies.ingest(opened.storage, asked, lambda: tiny_loaded, batch_tokens=batch_tokens)
         return opened
 
     return measure
@@ -463,7 +463,7 @@ def test_without_ablations_the_rest_is_the_same(
     assert expected.pop("ablations") != []
     assert found == expected
     assert rows(none, "SELECT variant, list_contains(tables, 'ablations') FROM runs") == [("ablate-k=0", False)]
-    query = run_kdb("query", "attribution-methods", "--variant", "ablate-k=0", "--warehouse", none.lake.path)
+    query = run_kdb("query", "attribution-methods", "--variant", "ablate-k=0", "--warehouse", none.storage.local.path)
     assert (query.exit_code, query.stderr) == (0, "No rows. `kdb runs` lists what was measured.\n")
 
 
@@ -486,8 +486,8 @@ def test_a_recorded_chunk_that_gives_other_logits_than_the_prompt_alone_is_refus
 
     monkeypatch.setattr(cache, "run_with_cache", wrong_in_the_runs_batches)
     with pytest.raises(ModelError, match=r"^tiny cannot be measured: logits is off by "):
-        studies.ingest(opened.lake, job(), lambda: tiny_loaded)
-    assert opened.lake.run_folders() == []
+        studies.ingest(opened.storage, job(), lambda: tiny_loaded)
+    assert opened.storage.run_folders() == []
 
 
 def test_prompts_on_both_sides_of_a_long_rope_are_scored_as_each_alone(
@@ -506,9 +506,9 @@ def test_prompts_on_both_sides_of_a_long_rope_are_scored_as_each_alone(
     monkeypatch.setattr(knowledge, "KEPT_RANK", 256)
     together, alone = (Warehouse.create(tmp_path / name) for name in ("together", "alone"))
     asked = replace(job(facts, ablate_k=2), source=find_model(str(folder)))
-    studies.ingest(together.lake, asked, lambda: load_model(asked.source))
+    studies.ingest(together.storage, asked, lambda: load_model(asked.source))
     monkeypatch.setattr(knowledge, "CHUNK_BYTES", 1)
-    studies.ingest(alone.lake, asked, lambda: load_model(asked.source), batch_tokens=1)
+    studies.ingest(alone.storage, asked, lambda: load_model(asked.source), batch_tokens=1)
     assert {n > 32 for (n,) in rows(together, "SELECT n_tokens FROM prompts WHERE kept")} == {True, False}
     assert_same_scores(together, alone)
 
@@ -545,9 +545,9 @@ def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
     stored: Warehouse, ingest: Callable[..., Result], job: Callable[..., Job], recorded: list[int]
 ) -> None:
     before = everything(stored)
-    (folder,) = stored.lake.run_folders()
-    assert studies.ingest(stored.lake, job(), no_model) == Outcome(folder.run, "exists")
-    assert answer(ingest(stored.lake.path)) == f"tiny on facts: is stored already (run {folder.run})\n"
+    (folder,) = stored.storage.run_folders()
+    assert studies.ingest(stored.storage, job(), no_model) == Outcome(folder.run, "exists")
+    assert answer(ingest(stored.storage.local.path)) == f"tiny on facts: is stored already (run {folder.run})\n"
     assert everything(stored) == before
     assert recorded == []
 
@@ -560,7 +560,7 @@ def uninterrupted(
     plain = Warehouse.create(tmp_path_factory.mktemp("uninterrupted") / "warehouse")
     with pytest.MonkeyPatch.context() as patch:
         make_chunks_small(patch)
-        studies.ingest(plain.lake, job(), lambda: tiny_loaded)
+        studies.ingest(plain.storage, job(), lambda: tiny_loaded)
     return everything(plain)
 
 
@@ -577,16 +577,16 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     with monkeypatch.context() as patch:
         patch.setattr(cache, "run_with_cache", interrupt_after(3, cache.run_with_cache))
         with pytest.raises(KeyboardInterrupt):
-            studies.ingest(opened.lake, job(), lambda: tiny_loaded)
+            studies.ingest(opened.storage, job(), lambda: tiny_loaded)
     assert recorded == [8, 3]  # the checks, and one chunk
-    assert opened.lake.run_folders() == []
+    assert opened.storage.run_folders() == []
     assert everything(opened) == {table: [] for table in TABLES}
-    listed = run_kdb("runs", "--warehouse", opened.lake.path)
+    listed = run_kdb("runs", "--warehouse", opened.storage.local.path)
     assert f"Interrupted: tiny on facts (run {job().run}), " in listed.stderr
     recorded.clear()
     with monkeypatch.context() as patch:  # that chunks are as they were begun is remembered, whatever fits now
         patch.setattr(knowledge, "CHUNK_BYTES", 2**29)
-        assert studies.ingest(opened.lake, job(), lambda: tiny_loaded).status == "committed"
+        assert studies.ingest(opened.storage, job(), lambda: tiny_loaded).status == "committed"
     assert recorded == [3, 3, 3]
     assert everything(opened) == uninterrupted
 
@@ -638,14 +638,14 @@ def test_an_ingest_that_is_cut_off_at_any_table_goes_on_to_the_same_rows(
     with monkeypatch.context() as patch:
         patch.setattr(StagedRun, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            studies.ingest(opened.lake, job(), lambda: tiny_loaded)
+            studies.ingest(opened.storage, job(), lambda: tiny_loaded)
     assert everything(opened) == {name: [] for name in TABLES}
     recorded.clear()
-    studies.ingest(opened.lake, job(), lambda: tiny_loaded)
+    studies.ingest(opened.storage, job(), lambda: tiny_loaded)
     assert recorded == left
     assert everything(opened) == uninterrupted
-    assert list(opened.lake.verify()) == []
-    assert opened.lake.interrupted() == []
+    assert list(opened.storage.verify()) == []
+    assert opened.storage.local.staging.unfinished_runs() == []
 
 
 # What changes speed and memory, but no score ---------------------------------------------------------------------
@@ -711,14 +711,14 @@ def asked(run_kdb: RunKdb, warehouse: Path, query: str, *options: str) -> list[d
     ],
 )
 def test_a_saved_query_answers(stored: Warehouse, run_kdb: RunKdb, query: str, n: int) -> None:
-    found = asked(run_kdb, stored.lake.path, query)
+    found = asked(run_kdb, stored.storage.local.path, query)
     assert len(found) == n
     assert {row["category"] for row in found if "category" in row} in (set(), set(CATEGORIES))
     assert {row["model"] for row in found} == {"tiny"}
 
 
 def test_it_is_told_how_many_prompts_count_and_why_the_others_do_not(stored: Warehouse, run_kdb: RunKdb) -> None:
-    found = asked(run_kdb, stored.lake.path, "kept-prompts")
+    found = asked(run_kdb, stored.storage.local.path, "kept-prompts")
     columns = ("category", "n_prompts", "kept", "not_in_top_ten", "beaten_by_another_answer")
     assert [tuple(row[c] for c in columns) for row in found] == [
         ("town", 4, 4, 0, 0),
@@ -829,9 +829,9 @@ BAD_ROWS = {
 
 def assert_nothing_stored(folder: Path) -> None:
     if folder.exists():
-        lake = Warehouse(folder).lake
+        lake = Warehouse(folder).storage
         assert lake.run_folders() == []
-        assert lake.interrupted() == []
+        assert lake.local.staging.unfinished_runs() == []
 
 
 @pytest.mark.parametrize("what", BAD_ROWS)

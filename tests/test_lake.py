@@ -23,11 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb.errors import UnknownNameError, WarehouseError
-from kdb.warehouse import lake as lake_module
+from kdb.warehouse import staged_run
 from kdb.warehouse.files import write_json
-from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import run_id
+from kdb.warehouse.parquet import write_parquet
 from kdb.warehouse.schema import TABLES
+from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_vectors
 
@@ -35,7 +37,7 @@ RUN = "00000000000000aa"
 PARTS = {"part-00000": [0, 3], "part-00001": [1, 2], "part-00002": [4]}
 
 
-def measure(lake: Lake, run: str = RUN, model: str = "tiny", dataset: str = "weather") -> list[str]:
+def measure(lake: FolderStorage, run: str = RUN, model: str = "tiny", dataset: str = "weather") -> list[str]:
     """What an ingest does with its folders, with numbers for what a model says; returns the parts it wrote."""
     written = []
     with lake.stage(run, model, dataset) as staged:
@@ -57,7 +59,7 @@ def write_part(staged: StagedRun, name: str) -> None:
     staged.write("activations", name, activation_groups(ids, ["resid_post"], vectors), seconds=0.5)
 
 
-def run_files(lake: Lake, run: str = RUN) -> list[str]:
+def run_files(lake: FolderStorage, run: str = RUN) -> list[str]:
     folder = lake.find(run).path
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -71,20 +73,20 @@ def stored(path: Path, run: str = RUN) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.create(tmp_path / "warehouse")
+def lake(tmp_path: Path) -> FolderStorage:
+    return FolderStorage.create(tmp_path / "warehouse")
 
 
 # Parts and commits -----------------------------------------------------------------------------------------------
 
 
-def test_a_committed_run_is_read_back_as_it_was_written(lake: Lake) -> None:
+def test_a_committed_run_is_read_back_as_it_was_written(lake: FolderStorage) -> None:
     measure(lake)
-    assert stored(lake.path) == MEASURED
+    assert stored(lake.local.path) == MEASURED
     assert list(lake.verify()) == []
 
 
-def test_a_part_that_fails_while_it_is_written_leaves_nothing(lake: Lake) -> None:
+def test_a_part_that_fails_while_it_is_written_leaves_nothing(lake: FolderStorage) -> None:
     def half() -> Any:
         yield from activation_groups([0], ["resid_post"], np.zeros((1, 1, 1, 3), dtype=np.float32))
         raise RuntimeError("the model broke down")
@@ -99,34 +101,34 @@ def test_a_part_that_fails_while_it_is_written_leaves_nothing(lake: Lake) -> Non
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a machine that loses power may leave the name of a file, and nothing in it."""
     events, replace = [], Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
     monkeypatch.setattr(Path, "replace", lambda self, to: events.append(f"{self} is {to}") or replace(self, to))
     write_json(tmp_path / "a.json", {})
     (written,) = [event for event in events if " is " not in event]
     assert events == [written, f"{written} is {tmp_path / 'a.json'}"]
 
 
-def test_a_run_is_invisible_until_it_is_committed(lake: Lake) -> None:
+def test_a_run_is_invisible_until_it_is_committed(lake: FolderStorage) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
         assert lake.run_folders() == []
-        assert stored(lake.path) == []
+        assert stored(lake.local.path) == []
 
 
-def test_a_run_in_progress_tells_what_it_is(lake: Lake) -> None:
+def test_a_run_in_progress_tells_what_it_is(lake: FolderStorage) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
-    (left,) = lake.interrupted()
+    (left,) = lake.local.staging.unfinished_runs()
     begun = left.begun
     assert (begun["run"], begun["model"], begun["dataset"]) == (RUN, "tiny", "weather")
     measure(lake)
-    assert lake.interrupted() == []
+    assert lake.local.staging.unfinished_runs() == []
 
 
-def test_a_run_that_stored_nothing_leaves_no_trace(lake: Lake) -> None:
+def test_a_run_that_stored_nothing_leaves_no_trace(lake: FolderStorage) -> None:
     with pytest.raises(RuntimeError), lake.stage(RUN, "tiny", "weather"):
         raise RuntimeError("the prompts were too long")
-    assert lake.interrupted() == []
+    assert lake.local.staging.unfinished_runs() == []
 
 
 FILES = [*(f"activations/part-0000{i}.parquet" for i in range(3)), "manifest.json"]
@@ -134,26 +136,28 @@ FILES += ["probe_scores/all.parquet", "runs/all.parquet"]
 """What a committed run has on disk."""
 
 
-def test_a_resumed_run_writes_only_the_parts_that_are_missing(lake: Lake) -> None:
+def test_a_resumed_run_writes_only_the_parts_that_are_missing(lake: FolderStorage) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00001")
     assert measure(lake) == ["part-00000", "part-00002"]
-    assert stored(lake.path) == MEASURED
+    assert stored(lake.local.path) == MEASURED
 
 
-def test_a_committed_run_is_not_written_again(lake: Lake) -> None:
+def test_a_committed_run_is_not_written_again(lake: FolderStorage) -> None:
     assert measure(lake) == ["part-00000", "part-00001", "part-00002"]
     assert measure(lake) == []
-    assert [path for path in lake.staging.iterdir() if path.suffix != ".lock"] == []
+    assert [path for path in lake.local.staging.path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_the_run_row_tells_its_tables_its_times_and_the_seconds_of_its_parts(lake: Lake) -> None:
+def test_the_run_row_tells_its_tables_its_times_and_the_seconds_of_its_parts(lake: FolderStorage) -> None:
     measure(lake)
-    row = Warehouse(lake.path).sql("SELECT tables, seconds, started_at <= finished_at AS ordered FROM runs").rows()
+    row = (
+        Warehouse(lake.local.path).sql("SELECT tables, seconds, started_at <= finished_at AS ordered FROM runs").rows()
+    )
     assert row == [(["activations", "probe_scores", "runs"], 1.5, True)]
 
 
-def test_small_parts_are_committed_as_one_file(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_parts_are_committed_as_one_file(lake: FolderStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure_scores(run: str) -> list[str]:
         with lake.stage(run, "tiny", "weather") as staged:
             for layer in range(3):
@@ -162,11 +166,11 @@ def test_small_parts_are_committed_as_one_file(lake: Lake, monkeypatch: pytest.M
         return sorted(path.name for path in (lake.find(run).path / "probe_scores").iterdir())
 
     assert measure_scores("0" * 16) == ["all.parquet"]
-    monkeypatch.setattr(lake_module, "_MERGE_BELOW", 1)
+    monkeypatch.setattr(staged_run, "_MERGE_BELOW", 1)
     assert measure_scores("1" * 16) == [f"resid_post-000{layer}.parquet" for layer in range(3)]
 
 
-def test_parts_of_vectors_keep_their_row_groups(lake: Lake) -> None:
+def test_parts_of_vectors_keep_their_row_groups(lake: FolderStorage) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
         before = staged.part("activations", "part-00000").stat()
@@ -203,7 +207,7 @@ def create_and_die(folder: str, step: int) -> None:
 
 def measure_and_die(folder: str, step: int) -> None:
     die_at(step, folder)
-    measure(Lake(Path(folder)))
+    measure(FolderStorage(Path(folder)))
 
 
 def killed_at(processes: ForkServerContext, target: Callable[..., None], folder: Path, step: int) -> bool:
@@ -216,18 +220,18 @@ def killed_at(processes: ForkServerContext, target: Callable[..., None], folder:
 
 
 def test_a_run_killed_at_any_step_is_whole_or_invisible_and_resumes(
-    lake: Lake, tmp_path: Path, processes: ForkServerContext
+    lake: FolderStorage, tmp_path: Path, processes: ForkServerContext
 ) -> None:
-    Warehouse(lake.path)  # writes kdb.duckdb, which each copy would have to rebuild
+    Warehouse(lake.local.path)  # writes kdb.duckdb, which each copy would have to rebuild
     visible_after = []
     for step in count(1):
-        copy = Path(shutil.copytree(lake.path, tmp_path / f"killed-{step}"))
+        copy = Path(shutil.copytree(lake.local.path, tmp_path / f"killed-{step}"))
         if not killed_at(processes, measure_and_die, copy, step):
             break
-        left = Lake(copy)
+        left = FolderStorage(copy)
         visible_after.append(bool(left.run_folders()))
-        finished = {path.stem for path in left.staging.glob("*/activations/part-*.parquet")}
-        sealed = any(left.staging.glob("*/manifest.json")) or visible_after[-1]
+        finished = {path.stem for path in left.local.staging.path.glob("*/activations/part-*.parquet")}
+        sealed = any(left.local.staging.path.glob("*/manifest.json")) or visible_after[-1]
         assert stored(copy) == (MEASURED if visible_after[-1] else [])
         assert list(left.verify()) == []
         assert measure(left) == ([] if sealed else sorted(PARTS.keys() - finished))
@@ -248,7 +252,7 @@ def test_a_warehouse_whose_creation_was_killed_at_any_step_can_be_used(
         if not killed_at(processes, create_and_die, folder, step):
             break
         assert all(Warehouse.create(folder).sql(f"SELECT * FROM {table}").is_empty() for table in ("runs", "models"))
-        measure(Lake(folder))
+        measure(FolderStorage(folder))
         assert stored(folder) == MEASURED
         shutil.rmtree(folder)
     assert step > len(TABLES)
@@ -258,15 +262,15 @@ def test_a_warehouse_whose_creation_was_killed_at_any_step_can_be_used(
 
 
 def hold(folder: str, held: Event, release: Event) -> None:
-    with Lake(Path(folder)).stage(RUN, "tiny", "weather") as staged:
+    with FolderStorage(Path(folder)).stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
         held.set()
         release.wait()
 
 
-def test_a_run_is_measured_by_one_process_at_a_time(lake: Lake, processes: ForkServerContext) -> None:
+def test_a_run_is_measured_by_one_process_at_a_time(lake: FolderStorage, processes: ForkServerContext) -> None:
     held, release = processes.Event(), processes.Event()
-    other = processes.Process(target=hold, args=(str(lake.path), held, release))
+    other = processes.Process(target=hold, args=(str(lake.local.path), held, release))
     other.start()
     assert held.wait(timeout=60)
     with pytest.raises(WarehouseError, match=rf"Run {RUN} \(tiny on weather\) is being measured by another process"):
@@ -277,9 +281,9 @@ def test_a_run_is_measured_by_one_process_at_a_time(lake: Lake, processes: ForkS
     assert measure(lake) == ["part-00001", "part-00002"]
 
 
-def test_a_killed_process_leaves_no_lock(lake: Lake, processes: ForkServerContext) -> None:
+def test_a_killed_process_leaves_no_lock(lake: FolderStorage, processes: ForkServerContext) -> None:
     held, never = processes.Event(), processes.Event()
-    other = processes.Process(target=hold, args=(str(lake.path), held, never))
+    other = processes.Process(target=hold, args=(str(lake.local.path), held, never))
     other.start()
     assert held.wait(timeout=60)
     other.kill()
@@ -287,12 +291,12 @@ def test_a_killed_process_leaves_no_lock(lake: Lake, processes: ForkServerContex
     assert measure(lake) == ["part-00001", "part-00002"]
 
 
-def test_a_run_that_could_not_be_begun_is_not_locked(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_could_not_be_begun_is_not_locked(lake: FolderStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lake_module, "write_json", refuse)
+        patch.setattr(staged_run, "write_json", refuse)
         with pytest.raises(WarehouseError, match="the disk is full") as caught:
             measure(lake)
     assert caught.tb  # it holds on to the failed attempt, as a notebook does
@@ -302,7 +306,7 @@ def test_a_run_that_could_not_be_begun_is_not_locked(lake: Lake, monkeypatch: py
 def create_and_measure(folder: str, run: str, start: Any) -> None:
     start.wait()
     Warehouse.create(folder)
-    measure(Lake(Path(folder)), run=run)
+    measure(FolderStorage(Path(folder)), run=run)
 
 
 def test_many_processes_may_make_one_warehouse_at_once(tmp_path: Path, processes: ForkServerContext) -> None:
@@ -316,7 +320,7 @@ def test_many_processes_may_make_one_warehouse_at_once(tmp_path: Path, processes
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0, 0, 0, 0]
-    assert [folder.run for folder in Lake(tmp_path / "warehouse").run_folders()] == runs
+    assert [folder.run for folder in FolderStorage(tmp_path / "warehouse").run_folders()] == runs
     assert all(stored(tmp_path / "warehouse", run) == MEASURED for run in runs)
 
 
@@ -359,7 +363,7 @@ def append_nothing_but_rows(path: Path) -> None:
     ],
 )
 def test_verify_names_the_damaged_file_and_what_is_wrong_with_it(
-    lake: Lake, damage: Callable[[Path], None], problem: str
+    lake: FolderStorage, damage: Callable[[Path], None], problem: str
 ) -> None:
     measure(lake)
     measure(lake, run="00000000000000bb")
@@ -370,7 +374,7 @@ def test_verify_names_the_damaged_file_and_what_is_wrong_with_it(
     assert found.problem.startswith(problem)
 
 
-def test_verify_names_a_file_that_was_added(lake: Lake) -> None:
+def test_verify_names_a_file_that_was_added(lake: FolderStorage) -> None:
     measure(lake)
     folder = lake.find(RUN).path
     shutil.copy(folder / "activations/part-00000.parquet", folder / "activations/more.parquet")
@@ -380,7 +384,7 @@ def test_verify_names_a_file_that_was_added(lake: Lake) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"files": [{"path": 3}]}', "[]"])
-def test_verify_names_a_manifest_that_is_missing_or_damaged(lake: Lake, content: str | None) -> None:
+def test_verify_names_a_manifest_that_is_missing_or_damaged(lake: FolderStorage, content: str | None) -> None:
     measure(lake)
     manifest = lake.find(RUN).path / "manifest.json"
     manifest.unlink() if content is None else manifest.write_text(content)
@@ -392,26 +396,26 @@ def test_verify_names_a_manifest_that_is_missing_or_damaged(lake: Lake, content:
 # Removal ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_removed_run_is_gone_and_the_others_stay(lake: Lake) -> None:
+def test_a_removed_run_is_gone_and_the_others_stay(lake: FolderStorage) -> None:
     measure(lake)
     measure(lake, run="00000000000000bb")
     measure(lake, run="00000000000000cc", dataset="snow")
     lake.remove(RUN)
     lake.remove("00000000000000cc")
     assert [folder.run for folder in lake.run_folders()] == ["00000000000000bb"]
-    assert stored(lake.path) == []
-    assert [path.name for path in (lake.root / "model=tiny").iterdir()] == ["dataset=weather"]
-    assert [path for path in lake.staging.iterdir() if path.suffix != ".lock"] == []
+    assert stored(lake.local.path) == []
+    assert [path.name for path in (lake.local.lake / "model=tiny").iterdir()] == ["dataset=weather"]
+    assert [path for path in lake.local.staging.path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_a_removed_run_can_be_measured_again(lake: Lake) -> None:
+def test_a_removed_run_can_be_measured_again(lake: FolderStorage) -> None:
     measure(lake)
     lake.remove(RUN)
     assert measure(lake) == ["part-00000", "part-00001", "part-00002"]
-    assert stored(lake.path) == MEASURED
+    assert stored(lake.local.path) == MEASURED
 
 
-def test_removing_an_unknown_run_names_the_nearest(lake: Lake) -> None:
+def test_removing_an_unknown_run_names_the_nearest(lake: FolderStorage) -> None:
     measure(lake)
     with pytest.raises(UnknownNameError, match=rf"Unknown run '{RUN[:-1]}b'. Did you mean '{RUN}'\?"):
         lake.remove(RUN[:-1] + "b")
@@ -428,26 +432,26 @@ names = st.text(min_size=1, max_size=15).filter(str.strip)
 def test_any_name_of_a_model_or_dataset_is_stored_and_found(
     tmp_path_factory: pytest.TempPathFactory, model: str, dataset: str
 ) -> None:
-    lake = Lake.create(tmp_path_factory.mktemp("names") / "warehouse")
+    lake = FolderStorage.create(tmp_path_factory.mktemp("names") / "warehouse")
     measure(lake, model=model, dataset=dataset)
     (folder,) = lake.run_folders()
     assert (folder.model, folder.dataset) == (model, dataset)
-    seen = Warehouse(lake.path).sql("SELECT DISTINCT model, dataset FROM activations").rows()
+    seen = Warehouse(lake.local.path).sql("SELECT DISTINCT model, dataset FROM activations").rows()
     assert seen == [(model, dataset)]
 
 
 @pytest.mark.parametrize("name", ["", " ", "__none__", "__HIVE_DEFAULT_PARTITION__"])
-def test_a_name_that_would_not_come_back_is_refused(lake: Lake, name: str) -> None:
+def test_a_name_that_would_not_come_back_is_refused(lake: FolderStorage, name: str) -> None:
     with pytest.raises(WarehouseError, match="cannot be stored as a name"):
         measure(lake, model=name)
 
 
 @pytest.mark.parametrize("name", ["a folder", "it's", "50 % [new] {x,y}", "Zoë*?"])
 def test_a_warehouse_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
-    lake = Lake.create(tmp_path / name / "warehouse")
+    lake = FolderStorage.create(tmp_path / name / "warehouse")
     measure(lake)
-    assert stored(lake.path) == MEASURED
-    assert shell_rows(lake.path) == 10
+    assert stored(lake.local.path) == MEASURED
+    assert shell_rows(lake.local.path) == 10
 
 
 def shell_rows(path: Path) -> int:
@@ -456,31 +460,31 @@ def shell_rows(path: Path) -> int:
         return connection.sql("SELECT count(*) FROM activations").fetchone()[0]
 
 
-def test_the_shell_of_a_moved_warehouse_reads_it_where_it_is(lake: Lake, tmp_path: Path) -> None:
+def test_the_shell_of_a_moved_warehouse_reads_it_where_it_is(lake: FolderStorage, tmp_path: Path) -> None:
     measure(lake)
-    Warehouse(lake.path)
-    moved = lake.path.rename(tmp_path / "elsewhere")
+    Warehouse(lake.local.path)
+    moved = lake.local.path.rename(tmp_path / "elsewhere")
     assert shell_rows(moved) == 10
     assert stored(moved) == MEASURED
     assert shell_rows(moved) == 10
 
 
-def test_a_deleted_shell_file_is_written_again(lake: Lake) -> None:
+def test_a_deleted_shell_file_is_written_again(lake: FolderStorage) -> None:
     measure(lake)
-    Warehouse(lake.path)
-    (lake.path / "kdb.duckdb").unlink()
-    Warehouse(lake.path)
-    assert shell_rows(lake.path) == 10
+    Warehouse(lake.local.path)
+    (lake.local.path / "kdb.duckdb").unlink()
+    Warehouse(lake.local.path)
+    assert shell_rows(lake.local.path) == 10
 
 
-def test_rebuild_restores_the_empty_tables(lake: Lake) -> None:
-    opened = Warehouse(lake.path)
-    shutil.rmtree(lake.root)
+def test_rebuild_restores_the_empty_tables(lake: FolderStorage) -> None:
+    opened = Warehouse(lake.local.path)
+    shutil.rmtree(lake.local.lake)
     with pytest.raises(WarehouseError, match="kdb rebuild"):
         opened.sql("SELECT * FROM activations")
-    assert opened.rebuild() == lake.path / "kdb.duckdb"
+    assert opened.rebuild() == lake.local.path / "kdb.duckdb"
     assert all(opened.sql(f"SELECT * FROM {table}").is_empty() for table in TABLES)
-    assert shell_rows(lake.path) == 0
+    assert shell_rows(lake.local.path) == 0
 
 
 # Folders that are no warehouse -----------------------------------------------------------------------------------
@@ -512,36 +516,36 @@ def test_an_empty_folder_becomes_a_warehouse(tmp_path: Path) -> None:
     assert Warehouse.create(tmp_path).sql("SELECT count(*) FROM runs").item() == 0
 
 
-def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: Lake) -> None:
-    lake.marker.write_text('{"schema_version": 99}')
+def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: FolderStorage) -> None:
+    lake.local.marker.write_text('{"schema_version": 99}')
     with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 4\). Upgrade kdb"):
-        Warehouse.create(lake.path)
-    assert json.loads(lake.marker.read_text()) == {"schema_version": 99}
+        Warehouse.create(lake.local.path)
+    assert json.loads(lake.local.marker.read_text()) == {"schema_version": 99}
 
 
-def test_a_warehouse_of_an_older_kdb_is_refused(lake: Lake) -> None:
-    lake.marker.write_text('{"schema_version": 1}')
+def test_a_warehouse_of_an_older_kdb_is_refused(lake: FolderStorage) -> None:
+    lake.local.marker.write_text('{"schema_version": 1}')
     with pytest.raises(
         WarehouseError, match=r"written by an older kdb \(schema 1, this one reads 3 and later\). Measure again"
     ):
-        Warehouse(lake.path)
+        Warehouse(lake.local.path)
 
 
 @pytest.mark.parametrize(
     "content", ["", "{}", "[]", '{"schema_version": "new"}', '{"schema_version": 1e999}', "\x00", "[" * 200_000]
 )
-def test_a_damaged_marker_is_named(lake: Lake, content: str) -> None:
-    lake.marker.write_text(content)
+def test_a_damaged_marker_is_named(lake: FolderStorage, content: str) -> None:
+    lake.local.marker.write_text(content)
     with pytest.raises(WarehouseError, match=r"warehouse\.json is damaged: "):
-        Warehouse(lake.path)
+        Warehouse(lake.local.path)
 
 
 # Disks -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_is_told_wherever_it_strikes_and_the_run_goes_on_from_there(small_disk: Any) -> None:
-    lake = Lake.create(small_disk.path / "warehouse")
-    Warehouse(lake.path)
+    lake = FolderStorage.create(small_disk.path / "warehouse")
+    Warehouse(lake.local.path)
     measure(lake, run="00000000000000bb")
     refused = 0
     for pages in count():
@@ -551,12 +555,12 @@ def test_a_full_disk_is_told_wherever_it_strikes_and_the_run_goes_on_from_there(
         except WarehouseError as error:
             assert "the disk is full. Free some space, then run the same command again" in str(error)
             assert list(lake.verify()) == []
-            assert stored(lake.path, "00000000000000bb") == MEASURED
+            assert stored(lake.local.path, "00000000000000bb") == MEASURED
             refused += 1
         else:
             break
     assert refused > 3
-    assert stored(lake.path) == MEASURED
+    assert stored(lake.local.path) == MEASURED
     assert list(lake.verify()) == []
 
 
@@ -566,20 +570,20 @@ def test_a_warehouse_that_a_full_disk_cut_short_can_be_used_once_there_is_space(
         with pytest.raises(WarehouseError, match="the disk is full"):
             Warehouse.create(small_disk.path / "new")
     small_disk.free()
-    measure(Warehouse.create(small_disk.path / "new").lake)
+    measure(Warehouse.create(small_disk.path / "new").storage)
     assert stored(small_disk.path / "new") == MEASURED
 
 
 def test_a_read_only_disk_can_be_asked_and_not_written(small_disk: Any) -> None:
-    lake = Lake.create(small_disk.path / "warehouse")
+    lake = FolderStorage.create(small_disk.path / "warehouse")
     measure(lake)
     small_disk.make_read_only()
-    assert stored(lake.path) == MEASURED
+    assert stored(lake.local.path) == MEASURED
     for write in (
         lambda: measure(lake, run="00000000000000bb"),
         lambda: lake.remove(RUN),
-        lambda: Warehouse(lake.path).rebuild(),
-        lambda: Lake.create(small_disk.path / "new"),
+        lambda: Warehouse(lake.local.path).rebuild(),
+        lambda: FolderStorage.create(small_disk.path / "new"),
     ):
         with pytest.raises(WarehouseError, match=r"the file system is read-only\. Name another folder"):
             write()
@@ -588,20 +592,20 @@ def test_a_read_only_disk_can_be_asked_and_not_written(small_disk: Any) -> None:
 # Vectors ---------------------------------------------------------------------------------------------------------
 
 
-def test_vectors_are_stored_as_float32_of_one_length(lake: Lake) -> None:
+def test_vectors_are_stored_as_float32_of_one_length(lake: FolderStorage) -> None:
     measure(lake)
     schema = pq.read_schema(lake.find(RUN).path / "activations/part-00000.parquet")
     assert str(schema.field("vector").type) == "fixed_size_list<element: float>[3]"
 
 
-def test_float16_halves_the_vectors_and_duckdb_reads_them_as_floats(lake: Lake) -> None:
+def test_float16_halves_the_vectors_and_duckdb_reads_them_as_floats(lake: FolderStorage) -> None:
     vectors = np.array([[[[0.1, -65504.0]]]], dtype=np.float32)
     with lake.stage(RUN, "tiny", "weather") as staged:
         staged.write("activations", "part-00000", activation_groups([0], ["resid_post"], vectors, float16=True))
         staged.commit({})
     schema = pq.read_schema(lake.find(RUN).path / "activations/part-00000.parquet")
     assert str(schema.field("vector").type) == "fixed_size_list<element: halffloat>[2]"
-    row = Warehouse(lake.path).sql("SELECT vector, typeof(vector) FROM activations").row(0)
+    row = Warehouse(lake.local.path).sql("SELECT vector, typeof(vector) FROM activations").row(0)
     assert row == ([np.float16(0.1), -65504.0], "FLOAT[]")
 
 
@@ -649,7 +653,7 @@ def test_vectors_come_back_in_order_of_prompt_however_they_were_cut_into_parts(
     for start, stop in pairwise(edges):
         parts.append(folder / f"part-{start}.parquet")
         groups = activation_groups(ids[start:stop], sites, vectors[start:stop], float16=float16)
-        lake_module.write_parquet(parts[-1], groups)
+        write_parquet(parts[-1], groups)
     for layer in range(n_layers):
         for s, site in enumerate(sites):
             found = read_vectors(parts, layer, site)

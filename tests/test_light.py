@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from kdb.faults import EXTRAS, missing_extra
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -113,7 +113,7 @@ def test_another_command_names_the_extra_that_it_needs_and_begins_nothing(
     args = [str(tmp_path / arg) if arg == "x.html" else arg for arg in args]
     result = kdb(missing, *args, "--warehouse", warehouse)
     assert result.returncode == 2
-    assert Lake(warehouse).interrupted() == []
+    assert FolderStorage(warehouse).local.staging.unfinished_runs() == []
     assert result.stderr.count("\n") == 1
     assert re.search(rf"this needs \w+, which is not installed: .*`pip install 'kdb-lm\[{extra}\]'`", result.stderr)
 

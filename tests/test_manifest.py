@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 import kdb
 from kdb.errors import WarehouseError
+from kdb.warehouse.checksums import file_record
 from kdb.warehouse.compaction import compact, keep_vectors, rewriting
 from kdb.warehouse.files import write_json
-from kdb.warehouse.imports import Origin, prefer, take_in
-from kdb.warehouse.inspection import file_record
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.imports import Origin, import_run, prefer
 from kdb.warehouse.manifest import FORMULA, MANIFEST, FileRecord, Manifest, RunFolder, parse_manifest, run_id
+from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES
 from kdb.warehouse.store import Warehouse
 
@@ -197,9 +198,9 @@ def test_links_and_pipes_in_a_warehouse_are_not_followed(
     ],
 )
 def test_a_folder_that_kdb_would_not_have_written_is_named(tmp_path: Path, path: str) -> None:
-    lake = Lake.create(tmp_path / "w")
-    (lake.root / path).mkdir(parents=True)
-    (lake.root / path / MANIFEST).write_bytes(content())
+    lake = FolderStorage.create(tmp_path / "w")
+    (lake.local.lake / path).mkdir(parents=True)
+    (lake.local.lake / path / MANIFEST).write_bytes(content())
     with pytest.raises(WarehouseError, match="was not written by kdb"):
         lake.run_folders()
 
@@ -295,7 +296,7 @@ def test_a_run_that_is_not_what_it_says_is_not_imported(tmp_path: Path, run_kdb:
     assert result.exit_code == 2, result.output
     assert result.stderr.count("\n") == 1
     opened = kdb.open(tmp_path / "own")
-    assert [folder.model for folder in opened.lake.run_folders()] == ["mine"]
+    assert [folder.model for folder in opened.storage.run_folders()] == ["mine"]
     assert len(opened.query("layer-accuracy")) == 2
     assert not list((tmp_path / "own/staging").rglob("*.parquet"))
 
@@ -336,7 +337,7 @@ def test_the_preference_of_a_run_that_was_imported_before_can_be_changed(tmp_pat
     assert shown(tmp_path / "own") == {0.123}
     assert "and no longer takes precedence" in run_kdb(*arguments, "--no-prefer-imported").stdout
     assert shown(tmp_path / "own") == {0.5}
-    assert not prefer(Lake(tmp_path / "own"), own, True), "a run measured here has no such choice"
+    assert not prefer(FolderStorage(tmp_path / "own"), own, True), "a run measured here has no such choice"
     assert run_kdb("verify", "--warehouse", tmp_path / "own").exit_code == 0
 
 
@@ -369,7 +370,7 @@ def test_compacting_files_of_unlike_row_groups_loses_nothing(tmp_path: Path, run
 
 def test_rewriting_refuses_to_lose_rows(tmp_path: Path) -> None:
     folder = measure(tmp_path / "w")
-    lake = Lake(tmp_path / "w")
+    lake = FolderStorage(tmp_path / "w")
     with rewriting(lake, folder) as files, pytest.raises(WarehouseError, match="has 4 rows, but 3 were written"):
         files.write({"prompts": [pq.ParquetFile(files.paths["prompts"][0]).read().slice(1)]})
     assert list(lake.verify()) == []
@@ -377,44 +378,44 @@ def test_rewriting_refuses_to_lose_rows(tmp_path: Path) -> None:
 
 def test_what_a_killed_import_has_copied_is_never_taken_for_measured_here(tmp_path: Path) -> None:
     theirs = measure(tmp_path / "theirs", accuracy=0.123)
-    lake = Lake(Warehouse.create(tmp_path / "own").lake.path)
+    lake = FolderStorage(Warehouse.create(tmp_path / "own").storage.local.path)
 
     def killed(*_: object) -> NoReturn:
         os._exit(9)
 
     if (child := os.fork()) == 0:
-        lake.adopt(theirs, killed)
+        copy_run(lake, theirs, killed)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     with lake.stage(theirs.run, "own", "d") as staged:
         assert not any(staged.parts(table) for table in TABLES)
-    assert [left.path.name.partition("-")[0] for left in lake.leftovers()] == ["copied"]
+    assert [left.path.name.partition("-")[0] for left in lake.local.staging.leftovers()] == ["copied"]
     kdb.open(tmp_path / "own")
-    assert lake.leftovers() == []
+    assert lake.local.staging.leftovers() == []
 
 
 def test_what_is_stored_was_checked_though_the_source_changes_meanwhile(tmp_path: Path) -> None:
     theirs = measure(tmp_path / "theirs")
-    lake, source = Warehouse.create(tmp_path / "own").lake, Lake(tmp_path / "theirs")
+    lake, source = Warehouse.create(tmp_path / "own").storage, FolderStorage(tmp_path / "theirs")
 
     def swap(copy: RunFolder, manifest: Manifest) -> dict[str, pa.Table]:
         changed(theirs, "probe_scores", "accuracy", lambda t: pa.array([0.99] * len(t)))
         return {}
 
-    assert lake.adopt(source.find(theirs.run), swap)
+    assert copy_run(lake, source.find(theirs.run), swap)
     assert shown(tmp_path / "own") == {0.5}
 
 
 def test_a_run_that_is_stored_under_its_id_is_left_alone(tmp_path: Path) -> None:
     own, theirs = measure(tmp_path / "own"), measure(tmp_path / "theirs", accuracy=0.123)
     assert own.run == theirs.run
-    lake, source = Lake(tmp_path / "own"), Lake(tmp_path / "theirs")
-    assert not take_in(lake, source, source.find(theirs.run), Origin("theirs", preferred=True))
+    lake, source = FolderStorage(tmp_path / "own"), FolderStorage(tmp_path / "theirs")
+    assert not import_run(lake, source.find(theirs.run), Origin("theirs", preferred=True))
     assert shown(tmp_path / "own") == {0.5}
 
 
 def test_what_is_written_anew_keeps_its_identity(tmp_path: Path) -> None:
     folder = measure(tmp_path / "w")
-    lake, before = Lake(tmp_path / "w"), Lake(tmp_path / "w").manifest(folder)
+    lake, before = FolderStorage(tmp_path / "w"), FolderStorage(tmp_path / "w").manifest(folder)
     assert compact(lake, folder.run) == 1
     assert keep_vectors(lake, lake.find(folder.run), "none")
     after = lake.manifest(lake.find(folder.run))

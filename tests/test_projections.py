@@ -73,19 +73,19 @@ POINTS = "SELECT layer, site, method, prompt_id, pc1, pc2, explained1, explained
 
 def test_a_projection_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    outcome = project(opened.lake, source, ("pca",))
+    (source,) = opened.storage.run_folders()
+    outcome = project(opened.storage, source, ("pca",))
     (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
     assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
     assert row["tables"] == ["datasets", "models", "projections", "runs"]
     assert (row["torch_version"], row["device"], json.loads(row["settings"])["projections"]) == (None, "cpu", ["pca"])
-    assert project(opened.lake, source, ("pca",)) == Outcome(outcome.run, "exists")
+    assert project(opened.storage, source, ("pca",)) == Outcome(outcome.run, "exists")
 
 
 def test_every_prompt_has_a_point_at_every_layer_and_site(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    project(opened.lake, source, ("pca",))
+    (source,) = opened.storage.run_folders()
+    project(opened.storage, source, ("pca",))
     text = "SELECT vector FROM activations WHERE layer = 1 AND site = 'ffn_norm' ORDER BY prompt_id"
     expected = projector("pca")(np.array(opened.sql(text)["vector"].to_list(), dtype=np.float32))
     points = opened.sql(POINTS).rows()
@@ -100,7 +100,7 @@ def test_an_interrupted_projection_goes_on_from_its_last_finished_layer(
     warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
+    (source,) = opened.storage.run_folders()
     read: list[Any] = []
 
     def interrupted(activations: Any, key: Any) -> Any:
@@ -112,18 +112,18 @@ def test_an_interrupted_projection_goes_on_from_its_last_finished_layer(
     real = derived.read_layer
     monkeypatch.setattr(derived, "read_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        project(opened.lake, source, ("pca",))
-    assert project(opened.lake, source, ("pca",)).status == "committed"
+        project(opened.storage, source, ("pca",))
+    assert project(opened.storage, source, ("pca",)).status == "committed"
     assert read == [(0, "resid_post"), (1, "resid_post"), *[(0, "ffn_norm")] * 2, (1, "ffn_norm")]
     assert opened.sql("SELECT count(*) FROM projections").item() == 160
 
 
 def test_a_run_without_activations_cannot_be_projected(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    derived_run = opened.lake.find(refit(opened.lake, source, Probing(splits=2)).run)
+    (source,) = opened.storage.run_folders()
+    derived_run = opened.storage.find(refit(opened.storage, source, Probing(splits=2)).run)
     with pytest.raises(WarehouseError, match=f"Run {derived_run.run} has no activations to compute from"):
-        project(opened.lake, derived_run, ("pca",))
+        project(opened.storage, derived_run, ("pca",))
 
 
 # The command -----------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_umap_where_it_is_not_installed_is_refused_before_anything_is_stored(
     result = run_kdb(*COMMAND, warehouse, "--method", "umap")
     assert result.exit_code == 2
     assert "--method umap needs umap-learn: `pip install 'kdb-lm[umap]'`." in result.stderr
-    assert Warehouse(warehouse).lake.interrupted() == []
+    assert Warehouse(warehouse).storage.local.staging.unfinished_runs() == []
 
 
 def test_umap_is_stored_beside_pca(warehouse: Path, run_kdb: Callable[..., Result]) -> None:

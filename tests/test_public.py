@@ -20,10 +20,10 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 import kdb
+from kdb.warehouse.checksums import file_record
 from kdb.warehouse.dataset_card import configs
 from kdb.warehouse.files import write_json
-from kdb.warehouse.inspection import file_record
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import MANIFEST, Manifest
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.vectors import activation_groups
@@ -32,7 +32,7 @@ SIZES = {"lab/wide 1%": 5, "007": 3}
 """Two models, with names that a path encodes, and the length of their vectors."""
 
 
-def measure(lake: Lake, model: str, size: int) -> None:
+def measure(lake: FolderStorage, model: str, size: int) -> None:
     """A run with rows in every table but one, of which it has an empty file."""
     with lake.stage(f"{size:016x}", model, "towns") as staged:
         for table in TABLES.keys() - {"runs", "activations", "ablations"}:
@@ -49,11 +49,11 @@ def measure(lake: Lake, model: str, size: int) -> None:
 @pytest.fixture(scope="module")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, run_kdb: Callable[..., Result]) -> Path:
     """An exported folder with the runs of two models."""
-    lake = Lake.create(tmp_path_factory.mktemp("public") / "w")
+    lake = FolderStorage.create(tmp_path_factory.mktemp("public") / "w")
     for model, size in SIZES.items():
         measure(lake, model, size)
-    folder = lake.path.with_name("shared")
-    result = run_kdb("export", folder, "--license", "cc-by-4.0", "--warehouse", lake.path)
+    folder = lake.local.path.with_name("shared")
+    result = run_kdb("export", folder, "--license", "cc-by-4.0", "--warehouse", lake.local.path)
     assert result.exit_code == 0, result.output
     return folder
 
@@ -69,7 +69,7 @@ def load(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def test_every_table_with_rows_is_a_config_that_datasets_loads(shared_folder: Path, load: Callable[[str], Any]) -> None:
-    names = configs(Lake(shared_folder).run_folders())
+    names = configs(FolderStorage(shared_folder).run_folders())
     vectors = {"activations-lab%2Fwide%201%25": 5, "activations-007": 3}
     assert set(names) == TABLES.keys() - {"activations", "ablations"} | set(vectors)
     opened = kdb.open(shared_folder)
@@ -95,7 +95,7 @@ def test_the_card_says_what_the_numbers_are(shared_folder: Path) -> None:
 
 
 def test_every_file_tells_where_it_is_from(shared_folder: Path) -> None:
-    for folder in Lake(shared_folder).run_folders():
+    for folder in FolderStorage(shared_folder).run_folders():
         for file in folder.path.rglob("*.parquet"):
             rows = pq.ParquetFile(file).read(list(PARTITIONS)).to_pylist()
             names = {"model": folder.model, "dataset": folder.dataset, "run": folder.run}
@@ -107,7 +107,7 @@ def test_files_that_do_not_tell_are_read_beside_those_that_do(shared_folder: Pat
     copy = Path(shutil.copytree(shared_folder, tmp_path / "mixed"))
     for file in copy.glob("lake/model=007/*/*/*/*.parquet"):
         pq.write_table(pq.ParquetFile(file).read().drop_columns(list(PARTITIONS)), file)
-    for folder in Lake(copy).run_folders():
+    for folder in FolderStorage(copy).run_folders():
         records = tuple(file_record(path, folder.path) for path in sorted(folder.path.rglob("*.parquet")))
         write_json(folder.path / MANIFEST, Manifest(records).content())
     old, new = kdb.open(copy), kdb.open(shared_folder)

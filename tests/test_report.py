@@ -121,7 +121,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
 def test_no_name_keeps_a_report_from_being_written(
     hostile: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    assert run_kdb("report", "-o", tmp_path / "r.html", "--warehouse", hostile.lake.path).exit_code == 0
+    assert run_kdb("report", "-o", tmp_path / "r.html", "--warehouse", hostile.storage.local.path).exit_code == 0
     page = (tmp_path / "r.html").read_text()
     assert "\\u0001\\u2028\\u202e\\u001b[2J" in page
     assert not re.search("[\x01\x1b\u2028\u202e\u2029]", page)
@@ -133,7 +133,7 @@ def test_no_name_keeps_a_figure_from_being_drawn(
     hostile: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result], ending: str
 ) -> None:
     path = tmp_path / f"a.{ending}"
-    result = run_kdb("plot", "depth-curves", "-o", path, "--warehouse", hostile.lake.path)
+    result = run_kdb("plot", "depth-curves", "-o", path, "--warehouse", hostile.storage.local.path)
     assert result.exit_code == 0, result.output
     if ending == "svg":
         texts = [element.text or "" for element in ElementTree.parse(path).iter()]
@@ -141,7 +141,7 @@ def test_no_name_keeps_a_figure_from_being_drawn(
 
 
 def test_names_are_text_in_markdown(hostile: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
-    place = ("--warehouse", hostile.lake.path)
+    place = ("--warehouse", hostile.storage.local.path)
     assert run_kdb("report", "-o", tmp_path / "r.md", *place).exit_code == 0
     assert run_kdb("export", tmp_path / "shared", *place).exit_code == 0
     assert run_kdb("query", "runs", "-o", tmp_path / "q.md", *place).exit_code == 0
@@ -158,11 +158,11 @@ def test_no_name_sends_an_escape_sequence_to_the_terminal(hostile: Warehouse, ru
         ("sql", "SELECT [model] FROM runs"),
         ("query", "top-heads", "--k", "1"),
     ):
-        result = run_kdb(*args, "--warehouse", hostile.lake.path)
+        result = run_kdb(*args, "--warehouse", hostile.storage.local.path)
         assert result.exit_code == 0
         assert "\\u001b[2J" in result.stdout
         assert "\x1b" not in result.stdout
-    refused = run_kdb("query", "top-heads", "--model", "\x1b[2J", "--warehouse", hostile.lake.path)
+    refused = run_kdb("query", "top-heads", "--model", "\x1b[2J", "--warehouse", hostile.storage.local.path)
     assert "\x1b" not in refused.output
 
 

@@ -14,7 +14,7 @@ import kdb
 from kdb.cli import main
 from kdb.cli.keep import moment
 from kdb.errors import QueryError
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 
 RunKdb = Callable[..., Result]
 
@@ -68,10 +68,10 @@ def test_a_run_or_an_age_is_named(options: list[str], warehouse: Path, run_kdb: 
 
 
 def test_a_run_is_removed_by_its_id_once_its_names_were_confirmed(warehouse: Path) -> None:
-    (folder,) = Lake(warehouse).run_folders()
+    (folder,) = FolderStorage(warehouse).run_folders()
     command = ["runs", "remove", folder.run, "--warehouse", str(warehouse)]
     refused = CliRunner().invoke(main, command, input="n\n")
-    assert (refused.exit_code, len(Lake(warehouse).run_folders())) == (1, 1)
+    assert (refused.exit_code, len(FolderStorage(warehouse).run_folders())) == (1, 1)
     assert f"Remove run {folder.run} (tiny on weather) permanently?" in refused.output
     assert CliRunner().invoke(main, command, input="y\n").exit_code == 0
-    assert Lake(warehouse).run_folders() == []
+    assert FolderStorage(warehouse).run_folders() == []

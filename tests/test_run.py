@@ -24,7 +24,8 @@ from kdb.ingest.job import Job, Measuring, Probing
 from kdb.ingest.measure import ingest
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.stages import Outcome
-from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 
 MakeJob = Callable[..., Job]
@@ -42,7 +43,7 @@ def uninterrupted(
     """What a run stores in one go. It and every other has four parts of activations in this test, not one."""
     monkeypatch.setattr(run, "prompts_per_part", lambda *_: 10)
     plain = Warehouse.create(tmp_path / "uninterrupted")
-    ingest(plain.lake, tiny_job(), lambda: tiny_loaded)
+    ingest(plain.storage, tiny_job(), lambda: tiny_loaded)
     return results(plain)
 
 
@@ -145,8 +146,8 @@ def test_what_only_the_batches_of_the_run_get_wrong_is_refused(
 
     monkeypatch.setattr(Capture, "vectors_and_ends", wrong)
     with pytest.raises(ModelError, match=rf"^tiny cannot be measured: {check} is off by "):
-        ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
-    assert opened.lake.run_folders() == []
+        ingest(opened.storage, tiny_job(), lambda: tiny_loaded)
+    assert opened.storage.run_folders() == []
 
 
 def test_a_run_tells_its_model_dataset_and_settings(asked: Warehouse) -> None:
@@ -167,7 +168,7 @@ def test_a_run_tells_its_model_dataset_and_settings(asked: Warehouse) -> None:
 def test_only_a_dataset_with_groups_gets_the_grouped_split(
     opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
 ) -> None:
-    ingest(opened.lake, tiny_job(group_by="town"), lambda: tiny_loaded)
+    ingest(opened.storage, tiny_job(group_by="town"), lambda: tiny_loaded)
     assert opened.sql("SELECT DISTINCT split FROM probe_scores ORDER BY 1").rows() == [("grouped",), ("paper",)]
     assert opened.sql("SELECT DISTINCT group_id FROM prompts ORDER BY 1").rows() == [
         *(("Bonn",), ("Jena",)),
@@ -178,7 +179,7 @@ def test_only_a_dataset_with_groups_gets_the_grouped_split(
 def test_noise_is_in_the_prompts_that_the_model_reads(
     opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
 ) -> None:
-    ingest(opened.lake, tiny_job(noise=True), lambda: tiny_loaded)
+    ingest(opened.storage, tiny_job(noise=True), lambda: tiny_loaded)
     texts = opened.sql("SELECT text FROM prompts ORDER BY prompt_id")["text"].to_list()
     assert {text[:7] for text in texts} == {"aaa Day", "bbb Day"}
     assert opened.sql("SELECT noise, variant FROM runs").rows() == [("aaa or bbb", "noise")]
@@ -187,7 +188,7 @@ def test_noise_is_in_the_prompts_that_the_model_reads(
 def test_float16_storage_keeps_the_vectors_to_its_precision(
     opened: Warehouse, asked: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
 ) -> None:
-    ingest(opened.lake, tiny_job(store="float16"), lambda: tiny_loaded)
+    ingest(opened.storage, tiny_job(store="float16"), lambda: tiny_loaded)
     half, full = (np.array(w.sql(RESULTS["activations"])["vector"].to_list()) for w in (opened, asked))
     np.testing.assert_array_equal(half, full.astype(np.float16))
 
@@ -209,8 +210,8 @@ def test_each_test_prompt_has_a_prediction_and_they_make_the_scores(asked: Wareh
 
 def test_the_control_task_is_the_same_for_every_layer_and_told_by_its_seed(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    refit(opened.lake, source, Probing(), seed=7)
+    (source,) = opened.storage.run_folders()
+    refit(opened.storage, source, Probing(), seed=7)
     text = "SELECT selectivity = accuracy - control_accuracy, run = ?, list(control_accuracy) FROM probe_scores"
     rows = opened.sql(f"{text} GROUP BY ALL ORDER BY 2", [source.run]).rows()
     assert [row[:2] for row in rows] == [(True, False), (True, True)]
@@ -225,8 +226,8 @@ def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
 ) -> None:
     opened = Warehouse(warehouse)
     before = results(opened)
-    (folder,) = opened.lake.run_folders()
-    assert ingest(opened.lake, tiny_job(), no_model) == Outcome(folder.run, "exists")
+    (folder,) = opened.storage.run_folders()
+    assert ingest(opened.storage, tiny_job(), no_model) == Outcome(folder.run, "exists")
     assert results(opened) == before
     assert captured == []
 
@@ -242,11 +243,11 @@ def test_an_interrupted_capture_goes_on_from_its_last_finished_part(
     with monkeypatch.context() as patch:
         patch.setattr(Capture, "vectors_and_ends", interrupt_after(4, Capture.vectors_and_ends))
         with pytest.raises(KeyboardInterrupt):
-            ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+            ingest(opened.storage, tiny_job(), lambda: tiny_loaded)
     assert captured == [8, 10, 10]  # the checks, and two parts
-    assert opened.lake.run_folders() == []
+    assert opened.storage.run_folders() == []
     captured.clear()
-    assert ingest(opened.lake, tiny_job(), lambda: tiny_loaded).status == "committed"
+    assert ingest(opened.storage, tiny_job(), lambda: tiny_loaded).status == "committed"
     assert captured == [10, 10]
     assert results(opened) == uninterrupted
 
@@ -273,9 +274,9 @@ def test_an_interrupted_probe_needs_no_model_to_go_on(
     monkeypatch.setattr(run, "_n_jobs", lambda *_: 2)
     monkeypatch.setattr(processes, "mapped", stops_after_one)
     with pytest.raises(KeyboardInterrupt):
-        ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+        ingest(opened.storage, tiny_job(), lambda: tiny_loaded)
     monkeypatch.setattr(processes, "mapped", watched)
-    assert ingest(opened.lake, tiny_job(), no_model).status == "committed"
+    assert ingest(opened.storage, tiny_job(), no_model).status == "committed"
     assert fitted[1] == [(1, "resid_post"), (0, "ffn_norm"), (1, "ffn_norm")]
     assert results(opened) == uninterrupted
     assert opened.sql("SELECT device FROM runs").item() == "cpu"  # as the first part of the run remembered it
@@ -296,7 +297,7 @@ def test_a_failure_while_probing_comes_without_warnings_from_the_workers(
     write = StagedRun.write
     monkeypatch.setattr(StagedRun, "write", fails)
     with pytest.raises(WarehouseError):
-        ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
+        ingest(opened.storage, tiny_job(), lambda: tiny_loaded)
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -309,8 +310,8 @@ def test_a_commit_that_was_cut_off_is_ended_without_the_model(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", interrupt_after(1, Path.rename))
         with pytest.raises(KeyboardInterrupt):
-            ingest(opened.lake, tiny_job(), lambda: tiny_loaded)
-    assert ingest(opened.lake, tiny_job(), no_model).status == "exists"
+            ingest(opened.storage, tiny_job(), lambda: tiny_loaded)
+    assert ingest(opened.storage, tiny_job(), no_model).status == "exists"
     assert opened.sql("SELECT count(*) FROM activations").item() == 160
 
 
@@ -391,8 +392,8 @@ def test_a_variant_names_what_sets_a_run_apart(job: Job, variant: str) -> None:
 
 def test_a_refit_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    outcome = refit(opened.lake, source, Probing(splits=2))
+    (source,) = opened.storage.run_folders()
+    outcome = refit(opened.storage, source, Probing(splits=2))
     assert outcome.status == "committed"
     (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
     assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
@@ -404,8 +405,8 @@ def test_a_refit_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> N
 
 def test_a_refit_is_what_queries_read_while_activations_stay_with_their_source(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    outcome = refit(opened.lake, source, Probing(splits=2))
+    (source,) = opened.storage.run_folders()
+    outcome = refit(opened.storage, source, Probing(splits=2))
     current = dict(opened.sql("SELECT table_name, run FROM current_runs").rows())
     assert (current["probe_scores"], current["models"]) == (outcome.run, outcome.run)
     assert (current["activations"], current["prompts"]) == (source.run, source.run)
@@ -415,17 +416,17 @@ def test_a_refit_is_what_queries_read_while_activations_stay_with_their_source(w
 
 def test_a_refit_of_the_same_kind_scores_the_same(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    outcome = refit(opened.lake, source, Probing())
+    (source,) = opened.storage.run_folders()
+    outcome = refit(opened.storage, source, Probing())
     scores = "SELECT * EXCLUDE (run) FROM probe_scores WHERE run = ? ORDER BY ALL"
     assert opened.sql(scores, [outcome.run]).rows() == opened.sql(scores, [source.run]).rows()
-    assert refit(opened.lake, source, Probing()) == Outcome(outcome.run, "exists")
+    assert refit(opened.storage, source, Probing()) == Outcome(outcome.run, "exists")
 
 
 def test_another_seed_is_another_refit(warehouse: Path) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.lake.run_folders()
-    runs = {refit(opened.lake, source, Probing(splits=2), seed=seed).run for seed in (42, 7)}
+    (source,) = opened.storage.run_folders()
+    runs = {refit(opened.storage, source, Probing(splits=2), seed=seed).run for seed in (42, 7)}
     assert len(runs) == 2
     assert opened.sql("SELECT DISTINCT split FROM probe_scores ORDER BY 1")["split"].to_list() == [
         *("paper", "stratified-43", "stratified-8")
@@ -433,7 +434,7 @@ def test_another_seed_is_another_refit(warehouse: Path) -> None:
 
 
 def test_a_run_without_activations_cannot_be_refitted(warehouse: Path) -> None:
-    lake = Lake(warehouse)
+    lake = FolderStorage(warehouse)
     (source,) = lake.run_folders()
     derived = lake.find(refit(lake, source, Probing(splits=2)).run)
     with pytest.raises(WarehouseError, match=f"Run {derived.run} has no activations to compute from"):
@@ -464,10 +465,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_stored(
 ) -> None:
     job = tiny_job(dataset=csv(tmp_path / "few.csv", rows))
     with pytest.raises(DatasetError) as caught:
-        ingest(opened.lake, job, no_model)
+        ingest(opened.storage, job, no_model)
     assert str(caught.value) == message
-    assert opened.lake.run_folders() == []
-    assert opened.lake.interrupted() == []
+    assert opened.storage.run_folders() == []
+    assert opened.storage.local.staging.unfinished_runs() == []
 
 
 def test_a_plan_says_what_a_run_will_cost_and_loads_no_weights(tiny_job: MakeJob) -> None:

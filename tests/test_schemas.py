@@ -22,7 +22,7 @@ from click.testing import Result
 import kdb
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse import migration
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.schema import OLDEST_SCHEMA, SCHEMA_VERSION, TABLES, column_names
 from kdb.warehouse.store import Warehouse
 
@@ -64,9 +64,9 @@ def test_every_query_reads_an_older_warehouse_as_it_is(old: Path) -> None:
     opened = kdb.open(old)
     found = answers(opened)
     assert {name for name, rows in found.items() if not rows} <= {"depth-by-step", "scores-by-step", "families-at-size"}
-    assert all(folder.path.is_dir() for folder in opened.lake.run_folders())
-    assert {opened.lake.manifest(folder).schema_version for folder in opened.lake.run_folders()} == {
-        opened.lake.schema_version
+    assert all(folder.path.is_dir() for folder in opened.storage.run_folders())
+    assert {opened.storage.manifest(folder).schema_version for folder in opened.storage.run_folders()} == {
+        opened.storage.local.schema_version
     }
     missing = opened.sql("SELECT weights_dtype, imported_from FROM models JOIN runs USING (model, dataset, run)")
     assert set(missing.rows()) == {(None, None)}
@@ -83,15 +83,15 @@ def test_the_shell_reads_an_older_warehouse(old: Path) -> None:
 
 
 def test_migration_keeps_every_row_and_answer_and_leaves_no_older_run(old: Path, run_kdb: RunKdb) -> None:
-    before, runs = answers(kdb.open(old)), {folder.run for folder in Lake(old).run_folders()}
+    before, runs = answers(kdb.open(old)), {folder.run for folder in FolderStorage(old).run_folders()}
     result = run_kdb("migrate", "--warehouse", old)
     assert result.exit_code == 0, result.output
     assert f"{len(runs)} runs migrated." in result.stdout
     assert "models.weights_dtype" in result.stderr  # told as what only a new measurement can give
     opened = kdb.open(old)
-    assert {folder.run for folder in opened.lake.run_folders()} == runs
-    assert migration.older(opened.lake) == []
-    assert list(opened.lake.verify()) == []
+    assert {folder.run for folder in opened.storage.run_folders()} == runs
+    assert migration.older(opened.storage) == []
+    assert list(opened.storage.verify()) == []
     after = answers(opened)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"table probe_scores", "current probe_scores", "scan probe_scores"}  # is_default is known now
@@ -106,7 +106,7 @@ def test_an_older_run_is_imported_in_todays_schema_and_says_where_it_is_from(
     result = run_kdb("import", old, "--warehouse", tmp_path / "new")
     assert result.exit_code == 0, result.output
     opened = kdb.open(tmp_path / "new")
-    assert migration.older(opened.lake) == []
+    assert migration.older(opened.storage) == []
     rows = opened.sql("SELECT DISTINCT imported_from, preferred, imported_at IS NOT NULL FROM runs").rows()
     assert rows == [(str(old), False, True)]
     for table in set(TABLES) - {"runs", "probe_scores"}:
@@ -116,11 +116,11 @@ def test_an_older_run_is_imported_in_todays_schema_and_says_where_it_is_from(
 def test_an_older_run_whose_id_is_not_that_of_its_settings_is_not_imported(
     old: Path, tmp_path: Path, run_kdb: RunKdb
 ) -> None:
-    for folder in Lake(old).run_folders():
+    for folder in FolderStorage(old).run_folders():
         folder.path.rename(folder.path.with_name(f"run={int(folder.run, 16) ^ 1:016x}"))
     result = run_kdb("import", old, "--warehouse", tmp_path / "new")
     assert result.exit_code == 2
-    assert kdb.open(tmp_path / "new").lake.run_folders() == []
+    assert kdb.open(tmp_path / "new").storage.run_folders() == []
 
 
 def test_what_is_measured_into_an_older_warehouse_stands_beside_its_runs(
@@ -143,12 +143,12 @@ def test_a_warehouse_that_cannot_be_written_is_read_as_it_is(old: Path, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("kdb.warehouse.files.appears_whole", refuse)
-    monkeypatch.setattr("kdb.warehouse.store.Warehouse.rebuild", refuse)
-    assert len(kdb.open(old).query("runs")) == len(Lake(old).run_folders())
+    monkeypatch.setattr("kdb.warehouse.shell_file.rebuild", refuse)
+    assert len(kdb.open(old).query("runs")) == len(FolderStorage(old).run_folders())
 
 
 def migrate_all(folder: Path) -> None:
-    lake = Lake(folder)
+    lake = FolderStorage(folder)
     for run in migration.older(lake):
         migration.migrate(lake, run)
 
@@ -162,10 +162,10 @@ def test_a_migration_that_is_killed_leaves_every_run_whole_and_goes_on(old: Path
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        assert list(Lake(old).verify()) == []
+        assert list(FolderStorage(old).verify()) == []
     migrate_all(old)
     opened = kdb.open(old)
-    assert migration.older(opened.lake) == []
+    assert migration.older(opened.storage) == []
     assert {name: rows for name, rows in answers(opened).items() if "probe_scores" not in name} == expected
     assert not list(old.glob("staging/rewritten-*"))
 

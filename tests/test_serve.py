@@ -30,7 +30,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, status_c
 import kdb
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import load_catalogue
-from kdb.warehouse.database import Limits
+from kdb.warehouse.limits import Limits
 from kdb.warehouse.paging import Page
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.store import Warehouse

@@ -13,7 +13,8 @@ import pytest
 from click.testing import Result
 
 import kdb
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.run_copy import copy_run
 
 
 @pytest.fixture
@@ -135,17 +136,17 @@ def test_what_is_not_there_is_one_message(
 
 def adopt(source: Path, target: Path, began: Event) -> None:
     began.set()
-    lake = Lake(target)
-    for folder in Lake(source).run_folders():
-        lake.adopt(folder)
+    lake = FolderStorage(target)
+    for folder in FolderStorage(source).run_folders():
+        copy_run(lake, folder)
 
 
 def test_a_copy_that_is_killed_is_whole_or_invisible_and_goes_on(
     warehouse: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     target = tmp_path / "w"
-    lake = Lake.create(target)
-    run = Lake(warehouse).run_folders()[0].run
+    lake = FolderStorage.create(target)
+    run = FolderStorage(warehouse).run_folders()[0].run
     for delay in (0.0, 0.005, 0.01, 0.02, 0.04, 0.08):
         began = processes.Event()
         copying = processes.Process(target=adopt, args=(warehouse, target, began))

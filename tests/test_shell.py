@@ -11,8 +11,8 @@ from helpers.stored import add_run, create_lake, needs_shell, shell
 from sqlalchemy import create_engine, text
 
 from kdb.queries.catalogue import macros
-from kdb.warehouse.database import write_public_file, write_shell_file
-from kdb.warehouse.shell import bound_to
+from kdb.warehouse.shell_file import write_public_file, write_shell_file
+from kdb.warehouse.shell_lookup import bound_to
 from kdb.warehouse.store import Warehouse
 
 DATASETS = "SELECT DISTINCT dataset FROM {}prompts ORDER BY dataset"
@@ -188,7 +188,7 @@ def test_a_macro_of_one_warehouse_does_not_read_the_tables_of_another(places: Pa
 
 
 def test_a_macro_of_a_published_file_does_not_read_the_tables_of_another(places: Path, tmp_path: Path) -> None:
-    lake = Warehouse.create(tmp_path / "published").lake.root
+    lake = Warehouse.create(tmp_path / "published").storage.local.lake
     write_public_file(tmp_path / "p.duckdb", lake, {"runs": ["https://example.org/w/lake/x.parquet"]}, encoded=True)
     with attached(tmp_path / "p.duckdb", main=places / "home/kdb.duckdb") as opened:
         assert asked(opened, "k0.") == []

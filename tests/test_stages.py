@@ -26,14 +26,15 @@ from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, SHARD_FLOPS, most_
 from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import Rows, rows_of
 from kdb.ingest.stages import PlannedRun, RunInProgress, Shard, StoredStage, carry_out
-from kdb.warehouse.lake import Lake, StagedRun
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.staged_run import StagedRun
 
 IDENTITY = {"model": "m", "dataset": "d"}
 
 
 @pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.create(tmp_path / "w")
+def lake(tmp_path: Path) -> FolderStorage:
+    return FolderStorage.create(tmp_path / "w")
 
 
 def planned(*stages: StoredStage) -> PlannedRun:
@@ -52,7 +53,7 @@ def prompts(measured: list[str], *, fails_at: str = "") -> StoredStage:
     return StoredStage(("checks", "prompts"), lambda _run: [Shard(f"part-{i}", i) for i in range(3)], rows)
 
 
-def test_an_interrupted_run_resumes_with_the_first_shard_that_is_missing(lake: Lake) -> None:
+def test_an_interrupted_run_resumes_with_the_first_shard_that_is_missing(lake: FolderStorage) -> None:
     measured: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         carry_out(lake, planned(prompts(measured, fails_at="part-1")))
@@ -62,16 +63,16 @@ def test_an_interrupted_run_resumes_with_the_first_shard_that_is_missing(lake: L
     assert carry_out(lake, planned(prompts(measured))).status == "exists"
 
 
-def test_a_shard_without_its_last_table_is_measured_again(lake: Lake) -> None:
+def test_a_shard_without_its_last_table_is_measured_again(lake: FolderStorage) -> None:
     measured: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         carry_out(lake, planned(prompts(measured, fails_at="part-2")))
-    next(lake.staging.glob("*/prompts/part-1.parquet")).unlink()
+    next(lake.local.staging.path.glob("*/prompts/part-1.parquet")).unlink()
     carry_out(lake, planned(prompts(measured)))
     assert measured == ["part-0", "part-1", "part-1", "part-2"]
 
 
-def test_parts_that_fell_into_other_shards_are_dropped(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_fell_into_other_shards_are_dropped(lake: FolderStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         carry_out(lake, planned(prompts(measured, fails_at="part-2")))
@@ -80,7 +81,9 @@ def test_parts_that_fell_into_other_shards_are_dropped(lake: Lake, monkeypatch: 
     assert measured == ["part-0", "part-1", *(f"part-{i}" for i in range(3))]
 
 
-def test_the_table_that_makes_a_shard_complete_is_written_last(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_that_makes_a_shard_complete_is_written_last(
+    lake: FolderStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[tuple[str, str]] = []
     moments = random.Random(0)
 
@@ -102,7 +105,7 @@ def test_the_table_that_makes_a_shard_complete_is_written_last(lake: Lake, monke
         assert tables[-1] == "last"
 
 
-def test_what_a_write_raises_ends_the_run(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_write_raises_ends_the_run(lake: FolderStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("full")
 
@@ -111,7 +114,7 @@ def test_what_a_write_raises_ends_the_run(lake: Lake, monkeypatch: pytest.Monkey
         write_behind(staged, iter([("part", Rows("a", []))]), last="a", n_writers=4)
 
 
-def test_a_plan_is_remembered_whatever_fits_later(lake: Lake) -> None:
+def test_a_plan_is_remembered_whatever_fits_later(lake: FolderStorage) -> None:
     with lake.stage("0" * 16, "m", "d") as staged:
         run = RunInProgress(staged, None, None, None)
         assert run.remembered("chunks", lambda: [[0, 1], [2]]) == [[0, 1], [2]]

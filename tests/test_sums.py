@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdb.warehouse.lake import write_parquet
+from kdb.warehouse.parquet import write_parquet
 from kdb.warehouse.schema import arrow_schema
 from kdb.warehouse.sums import sum_neurons
 

@@ -100,7 +100,7 @@ def test_answers_that_begin_alike_are_not_asked_for_and_the_log_says_so(
     job = tiny_job()
     opened = Warehouse.create(tmp_path / "warehouse")
     with caplog.at_level(logging.INFO, logger="kdb"):
-        ingest(opened.lake, replace(job, dataset=replace(job.dataset, answers=("no", "nay"))), lambda: tiny_loaded)
+        ingest(opened.storage, replace(job, dataset=replace(job.dataset, answers=("no", "nay"))), lambda: tiny_loaded)
     assert "No zero-shot answers: 'no' and 'nay' begin with the same tokens of this model." in caplog.messages
     assert "zero_shot" not in opened.sql("SELECT tables FROM runs").item()
 

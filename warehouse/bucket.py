@@ -9,14 +9,15 @@ memory. The server's own error messages are not shown, because they can contain 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kdb.errors import WarehouseError
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "gs", "az")
+
+Result = TypeVar("Result")
+
+_AT_ONCE = 16
+"""Maximum number of concurrent requests."""
 
 _PATIENCE = timedelta(seconds=30)
 """Maximum time from the first attempt of a request to the last."""
@@ -40,7 +46,7 @@ def is_url(location: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
+class ListedObject:
     """An object in a listing; ``tag`` changes with its content."""
 
     path: str
@@ -141,13 +147,13 @@ class Bucket:
                 return False
         return True
 
-    def list(self, prefix: str) -> list[Found]:
-        """Yield all objects under a prefix, in order of their paths."""
+    def list(self, prefix: str) -> list[ListedObject]:
+        """Return all objects under a prefix, in order of their paths."""
         import obstore
 
         with _reported(self.url):
             found = [one for page in obstore.list(self.store, prefix) for one in page]
-        return sorted((Found(one["path"], one["e_tag"] or "") for one in found), key=lambda one: one.path)
+        return sorted((ListedObject(one["path"], one["e_tag"] or "") for one in found), key=lambda one: one.path)
 
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects, ignoring those that no longer exist."""
@@ -156,6 +162,12 @@ class Bucket:
         with _reported(self.url), contextlib.suppress(FileNotFoundError):
             if paths:
                 obstore.delete(self.store, list(paths))
+
+
+def concurrently(request: Callable[..., Result], *arguments: Iterable[Any]) -> list[Result]:
+    """Return the results of a request for each argument, in order; the first error stops it."""
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(request, *arguments))
 
 
 def _s3_options() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rewriting of committed runs, without an effect on readers: small files are merged, or vectors deleted.
 
-    compact(lake, run)
-    keep_vectors(lake, lake.find(run), "none")
+    compact(storage, run)
+    keep_vectors(storage, storage.find(run), "none")
 
 The run's new folder is built in staging, with links to unchanged files, and replaces the old one in one step: two
 folders exchange names, or, in an object store, the commit is replaced. New files get new names, so that no reader
@@ -26,11 +26,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
+from kdb.warehouse.checksums import file_record, problem_of
 from kdb.warehouse.files import storage_errors
-from kdb.warehouse.inspection import file_record, problem_of
-from kdb.warehouse.lake import Lake, seconds_of, write_parquet
 from kdb.warehouse.manifest import FileRecord, RunFolder
+from kdb.warehouse.parquet import seconds_of, write_parquet
 from kdb.warehouse.schema import has_vectors
+from kdb.warehouse.storage import Storage
 
 SAMPLE = 100
 """Number of prompts whose vectors ``sampled`` keeps."""
@@ -39,29 +40,29 @@ _ROWS = 2**20
 """Rows per row group of a merged table."""
 
 
-def compact(lake: Lake, run: str) -> int:
+def compact(storage: Storage, run: str) -> int:
     """Merge the files of each table of a run into one; returns the decrease in the number of files.
 
     Vectors keep one row group for each site and layer, now with the prompts of all parts. Raises WarehouseError if the
-    run is damaged or being written, or cannot be replaced in one step (`Lake.replace`).
+    run is damaged or being written, or cannot be replaced in one step (`Storage.replace_run`).
     """
-    tables = Counter(file.table for file in lake.records(run))
+    folder = storage.listed(run)
+    tables = Counter(file.table for file in storage.manifest(folder).files)
     if max(tables.values()) > 1:
-        folder = lake.find(run)
-        with rewriting(lake, folder) as files:
+        with rewriting(storage, storage.downloaded(folder)) as files:
             several = {table: paths for table, paths in files.paths.items() if len(paths) > 1}
             files.write({t: _by_layer(p) if has_vectors(t) else _in_turn(p) for t, p in several.items()})
             files.commit()
     return sum(n - 1 for n in tables.values())
 
 
-def keep_vectors(lake: Lake, folder: RunFolder, which: str) -> bool:
+def keep_vectors(storage: Storage, folder: RunFolder, which: str) -> bool:
     """Delete a run's vectors and return whether it had any.
 
     'none' keeps none, 'sampled' those of ``SAMPLE`` prompts. The run's row in ``runs`` lists the remaining tables.
     Raises WarehouseError as `compact` does.
     """
-    with rewriting(lake, folder) as files:
+    with rewriting(storage, folder) as files:
         dropped = [table for table in files.paths if has_vectors(table)]
         if not dropped:
             return False
@@ -110,11 +111,11 @@ def _sampled(paths: Sequence[Path]) -> Iterator[pa.Table]:
 class Rewriting:
     """A committed run that is being rewritten while its lock is held. ``paths`` are its files, by table."""
 
-    def __init__(self, lake: Lake, folder: RunFolder) -> None:
-        self._lake, self._folder = lake, folder
-        self.manifest = lake.manifest(folder)
-        self._mark = uuid.uuid4().hex[:8]
-        self._new = lake.staging / f"rewritten-{folder.run}-{self._mark}"
+    def __init__(self, storage: Storage, folder: RunFolder) -> None:
+        self._storage, self._folder = storage, folder
+        self.manifest = storage.manifest(folder)
+        self._suffix = uuid.uuid4().hex[:8]
+        self._new = storage.local.staging.path / f"rewritten-{folder.run}-{self._suffix}"
         self._files: tuple[FileRecord, ...] = ()
         self.paths: dict[str, list[Path]] = {}
         for file in self.manifest.files:
@@ -144,7 +145,7 @@ class Rewriting:
 
     def commit(self, **fields: Any) -> None:
         """Replace the run by the rewritten one in one step. ``fields`` are changed in its manifest."""
-        self._lake.replace(self._folder, self._new, replace(self.manifest, files=self._files, **fields))
+        self._storage.replace_run(self._folder, self._new, replace(self.manifest, files=self._files, **fields))
 
     def close(self) -> None:
         """Delete files that were built but not committed, or, in a folder, those of the replaced run."""
@@ -162,18 +163,19 @@ class Rewriting:
         return file
 
     def _written(self, table: str, groups: Iterable[pa.Table]) -> FileRecord:
-        path = self._new / table / f"all-{self._mark}.parquet"
+        path = self._new / table / f"all-{self._suffix}.parquet"
         seconds = sum(seconds_of(path) for path in self.paths.get(table, []))
         write_parquet(path, groups, seconds=seconds)
         return file_record(path, self._new)
 
 
 @contextlib.contextmanager
-def rewriting(lake: Lake, folder: RunFolder) -> Iterator[Rewriting]:
+def rewriting(storage: Storage, folder: RunFolder) -> Iterator[Rewriting]:
     """Lock a run for rewriting, after checking its files against its manifest."""
-    with lake.locked(folder), storage_errors(lake.path):
-        lake.look([lake.find(folder.run)], vectors=True)
-        files = Rewriting(lake, folder)
+    local = storage.local
+    with local.staging.locked(folder.run), storage_errors(local.path):
+        storage.inspect([storage.find(folder.run)], vectors=True)
+        files = Rewriting(storage, folder)
         try:
             yield files
         finally:

@@ -12,8 +12,7 @@ from typing import Any
 
 from kdb.queries.catalogue import literal
 from kdb.text import Code, markdown, markdown_table, one_line
-from kdb.warehouse.lake import row_counts
-from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.manifest import RunFolder, row_counts
 from kdb.warehouse.schema import PARTITIONS, TABLES, columns_of, has_vectors
 from kdb.warehouse.store import Warehouse
 
@@ -33,7 +32,7 @@ def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, b
     from huggingface_hub import DatasetCard, DatasetCardData
 
     old = DatasetCard(before or "---\n{}\n---\n", ignore_metadata_errors=True)  # it warns if there is no header
-    folders = warehouse.lake.run_folders()
+    folders = warehouse.storage.run_folders()
     kept: dict[str, Any] = old.data.to_dict()  # type: ignore[no-untyped-call]
     kept["license"] = licence or kept.get("license") or UNKNOWN
     kept["tags"] = list(dict.fromkeys([*(kept.get("tags") or ()), "kdb", "interpretability"]))

@@ -1,7 +1,7 @@
 """Runs on the hub: a dataset repository with the layout of an exported folder, a card, and a ``kdb.duckdb``.
 
 push(kdb.open("kdb-warehouse"), ["1f0c9a3b5d7e2468"], "hf://datasets/lab/depths")
-pull("hf://datasets/lab/depths", lake)
+pull("hf://datasets/lab/depths", storage)
 
 A push is one commit, so it succeeds completely or not at all; it adds runs and removes none. Credentials are those of
 huggingface_hub: HF_TOKEN, or `hf auth login`.
@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from kdb.errors import KdbError
-from kdb.warehouse.database import write_public_file
 from kdb.warehouse.dataset_card import write_card
-from kdb.warehouse.imports import Origin, take_in
-from kdb.warehouse.lake import Lake, check_version
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.imports import Origin, import_run
+from kdb.warehouse.local_folder import check_version
+from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import SCHEMA_VERSION, TABLES
-from kdb.warehouse.shell import SHELL_FILE
+from kdb.warehouse.shell_file import write_public_file
+from kdb.warehouse.shell_lookup import SHELL_FILE
+from kdb.warehouse.storage import Storage
 from kdb.warehouse.store import Warehouse
 
 if TYPE_CHECKING:
@@ -97,16 +100,16 @@ def push(
     raise AssertionError("the last try returns or raises")
 
 
-def pull(url: str, lake: Lake, *, preferred: bool = False) -> Iterator[tuple[str, bool]]:
+def pull(url: str, storage: Storage, *, preferred: bool = False) -> Iterator[tuple[str, bool]]:
     """Copy all runs of a dataset on the hub; yields each run, and whether it was copied or is stored already.
 
     ``preferred`` runs take precedence over those measured here. Raises HubError if the hub refuses, and WarehouseError
-    for a run that is damaged or inconsistent (`take_in`).
+    for a run that is damaged or inconsistent (`import_run`).
     """
     from huggingface_hub import HfApi
 
     place, api = Place.of(url), HfApi(library_name="kdb")
-    here = {folder.run for folder in lake.run_folders()}
+    here = {folder.run for folder in storage.run_folders()}
     with _reported(place):
         head, files = _contents(api, place)
         runs = {found["run"]: found[1] for found in filter(None, map(_FILE.fullmatch, files))}
@@ -114,9 +117,9 @@ def pull(url: str, lake: Lake, *, preferred: bool = False) -> Iterator[tuple[str
         cached = _download(api, place, head, files, list(wanted.values()))
     origin = Origin(f"{place} ({head[:12]})", preferred)
     with tempfile.TemporaryDirectory(prefix="kdb-pull-") as copy:
-        source = Lake(_plain_copy(cached, Path(copy)))
+        source = FolderStorage(_plain_copy(cached, Path(copy)))
         for run in runs:
-            yield run, run in wanted and take_in(lake, source, source.find(run), origin)
+            yield run, run in wanted and import_run(storage, source.find(run), origin)
 
 
 def _plain_copy(cached: Path, copy: Path) -> Path:
@@ -141,15 +144,14 @@ def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[st
     if not new and licence is None:
         return []
     with tempfile.TemporaryDirectory(prefix="kdb-push-") as folder:
-        copy = Warehouse.create(folder)
-        copy.lake.partial = True
+        copy = Warehouse.over(FolderStorage.create(Path(folder), partial=True))
         for run in new:
-            found = warehouse.lake.find(run)
-            if warehouse.lake.manifest(found).schema_version < SCHEMA_VERSION:
+            stored = warehouse.storage.find(run)
+            if warehouse.storage.manifest(stored).schema_version < SCHEMA_VERSION:
                 raise HubError(f"Run {run} was measured by an older kdb. Run `kdb migrate`, then push again.")
-            copy.lake.adopt(found)
-        added = [path for run in new for path in sorted(copy.lake.find(run).path.rglob("*")) if path.is_file()]
-        uploads: dict[str, Any] = {path.relative_to(copy.lake.path).as_posix(): path for path in added}
+            copy_run(copy.storage, stored)
+        added = [path for run in new for path in sorted(copy.storage.find(run).path.rglob("*")) if path.is_file()]
+        uploads: dict[str, Any] = {path.relative_to(copy.storage.local.path).as_posix(): path for path in added}
         known = _known(api, place, head, files)
         if there and check_version(str(place), (known / "warehouse.json").read_bytes()) < SCHEMA_VERSION:
             raise HubError(
@@ -177,12 +179,12 @@ def _complete(
     for found in filter(None, map(_FILE.fullmatch, every)):
         if found["table"] in urls:
             urls[found["table"]].append(_url(place, found[0]))
-    shell = copy.lake.path / "public.duckdb"
-    write_public_file(shell, copy.lake.root, urls, encoded=True)
+    shell = copy.storage.local.path / "public.duckdb"
+    write_public_file(shell, copy.storage.local.lake, urls, encoded=True)
     readme = known / "README.md"
     # Of the other runs, only the small tables are placed beside the new runs.
     for path in known.glob("lake/*/*/*/**/*"):
-        target = copy.lake.path / path.relative_to(known)
+        target = copy.storage.local.path / path.relative_to(known)
         if path.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)  # the target of a link would be outside the folders that DuckDB may read

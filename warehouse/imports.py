@@ -1,6 +1,6 @@
 """Runs from another warehouse: checked as untrusted input, marked with their origin, and copied.
 
-    take_in(lake, source, source.find("1f0c9a3b5d7e2468"), Origin("shared/"))
+    import_run(storage, source.find("1f0c9a3b5d7e2468"), Origin("shared/"))
 
 A run is copied if its id follows from its identity, its files have the columns and types of their tables, and its rows
 name the right model, dataset and run. It never replaces a run measured here: `current_runs` gives those precedence,
@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
 from kdb.warehouse.compaction import rewriting
-from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import FileRecord, Manifest, RunFolder, run_id
 from kdb.warehouse.migration import upgraded
+from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import PARTITIONS, TABLES, Vector, arrow_schema, column_names
+from kdb.warehouse.storage import Storage
 
 _DERIVED = (("seed", "classifiers", "splits"), ("projections",))
 """Settings that determined, with the source run, the id of a refit or projection before schema 4."""
@@ -42,12 +43,12 @@ class Origin:
     preferred: bool = False
 
 
-def take_in(lake: Lake, source: Lake, folder: RunFolder, origin: Origin) -> bool:
-    """Copy a run of another warehouse into ``lake``; return False if a run with this id is already stored.
+def import_run(storage: Storage, folder: RunFolder, origin: Origin) -> bool:
+    """Copy a run of another warehouse into ``storage``; return False if a run with this id is already stored.
 
     Raises WarehouseError for a run that is damaged or inconsistent; nothing of it is then visible.
     """
-    if any(found.run == folder.run for found in lake.run_folders()):
+    if any(found.run == folder.run for found in storage.run_folders()):
         return False
 
     def prepare(copy: RunFolder, manifest: Manifest) -> dict[str, pa.Table]:
@@ -58,7 +59,7 @@ def take_in(lake: Lake, source: Lake, folder: RunFolder, origin: Origin) -> bool
             changed["runs"] = _marked(changed.get("runs", _read(copy, manifest.of("runs")[0])), origin)
         return changed
 
-    return lake.adopt(folder, prepare)
+    return copy_run(storage, folder, prepare)
 
 
 @contextlib.contextmanager
@@ -76,12 +77,12 @@ class _RefusedError(Exception):
     """The reason why a run is refused."""
 
 
-def prefer(lake: Lake, folder: RunFolder, preferred: bool) -> bool:
+def prefer(storage: Storage, folder: RunFolder, preferred: bool) -> bool:
     """Store with an imported run whether it takes precedence over local runs; return whether that changed anything.
 
     Raises WarehouseError for a run that another process is changing.
     """
-    with rewriting(lake, folder) as files:
+    with rewriting(storage, folder) as files:
         row = pa.concat_tables(pq.ParquetFile(path).read() for path in files.paths["runs"])
         if row["imported_from"][0].as_py() is None or row["preferred"][0].as_py() == preferred:
             return False

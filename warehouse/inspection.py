@@ -1,7 +1,7 @@
 """Inspection of a run: its files are compared with its manifest before any query reads them.
 
-    inspector = Inspector(lake)
-    inspector.look(lake.run_folders(), vectors=False)
+    inspector = Inspector(storage.local.lake)
+    inspector.inspect(storage.run_folders(), vectors=False)
 
 Names and sizes are compared when a process first reads a run. A file whose size, time and inode are new to this machine
 is hashed once, before it is first read; files of vectors only when vectors are queried. The results are stored in the
@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
 from kdb.errors import WarehouseError
+from kdb.warehouse.checksums import problem_of
 from kdb.warehouse.files import appears_whole
-from kdb.warehouse.manifest import FileRecord, Manifest, RunFolder, read_manifest
+from kdb.warehouse.manifest import MANIFEST, FileRecord, Manifest, RunFolder, read_manifest
 from kdb.warehouse.schema import TABLES, has_vectors
 
 log = logging.getLogger(__name__)
@@ -41,6 +40,8 @@ _HEAVY = frozenset(table for table in TABLES if has_vectors(table))
 
 _AT_ONCE = 4
 """Number of files that are hashed concurrently."""
+
+ADDED = "not part of the run: it was added after commit"
 
 _WORTH_TELLING = 256 * 2**20
 """Bytes to hash above which a message tells the user about the delay."""
@@ -82,7 +83,7 @@ class Inspector:
         self._root = root
         self._seen: dict[str, _Seen] = {}
 
-    def look(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
+    def inspect(self, folders: Sequence[RunFolder], *, vectors: bool) -> None:
         """Raise DamagedRunError unless the files of every run match its manifest.
 
         ``vectors`` says whether files of vectors will be read, too.
@@ -173,34 +174,7 @@ def memory_path(root: Path) -> Path:
     return user_cache_path("kdb") / "verified" / f"{name}.json"
 
 
-def file_record(path: Path, folder: Path) -> FileRecord:
-    """Return the record of a file in a run's folder, for its manifest."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = pq.read_metadata(path).num_rows
-    return FileRecord(path.relative_to(folder).as_posix(), rows, path.stat().st_size, digest)
-
-
-def problem_of(folder: Path, record: FileRecord) -> str:
-    """Return how a file differs from its record; empty if it does not."""
-    path = folder / record.path
-    try:
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode) or path.parent.is_symlink():
-            return "not a regular file"
-        found = file_record(path, folder)
-    except FileNotFoundError:
-        return "missing"
-    except (OSError, pa.ArrowException) as error:
-        return f"unreadable ({error})"
-    for what in ("bytes", "rows", "sha256"):
-        expected, actual = getattr(record, what), getattr(found, what)
-        if expected != actual:
-            return f"{what}: {expected} at commit, {actual} now"
-    return ""
-
-
-def strays(folder: RunFolder, manifest: Manifest) -> list[str]:
+def unlisted(folder: RunFolder, manifest: Manifest) -> list[str]:
     """Return the Parquet files in a run's folder that its manifest does not list, by their paths within the folder."""
     named = {file.path for file in manifest.files}
     return sorted(path for path in _listing(folder) if path.endswith(".parquet") and path not in named)
@@ -232,7 +206,7 @@ def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
     try:
         manifest = read_manifest(folder.path, folder.run)
     except FileNotFoundError:
-        raise _damaged(folder, "manifest.json", "missing") from None
+        raise _damaged(folder, MANIFEST, "missing") from None
     except WarehouseError as error:
         raise DamagedRunError(f"{_named(folder)}: {error} {_advice(folder)}") from error
     for record in manifest.files:
@@ -243,8 +217,8 @@ def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
             raise _damaged(folder, record.path, "not a regular file")
         if found.size != record.bytes:
             raise _damaged(folder, record.path, f"bytes: {record.bytes} at commit, {found.size} now")
-    for path in strays(folder, manifest):
-        raise _damaged(folder, path, "not part of the run: it was added after commit")
+    for path in unlisted(folder, manifest):
+        raise _damaged(folder, path, ADDED)
     return manifest
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -91,6 +91,10 @@ class Manifest:
         return asdict(self)
 
 
+Files = Mapping[int, Mapping[str, Sequence[str]]]
+"""The paths or URLs of each table's files, for each schema version."""
+
+
 def run_id(identity: Mapping[str, Any], formula: int = FORMULA) -> str:
     """Return 16 hex digits derived from everything that determines a result.
 
@@ -115,6 +119,16 @@ def read_manifest(folder: Path, run: str) -> Manifest:
         raise
     except OSError as error:
         raise WarehouseError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+
+def row_counts(folder: RunFolder) -> dict[str, int]:
+    """Return the row counts of a run's tables from its manifest. Raises WarehouseError if that cannot be read."""
+    try:
+        return read_manifest(folder.path, folder.run).row_counts()
+    except FileNotFoundError:
+        raise WarehouseError(
+            f"{folder.path / MANIFEST} is missing: run {folder.run} is damaged. See `kdb verify`."
+        ) from None
 
 
 def parse_manifest(content: bytes, run: str, where: str) -> Manifest:

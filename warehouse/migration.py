@@ -1,7 +1,8 @@
 """Migration: rewrites runs of an older schema in the current one, with the same rows and id, and the new columns.
 
-    for folder in older(lake):
-        migrate(lake, folder)
+    for folder in older(storage):
+        migrate(storage, folder)
+    finish(storage)
 
 A run is replaced in one step, after its new files were read back. Whenever the process is killed, the complete old run
 or the complete new run is there.
@@ -19,22 +20,23 @@ import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
 from kdb.warehouse.compaction import rewriting
-from kdb.warehouse.lake import Lake
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, column_names
+from kdb.warehouse.shell_file import rebuild
+from kdb.warehouse.storage import Storage
 
 
-def older(lake: Lake) -> list[RunFolder]:
+def older(storage: Storage) -> list[RunFolder]:
     """Return the committed runs whose files have an older schema."""
-    return [folder for folder in lake.run_folders() if lake.manifest(folder).schema_version < SCHEMA_VERSION]
+    return [folder for folder in storage.run_folders() if storage.manifest(folder).schema_version < SCHEMA_VERSION]
 
 
-def migrate(lake: Lake, folder: RunFolder) -> list[str]:
+def migrate(storage: Storage, folder: RunFolder) -> list[str]:
     """Rewrite a run in the current schema; returns the columns that stay NULL until the run is measured again.
 
-    Raises WarehouseError if the run is damaged, or cannot be replaced in one step (`Lake.replace`).
+    Raises WarehouseError if the run is damaged, or cannot be replaced in one step (`Storage.replace_run`).
     """
-    with rewriting(lake, folder) as files:
+    with rewriting(storage, folder) as files:
         version = files.manifest.schema_version
         tables = [table for table in files.paths if column_names(table, version) != column_names(table)]
         written = files.write({table: _groups(table, files.paths[table]) for table in tables})
@@ -42,6 +44,13 @@ def migrate(lake: Lake, folder: RunFolder) -> list[str]:
             _check_same_rows(table, version, files.paths[table], path)
         files.commit(schema_version=SCHEMA_VERSION, formula=files.manifest.formula or 1)
     return [f"{table}.{name}" for table in tables for name in missing(table, version)]
+
+
+def finish(storage: Storage) -> None:
+    """Record that no run has an older schema, and rewrite ``kdb.duckdb``, whose views are then simpler."""
+    if not storage.is_remote:
+        storage.local.record(older_runs=None)
+        rebuild(storage)
 
 
 def missing(table: str, version: int) -> list[str]:

@@ -15,8 +15,8 @@ import duckdb
 import pyarrow as pa
 
 from kdb.queries.catalogue import neuron_sums
-from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.schema import arrow_schema
+from kdb.warehouse.staged_run import StagedRun
 
 
 def write_neuron_sums(staged: StagedRun) -> None:

@@ -16,8 +16,10 @@ from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.rows import Rows, timed
 from kdb.ingest.stages import Advance, ModelStage, Outcome, PlannedRun, Shard, Stage, Subject, carry_out
-from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.parquet import read_parts
+from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
     from kdb.ingest.forward.ablation import Silenced
@@ -133,7 +135,7 @@ def silenced(units: Sequence[Unit], head_dim: int) -> Silenced:
 
 
 def ablate(
-    lake: Lake,
+    storage: Storage,
     source: RunFolder,
     rows: Sequence[dict[str, Any]],
     model: ModelSource,
@@ -149,7 +151,7 @@ def ablate(
     Raises QueryError for rows that name what does not exist, and WarehouseError where the run's model is another
     one than ``model``, or none of its prompts is kept.
     """
-    lake.look([source], vectors=False)
+    storage.inspect([source], vectors=False)
     stored = _first(source, "models")
     shape = Shape(stored["n_layers"], stored["n_heads"], stored["head_dim"], stored["intermediate_size"])
     units = read_units(rows, shape)
@@ -184,7 +186,7 @@ def ablate(
     planned = PlannedRun(
         identity, source.model, source.dataset, row | changed, prepare, source=source, copied=("models", "datasets")
     )
-    return carry_out(lake, planned, Here(load))
+    return carry_out(storage, planned, Here(load))
 
 
 def source_options(source: RunFolder) -> dict[str, Any]:

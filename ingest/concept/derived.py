@@ -1,7 +1,7 @@
 """Runs computed from the stored activations of another: probes fitted again, and projections. No model is loaded.
 
-refit(lake, lake.find(source), Probing(splits=5))
-project(lake, lake.find(source), ("pca",))
+refit(storage, storage.find(source), Probing(splits=5))
+project(storage, storage.find(source), ("pca",))
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from kdb.ingest.concept.study import Key, layer_shards, probing, read_layer
 from kdb.ingest.job import Measuring, Probing, derived_identity
 from kdb.ingest.rows import Rows, arrow_rows
 from kdb.ingest.stages import Outcome, PlannedRun, Shard, StoredStage, carry_out
-from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.parquet import read_parts
+from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
     from kdb.ingest.concept.projections import Project, Projection
 
 
-def refit(lake: Lake, source: RunFolder, wanted: Probing, *, seed: int = Measuring.seed) -> Outcome:
+def refit(storage: Storage, source: RunFolder, wanted: Probing, *, seed: int = Measuring.seed) -> Outcome:
     """Fit probes on the stored activations of a run, as a run of its own that names its source.
 
     Raises WarehouseError if the source run has no activations.
     """
     import kdb.ingest.concept.probes  # noqa: F401  (a library that is missing is reported before anything is written)
 
-    return _derive(lake, source, "probe", {"seed": seed, **asdict(wanted)}, probing(wanted, seed), seed=seed)
+    return _derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, probing(wanted, seed), seed=seed)
 
 
-def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
+def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outcome:
     """Project the stored activations of a run onto two axes, layer by layer, as a run of its own.
 
     ``methods`` are those of ``projector``. Raises KdbError where one's library is not installed, and WarehouseError if
@@ -56,14 +58,14 @@ def project(lake: Lake, source: RunFolder, methods: Sequence[str]) -> Outcome:
         read=lambda run: run.files("activations"),
         shown=("projections", "layers"),
     )
-    return _derive(lake, source, "project", {"projections": list(methods)}, stage)
+    return _derive(storage, source, "project", {"projections": list(methods)}, stage)
 
 
 def _derive(
-    lake: Lake, source: RunFolder, kind: str, settings: Mapping[str, Any], stage: StoredStage, **changed: Any
+    storage: Storage, source: RunFolder, kind: str, settings: Mapping[str, Any], stage: StoredStage, **changed: Any
 ) -> Outcome:
     """Carry out a run that is ``source`` but for one stage, its settings and ``changed`` of its row."""
-    lake.look([source], vectors=True)
+    storage.inspect([source], vectors=True)
     with _told_of(source):
         _check_vectors(source, table_files(source.path, "activations"))
         row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
@@ -78,7 +80,7 @@ def _derive(
         source=source,
         copied=("models", "datasets"),
     )
-    return carry_out(lake, planned)
+    return carry_out(storage, planned)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Workers on a Ray cluster: each holds the model, takes one shard after the other, and writes nothing.
 
     with Cluster("10.0.0.1:6379") as cluster, cluster.engine(source, settings) as engine:
-        ingest_on(lake, job, engine)
+        ingest_on(storage, job, engine)
 
 A shard whose worker dies is measured again by another. Rows come back to the process that ingests, which alone writes.
 """

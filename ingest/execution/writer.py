@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from kdb.warehouse.lake import StagedRun
+from kdb.warehouse.staged_run import StagedRun
 
 if TYPE_CHECKING:
     from kdb.ingest.rows import Rows

@@ -35,11 +35,12 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
     if ctx.invoked_subcommand is None:
         opened = kdb.open(warehouse)
         show(opened.query("runs"), format_, output)
-        for left in opened.lake.interrupted():
+        staging = opened.storage.local.staging
+        for left in staging.unfinished_runs():
             names = f"{left.begun['model']} on {left.begun['dataset']} (run {left.begun['run']})"
             state = "Being measured" if left.in_progress else "Interrupted"
             say(f"{state}: {names}, {left.bytes / 1e6:,.1f} MB in staging.", err=True)
-        for left in opened.lake.leftovers():
+        for left in staging.leftovers():
             say(f"Leftover files: {left.path}, {left.bytes / 1e6:,.1f} MB. `kdb clean` deletes them.", err=True)
 
 
@@ -66,12 +67,12 @@ def remove(
         raise click.UsageError("Give either one run, or an age with --older-than.")
     opened = kdb.open(warehouse or parent_warehouse)
     if run and not yes:
-        folder = opened.lake.find(run)  # with its names: the id alone might be meant for another warehouse
+        folder = opened.storage.listed(run)  # with its names: the id alone might be meant for another warehouse
         click.confirm(
             visible(f"Remove run {run} ({folder.model} on {folder.dataset}) permanently?"), abort=True, err=True
         )
     for chosen in [run] if run else _confirmed(opened, str(older_than), yes):
-        opened.lake.remove(str(chosen))
+        opened.storage.remove(str(chosen))
         click.echo(f"Removed run {chosen}.")
 
 
@@ -130,7 +131,7 @@ def keep_vectors(
     if not yes:
         click.confirm(f"Delete the vectors of {_count(len(wanted), 'run')} permanently?", abort=True, err=True)
     for run in wanted:
-        compaction.keep_vectors(opened.lake, opened.lake.find(run), which)
+        compaction.keep_vectors(opened.storage, opened.storage.listed(run), which)
         click.echo(f"Deleted vectors of run {run}.")
 
 
@@ -149,7 +150,7 @@ def _having_vectors(
         [before],
     ).to_dicts()
     for run in chosen:
-        opened.lake.find(run)
+        opened.storage.listed(run)
     return [r["run"] for r in rows if r["run"] in chosen or r["model"] in models or not (chosen or models)]
 
 
@@ -166,10 +167,10 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     """
     from kdb.warehouse import compaction
 
-    lake = kdb.open(warehouse).lake
-    found = chosen or [folder.run for folder in lake.run_folders()]
-    fewer = sum(compaction.compact(lake, run) for run in found)
-    click.echo(f"Reduced the number of files by {fewer:,} in {_count(len(found), 'run')}.")
+    storage = kdb.open(warehouse).storage
+    runs = chosen or [folder.run for folder in storage.run_folders()]
+    fewer = sum(compaction.compact(storage, run) for run in runs)
+    click.echo(f"Reduced the number of files by {fewer:,} in {_count(len(runs), 'run')}.")
 
 
 def _count(n: int, noun: str) -> str:
@@ -199,21 +200,21 @@ def clean(yes: bool, warehouse: Path | str) -> None:
     \b
     kdb clean
     """
-    lake = kdb.open(warehouse).lake
-    begun = lake.interrupted()
+    staging = kdb.open(warehouse).storage.local.staging
+    begun = staging.unfinished_runs()
     unfinished = [left for left in begun if not left.in_progress]
     for left in begun:
         state = "Being measured, not deleted" if left.in_progress else "Interrupted"
         say(f"{state}: {left.begun['model']} on {left.begun['dataset']}, {left.bytes / 1e6:,.1f} MB.", err=True)
-    swept = lake.sweep()
+    n_bytes = staging.delete_leftovers()
     if unfinished and not yes:
         click.confirm(f"Delete {_count(len(unfinished), 'interrupted run')}?", abort=True, err=True)
     for left in unfinished:
-        if lake.discard(left):
-            swept += left.bytes
+        if staging.delete_unfinished(left):
+            n_bytes += left.bytes
         else:
             click.echo(f"Run {left.begun['run']} is being measured now and was not deleted.", err=True)
-    click.echo(f"Deleted {swept / 1e6:,.1f} MB from staging.")
+    click.echo(f"Deleted {n_bytes / 1e6:,.1f} MB from staging.")
 
 
 @click.command()
@@ -231,22 +232,20 @@ def migrate(warehouse: Path | str) -> None:
     from kdb.warehouse import migration
     from kdb.warehouse.store import Warehouse
 
-    opened = Warehouse.create(kdb.open(warehouse).lake.location)
+    opened = Warehouse.create(kdb.open(warehouse).storage.location)
     missing: dict[str, None] = {}
-    left = migration.older(opened.lake)
+    left = migration.older(opened.storage)
     for number, folder in enumerate(left, start=1):
-        missing |= dict.fromkeys(migration.migrate(opened.lake, folder))
+        missing |= dict.fromkeys(migration.migrate(opened.storage, folder))
         click.echo(f"{number} of {len(left)}: {folder.model} on {folder.dataset} (run {folder.run}).")
-    stored = len(opened.lake.run_folders())
+    stored = len(opened.storage.run_folders())
     if not left:
         click.echo(f"Nothing to migrate: {_count(stored, 'run')} stored, all in the schema of this kdb.")
     else:
         click.echo(f"{_count(len(left), 'run')} migrated.")
     if missing:
         click.echo(f"NULL until the model is measured again: {', '.join(missing)}.", err=True)
-    if "://" not in opened.lake.location:
-        opened.lake.mark(older_runs=None)
-        opened.rebuild()
+    migration.finish(opened.storage)
 
 
 @click.command()
@@ -256,15 +255,15 @@ def verify(warehouse: Path | str) -> None:
 
     If files are damaged, lists them and exits with status 1.
     """
-    lake = kdb.open(warehouse).lake
-    damages = list(lake.verify())
+    storage = kdb.open(warehouse).storage
+    damages = list(storage.verify())
     for damage in damages:
         say(f"{damage.path}: {damage.problem}")
     if damages:
         damaged = " ".join(sorted({damage.run for damage in damages}))
         click.echo(f"Damaged runs: {damaged}. Remove each (`kdb runs remove`) and measure it again.", err=True)
         raise SystemExit(1)
-    click.echo(f"All files of {_count(len(lake.run_folders()), 'run')} are as they were committed.")
+    click.echo(f"All files of {_count(len(storage.run_folders()), 'run')} are as they were committed.")
 
 
 @click.command()

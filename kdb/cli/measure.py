@@ -86,10 +86,10 @@ def ingest(
             from kdb.ingest.measure import ingest_on
 
             with engines(asked[0], alone[0].source) as running:
-                outcome = ingest_on(opened.lake, alone[0], running)
+                outcome = ingest_on(opened.storage, alone[0], running)
             _report(outcome, alone[0].source.name, alone[0].dataset.name)
             return
-        _report_all(ctx, measure_all(opened.lake, asked, _jobs, engines), sum(len(one.datasets) for one in asked))
+        _report_all(ctx, measure_all(opened.storage, asked, _jobs, engines), sum(len(one.datasets) for one in asked))
 
 
 @contextlib.contextmanager
@@ -246,7 +246,7 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **optio
     _log_to_stderr()
     opened = kdb.open(warehouse)
     source = _stored_run(opened.sql, model, dataset, variant)
-    outcome = refit(opened.lake, opened.lake.find(source), _probing(options), seed=options["seed"])
+    outcome = refit(opened.storage, opened.storage.find(source), _probing(options), seed=options["seed"])
     _report(outcome, model, dataset)
 
 
@@ -275,7 +275,7 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     source = _stored_run(opened.sql, model, dataset, variant)
     # Always PCA: queries read the newest run, which must have everything that an older one had.
     methods = tuple(dict.fromkeys(("pca", method)))
-    _report(project_run(opened.lake, opened.lake.find(source), methods), model, dataset)
+    _report(project_run(opened.storage, opened.storage.find(source), methods), model, dataset)
 
 
 @click.command()
@@ -334,7 +334,7 @@ def ablate(
     _log_to_stderr()
     opened = kdb.open(warehouse)
     source = find_model(model, name=model_name, revision=revision)
-    run = opened.lake.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
+    run = opened.storage.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
     rows = opened.sql(query_).rows(named=True)
 
     def load() -> LoadedModel:
@@ -342,7 +342,7 @@ def ablate(
         return loading.load_model(source, device=device, **source_options(run))
 
     outcome = intervene(
-        opened.lake,
+        opened.storage,
         run,
         rows,
         source,

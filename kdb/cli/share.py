@@ -13,8 +13,8 @@ from kdb.cli.options import Command, Location, say, warehouse_option
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
-    from kdb.warehouse.lake import Lake
     from kdb.warehouse.manifest import RunFolder
+    from kdb.warehouse.storage import Storage
     from kdb.warehouse.store import Warehouse
 
 
@@ -67,7 +67,6 @@ def export(
     kdb export shared/ --model smollm2-135m
     kdb export shared/ --run 1f0c9a3b5d7e2468
     """
-    from kdb.warehouse.bucket import is_url
     from kdb.warehouse.dataset_card import write_card
     from kdb.warehouse.files import storage_errors
     from kdb.warehouse.store import Warehouse
@@ -75,11 +74,11 @@ def export(
     opened = kdb.open(warehouse)
     chosen = _chosen(opened, runs, models, datasets)
     target = Warehouse.create(folder)
-    _copy(opened.lake, target.lake, chosen)
-    if is_url(folder):  # a bucket gets no card
+    _copy(opened.storage, target.storage, chosen)
+    if target.storage.is_remote:  # a bucket gets no card
         return
-    with storage_errors(target.lake.path):
-        readme = target.lake.path / "README.md"
+    with storage_errors(target.storage.local.path):
+        readme = target.storage.local.path / "README.md"
         before = readme.read_text("utf-8") if readme.exists() else ""
         readme.write_text(write_card(target, str(folder), licence=licence, before=before), "utf-8")
 
@@ -114,7 +113,7 @@ def push(
     chosen = _chosen(opened, runs, models, datasets)
     pushed = hub.push(opened, chosen, url, licence=licence, private=private)
     for run in chosen:
-        _tell(opened.lake.find(run), "pushed" if run in pushed else "is already there")
+        _tell(opened.storage.listed(run), "pushed" if run in pushed else "is already there")
 
 
 def prefer_option(command: Command) -> Command:
@@ -144,9 +143,9 @@ def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
     from kdb.warehouse.store import Warehouse
 
     hub.Place.of(url)  # before a warehouse is created
-    lake = Warehouse.create(warehouse).lake
-    for run, copied in hub.pull(url, lake, preferred=bool(prefer_imported)):
-        _tell_imported(lake, lake.find(run), copied, prefer_imported)
+    storage = Warehouse.create(warehouse).storage
+    for run, copied in hub.pull(url, storage, preferred=bool(prefer_imported)):
+        _tell_imported(storage, storage.listed(run), copied, prefer_imported)
 
 
 @click.command("import")
@@ -165,23 +164,21 @@ def import_(folder: Path | str, prefer_imported: bool | None, warehouse: Path | 
     kdb import shared/
     kdb import shared/ --prefer-imported
     """
-    from kdb.warehouse.bucket import is_url
-    from kdb.warehouse.imports import Origin, take_in
-    from kdb.warehouse.store import Warehouse, lake_at
+    from kdb.warehouse.imports import Origin, import_run
+    from kdb.warehouse.store import Warehouse, storage_at
 
-    source = lake_at(folder)
-    lake, origin = Warehouse.create(warehouse).lake, Origin(source.location, bool(prefer_imported))
+    source = storage_at(folder)
+    storage, origin = Warehouse.create(warehouse).storage, Origin(source.location, bool(prefer_imported))
     for listed in source.run_folders():
-        found = source.find(listed.run) if is_url(folder) else listed  # find() downloads its files
-        _tell_imported(lake, found, take_in(lake, source, found, origin), prefer_imported)
+        _tell_imported(storage, listed, import_run(storage, source.downloaded(listed), origin), prefer_imported)
 
 
-def _tell_imported(lake: Lake, folder: RunFolder, copied: bool, preferred: bool | None) -> None:
+def _tell_imported(storage: Storage, folder: RunFolder, copied: bool, preferred: bool | None) -> None:
     """Print a line for an imported run; change the preference, if given, of a run that was imported before."""
     from kdb.warehouse.imports import prefer
 
     done = "copied" if copied else "is stored already"
-    if not copied and preferred is not None and prefer(lake, lake.find(folder.run), preferred):
+    if not copied and preferred is not None and prefer(storage, storage.listed(folder.run), preferred):
         done += ", and now takes precedence" if preferred else ", and no longer takes precedence"
     _tell(folder, done)
 
@@ -211,10 +208,12 @@ def _chosen(opened: Warehouse, runs: tuple[str, ...], models: tuple[str, ...], d
     return list(chosen)
 
 
-def _copy(source: Lake, target: Lake, runs: Iterable[str]) -> None:
+def _copy(source: Storage, target: Storage, runs: Iterable[str]) -> None:
+    from kdb.warehouse.run_copy import copy_run
+
     for run in runs:
         folder = source.find(run)
-        _tell(folder, "copied" if target.adopt(folder) else "is stored already")
+        _tell(folder, "copied" if copy_run(target, folder) else "is stored already")
 
 
 def _tell(folder: RunFolder, done: str) -> None:

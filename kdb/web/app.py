@@ -47,7 +47,7 @@ _STALLED = 5.0
 def create_app(warehouse: Path | str, access: Access, settings: Settings | None = None) -> Guard:
     """Return the application for one warehouse. Raises WarehouseError if there is none."""
     opened = Warehouse(warehouse)
-    pool = WorkerPool(opened.lake.location, settings or Settings())
+    pool = WorkerPool(opened.storage.location, settings or Settings())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -97,7 +97,7 @@ class Asking:
 
     async def runs(self) -> dict[str, str]:
         """Return the committed runs with their versions."""
-        found = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.lake.run_folders()})
+        found = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.storage.run_folders()})
         RUNS.set(len(found))
         return dict(sorted(found.items()))
 

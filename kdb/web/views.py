@@ -417,7 +417,7 @@ def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
     except QueryError as error:
         if str(error).startswith("Out of Memory"):
             raise
-        return context | {"problem": public_message(str(error), wh.lake.root, text)}
+        return context | {"problem": public_message(str(error), wh.storage.local.lake, text)}
     return context | {"downloads": [(f, url("/api/sql", sql=text, format=f)) for f in _DOWNLOADS]}
 
 

@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.formats import encode
-from kdb.warehouse.database import Limits, is_gone
+from kdb.warehouse.database import is_gone
+from kdb.warehouse.limits import Limits
 from kdb.warehouse.notes import KdbNote
 from kdb.warehouse.statements import public_message
 from kdb.warehouse.store import Warehouse
@@ -121,7 +122,7 @@ class _Opened:
     """The warehouse with certain runs, reopened when a request is about other runs or other versions of them."""
 
     def __init__(self, warehouse: Warehouse, limits: Limits) -> None:
-        self.limits, self.lake = limits, warehouse.lake.root
+        self.limits, self.lake = limits, warehouse.storage.local.lake
         self._warehouse = warehouse
         self._at: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._open = contextlib.ExitStack()
@@ -130,7 +131,7 @@ class _Opened:
         """Return the warehouse with the runs of the request."""
         if self._at != (question.runs, question.versions):
             self._open.close()
-            self._frozen = self._open.enter_context(self._warehouse.unheld(question.runs, self.limits))
+            self._frozen = self._open.enter_context(self._warehouse.unprotected_snapshot(question.runs, self.limits))
             self._at = (question.runs, question.versions)
         return self._frozen
 

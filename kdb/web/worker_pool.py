@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kdb.errors import QueryError
-from kdb.warehouse.database import Limits
+from kdb.warehouse.limits import Limits
 from kdb.web import worker
 from kdb.web.metrics import BUSY, REPLACED
 from kdb.web.worker import Question

@@ -22,7 +22,7 @@ from typing import Any
 import kdb
 from kdb.cli import main
 from kdb.ingest.concept import study as run
-from kdb.warehouse import cloud
+from kdb.warehouse import bucket_storage
 from kdb.warehouse.store import Warehouse
 
 INCOMPLETE = """
@@ -58,7 +58,7 @@ def ingest(model: str, dataset: str, warehouse: str, environment: Mapping[str, s
     import torch
 
     os.environ.update(environment)
-    cloud.user_cache_path = lambda _: Path(cache)  # type: ignore[assignment]
+    bucket_storage.user_cache_path = lambda _: Path(cache)  # type: ignore[assignment]
     torch.set_num_threads(1)
     run.prompts_per_part = lambda *_: 4  # type: ignore[assignment]
     run._n_jobs = lambda *_: 1  # type: ignore[assignment]  # whoever kills this process could not find its workers
@@ -134,7 +134,7 @@ class Writers:
 
     def new(self, number: int) -> str:
         """A new empty warehouse."""
-        return Warehouse.create(self.location(number)).lake.location
+        return Warehouse.create(self.location(number)).storage.location
 
 
 def kill_writers(
@@ -178,4 +178,4 @@ def _compare(warehouse: str, expected: Counter[str], tally: Tally) -> None:
     tally.commits += 1
     tally.lost += sum((expected - found).values())
     tally.doubled += sum((found - expected).values())
-    tally.damaged += len(list(opened.lake.verify()))
+    tally.damaged += len(list(opened.storage.verify()))

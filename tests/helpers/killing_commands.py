@@ -29,7 +29,7 @@ import pyarrow as pa
 from helpers.killing import Tally
 from kdb.cli import main
 from kdb.warehouse import compaction
-from kdb.warehouse.lake import Lake
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.vectors import activation_groups
@@ -75,7 +75,7 @@ def ask(warehouse: Warehouse) -> Rows:
 
 def write_source(folder: Path, models: int = 3) -> None:
     """A warehouse of small runs that can be imported: vectors in several files, and scores."""
-    lake = Lake.create(folder)
+    lake = FolderStorage.create(folder)
     for number in range(models):
         identity = {"model": f"m{number}", "dataset": "towns"}
         with lake.stage(run_id(identity), *identity.values(), identity=identity) as staged:
@@ -247,7 +247,7 @@ class Commands:
         for kind in ("import", "compact", "migrate"):
             seconds[kind] = self._left_alone(place, kind)
         states = {run: {"full": row} for run, row in ask(Warehouse(place)).items()}
-        models = {folder.run: folder.model for folder in Lake(place).run_folders()}
+        models = {folder.run: folder.model for folder in FolderStorage(place).run_folders()}
         for kind in ("sampled", "none"):
             for model in sorted({*models.values()}):
                 seconds[kind] = self._left_alone(place, kind, model)
@@ -346,7 +346,7 @@ class Commands:
         opened = Warehouse(place)
         seen = ask(opened)
         self._hold_against(seen, history.last)
-        self.tally.damaged += len(list(opened.lake.verify()))
+        self.tally.damaged += len(list(opened.storage.verify()))
         self.tally.troubles += [f"left in staging: {path}" for path in self._left(place, unfinished=unfinished)]
         rows = self.expected.rows
         history.now(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.stored import Rows, add_run, encoded, write_part
-from kdb.warehouse.lake import table_files
+from kdb.warehouse.run_folders import table_files
 from kdb.warehouse.sums import sum_neurons
 
 

@@ -15,7 +15,7 @@ def measure(folder: Path, *, model: str = "own", accuracy: float = 0.5, seed: in
     """A small run that was measured here: the rows of its tables say ``accuracy``."""
     import numpy as np
 
-    lake = Warehouse.create(folder).lake
+    lake = Warehouse.create(folder).storage
     identity = {"study": "concept", "model": model, "dataset": "d", "seed": seed}
     with lake.stage(run_id(identity), model, "d", identity=identity) as staged:
         staged.write_rows("models", "part", [{"revision": "r", "n_layers": 2, "hidden_size": 4}])

@@ -19,8 +19,9 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from kdb.queries.catalogue import find_query, literal
-from kdb.warehouse.database import Database, write_shell_file
+from kdb.warehouse.database import Database
 from kdb.warehouse.schema import TABLES, arrow_schema
+from kdb.warehouse.shell_file import write_shell_file
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

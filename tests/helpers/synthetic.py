@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from kdb.ingest.concept.probes import wilson_interval
 from kdb.ingest.rows import arrow_rows
+from kdb.warehouse.checksums import file_record
 from kdb.warehouse.files import write_json
-from kdb.warehouse.inspection import file_record
-from kdb.warehouse.lake import NOBODY, Lake, StagedRun
+from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import MANIFEST, Manifest, run_id
+from kdb.warehouse.run_folders import PLACEHOLDER
+from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.sums import write_neuron_sums
 
@@ -87,7 +89,7 @@ def build(
     top_k: int = 300,
 ) -> Warehouse:
     """Write the warehouse and open it; ``prompts_per_category`` of 0 leaves the knowledge study out."""
-    lake = Lake.create(folder)
+    lake = FolderStorage.create(folder)
     for model in models:
         for concept in concepts:
             _write(lake, model, concept.name, "concept", _concept_tables(model, concept))
@@ -96,7 +98,7 @@ def build(
     return Warehouse(folder)
 
 
-def _write(lake: Lake, model: Model, dataset: str, study: str, tables: Iterator[tuple[str, pa.Table]]) -> None:
+def _write(lake: FolderStorage, model: Model, dataset: str, study: str, tables: Iterator[tuple[str, pa.Table]]) -> None:
     with lake.stage(run_id({"model": model.name, "dataset": dataset}), model.name, dataset) as staged:
         if staged.committed:
             return
@@ -298,6 +300,6 @@ def _tokens(model: Model) -> pa.Table:
 def write_manifests(warehouse: Path) -> None:
     """Make runs of Parquet files that were laid into a warehouse by hand."""
     for run in warehouse.glob("lake/model=*/dataset=*/run=*"):
-        if NOBODY not in run.name:
+        if PLACEHOLDER not in run.name:
             records = tuple(file_record(path, run) for path in sorted(run.rglob("*.parquet")))
             write_json(run / MANIFEST, Manifest(records).content())
