@@ -125,7 +125,7 @@ def test_an_adapter_saved_as_a_pickle_is_never_loaded(folder: Path, tmp_path: Pa
 def test_an_adapter_alone_is_refused(folder: Path) -> None:
     for file in ("config.json", "model.safetensors"):
         (folder / file).unlink()
-    assert f"'{folder}' holds an adapter and no base weights: put config.json" in refusal(folder)
+    assert f"'{folder}' holds an adapter but no base weights: add config.json" in refusal(folder)
 
 
 def test_weights_that_are_no_numbers_are_refused(folder: Path) -> None:

@@ -253,7 +253,7 @@ def test_the_first_token_is_added_as_the_file_says(tmp_path: Path, adds: bool) -
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", tensors(llama()), lambda writer: writer.add_type("adapter"))
-    assert "'m.gguf' holds no model but 'adapter'" in refusal(path)
+    assert "'m.gguf' is not a model but of the type 'adapter'" in refusal(path)
 
 
 # Parts -----------------------------------------------------------------------------------------------------------

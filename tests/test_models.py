@@ -217,7 +217,7 @@ def test_neither_pickles_nor_code_are_downloaded(folder: Path, hub: Any) -> None
         ),
         (
             http_error(errors.RevisionNotFoundError),
-            "google/gemma-2b has no revision 'v9': look at its branches on the hub.",
+            "google/gemma-2b has no revision 'v9': see its branches and tags on the hub.",
         ),
         (
             OSError(28, "No space left on device"),
@@ -235,7 +235,7 @@ def test_offline_and_not_in_the_cache_is_one_message(tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert refusal(find_model, "gpt2") == (
-        "openai-community/gpt2 is not on this machine and the hub cannot be reached: connect to the internet, or "
+        "openai-community/gpt2 is not on this machine, and the hub cannot be reached: connect to the internet, or "
         "give --model the path of a folder or a .gguf file."
     )
 
@@ -261,7 +261,7 @@ def test_a_folder_loads_ready_to_run(folder: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
-    message = "There is no device 'tpu9' here: leave --device out, or give cpu."
+    message = "This machine has no device 'tpu9': leave --device out, or use cpu."
     assert refusal(pick_device, "tpu9") == message
     assert refusal(load_model, find_model(str(folder)), device="tpu9") == message
 
@@ -595,7 +595,7 @@ def test_int8_refuses_experts_which_it_would_pass_over(folder: Path) -> None:
     config = AutoConfig.for_model("mixtral", num_key_value_heads=1, vocab_size=256, num_local_experts=2, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     assert refusal(load_model, find_model(str(folder)), quantize="int8") == (
-        "mine cannot be quantized: 'layers.0.mlp.experts.gate_up_proj' is no matrix but a stack of them. Leave "
+        "mine cannot be quantized: 'layers.0.mlp.experts.gate_up_proj' is not one matrix but a stack. Leave "
         "--quantize out."
     )
 

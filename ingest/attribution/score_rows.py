@@ -1,4 +1,4 @@
-"""The tables of the knowledge study, from the scores of a chunk of prompts."""
+"""Build the tables of the knowledge study from the scores of a chunk of prompts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from kdb.ingest.forward.decomposition import Decomposition
 
 HEADS_BY_POSITION = 10
-"""Heads of each prompt whose positions are scored apart."""
+"""Number of heads of each prompt whose scores are stored by position."""
 
 QUERY_NEURONS = 100
-"""Query neurons of each prompt and kind that are stored."""
+"""Number of query neurons to store for each prompt and kind."""
 
 TOKENS_OF_A_NEURON = 10
-"""Tokens named at either end of a neuron's logits."""
+"""Number of tokens to store from the top and from the bottom of a neuron's logits."""
 
 
 def layer_rows(ids: Any, a: Attribution) -> pa.Table:
@@ -88,7 +88,7 @@ def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
 
 
 def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
-    """Rows of ``query_neuron_scores``; ``activates`` is the component whose value neurons they make fire."""
+    """Rows of ``query_neuron_scores``; ``activates`` is the component of the value neurons that they activate."""
     n = q.neurons.shape[2]
     best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
     return arrow_rows(
@@ -141,7 +141,7 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
 
 
 def silenced_ffn(places: Sequence[int], n: int) -> Any:
-    """FFN neurons given by place in (l · n), as what an intervention silences."""
+    """Convert FFN neurons, given by index into (l · n), to the entries that an intervention sets to zero."""
     from kdb.ingest.forward.ablation import Silenced
 
     by_layer: dict[int, list[int]] = {}

@@ -1,8 +1,8 @@
-"""The concept-depth study (arXiv 2404.07066) as stages: check, describe, capture, check what was stored, probe.
+"""The stages of the concept-depth study (arXiv 2404.07066): check, describe, capture, check stored values, probe.
 
     subject, stages = prepare(job)
 
-Probes are fitted to stored vectors: they are fitted again without the model by ``derived.py``.
+Probes are fitted to stored vectors, so ``derived.py`` can fit them again without the model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Key = tuple[int, str]
 
 _PROBE_MEMORY = 4 * 2**30
 _MATRIX_COPIES = 4
-"""Copies of a layer's matrix in float64 that fitting holds at its peak."""
+"""Copies of a layer's float64 matrix in memory at the peak of fitting."""
 
 
 def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
@@ -86,12 +86,12 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
 
 @dataclass(frozen=True)
 class PosedQuestion(Posed):
-    """The prompts of a job, and what the model is asked after each."""
+    """The prompts of a job, and the question that follows each."""
 
     question: Question
 
     def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Captured:
-        """The prompts and the model that reads them."""
+        """Combine the prompts with the model that reads them."""
         with told(f"{loaded.source.name} cannot be run"):
             return Captured(self, Capture(loaded, batch_tokens=batch_tokens))
 
@@ -131,7 +131,7 @@ class Captured:
 
 
 def _check(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
-    """How some prompts compare with the untouched model. Raises ModelError where that is too far off."""
+    """Compare some prompts with the untouched model. Raises ModelError if the difference is too large."""
     texts, begun = [subject.token_ids[i] for i in subject.chosen], time.monotonic()
     with told(f"{subject.loaded.source.name} cannot be run"):
         rows = check_capture(subject.capture, texts, subject.prefix, subject.question.cue)
@@ -144,7 +144,7 @@ def _cost(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[str]:
 
 
 def _capture_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
-    """The prompts, longest first, as many together as fill a part or take a minute; sizes are in tokens."""
+    """Divide the prompts, longest first, into shards that fill a part or take a minute; sizes are in tokens."""
     n_tokens = [len(ids) for ids in posed.token_ids]
     parts = run.remembered("captured", lambda: _parts(n_tokens, run))
     return [Shard(f"part-{i:05}", ids, sum(n_tokens[j] for j in ids)) for i, ids in enumerate(parts)]
@@ -201,7 +201,7 @@ def _stored_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
 
 
 def _check_stored(subject: Captured, shard: Shard, _advance: Advance) -> Iterator[Rows]:
-    """How what was stored compares with the untouched model, one prompt at a time. Raises ModelError."""
+    """Compare stored values with the untouched model, one prompt at a time. Raises ModelError for a difference."""
     (states, answers), begun = shard.work, time.monotonic()
     texts = [subject.token_ids[i] for i in subject.chosen]
     rows = check_stored(subject.capture, texts, states)
@@ -227,7 +227,7 @@ class _Fits:
 
 
 def probing(wanted: Probing, seed: int) -> StoredStage:
-    """The stage that fits every probe on every layer and site, to the vectors of the run or of its source."""
+    """Build the stage that fits every probe on every layer and site, to the vectors of the run or of its source."""
     return StoredStage(
         ("probe_predictions", "probe_scores"),
         layer_shards,
@@ -250,7 +250,7 @@ def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
 
 
 def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> list[Split]:
-    """The splits that a run probes; by group too where every prompt has one."""
+    """The splits that a run probes, with one by group if every prompt has a group."""
     from kdb.ingest.concept.probes import make_splits
 
     known = [group for group in groups if group is not None]
@@ -259,13 +259,13 @@ def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, 
 
 
 def layer_shards(run: RunInProgress) -> list[Shard]:
-    """Every layer of the model, site by site: what is probed, or projected, one at a time."""
+    """Return one shard for each layer and site of the model."""
     n_layers = run.table("models").to_pylist()[0]["n_layers"]
     return [Shard(f"{site}-{layer:04}", (layer, site)) for site in SITES for layer in range(n_layers)]
 
 
 def read_layer(activations: Sequence[Path], key: Key) -> NDArray[np.float32]:
-    """The hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
+    """Read the hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
     return read_vectors(activations, *key)
 
 
@@ -304,7 +304,7 @@ def _prediction_rows(key: Key, score: ProbeScore, splits: Sequence[Split], label
 
 
 def _n_jobs(n_prompts: int, hidden_size: int) -> int:
-    """Probing processes: one per core, as long as their matrices fit into ``_PROBE_MEMORY``."""
+    """Number of probing processes: one per core, if their matrices fit into ``_PROBE_MEMORY``."""
     import joblib
 
     each = 8 * n_prompts * hidden_size * _MATRIX_COPIES

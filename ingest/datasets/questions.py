@@ -1,4 +1,4 @@
-"""Readers of published quizzes: questions whose words and answer tell one of the six categories."""
+"""Readers of published quizzes: questions whose words and answer identify one of the six categories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NEEDS_CHOICES = re.compile(r"\b(of these|the following|of the below|listed)\b",
 
 
 def read_triviaqa(files: Sequence[Path]) -> Iterator[Example]:
-    """Read TriviaQA: lists of questions with every accepted spelling, and last the file that tells the best one."""
+    """Read TriviaQA: lists of questions with all accepted spellings, then the file with the best spelling of each."""
     *topics, canonical = files
     best = {}
     for row in read_jsonl(canonical, ["context", "answer"]):
@@ -32,7 +32,7 @@ def read_triviaqa(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def _unquoted(cell: str) -> str:
-    """Undo the second quoting that the makers of the file gave to some of its cells."""
+    """Undo the second quoting that some cells of the published file have."""
     if len(cell) > 1 and cell[0] == cell[-1] == '"':
         return cell[1:-1].replace('""', '"').strip()
     return cell
@@ -49,7 +49,7 @@ def _spellings(place: str, cell: str) -> list[str]:
 
 
 def read_opentriviaqa(files: Sequence[Path]) -> Iterator[Example]:
-    """Read OpenTriviaQA. A question may go on over several lines, and ends at the line of its answer."""
+    """Read OpenTriviaQA. A question may have several lines; the line of its answer ends it."""
     for path in files:
         question: list[str] = []
         asked = ""
@@ -68,7 +68,7 @@ def read_opentriviaqa(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield every line with its place; those that are not UTF-8 are Windows-1252."""
+    """Yield every line with its position in the file; lines that are not UTF-8 are read as Windows-1252."""
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         try:
             text = line.decode("utf-8")
@@ -86,7 +86,7 @@ def _windows(place: str, line: bytes) -> str:
 
 
 def _examples(question: str, accepted: Iterable[str], relation: str | None = None) -> Iterator[Example]:
-    """Yield one example for each different answer, and one without a category where none is of the six."""
+    """Yield one example for each different answer, or one without a category if no answer is in one of the six."""
     if not question or _NEEDS_CHOICES.search(question):
         return
     accepted = list(accepted)

@@ -1,7 +1,7 @@
-"""Interventions: neurons or heads set to zero, and what that does to the target.
+"""Set neurons or heads to zero, and measure the effect on the target.
 
-The prompts of several interventions run in one batch, each row with its own neurons silenced; an ablated forward
-pass computes every norm anew.
+The prompts of several interventions run in one batch, and each row has its own neurons set to zero. An ablated forward
+pass computes its own norms: none is frozen.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOGITS_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Silenced:
-    """What is set to zero: entries of the FFN's coefficients and of the heads' outputs, by layer.
+    """Entries to set to zero, by layer: of the FFN's coefficients, and of the heads' outputs.
 
     ``attn`` entries are head · head size + entry.
     """
@@ -71,9 +71,9 @@ def run_trials(
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Effects:
-    """Run every trial, in batches of trials of like length; results are in the order given.
+    """Run all trials, in batches of similar length; results are in the order of ``trials``.
 
-    ``on_batch`` is told after each batch how many trials it had.
+    ``on_batch`` is called after each batch with its number of trials.
     """
     import torch
 
@@ -105,7 +105,7 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
     forget_longest(decomposition.loaded)
     with _silencing(decomposition, trials, last):
         hidden = decomposition.structure.decoder(ids.to(device), use_cache=False)[0]
-    # The decoder has applied the final norm; what is left of the readout is linear, but for the soft cap.
+    # The decoder has applied the final norm. The rest of the readout is linear, except for the soft cap.
     logits = decomposition.structure.unembed_normed(hidden[rows, last]).float()
     own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
     logp = (own.double() - logits.double().logsumexp(1, keepdim=True))[:, 0]
@@ -116,7 +116,7 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
 
 @contextlib.contextmanager
 def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torch.Tensor) -> Iterator[None]:
-    """Zero what each trial names, in the inputs of the projections that read it."""
+    """Set each trial's entries to zero, in the inputs of the projections that read them."""
     handles = []
     for layer, block in enumerate(decomposition.blocks):
         for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
@@ -152,7 +152,7 @@ def _zero(places: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.
 
 @dataclass(frozen=True)
 class Intervention:
-    """Something silenced in one prompt, and the words under which its effect is stored."""
+    """Entries to set to zero in one prompt, and the values of ``ablations`` that identify the row of its effect."""
 
     prompt_id: int
     token_ids: Sequence[int]
@@ -170,9 +170,9 @@ def intervene(
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> pa.Table:
-    """Rows of ``ablations``: the target before and after each intervention, in the order given.
+    """Build rows of ``ablations``: the target before and after each intervention, in the order of ``interventions``.
 
-    The untouched model runs through the same code, so that what differs is the intervention alone.
+    The untouched model runs through the same code, so that only the intervention differs.
     """
     untouched = {i.prompt_id: Trial(i.token_ids, i.target, Silenced(), everywhere=False) for i in interventions}
     before_of = {prompt: place for place, prompt in enumerate(untouched)}

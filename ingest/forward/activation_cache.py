@@ -1,7 +1,7 @@
-"""One forward pass of a batch of prompts, and everything in it that the attribution of a token needs.
+"""Run a batch of prompts once, and cache the activations that the attribution of a token needs.
 
-Prompts are padded on the right, as in :mod:`kdb.ingest.forward.capture`: in a causal model padding changes nothing that
-comes before it.
+Prompts are padded on the right, as in :mod:`kdb.ingest.forward.capture`: in a causal model, padding does not change the
+positions before it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
-"""Largest relative difference of a sum or a logit that rounding can explain, by the weights' dtype."""
+"""Largest relative difference of a sum or a logit that rounding explains, by the dtype of the weights."""
 
 CHECK_BYTES = 512 * 2**20
-"""Memory for the cache of the prompts that a run is checked on."""
+"""Bytes of memory for the cache of the prompts that a run is checked on."""
 
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """A batch's forward pass in float32. Shapes: layer l, prompt b, position t, head h, hidden d, neuron n.
+    """Activations of a batch's forward pass, in float32.
 
-    ``last`` is each prompt's last position. Whatever stands behind it, padding, is meaningless. Contributions
-    have the scale of any norm behind them, its bias, the projection's bias and the residual multiplier in them.
+    Shapes: layer l, prompt b, position t, head h, hidden d, neuron n. ``last`` is each prompt's last position; values
+    at the padding after it are meaningless. Contributions include the scale and the bias of a norm after them, the bias
+    of the projection, and the residual multiplier.
     """
 
     last: torch.Tensor  # (b)
@@ -45,23 +46,23 @@ class ActivationCache:
     attn: torch.Tensor  # (l, b, t, d) contributions
     ffn: torch.Tensor  # (l, b, t, d) contributions
     coefficients: torch.Tensor  # (l, b, t, n) of the FFN neurons
-    attn_scale: torch.Tensor  # (l, b, t) of the norm behind attention; 1 where there is none
+    attn_scale: torch.Tensor  # (l, b, t) of the norm after attention; 1 if there is none
     ffn_scale: torch.Tensor  # (l, b, t)
     attention: torch.Tensor  # (l, b, h, t) weights of the last query
     values: torch.Tensor  # (l, b, kv head, t, entry)
-    attn_bias: torch.Tensor  # (l, b, d) what no head accounts for at the last position
-    ffn_bias: torch.Tensor  # (l, b, d) what no neuron accounts for at the last position
+    attn_bias: torch.Tensor  # (l, b, d) contribution of biases, which belongs to no head, at the last position
+    ffn_bias: torch.Tensor  # (l, b, d) contribution of biases, which belongs to no neuron, at the last position
     final_scale: torch.Tensor  # (b) of the final norm at the last position
-    logits: torch.Tensor  # (b, vocab) the model's own, after its soft cap
+    logits: torch.Tensor  # (b, vocab) of the model, after its soft cap
 
     @property
     def n_bytes(self) -> int:
-        """Memory that the cache holds."""
+        """Bytes of memory of the cache."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
 
 def bytes_per_token(decomposition: Decomposition) -> int:
-    """Memory that one token of one prompt takes, at most: its cache, and the bounds of its attention neurons."""
+    """Largest number of bytes for one token of a prompt: its cache, and the bounds of its attention neurons."""
     n_neurons = decomposition.ffn_columns(0).shape[0]
     n_values = decomposition.attn_columns(0).shape[0]
     recorded = 4 * (n_neurons + 4 * decomposition.hidden_size + n_values + 8)
@@ -70,7 +71,7 @@ def bytes_per_token(decomposition: Decomposition) -> int:
 
 
 def run_with_cache(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> ActivationCache:
-    """Run a batch of prompts, of one length class, once and record it."""
+    """Run a batch of prompts of one length class, and cache its activations."""
     import torch
 
     device, n = decomposition.loaded.device, len(token_ids)
@@ -87,7 +88,7 @@ def run_with_cache(decomposition: Decomposition, token_ids: Sequence[Sequence[in
 
 
 class _Tape:
-    """The hooks of one forward pass, and what they heard."""
+    """Hooks of one forward pass, and the activations that they recorded."""
 
     def __init__(self, decomposition: Decomposition, shape: tuple[int, ...], last: torch.Tensor) -> None:
         self.decomposition = decomposition
@@ -140,7 +141,7 @@ class _Tape:
         return x.reshape(*self.shape, x.shape[-1]).float()
 
     def cache(self) -> ActivationCache:
-        """Put what was heard into the form that the mathematics wants."""
+        """Assemble the activation cache."""
         import torch
 
         heard, decomposition, rows = self.heard, self.decomposition, range(self.shape[0])
@@ -168,7 +169,7 @@ class _Tape:
         )
 
     def _contributions(self, name: str, post: str, norms: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention or FFN added to the residual (l, b, t, d), and the scale (l, b, t) of the norm behind it."""
+        """Contributions (l, b, t, d) of attention or FFN, and the scale (l, b, t) of the norm after it."""
         import torch
 
         written, after = self.heard[name], self.heard[post]
@@ -180,7 +181,7 @@ class _Tape:
         return torch.stack(added) * self.decomposition.multiplier, torch.stack(scales)
 
     def _unaccounted(self, scales: torch.Tensor, parts: Sequence[tuple[nn.Module, Any]]) -> torch.Tensor:
-        """What biases add at the last position (l, b, d): the projection's, under the norm's scale, and the norm's."""
+        """Contribution (l, b, d) of the biases of projection (scaled by the norm) and norm at the last position."""
         import torch
 
         rows, size, found = range(self.shape[0]), self.decomposition.hidden_size, []
@@ -207,13 +208,13 @@ _DETAIL = {
 
 
 def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Add everything up on some prompts, and compare it with the untouched model: rows of ``checks``.
+    """Check on some prompts that all sums add up and match the untouched model; return rows of ``checks``.
 
-    Raises ModelError naming the sum that was off, where a difference is more than the weights' dtype explains.
+    Raises ModelError, naming the sum, if a difference is larger than the rounding of the weights' dtype explains.
     """
     loaded = decomposition.loaded
     found = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
-    largest = {name: float(np.max([of[name] for of in found])) for name in found[0]}  # unlike max, it keeps a NaN
+    largest = {name: float(np.max([of[name] for of in found])) for name in found[0]}  # Python's max loses a NaN
     for name, value in largest.items():
         _refuse(loaded, name, value)
     detail = f"; {len(token_ids)} prompts, {loaded.dtype}"
@@ -230,9 +231,9 @@ def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequen
 
 
 def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor) -> None:
-    """Compare one prompt's recorded logits (vocab) with the untouched model's.
+    """Compare one prompt's cached logits (vocab) with the untouched model's.
 
-    Raises ModelError where the difference is more than the weights' dtype explains.
+    Raises ModelError if the difference is larger than the rounding of the weights' dtype explains.
     """
     _refuse(loaded, "logits", float((recorded - own).abs().max() / _spread(own)))
 
@@ -247,7 +248,7 @@ def _refuse(loaded: LoadedModel, name: str, value: float) -> None:
 
 
 def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Prompts that can be recorded in one batch, padded: those of a length class that fit into memory."""
+    """Batches of prompts to cache together: of one length class, and small enough for memory with padding."""
     order = sorted(token_ids, key=len, reverse=True)
     budget = max(1, CHECK_BYTES // bytes_per_token(decomposition))
     for batch in batches(list(map(len, order)), budget, LengthClasses(decomposition.loaded.model.config)):
@@ -255,7 +256,7 @@ def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) 
 
 
 def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How far every sum is off, and the logits are from the untouched model's, in one batch of prompts."""
+    """Error of every sum, and difference of the logits from the untouched model's, in one batch of prompts."""
     import torch
 
     with torch.inference_mode():
@@ -274,7 +275,7 @@ def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> di
 
 
 def _residual_sum(r: ActivationCache) -> float:
-    """Over all positions that are not padding."""
+    """Relative error of the residual sum, over all positions that are not padding."""
     import torch
 
     after = torch.cat([r.resid_pre[1:], torch.zeros_like(r.resid_pre[:1])])
@@ -310,10 +311,10 @@ def _ffn_sum(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
-    """A value entry is its key's product with the residual, up to the norm's scale and a bias: see that it is linear.
+    """Check that a value entry is its key's product with the residual, up to the norm's scale and a bias.
 
-    The input norm's scale is not recorded, so it is fitted: the check is that one factor per position and one
-    bias per entry explain all values. Differences between positions take the bias away.
+    The scale of the input norm is not cached, so it is fitted: one factor per position and one bias per entry must
+    explain all values. Differences between positions remove the bias.
     """
     import torch
 
@@ -331,7 +332,7 @@ def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def _ffn_keys(decomposition: Decomposition, r: ActivationCache) -> float:
-    """The same for what the neurons' first projection gives."""
+    """Check the same of the outputs of the projection that activates the neurons."""
     import torch
 
     off, dtype = [], getattr(torch, decomposition.loaded.dtype)
@@ -353,7 +354,7 @@ def _off_its_keys(
     keys: torch.Tensor,
     entries: torch.Tensor,
 ) -> torch.Tensor:
-    """How far entries (b, t, n) are from keys (n, d) · residual (b, t, d) · scale + a constant, by position."""
+    """Distance of entries (b, t, n) from keys (n, d) · residual (b, t, d) · scale + a constant, by position."""
     import torch
 
     real = torch.arange(resid.shape[1], device=resid.device) <= r.last[:, None]
@@ -375,7 +376,7 @@ def _frozen_readout(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -> torch.Tensor:
-    """What each head adds to the residual at the last position: (b, h, d)."""
+    """Contributions (b, h, d) of the heads to the residual at the last position."""
     import torch
 
     mixed = head_coefficients(r, layer).sum(2)  # (b, h, entry)
@@ -385,7 +386,7 @@ def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -
 
 
 def head_coefficients(r: ActivationCache, layer: int) -> torch.Tensor:
-    """Attention weight × value entry: the coefficients (b, h, t, entry) of the attention neurons, 0 at padding."""
+    """Coefficients (b, h, t, entry) of the attention neurons: attention weight × value entry; 0 at padding."""
     import torch
 
     values = r.values[layer]
@@ -405,5 +406,5 @@ def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _largest(x: torch.Tensor) -> float:
-    # numpy's max, unlike Python's, does not lose a NaN.
+    # Unlike Python's max, NumPy's keeps a NaN.
     return float(np.max(x.cpu().numpy(), initial=0))

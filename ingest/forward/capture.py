@@ -1,10 +1,9 @@
-"""One batched forward pass records the last token's hidden state at every layer and site.
+"""Capture the last token's hidden state at every layer and site, in one batched forward pass.
 
-Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
-padding cannot change a result and needs no mask. A prefix that all prompts share is run once. For the same reason a
-cue may follow each prompt, after which the model would answer. The unembedding, a third of a small model's work, is
-not run here at all. Where a model's RoPE depends on how long a text is, all this holds for texts of one length class
-(``lengths.py``): only those share a pass.
+Prompts are padded on the right: in a causal model, a token cannot change the states before it, so padding cannot
+change a result and needs no mask. For the same reason, a cue that asks for the answer may follow each prompt. A prefix
+that all prompts share is run once. The unembedding, a third of a small model's work, is not run here. In models whose
+RoPE depends on the length of a text, only texts of one length class (``length_classes.py``) share a pass.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ CHECK_PROMPTS = 8
 """Prompts on which each run is compared with the untouched model."""
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
-"""Largest relative difference of a last state, a logit or a probability that rounding can explain, by the dtype."""
+"""Largest relative difference of a last state, a logit or a probability that rounding explains, by dtype."""
 
 _STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3, "float16": 4e-2}
-"""Largest relative difference of the states of all layers, middle ones included (``benchmarks/batches.py``)."""
+"""Largest relative difference of the states of all layers that rounding explains (``benchmarks/batches.py``)."""
 
 
 def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens that all prompts share, short of each one's last."""
+    """Number of leading tokens that all prompts share; the last token of a prompt is never part of it."""
     first, last = min(map(tuple, token_ids)), max(map(tuple, token_ids))
     longest = min(len(ids) for ids in token_ids) - 1
     return next((i for i in range(longest) if first[i] != last[i]), longest)
@@ -53,7 +52,7 @@ def batches(
 ) -> Iterator[list[int]]:
     """Split prompts, given by falling length, into batches of one length class and at most ``budget`` padded tokens.
 
-    A batch has ``at_most`` prompts, if that is given. Yields the prompts' places in ``lengths``.
+    A batch has at most ``at_most`` prompts, if given. Yields indices into ``lengths``.
     """
     start = 0
     while start < len(lengths):
@@ -67,14 +66,14 @@ def batches(
 
 
 def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
-    """The prompts on which a run is checked: the shortest, the longest, the last, and one with the rarest token.
+    """Choose the prompts on which a run is checked: the shortest, the longest, the last, one with the rarest token.
 
-    And the first ones, up to ``CHECK_PROMPTS``.
+    The first prompts are added until there are ``CHECK_PROMPTS``.
     """
     counts = Counter(itertools.chain.from_iterable(token_ids))
     places = range(len(token_ids))
     by_length = sorted(places, key=lambda i: len(token_ids[i]))
-    # Of tokens that are as rare, the one with the highest id: vocabularies list frequent tokens first.
+    # Among equally rare tokens, take the one with the highest id: vocabularies list frequent tokens first.
     rarest = min(counts, key=lambda token: (counts[token], -token))
     rare = next(i for i in places if rarest in token_ids[i])
     return list(dict.fromkeys([by_length[0], by_length[-1], places[-1], rare, *places]))[:CHECK_PROMPTS]
@@ -82,9 +81,9 @@ def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How prompts go through the model: after a cached prefix or whole, with the cue or without.
+    """Options of a forward pass: after a cached prefix or whole, with the cue or without.
 
-    ``states``: whether hidden states are read. A pass with the cue also reads the state that the model answers from.
+    ``states``: whether to capture hidden states. A pass with the cue also captures the state that predicts the answer.
     """
 
     cached: bool
@@ -93,7 +92,7 @@ class _Way:
 
 
 class Capture:
-    """Reads hidden states from a loaded model; nothing stays attached to it."""
+    """Captures hidden states of a loaded model; no hook stays attached to it."""
 
     def __init__(self, loaded: LoadedModel, *, batch_tokens: int | None = None) -> None:
         self.loaded = loaded
@@ -105,14 +104,14 @@ class Capture:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, sites and hidden size of one prompt's vectors."""
+        """Shape of one prompt's vectors: (layer, site, hidden)."""
         hidden = int(self.loaded.model.config.get_text_config().hidden_size)
         return len(self.structure.blocks), len(SITES), hidden
 
     def vectors(self, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> NDArray[np.float32]:
-        """Hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
+        """Capture the hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
 
-        ``prefix`` is a run of tokens that every prompt begins with; it is run once and remembered.
+        ``prefix`` are tokens that every prompt begins with; they are run once and cached.
         """
         return self.vectors_and_ends(token_ids, prefix)[0]
 
@@ -123,10 +122,10 @@ class Capture:
         cue: Sequence[int] = (),
         on_batch: Callable[[int], None] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The same, and the last block's output (prompt, hidden) where the model would go on after the cue.
+        """Capture the same, and the last block's output (prompt, hidden) at the last token of the cue.
 
         ``cue`` are tokens that follow every prompt; in a causal model they cannot change the prompt's own states.
-        ``on_batch`` is told after each batch how many tokens of prompts it had.
+        ``on_batch`` is called after each batch with its number of prompt tokens.
         """
         import torch
 
@@ -146,10 +145,10 @@ class Capture:
         return vectors, ends
 
     def _ways(self, lengths: Sequence[int], n_prefix: int, n_cue: int) -> dict[_Way, list[int]]:
-        """Which prompts go through the model in which way; those of ordinary models all in one.
+        """Choose the forward passes of the prompts; ordinary models need only one kind of pass.
 
-        A prompt whose cue would put it into another length class goes twice, first without it. A cached prefix serves
-        prompts of its own class.
+        If the cue would put a prompt into another length class, the prompt runs twice, first without the cue. A cached
+        prefix is used for prompts of its own class only.
         """
         ways: dict[_Way, list[int]] = {}
         of = self._length_class
@@ -163,7 +162,7 @@ class Capture:
     def _batched(
         self, token_ids: Sequence[Sequence[int]], prompts: Sequence[int], prefix: tuple[int, ...], cue: tuple[int, ...]
     ) -> Iterator[tuple[list[int], NDArray[np.float32], NDArray[np.float32]]]:
-        """Run prompts, given by their places, batch by batch: yields places, hidden states and last blocks' outputs."""
+        """Run prompts, given by index, in batches; yield their indices, hidden states and last blocks' outputs."""
         import torch
 
         n_prefix = len(prefix)
@@ -182,13 +181,13 @@ class Capture:
             order, lengths = order[n:], lengths[n:]
 
     def _halve(self, n: int, n_tokens: int) -> None:
-        """Take half as many tokens from now on. Raises ModelError where ``n`` is one prompt already."""
+        """Halve the tokens of a batch from now on. Raises ModelError if ``n`` is one prompt already."""
         import torch
 
         if n == 1:
             raise ModelError(
                 f"A prompt of {n_tokens:,} tokens does not fit into the memory that {self.loaded.source.name} leaves: "
-                "give --quantize int8, --dtype bfloat16, or a device with more."
+                "use --quantize int8, --dtype bfloat16, or a device with more memory."
             )
         self.batch_tokens = n * n_tokens // 2
         torch.cuda.empty_cache()
@@ -215,9 +214,9 @@ class Capture:
     def _recording(
         self, states: torch.Tensor, last: torch.Tensor, ends: torch.Tensor, end: torch.Tensor
     ) -> Iterator[None]:
-        """Hooks that copy each row's token ``last`` into ``states`` (prompt, layer, site, hidden).
+        """Hooks that copy the states of each row's token ``last`` into ``states`` (prompt, layer, site, hidden).
 
-        And the last block's output at its token ``end`` into ``ends`` (prompt, hidden).
+        The last block's output at the row's token ``end`` is copied into ``ends`` (prompt, hidden).
         """
         import torch
 
@@ -225,7 +224,7 @@ class Capture:
 
         def keep(out: torch.Tensor, hidden: torch.Tensor, places: torch.Tensor) -> None:
             # OPT flattens batch and position before its FFN.
-            at = rows.to(hidden.device), places.to(hidden.device)  # a block may lie on another GPU than the first
+            at = rows.to(hidden.device), places.to(hidden.device)  # blocks may be on different GPUs
             out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
 
         handles = []
@@ -244,7 +243,7 @@ class Capture:
                 handle.remove()
 
     def _expanded(self, prefix: tuple[int, ...], n_rows: int) -> Any:
-        """A fresh cache that holds the prefix for each of ``n_rows`` prompts; None without a prefix."""
+        """Copy the cache of the prefix for each of ``n_rows`` prompts; None without a prefix."""
         import torch
         from transformers import DynamicCache
 
@@ -255,14 +254,14 @@ class Capture:
             cache = DynamicCache(config=self.loaded.model.config)
             self.structure.decoder(ids, past_key_values=cache, use_cache=True)
             self._prefix, self._prefix_cache = prefix, cache
-        # Copied whole: a sliding layer holds the end of the prefix alone, but counts its positions from the start.
+        # Copied as a whole: a sliding layer holds only the end of the prefix, but counts its positions from the start.
         fresh = copy.deepcopy(self._prefix_cache)
         fresh.batch_repeat_interleave(n_rows)
         return fresh
 
 
 def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
-    """FLOP/s of a plain matrix product (512, k) × (k, n) on this device, measured for a moment."""
+    """Measure the FLOP/s of a plain matrix product (512, k) × (k, n) on this device."""
     import torch
 
     a = torch.randn(512, k, device=device, dtype=getattr(torch, dtype))
@@ -276,17 +275,16 @@ def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
 
 
 def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model itself says of one prompt, alone and without hooks: hidden states, logits.
+    """Run one prompt alone and without hooks; return hidden states (layer + 1, hidden) and logits (vocab).
 
-    The states (layer + 1, hidden) and logits (vocab) are those of the last token; transformers applies the
-    final norm to the last of the states.
+    Both are those of the last token. transformers applies the final norm to the last of the states.
     """
     import torch
 
     forget_longest(loaded)
     with torch.inference_mode():
         ids = torch.tensor([list(token_ids)], device=loaded.device)
-        # Logits of every position would take a gigabyte for a thousand tokens of a 262,144-token vocabulary.
+        # Logits of all positions would take a gigabyte for a thousand tokens and a vocabulary of 262,144.
         last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
         output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
     states = torch.stack([state[0, -1].float() for state in output.hidden_states])
@@ -296,9 +294,9 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
 def check_capture(
     capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = (), cue: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """Compare batched capture and readout with the untouched model: rows of ``checks``.
+    """Compare batched capture and readout with the untouched model; return rows of ``checks``.
 
-    Raises ModelError where a difference is more than the weights' dtype explains.
+    Raises ModelError if a difference is larger than the rounding of the weights' dtype explains.
     """
     import torch
 
@@ -320,9 +318,10 @@ def check_capture(
 def check_stored(
     capture: Capture, token_ids: Sequence[Sequence[int]], states: NDArray[np.float32]
 ) -> list[dict[str, Any]]:
-    """Compare the states (prompt, layer, hidden) that a run has stored of some prompts with the untouched model.
+    """Compare the stored states (prompt, layer, hidden) of some prompts with the untouched model.
 
-    Gives rows of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
+    Returns rows of ``checks``. Raises ModelError if a difference is larger than the rounding of the weights' dtype
+    explains.
     """
     import torch
 
@@ -333,7 +332,7 @@ def check_stored(
 
 
 def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[float]:
-    """How far block outputs (layer, hidden) are from the untouched model's, the last of them after the final norm."""
+    """Relative difference of each block output (layer, hidden) from the untouched model's, the last one normed."""
     import torch
 
     with torch.inference_mode():
@@ -357,11 +356,11 @@ _DETAIL = {
 
 
 def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
-    """The row of ``checks`` for the largest of some differences.
+    """Build the row of ``checks`` for the largest of some differences.
 
-    Raises ModelError where that is more than the weights' dtype explains.
+    Raises ModelError if it is larger than the rounding of the weights' dtype explains.
     """
-    value = float(np.max(values, initial=0))  # unlike max, it keeps a NaN
+    value = float(np.max(values, initial=0))  # unlike Python's max, NumPy's keeps a NaN
     tolerance = (_STATES_TOLERANCE if check in ("resid_post", "stored_states") else _TOLERANCE)[loaded.dtype]
     if not value <= tolerance:
         raise ModelError(
