@@ -49,10 +49,10 @@ class Look:
     def lines(self, field: str, shown: Iterable[str]) -> dict[str, Any]:
         """Return encodings that distinguish the lines of a field by colour and dashes."""
         names = self.order(field, shown)
-        places = [self._place(field, name, names) for name in names]
-        colors = [_PALETTE[place % len(_PALETTE)] for place in places]
+        positions = [self._place(field, name, names) for name in names]
+        colors = [_PALETTE[position % len(_PALETTE)] for position in positions]
         # With 13 colours and four kinds of dashes, the pair repeats after 52 names.
-        dashes = [_DASHES[place % len(_DASHES)] for place in places]
+        dashes = [_DASHES[position % len(_DASHES)] for position in positions]
         legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
         return {
             "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend),

@@ -12,7 +12,7 @@ from kdb.ingest.concept.zero_shot import question_of
 from kdb.ingest.forward.capture import gemm_rate, shared_prefix
 from kdb.ingest.forward.memory import CHUNK_BYTES, CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.job import Job
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import pose
@@ -57,7 +57,7 @@ class Cost:
 
 def cost(job: Job, device: str) -> Cost:
     """Estimate the cost of a job from its tokens and the measured speed of matrix products; loads no weights."""
-    with told(f"Cannot estimate the cost of {job.source.name} on {job.dataset.name}"):
+    with model_errors(f"Cannot estimate the cost of {job.source.name} on {job.dataset.name}"):
         config, tokenizer = load_config(job.source), load_tokenizer(job.source)
         token_ids = [prompt.token_ids for prompt in pose(job, tokenizer)]
         if job.study == "knowledge":

@@ -75,11 +75,11 @@ def _warn_of_namesakes(lake: Lake, job: Job) -> None:
                 revision = _value(folder, "models", "revision")
                 others[revision] = others.get(revision, 0) + 1
     if others and source.revision not in others:
-        found = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
+        stored = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
         log.warning(
             "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is told "
             "apart by its revision, %s…. To store it under another name, add --name.",
-            *(source.name, found, source.revision[:12]),
+            *(source.name, stored, source.revision[:12]),
         )
 
 

@@ -72,18 +72,18 @@ def read_plan(path: Path, known: Mapping[str, type]) -> list[Asked]:
         where = f"{path}, run {number}"
         if not isinstance(entry, dict):
             raise PlanError(f"{where}: expected `model: …` and options, found {entry!r}.")
-        given = {str(key).replace("-", "_"): value for key, value in {**above, **entry}.items()}
-        _check(where, given, known)
-        asked += combine(given)
+        options = {str(key).replace("-", "_"): value for key, value in {**above, **entry}.items()}
+        _check(where, options, known)
+        asked += combine(options)
     return asked
 
 
-def combine(given: Mapping[str, Any]) -> list[Asked]:
+def combine(options: Mapping[str, Any]) -> list[Asked]:
     """Yield one entry for each combination of model and revision."""
-    models, revisions, datasets = (_several(given.get(key)) for key in SEVERAL)
-    options = {key: value for key, value in given.items() if key not in SEVERAL}
+    models, revisions, datasets = (_several(options.get(key)) for key in SEVERAL)
+    single = {key: value for key, value in options.items() if key not in SEVERAL}
     return [
-        Asked(model, revision, tuple(datasets), options)
+        Asked(model, revision, tuple(datasets), single)
         for model, revision in itertools.product(models, revisions or [None])
     ]
 
@@ -92,8 +92,8 @@ def _several(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _check(where: str, given: Mapping[str, Any], known: Mapping[str, type]) -> None:
-    for key, value in given.items():
+def _check(where: str, options: Mapping[str, Any], known: Mapping[str, type]) -> None:
+    for key, value in options.items():
         if key not in known:
             raise UnknownNameError("option", key, known, f"({where}) `kdb ingest --help` lists them.")
         for one in _several(value) if key in SEVERAL else [value]:
@@ -102,7 +102,7 @@ def _check(where: str, given: Mapping[str, Any], known: Mapping[str, type]) -> N
                 raise PlanError(f"{where}: {key} is {one!r}, expected {_TYPES[known[key]]}.")
             if isinstance(one, str) and "\0" in one:
                 raise PlanError(f"{where}: {key} contains a NUL character: remove it.")
-    if not _several(given.get("model")):
+    if not _several(options.get("model")):
         raise PlanError(f"{where}: `model` is missing. Add `model: …`.")
 
 

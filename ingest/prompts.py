@@ -14,7 +14,7 @@ from kdb.errors import DatasetError, ModelError
 from kdb.ingest.attribution.targets import check_candidates, target_token
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import count_params, model_row
 from kdb.ingest.models.provenance import provenance
 from kdb.ingest.models.tokens import count_spelled, read_texts
@@ -61,7 +61,7 @@ def pose(job: Job, tokenizer: Any) -> tuple[Prompt, ...]:
 
     Raises DatasetError for an answer that cannot be a target.
     """
-    with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+    with model_errors(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
         if job.study == "concept":
             return tuple(Prompt(i, ids) for i, ids in enumerate(read_texts(tokenizer, job.texts)))
         return tuple(_with_targets(job, tokenizer))
@@ -69,13 +69,13 @@ def pose(job: Job, tokenizer: Any) -> tuple[Prompt, ...]:
 
 def _with_targets(job: Job, tokenizer: Any) -> Iterator[Prompt]:
     examples = job.dataset.examples
-    found = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
-    targets, categories = [target for _ids, target in found], [e.category or "" for e in examples]
+    tokenized = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
+    targets, categories = [target for _ids, target in tokenized], [e.category or "" for e in examples]
     check_candidates(targets, categories)
     of_category: dict[str, set[int]] = {}
     for target, category in zip(targets, categories, strict=True):
         of_category.setdefault(category, set()).add(target)
-    for i, ((ids, target), category) in enumerate(zip(found, categories, strict=True)):
+    for i, ((ids, target), category) in enumerate(zip(tokenized, categories, strict=True)):
         yield Prompt(i, ids, target, tuple(sorted(of_category[category] - {target})))
 
 

@@ -216,8 +216,8 @@ class RunInProgress:
     def once(self, work: Work[Any, T], shard: Shard) -> T:
         """Return the one result of work on the model that writes no table, such as the free memory."""
         engine, subject = self._with_model()
-        [(_shard, found)] = engine.map(work, subject, [shard], lambda _n: None)
-        return found
+        [(_shard, result)] = engine.map(work, subject, [shard], lambda _n: None)
+        return result
 
     def is_complete(self, stage: Stage, shard: Shard) -> bool:
         """Whether a shard is stored. Its part of the stage's last table is written last, so that part is looked for."""
@@ -253,8 +253,8 @@ class RunInProgress:
             return
         inputs = stage.read(self)
         begun = time.monotonic()
-        for shard, found in _computed(stage.rows, inputs, missing, stage.n_jobs(inputs)):
-            for rows in found:
+        for shard, tables in _computed(stage.rows, inputs, missing, stage.n_jobs(inputs)):
+            for rows in tables:
                 # Shards may be computed in parallel, so the time between two of them is counted, not the time of each.
                 yield shard.name, Rows(rows.table, rows.groups, time.monotonic() - begun)
                 begun = time.monotonic()

@@ -173,7 +173,9 @@ def test_a_model_whose_blocks_have_no_known_ffn_is_refused(architecture: str) ->
 def test_a_model_whose_blocks_are_not_found_is_refused() -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7
-    with pytest.raises(ModelError, match=r"^LlamaForCausalLM: kdb found no list of 7 blocks, so it cannot measure it\.$"):
+    with pytest.raises(
+        ModelError, match=r"^LlamaForCausalLM: kdb found no list of 7 blocks, so it cannot measure it\.$"
+    ):
         find_structure(model)
 
 

@@ -355,14 +355,18 @@ def test_dataset_without_one_class_is_refused(tmp_path: Path) -> None:
 def test_user_file_may_not_shadow_a_dataset_of_kdb(tmp_path: Path, stem: str) -> None:
     file = write(tmp_path / f"{stem}.csv", GOOD_CSV)
     assert message(file) == (
-        f"{stem}.csv would be stored as {stem!r}, the name of one of kdb's own datasets: give another name with --dataset-name."
+        f"{stem}.csv would be stored as {stem!r}, the name of one of kdb's own datasets: "
+        "give another name with --dataset-name."
     )
     assert load_dataset(file, dataset_name="mine").name == "mine"
 
 
 def test_blank_name_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", GOOD_CSV)
-    assert message(file, dataset_name=" ") == "a.csv would be stored under a blank name: give another name with --dataset-name."
+    assert (
+        message(file, dataset_name=" ")
+        == "a.csv would be stored under a blank name: give another name with --dataset-name."
+    )
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
@@ -377,7 +381,7 @@ def test_options_that_cannot_be_used_are_refused() -> None:
         "The limit counts examples of each class or category: expected 1 or more, found 0."
     )
     assert message("coinflip-synthetic", template="no place") == (
-        "The template 'no place' does not say where the text goes: write {text} there."
+        "The template 'no place' has no place for the text: add {text} to it."
     )
     assert message("coinflip-synthetic", dataset_name="mine") == (
         "Dataset 'coinflip-synthetic' keeps its name: --dataset-name is for a file of your own."

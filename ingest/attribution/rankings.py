@@ -113,13 +113,13 @@ def _rank_bounds(a: Attribution) -> torch.Tensor:
     table = a.decomposition.readout.table
     targets, which = torch.unique(a.target, return_inverse=True)
     sample = table[a.decomposition.readout.longest[: _SAMPLES[0]]]
-    found = []
+    counts = []
     for layer in range(a.n_layers):
         columns = a.decomposition.ffn_columns(layer)
         logits, own = columns @ sample.T, columns @ table[targets].T
         least = own + _rounding(columns.norm(dim=1, keepdim=True), table[targets].norm(dim=1))
-        found.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
-    return (1 + torch.cat(found, dim=1)[which]).double()
+        counts.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
+    return (1 + torch.cat(counts, dim=1)[which]).double()
 
 
 def _rounding(column_length: torch.Tensor, row_length: torch.Tensor) -> torch.Tensor:
@@ -162,9 +162,9 @@ def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int) -> torch.Te
     import numpy as np
     import torch
 
-    found = []
+    rows = []
     for row, tie in zip(value, coefficient, strict=True):
         near = (row >= row.topk(k).values[-1]).nonzero()[:, 0]
         order = np.lexsort((near.cpu().numpy(), -tie[near].cpu().numpy(), -row[near].cpu().numpy()))
-        found.append(near[torch.from_numpy(order[:k]).to(near.device)])
-    return torch.stack(found)
+        rows.append(near[torch.from_numpy(order[:k]).to(near.device)])
+    return torch.stack(rows)

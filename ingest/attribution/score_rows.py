@@ -39,8 +39,8 @@ def layer_rows(ids: Any, a: Attribution) -> pa.Table:
 def head_rows(ids: Any, a: Attribution) -> pa.Table:
     """Rows of ``head_scores``."""
     _b, n_layers, n_heads = a.head_scores.shape
-    place = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
-    return arrow_rows("head_scores", place | {"score": a.head_scores})
+    keys = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
+    return arrow_rows("head_scores", keys | {"score": a.head_scores})
 
 
 def head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
@@ -106,13 +106,13 @@ def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
 
 def query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
     """Rows of ``query_layer_scores``."""
-    place = {"prompt_id": ids[:, None], "activates": activates}
+    keys = {"prompt_id": ids[:, None], "activates": activates}
     rows = [
-        arrow_rows("query_layer_scores", place | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
+        arrow_rows("query_layer_scores", keys | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
         for c, score in (("attn", q.attn), ("ffn", q.ffn))
     ]
     return pa.concat_tables(
-        [arrow_rows("query_layer_scores", place | {"component": "embed", "score": q.embed[:, None]}), *rows]
+        [arrow_rows("query_layer_scores", keys | {"component": "embed", "score": q.embed[:, None]}), *rows]
     )
 
 
@@ -122,7 +122,7 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
     from kdb.ingest.forward.ablation import Intervention, intervene
 
     n = a.ffn_coefficients.shape[2]
-    best = {method: places.tolist() for method, places in best_neurons(a, k, top).items()}
+    best = {method: indices.tolist() for method, indices in best_neurons(a, k, top).items()}
     interventions = [
         Intervention(
             prompt.number,
@@ -130,23 +130,23 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
             prompt.target,
             method,
             positions,
-            silenced_ffn(places[i], n),
-            len(places[i]),
+            silenced_ffn(indices[i], n),
+            len(indices[i]),
         )
-        for method, places in best.items()
+        for method, indices in best.items()
         for i, prompt in enumerate(chunk)
         for positions in ("last", "all")
     ]
     return intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
 
 
-def silenced_ffn(places: Sequence[int], n: int) -> Any:
+def silenced_ffn(indices: Sequence[int], n: int) -> Any:
     """Convert FFN neurons, given by index into (l · n), to the entries that an intervention sets to zero."""
     from kdb.ingest.forward.ablation import Silenced
 
     by_layer: dict[int, list[int]] = {}
-    for place in places:
-        by_layer.setdefault(place // n, []).append(place % n)
+    for index in indices:
+        by_layer.setdefault(index // n, []).append(index % n)
     return Silenced(ffn=by_layer)
 
 

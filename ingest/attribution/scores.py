@@ -252,9 +252,9 @@ class Attribution:
         """The k best FFN neurons of each prompt, proved complete."""
         n = self._ffn_factor.shape[2]
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
-        layer, neuron, found = best.index // n, best.index % n, best.index >= 0
+        layer, neuron, exists = best.index // n, best.index % n, best.index >= 0
         coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
-        return _neurons(best, layer.masked_fill(~found, -1), None, neuron, None, coefficient)
+        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient)
 
     def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) for ``key`` = layer · per_layer + column, and the index of each key's column."""
@@ -306,9 +306,9 @@ class Attribution:
         """The k best attention neurons of each prompt, proved complete."""
         _b, _l, h, t, e = self._attn_coefficients.shape
         best = certified_top(*self.attn_bounds, k, self.attn_exact)
-        flat, found = best.index.clamp_min(0), best.index >= 0
+        flat, exists = best.index.clamp_min(0), best.index >= 0
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
-        layer = (flat // (h * t * e)).masked_fill(~found, -1)
+        layer = (flat // (h * t * e)).masked_fill(~exists, -1)
         return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
 
     def ffn_every(self, top: Neurons) -> Neurons:
@@ -349,7 +349,7 @@ class Attribution:
         """
         import torch
 
-        found = []
+        intervals = []
         for layer in range(self.n_layers):
             columns = (
                 self.decomposition.ffn_columns(layer) if component == "ffn" else self.decomposition.attn_columns(layer)
@@ -360,17 +360,17 @@ class Attribution:
                 every = every // (t * e) * e + every % e
             base = self._base(component, torch.full_like(self._rows, layer), self._rows)
             base = base[:, None].expand(-1, factor.shape[2]).flatten()
-            found.append(
+            intervals.append(
                 torch.stack(
                     self.at.intervals(base, columns, every.repeat(self.n_prompts), factor[:, layer].flatten())
                 ).view(2, self.n_prompts, -1)
             )
-        lower, upper = torch.cat(found, dim=2)
+        lower, upper = torch.cat(intervals, dim=2)
         upper = torch.minimum(upper, bounds[0] + bounds[1])
         score, exact = (lower + upper) / 2, torch.zeros_like(lower, dtype=torch.bool)
-        row, place = (known >= 0).nonzero(as_tuple=True)
-        where = (row, known[row, place])
-        score[where], lower[where], upper[where] = (x[row, place] for x in (top.score, top.lower, top.upper))
+        row, index = (known >= 0).nonzero(as_tuple=True)
+        where = (row, known[row, index])
+        score[where], lower[where], upper[where] = (x[row, index] for x in (top.score, top.lower, top.upper))
         exact[where] = True
         wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
         if len(wide[0]):

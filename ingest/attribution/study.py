@@ -34,7 +34,7 @@ from kdb.ingest.forward.length_classes import LengthClasses
 from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.prompts import Posed, Prompt, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
@@ -91,7 +91,7 @@ class PosedFacts(Posed):
         """Combine the prompts with the decomposed model. Raises ModelError if parts of the model are not found."""
         from kdb.ingest.forward.decomposition import decompose
 
-        with told(f"{loaded.source.name} cannot be run"):
+        with model_errors(f"{loaded.source.name} cannot be run"):
             return Attributed(self, decompose(loaded), batch_tokens)
 
 
@@ -117,7 +117,7 @@ def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Ro
     from kdb.ingest.forward.activation_cache import check_decomposition
 
     begun = time.monotonic()
-    with told(f"{subject.loaded.source.name} cannot be run"):
+    with model_errors(f"{subject.loaded.source.name} cannot be run"):
         rows = check_decomposition(subject.decomposition, [subject.prompts[i].token_ids for i in subject.chosen])
     yield rows_of("checks", rows, begun)
 
@@ -142,7 +142,7 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
 
     prompts = [subject.prompts[i] for i in numbers]
     trials = [Trial(p.token_ids, p.target, Silenced(), everywhere=False, rivals=p.rivals) for p in prompts]
-    found = run_trials(subject.decomposition, trials, batch_tokens=subject.batch_tokens, on_batch=advance)
+    effects = run_trials(subject.decomposition, trials, batch_tokens=subject.batch_tokens, on_batch=advance)
     tokenizer, job, texts = subject.loaded.tokenizer, subject.job, subject.job.texts
     for i, prompt in enumerate(prompts):
         example, text = job.dataset.examples[prompt.number], texts[prompt.number]
@@ -156,9 +156,9 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
             "target_token_id": prompt.target,
             "target_token": tokenizer.decode([prompt.target]),
             "n_tokens": len(prompt.token_ids),
-            "target_prob": float(found.prob[i]),
-            "target_rank": int(found.rank[i]),
-            "kept": bool(found.rank[i] <= KEPT_RANK and found.ahead[i]),
+            "target_prob": float(effects.prob[i]),
+            "target_rank": int(effects.rank[i]),
+            "kept": bool(effects.rank[i] <= KEPT_RANK and effects.ahead[i]),
         }
 
 
@@ -188,8 +188,8 @@ def _chunked(kept: Sequence[Prompt], length_class: LengthClasses, run: RunInProg
     """Numbers of the prompts of each chunk. What fits into memory takes at most a minute or two."""
     per_token, at_most, memory = run.once(_room, Shard("memory", CHUNK_BYTES))
     order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
-    found = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
-    return [[order[i].number for i in batch] for batch in found]
+    chunks = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
+    return [[order[i].number for i in batch] for batch in chunks]
 
 
 def _room(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[tuple[int, int, int]]:

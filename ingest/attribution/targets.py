@@ -25,20 +25,20 @@ def target_token(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], i
     merged = added[: len(ids)] != ids
     if merged:  # a token spans the border of prompt and answer: use the tokens of the answer alone
         added = [*ids, *bare(tokenizer, f" {answer}")]
-    place = next((i for i in range(len(ids), len(added)) if not _is_space(tokenizer, added[i])), None)
-    if place is None:
+    position = next((i for i in range(len(ids), len(added)) if not _is_space(tokenizer, added[i])), None)
+    if position is None:
         raise DatasetError(f"{_which(prompt, answer)} adds no token to the prompt: use another answer.")
-    if added[place] == tokenizer.unk_token_id:
+    if added[position] == tokenizer.unk_token_id:
         raise DatasetError(f"{_which(prompt, answer)} is unknown to the tokenizer. Use another one.")
-    return (ids if merged else added[:place]), added[place]
+    return (ids if merged else added[:position]), added[position]
 
 
 def check_candidates(targets: Sequence[int], categories: Sequence[str]) -> None:
     """Raise DatasetError for a category with only one target token, since the target would have no rival."""
-    found: dict[str, set[int]] = {}
+    by_category: dict[str, set[int]] = {}
     for target, category in zip(targets, categories, strict=True):
-        found.setdefault(category, set()).add(target)
-    for category, tokens in found.items():
+        by_category.setdefault(category, set()).add(target)
+    for category, tokens in by_category.items():
         if len(tokens) == 1:
             raise DatasetError(
                 f"All answers of the category {category!r} begin with the same token of this model. A target is "

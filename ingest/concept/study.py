@@ -25,7 +25,7 @@ from kdb.ingest.forward.capture import Capture, check_capture, check_stored, cho
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
 from kdb.ingest.job import Job, Probing
 from kdb.ingest.models.find import LoadedModel
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import Posed, check_length, description, pose
@@ -60,7 +60,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
     Raises DatasetError or ModelError for prompts that cannot be measured or probed, before any work.
     """
     config, tokenizer = load_config(job.source), load_tokenizer(job.source)
-    with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+    with model_errors(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
         posed = PosedQuestion(job, pose(job, tokenizer), question_of(tokenizer, job.dataset))
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
@@ -92,7 +92,7 @@ class PosedQuestion(Posed):
 
     def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Captured:
         """Combine the prompts with the model that reads them."""
-        with told(f"{loaded.source.name} cannot be run"):
+        with model_errors(f"{loaded.source.name} cannot be run"):
             return Captured(self, Capture(loaded, batch_tokens=batch_tokens))
 
 
@@ -133,7 +133,7 @@ class Captured:
 def _check(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
     """Compare some prompts with the untouched model. Raises ModelError if the difference is too large."""
     texts, begun = [subject.token_ids[i] for i in subject.chosen], time.monotonic()
-    with told(f"{subject.loaded.source.name} cannot be run"):
+    with model_errors(f"{subject.loaded.source.name} cannot be run"):
         rows = check_capture(subject.capture, texts, subject.prefix, subject.question.cue)
     yield rows_of("checks", rows, begun)
 
@@ -276,9 +276,9 @@ def _probed(fits: _Fits, shard: Shard) -> list[Rows]:
     key: Key = shard.work
     X = read_layer(fits.activations, key)
     scores = list(score_probes(X, fits.labels, fits.control, fits.splits, fits.classifiers))
-    place = {"layer": key[0], "site": key[1], "depth": key[0] / fits.n_layers}
+    keys = {"layer": key[0], "site": key[1], "depth": key[0] / fits.n_layers}
     predictions = pa.concat_tables(_prediction_rows(key, score, fits.splits, fits.labels) for score in scores)
-    rows = [place | asdict(score) | {"is_default": _is_default(score)} for score in scores]
+    rows = [keys | asdict(score) | {"is_default": _is_default(score)} for score in scores]
     return [Rows("probe_predictions", [predictions]), rows_of("probe_scores", rows)]
 
 

@@ -71,12 +71,14 @@ def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> N
     import torch
 
     loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
-    found = []
+    probabilities = []
     with torch.inference_mode():
         for states in torch.from_numpy(ends).split(_READOUT_ROWS):
             probs = capture.structure.readout(states.to(loaded.device, dtype)).float().softmax(-1)
-            found.append(torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1))
-    return torch.cat(found).cpu().numpy()
+            probabilities.append(
+                torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1)
+            )
+    return torch.cat(probabilities).cpu().numpy()
 
 
 def check_answers(
@@ -89,10 +91,10 @@ def check_answers(
     from kdb.ingest.forward.capture import check_row, untouched
 
     off: list[float] = []
-    for ids, found in zip(token_ids, stored, strict=True):
+    for ids, probabilities in zip(token_ids, stored, strict=True):
         probs = untouched(capture.loaded, [*ids, *question.cue])[1].double().softmax(-1)
         own = [float(probs[list(first)].sum()) for first in question.first_tokens]
-        off += [abs(a - b) for a, b in zip(found, own, strict=True)]
+        off += [abs(a - b) for a, b in zip(probabilities, own, strict=True)]
     return check_row("stored_answers", off, capture.loaded, len(token_ids))
 
 

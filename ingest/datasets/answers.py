@@ -33,10 +33,10 @@ def check_answers(dataset: Dataset, *, limit: int | None = None) -> None:
 
 
 def _answers(examples: Sequence[Example]) -> dict[str | None, set[str | None]]:
-    found: dict[str | None, set[str | None]] = {}
+    by_category: dict[str | None, set[str | None]] = {}
     for example in examples:
-        found.setdefault(example.category, set()).add(example.answer)
-    return found
+        by_category.setdefault(example.category, set()).add(example.answer)
+    return by_category
 
 
 def _no_rival(dataset: Dataset, category: str | None, answer: str | None, limit: int | None) -> str:

@@ -136,11 +136,11 @@ def _shuffled_apart(values: list[str], rng: random.Random) -> list[str]:
     """Shuffle so that no position keeps its own value. No value may occur at half of the positions or more."""
     drawn = list(values)
     rng.shuffle(drawn)
-    for place, own in enumerate(values):
-        while drawn[place] == own:
+    for position, own in enumerate(values):
+        while drawn[position] == own:
             other = rng.randrange(len(values))
             if own not in (drawn[other], values[other]):
-                drawn[place], drawn[other] = drawn[other], own
+                drawn[position], drawn[other] = drawn[other], own
     return drawn
 
 

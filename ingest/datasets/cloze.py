@@ -93,13 +93,13 @@ def read_relations(files: Sequence[Path]) -> Iterator[Example]:
 def _templates(row: Row) -> list[str]:
     templates = row.fields["prompt_templates_zs"]
     if not isinstance(templates, list) or not all(isinstance(t, str) and "{}" in t for t in templates):
-        raise complaint(row.place, "templates with {} in 'prompt_templates_zs'", excerpt(templates))
+        raise complaint(row.location, "templates with {} in 'prompt_templates_zs'", excerpt(templates))
     return templates
 
 
 def _unescaped(text: str) -> str:
     """Undo a second JSON escape, as in the literal text Bras\\u00edlia."""
-    return _ESCAPED.sub(lambda found: str(json.loads(f'"{found[0]}"')), text)
+    return _ESCAPED.sub(lambda match: str(json.loads(f'"{match[0]}"')), text)
 
 
 def read_pararel(files: Sequence[Path]) -> Iterator[Example]:
@@ -142,13 +142,13 @@ def read_wikidata(files: Sequence[Path]) -> Iterator[Example]:
 def read_memory_colors(files: Sequence[Path]) -> Iterator[Example]:
     """Read the questions of Memory Colors, and strip the spaces around its cells and names."""
     rows = numbered_cells(files[0], ",", csv.QUOTE_MINIMAL)
-    place, header = next(rows, (f"{files[0].name}, line 1", []))
+    location, header = next(rows, (f"{files[0].name}, line 1", []))
     names = [name.strip() for name in header]
-    require(place, names, ["Descriptor", "Item", "Color"])
-    for place, cells in rows:
+    require(location, names, ["Descriptor", "Item", "Color"])
+    for location, cells in rows:
         if len(cells) != len(names):
-            raise complaint(place, f"{len(names)} cells", str(len(cells)))
-        row = Row(place, dict(zip(names, (cell.strip() for cell in cells), strict=True)))
+            raise complaint(location, f"{len(names)} cells", str(len(cells)))
+        row = Row(location, dict(zip(names, (cell.strip() for cell in cells), strict=True)))
         thing = f"{row.fields['Descriptor']} {text_of(row, 'Item')}".strip()
         yield from _example(f"What is the color of {thing}?", text_of(row, "Color"), "color", "color-of", thing)
 
@@ -189,17 +189,17 @@ def _month(row: Row) -> str:
     try:
         return MONTHS[date(2000, int(month), int(day)).month - 1]
     except ValueError as error:
-        raise complaint(row.place, "a date such as 8/19", excerpt(row.fields["Date_holiday"])) from error
+        raise complaint(row.location, "a date such as 8/19", excerpt(row.fields["Date_holiday"])) from error
 
 
 def read_numersense(files: Sequence[Path]) -> Iterator[Example]:
     """Read the sentences of NumerSense up to their mask, since a causal model cannot see the words after it."""
     for path in files:
-        for place, line in numbered_lines(path):
+        for location, line in numbered_lines(path):
             sentence, tab, number = line.partition("\t")
             before, mask, _ = sentence.partition("<mask>")
             if not tab or not mask or not number.strip():
-                raise complaint(place, "a sentence with <mask>, a tab and a word", excerpt(line))
+                raise complaint(location, "a sentence with <mask>, a tab and a word", excerpt(line))
             yield from _example(before, number, "number")
 
 

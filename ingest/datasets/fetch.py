@@ -23,13 +23,13 @@ def cache_dir() -> Path:
 def search_places(data_dir: Path | None) -> list[Path]:
     """Return the folders to search, in order: `data_dir`, KDB_DATA_DIR, the user's cache."""
     named = (data_dir, os.environ.get("KDB_DATA_DIR"))
-    places = [Path(place).expanduser() for place in named if place]
-    return list(dict.fromkeys([*places, cache_dir()]))
+    folders = [Path(folder).expanduser() for folder in named if folder]
+    return list(dict.fromkeys([*folders, cache_dir()]))
 
 
 def find_file(name: str, data_dir: Path | None) -> Path | None:
     """Return the first file of that name in the folders to search, or None."""
-    candidates = (place / name for place in search_places(data_dir))
+    candidates = (folder / name for folder in search_places(data_dir))
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -40,9 +40,9 @@ def locate(
 
     Raises DatasetError, with every folder searched, if this fails.
     """
-    found = find_file(file, data_dir)
-    if found is not None:
-        return found
+    existing = find_file(file, data_dir)
+    if existing is not None:
+        return existing
     target = cache_dir() / file
     try:
         if url_path is None:
@@ -51,9 +51,9 @@ def locate(
             raise DatasetError("Downloading is switched off.")
         download(url_path, sha256, target)
     except DatasetError as why:
-        places = ", ".join(map(str, search_places(data_dir)))
+        folders = ", ".join(map(str, search_places(data_dir)))
         raise DatasetError(
-            f"Dataset {dataset!r} needs the file {file}, which is not in {places}. {why} "
+            f"Dataset {dataset!r} needs the file {file}, which is not in {folders}. {why} "
             "Put the file into a folder, and give --data-dir that folder."
         ) from why
     return target

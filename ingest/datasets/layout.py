@@ -54,28 +54,28 @@ def to_examples(rows: Iterable[Row], layout: Layout) -> Iterator[Example]:
 
 
 def _label(row: Row, layout: Layout) -> int | None:
-    found = row.fields[layout.label]
-    value = str(found).strip().lower()
-    if value not in layout.labels:
+    value = row.fields[layout.label]
+    label = str(value).strip().lower()
+    if label not in layout.labels:
         *others, last = layout.labels
-        raise complaint(row.place, f"label {', '.join(others)} or {last}", excerpt(found))
-    return layout.labels[value]
+        raise complaint(row.location, f"label {', '.join(others)} or {last}", excerpt(value))
+    return layout.labels[label]
 
 
 def text_of(row: Row, column: str) -> str:
     """Return the text in a column; raise DatasetError if it is not a text, is empty, or cannot be stored."""
-    found = row.fields[column]
-    if not isinstance(found, str) or not found.strip():
-        raise complaint(row.place, f"a text in column {column!r}", excerpt(found))
-    if _LONE_SURROGATE.search(found):  # JSON can contain half a character (a lone surrogate), which no file can store
-        raise complaint(row.place, f"whole characters in column {column!r}", excerpt(found))
-    return found
+    value = row.fields[column]
+    if not isinstance(value, str) or not value.strip():
+        raise complaint(row.location, f"a text in column {column!r}", excerpt(value))
+    if _LONE_SURROGATE.search(value):  # JSON can contain half a character (a lone surrogate), which no file can store
+        raise complaint(row.location, f"whole characters in column {column!r}", excerpt(value))
+    return value
 
 
 def _value(row: Row, column: str | None) -> str | None:
     if column is None:
         return None
-    found = row.fields[column]
-    if found is None or found == "":
-        raise complaint(row.place, f"a value in column {column!r}", "none")
-    return str(found)
+    value = row.fields[column]
+    if value is None or value == "":
+        raise complaint(row.location, f"a value in column {column!r}", "none")
+    return str(value)

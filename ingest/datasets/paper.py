@@ -36,9 +36,9 @@ def read_strategyqa(path: Path, needed: Collection[str]) -> Iterator[Row]:
         target = text_of(row, "target")
         answer = re.match(r"(Yes|No)\.", target)
         if answer is None:
-            raise complaint(row.place, "a target that begins Yes. or No.", excerpt(target))
+            raise complaint(row.location, "a target that begins Yes. or No.", excerpt(target))
         text = f"{text_of(row, 'input')} {target[answer.end() :].strip()}"
-        yield Row(row.place, {**row.fields, "text": text, "label": answer[1]})
+        yield Row(row.location, {**row.fields, "text": text, "label": answer[1]})
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,6 @@ def _check_counts(paper: PaperDataset, examples: tuple[Example, ...]) -> None:
     """Raise DatasetError unless the subset is complete."""
     # Reading a file that was truncated at the end of a line raises no error; only the counts show it.
     n_positive = sum(example.label == 1 for example in examples)
-    found = (len(examples) - n_positive, n_positive)
-    if found != paper.counts:
-        raise complaint(paper.file, paper.size, replace(paper, counts=found).size)
+    counts = (len(examples) - n_positive, n_positive)
+    if counts != paper.counts:
+        raise complaint(paper.file, paper.size, replace(paper, counts=counts).size)

@@ -161,9 +161,9 @@ def load_published(published: Published, data_dir: Path | None, download: bool) 
     ]
     examples, dropped = with_one_answer(published.read(files))
     # Reading a file that was truncated at the end of a line raises no error; only the counts show it.
-    found = Counter(example.category or "" for example in examples)
-    if found != Counter(published.counts):
-        raise complaint(_shown(published), published.size, in_words(found) or "no prompts")
+    counts = Counter(example.category or "" for example in examples)
+    if counts != Counter(published.counts):
+        raise complaint(_shown(published), published.size, in_words(counts) or "no prompts")
     source = f"{_source(published)}; prompts with more than one answer, left out: {dropped:,}"
     return Dataset(published.name, source, published.template, tuple(examples), study="knowledge")
 

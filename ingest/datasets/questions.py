@@ -24,11 +24,11 @@ def read_triviaqa(files: Sequence[Path]) -> Iterator[Example]:
         question = text_of(row, "context").removeprefix("Question:").removesuffix("Answer:").strip()
         best[question] = text_of(row, "answer")
     for path in topics:
-        for place, cells in numbered_cells(path, "\t", csv.QUOTE_MINIMAL):
+        for location, cells in numbered_cells(path, "\t", csv.QUOTE_MINIMAL):
             if len(cells) != 2:
-                raise complaint(place, "2 cells", str(len(cells)))
+                raise complaint(location, "2 cells", str(len(cells)))
             question = _unquoted(cells[0].strip())
-            yield from _examples(question, [best[question]] if question in best else _spellings(place, cells[1]))
+            yield from _examples(question, [best[question]] if question in best else _spellings(location, cells[1]))
 
 
 def _unquoted(cell: str) -> str:
@@ -38,13 +38,13 @@ def _unquoted(cell: str) -> str:
     return cell
 
 
-def _spellings(place: str, cell: str) -> list[str]:
+def _spellings(location: str, cell: str) -> list[str]:
     try:
         listed = ast.literal_eval(_unquoted(cell))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         listed = None
     if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
-        raise complaint(place, "a list of answers", excerpt(cell))
+        raise complaint(location, "a list of answers", excerpt(cell))
     return listed
 
 
@@ -53,12 +53,12 @@ def read_opentriviaqa(files: Sequence[Path]) -> Iterator[Example]:
     for path in files:
         question: list[str] = []
         asked = ""
-        for place, line in _lines(path):
+        for location, line in _lines(path):
             if line.startswith("#Q"):
-                question, asked = [line.removeprefix("#Q").strip()], place
+                question, asked = [line.removeprefix("#Q").strip()], location
             elif line.startswith("^"):
                 if not question:
-                    raise complaint(place, "a question before its answer", excerpt(line))
+                    raise complaint(location, "a question before its answer", excerpt(line))
                 yield from _examples(" ".join(filter(None, question)), [line[1:].strip()], path.name)
                 question = []
             elif question:
@@ -77,12 +77,12 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         yield f"{path.name}, line {number}", text.removesuffix("\r")
 
 
-def _windows(place: str, line: bytes) -> str:
+def _windows(location: str, line: bytes) -> str:
     try:
         return line.decode("cp1252")
     except UnicodeDecodeError as error:
-        found = f"the byte 0x{line[error.start]:02x}"
-        raise complaint(place, "UTF-8 or Windows-1252 text", found) from error
+        actual = f"the byte 0x{line[error.start]:02x}"
+        raise complaint(location, "UTF-8 or Windows-1252 text", actual) from error
 
 
 def _examples(question: str, accepted: Iterable[str], relation: str | None = None) -> Iterator[Example]:

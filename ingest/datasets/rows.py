@@ -23,7 +23,7 @@ from kdb.errors import DatasetError
 class Row:
     """One record, and its position in the file, such as "cities.csv, line 17"."""
 
-    place: str
+    location: str
     fields: Mapping[str, object]
 
 
@@ -31,9 +31,9 @@ Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
 Reader = Callable[[Path, Collection[str]], Iterator[Row]]
 
 
-def complaint(place: str, expected: str, found: str) -> DatasetError:
+def complaint(location: str, expected: str, actual: str) -> DatasetError:
     """Build a DatasetError about a file's content; all have the same form."""
-    return DatasetError(f"{place}: expected {expected}, found {found}")
+    return DatasetError(f"{location}: expected {expected}, found {actual}")
 
 
 def excerpt(value: object) -> str:
@@ -42,11 +42,11 @@ def excerpt(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def require(place: str, columns: Collection[str], needed: Collection[str]) -> None:
+def require(location: str, columns: Collection[str], needed: Collection[str]) -> None:
     """Raise DatasetError unless each needed column exists exactly once."""
     for name in needed:
         if list(columns).count(name) != 1:
-            raise complaint(place, f"one column {name!r}", ", ".join(map(repr, columns)) or "no columns")
+            raise complaint(location, f"one column {name!r}", ", ".join(map(repr, columns)) or "no columns")
 
 
 def read_csv(path: Path, needed: Collection[str]) -> Iterator[Row]:
@@ -61,12 +61,12 @@ def read_tsv(path: Path, needed: Collection[str]) -> Iterator[Row]:
 
 def read_jsonl(path: Path, needed: Collection[str]) -> Iterator[Row]:
     """Read one JSON object per line."""
-    for place, line in numbered_lines(path):
+    for location, line in numbered_lines(path):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        yield _object_row(place, record, line, needed)
+        yield _object_row(location, record, line, needed)
 
 
 def read_json_examples(path: Path, needed: Collection[str], key: str = "examples") -> Iterator[Row]:
@@ -104,11 +104,11 @@ def _parsed(path: Path, text: str) -> object:
 
 def read_label_first(path: Path, needed: Collection[str]) -> Iterator[Row]:
     """Read lines with a label, a space and a text, as columns `label` and `text`."""
-    for place, line in numbered_lines(path):
+    for location, line in numbered_lines(path):
         label, _, text = line.partition(" ")
         fields = {"label": label, "text": text}
-        require(place, fields, needed)
-        yield Row(place, fields)
+        require(location, fields, needed)
+        yield Row(location, fields)
 
 
 def read_parquet(path: Path, needed: Collection[str]) -> Iterator[Row]:
@@ -146,18 +146,18 @@ def column_names(path: Path) -> tuple[str, list[str]]:
         return path.name, _parquet_columns(path)
     nothing: tuple[str, list[str]] = (f"{path.name}, line 1", [])
     if path.suffix.lower() == ".jsonl":
-        return next(((row.place, list(row.fields)) for row in read_jsonl(path, ())), nothing)
+        return next(((row.location, list(row.fields)) for row in read_jsonl(path, ())), nothing)
     return next(numbered_cells(path, ",", csv.QUOTE_MINIMAL), nothing)
 
 
 def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: Quoting) -> Iterator[Row]:
     rows = numbered_cells(path, delimiter, quoting)
-    place, header = next(rows, (f"{path.name}, line 1", []))
-    require(place, header, needed)
-    for place, cells in rows:
+    location, header = next(rows, (f"{path.name}, line 1", []))
+    require(location, header, needed)
+    for location, cells in rows:
         if len(cells) != len(header):
-            raise complaint(place, f"{len(header)} cells", str(len(cells)))
-        yield Row(place, dict(zip(header, cells, strict=True)))
+            raise complaint(location, f"{len(header)} cells", str(len(cells)))
+        yield Row(location, dict(zip(header, cells, strict=True)))
 
 
 def numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
@@ -172,8 +172,8 @@ def numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tup
                 yield f"{path.name}, line {line}", cells
             line = table.line_num + 1
     except csv.Error as error:
-        found = f"one that cannot be split ({error})"
-        raise complaint(f"{path.name}, line {line}", "a row of whole cells", found) from error
+        actual = f"one that cannot be split ({error})"
+        raise complaint(f"{path.name}, line {line}", "a row of whole cells", actual) from error
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -199,11 +199,11 @@ def _array_elements(text: str, position: int) -> Iterator[tuple[int, object]]:
         yield line, element
 
 
-def _object_row(place: str, record: object, shown: object, needed: Collection[str]) -> Row:
+def _object_row(location: str, record: object, shown: object, needed: Collection[str]) -> Row:
     if not isinstance(record, dict):
-        raise complaint(place, "a JSON object", excerpt(shown))
-    require(place, record, needed)
-    return Row(place, record)
+        raise complaint(location, "a JSON object", excerpt(shown))
+    require(location, record, needed)
+    return Row(location, record)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -220,5 +220,5 @@ def _read_text(path: Path) -> str:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        found = f"the byte 0x{error.object[error.start]:02x}"
-        raise complaint(f"{path.name}, line {line}", "UTF-8 text", found) from error
+        actual = f"the byte 0x{error.object[error.start]:02x}"
+        raise complaint(f"{path.name}, line {line}", "UTF-8 text", actual) from error

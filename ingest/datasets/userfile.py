@@ -37,8 +37,8 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
     name = _usable_name(path, name, taken)
     source = f"{path.name}, a user's file"
     read = _READERS[path.suffix.lower()]
-    place, columns = column_names(path)
-    if _is_knowledge(place, columns):
+    location, columns = column_names(path)
+    if _is_knowledge(location, columns):
         refuse_groups(name, group_by)
         # In JSON lines, a column may exist in some lines only.
         optional = () if path.suffix.lower() == ".jsonl" else tuple(c for c in _OPTIONAL if c in columns)
@@ -65,15 +65,15 @@ def refuse_groups(name: str, group_by: str | None) -> None:
         )
 
 
-def _is_knowledge(place: str, columns: Collection[str]) -> bool:
+def _is_knowledge(location: str, columns: Collection[str]) -> bool:
     concept, knowledge = set(_CONCEPT) <= set(columns), set(_KNOWLEDGE) <= set(columns)
     if concept != knowledge:
         return knowledge
     either = "columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
-    found = ", ".join(map(repr, columns)) or "no columns"
+    actual = ", ".join(map(repr, columns)) or "no columns"
     if concept:
-        raise complaint(place, f"{either}, not both", f"{found}: remove the columns of one study")
-    raise complaint(place, either, f"{found}: rename the columns")
+        raise complaint(location, f"{either}, not both", f"{actual}: remove the columns of one study")
+    raise complaint(location, either, f"{actual}: rename the columns")
 
 
 def _answered(rows: Iterable[Row]) -> Iterator[Example]:
@@ -83,7 +83,7 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
         prompt, answer, category = (_filled(row, column) for column in _KNOWLEDGE)
         relation, subject = (_optional(row, column) for column in _OPTIONAL)
         if category == _ALL:
-            raise complaint(row.place, "a category of another name", "'all', which means all categories: rename it")
+            raise complaint(row.location, "a category of another name", "'all', which means all categories: rename it")
         example = Example(prompt, category=category, relation=relation, subject=subject, answer=answer)
         if prompt not in first:
             first[prompt] = row, example
@@ -93,25 +93,25 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
         for what, one, other in (("answer", earlier.answer, answer), ("category", earlier.category, category)):
             if one != other:
                 raise complaint(
-                    row.place,
-                    f"the {what} {excerpt(one)} that {earlier_row.place} has for the prompt {excerpt(prompt)}",
+                    row.location,
+                    f"the {what} {excerpt(one)} that {earlier_row.location} has for the prompt {excerpt(prompt)}",
                     f"{excerpt(other)}: keep one of the two rows",
                 )
 
 
 def _filled(row: Row, column: str) -> str:
-    found = row.fields[column]
-    if not isinstance(found, str) or not found.strip():
+    value = row.fields[column]
+    if not isinstance(value, str) or not value.strip():
         kind = "an answer" if column == "answer" else f"a {column}"
         raise complaint(
-            row.place, f"{kind} in column {column!r}", f"{excerpt(found)}: write it as text, or remove the row"
+            row.location, f"{kind} in column {column!r}", f"{excerpt(value)}: write it as text, or remove the row"
         )
     return text_of(row, column).strip()
 
 
 def _optional(row: Row, column: str) -> str | None:
-    found = row.fields.get(column)
-    return None if found is None else str(found).strip() or None
+    value = row.fields.get(column)
+    return None if value is None else str(value).strip() or None
 
 
 def _usable_name(path: Path, name: str | None, taken: Collection[str]) -> str:

@@ -75,11 +75,11 @@ def answers_by_category(question: str, accepted: Iterable[str]) -> tuple[str, li
     for category, asked in _ASKED_FOR.items():
         if re.search(asked, question.lower()):
             spelling = _spellings()[category]
-            found = list(dict.fromkeys(spelling[answer] for answer in known if answer in spelling))
+            answers = list(dict.fromkeys(spelling[answer] for answer in known if answer in spelling))
             if category == "number":
-                found = list(dict.fromkeys(filter(None, map(_number, known))))
-            if found:
-                return category, found
+                answers = list(dict.fromkeys(filter(None, map(_number, known))))
+            if answers:
+                return category, answers
     return None
 
 

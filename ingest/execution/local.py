@@ -27,8 +27,8 @@ class Here:
             self._held = None  # freed before the next subject is made, since both may not fit into memory
             self._held = subject, subject.on(self._load(), self._batch_tokens)
         for shard in shards:
-            for found in work(self._held[1], shard, advance):
-                yield shard, found
+            for result in work(self._held[1], shard, advance):
+                yield shard, result
 
     def __enter__(self) -> Self:
         return self

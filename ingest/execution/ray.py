@@ -111,8 +111,10 @@ def _places(nodes: Sequence[Mapping[str, Any]], needs: Needs) -> tuple[dict[str,
             "--worker-cpus or --worker-gpus."
         )
     cpus = needs.cpus or (1 if gpus else int(min(node["CPU"] for node in able)))
-    places = sum(int(min(node["CPU"] // cpus, node["GPU"] // gpus if gpus else node["CPU"] // cpus)) for node in able)
-    return {"num_cpus": cpus, "num_gpus": gpus}, places
+    n_workers = sum(
+        int(min(node["CPU"] // cpus, node["GPU"] // gpus if gpus else node["CPU"] // cpus)) for node in able
+    )
+    return {"num_cpus": cpus, "num_gpus": gpus}, n_workers
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class Workers:
     ) -> Iterator[tuple[Shard, T]]:
         """Yield the results of each shard, in the order in which workers finish."""
         for task, results in self._results(subject, [_Task(work, shard) for shard in shards]):
-            for found in results:
-                yield task.shard, found
+            for result in results:
+                yield task.shard, result
             advance(task.shard.size)
 
     def _results(self, subject: Subject[Any], tasks: Iterable[_Task]) -> Iterator[tuple[_Task, list[Any]]]:
@@ -253,7 +255,7 @@ class Holder:
         try:
             self._loaded = load_model(self._source, **self._settings)
         except Exception as error:
-            return "refused", _said(error)
+            return "refused", _message_of(error)
         return "done", os.getpid()
 
     def measure(self, sent: tuple[str, Subject[Any]], work: Work[Any, Any], shard: Shard) -> tuple[str, Any]:
@@ -264,10 +266,10 @@ class Holder:
                 self._held = key, subject.on(self._loaded, self._batch_tokens)
             return "done", list(work(self._held[1], shard, lambda _n: None))
         except Exception as error:
-            return "refused", _said(error)
+            return "refused", _message_of(error)
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return str(error) if isinstance(error, KdbError) else f"A worker failed: {type(error).__name__}: {error}"
 
 

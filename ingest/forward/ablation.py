@@ -87,8 +87,8 @@ def run_trials(
         for batch in batches(lengths, budget, LengthClasses(decomposition.loaded.model.config)):
             for start in range(0, len(batch), at_most):
                 rows = [order[i] for i in batch[start : start + at_most]]
-                found = _run(decomposition, [trials[i] for i in rows])
-                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = found
+                results = _run(decomposition, [trials[i] for i in rows])
+                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = results
                 if on_batch is not None:
                     on_batch(len(rows))
     return out
@@ -120,9 +120,9 @@ def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torc
     handles = []
     for layer, block in enumerate(decomposition.blocks):
         for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
-            places = [getattr(t.silenced, part).get(layer, []) for t in trials]
-            if any(places):
-                handles.append(module.register_forward_pre_hook(_zero(places, trials, last)))
+            entries = [getattr(t.silenced, part).get(layer, []) for t in trials]
+            if any(entries):
+                handles.append(module.register_forward_pre_hook(_zero(entries, trials, last)))
     try:
         yield
     finally:
@@ -130,21 +130,21 @@ def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torc
             handle.remove()
 
 
-def _zero(places: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:
+def _zero(entries: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:
     import torch
 
     n = len(trials)
-    everywhere = [(row, place) for row in range(n) if trials[row].everywhere for place in places[row]]
-    at_last = [(row, int(last[row]), place) for row in range(n) if not trials[row].everywhere for place in places[row]]
+    everywhere = [(row, entry) for row in range(n) if trials[row].everywhere for entry in entries[row]]
+    at_last = [(row, int(last[row]), entry) for row in range(n) if not trials[row].everywhere for entry in entries[row]]
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         states = args[0].reshape(n, -1, args[0].shape[-1]).clone()
         if everywhere:
-            row, place = torch.tensor(everywhere, device=states.device).T
-            states[row, :, place] = 0
+            row, entry = torch.tensor(everywhere, device=states.device).T
+            states[row, :, entry] = 0
         if at_last:
-            row, position, place = torch.tensor(at_last, device=states.device).T
-            states[row, position, place] = 0
+            row, position, entry = torch.tensor(at_last, device=states.device).T
+            states[row, position, entry] = 0
         return (states.reshape(args[0].shape), *args[1:])
 
     return hook
@@ -175,14 +175,14 @@ def intervene(
     The untouched model runs through the same code, so that only the intervention differs.
     """
     untouched = {i.prompt_id: Trial(i.token_ids, i.target, Silenced(), everywhere=False) for i in interventions}
-    before_of = {prompt: place for place, prompt in enumerate(untouched)}
+    before_of = {prompt: index for index, prompt in enumerate(untouched)}
     trials = [Trial(i.token_ids, i.target, i.silenced, i.positions == "all") for i in interventions]
-    found = run_trials(decomposition, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
+    effects = run_trials(decomposition, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
     rows = []
     for after, item in enumerate(interventions, start=len(untouched)):
         before = before_of[item.prompt_id]
         row = {"prompt_id": item.prompt_id, "method": item.method, "k": item.k, "positions": item.positions}
-        for name, values in (("rank", found.rank), ("prob", found.prob), ("logp", found.logp)):
+        for name, values in (("rank", effects.rank), ("prob", effects.prob), ("logp", effects.logp)):
             row |= {f"{name}_before": values[before].item(), f"{name}_after": values[after].item()}
         rows.append(row)
     return pa.Table.from_pylist(rows, arrow_schema("ablations"))

@@ -184,13 +184,13 @@ class _Tape:
         """Contribution (l, b, d) of the biases of projection (scaled by the norm) and norm at the last position."""
         import torch
 
-        rows, size, found = range(self.shape[0]), self.decomposition.hidden_size, []
+        rows, size, biases = range(self.shape[0]), self.decomposition.hidden_size, []
         for scale, (projection, norm) in zip(scales, parts, strict=True):
             bias = getattr(projection, "bias", None)
             vector = torch.zeros(size, device=scale.device) if bias is None else bias.float()
             added = scale[rows, self.last, None] * (norm.after(vector) if norm is not None else vector)
-            found.append((added + norm.bias if norm is not None else added) * self.decomposition.multiplier)
-        return torch.stack(found)
+            biases.append((added + norm.bias if norm is not None else added) * self.decomposition.multiplier)
+        return torch.stack(biases)
 
 
 # Checks ----------------------------------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequen
     Raises ModelError, naming the sum, if a difference is larger than the rounding of the weights' dtype explains.
     """
     loaded = decomposition.loaded
-    found = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
-    largest = {name: float(np.max([of[name] for of in found])) for name in found[0]}  # Python's max loses a NaN
+    errors = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
+    largest = {name: float(np.max([of[name] for of in errors])) for name in errors[0]}  # Python's max loses a NaN
     for name, value in largest.items():
         _refuse(loaded, name, value)
     detail = f"; {len(token_ids)} prompts, {loaded.dtype}"
@@ -400,8 +400,8 @@ def _spread(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(-1) - logits.amin(-1)
 
 
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
-    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+def _kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).abs().max())
 
 

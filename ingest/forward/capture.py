@@ -71,12 +71,12 @@ def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
     The first prompts are added until there are ``CHECK_PROMPTS``.
     """
     counts = Counter(itertools.chain.from_iterable(token_ids))
-    places = range(len(token_ids))
-    by_length = sorted(places, key=lambda i: len(token_ids[i]))
+    indices = range(len(token_ids))
+    by_length = sorted(indices, key=lambda i: len(token_ids[i]))
     # Among equally rare tokens, take the one with the highest id: vocabularies list frequent tokens first.
     rarest = min(counts, key=lambda token: (counts[token], -token))
-    rare = next(i for i in places if rarest in token_ids[i])
-    return list(dict.fromkeys([by_length[0], by_length[-1], places[-1], rare, *places]))[:CHECK_PROMPTS]
+    rare = next(i for i in indices if rarest in token_ids[i])
+    return list(dict.fromkeys([by_length[0], by_length[-1], indices[-1], rare, *indices]))[:CHECK_PROMPTS]
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,11 @@ class Capture:
             rows = order[:n]
             texts = [[*token_ids[row][n_prefix:], *cue] for row in rows]
             try:
-                found = self._run(texts, prefix, len(cue))
+                results = self._run(texts, prefix, len(cue))
             except torch.OutOfMemoryError:
                 self._halve(n, lengths[0])
                 continue
-            yield rows, *found
+            yield rows, *results
             order, lengths = order[n:], lengths[n:]
 
     def _halve(self, n: int, n_tokens: int) -> None:
@@ -222,9 +222,9 @@ class Capture:
 
         rows = torch.arange(len(last), device=last.device)
 
-        def keep(out: torch.Tensor, hidden: torch.Tensor, places: torch.Tensor) -> None:
+        def keep(out: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> None:
             # OPT flattens batch and position before its FFN.
-            at = rows.to(hidden.device), places.to(hidden.device)  # blocks may be on different GPUs
+            at = rows.to(hidden.device), positions.to(hidden.device)  # blocks may be on different GPUs
             out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
 
         handles = []
@@ -302,17 +302,17 @@ def check_capture(
 
     loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
     vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
-    found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
+    errors: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
     for resid, ids in zip(vectors[:, :, 0], token_ids, strict=True):
         states, logits = untouched(loaded, ids)
         off = _off(capture, resid, states)
         with torch.inference_mode():
             read = capture.structure.readout(resid[-1].to(dtype)).float()
-        found["resid_post"].extend(off[:-1])
-        found["final_norm"].append(off[-1])
-        found["readout"].append(_relative(read, logits))
-        found["readout_kl"].append(_kl(logits, read))
-    return [check_row(name, of, loaded, len(token_ids)) for name, of in found.items()]
+        errors["resid_post"].extend(off[:-1])
+        errors["final_norm"].append(off[-1])
+        errors["readout"].append(_relative(read, logits))
+        errors["readout_kl"].append(_kl(logits, read))
+    return [check_row(name, of, loaded, len(token_ids)) for name, of in errors.items()]
 
 
 def check_stored(
@@ -371,12 +371,12 @@ def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompt
     return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
-    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+def _kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum().abs())
 
 

@@ -369,8 +369,8 @@ def _block(
     size = loaded.model.config.get_text_config().hidden_size
 
     def find(**wanted: torch.Tensor) -> Norm | None:
-        found = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
-        return read_norm(found.module, size) if found is not None else None
+        norm = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
+        return read_norm(norm.module, size) if norm is not None else None
 
     ffn_read = by_module[ffn].read
     ffn_norm = find(written=ffn_read)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdb.errors import ModelError
 from kdb.ingest.models.files import ADAPTER_WEIGHTS, only
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 
 _MERGE_FIRST = "merge it first (peft's merge_and_unload, then save_pretrained into a folder of its own)"
 
@@ -38,7 +38,7 @@ def merged(model: Any, files: Sequence[Path], name: str) -> Any:
 
     what = f"Cannot merge the adapter of {name}"
     n_params = model.num_parameters()
-    with told(what), warnings.catch_warnings(), only(files) as folder:
+    with model_errors(what), warnings.catch_warnings(), only(files) as folder:
         warnings.simplefilter("ignore")
         config = peft.PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:

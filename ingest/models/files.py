@@ -163,8 +163,8 @@ def read_json(file: Path) -> Any:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    found = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found)
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(files)
 
 
 def _check_shard(folder: Path, name: str) -> None:
@@ -190,10 +190,14 @@ def _lies_in(folder: Path, file: Path) -> bool:
 
 def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ModelError(f"{str(index)!r} is not an index of weights: it has no 'weight_map' of file names.")
-    return found
+    return weight_map
 
 
 def _field(file: Path, name: str) -> Any:

@@ -166,10 +166,10 @@ def _adapter_of(folder: Path) -> str:
 
 def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
     """Return the checkpoint of a folder of checkpoints: its subfolder with the name of the revision."""
-    found = sorted(config.parent.name for config in path.glob("*/config.json"))
-    if revision not in found:
-        if found:
-            raise UnknownNameError("revision", revision, found, f"{str(path)!r} has {', '.join(found)}.")
+    checkpoints = sorted(config.parent.name for config in path.glob("*/config.json"))
+    if revision not in checkpoints:
+        if checkpoints:
+            raise UnknownNameError("revision", revision, checkpoints, f"{str(path)!r} has {', '.join(checkpoints)}.")
         raise ModelError(
             f"--revision is for models on the hub and for folders of checkpoints, and {str(path)!r} is neither. "
             "Leave it out."
@@ -180,8 +180,8 @@ def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
 
 def training_step(revision: str | None) -> int | None:
     """Parse the training step from a revision's name, such as step1000, stage1-step1000-tokens5B or checkpoint-500."""
-    found = re.search(r"(?:step|checkpoint)[-_]?(\d+)", revision or "", re.IGNORECASE)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:step|checkpoint)[-_]?(\d+)", revision or "", re.IGNORECASE)
+    return int(match[1]) if match else None
 
 
 def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | None) -> ModelSource:

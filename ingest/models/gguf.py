@@ -25,7 +25,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from kdb.errors import ModelError
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.rope import FACTORS, set_rope
 
 log = logging.getLogger(__name__)
@@ -44,14 +44,14 @@ def gguf_parts(folder: Path) -> list[Path]:
 
     Raises ModelError if a part is missing, or if the folder has parts of several files.
     """
-    named = {file: found for file in sorted(folder.glob("*.gguf")) if (found := _PART.search(file.name))}
+    named = {file: match for file in sorted(folder.glob("*.gguf")) if (match := _PART.search(file.name))}
     if not named:
         return []
-    files = {(file.name[: found.start()], found[2]) for file, found in named.items()}
+    files = {(file.name[: match.start()], match[2]) for file, match in named.items()}
     if len(files) > 1:
         raise ModelError(f"{str(folder)!r} holds parts of {len(files)} GGUF files: keep only the parts of one model.")
     [(stem, count)] = files
-    there = {int(found[1]) for found in named.values()}
+    there = {int(match[1]) for match in named.values()}
     missing = [i for i in range(1, int(count) + 1) if i not in there]
     if missing:
         name = f"{stem}-{missing[0]:05}-of-{count}.gguf"
@@ -61,9 +61,9 @@ def gguf_parts(folder: Path) -> list[Path]:
 
 def refuse_part(file: Path) -> None:
     """Raise ModelError for a file whose name is that of one part of a split GGUF file."""
-    if found := _PART.search(file.name):
+    if match := _PART.search(file.name):
         raise ModelError(
-            f"{file.name!r} is part {int(found[1])} of {int(found[2])} of a model: give --model the folder that holds "
+            f"{file.name!r} is part {int(match[1])} of {int(match[2])} of a model: give --model the folder that holds "
             "all of its parts."
         )
 
@@ -140,7 +140,7 @@ class Contents:
 
 def _unpack(files: Sequence[Path], folder: Path) -> None:
     log.info("Unpacking %s into the cache; this happens once.", files[0].name)
-    with told(f"Cannot read the GGUF file {files[0].name!r}"), _one_file(files, folder) as file:
+    with model_errors(f"Cannot read the GGUF file {files[0].name!r}"), _one_file(files, folder) as file:
         says = _contents(file)
         _refuse_kind(says, file.name)
         config = _config(says, file)
@@ -152,7 +152,7 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with told(f"Cannot unpack {files[0].name!r} into {str(folder.parent)!r}"):
+    with model_errors(f"Cannot unpack {files[0].name!r} into {str(folder.parent)!r}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / STAMP).write_text(json.dumps({"read_by": _read_by(), "says": _says(says)}))
@@ -240,9 +240,9 @@ def _join(parts: Sequence[Path], whole: Path) -> None:
 
     readers = [gguf.GGUFReader(part) for part in parts]
     first = readers[0].fields
-    expected, found = first.get("split.tensors.count"), sum(len(reader.tensors) for reader in readers)
-    if expected is not None and expected.contents() != found:
-        raise ModelError(f"The parts hold {found} tensors, and the first says {expected.contents()}.")
+    expected, actual = first.get("split.tensors.count"), sum(len(reader.tensors) for reader in readers)
+    if expected is not None and expected.contents() != actual:
+        raise ModelError(f"The parts hold {actual} tensors, and the first says {expected.contents()}.")
     writer = gguf.GGUFWriter(whole, first["general.architecture"].contents())
     for key, field in first.items():
         if not key.startswith(("GGUF.", "split.")) and key != "general.architecture":

@@ -10,7 +10,7 @@ from kdb.errors import KdbError, ModelError
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
+def model_errors(what: str) -> Iterator[None]:
     """Convert any error within, except kdb's own, to a ModelError whose message begins with ``what``."""
     try:
         yield

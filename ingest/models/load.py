@@ -18,7 +18,7 @@ from kdb.ingest.models.adapters import check_adapter, merged
 from kdb.ingest.models.files import CONFIG, adapter_files, model_files, only, read_json
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.models.gguf import unpacked
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
 from kdb.ingest.models.tensors import Tensor, tensors_of
 
@@ -187,7 +187,7 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
             f"{text.num_attention_heads} heads."
         )
     held = sum(tensor.n_bytes for tensor in tensors.values())
-    with told(f"Cannot load {source.name}"):
+    with model_errors(f"Cannot load {source.name}"):
         n_params = count_params(config)
     if not 0 < n_params <= _MOST_PER_BYTE * held:
         raise ModelError(
@@ -201,7 +201,7 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
 
 def model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> dict[str, Any]:
     """Build the row of ``models`` with a model's shape, from its config."""
-    with told(f"Cannot read the config of {source.name}"):
+    with model_errors(f"Cannot read the config of {source.name}"):
         return _model_row(source, config, n_params, dtype)
 
 
@@ -245,7 +245,7 @@ def _intermediate_size(text: Any) -> int:
 def _seen(source: ModelSource, what: str) -> Iterator[Path]:
     """Provide a folder with the files of a model and no others; convert an error within to a ModelError."""
     _quieten()
-    with told(what), only(model_files(folder_of(source))) as folder:
+    with model_errors(what), only(model_files(folder_of(source))) as folder:
         _check_counts(source, read_json(folder / CONFIG), len(_tensors(folder)))
         yield folder
 

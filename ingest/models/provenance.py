@@ -14,7 +14,7 @@ from typing import Any
 from kdb.ingest.models.files import CONFIG, read_json, weight_files
 from kdb.ingest.models.find import ModelSource
 from kdb.ingest.models.gguf import what_it_says
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import folder_of
 from kdb.ingest.models.tensors import Tensor, tensors_of
 
@@ -34,11 +34,13 @@ def provenance(source: ModelSource, quantize: str | None = None) -> dict[str, An
 
     ``quantize`` is how kdb itself quantizes the weights when it loads them.
     """
-    with told(f"Cannot read the number formats of {source.name}"):
-        found = _of_gguf(source) if source.is_gguf else _of_folder(source)
+    with model_errors(f"Cannot read the number formats of {source.name}"):
+        description = _of_gguf(source) if source.is_gguf else _of_folder(source)
     if quantize is not None:
-        found["quantization"] = f"{quantize} of {found['quantization']}" if found["quantization"] else quantize
-    return found
+        description["quantization"] = (
+            f"{quantize} of {description['quantization']}" if description["quantization"] else quantize
+        )
+    return description
 
 
 def _of_gguf(source: ModelSource) -> dict[str, Any]:

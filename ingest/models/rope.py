@@ -50,10 +50,10 @@ def set_rope(
 
 def _scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     prefix = f"{architecture}.rope.scaling."
-    found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if "factor" not in found and f"{architecture}.rope.scale_linear" in metadata:
-        found["factor"] = metadata[f"{architecture}.rope.scale_linear"]
-    return found
+    scaling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if "factor" not in scaling and f"{architecture}.rope.scale_linear" in metadata:
+        scaling["factor"] = metadata[f"{architecture}.rope.scale_linear"]
+    return scaling
 
 
 def _from_metadata(scaling: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -81,22 +81,22 @@ def _from_factors(config: Any, factors: NDArray[Any], name: str) -> dict[str, An
         return {"rope_type": "linear", "factor": float(factors[0])}
     rope = getattr(config, "rope_parameters", None) or {}
     plain = 1.0 / rope.get("rope_theta", 10000.0) ** (np.arange(len(factors)) / len(factors))
-    for found in _llama3(plain, factors):
-        if np.allclose(_divisors(plain, **found), factors, rtol=_PRECISION, atol=0):
-            _check_transformers(config, rope, found, plain / factors, name)
-            return {"rope_type": "llama3"} | _spelled(found)
+    for llama3 in _llama3(plain, factors):
+        if np.allclose(_divisors(plain, **llama3), factors, rtol=_PRECISION, atol=0):
+            _check_transformers(config, rope, llama3, plain / factors, name)
+            return {"rope_type": "llama3"} | _spelled(llama3)
     raise ModelError(
         f"{name!r} divides RoPE's frequencies ({FACTORS}) in another way than Llama 3, which kdb cannot read: "
         f"{_INSTEAD}."
     )
 
 
-def _spelled(found: Mapping[str, float]) -> dict[str, Any]:
+def _spelled(llama3: Mapping[str, float]) -> dict[str, Any]:
     return {
-        "factor": found["factor"],
-        "low_freq_factor": found["low"],
-        "high_freq_factor": found["high"],
-        "original_max_position_embeddings": int(found["original"]),
+        "factor": llama3["factor"],
+        "low_freq_factor": llama3["low"],
+        "high_freq_factor": llama3["high"],
+        "original_max_position_embeddings": int(llama3["original"]),
     }
 
 
@@ -128,7 +128,7 @@ def _divisors(plain: NDArray[Any], *, factor: float, low: float, high: float, or
 
 
 def _check_transformers(
-    config: Any, rope: Mapping[str, Any], found: Mapping[str, float], wanted: NDArray[Any], name: str
+    config: Any, rope: Mapping[str, Any], llama3: Mapping[str, float], wanted: NDArray[Any], name: str
 ) -> None:
     """Raise ModelError unless transformers computes these frequencies from the fitted settings."""
     import copy
@@ -136,7 +136,7 @@ def _check_transformers(
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     tried = copy.deepcopy(config)
-    tried.rope_parameters = dict(rope) | {"rope_type": "llama3"} | _spelled(found)
+    tried.rope_parameters = dict(rope) | {"rope_type": "llama3"} | _spelled(llama3)
     inv_freq, _scale = ROPE_INIT_FUNCTIONS["llama3"](tried, "cpu")
     if not np.allclose(inv_freq.numpy(), wanted, rtol=_PRECISION, atol=0):
         raise ModelError(f"{name!r}: transformers computes other RoPE frequencies than the file has ({FACTORS}).")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ def tensors_of(files: Sequence[Path]) -> dict[str, Tensor]:
     """Read the tensors' descriptions by name. Raises ModelError for a file that is not safetensors."""
     from safetensors import safe_open
 
-    found = {}
+    tensors = {}
     for file in files:
-        with told(f"Cannot read the weights in {file.name!r}"), safe_open(file, framework="numpy") as opened:
+        with model_errors(f"Cannot read the weights in {file.name!r}"), safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dictionary)
                 part = opened.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
-                found[name] = Tensor(dtype, shape, math.prod(shape) * _bits(dtype) // 8)
-    return found
+                tensors[name] = Tensor(dtype, shape, math.prod(shape) * _bits(dtype) // 8)
+    return tensors
 
 
 def _bits(dtype: str) -> int:

@@ -76,12 +76,12 @@ class Spelled:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Rows of ``checks``: counts, which have no tolerance, so no run fails by them."""
-        told = f"; a count, of {self.n_prompts} prompts, that fails no run"
-        found = {
+        note = f"; a count, of {self.n_prompts} prompts, that fails no run"
+        counts = {
             "doubled_bos": (self.doubled, "prompts that begin with the beginning-of-text token twice"),
             "special_tokens_in_text": (self.special, "prompts whose text or template spells another special token"),
         }
-        return [{"check": name, "value": float(n), "detail": detail + told} for name, (n, detail) in found.items()]
+        return [{"check": name, "value": float(n), "detail": detail + note} for name, (n, detail) in counts.items()]
 
 
 def count_spelled(tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> Spelled:

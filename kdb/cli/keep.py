@@ -167,9 +167,9 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     from kdb.warehouse import compaction
 
     lake = kdb.open(warehouse).lake
-    found = chosen or [folder.run for folder in lake.run_folders()]
-    fewer = sum(compaction.compact(lake, run) for run in found)
-    click.echo(f"Reduced the number of files by {fewer:,} in {_count(len(found), 'run')}.")
+    runs = chosen or [folder.run for folder in lake.run_folders()]
+    fewer = sum(compaction.compact(lake, run) for run in runs)
+    click.echo(f"Reduced the number of files by {fewer:,} in {_count(len(runs), 'run')}.")
 
 
 def _count(n: int, noun: str) -> str:

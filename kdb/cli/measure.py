@@ -360,8 +360,8 @@ def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str,
     current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
     hint = "`kdb runs` lists what is stored, `kdb ingest` measures more."
-    for kind, place, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
-        stored = {key[place] for key in runs if key[:place] == (model, dataset)[:place]}
+    for kind, level, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
+        stored = {key[level] for key in runs if key[:level] == (model, dataset)[:level]}
         if name not in stored:
             raise UnknownNameError(f"stored {kind}", name, stored, hint)
     return str(runs[model, dataset, variant])

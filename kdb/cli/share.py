@@ -109,7 +109,7 @@ def push(
     """
     from kdb.warehouse import hub
 
-    hub.Place.of(url)  # report a wrong URL before anything is read
+    hub.HubRepo.of(url)  # report a wrong URL before anything is read
     opened = kdb.open(warehouse)
     chosen = _chosen(opened, runs, models, datasets)
     pushed = hub.push(opened, chosen, url, licence=licence, private=private)
@@ -143,7 +143,7 @@ def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
     from kdb.warehouse import hub
     from kdb.warehouse.store import Warehouse
 
-    hub.Place.of(url)  # before a warehouse is created
+    hub.HubRepo.of(url)  # before a warehouse is created
     lake = Warehouse.create(warehouse).lake
     for run, copied in hub.pull(url, lake, preferred=bool(prefer_imported)):
         _tell_imported(lake, lake.find(run), copied, prefer_imported)
@@ -172,8 +172,8 @@ def import_(folder: Path | str, prefer_imported: bool | None, warehouse: Path | 
     source = lake_at(folder)
     lake, origin = Warehouse.create(warehouse).lake, Origin(source.location, bool(prefer_imported))
     for listed in source.run_folders():
-        found = source.find(listed.run) if is_url(folder) else listed  # find() downloads its files
-        _tell_imported(lake, found, take_in(lake, source, found, origin), prefer_imported)
+        run_folder = source.find(listed.run) if is_url(folder) else listed  # find() downloads its files
+        _tell_imported(lake, run_folder, take_in(lake, source, run_folder, origin), prefer_imported)
 
 
 def _tell_imported(lake: Lake, folder: RunFolder, copied: bool, preferred: bool | None) -> None:
