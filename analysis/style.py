@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import altair as alt
 
+from kdb.queries.domains import CATEGORIES
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 Chart: TypeAlias = Any
 """Any Altair chart; the classes have no common base with all methods that are used here."""
-
-CATEGORIES = ("language", "color", "number", "capital", "country", "month")
-"""The paper's kinds of knowledge, in its order; others follow in order of their names."""
 
 PAPER_DATASETS = (
     *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from kdb.ingest.datasets import Dataset, prompts
 from kdb.ingest.models.find import ModelSource
+from kdb.ingest.settings import Attributing, Measuring, Probing
 from kdb.warehouse.manifest import RunFolder, run_id
 
 CONCEPT_VERSION = 1
@@ -23,50 +24,6 @@ KNOWLEDGE_VERSION = 1
 
 KDB_VERSIONS = {"concept": CONCEPT_VERSION, "knowledge": KNOWLEDGE_VERSION}
 
-ALWAYS_FITTED = ("logistic", "logistic-paper")
-"""Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """Settings that determine the hidden states of a run, beside model, dataset and template.
-
-    ``limit`` is part of the dataset's fingerprint already; it is repeated here so that the run stores it.
-    """
-
-    dtype: str = "float32"
-    quantize: str | None = None
-    noise: bool = False
-    seed: int = 42
-    store: str = "float32"
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Probing:
-    """Settings that determine the probe scores of a run, beside its hidden states.
-
-    ``splits`` counts the paper's split and the seeded stratified ones after it.
-    """
-
-    classifiers: tuple[str, ...] = ALWAYS_FITTED
-    splits: int = 1
-
-
-@dataclass(frozen=True)
-class Attributing:
-    """Settings that determine the scores of a knowledge run, beside model and prompts.
-
-    For each prompt, the best ``top_k`` neurons of each component are stored, or ``all_neurons``. The best
-    ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are zeroed to compare the methods;
-    0 skips the comparison.
-    """
-
-    top_k: int = 300
-    all_neurons: bool = False
-    query_values: int = 30
-    ablate_k: int = 10
-
 
 @dataclass(frozen=True)
 class Job:
@@ -77,7 +34,7 @@ class Job:
     measuring: Measuring
     probing: Probing
     custom_template: bool = False
-    attributing: Attributing = Attributing()
+    attributing: Attributing = field(default_factory=Attributing)
 
     @property
     def study(self) -> str:
@@ -128,10 +85,10 @@ class Job:
             m.quantize or "",
             f"store={m.store}" if self.study == "concept" and m.store != Measuring.store else "",
             *(
-                field.name.replace("_", "-")
-                + ("" if field.default is False else f"={getattr(self.attributing, field.name)}")
-                for field in fields(Attributing)
-                if self.study == "knowledge" and getattr(self.attributing, field.name) != field.default
+                setting.name.replace("_", "-")
+                + ("" if setting.default is False else f"={getattr(self.attributing, setting.name)}")
+                for setting in fields(Attributing)
+                if self.study == "knowledge" and getattr(self.attributing, setting.name) != setting.default
             ),
         ]
         return " ".join(filter(None, marks)) or "default"

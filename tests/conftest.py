@@ -22,9 +22,10 @@ from click.testing import CliRunner, Result
 import kdb
 from kdb.cli import main
 from kdb.ingest.datasets import load_dataset
-from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import REGISTRY, LoadedModel, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.settings import Measuring, Probing
 
 TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
 

@@ -112,12 +112,12 @@ MUTANTS = [
     Mutant("ingest/forward/ablation.py", "states[row, :, entry] = 0", "states[row, :, entry] *= 0.5", PROVED),
     # Capture
     Mutant(
-        "ingest/forward/capture.py",
-        '_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3',
-        '_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 1.0',
+        "ingest/forward/checks.py",
+        'STATES_TOLERANCE = TOLERANCE | {"bfloat16": 0.3',
+        'STATES_TOLERANCE = TOLERANCE | {"bfloat16": 1.0',
         "tests/test_stages.py",
     ),
-    Mutant("ingest/forward/capture.py", "if not value <= tolerance:", "if value > tolerance:", "tests/test_capture.py"),
+    Mutant("ingest/forward/checks.py", "if not value <= tolerance:", "if value > tolerance:", "tests/test_capture.py"),
     Mutant(
         "ingest/forward/capture.py",
         "while stop < limit and length_class(lengths[stop]) == same:",

@@ -20,7 +20,8 @@ from tiny_models import ARCHITECTURES, BLOCKS, VOCAB, WINDOW, loaded, prompts, t
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.capture import Capture, batches, check_capture, shared_prefix
+from kdb.ingest.forward.capture import Capture, batches, shared_prefix
+from kdb.ingest.forward.checks import check_capture
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import find_structure
 

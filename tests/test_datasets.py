@@ -384,7 +384,7 @@ def test_options_that_cannot_be_used_are_refused() -> None:
         "The template 'no place' has no place for the text: add {text} to it."
     )
     assert message("coinflip-synthetic", dataset_name="mine") == (
-        "Dataset 'coinflip-synthetic' keeps its name: --dataset-name is for a file of your own."
+        "Dataset 'coinflip-synthetic' cannot be renamed: --dataset-name is only for a file of your own."
     )
 
 

@@ -21,9 +21,10 @@ from kdb.ingest.attribution.targets import check_candidates, target_token
 from kdb.ingest.datasets import Dataset, Example, available_datasets, cloze, fetch, load_dataset, prompts, questions
 from kdb.ingest.datasets.answers import with_one_answer
 from kdb.ingest.datasets.published import PUBLISHED
-from kdb.ingest.datasets.world import CATEGORIES, answers_by_category
+from kdb.ingest.datasets.world import answers_by_category
 from kdb.ingest.models.find import REGISTRY, find_model
 from kdb.ingest.models.load import load_tokenizer
+from kdb.queries.domains import CATEGORIES
 
 GOOD_CSV = """prompt,answer,category
 The capital of France is,Paris,capital

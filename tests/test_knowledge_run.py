@@ -31,10 +31,11 @@ from kdb.ingest.attribution import scores as attribution
 from kdb.ingest.attribution import study as knowledge
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.forward import activation_cache as cache
-from kdb.ingest.forward.capture import CHECK_PROMPTS
-from kdb.ingest.job import Attributing, Job, Measuring, Probing
+from kdb.ingest.forward.checks import CHECK_PROMPTS
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.settings import Attributing, Measuring, Probing
 from kdb.ingest.stages import Outcome, Shard
 from kdb.warehouse.lake import StagedRun
 from kdb.warehouse.store import Warehouse

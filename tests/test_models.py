@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from kdb.errors import ModelError, UnknownNameError
-from kdb.ingest.forward.capture import Capture, check_capture
+from kdb.ingest.forward.capture import Capture
+from kdb.ingest.forward.checks import check_capture
 from kdb.ingest.models.files import fingerprint
 from kdb.ingest.models.find import REGISTRY, ModelSource, find_model
 from kdb.ingest.models.load import count_params, load_config, load_model, load_tokenizer, model_row, pick_device

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from kdb.ingest.forward.capture import CHECK_PROMPTS, chosen_prompts
+from kdb.ingest.forward.checks import CHECK_PROMPTS, chosen_prompts
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.models.tokens import bare, count_spelled, read_texts

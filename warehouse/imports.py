@@ -38,7 +38,7 @@ _ROWS = 2**18
 class Origin:
     """The source of an imported run, and whether the run takes precedence over runs measured here."""
 
-    place: str
+    location: str
     preferred: bool = False
 
 
@@ -100,7 +100,7 @@ def _upgraded(folder: RunFolder, manifest: Manifest) -> Iterator[tuple[str, pa.T
 
 def _marked(row: pa.Table, origin: Origin) -> pa.Table:
     changed: dict[str, Any] = {
-        "imported_from": origin.place,
+        "imported_from": origin.location,
         "imported_at": datetime.now(UTC),
         "preferred": origin.preferred,
     }

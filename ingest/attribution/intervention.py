@@ -15,6 +15,7 @@ from kdb.ingest.execution.local import Here
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.rows import Rows, timed
+from kdb.ingest.settings import Ablating
 from kdb.ingest.stages import Advance, ModelStage, Outcome, PlannedRun, Shard, Stage, Subject, carry_out
 from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder
@@ -140,9 +141,9 @@ def ablate(
     load: Callable[[], LoadedModel],
     *,
     name: str,
-    positions: str = "last",
-    n_controls: int = 3,
-    seed: int = 42,
+    positions: str = Ablating.positions,
+    n_controls: int = Ablating.n_controls,
+    seed: int = Ablating.seed,
 ) -> Outcome:
     """Zero the units in ``rows`` in every kept prompt of a run, and commit the effects as a derived run.
 

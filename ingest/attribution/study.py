@@ -29,7 +29,8 @@ from kdb.ingest.attribution.score_rows import (
     query_neuron_rows,
     token_rows,
 )
-from kdb.ingest.forward.capture import batches, check_row, chosen_prompts, untouched
+from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched
 from kdb.ingest.forward.length_classes import LengthClasses
 from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job

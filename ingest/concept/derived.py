@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
 from kdb.ingest.concept.study import Key, layer_shards, probing, read_layer
-from kdb.ingest.job import Measuring, Probing, derived_identity
+from kdb.ingest.job import derived_identity
 from kdb.ingest.rows import Rows, arrow_rows
+from kdb.ingest.settings import Measuring, Probing
 from kdb.ingest.stages import Outcome, PlannedRun, Shard, StoredStage, carry_out
 from kdb.warehouse.lake import Lake, read_parts, table_files
 from kdb.warehouse.manifest import RunFolder

@@ -21,15 +21,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from kdb.ingest.concept.zero_shot import Question, answer, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
-from kdb.ingest.forward.capture import Capture, check_capture, check_stored, chosen_prompts, shared_prefix
+from kdb.ingest.forward.capture import Capture, shared_prefix
+from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
-from kdb.ingest.job import Job, Probing
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import Posed, check_length, description, pose
 from kdb.ingest.rows import Rows, arrow_rows, rows_of, timed
+from kdb.ingest.settings import Probing
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
 from kdb.warehouse.schema import DEFAULT_PROBE
 from kdb.warehouse.vectors import (

@@ -88,7 +88,7 @@ def check_answers(
 
     Returns a row of ``checks``. Raises ModelError if a difference is larger than the weights' dtype explains.
     """
-    from kdb.ingest.forward.capture import check_row, untouched
+    from kdb.ingest.forward.checks import check_row, untouched
 
     off: list[float] = []
     for ids, probabilities in zip(token_ids, stored, strict=True):

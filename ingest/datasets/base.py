@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from kdb.ingest.settings import Measuring
+
 
 @dataclass(frozen=True)
 class Example:
@@ -90,7 +92,7 @@ class DatasetInfo:
     study: str = "concept"
 
 
-def prompts(dataset: Dataset, *, noise: bool = False, seed: int = 42) -> list[str]:
+def prompts(dataset: Dataset, *, noise: bool = Measuring.noise, seed: int = Measuring.seed) -> list[str]:
     """Put every text, stripped at both ends, into the template; with noise, "aaa " or "bbb " before it."""
     rng = random.Random(seed)
     return [

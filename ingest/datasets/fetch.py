@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import platformdirs
 
 from kdb.errors import DatasetError
+from kdb.warehouse.files import appears_whole
 
 BASE_URL = "https://raw.githubusercontent.com"
 _TIMEOUT = 30.0  # seconds without an answer
@@ -69,7 +69,9 @@ def download(url_path: str, sha256: str, target: Path) -> None:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DatasetError(f"The file at {url} has changed (its SHA-256 is not the expected one).")
     try:
-        _write_whole(target, content)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with appears_whole(target) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise DatasetError(f"Cannot write {target}: {error.strerror}.") from error
 
@@ -84,16 +86,3 @@ def _get(url: str) -> bytes:
     except (OSError, HTTPException) as error:
         raise DatasetError(f"Cannot download {url}: {getattr(error, 'reason', error)}.") from error
     return content
-
-
-def _write_whole(target: Path, content: bytes) -> None:
-    """Write a file so that it is either complete or absent."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from kdb.ingest.datasets.cloze import (
 )
 from kdb.ingest.datasets.questions import read_opentriviaqa, read_triviaqa
 from kdb.ingest.datasets.rows import complaint
-from kdb.ingest.datasets.world import CATEGORIES
+from kdb.queries.domains import CATEGORIES
 
 _QUESTION = "Question: {text}\nAnswer:"
 

@@ -15,8 +15,6 @@ def table(text: str) -> dict[str, str]:
     return dict(entry.strip().split(": ") for entry in text.split(","))
 
 
-CATEGORIES = ("language", "color", "number", "capital", "country", "month")
-
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),

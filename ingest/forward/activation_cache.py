@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdb.errors import ModelError
-from kdb.ingest.forward.capture import batches, untouched
+from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
 from kdb.ingest.forward.decomposition import Decomposition, Norm, watched_attention
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kdb.ingest.models.find import LoadedModel
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
-"""Largest relative difference of a sum or a logit that rounding explains, by the dtype of the weights."""
 
 CHECK_BYTES = 512 * 2**20
 """Bytes of memory for the cache of the prompts that a run is checked on."""
@@ -195,17 +192,6 @@ class _Tape:
 
 # Checks ----------------------------------------------------------------------------------------------------------
 
-_DETAIL = {
-    "logits": "largest |logit − the model's own| / spread of the model's own logits",
-    "logits_kl": "KL divergence, in nats, of the recorded logits from the model's own",
-    "residual_sum": "‖block output − (input + attention + FFN)‖ / ‖block output‖, largest over blocks and positions",
-    "head_sum": "‖attention contribution − (heads + biases)‖ / ‖heads and biases, norms added‖, largest over layers",
-    "ffn_sum": "‖FFN contribution − (neurons + biases)‖ / ‖neurons and biases, norms added‖, largest over layers",
-    "value_keys": "the same for a head's values, read through the value projection found",
-    "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
-    "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
-}
-
 
 def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Check on some prompts that all sums add up and match the untouched model; return rows of ``checks``.
@@ -214,20 +200,7 @@ def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequen
     """
     loaded = decomposition.loaded
     errors = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
-    largest = {name: float(np.max([of[name] for of in errors])) for name in errors[0]}  # Python's max loses a NaN
-    for name, value in largest.items():
-        _refuse(loaded, name, value)
-    detail = f"; {len(token_ids)} prompts, {loaded.dtype}"
-    return [
-        {
-            "check": name,
-            "value": value,
-            "tolerance": TOLERANCE[loaded.dtype],
-            "passed": True,
-            "detail": _DETAIL[name] + detail,
-        }
-        for name, value in largest.items()
-    ]
+    return [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
 
 
 def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor) -> None:
@@ -235,16 +208,7 @@ def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor)
 
     Raises ModelError if the difference is larger than the rounding of the weights' dtype explains.
     """
-    _refuse(loaded, "logits", float((recorded - own).abs().max() / _spread(own)))
-
-
-def _refuse(loaded: LoadedModel, name: str, value: float) -> None:
-    tolerance = TOLERANCE[loaded.dtype]
-    if not value <= tolerance:
-        raise ModelError(
-            f"{loaded.source.name} cannot be measured: {name} is off by {value:.2g}, and {loaded.dtype} "
-            f"explains {tolerance:.2g} ({_DETAIL[name]})."
-        )
+    check_row("logits", [float((recorded - own).abs().max() / _spread(own))], loaded, 1)
 
 
 def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -270,7 +234,7 @@ def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> di
             "ffn_keys": _ffn_keys(decomposition, r),
             "frozen_readout": _frozen_readout(decomposition, r),
             "logits": float(((r.logits - own).abs().amax(-1) / _spread(own)).max()),
-            "logits_kl": _kl(own, r.logits),
+            "logits_kl": kl_divergence(own, r.logits),
         }
 
 
@@ -398,11 +362,6 @@ def head_coefficients(r: ActivationCache, layer: int) -> torch.Tensor:
 
 def _spread(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(-1) - logits.amin(-1)
-
-
-def _kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).abs().max())
 
 
 def _largest(x: torch.Tensor) -> float:

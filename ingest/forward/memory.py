@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kdb.ingest.models.structure import ffn_width
+
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
 
@@ -61,5 +63,4 @@ def token_bytes(config: Any, size: int) -> int:
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return int(size * (kept + 3 * wide + 6 * text.hidden_size + 4 * heads * head_dim))
+    return int(size * (kept + 3 * ffn_width(text) + 6 * text.hidden_size + 4 * heads * head_dim))

@@ -19,7 +19,6 @@ from kdb.ingest.models.guard import brief
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "README.md"]
 _OTHER_FORMATS = ["*/*", "consolidated*"]  # exports in folders, and Mistral's second copy of its weights
 

@@ -27,6 +27,7 @@ from platformdirs import user_cache_path
 from kdb.errors import ModelError
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.rope import FACTORS, set_rope
+from kdb.ingest.models.structure import ffn_width
 
 log = logging.getLogger(__name__)
 
@@ -273,10 +274,6 @@ def _theta(config: Any) -> Any:
     return rope.get("full_attention", rope).get("rope_theta")
 
 
-def _ffn(config: Any) -> Any:
-    return _first(config, "intermediate_size", "ffn_dim", "n_inner", "feed_forward_length") or 4 * config.hidden_size
-
-
 def _first(config: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
@@ -290,7 +287,7 @@ _AGREES: dict[str, Callable[[Any], Any]] = {
     "context_length": _of("max_position_embeddings", "n_positions"),
     "embedding_length": _of("hidden_size"),
     "block_count": _of("num_hidden_layers"),
-    "feed_forward_length": _ffn,
+    "feed_forward_length": ffn_width,
     "use_parallel_residual": _of("use_parallel_residual"),
     "attention.head_count": _of("num_attention_heads"),
     "attention.head_count_kv": _of("num_key_value_heads", "num_attention_heads"),

@@ -20,7 +20,9 @@ from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.models.gguf import unpacked
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
+from kdb.ingest.models.structure import ffn_width
 from kdb.ingest.models.tensors import Tensor, tensors_of
+from kdb.ingest.settings import Measuring
 
 
 def pick_device(device: str | None) -> str:
@@ -69,7 +71,7 @@ def load_config(source: ModelSource) -> Any:
 
 
 def load_model(
-    source: ModelSource, *, device: str = "cpu", dtype: str = "float32", quantize: str | None = None
+    source: ModelSource, *, device: str = "cpu", dtype: str = Measuring.dtype, quantize: str | None = None
 ) -> LoadedModel:
     """Load a model's weights; raise ModelError if transformers cannot, or would ignore some.
 
@@ -218,7 +220,7 @@ def _model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> d
         "n_kv_heads": getattr(text, "num_key_value_heads", None) or n_heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
         "hidden_size": text.hidden_size,
-        "intermediate_size": _intermediate_size(text),
+        "intermediate_size": ffn_width(text),
         "vocab_size": text.vocab_size,
         "n_params": n_params,
         "dtype": dtype,
@@ -232,13 +234,6 @@ def count_params(config: Any) -> int:
 
     with torch.device("meta"):
         return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
-
-
-def _intermediate_size(text: Any) -> int:
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    return 4 * int(text.hidden_size)  # GPT-2's n_inner is null where it is four times the width
 
 
 @contextlib.contextmanager

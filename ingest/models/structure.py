@@ -80,6 +80,13 @@ def find_structure(model: Any) -> ModelStructure:
     )
 
 
+def ffn_width(text: Any) -> int:
+    """Number of FFN neurons per layer, from a text config, whatever the architecture calls it."""
+    names = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
+    # GPT-2's n_inner is null if the width is four times the hidden size.
+    return int(next(filter(None, (getattr(text, name, None) for name in names)), 4 * text.hidden_size))
+
+
 def _find_blocks(base: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleList] | None:
     from torch import nn
 
