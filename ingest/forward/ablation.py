@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
@@ -98,9 +98,7 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
     import torch
 
     device, rows = decomposition.loaded.device, torch.arange(len(trials))
-    ids = torch.zeros(len(trials), max(len(t.token_ids) for t in trials), dtype=torch.long)
-    for row, trial in enumerate(trials):
-        ids[row, : len(trial.token_ids)] = torch.tensor(trial.token_ids)
+    ids = padded([trial.token_ids for trial in trials])
     last = torch.tensor([len(t.token_ids) - 1 for t in trials])
     forget_longest(decomposition.loaded)
     with _silencing(decomposition, trials, last):
@@ -117,17 +115,13 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
 @contextlib.contextmanager
 def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torch.Tensor) -> Iterator[None]:
     """Set each trial's entries to zero, in the inputs of the projections that read them."""
-    handles = []
-    for layer, block in enumerate(decomposition.blocks):
-        for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
-            entries = [getattr(t.silenced, part).get(layer, []) for t in trials]
-            if any(entries):
-                handles.append(module.register_forward_pre_hook(_zero(entries, trials, last)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(decomposition.blocks):
+            for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
+                entries = [getattr(t.silenced, part).get(layer, []) for t in trials]
+                if any(entries):
+                    hooks.enter_context(module.register_forward_pre_hook(_zero(entries, trials, last)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _zero(entries: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
 from kdb.ingest.forward.decomposition import Decomposition, Norm, watched_attention
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
@@ -71,10 +71,7 @@ def run_with_cache(decomposition: Decomposition, token_ids: Sequence[Sequence[in
     """Run a batch of prompts of one length class, and cache its activations."""
     import torch
 
-    device, n = decomposition.loaded.device, len(token_ids)
-    ids = torch.zeros(n, max(map(len, token_ids)), dtype=torch.long)
-    for row, tokens in enumerate(token_ids):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
+    device, ids = decomposition.loaded.device, padded(token_ids)
     last = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
     tape = _Tape(decomposition, tuple(ids.shape), last)
     forget_longest(decomposition.loaded)
@@ -107,23 +104,16 @@ class _Tape:
             self.heard["weights"][i] = weights[rows, :, self.last].float()
             self.heard["values"][i] = value.float()
 
-        handles = []
-        for i, block in enumerate(self.decomposition.blocks):
-            handles += [
-                self._hear(block.module, i, read="resid", written="out"),
-                self._hear(block.attn_out, i, read="heads", written="attn"),
-                self._hear(block.ffn_out, i, read="m", written="ffn"),
-            ]
-            if block.attn_post is not None:
-                handles.append(self._hear(block.attn_post.module, i, written="attn_post"))
-            if block.ffn_post is not None:
-                handles.append(self._hear(block.ffn_post.module, i, written="ffn_post"))
-        try:
-            with watched_attention(self.decomposition.loaded.model, watch):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for i, block in enumerate(self.decomposition.blocks):
+                hooks.enter_context(self._hear(block.module, i, read="resid", written="out"))
+                hooks.enter_context(self._hear(block.attn_out, i, read="heads", written="attn"))
+                hooks.enter_context(self._hear(block.ffn_out, i, read="m", written="ffn"))
+                for norm, written in ((block.attn_post, "attn_post"), (block.ffn_post, "ffn_post")):
+                    if norm is not None:
+                        hooks.enter_context(self._hear(norm.module, i, written=written))
+            hooks.enter_context(watched_attention(self.decomposition.loaded.model, watch))
+            yield
 
     def _hear(self, module: nn.Module, layer: int, read: str | None = None, written: str | None = None) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -53,6 +53,13 @@ def batches(
         start = stop
 
 
+def padded(token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Token ids of a batch (prompt, position), with zeros after the end of each prompt."""
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
+
+
 @dataclass(frozen=True)
 class _Way:
     """Options of a forward pass: after a cached prefix or whole, with the cue or without.
@@ -172,9 +179,7 @@ class Capture:
         import torch
 
         device = self.loaded.device
-        ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
-        for row, tokens in enumerate(token_ids):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+        ids = padded(token_ids)
         end = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
         states = torch.empty(len(token_ids), *self.shape, device=device)
         ends = torch.empty(len(token_ids), self.shape[-1], device=device)
@@ -201,20 +206,18 @@ class Capture:
             at = rows.to(hidden.device), positions.to(hidden.device)  # blocks may be on different GPUs
             out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
 
-        handles = []
-        for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
-            resid, normed = states[:, layer, 0], states[:, layer, 1]
-            handles += [
-                block.register_forward_hook(lambda _m, _i, output, out=resid: keep(out, _tensor(output), last)),
-                ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last)),
-            ]
-        final = self.structure.blocks[-1]
-        handles.append(final.register_forward_hook(lambda _m, _i, output: keep(ends, _tensor(output), end)))
-        try:
+        def output(out: torch.Tensor, positions: torch.Tensor) -> Callable[..., None]:
+            return lambda _module, _inputs, output: keep(out, _tensor(output), positions)
+
+        with contextlib.ExitStack() as hooks:
+            for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
+                resid, normed = states[:, layer, 0], states[:, layer, 1]
+                hooks.enter_context(block.register_forward_hook(output(resid, last)))
+                hooks.enter_context(
+                    ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last))
+                )
+            hooks.enter_context(self.structure.blocks[-1].register_forward_hook(output(ends, end)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _expanded(self, prefix: tuple[int, ...], n_rows: int) -> Any:
         """Copy the cache of the prefix for each of ``n_rows`` prompts; None without a prefix."""

@@ -165,14 +165,11 @@ class Decomposition:
             per_head = (rows[:-1] - rows[-1]).repeat_interleave(self.n_heads // value.shape[1], dim=1)
             heads.append(per_head.flatten(1).T.to(dtype))
 
-        hooks = [_feed(block.attention, units) for block in self.blocks]
         ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
-        with watched_attention(self.loaded.model, keep), torch.inference_mode():
-            try:
-                self.structure.decoder(ids, use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with contextlib.ExitStack() as hooks, watched_attention(self.loaded.model, keep), torch.inference_mode():
+            for block in self.blocks:
+                hooks.enter_context(_feed(block.attention, units))
+            self.structure.decoder(ids, use_cache=False)
         return heads
 
 
@@ -315,18 +312,13 @@ def decompose(loaded: LoadedModel) -> Decomposition:
         mixed = weights @ value.repeat_interleave(groups, dim=1)
         outputs[module] = _flat(mixed.transpose(1, 2).flatten(2))
 
-    hooks = []
-    for i, block in enumerate(structure.blocks):
-        for module in block.modules():
-            hook = functools.partial(_note, calls[i])
-            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
     ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
-    with watched_attention(loaded.model, watch), torch.inference_mode():
-        try:
-            structure.decoder(ids, use_cache=False)
-        finally:
-            for handle in hooks:
-                handle.remove()
+    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
+        for i, block in enumerate(structure.blocks):
+            for module in block.modules():
+                hook = functools.partial(_note, calls[i])
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        structure.decoder(ids, use_cache=False)
     blocks = tuple(
         _block(loaded, i, module, ffn, calls[i], outputs)
         for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
