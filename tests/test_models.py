@@ -430,7 +430,7 @@ def test_attention_that_would_be_downloaded_is_not_asked_for(folder: Path) -> No
 @pytest.mark.parametrize("content", ["[]", "7", '"x"', "null"])
 def test_a_config_that_is_no_object_is_refused(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
-    refusal(load_model, find_model(str(folder)))
+    assert "something in it has the wrong type" in refusal(load_model, find_model(str(folder)))
 
 
 def test_an_encoder_decoder_is_refused(folder: Path) -> None:
