@@ -14,7 +14,7 @@ from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
-    from kdb.ingest.attribution.scores import Attribution, Neurons, Queries
+    from kdb.ingest.attribution.scores import Attribution, Neurons, QueryScores
     from kdb.ingest.forward.decomposition import Decomposition
 
 HEADS_BY_POSITION = 10
@@ -87,7 +87,7 @@ def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
     return table.filter(pa.array((n.layer >= 0).cpu().numpy().ravel()))
 
 
-def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+def query_neuron_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_neuron_scores``; ``activates`` is the component of the value neurons that they activate."""
     n = q.neurons.shape[2]
     best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
@@ -104,7 +104,7 @@ def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
     )
 
 
-def query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_layer_scores``."""
     keys = {"prompt_id": ids[:, None], "activates": activates}
     rows = [

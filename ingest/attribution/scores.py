@@ -60,7 +60,7 @@ class Neurons:
 
 
 @dataclass(frozen=True)
-class Queries:
+class QueryScores:
     """Scores, in nats, of the sources that activate a prompt's value neurons.
 
     Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn`` and ``ffn`` (b, l).
@@ -381,7 +381,7 @@ class Attribution:
 
     # Query side
 
-    def attn_queries(self, values: Neurons) -> Queries:
+    def attn_queries(self, values: Neurons) -> QueryScores:
         """Score the sources that activate attention value neurons: earlier layers, at the positions that they read."""
         r = self.cache
         prompt = self._rows[:, None].expand_as(values.layer)
@@ -392,7 +392,7 @@ class Attribution:
         total = (keys * r.resid_pre[layer, prompt, values.position]).sum(-1)
         return self._queries(values, keys, total, values.position, own_attention=False)
 
-    def ffn_queries(self, values: Neurons) -> Queries:
+    def ffn_queries(self, values: Neurons) -> QueryScores:
         """Score the sources that activate FFN value neurons: earlier layers, and the same block's attention."""
         prompt = self._rows[:, None].expand_as(values.layer)
         keys = self._keys(values.layer, values.neuron, self.decomposition.ffn_keys)
@@ -411,7 +411,7 @@ class Attribution:
 
     def _queries(
         self, values: Neurons, keys: torch.Tensor, total: torch.Tensor, position: torch.Tensor, own_attention: bool
-    ) -> Queries:
+    ) -> QueryScores:
         """Compute Σ over value neurons of score × (source · key) ÷ total, for every source (section 3.4).
 
         ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own_attention``: value neurons read a residual that
@@ -437,4 +437,4 @@ class Attribution:
             fired = r.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * r.ffn_scale[i, prompt[:, used], position[:, used]]
             neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
-        return Queries(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))
+        return QueryScores(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from kdb.ingest.concept.zero_shot import Question, answer, check_answers, question_of, zero_shot_rows
+from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
@@ -182,7 +182,10 @@ def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Row
     vectors, ends = subject.capture.vectors_and_ends(texts, subject.prefix, question.cue, on_batch=advance)
     if question.tells:
         labels = np.array([subject.job.dataset.examples[i].label for i in prompts])
-        yield Rows("zero_shot", [zero_shot_rows(prompts, labels, answer(subject.capture, ends, question), question)])
+        yield Rows(
+            "zero_shot",
+            [zero_shot_rows(prompts, labels, answer_probabilities(subject.capture, ends, question), question)],
+        )
     groups = activation_groups(prompts, SITES, vectors, float16=subject.job.measuring.store == "float16")
     yield timed("activations", list(groups), begun)
 

@@ -5,7 +5,7 @@ without a capital, and with or without a space; the probabilities of all these f
 
     question = question_of(tokenizer, load_dataset("world-cities"))
     vectors, ends = capture.vectors_and_ends(token_ids, cue=question.cue)
-    probabilities = answer(capture, ends, question)
+    probabilities = answer_probabilities(capture, ends, question)
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _first_tokens(tokenizer: Any, word: str) -> set[int]:
     return {bare(tokenizer, variant)[0] for variant in variants}
 
 
-def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
+def answer_probabilities(capture: Capture, ends: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
     """Compute the probabilities (prompt, 2) that the next token begins the negative and the positive answer.
 
     ``ends`` (prompt, hidden) are the last block's outputs at the token before the answer.

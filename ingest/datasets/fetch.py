@@ -20,7 +20,7 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("kdb")) / "datasets"
 
 
-def search_places(data_dir: Path | None) -> list[Path]:
+def search_folders(data_dir: Path | None) -> list[Path]:
     """Return the folders to search, in order: `data_dir`, KDB_DATA_DIR, the user's cache."""
     named = (data_dir, os.environ.get("KDB_DATA_DIR"))
     folders = [Path(folder).expanduser() for folder in named if folder]
@@ -29,7 +29,7 @@ def search_places(data_dir: Path | None) -> list[Path]:
 
 def find_file(name: str, data_dir: Path | None) -> Path | None:
     """Return the first file of that name in the folders to search, or None."""
-    candidates = (folder / name for folder in search_places(data_dir))
+    candidates = (folder / name for folder in search_folders(data_dir))
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -51,7 +51,7 @@ def locate(
             raise DatasetError("Downloading is switched off.")
         download(url_path, sha256, target)
     except DatasetError as why:
-        folders = ", ".join(map(str, search_places(data_dir)))
+        folders = ", ".join(map(str, search_folders(data_dir)))
         raise DatasetError(
             f"Dataset {dataset!r} needs the file {file}, which is not in {folders}. {why} "
             "Put the file into a folder, and give --data-dir that folder."

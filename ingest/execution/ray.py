@@ -166,11 +166,11 @@ class Workers:
                     self._started(reference)
                     continue
                 actor, task = self._busy.pop(reference)
-                answer = self._answer(reference, actor, task)
-                if answer is None:
+                results = self._results_of(reference, actor, task)
+                if results is None:
                     waiting.appendleft(task)
                 else:
-                    yield task, answer[0]
+                    yield task, results[0]
 
     def _hire(self, wanted: int) -> None:
         """Start as many workers as the cluster has room for and the shards need."""
@@ -190,12 +190,12 @@ class Workers:
             return
         self._idle.append(actor)
 
-    def _answer(self, reference: Any, actor: Any, task: _Task) -> tuple[Any] | None:
+    def _results_of(self, reference: Any, actor: Any, task: _Task) -> tuple[Any] | None:
         """Return the worker's results; None if it died and the task must be done again."""
-        answer = self._outcome(reference)
-        if answer is not None:
+        results = self._outcome(reference)
+        if results is not None:
             self._idle.append(actor)
-            return answer
+            return results
         what = task.shard.name
         if task.begun >= TRIES:
             raise KdbError(
@@ -210,13 +210,13 @@ class Workers:
         import ray
 
         try:
-            kind, answer = ray.get(reference)
+            kind, results = ray.get(reference)
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError) as error:
             log.debug("A worker died: %s", error)
             return None
         if kind == "refused":
-            raise ModelError(answer)
-        return (answer,)
+            raise ModelError(results)
+        return (results,)
 
     def _reference(self, subject: Subject[Any]) -> Any:
         """Return a reference to the subject, which is sent to the cluster once."""

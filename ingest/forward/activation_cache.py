@@ -73,15 +73,15 @@ def run_with_cache(decomposition: Decomposition, token_ids: Sequence[Sequence[in
 
     device, ids = decomposition.loaded.device, padded(token_ids)
     last = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
-    tape = _Tape(decomposition, tuple(ids.shape), last)
+    recorder = _Recorder(decomposition, tuple(ids.shape), last)
     forget_longest(decomposition.loaded)
-    with tape.running(), torch.inference_mode():
+    with recorder.running(), torch.inference_mode():
         decomposition.structure.decoder(ids.to(device), use_cache=False)
     with torch.inference_mode():
-        return tape.cache()
+        return recorder.cache()
 
 
-class _Tape:
+class _Recorder:
     """Hooks of one forward pass, and the activations that they recorded."""
 
     def __init__(self, decomposition: Decomposition, shape: tuple[int, ...], last: torch.Tensor) -> None:
@@ -89,7 +89,7 @@ class _Tape:
         self.shape = shape
         self.last = last
         n = len(decomposition.blocks)
-        self.heard: dict[str, list[Any]] = {
+        self.recorded: dict[str, list[Any]] = {
             k: [None] * n
             for k in ("resid", "attn", "ffn", "m", "attn_post", "ffn_post", "weights", "values", "heads", "out")
         }
@@ -101,26 +101,26 @@ class _Tape:
 
         def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
             i = layer_of[module]
-            self.heard["weights"][i] = weights[rows, :, self.last].float()
-            self.heard["values"][i] = value.float()
+            self.recorded["weights"][i] = weights[rows, :, self.last].float()
+            self.recorded["values"][i] = value.float()
 
         with contextlib.ExitStack() as hooks:
             for i, block in enumerate(self.decomposition.blocks):
-                hooks.enter_context(self._hear(block.module, i, read="resid", written="out"))
-                hooks.enter_context(self._hear(block.attn_out, i, read="heads", written="attn"))
-                hooks.enter_context(self._hear(block.ffn_out, i, read="m", written="ffn"))
+                hooks.enter_context(self._record(block.module, i, read="resid", written="out"))
+                hooks.enter_context(self._record(block.attn_out, i, read="heads", written="attn"))
+                hooks.enter_context(self._record(block.ffn_out, i, read="m", written="ffn"))
                 for norm, written in ((block.attn_post, "attn_post"), (block.ffn_post, "ffn_post")):
                     if norm is not None:
-                        hooks.enter_context(self._hear(norm.module, i, written=written))
+                        hooks.enter_context(self._record(norm.module, i, written=written))
             hooks.enter_context(watched_attention(self.decomposition.loaded.model, watch))
             yield
 
-    def _hear(self, module: nn.Module, layer: int, read: str | None = None, written: str | None = None) -> Any:
+    def _record(self, module: nn.Module, layer: int, read: str | None = None, written: str | None = None) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if read is not None:
-                self.heard[read][layer] = self._states(args[0] if args else kwargs["hidden_states"])
+                self.recorded[read][layer] = self._states(args[0] if args else kwargs["hidden_states"])
             if written is not None:
-                self.heard[written][layer] = self._states(output[0] if isinstance(output, tuple) else output)
+                self.recorded[written][layer] = self._states(output[0] if isinstance(output, tuple) else output)
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
@@ -131,24 +131,24 @@ class _Tape:
         """Assemble the activation cache."""
         import torch
 
-        heard, decomposition, rows = self.heard, self.decomposition, range(self.shape[0])
+        recorded, decomposition, rows = self.recorded, self.decomposition, range(self.shape[0])
         attn, attn_scale = self._contributions("attn", "attn_post", [b.attn_post for b in decomposition.blocks])
         ffn, ffn_scale = self._contributions("ffn", "ffn_post", [b.ffn_post for b in decomposition.blocks])
-        resid_post = heard["out"][-1][rows, self.last]
+        resid_post = recorded["out"][-1][rows, self.last]
         dtype = getattr(torch, decomposition.loaded.dtype)
         normed = decomposition.structure.final_norm(resid_post.to(dtype))
         logits = decomposition.structure.readout(resid_post.to(dtype)).float()
         return ActivationCache(
             last=self.last,
-            resid_pre=torch.stack(heard["resid"]),
+            resid_pre=torch.stack(recorded["resid"]),
             resid_post=resid_post,
             attn=attn,
             ffn=ffn,
-            coefficients=torch.stack(heard["m"]),
+            coefficients=torch.stack(recorded["m"]),
             attn_scale=attn_scale,
             ffn_scale=ffn_scale,
-            attention=torch.stack(heard["weights"]),
-            values=torch.stack(heard["values"]),
+            attention=torch.stack(recorded["weights"]),
+            values=torch.stack(recorded["values"]),
             attn_bias=self._unaccounted(attn_scale, [(b.attn_out, b.attn_post) for b in decomposition.blocks]),
             ffn_bias=self._unaccounted(ffn_scale, [(b.ffn_out, b.ffn_post) for b in decomposition.blocks]),
             final_scale=decomposition.final_norm.scale(resid_post, normed.float()),
@@ -159,7 +159,7 @@ class _Tape:
         """Contributions (l, b, t, d) of attention or FFN, and the scale (l, b, t) of the norm after it."""
         import torch
 
-        written, after = self.heard[name], self.heard[post]
+        written, after = self.recorded[name], self.recorded[post]
         scales = [
             torch.ones(self.shape, device=w.device) if norm is None else norm.scale(w, a)
             for w, a, norm in zip(written, after, norms, strict=True)
