@@ -279,7 +279,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(folder: Path) -> None:
     change_config(folder, model_type="mine")
     for load in (load_config, load_model):
         assert refusal(load, find_model(str(folder))).endswith(
-            " mine: it comes with code of its own, and kdb never runs that."
+            " mine: it needs custom code, which kdb does not run. Use a model whose class is part of transformers."
         )
     assert not (folder / "was-run").exists()
 

@@ -29,9 +29,9 @@ HARMLESS_FIELDS = {
     "transformers_version": "names the version that wrote the file",
     "torch_dtype": "kdb sets the number format (--dtype)",
     "dtype": "kdb sets the number format (--dtype)",
-    "_name_or_path": "says where the files lay",
-    "name_or_path": "says where the files lay",
-    "_commit_hash": "says where the files lay",
+    "_name_or_path": "names the place from which the files came",
+    "name_or_path": "names the place from which the files came",
+    "_commit_hash": "names the place from which the files came",
     "auto_map": "names code that kdb never runs",
     "use_cache": "a cache of keys and values changes speed alone",
     "initializer_range": "is for weights that are not in the files, and such models are refused",
@@ -49,8 +49,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
 )
 
 HARMLESS_ADAPTER_FIELDS = {
-    "base_model_name_or_path": "says where the base weights lay; those beside the adapter are taken",
-    "revision": "says where the base weights lay",
+    "base_model_name_or_path": "names the place of the base weights; kdb uses those beside the adapter",
+    "revision": "names the place of the base weights",
     "auto_mapping": "names code that kdb never runs",
     "inference_mode": "kdb never trains",
     "peft_version": "names the version that wrote the file",

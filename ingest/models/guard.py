@@ -21,7 +21,9 @@ def model_errors(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise ModelError(f"{what}: it comes with code of its own, and kdb never runs that.") from error
+            raise ModelError(
+                f"{what}: it needs custom code, which kdb does not run. Use a model whose class is part of transformers."
+            ) from error
         raise ModelError(f"{what}: {brief(error)}") from error
 
 
