@@ -21,9 +21,8 @@ def model_errors(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{what}: it needs custom code, which kdb does not run. Use a model whose class is part of transformers."
-            ) from error
+            advice = "Use a model whose class is part of transformers"
+            raise ModelError(f"{what}: it needs custom code, which kdb does not run. {advice}.") from error
         raise ModelError(f"{what}: {brief(error)}") from error
 
 
