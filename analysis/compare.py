@@ -32,15 +32,15 @@ def find_runs(wh: Warehouse, *named: str) -> list[str]:
     Raises UnknownNameError for a run that is not stored, QueryError if several begin with the digits.
     """
     stored = wh.sql("SELECT run FROM runs ORDER BY run")["run"].to_list()
-    found = []
+    matches = []
     for name in named:
         runs = [run for run in stored if run.startswith(name)]
         if not runs:
             raise UnknownNameError("run", name, stored, "`kdb runs` lists them.")
         if len(runs) > 1:
             raise QueryError(f"Several runs begin with {name!r}: {', '.join(runs)}. Give more digits.")
-        found += runs
-    return found
+        matches += runs
+    return matches
 
 
 def differing_settings(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
@@ -52,11 +52,11 @@ def differing_settings(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
 
 def _settings(wh: Warehouse, run: str) -> dict[str, str]:
     """Return all settings of a run by name."""
-    said: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for table in _DESCRIBED:
-        said |= wh.sql(f"SELECT * FROM {table} WHERE run = ?", [run]).row(0, named=True)
-    said |= json.loads(said.pop("settings") or "{}")
-    return {name: str(value) for name, value in said.items() if name not in _TIMES and value is not None}
+        settings |= wh.sql(f"SELECT * FROM {table} WHERE run = ?", [run]).row(0, named=True)
+    settings |= json.loads(settings.pop("settings") or "{}")
+    return {name: str(value) for name, value in settings.items() if name not in _TIMES and value is not None}
 
 
 def moved_numbers(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:

@@ -87,7 +87,7 @@ def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]
     """Draw a line for each value of the field ``line``, its interval as a band, and its J and C as marks."""
     if metric not in METRICS:
         raise QueryError(f"Unknown metric {metric!r}. Use one of {', '.join(METRICS)}.")
-    told = look.lines(line, frame[line])
+    encodings = look.lines(line, frame[line])
     x = depth_axis(frame)
     y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(zero=False))
     base = alt.Chart().encode(x=x)
@@ -97,13 +97,13 @@ def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]
         alt.Tooltip("layer"),
         alt.Tooltip(f"{metric}:Q", format=".3f"),
     ]
-    layers: list[Any] = [base.mark_line(strokeWidth=1.6).encode(y=y, tooltip=tooltip, **told)]
+    layers: list[Any] = [base.mark_line(strokeWidth=1.6).encode(y=y, tooltip=tooltip, **encodings)]
     if metric == "accuracy":
         band = base.mark_area(opacity=0.14).encode(
             y=alt.Y("accuracy_low:Q", title=METRICS[metric]), y2="accuracy_high:Q"
         )
-        layers.insert(0, band.encode(color=told["color"]))
-    marked = base.encode(y=y, color=told["color"], tooltip=tooltip)
+        layers.insert(0, band.encode(color=encodings["color"]))
+    marked = base.encode(y=y, color=encodings["color"], tooltip=tooltip)
     jumps = marked.mark_point(shape="triangle-up", filled=True, size=70, opacity=1).transform_filter("datum.jump")
     ends = marked.mark_point(shape="diamond", filled=False, size=70, opacity=1).transform_filter("datum.converging")
     return [*layers, jumps, ends]
@@ -129,7 +129,7 @@ def points_by_size(frame: pl.DataFrame, look: Look) -> Chart:
         J="jump_percent",
         C="converging_percent",
     )
-    order = {model: place for place, model in enumerate(look.order("model", frame["model"]))}
+    order = {model: position for position, model in enumerate(look.order("model", frame["model"]))}
     by_size = frame.sort(pl.col("model").replace_strict(order, return_dtype=pl.Int64), maintain_order=True)
     rows = by_size["row"].unique(maintain_order=True).to_list()
     long = frame.unpivot(["J", "C"], index=["model", "dataset", "row"], variable_name="point", value_name="percent")
@@ -216,8 +216,8 @@ def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
     panels = [name for name in (f"{m} · {d}" for m, d in pairs) if name in set(frame["panel"])]
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
     scale = alt.Scale(domain=[0, 100])
-    told = ["point", "condition", "layer", "percent", "low_percent", "high_percent", "same_percent", "none_percent"]
-    dots = _dots(y, tooltip=told)
+    tooltip = ["point", "condition", "layer", "percent", "low_percent", "high_percent", "same_percent", "none_percent"]
+    dots = _dots(y, tooltip=tooltip)
     base = alt.Chart().encode(y=y, color=dots.encoding.color)
     ends = alt.X("low_percent:Q", title="depth (%)", scale=scale), alt.X2("high_percent:Q")
     rule = base.mark_rule(strokeWidth=3, opacity=0.45).encode(*ends)
@@ -255,8 +255,8 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
         .group_by(keys, maintain_order=True)
         .agg(pl.col("varied").unique(maintain_order=True).alias("moves"))
     )
-    found = frame.filter(varied="published").join(moved, on=keys, how="left", maintain_order="left")
-    found = found.join(chance, on=keys, how="left", maintain_order="left")
+    points = frame.filter(varied="published").join(moved, on=keys, how="left", maintain_order="left")
+    points = points.join(chance, on=keys, how="left", maintain_order="left")
     spread = pl.col("high_percent") - pl.col("low_percent") > 2 * _FAR
     split = pl.col("none_percent").is_between(100 - _SAME, _SAME)
     last = (pl.col("point") == "C") & (pl.col("layer") == pl.col("n_layers") - 1)
@@ -267,7 +267,7 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
         pl.when(last).then(pl.lit("its definition")),
     ).list.drop_nulls()
     kept = ("layer", "percent", "low_percent", "high_percent", "none_percent", "jump_p_value")
-    return found.select(*keys, *kept, hangs_on=reasons.list.join(", "))
+    return points.select(*keys, *kept, hangs_on=reasons.list.join(", "))
 
 
 def _jumps_to_chance(wh: Warehouse, **params: Any) -> pl.DataFrame:

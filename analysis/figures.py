@@ -231,21 +231,21 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     from kdb.analysis.style import finished, look_of
 
     figure = find_figure(name)
-    given = bind(name, figure.params, params)
+    values = bind(name, figure.params, params)
     with wh.snapshot() as frozen:
-        numbers, look = _frame(frozen, figure, given), look_of(frozen)
+        numbers, look = _frame(frozen, figure, values), look_of(frozen)
     if numbers.is_empty():
         raise NothingFoundError(f"{name}: there is no data to draw. `kdb runs` lists what was measured.")
-    own = {param.name: given[param.name] for param in figure.drawing} | dict(figure.fixed or {})
-    told = numbers["text"][0] if name == "prompt-story" else ""
-    marks = figure.marks + (f"\n“{told}” → “{numbers['target_token'][0]}”" if told else "")
+    own = {param.name: values[param.name] for param in figure.drawing} | dict(figure.fixed or {})
+    prompt = numbers["text"][0] if name == "prompt-story" else ""
+    marks = figure.marks + (f"\n“{prompt}” → “{numbers['target_token'][0]}”" if prompt else "")
     drawn = _function(figure.draw)(numbers, look, **own)
     return finished(drawn, figure.title, marks)
 
 
-def _frame(wh: Warehouse, figure: Figure, given: Mapping[str, Value]) -> pl.DataFrame:
+def _frame(wh: Warehouse, figure: Figure, values: Mapping[str, Value]) -> pl.DataFrame:
     drawing = {param.name for param in figure.drawing}
-    asked = {name: value for name, value in given.items() if name not in drawing}
+    asked = {name: value for name, value in values.items() if name not in drawing}
     numbers = functools.partial(wh.query, figure.query) if figure.numbers is None else _wh(figure.numbers, wh)
     return numbers(**asked)
 
@@ -259,5 +259,5 @@ def _function(name: str) -> Callable[..., Any]:
     from importlib import import_module
 
     module, _, function = name.partition(".")
-    found: Callable[..., Any] = getattr(import_module(f"kdb.analysis.{module}"), function)
-    return found
+    drawing: Callable[..., Any] = getattr(import_module(f"kdb.analysis.{module}"), function)
+    return drawing

@@ -81,8 +81,8 @@ def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
     long = means.unpivot(
         list(EFFECTS), index=["model", "letter", "method", "k", "n_prompts"], variable_name="effect"
     ).with_columns(item)
-    found = with_intervals(long, losses, ["model", "effect"], "item").drop("item")
-    return found.with_columns(low=-pl.col("high"), high=-pl.col("low"))
+    intervals = with_intervals(long, losses, ["model", "effect"], "item").drop("item")
+    return intervals.with_columns(low=-pl.col("high"), high=-pl.col("low"))
 
 
 def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
@@ -137,10 +137,10 @@ def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the log-probability increase by layer: a panel for each category, attention and FFN side by side."""
     base = alt.Chart().encode(x=depth_axis(frame))
     title = INCREASE
-    told = components()
-    band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), told["color"])
+    encodings = components()
+    band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), encodings["color"])
     line = base.mark_line(strokeWidth=1.6).encode(
-        alt.Y("score:Q", title=title), tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f")], **told
+        alt.Y("score:Q", title=title), tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f")], **encodings
     )
     return _grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
 
@@ -208,10 +208,10 @@ def methods(frame: pl.DataFrame, look: Look) -> Chart:
     rows = frame["row"].unique(maintain_order=True).to_list()
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
     models = look.order("model", frame["model"])
-    told = look.lines("model", models)["color"]
-    told.legend = alt.Legend(title="model", symbolType="circle")
+    color = look.lines("model", models)["color"]
+    color.legend = alt.Legend(title="model", symbolType="circle")
     offset = alt.YOffset("model:N", sort=models)
-    base = alt.Chart().encode(y=y, yOffset=offset, color=told)
+    base = alt.Chart().encode(y=y, yOffset=offset, color=color)
     drawn = alt.layer(
         base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(alt.X("low:Q", title=None), alt.X2("high:Q")),
         base.mark_point(filled=True, size=45, opacity=1).encode(
@@ -244,14 +244,14 @@ def overlap(frame: pl.DataFrame, look: Look) -> Chart:
 def shares(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the total contributions of attention and FFN layers with intervals: a panel for each model."""
     names = look.order("category", frame["category"])
-    told = components()["color"]
-    told.legend = alt.Legend(title=None, symbolType="square")
+    color = components()["color"]
+    color.legend = alt.Legend(title=None, symbolType="square")
     base = alt.Chart().encode(
         x=alt.X("category:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40)), xOffset="component:N"
     )
     y = alt.Y("score:Q", title=INCREASE)
     drawn = alt.layer(
-        base.mark_bar().encode(y, told, tooltip=["category", "component", "score", "percent", "n_prompts"]),
+        base.mark_bar().encode(y, color, tooltip=["category", "component", "score", "percent", "n_prompts"]),
         base.mark_rule().encode(alt.Y("low:Q", title=INCREASE), alt.Y2("high:Q")),
         data=frame,
     ).properties(width=220, height=160)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from platformdirs import user_cache_path
 
 from kdb.errors import QueryError
 from kdb.text import visible_within
+from kdb.warehouse.files import appears_whole
 
 if TYPE_CHECKING:
     from kdb.analysis.style import Chart
@@ -117,11 +116,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _replace(target: Path, content: bytes) -> None:
-    staged = target.with_name(f".kdb-{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        staged.write_bytes(content)
+    """Replace a file, and keep its permissions."""
+    with appears_whole(target) as partial:
+        partial.write_bytes(content)
         if target.exists():
-            shutil.copymode(target, staged)
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
+            shutil.copymode(target, partial)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import altair as alt
 
+from kdb.queries.domains import CATEGORIES
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 Chart: TypeAlias = Any
 """Any Altair chart; the classes have no common base with all methods that are used here."""
-
-CATEGORIES = ("language", "color", "number", "capital", "country", "month")
-"""The paper's kinds of knowledge, in its order; others follow in order of their names."""
 
 PAPER_DATASETS = (
     *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),
@@ -49,10 +48,10 @@ class Look:
     def lines(self, field: str, shown: Iterable[str]) -> dict[str, Any]:
         """Return encodings that distinguish the lines of a field by colour and dashes."""
         names = self.order(field, shown)
-        places = [self._place(field, name, names) for name in names]
-        colors = [_PALETTE[place % len(_PALETTE)] for place in places]
+        positions = [self._place(field, name, names) for name in names]
+        colors = [_PALETTE[position % len(_PALETTE)] for position in positions]
         # With 13 colours and four kinds of dashes, the pair repeats after 52 names.
-        dashes = [_DASHES[place % len(_DASHES)] for place in places]
+        dashes = [_DASHES[position % len(_DASHES)] for position in positions]
         legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
         return {
             "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend),

@@ -94,9 +94,9 @@ def _matrix(scores: pl.DataFrame, item: str) -> tuple[list[str], NDArray[np.floa
     """Return the names of the items, and their scores (prompt, item)."""
     prompts = scores.select(pl.struct("dataset", "prompt_id").rank("dense") - 1).to_series().to_numpy()
     names = scores[item].unique(maintain_order=True)
-    places = scores[item].replace_strict(names, pl.int_range(len(names), eager=True)).to_numpy()
+    indices = scores[item].replace_strict(names, pl.int_range(len(names), eager=True)).to_numpy()
     values = np.zeros((int(prompts.max()) + 1, len(names)), dtype=np.float32)
-    np.add.at(values, (prompts, places), scores["score"].to_numpy())
+    np.add.at(values, (prompts, indices), scores["score"].to_numpy())
     return names.to_list(), values
 
 
@@ -123,8 +123,8 @@ def _variation_rates(accuracy: Floats) -> Floats:
 def _extreme(holds: NDArray[np.bool_], *, first: bool) -> Floats:
     """Return the first or last layer at which a condition holds; ``holds`` (…, layers − 1) begins with layer 1."""
     n = holds.shape[-1]
-    place = holds.argmax(axis=-1) if first else n - 1 - holds[..., ::-1].argmax(axis=-1)
-    return np.where(holds.any(axis=-1), place + 1.0, np.nan)
+    index = holds.argmax(axis=-1) if first else n - 1 - holds[..., ::-1].argmax(axis=-1)
+    return np.where(holds.any(axis=-1), index + 1.0, np.nan)
 
 
 def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
@@ -157,10 +157,10 @@ def _points(layers: pl.DataFrame) -> Iterator[dict[str, Any]]:
     curve, resampled = correct.mean(axis=0, dtype=np.float64), resampled_means(correct)
     finders: dict[str, Callable[[Floats], Floats]] = {"J": jump_layers, "C": converging_layers}
     for point, find in finders.items():
-        layer, found = float(find(curve)), find(resampled.T)
-        there = found[~np.isnan(found)]
-        low, high = 100 * np.quantile(there, _LEVEL) / n_layers if len(there) else (None, None)
-        same = np.isnan(found) if np.isnan(layer) else found == layer
+        layer, resampled_layers = float(find(curve)), find(resampled.T)
+        existing = resampled_layers[~np.isnan(resampled_layers)]
+        low, high = 100 * np.quantile(existing, _LEVEL) / n_layers if len(existing) else (None, None)
+        same = np.isnan(resampled_layers) if np.isnan(layer) else resampled_layers == layer
         before = None if np.isnan(layer) or point == "C" else correct[:, int(layer) - 1]
         yield {
             "point": point,
@@ -169,7 +169,7 @@ def _points(layers: pl.DataFrame) -> Iterator[dict[str, Any]]:
             "low_percent": low,
             "high_percent": high,
             "same_percent": 100 * float(np.mean(same)),
-            "none_percent": 100 * float(np.mean(np.isnan(found))),
+            "none_percent": 100 * float(np.mean(np.isnan(resampled_layers))),
             "jump_p_value": None if before is None else _paired(before, correct[:, int(layer)]),
         }
 

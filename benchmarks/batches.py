@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdb.ingest.datasets import load_dataset, prompts
-from kdb.ingest.forward.capture import Capture, shared_prefix, untouched
+from kdb.ingest.forward.capture import Capture, shared_prefix
+from kdb.ingest.forward.checks import untouched
 from kdb.ingest.models.find import find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.models.tokens import read_texts

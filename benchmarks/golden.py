@@ -25,10 +25,11 @@ from golden_attribution import compare_sums
 
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.forward.decomposition import decompose
-from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.job import Job
 from kdb.ingest.measure import ingest
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.settings import Measuring, Probing
 from kdb.warehouse.store import Warehouse
 
 ROOT = Path(__file__).resolve().parents[1]

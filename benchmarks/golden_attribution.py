@@ -18,7 +18,7 @@ import torch
 
 from kdb.ingest.attribution.rankings import METHODS, best_neurons
 from kdb.ingest.attribution.score_rows import silenced_ffn
-from kdb.ingest.attribution.scores import Attribution, Neurons, Queries, prompts_at_once
+from kdb.ingest.attribution.scores import Attribution, Neurons, QueryScores, prompts_at_once
 from kdb.ingest.attribution.study import KEPT_RANK
 from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
@@ -220,7 +220,7 @@ def _neurons(top: Neurons, i: int) -> tuple[dict[Any, float], dict[Any, float]]:
     )
 
 
-def _queries(query: Queries, kind: str, i: int, p: Prompt, to: _Comparisons) -> None:
+def _queries(query: QueryScores, kind: str, i: int, p: Prompt, to: _Comparisons) -> None:
     n = query.neurons.shape[2]
     expected = {tuple(row[:2]): row[2] for row in p[f"query_ffn_for_{kind}"]}
     best = query.neurons[i].flatten().topk(2 * len(expected))

@@ -1,1 +1,1 @@
-"""Measuring: models, datasets, capture, probes, and the run that ties them to storage."""
+"""Measure models on datasets: find and load models, read datasets, and run the two studies."""

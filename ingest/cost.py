@@ -1,4 +1,4 @@
-"""What a run will cost: said before it starts, and by ``kdb ingest --dry-run``."""
+"""Estimated time, memory and disk space of a run, printed before it starts and by ``kdb ingest --dry-run``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdb.ingest.concept.zero_shot import question_of
 from kdb.ingest.forward.capture import gemm_rate, shared_prefix
 from kdb.ingest.forward.memory import CHUNK_BYTES, CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.job import Job
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import pose
@@ -25,13 +25,13 @@ _PROBE_SECONDS = 4e-7
 """Seconds to probe one float of activations, and its control task, with both logistic probes on one core."""
 
 _RANKED = 600
-"""Neurons of a prompt whose rank of the target is counted, for two of the methods; typical, and no bound."""
+"""Typical number of neurons per prompt whose rank of the target is counted, for two of the methods."""
 
 _NEURON_BYTES = 80
-"""Of a row of ``neuron_scores`` on disk, with its share of the other tables."""
+"""Bytes on disk of a row of ``neuron_scores``, with its share of the other tables."""
 
 _PART_MEMORY = 3 * PART_BYTES
-"""A part being filled, and its copies in Arrow and in Parquet."""
+"""Bytes of a part in memory, with its copies in Arrow and in Parquet."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Cost:
 
 
 def cost(job: Job, device: str) -> Cost:
-    """What a job will cost, from its tokens and a moment of matrix products on this machine; loads no weights."""
-    with told(f"Cannot estimate the cost of {job.source.name} on {job.dataset.name}"):
+    """Estimate the cost of a job from its tokens and the measured speed of matrix products; loads no weights."""
+    with model_errors(f"Cannot estimate the cost of {job.source.name} on {job.dataset.name}"):
         config, tokenizer = load_config(job.source), load_tokenizer(job.source)
         token_ids = [prompt.token_ids for prompt in pose(job, tokenizer)]
         if job.study == "knowledge":
@@ -67,7 +67,7 @@ def cost(job: Job, device: str) -> Cost:
 
 
 def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str) -> Cost:
-    """The cost if every prompt counts: what is read out, in rows of the vocabulary, and what runs through the model."""
+    """Estimate the cost of a knowledge run in which every prompt is kept: its readouts and its forward passes."""
     m, wanted = job.measuring, job.attributing
     row = model_row(job.source, config, count_params(config), m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
@@ -93,7 +93,7 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
 
 
 def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Cost:
-    """The same, from a config and token ids that are at hand, ``n_cue`` of which follow each prompt."""
+    """Estimate the cost of a concept run from a config and token ids; ``n_cue`` tokens follow each prompt."""
     row = model_row(job.source, config, count_params(config), job.measuring.dtype)
     prefix = shared_prefix(token_ids)
     n_tokens = sum(len(ids) - prefix + n_cue for ids in token_ids)

@@ -1,4 +1,4 @@
-"""Measure a model on a dataset: the door to both studies.
+"""Measure a model on a dataset, with the study that the dataset belongs to.
 
 ingest(storage, job, load)
 ingest_on(storage, job, engine)
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 
 
 def ingest(storage: Storage, job: Job, load: Callable[[], LoadedModel], *, batch_tokens: int | None = None) -> Outcome:
-    """Measure one model on one dataset in this process, and commit the run; a no-op where that run exists.
+    """Measure one model on one dataset in this process, and commit the run; do nothing if the run exists.
 
-    ``load`` loads the model and is called only if something is still to be measured with it.
-    Raises DatasetError, ModelError or WarehouseError; finished shards stay in staging, and the same job resumes there.
+    ``load`` loads the model; it is called only if the model is still needed.
+    Raises DatasetError, ModelError or WarehouseError. Finished shards stay in staging, and the same job resumes there.
     """
     return ingest_on(storage, job, Here(load, batch_tokens))
 
 
 def ingest_on(storage: Storage, job: Job, engine: Engine) -> Outcome:
-    """Measure one model on one dataset where the engine has the model. This process alone writes."""
+    """Measure one model on one dataset on ``engine``. Only this process writes to the warehouse."""
 
     def prepare() -> tuple[Subject[Any], Sequence[Stage]]:
         _warn_of_namesakes(storage, job)
-        # A study imports NumPy and more, which a run that is stored already does not need.
+        # The studies import NumPy and more: not needed, and slow, if the run is stored already.
         if job.study == "knowledge":
             from kdb.ingest.attribution.study import prepare as prepare_knowledge
 
@@ -54,7 +54,7 @@ def ingest_on(storage: Storage, job: Job, engine: Engine) -> Outcome:
 
 
 def _columns(job: Job) -> dict[str, Any]:
-    """The columns of ``runs`` that say what was asked for."""
+    """The columns of ``runs`` that describe the job."""
     step = training_step(job.source.pinned)
     return {
         "study": job.study,
@@ -66,7 +66,7 @@ def _columns(job: Job) -> dict[str, Any]:
 
 
 def _warn_of_namesakes(storage: Storage, job: Job) -> None:
-    """Warn if another model is stored under this name, the first time that this one is measured."""
+    """Warn if a different model is stored under this name, when this one is measured for the first time."""
     source, others = job.source, dict[str, int]()
     mark = f"revision={source.pinned}" if source.pinned else ""
     for folder in storage.run_folders():
@@ -78,11 +78,11 @@ def _warn_of_namesakes(storage: Storage, job: Job) -> None:
                 revision = _value(folder, "models", "revision")
                 others[revision] = others.get(revision, 0) + 1
     if others and source.revision not in others:
-        found = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
+        stored = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
         log.warning(
-            "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is kept "
-            "apart by its revision, %s…; to give it a name of its own, add --name.",
-            *(source.name, found, source.revision[:12]),
+            "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is told "
+            "apart by its revision, %s…. To store it under another name, add --name.",
+            *(source.name, stored, source.revision[:12]),
         )
 
 

@@ -1,6 +1,6 @@
-"""Many runs in one command: a plan read and checked before any work, then run after run, past those that fail.
+"""Read a plan of many runs, check it before any work, and measure run after run; failed runs do not stop the others.
 
-A plan is YAML. What stands above ``runs`` holds for each of them; model, revision and dataset may be lists::
+A plan is YAML. Options above ``runs`` apply to each of its runs; model, revision and dataset may be lists::
 
     dtype: bfloat16
     runs:
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 SEVERAL = ("model", "revision", "dataset")
-"""What may be a list."""
+"""Options whose value may be a list."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The runs of one model at one revision: its options, and its datasets (none named: every built-in one)."""
+    """The runs of one model at one revision: its options and its datasets; no datasets mean all built-in ones."""
 
     model: str
     revision: str | None
@@ -46,15 +46,15 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """The model and its revision, as they are shown."""
+        """The model and its revision, for messages."""
         stored = self.options.get("name") or (Path(self.model).name if Path(self.model).exists() else self.model)
         return stored if self.revision is None else f"{stored} {self.revision}"
 
 
 def read_plan(path: Path, known: Mapping[str, type]) -> list[Asked]:
-    """The runs of a plan; ``known`` are the options that it may set, and the types of their values.
+    """Read the runs of a plan; ``known`` are the options that it may set, and the types of their values.
 
-    Raises PlanError for a file that is no plan, UnknownNameError for an option that is none.
+    Raises PlanError for a file that is not a plan, UnknownNameError for an unknown option.
     """
     import yaml
 
@@ -72,18 +72,18 @@ def read_plan(path: Path, known: Mapping[str, type]) -> list[Asked]:
         where = f"{path}, run {number}"
         if not isinstance(entry, dict):
             raise PlanError(f"{where}: expected `model: …` and options, found {entry!r}.")
-        given = {str(key).replace("-", "_"): value for key, value in {**above, **entry}.items()}
-        _check(where, given, known)
-        asked += combine(given)
+        options = {str(key).replace("-", "_"): value for key, value in {**above, **entry}.items()}
+        _check(where, options, known)
+        asked += combine(options)
     return asked
 
 
-def combine(given: Mapping[str, Any]) -> list[Asked]:
-    """A model at a revision for each combination of those given."""
-    models, revisions, datasets = (_several(given.get(key)) for key in SEVERAL)
-    options = {key: value for key, value in given.items() if key not in SEVERAL}
+def combine(options: Mapping[str, Any]) -> list[Asked]:
+    """Yield one entry for each combination of model and revision."""
+    models, revisions, datasets = (_several(options.get(key)) for key in SEVERAL)
+    single = {key: value for key, value in options.items() if key not in SEVERAL}
     return [
-        Asked(model, revision, tuple(datasets), options)
+        Asked(model, revision, tuple(datasets), single)
         for model, revision in itertools.product(models, revisions or [None])
     ]
 
@@ -92,8 +92,8 @@ def _several(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _check(where: str, given: Mapping[str, Any], known: Mapping[str, type]) -> None:
-    for key, value in given.items():
+def _check(where: str, options: Mapping[str, Any], known: Mapping[str, type]) -> None:
+    for key, value in options.items():
         if key not in known:
             raise UnknownNameError("option", key, known, f"({where}) `kdb ingest --help` lists them.")
         for one in _several(value) if key in SEVERAL else [value]:
@@ -101,9 +101,9 @@ def _check(where: str, given: Mapping[str, Any], known: Mapping[str, type]) -> N
             if not isinstance(one, wanted) or (isinstance(one, bool) and known[key] is not bool):
                 raise PlanError(f"{where}: {key} is {one!r}, expected {_TYPES[known[key]]}.")
             if isinstance(one, str) and "\0" in one:
-                raise PlanError(f"{where}: {key} has a NUL character in it: remove it.")
-    if not _several(given.get("model")):
-        raise PlanError(f"{where}: it names no `model`.")
+                raise PlanError(f"{where}: {key} contains a NUL character: remove it.")
+    if not _several(options.get("model")):
+        raise PlanError(f"{where}: `model` is missing. Add `model: …`.")
 
 
 _TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -111,7 +111,7 @@ _TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: ``status`` is 'committed', 'exists' or 'failed', and then ``why``."""
+    """Outcome of a run: ``status`` is 'committed', 'exists' or 'failed'; ``why`` is the reason of a failure."""
 
     model: str
     dataset: str
@@ -126,14 +126,14 @@ def measure_all(
     jobs: Callable[[Asked], Sequence[Job]],
     engine: Callable[[Asked, ModelSource], Engine],
 ) -> Iterator[Ended]:
-    """Measure everything that is asked for, each model loaded once, and say of each run how it ended.
+    """Measure all runs, load each model once, and report how each run ended.
 
-    ``jobs`` finds a model, ``engine`` runs it. One that fails does not keep the next from being measured.
+    ``jobs`` finds a model and returns its jobs; ``engine`` runs it. After a failed run, the next one is measured.
     """
     for one in asked:
         try:
             planned = jobs(one)
-        except BaseException as error:  # no such revision, say, or no way to download it
+        except BaseException as error:  # such as an unknown revision, or a failed download
             why = _why(error, f"planning {one.name}")
             yield from (Ended(one.name, dataset, "failed", why=why) for dataset in one.datasets)
             continue
@@ -145,24 +145,24 @@ def measure_all(
 def _measure(storage: Storage, one: Asked, job: Job, engine: Engine) -> Ended:
     try:
         outcome = ingest_on(storage, job, engine)
-    except BaseException as error:  # out of memory, say: the next run may be smaller
+    except BaseException as error:  # such as out of memory: the next run may be smaller
         why = _why(error, f"measuring {one.name} on {job.dataset.name}")
         return Ended(one.name, job.dataset.name, "failed", why=why)
     return Ended(one.name, job.dataset.name, outcome.status, outcome.run)
 
 
 def _why(error: BaseException, doing: str) -> str:
-    """The reason why a job failed; what is to end all jobs is raised again."""
+    """Return the reason why a job failed; raise errors again that must end all jobs."""
     if isinstance(error, KdbError):
         return str(error)
-    # A panic of a library in Rust is no Exception, and is one job's failure all the same.
+    # A panic in a Rust library is not an Exception, but it fails only this job.
     if isinstance(error, SystemExit | GeneratorExit) or is_interrupt(error) or is_debugging():
         raise error
     return explain(error, doing).message
 
 
 def check_distinct(asked: Sequence[Asked]) -> None:
-    """Refuse the same run twice, and two models under one name. Raises PlanError."""
+    """Raise PlanError for the same run twice, or for two models under one name."""
     seen: dict[tuple[Any, ...], Asked] = {}
     for one in asked:
         options = tuple(sorted((key, str(value)) for key, value in one.options.items()))

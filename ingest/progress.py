@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOG_EVERY = 10.0
 
 
 class Progress:
-    """Counts what is done; ``total`` and ``done`` in ``unit``."""
+    """Counter of finished work; ``total`` and ``done`` are in ``unit``."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self._bar = tqdm(
@@ -46,13 +46,13 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         self._bar.close()
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """Show progress of ``what`` while the block runs; ``done`` was finished before."""
+    """Show the progress of ``what`` while the block runs; ``done`` is the part that was finished before."""
     shown = Progress(what, total, unit, done)
     try:
         yield shown

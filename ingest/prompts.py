@@ -1,4 +1,4 @@
-"""Prompts as the model reads them: posed and tokenized once a run, for both studies alike.
+"""Put a job's texts into the template and tokenize them, once per run and in the same way for both studies.
 
 posed = pose(job, load_tokenizer(job.source))
 """
@@ -14,7 +14,7 @@ from kdb.errors import DatasetError, ModelError
 from kdb.ingest.attribution.targets import check_candidates, target_token
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import count_params, model_row
 from kdb.ingest.models.provenance import provenance
 from kdb.ingest.models.tokens import count_spelled, read_texts
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model reads it.
+    """A prompt in the model's tokens.
 
-    Of the knowledge study, ``target`` is the token that it must find, and ``rivals`` are the first tokens of its
-    category's other answers.
+    In the knowledge study, ``target`` is the first token of its answer, and ``rivals`` are the first tokens of the
+    other answers in its category.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Posed:
 
     @property
     def source(self) -> ModelSource:
-        """The model that the prompts are posed to."""
+        """The model that reads the prompts."""
         return self.job.source
 
     @property
@@ -57,11 +57,11 @@ class Posed:
 
 
 def pose(job: Job, tokenizer: Any) -> tuple[Prompt, ...]:
-    """Tokenize a job's prompts, and of the knowledge study their answers.
+    """Tokenize a job's prompts and, in the knowledge study, their answers.
 
     Raises DatasetError for an answer that cannot be a target.
     """
-    with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+    with model_errors(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
         if job.study == "concept":
             return tuple(Prompt(i, ids) for i, ids in enumerate(read_texts(tokenizer, job.texts)))
         return tuple(_with_targets(job, tokenizer))
@@ -69,38 +69,38 @@ def pose(job: Job, tokenizer: Any) -> tuple[Prompt, ...]:
 
 def _with_targets(job: Job, tokenizer: Any) -> Iterator[Prompt]:
     examples = job.dataset.examples
-    found = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
-    targets, categories = [target for _ids, target in found], [e.category or "" for e in examples]
+    tokenized = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
+    targets, categories = [target for _ids, target in tokenized], [e.category or "" for e in examples]
     check_candidates(targets, categories)
     of_category: dict[str, set[int]] = {}
     for target, category in zip(targets, categories, strict=True):
         of_category.setdefault(category, set()).add(target)
-    for i, ((ids, target), category) in enumerate(zip(found, categories, strict=True)):
+    for i, ((ids, target), category) in enumerate(zip(tokenized, categories, strict=True)):
         yield Prompt(i, ids, target, tuple(sorted(of_category[category] - {target})))
 
 
 def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n_cue: int = 0) -> None:
-    """Raise DatasetError for a prompt without tokens, or with more, its cue's included, than the model reads.
+    """Raise DatasetError for a prompt with no tokens, or with too many for the model; the cue's tokens count too.
 
-    Raise ModelError for a tokenizer that is another model's: it has tokens that this one does not.
+    Raise ModelError for a tokenizer of another model, which gives tokens that this model does not have.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     largest = max((max(ids) for ids in token_ids if ids), default=0)
     if largest >= text.vocab_size:
         raise ModelError(
-            f"The tokenizer of {job.source.name} does not belong to its weights: it gives token {largest:,}, and there "
-            f"are {text.vocab_size:,}, numbered from 0."
+            f"The tokenizer of {job.source.name} does not belong to its weights: it gives token {largest:,}, and the "
+            f"model has {text.vocab_size:,} tokens, numbered from 0. Use the tokenizer files of this model."
         )
     for number, ids in enumerate(token_ids):
         if limit is not None and len(ids) + n_cue > limit:
             cue = f" and {n_cue} of its cue" if n_cue else ""
             raise DatasetError(
                 f"Prompt {number} of {job.dataset.name!r} has {len(ids):,} tokens{cue}, and {job.source.name} reads "
-                f"at most {limit:,}: shorten the text, or take a model with a longer context."
+                f"at most {limit:,}: shorten the text, or use a model with a longer context."
             )
         if not ids:
-            raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens for {job.source.name}.")
+            raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens in {job.source.name}: drop it.")
 
 
 def description(posed: Posed, tokenizer: Any, config: Any) -> StoredStage:

@@ -1,4 +1,4 @@
-"""Rows that a stage yields, made from dictionaries or arrays in the columns of their table."""
+"""Rows that a stage yields, built from dictionaries or arrays with the schema of their table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdb.warehouse.schema import arrow_schema
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one table; each Arrow table becomes a row group. ``seconds`` is the time that it took to measure them."""
+    """Rows of one table; each Arrow table becomes a row group. ``seconds`` is the time that measuring them took."""
 
     table: str
     groups: list[pa.Table]
@@ -23,18 +23,18 @@ class Rows:
 
 
 def timed(table: str, groups: list[pa.Table], begun: float) -> Rows:
-    """Rows that were measured since ``begun``, by the monotonic clock."""
+    """Build rows whose measurement began at ``begun``, by the monotonic clock."""
     return Rows(table, groups, time.monotonic() - begun)
 
 
 def rows_of(table: str, rows: Sequence[Mapping[str, Any]], begun: float | None = None) -> Rows:
-    """Rows from dictionaries, measured since ``begun`` if that is given; absent columns are NULL."""
+    """Build rows from dictionaries, with the time since ``begun`` if it is given; absent columns are NULL."""
     groups = [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))]
     return Rows(table, groups) if begun is None else timed(table, groups, begun)
 
 
 def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
-    """Rows of a table from arrays of one shape, or of shapes that broadcast; columns left out are NULL."""
+    """Build rows of a table from arrays of one shape, or of shapes that broadcast; absent columns are NULL."""
     arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
     shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
     n = int(np.prod(shape))

@@ -1,11 +1,11 @@
-"""A run is a list of stages, and one runner carries it out.
+"""Carry out a run, which is a list of stages.
 
     outcome = carry_out(storage, PlannedRun(...), engine)
 
-A stage writes rows of some tables. Its work falls into shards; each shard is a part of every one of these tables. The
-runner alone opens the staged run, skips shards that are complete, asks the engine to map the stage over the others,
-writes each part while the next ones are measured, and commits. So an interrupted run resumes with the first shard that
-is missing, and a study says only what it measures.
+A stage writes rows of some tables. Its work is divided into shards; each shard is one part of each of these tables. The
+runner alone opens the staged run, skips complete shards, asks the engine to map the stage over the others, writes each
+part while the next ones are measured, and commits. So an interrupted run resumes with the first missing shard, and a
+study only defines its stages.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel, ModelSource
 
 Advance = Callable[[int], None]
-"""Counts how much more is done, for the display of progress."""
+"""Adds finished work to the display of progress."""
 
 S_co = TypeVar("S_co", covariant=True)
 S = TypeVar("S")
 T = TypeVar("T")
 
 LAYOUT = 2
-"""Version of how runs fall into parts. A staged run of another version begins anew: its parts are other shards."""
+"""Version of the division of runs into shards. A staged run of another version starts again from the beginning."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of a stage's work: ``name`` is that of its part in every table, ``work`` says what to measure.
+    """One part of a stage's work: ``name`` names its part in every table, ``work`` specifies what to measure.
 
-    ``size`` is what progress counts.
+    ``size`` is its amount of work in the display of progress.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Shard:
 
 
 class Loaded(Protocol):
-    """Whatever holds a model in memory."""
+    """An object that holds a model in memory."""
 
     @property
     def loaded(self) -> LoadedModel:
@@ -64,18 +64,18 @@ class Loaded(Protocol):
 
 
 class Subject(Protocol[S_co]):
-    """Prompts or interventions of one run, before the model is loaded; it is pickled and sent to workers."""
+    """Prompts or interventions of one run, before the model is loaded; picklable, since it is sent to workers."""
 
     @property
     def source(self) -> ModelSource:
         """The model that the run measures."""
 
     def on(self, loaded: LoadedModel, batch_tokens: int | None) -> S_co:
-        """The subject together with its model, as the stages' functions take it."""
+        """Combine the subject with its model, as the functions of the stages take it."""
 
 
 Work = Callable[[S, Shard, Advance], Iterator[T]]
-"""A function of module level, which workers can import: it measures one shard of a subject on its model."""
+"""A function that measures one shard of a subject on its model. It is defined in a module, so workers can import it."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class ModelStage(Generic[S]):
     shards: Callable[[RunInProgress], Sequence[Shard]]
     rows: Work[S, Rows]
     shown: tuple[str, str] | None = None
-    """What progress shows, and the unit of a shard's size; None shows nothing."""
+    """Title of the progress display, and the unit of a shard's size; None shows no progress."""
     announce: Callable[[RunInProgress], None] = lambda _run: None
-    """Called before the first shard is measured, to tell the user what follows."""
+    """Called before the first shard is measured, to print a message about it."""
 
 
 @dataclass(frozen=True)
 class StoredStage:
     """A stage that computes from stored tables, without a model.
 
-    ``read`` gives what all shards need, once; ``rows`` computes one shard from it. Up to ``n_jobs(inputs)`` shards are
-    computed at once, in processes of their own, where that is more than one.
+    ``read`` returns the inputs of all shards, and is called once; ``rows`` computes one shard from them. If
+    ``n_jobs(inputs)`` is more than one, so many shards are computed in parallel, each in its own process.
     """
 
     tables: tuple[str, ...]
@@ -111,18 +111,18 @@ Stage = ModelStage[Any] | StoredStage
 
 
 class Engine(Protocol):
-    """Maps work over shards where the model is: in this process, or on the workers of a cluster."""
+    """Maps work over shards, in this process or on the workers of a cluster."""
 
     def map(
         self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
     ) -> Iterator[tuple[Shard, T]]:
-        """Yield each result of the work on every shard, with the shard. Results of one shard keep their order.
+        """Yield every result of the work, with its shard. The results of one shard keep their order.
 
-        The model is loaded when it is first needed. Raises ModelError where it cannot be, or fails.
+        The model is loaded when it is first needed. Raises ModelError if it cannot be loaded, or fails.
         """
 
     def __enter__(self) -> Self:
-        """Ready to work."""
+        """Start using the engine."""
 
     def __exit__(self, *_: object) -> None:
         """Release the workers."""
@@ -130,12 +130,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Everything that the runner needs to know of a run.
+    """Specification of a run for the runner.
 
-    ``columns`` are those of its row in ``runs`` that the runner does not fill in itself. ``prepare`` gives the subject
-    (None where no stage needs a model) and the stages. It is called only if the run is not stored yet, and finds what
-    is wrong with the input before anything is measured. A run that is computed from another one, its ``source``, takes
-    the tables ``copied`` from it as they are.
+    ``columns`` are those of its row in ``runs`` that the runner does not fill in itself. ``prepare`` returns the
+    subject (None if no stage needs a model) and the stages. It is called only if the run is not stored yet, and checks
+    the input before anything is measured. A run that is computed from another run, its ``source``, copies the tables
+    ``copied`` from it.
     """
 
     identity: Mapping[str, Any]
@@ -149,14 +149,14 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of an ingest: the run is ``committed`` now, or ``exists`` from before."""
+    """Id of a run, and its ``status``: 'committed', or 'exists' if it was stored before."""
 
     run: str
     status: str
 
 
 def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = None) -> Outcome:
-    """Measure a run and commit it; a no-op where it is stored already.
+    """Measure a run and commit it; do nothing if it is stored already.
 
     Raises DatasetError, ModelError or WarehouseError. Finished shards stay in staging, and the same run resumes there.
     """
@@ -175,9 +175,9 @@ def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = Non
 
 
 def _versions(staged: StagedRun, *, with_model: bool) -> dict[str, Any]:
-    """The columns of ``runs`` that say which versions computed a run, and where.
+    """The columns of ``runs`` that name the versions and the device that computed a run.
 
-    What is computed here is not imported, even where it is computed from a run that was.
+    A run that is computed here is not marked as imported, even if its source run was imported.
     """
     libraries = ("torch", "transformers")
     return {
@@ -189,7 +189,7 @@ def _versions(staged: StagedRun, *, with_model: bool) -> dict[str, Any]:
 
 
 class RunInProgress:
-    """A staged run, its subject, the engine that has its model, and the run that it is computed from."""
+    """A staged run, its subject, the engine that runs its model, and its source run, if it has one."""
 
     def __init__(
         self, staged: StagedRun, subject: Subject[Any] | None, engine: Engine | None, source: RunFolder | None
@@ -197,33 +197,33 @@ class RunInProgress:
         self.staged, self._subject, self._engine, self._source = staged, subject, engine, source
 
     def files(self, table: str) -> list[Path]:
-        """The files of a table that earlier stages have stored; else those of the run that it is computed from."""
+        """The files of a table from earlier stages; if there are none, those of the source run."""
         own = self.staged.parts(table)
         return own if own or self._source is None else table_files(self._source.path, table)
 
     def table(self, name: str) -> pa.Table:
-        """The rows of a table that earlier stages have stored; else those of the run that it is computed from."""
+        """The rows of a table from earlier stages; if there are none, those of the source run."""
         return read_parts(self.files(name))
 
     @property
     def device(self) -> str:
-        """Where the model of the run was first loaded."""
+        """The device on which the model of the run was first loaded."""
         return str(self.staged.facts["device"])
 
     def remembered(self, name: str, make: Callable[[], Any]) -> Any:
-        """A plan that a resumed run must find as it was, though memory or the device may be another: JSON."""
+        """Return a JSON value that is made once per run: a resumed run reads it, even with other memory or device."""
         if name not in self.staged.facts:
             self.staged.remember(**{name: make()})
         return self.staged.facts[name]
 
     def once(self, work: Work[Any, T], shard: Shard) -> T:
-        """The one result of work on the model that writes no table, such as how much memory there is."""
+        """Return the one result of work on the model that writes no table, such as the free memory."""
         engine, subject = self._with_model()
-        [(_shard, found)] = engine.map(work, subject, [shard], lambda _n: None)
-        return found
+        [(_shard, result)] = engine.map(work, subject, [shard], lambda _n: None)
+        return result
 
     def is_complete(self, stage: Stage, shard: Shard) -> bool:
-        """Whether a shard is stored: its part of the stage's last table is written last."""
+        """Whether a shard is stored. Its part of the stage's last table is written last, so that part is looked for."""
         return self.staged.has(stage.tables[-1], shard.name)
 
     def complete(self, stage: Stage) -> None:
@@ -256,9 +256,9 @@ class RunInProgress:
             return
         inputs = stage.read(self)
         begun = time.monotonic()
-        for shard, found in _computed(stage.rows, inputs, missing, stage.n_jobs(inputs)):
-            for rows in found:
-                # Shards may be computed side by side: the time between two of them is what the run took.
+        for shard, tables in _computed(stage.rows, inputs, missing, stage.n_jobs(inputs)):
+            for rows in tables:
+                # Shards may be computed in parallel, so the time between two of them is counted, not the time of each.
                 yield shard.name, Rows(rows.table, rows.groups, time.monotonic() - begun)
                 begun = time.monotonic()
             advance(shard.size)
@@ -272,7 +272,7 @@ class RunInProgress:
 def _computed(
     rows: Callable[[Any, Shard], Sequence[Rows]], inputs: Any, shards: Sequence[Shard], n_jobs: int
 ) -> Iterator[tuple[Shard, Sequence[Rows]]]:
-    """The rows of every shard, in their order, as they are ready."""
+    """Yield the rows of every shard, in the order of the shards, as soon as they are ready."""
     if n_jobs == 1:
         yield from ((shard, rows(inputs, shard)) for shard in shards)
         return
@@ -282,12 +282,12 @@ def _computed(
 
 
 def single(name: str = "part") -> Callable[[RunInProgress], list[Shard]]:
-    """The shards of a stage whose work is one part."""
+    """Return the ``shards`` function of a stage whose work is a single shard."""
     return lambda _run: [Shard(name)]
 
 
 def _copying(table: str) -> StoredStage:
-    """The stage that copies a table of the source run, in today's schema."""
+    """Build the stage that copies a table of the source run, in the current schema."""
 
     def rows(run: RunInProgress, _shard: Shard) -> list[Rows]:
         return [Rows(table, [upgraded(table, run.table(table))])]

@@ -84,8 +84,8 @@ def _known(error: BaseException) -> str | None:
         return f"a file is damaged or is not text: {summary(error)}. `kdb verify` lists damaged files of a warehouse."
     if isinstance(error, OSError):
         where = f"{str(error.filename)!r}: " if error.filename else ""
-        said = error.strerror or summary(error)
-        return one_line(f"{where}{said}. Check that the path exists, its permissions, and the free space.")
+        reason = error.strerror or summary(error)
+        return one_line(f"{where}{reason}. Check that the path exists, its permissions, and the free space.")
     return None
 
 

@@ -31,7 +31,7 @@ class Code(str):
 
 def visible(text: str) -> str:
     """Return the text with invisible and control characters as escapes such as \\u001b."""
-    return _UNSEEN.sub(lambda found: _escape(found[0]), text)
+    return _UNSEEN.sub(lambda match: _escape(match[0]), text)
 
 
 def _escape(character: str) -> str:
@@ -56,8 +56,8 @@ def visible_within(value: Any) -> Any:
 def markdown(text: str) -> str:
     """Return Markdown that shows the text literally, in one line: no markup, no HTML, no links."""
     escaped = _MARKUP.sub(r"\\\g<0>", html.escape(one_line(text), quote=False))
-    for found, harmless in _LINKS:
-        escaped = escaped.replace(found, harmless)
+    for link, harmless in _LINKS:
+        escaped = escaped.replace(link, harmless)
     return escaped
 
 
@@ -72,6 +72,6 @@ def markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
     """Return the lines of a Markdown table, whose cells are texts or `Code`. All Markdown tables are written here."""
     cells = [[markdown_code(one) if isinstance(one, Code) else markdown(one) for one in row] for row in rows]
     head = list(map(markdown, names))
-    widths = [max(3, *(min(len(row[place]), _PADDED) for row in (head, *cells))) for place in range(len(head))]
+    widths = [max(3, *(min(len(row[column]), _PADDED) for row in (head, *cells))) for column in range(len(head))]
     rule = ["-" * width for width in widths]
     return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in (head, rule, *cells)]

@@ -71,20 +71,20 @@ class Param:
     meaning: str
     also: tuple[str, ...] = ()
 
-    def parse(self, given: object) -> Value:
+    def parse(self, raw: object) -> Value:
         """Return the given value, from Python or as text from a command line. Raises QueryError for an invalid one.
 
         This does not check whether a name is stored in the warehouse.
         """
-        if isinstance(given, Iterable) and not isinstance(given, str):
-            given = tuple(given)
-        if given in (None, ALL, (ALL,)) and self.default is None and not self.required:
+        if isinstance(raw, Iterable) and not isinstance(raw, str):
+            raw = tuple(raw)
+        if raw in (None, ALL, (ALL,)) and self.default is None and not self.required:
             return None
         expected, convert = _TYPES[self.type]
         try:
-            value = convert(given)
+            value = convert(raw)
         except (TypeError, ValueError):
-            raise QueryError(f"parameter {self.name}: expected {expected}, found {given!r}") from None
+            raise QueryError(f"parameter {self.name}: expected {expected}, found {raw!r}") from None
         self._check(value, expected)
         return value
 
@@ -99,30 +99,30 @@ class Param:
             raise QueryError(f"parameter {self.name}: expected {expected} {domain.expected()}, found {value}")
 
 
-def _text(given: object) -> str:
-    if not isinstance(given, str) or "\0" in given:
+def _text(raw: object) -> str:
+    if not isinstance(raw, str) or "\0" in raw:
         raise TypeError
-    given.encode()  # raises for invalid Unicode, which DuckDB does not accept
-    return given
+    raw.encode()  # raises for invalid Unicode, which DuckDB does not accept
+    return raw
 
 
-def _texts(given: object) -> tuple[str, ...]:
-    names = given if isinstance(given, tuple) else (given,)
+def _texts(raw: object) -> tuple[str, ...]:
+    names = raw if isinstance(raw, tuple) else (raw,)
     if not names:
         raise ValueError
     return tuple(map(_text, names))
 
 
-def _integer(given: object) -> int:
-    if isinstance(given, bool) or not isinstance(given, int | str):
+def _integer(raw: object) -> int:
+    if isinstance(raw, bool) or not isinstance(raw, int | str):
         raise TypeError
-    return int(given)
+    return int(raw)
 
 
-def _number(given: object) -> float:
-    if isinstance(given, bool) or not isinstance(given, int | float | str):
+def _number(raw: object) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
         raise TypeError
-    if not math.isfinite(number := float(given)):
+    if not math.isfinite(number := float(raw)):
         raise ValueError
     return number
 
@@ -158,12 +158,12 @@ class SavedQuery:
         """Return the name of its folder: a study, or another subject."""
         return self.path.parent.name
 
-    def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
+    def bind(self, values: Mapping[str, object]) -> dict[str, Value]:
         """Return a value for every parameter: the given one or the default.
 
         Raises UnknownNameError for an unknown parameter, and QueryError for one that is missing or has the wrong type.
         """
-        return bind(self.name, self.params, given)
+        return bind(self.name, self.params, values)
 
     def shell_script(self) -> str:
         """Return SQL to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
@@ -171,16 +171,16 @@ class SavedQuery:
         return "\n".join([*lines, "", self.sql])
 
 
-def bind(name: str, params: Sequence[Param], given: Mapping[str, object]) -> dict[str, Value]:
+def bind(name: str, params: Sequence[Param], values: Mapping[str, object]) -> dict[str, Value]:
     """Return a value for every parameter of the query or figure ``name``; see `SavedQuery.bind`."""
     names = [param.name for param in params]
-    for unknown in (n for n in given if n not in names):
+    for unknown in (n for n in values if n not in names):
         raise UnknownNameError("parameter", unknown, names, f"{name} has the parameters {', '.join(names)}.")
-    missing = [param for param in params if param.required and param.name not in given]
+    missing = [param for param in params if param.required and param.name not in values]
     if missing:
         needs = "; ".join(f"{param.name} ({param.type}: {param.meaning})" for param in missing)
         raise QueryError(f"{name} needs {needs}")
-    return {p.name: p.parse(given[p.name]) if p.name in given else p.default for p in params}
+    return {p.name: p.parse(values[p.name]) if p.name in values else p.default for p in params}
 
 
 def _shell_note(param: Param) -> str:
@@ -212,14 +212,14 @@ def macros(needed_by: str | None = None) -> str:
     text = (FOLDER / "macros.sql").read_text(encoding="utf-8")
     if needed_by is None:
         return text
-    bodies = {found["name"]: found[0] for found in _TABLE_MACRO.finditer(text)}
+    bodies = {match["name"]: match[0] for match in _TABLE_MACRO.finditer(text)}
     needed: set[str] = set()
     unread = [_TABLE_MACRO.sub("", text), needed_by]
     while unread:
         named = (set(_WORD.findall(unread.pop())) & bodies.keys()) - needed
         needed |= named
         unread += [bodies[name] for name in named]
-    return _TABLE_MACRO.sub(lambda found: found[0] if found["name"] in needed else "", text)
+    return _TABLE_MACRO.sub(lambda match: match[0] if match["name"] in needed else "", text)
 
 
 def neuron_sums() -> str:

@@ -10,6 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+CATEGORIES = ("language", "color", "number", "capital", "country", "month")
+"""The paper's categories of knowledge, in its order. The macro ``category_order`` repeats them in SQL."""
+
+CLASSIFIERS = ("logistic", "logistic-paper", "logistic-standardised", "random-forest")
+"""Names of the probes' classifiers."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -83,12 +89,12 @@ DOMAINS: Mapping[str, Domain] = {
     "study": _one_of("concept", "knowledge"),
     "category": Names(
         "`kdb query kept-prompts` lists the stored ones.",
-        ("language", "color", "number", "capital", "country", "month"),
+        CATEGORIES,
         "SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL",
     ),
     "site": _one_of("resid_post", "ffn_norm", stored="SELECT DISTINCT site FROM probe_scores"),
     "classifier": _one_of(
-        *("logistic", "logistic-paper", "logistic-standardised", "random-forest"),
+        *CLASSIFIERS,
         stored="SELECT DISTINCT classifier FROM probe_scores",
     ),
     "split": _one_of("paper", "grouped", stored="SELECT DISTINCT split FROM probe_scores"),

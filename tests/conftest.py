@@ -23,9 +23,10 @@ from helpers.tiny_llama import make_tiny_model, preload, weather
 import kdb
 from kdb.cli import main
 from kdb.ingest.datasets import load_dataset
-from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import REGISTRY, LoadedModel, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.settings import Measuring, Probing
 
 REAL_MODELS = {"smollm2_135m", "gemma_3_270m"}
 """Fixtures that load a real model: their tests get the marker real_model."""

@@ -94,10 +94,10 @@ MUTANTS = [
         "rank[rows] += (logits >= own).sum(1)",
         "tests/test_attribution.py",
     ),
-    Mutant(RANKINGS, "return (1 + torch.cat(found", "return (2 + torch.cat(found", "tests/test_attribution.py"),
+    Mutant(RANKINGS, "return (1 + torch.cat(counts", "return (2 + torch.cat(counts", "tests/test_attribution.py"),
     # The knowledge study
     Mutant(KNOWLEDGE, "KEPT_RANK = 10", "KEPT_RANK = 11", "tests/test_stages.py"),
-    Mutant(KNOWLEDGE, "<= KEPT_RANK and found.ahead[i])", "<= KEPT_RANK)", "tests/test_stages.py"),
+    Mutant(KNOWLEDGE, "<= KEPT_RANK and effects.ahead[i])", "<= KEPT_RANK)", "tests/test_stages.py"),
     Mutant(
         KNOWLEDGE,
         "k = max(wanted.top_k, wanted.query_values",
@@ -111,15 +111,15 @@ MUTANTS = [
         "tests/test_knowledge_run.py",
     ),
     Mutant("ingest/forward/ablation.py", "rank = 1 + (logits > own).sum(1)", "rank = (logits > own).sum(1)", PROVED),
-    Mutant("ingest/forward/ablation.py", "states[row, :, place] = 0", "states[row, :, place] *= 0.5", PROVED),
+    Mutant("ingest/forward/ablation.py", "states[row, :, entry] = 0", "states[row, :, entry] *= 0.5", PROVED),
     # Capture
     Mutant(
-        "ingest/forward/capture.py",
-        '_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3',
-        '_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 1.0',
+        "ingest/forward/checks.py",
+        'STATES_TOLERANCE = TOLERANCE | {"bfloat16": 0.3',
+        'STATES_TOLERANCE = TOLERANCE | {"bfloat16": 1.0',
         "tests/test_stages.py",
     ),
-    Mutant("ingest/forward/capture.py", "if not value <= tolerance:", "if value > tolerance:", "tests/test_capture.py"),
+    Mutant("ingest/forward/checks.py", "if not value <= tolerance:", "if value > tolerance:", "tests/test_capture.py"),
     Mutant(
         "ingest/forward/capture.py",
         "while stop < limit and length_class(lengths[stop]) == same:",
@@ -193,7 +193,7 @@ MUTANTS = [
         "pass",
         "tests/test_lake.py tests/test_manifest.py",
     ),
-    Mutant(INSPECTION, "if found.size != record.bytes:", "if False:", "tests/test_inspection.py"),
+    Mutant(INSPECTION, "if file.size != record.bytes:", "if False:", "tests/test_inspection.py"),
     Mutant(
         "warehouse/checksums.py",
         'for what in ("bytes", "rows", "sha256"):',

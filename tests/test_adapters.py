@@ -93,7 +93,7 @@ def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     lora = load_file(file)
     save_file({name.replace("layers.1.", "layers.7."): weights for name, weights in lora.items()}, file)
-    assert "adapter_model.safetensors does not fit the base weights beside it, 8 of its weights" in refusal(folder)
+    assert "adapter_model.safetensors does not fit the base weights beside it: 8 of its weights" in refusal(folder)
     save_file({name: weights.repeat(2, 2) for name, weights in lora.items()}, file)
     assert refusal(folder).startswith("Cannot merge the adapter of mine: ")
 
@@ -125,7 +125,7 @@ def test_an_adapter_saved_as_a_pickle_is_never_loaded(folder: Path, tmp_path: Pa
 def test_an_adapter_alone_is_refused(folder: Path) -> None:
     for file in ("config.json", "model.safetensors"):
         (folder / file).unlink()
-    assert f"'{folder}' holds an adapter and no base weights: put config.json" in refusal(folder)
+    assert f"'{folder}' holds an adapter but no base weights: add config.json" in refusal(folder)
 
 
 def test_weights_that_are_no_numbers_are_refused(folder: Path) -> None:
@@ -135,7 +135,9 @@ def test_weights_that_are_no_numbers_are_refused(folder: Path) -> None:
 
 
 def test_a_quantized_gpu_model_takes_no_adapter(folder: Path) -> None:
-    with pytest.raises(ModelError, match="weights that are quantized on a GPU take none: merge it first"):
+    with pytest.raises(
+        ModelError, match="which cannot be merged into weights that are quantized on a GPU: merge it first"
+    ):
         adapters.check_adapter([folder / "adapter_config.json"], "int8", "cuda:0")
 
 

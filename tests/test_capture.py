@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.capture import Capture, batches, check_capture, shared_prefix
+from kdb.ingest.forward.capture import Capture, batches, shared_prefix
+from kdb.ingest.forward.checks import check_capture
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import find_structure
 
@@ -137,13 +138,15 @@ def test_a_model_whose_blocks_have_no_known_ffn_is_refused(architecture: str) ->
 def test_a_model_whose_blocks_are_not_found_is_refused() -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7
-    with pytest.raises(ModelError, match=r"^LlamaForCausalLM: found no list of 7 blocks; kdb cannot read it\.$"):
+    with pytest.raises(
+        ModelError, match=r"^LlamaForCausalLM: kdb found no list of 7 blocks, so it cannot measure it\.$"
+    ):
         find_structure(model)
 
 
 def test_a_model_without_final_norm_is_refused() -> None:
     model = tiny_model("opt", do_layer_norm_before=False)  # as OPT-350m
-    with pytest.raises(ModelError, match=r"^OPTForCausalLM: found no norm after the last block"):
+    with pytest.raises(ModelError, match=r"^OPTForCausalLM: kdb found no norm after the last block"):
         find_structure(model)
 
 

@@ -190,7 +190,7 @@ def test_a_shard_that_kills_every_worker_fails_the_run(
     arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", tmp_path / "w"]
     result = run_kdb(*arguments, "--engine", "ray", "--address", address)
     assert result.exit_code == 2
-    assert "2 workers died of loading of tiny" in result.stderr
+    assert "2 workers died at loading of tiny" in result.stderr
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "no-such-host.invalid:6379", "nonsense"])

@@ -134,7 +134,7 @@ def test_a_sample_is_the_same_prompts_in_every_layer(
     assert kept.equals(before.filter(before["prompt_id"].is_in(prompts)))
     refused = run_kdb("probe", "--model", "tiny", "--dataset", "weather", "--splits", "2", "--warehouse", folder)
     assert refused.exit_code == 2
-    assert "keeps the vectors of 7 of its 40 prompts" in refused.stderr
+    assert "has the vectors of only 7 of its 40 prompts" in refused.stderr
 
 
 def test_a_run_that_is_written_is_left_alone(folder: Path, run_kdb: Callable[..., Result]) -> None:

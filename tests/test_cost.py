@@ -8,9 +8,10 @@ import pytest
 
 from kdb.ingest import cost as costs
 from kdb.ingest.datasets import load_dataset
-from kdb.ingest.job import Attributing, Job, Measuring, Probing
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import find_model
 from kdb.ingest.models.load import count_params, load_config
+from kdb.ingest.settings import Attributing, Measuring, Probing
 
 
 def test_the_cost_of_attribution_counts_forward_passes_and_rows_of_the_vocabulary(

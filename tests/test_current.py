@@ -475,7 +475,7 @@ def test_a_category_named_all_is_refused(tmp_path: Path) -> None:
     from kdb.ingest.datasets import load_dataset
 
     (tmp_path / "facts.csv").write_text("prompt,answer,category\nThe capital of France is,Paris,all\n")
-    with pytest.raises(KdbError, match="'all', which asks for every category: rename it"):
+    with pytest.raises(KdbError, match="'all', which means all categories: rename it"):
         load_dataset(str(tmp_path / "facts.csv"))
 
 

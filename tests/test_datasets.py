@@ -355,14 +355,18 @@ def test_dataset_without_one_class_is_refused(tmp_path: Path) -> None:
 def test_user_file_may_not_shadow_a_dataset_of_kdb(tmp_path: Path, stem: str) -> None:
     file = write(tmp_path / f"{stem}.csv", GOOD_CSV)
     assert message(file) == (
-        f"{stem}.csv would be stored as {stem!r}, the name of one of kdb's own datasets: give --dataset-name another."
+        f"{stem}.csv would be stored as {stem!r}, the name of one of kdb's own datasets: "
+        "give another name with --dataset-name."
     )
     assert load_dataset(file, dataset_name="mine").name == "mine"
 
 
 def test_blank_name_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", GOOD_CSV)
-    assert message(file, dataset_name=" ") == "a.csv would be stored under a blank name: give --dataset-name another."
+    assert (
+        message(file, dataset_name=" ")
+        == "a.csv would be stored under a blank name: give another name with --dataset-name."
+    )
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
@@ -377,10 +381,10 @@ def test_options_that_cannot_be_used_are_refused() -> None:
         "The limit counts examples of each class or category: expected 1 or more, found 0."
     )
     assert message("coinflip-synthetic", template="no place") == (
-        "The template 'no place' does not say where the text goes: write {text} there."
+        "The template 'no place' has no place for the text: add {text} to it."
     )
     assert message("coinflip-synthetic", dataset_name="mine") == (
-        "Dataset 'coinflip-synthetic' keeps its name: --dataset-name is for a file of your own."
+        "Dataset 'coinflip-synthetic' cannot be renamed: --dataset-name is only for a file of your own."
     )
 
 
@@ -463,8 +467,8 @@ def test_wrong_checksum_leaves_nothing_behind(
     serve_cities(server, monkeypatch, "0" * 64)
     assert message("cities", data_dir=tmp_path) == (
         f"Dataset 'cities' needs the file cities.csv, which is not in {tmp_path}, {cache}. "
-        f"What {fetch.BASE_URL}/cities.csv holds now is not the file that kdb knows (its SHA-256 differs). "
-        "Put the file in a folder and name that with --data-dir."
+        f"The file at {fetch.BASE_URL}/cities.csv has changed (its SHA-256 is not the expected one). "
+        "Put the file into a folder, and give --data-dir that folder."
     )
     assert not list(cache.iterdir())
 

@@ -290,7 +290,7 @@ def refusal(model: Any, dtype: str = "float32") -> str:
 def test_a_model_that_goes_on_with_its_own_attention_is_refused(architecture: str, changes: dict[str, Any]) -> None:
     model = tiny_model(architecture, **changes)
     assert refusal(model) == (
-        f"tiny cannot be taken apart: block 0 of {type(model).__name__} has an attention of its own, which "
+        f"tiny cannot be decomposed: block 0 of {type(model).__name__} has its own attention, which "
         "transformers' AttentionInterface does not reach."
     )
 
@@ -299,7 +299,7 @@ def test_a_model_that_goes_on_with_its_own_attention_is_refused(architecture: st
 def test_experts_are_refused(architecture: str) -> None:
     model = tiny_model(architecture, num_key_value_heads=2)
     assert refusal(model) == (
-        f"tiny cannot be taken apart: block 0 of {type(model).__name__} has no linear map in its FFN."
+        f"tiny cannot be decomposed: block 0 of {type(model).__name__} has no linear map in its FFN."
     )
 
 

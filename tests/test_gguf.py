@@ -34,6 +34,9 @@ LLAMA3 = {
 }
 TEXT = "The river runs below the old mill, and the mill has stood there for two hundred years."
 
+ROUNDING = 1e-4
+"""Largest relative difference of logits that rounding explains."""
+
 Change = Callable[[gguf.GGUFWriter], None]
 
 
@@ -113,12 +116,13 @@ def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     return model(torch.tensor([list(ids)])).logits[0, -1]
 
 
-def check_same(path: Path, model: Any) -> None:
-    """The file is read as the model that was written, to the last digits of its logits."""
+def off(path: Path, model: Any) -> float:
+    """Largest relative difference of the logits: the model that was read from the file, and the one written to it."""
     loaded = load_model(find_model(str(path)))
     ids = loaded.tokenizer(TEXT)["input_ids"]
     assert len(ids) > 64  # beyond what was the context before RoPE was scaled
-    torch.testing.assert_close(logits(loaded.model, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    own = logits(model, ids)
+    return float(((logits(loaded.model, ids) - own).abs() / (1 + own.abs())).max())
 
 
 def refusal(path: Path) -> str:
@@ -140,16 +144,15 @@ def divisors(model: Any) -> NDArray[np.float32]:
 
 def test_a_plain_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     model = llama()
-    check_same(write(tmp_path / "m.gguf", tensors(model)), model)
+    assert off(write(tmp_path / "m.gguf", tensors(model)), model) < ROUNDING
 
 
 def test_the_rope_of_llama_3_is_found_again_in_its_divisors(tmp_path: Path) -> None:
     model = llama(LLAMA3)
     path = write(tmp_path / "m.gguf", tensors(model) | {"rope_freqs.weight": divisors(model)})
-    check_same(path, model)
+    assert off(path, model) < ROUNDING
     assert load_config(find_model(str(path))).rope_parameters == LLAMA3
-    with pytest.raises(AssertionError):  # the difference can be seen
-        check_same(path, llama())
+    assert off(path, llama()) > ROUNDING  # the difference can be seen
 
 
 def scaled(kind: gguf.RopeScalingType, factor: float, original: int | None = None) -> Change:
@@ -164,17 +167,17 @@ def scaled(kind: gguf.RopeScalingType, factor: float, original: int | None = Non
 
 def test_linear_scaling_is_read(tmp_path: Path) -> None:
     model = llama(PLAIN | {"rope_type": "linear", "factor": 4.0})
-    check_same(write(tmp_path / "m.gguf", tensors(model), scaled(gguf.RopeScalingType.LINEAR, 4.0)), model)
+    assert off(write(tmp_path / "m.gguf", tensors(model), scaled(gguf.RopeScalingType.LINEAR, 4.0)), model) < ROUNDING
 
 
 def test_yarn_is_read(tmp_path: Path) -> None:
     model = llama(PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
-    check_same(write(tmp_path / "m.gguf", tensors(model), scaled(gguf.RopeScalingType.YARN, 4.0, 64)), model)
+    assert off(write(tmp_path / "m.gguf", tensors(model), scaled(gguf.RopeScalingType.YARN, 4.0, 64)), model) < ROUNDING
 
 
 def test_no_scaling_is_no_scaling(tmp_path: Path) -> None:
     model = llama()
-    check_same(write(tmp_path / "m.gguf", tensors(model), scaled(gguf.RopeScalingType.NONE, 4.0)), model)
+    assert off(write(tmp_path / "m.gguf", tensors(model), scaled(gguf.RopeScalingType.NONE, 4.0)), model) < ROUNDING
 
 
 def test_divisors_that_are_not_llama_3s_are_refused(tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_keys_that_change_nothing_are_passed_over(tmp_path: Path) -> None:
         writer.add_chat_template("{{ messages }}")
 
     model = llama()
-    check_same(write(tmp_path / "m.gguf", tensors(model), change), model)
+    assert off(write(tmp_path / "m.gguf", tensors(model), change), model) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.2.attn_norm.weight", "rope_factors_long.weight"])
@@ -253,7 +256,7 @@ def test_the_first_token_is_added_as_the_file_says(tmp_path: Path, adds: bool) -
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", tensors(llama()), lambda writer: writer.add_type("adapter"))
-    assert "'m.gguf' holds no model but 'adapter'" in refusal(path)
+    assert "'m.gguf' is not a model but of the type 'adapter'" in refusal(path)
 
 
 # Parts -----------------------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def split(tmp_path: Path) -> Path:
 
 
 def test_a_folder_with_all_parts_is_read(split: Path) -> None:
-    check_same(split, llama())
+    assert off(split, llama()) < ROUNDING
     assert find_model(str(split)).name == "whole"
 
 

@@ -22,9 +22,10 @@ from kdb.ingest.attribution.targets import check_candidates, target_token
 from kdb.ingest.datasets import Dataset, Example, available_datasets, cloze, fetch, load_dataset, prompts, questions
 from kdb.ingest.datasets.answers import with_one_answer
 from kdb.ingest.datasets.published import PUBLISHED
-from kdb.ingest.datasets.world import CATEGORIES, answers_by_category
+from kdb.ingest.datasets.world import answers_by_category
 from kdb.ingest.models.find import REGISTRY, find_model
 from kdb.ingest.models.load import load_tokenizer
+from kdb.queries.domains import CATEGORIES
 
 GOOD_CSV = """prompt,answer,category
 The capital of France is,Paris,capital
@@ -413,7 +414,7 @@ def test_repeat_of_prompt_and_answer_is_read_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ("Coal is,,color", "expected an answer in column 'answer', found '': write it as a text, or leave the row out"),
+        ("Coal is,,color", "expected an answer in column 'answer', found '': write it as text, or remove the row"),
         ("Coal is,  ,color", "expected an answer in column 'answer', found '  ': write it"),
         (" ,black,color", "expected a prompt in column 'prompt', found ' ': write it"),
         ("Coal is,black,", "expected a category in column 'category', found '': write it"),
@@ -442,7 +443,7 @@ def test_broken_json_line_of_facts_is_named(tmp_path: Path) -> None:
 def test_category_with_one_answer_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a.csv", GOOD_CSV + "Two is,even,number\nFour is,even,number\n") == (
         "Dataset 'a' (a.csv, a user's file) has only the answer 'even' in the category 'number'; an answer is compared "
-        "with the others of its category: add prompts with another answer, or put these into another category."
+        "with the others of its category: add prompts with another answer, or move these to another category."
     )
 
 
@@ -594,7 +595,7 @@ def test_token_across_the_border_leaves_the_answers_own_token() -> None:
 def test_answer_that_adds_no_token_is_refused_with_its_prompt() -> None:
     made = tokenizer("bytes")
     assert message(lambda: target_token(made, "The capital of Italy is", " ")) == (
-        "The answer '' to the prompt 'The capital of Italy is' adds no token to it: give the prompt another answer."
+        "The answer '' to the prompt 'The capital of Italy is' adds no token to the prompt: use another answer."
     )
 
 
@@ -652,6 +653,6 @@ def test_digit_is_the_target_after_a_space_that_the_prompt_takes(real_tokenizer:
 def test_category_with_one_target_token_is_refused() -> None:
     check_candidates([1, 2, 2, 1], ["a", "a", "b", "b"])
     assert message(lambda: check_candidates([1, 2, 3, 3], ["a", "a", "b", "b"])) == (
-        "All answers of the category 'b' begin with the same token of this model: a target is compared with the "
-        "others of its category, so give that category more answers."
+        "All answers of the category 'b' begin with the same token of this model. A target is compared with the "
+        "other targets of its category: add different answers to it."
     )

@@ -31,10 +31,11 @@ from kdb.ingest.attribution import scores as attribution
 from kdb.ingest.attribution import study as knowledge
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.forward import activation_cache as cache
-from kdb.ingest.forward.capture import CHECK_PROMPTS
-from kdb.ingest.job import Attributing, Job, Measuring, Probing
+from kdb.ingest.forward.checks import CHECK_PROMPTS
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.settings import Attributing, Measuring, Probing
 from kdb.ingest.stages import Outcome, Shard
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
@@ -792,10 +793,10 @@ def narrow_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
 
 # Why kdb cannot measure models of some architectures, and what these are set to beyond the common sizes.
 STRANGE: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon": ({"alibi": False}, "falcon cannot be taken apart: block 0 of FalconForCausalLM has an attention of its"),
+    "falcon": ({"alibi": False}, "falcon cannot be decomposed: block 0 of FalconForCausalLM has its own attention"),
     "qwen2_moe": (
         {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 16},
-        "qwen2_moe cannot be taken apart: block 0 of Qwen2MoeForCausalLM has an FFN whose neurons are not an",
+        "qwen2_moe cannot be decomposed: block 0 of Qwen2MoeForCausalLM has an FFN whose neurons are not an",
     ),
     "bloom": ({"n_layer": 2, "n_head": 2}, "Cannot load bloom: BloomForCausalLM does not support an attention"),
 }
@@ -849,13 +850,13 @@ def test_an_answer_that_the_models_tokenizer_drops_is_refused(
 ) -> None:
     bad = write(tmp_path / "bad.csv", [("The sky is", "blue", "sky"), ("The sea is", "蓝色", "sky")])
     assert refusal(ingest(tmp_path / "new", model=narrow_model, dataset=bad)) == (
-        "The answer '蓝色' to the prompt 'The sea is' adds no token to it: give the prompt another answer."
+        "The answer '蓝色' to the prompt 'The sea is' adds no token to the prompt: use another answer."
     )
     assert_nothing_stored(tmp_path / "new")
 
 
 def test_a_template_without_a_place_for_the_text_is_refused(tmp_path: Path, ingest: Callable[..., Result]) -> None:
-    message = "The template 'no place' does not say where the text goes"
+    message = "The template 'no place' has no place for the text"
     assert refusal(ingest(tmp_path / "new", "--template", "no place")).startswith(message)
     assert_nothing_stored(tmp_path / "new")
 

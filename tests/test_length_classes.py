@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
 from kdb.ingest.forward.activation_cache import check_decomposition
-from kdb.ingest.forward.capture import Capture, batches, check_capture, untouched
+from kdb.ingest.forward.capture import Capture, batches
+from kdb.ingest.forward.checks import check_capture, untouched
 from kdb.ingest.forward.decomposition import decompose
 from kdb.ingest.forward.length_classes import LengthClasses
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -109,8 +108,12 @@ def test_a_manifest_that_is_none_is_refused_in_words(hostile: bytes) -> None:
     )
 )
 def test_no_json_is_more_than_a_manifest_or_a_message(value: Any) -> None:
-    with contextlib.suppress(WarehouseError):
-        parse_manifest(json.dumps(value).encode(), RUN, "the manifest")
+    try:
+        manifest = parse_manifest(json.dumps(value).encode(), RUN, "the manifest")
+    except WarehouseError as error:
+        assert str(error).startswith("the manifest")
+    else:
+        assert [file.table for file in manifest.files].count("runs") == 1
 
 
 def test_a_manifest_is_read_as_it_was_written() -> None:

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from kdb.errors import ModelError, UnknownNameError
-from kdb.ingest.forward.capture import Capture, check_capture
+from kdb.ingest.forward.capture import Capture
+from kdb.ingest.forward.checks import check_capture
 from kdb.ingest.models.files import fingerprint
 from kdb.ingest.models.find import REGISTRY, ModelSource, find_model
 from kdb.ingest.models.load import count_params, load_config, load_model, load_tokenizer, model_row, pick_device
@@ -217,7 +218,7 @@ def test_neither_pickles_nor_code_are_downloaded(folder: Path, hub: Any) -> None
         ),
         (
             http_error(errors.RevisionNotFoundError),
-            "google/gemma-2b has no revision 'v9': look at its branches on the hub.",
+            "google/gemma-2b has no revision 'v9': see its branches and tags on the hub.",
         ),
         (
             OSError(28, "No space left on device"),
@@ -235,7 +236,7 @@ def test_offline_and_not_in_the_cache_is_one_message(tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert refusal(find_model, "gpt2") == (
-        "openai-community/gpt2 is not on this machine and the hub cannot be reached: connect to the internet, or "
+        "openai-community/gpt2 is not on this machine, and the hub cannot be reached: connect to the internet, or "
         "give --model the path of a folder or a .gguf file."
     )
 
@@ -261,7 +262,7 @@ def test_a_folder_loads_ready_to_run(folder: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
-    message = "There is no device 'tpu9' here: leave --device out, or give cpu."
+    message = "This machine has no device 'tpu9': leave --device out, or use cpu."
     assert refusal(pick_device, "tpu9") == message
     assert refusal(load_model, find_model(str(folder)), device="tpu9") == message
 
@@ -278,7 +279,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(folder: Path) -> None:
     change_config(folder, model_type="mine")
     for load in (load_config, load_model):
         assert refusal(load, find_model(str(folder))).endswith(
-            " mine: it comes with code of its own, and kdb never runs that."
+            " mine: it needs custom code, which kdb does not run. Use a model whose class is part of transformers."
         )
     assert not (folder / "was-run").exists()
 
@@ -429,7 +430,7 @@ def test_attention_that_would_be_downloaded_is_not_asked_for(folder: Path) -> No
 @pytest.mark.parametrize("content", ["[]", "7", '"x"', "null"])
 def test_a_config_that_is_no_object_is_refused(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
-    refusal(load_model, find_model(str(folder)))
+    assert "something in it has the wrong type" in refusal(load_model, find_model(str(folder)))
 
 
 def test_an_encoder_decoder_is_refused(folder: Path) -> None:
@@ -595,7 +596,7 @@ def test_int8_refuses_experts_which_it_would_pass_over(folder: Path) -> None:
     config = AutoConfig.for_model("mixtral", num_key_value_heads=1, vocab_size=256, num_local_experts=2, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     assert refusal(load_model, find_model(str(folder)), quantize="int8") == (
-        "mine cannot be quantized: 'layers.0.mlp.experts.gate_up_proj' is no matrix but a stack of them. Leave "
+        "mine cannot be quantized: 'layers.0.mlp.experts.gate_up_proj' is not one matrix but a stack. Leave "
         "--quantize out."
     )
 

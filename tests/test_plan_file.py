@@ -142,7 +142,7 @@ def test_one_checkpoint_that_there_is_not_is_wrong_input(
         ("runs: [{model: tiny, noise: 1}]", "noise is 1, expected true or false"),
         ("runs: [{model: tiny, limit: true}]", "limit is True, expected a whole number"),
         ("runs: [{model: [1]}]", "model is 1, expected a text"),
-        ("runs: [{dataset: world-cities}]", "run 1: it names no `model`"),
+        ("runs: [{dataset: world-cities}]", "run 1: `model` is missing"),
         ("runs: [tiny]", "run 1: expected `model: …` and options"),
         ("runs: []", "a plan has a list `runs`"),
         ("- tiny", "a plan has a list `runs`"),

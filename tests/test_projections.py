@@ -19,7 +19,7 @@ from kdb.errors import WarehouseError
 from kdb.ingest.concept import derived
 from kdb.ingest.concept.derived import project, refit
 from kdb.ingest.concept.projections import projector
-from kdb.ingest.job import Probing
+from kdb.ingest.settings import Probing
 from kdb.ingest.stages import Outcome
 from kdb.warehouse.store import Warehouse
 

@@ -19,10 +19,12 @@ from kdb.ingest.concept.derived import refit
 from kdb.ingest.cost import cost
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.execution import processes
-from kdb.ingest.forward.capture import CHECK_PROMPTS, Capture, untouched
-from kdb.ingest.job import Job, Measuring, Probing
+from kdb.ingest.forward.capture import Capture
+from kdb.ingest.forward.checks import CHECK_PROMPTS, untouched
+from kdb.ingest.job import Job
 from kdb.ingest.measure import ingest
 from kdb.ingest.models.find import LoadedModel, ModelSource
+from kdb.ingest.settings import Measuring, Probing
 from kdb.ingest.stages import Outcome
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.staged_run import StagedRun

@@ -21,7 +21,7 @@ from kdb.ingest.concept import study
 from kdb.ingest.datasets import Example
 from kdb.ingest.execution.writer import write_behind
 from kdb.ingest.forward.ablation import Effects
-from kdb.ingest.forward.capture import check_row
+from kdb.ingest.forward.checks import check_row
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, SHARD_FLOPS, most_per_shard, room
 from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import Rows, rows_of

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from kdb.ingest.forward.capture import CHECK_PROMPTS, chosen_prompts
+from kdb.ingest.forward.checks import CHECK_PROMPTS, chosen_prompts
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.models.tokens import bare, count_spelled, read_texts
@@ -162,7 +162,7 @@ def test_a_doubled_beginning_is_counted_and_said(
         answer(run_kdb(*command, "--template", "<s>Well</s> {text}"))
     said = "\n".join(caplog.messages)
     assert f"{n} of {n} prompts of {dataset.stem} begin with the beginning-of-text token twice" in said
-    assert f"{n} of {n} prompts of {dataset.stem} spell a special token ('<s>', '</s>')" in said
+    assert f"{n} of {n} prompts of {dataset.stem} contain a special token ('<s>', '</s>')" in said
     counts = "SELECT \"check\", value, tolerance, passed FROM checks WHERE detail LIKE '%fails no run' ORDER BY 1"
     found = Warehouse(tmp_path / "w").sql(counts).rows()
     assert found == [("doubled_bos", n, None, None), ("special_tokens_in_text", n, None, None)]

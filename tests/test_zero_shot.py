@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kdb.ingest.concept import zero_shot
-from kdb.ingest.concept.zero_shot import Question, answer, question_of, zero_shot_rows
+from kdb.ingest.concept.zero_shot import Question, answer_probabilities, question_of, zero_shot_rows
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.forward.capture import Capture
 from kdb.ingest.job import Job
@@ -37,7 +37,7 @@ def dataset(*texts: str, answers: tuple[str, str] = ("false", "true"), template:
 def asked(loaded: LoadedModel, question: Question, texts: tuple[str, ...] = PLACES) -> NDArray[np.float64]:
     capture = Capture(loaded, batch_tokens=40)
     _, ends = capture.vectors_and_ends(loaded.tokenizer(list(texts))["input_ids"], cue=question.cue)
-    return answer(capture, ends, question)
+    return answer_probabilities(capture, ends, question)
 
 
 def untouched(loaded: LoadedModel, text: str, cue: str, spellings: list[str]) -> float:

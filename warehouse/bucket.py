@@ -137,11 +137,11 @@ class Bucket:
 
         with _reported(self.url):
             try:
-                found = obstore.get(self.store, path)
-                if not expected(bytes(found.bytes())):
+                response = obstore.get(self.store, path)
+                if not expected(bytes(response.bytes())):
                     return False
                 # Google's store compares the version, the others the tag.
-                version = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key]}
+                version = {key: response.meta[key] for key in ("e_tag", "version") if response.meta[key]}
                 obstore.put(self.store, path, content, mode=cast("UpdateVersion", version), use_multipart=False)
             except (obstore.exceptions.PreconditionError, FileNotFoundError):
                 return False
@@ -152,8 +152,8 @@ class Bucket:
         import obstore
 
         with _reported(self.url):
-            found = [one for page in obstore.list(self.store, prefix) for one in page]
-        return sorted((ListedObject(one["path"], one["e_tag"] or "") for one in found), key=lambda one: one.path)
+            objects = [one for page in obstore.list(self.store, prefix) for one in page]
+        return sorted((ListedObject(one["path"], one["e_tag"] or "") for one in objects), key=lambda one: one.path)
 
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects, ignoring those that no longer exist."""
@@ -206,14 +206,14 @@ def _refuse_missing_bucket(url: str, error: Exception) -> None:
         raise WarehouseError(f"{url}: {_MAKE_IT}") from None
 
 
-def _why(said: str) -> str:
+def _why(error_text: str) -> str:
     """Return what an error of the store means, and what to do."""
-    code = "".join(re.findall(r"<Code>(\w+)</Code>", said)[:1])
-    status = "".join(re.findall(r"status code: (\d{3})", said)[:1])
+    code = "".join(re.findall(r"<Code>(\w+)</Code>", error_text)[:1])
+    status = "".join(re.findall(r"status code: (\d{3})", error_text)[:1])
     detail = f" ({' '.join(filter(None, (status, code)))})" if status or code else ""
-    if any(sign in said for sign in _NO_BUCKET):
+    if any(sign in error_text for sign in _NO_BUCKET):
         return _MAKE_IT
-    if status in ("401", "403") or "credential" in said.lower():
+    if status in ("401", "403") or "credential" in error_text.lower():
         return (
             f"permission denied{detail}. Check the credentials that the vendor's own tools use, and their permissions."
         )

@@ -44,8 +44,8 @@ def default_rows(table: str) -> pl.Expr:
     columns = TABLES[table].columns
     if not _has_probes(table):
         return pl.lit(value=True)
-    told = pl.all_horizontal(pl.col(name) == value for name, value in DEFAULT_PROBE.items())
-    return pl.coalesce("is_default", told) if "is_default" in columns else told
+    default = pl.all_horizontal(pl.col(name) == value for name, value in DEFAULT_PROBE.items())
+    return pl.coalesce("is_default", default) if "is_default" in columns else default
 
 
 class KnownRuns:
@@ -119,8 +119,8 @@ def _default_rows(table: str) -> str:
     columns = TABLES[table].columns
     if not _has_probes(table):
         return ""
-    told = " AND ".join(f"{name} = {literal(value)}" for name, value in DEFAULT_PROBE.items())
-    return f"WHERE coalesce(is_default, {told})" if "is_default" in columns else f"WHERE {told}"
+    default = " AND ".join(f"{name} = {literal(value)}" for name, value in DEFAULT_PROBE.items())
+    return f"WHERE coalesce(is_default, {default})" if "is_default" in columns else f"WHERE {default}"
 
 
 def _has_probes(table: str) -> bool:

@@ -48,15 +48,15 @@ def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, b
 
 def configs(folders: Sequence[RunFolder]) -> dict[str, str]:
     """Return each config for `datasets`, and the files that it reads."""
-    found = {}
+    globs = {}
     for name in TABLES:
         having = [folder for folder in folders if row_counts(folder).get(name)]
         if has_vectors(name):
             for model in sorted({folder.path.parents[1].name for folder in having}):
-                found[f"{name}-{model.removeprefix('model=')}"] = f"lake/{model}/*/*/{name}/*.parquet"
+                globs[f"{name}-{model.removeprefix('model=')}"] = f"lake/{model}/*/*/{name}/*.parquet"
         elif having:
-            found[name] = f"lake/*/*/*/{name}/*.parquet"
-    return found
+            globs[name] = f"lake/*/*/*/{name}/*.parquet"
+    return globs
 
 
 def _text(warehouse: Warehouse, name: str, folders: Sequence[RunFolder], licence: str) -> list[str]:
@@ -105,23 +105,23 @@ def _runs(warehouse: Warehouse) -> list[str]:
 
 def _short(settings: str | None) -> str:
     """Return the settings without those that other columns of the card show."""
-    said = {"study", "model", "dataset", "revision", "fingerprint", "source_run", "units"}
+    shown = {"study", "model", "dataset", "revision", "fingerprint", "source_run", "units"}
     try:
-        given = dict(json.loads(settings or "{}"))
+        options = dict(json.loads(settings or "{}"))
     except (ValueError, TypeError, RecursionError):  # an imported run may contain anything
         return settings or ""
-    return json.dumps({k: v for k, v in given.items() if k not in said and v not in (None, False)})
+    return json.dumps({k: v for k, v in options.items() if k not in shown and v not in (None, False)})
 
 
 def _loading(name: str, names: Sequence[str]) -> list[str]:
     name = one_line(name)
-    place = name.removeprefix("hf://datasets/")
+    repository = name.removeprefix("hf://datasets/")
     config = "head_scores" if "head_scores" in names else names[0]
     table = config.partition("-")[0]
     files = f"{name.rstrip('/')}/lake/*/*/*/{table}/*.parquet"
     lines = [
         *("## How to read the data", "", "With `datasets`:", "", "```python", "from datasets import load_dataset", ""),
-        *(f'rows = load_dataset({json.dumps(place, ensure_ascii=False)}, "{config}", split="train")', "```", ""),
+        *(f'rows = load_dataset({json.dumps(repository, ensure_ascii=False)}, "{config}", split="train")', "```", ""),
         *("In DuckDB, without downloading all files:", "", "```sql"),
         *(f"SELECT * FROM read_parquet({literal(files)}, hive_partitioning = true) LIMIT 10;", "```", ""),
     ]

@@ -28,7 +28,8 @@ def write_json(path: Path, content: object) -> None:
 @contextlib.contextmanager
 def appears_whole(path: Path) -> Iterator[Path]:
     """Yield a file to write. It is renamed to ``path`` when it is complete, and deleted after an error."""
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}{_PARTIAL}")  # two processes may write the same file
+    # Two processes may write the same file; a long name would become too long.
+    partial = path.with_name(f"{path.stem[:40]}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
     try:
         yield partial
         sync(partial)

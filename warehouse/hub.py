@@ -51,15 +51,15 @@ class HubError(KdbError):
 
 
 @dataclass(frozen=True)
-class Place:
+class HubRepo:
     """A dataset on the hub: ``OWNER/NAME``, and its branch, tag or commit."""
 
     name: str
     revision: str
 
     @classmethod
-    def of(cls, url: str) -> Place:
-        """Return the place named by ``hf://datasets/OWNER/NAME[@REVISION]``. Raises HubError for any other text."""
+    def of(cls, url: str) -> HubRepo:
+        """Return the dataset named by ``hf://datasets/OWNER/NAME[@REVISION]``. Raises HubError for any other text."""
         from huggingface_hub import parse_hf_uri
         from huggingface_hub.errors import HfUriError
 
@@ -86,13 +86,13 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    place, api = Place.of(url), HfApi(library_name="kdb")
+    repo, api = HubRepo.of(url), HfApi(library_name="kdb")
     runs = list(runs)
-    with _reported(place):
-        api.create_repo(place.name, repo_type="dataset", private=private or None, exist_ok=True)
+    with _reported(repo):
+        api.create_repo(repo.name, repo_type="dataset", private=private or None, exist_ok=True)
         for left in reversed(range(_TRIES)):
             try:
-                return _push_once(api, place, warehouse, runs, licence)
+                return _push_once(api, repo, warehouse, runs, licence)
             except HfHubHTTPError as error:
                 # Another push came first: 412, or 409 during that push. The card must describe the runs of both.
                 if error.response.status_code not in (409, 412) or not left:
@@ -108,14 +108,14 @@ def pull(url: str, storage: Storage, *, preferred: bool = False) -> Iterator[tup
     """
     from huggingface_hub import HfApi
 
-    place, api = Place.of(url), HfApi(library_name="kdb")
+    repo, api = HubRepo.of(url), HfApi(library_name="kdb")
     here = {folder.run for folder in storage.run_folders()}
-    with _reported(place):
-        head, files = _contents(api, place)
-        runs = {found["run"]: found[1] for found in filter(None, map(_FILE.fullmatch, files))}
+    with _reported(repo):
+        head, files = _contents(api, repo)
+        runs = {match["run"]: match[1] for match in filter(None, map(_FILE.fullmatch, files))}
         wanted = {run: f"lake/{glob.escape(folder)}/*" for run, folder in runs.items() if run not in here}
-        cached = _download(api, place, head, files, list(wanted.values()))
-    origin = Origin(f"{place} ({head[:12]})", preferred)
+        cached = _download(api, repo, head, files, list(wanted.values()))
+    origin = Origin(f"{repo} ({head[:12]})", preferred)
     with tempfile.TemporaryDirectory(prefix="kdb-pull-") as copy:
         source = FolderStorage(_plain_copy(cached, Path(copy)))
         for run in runs:
@@ -135,50 +135,48 @@ def _plain_copy(cached: Path, copy: Path) -> Path:
     return copy
 
 
-def _push_once(api: HfApi, place: Place, warehouse: Warehouse, runs: Sequence[str], licence: str | None) -> list[str]:
+def _push_once(api: HfApi, repo: HubRepo, warehouse: Warehouse, runs: Sequence[str], licence: str | None) -> list[str]:
     from huggingface_hub import CommitOperationAdd
 
-    head, files = _contents(api, place)
-    there = {found["run"] for found in filter(None, map(_FILE.fullmatch, files))}
+    head, files = _contents(api, repo)
+    there = {match["run"] for match in filter(None, map(_FILE.fullmatch, files))}
     new = [run for run in runs if run not in there]
     if not new and licence is None:
         return []
     with tempfile.TemporaryDirectory(prefix="kdb-push-") as folder:
         copy = Warehouse.over(FolderStorage.create(Path(folder), partial=True))
         for run in new:
-            stored = warehouse.storage.find(run)
-            if warehouse.storage.manifest(stored).schema_version < SCHEMA_VERSION:
+            own = warehouse.storage.find(run)
+            if warehouse.storage.manifest(own).schema_version < SCHEMA_VERSION:
                 raise HubError(f"Run {run} was measured by an older kdb. Run `kdb migrate`, then push again.")
-            copy_run(copy.storage, stored)
+            copy_run(copy.storage, own)
         added = [path for run in new for path in sorted(copy.storage.find(run).path.rglob("*")) if path.is_file()]
         uploads: dict[str, Any] = {path.relative_to(copy.storage.local.path).as_posix(): path for path in added}
-        known = _known(api, place, head, files)
-        if there and check_version(str(place), (known / "warehouse.json").read_bytes()) < SCHEMA_VERSION:
-            raise HubError(
-                f"{place} was pushed by an older kdb. Pull it, run `kdb migrate`, and push to a new dataset."
-            )
-        _complete(copy, uploads, place, known, files, licence)
+        known = _known(api, repo, head, files)
+        if there and check_version(str(repo), (known / "warehouse.json").read_bytes()) < SCHEMA_VERSION:
+            raise HubError(f"{repo} was pushed by an older kdb. Pull it, run `kdb migrate`, and push to a new dataset.")
+        _complete(copy, uploads, repo, known, files, licence)
         operations = [CommitOperationAdd(path, content) for path, content in uploads.items()]
         api.create_commit(
-            place.name,
+            repo.name,
             operations,
             commit_message=f"{len(new)} runs, by kdb push",
             repo_type="dataset",
-            revision=place.revision,
+            revision=repo.revision,
             parent_commit=head,
         )
     return new
 
 
 def _complete(
-    copy: Warehouse, uploads: dict[str, Any], place: Place, known: Path, files: Sequence[str], licence: str | None
+    copy: Warehouse, uploads: dict[str, Any], repo: HubRepo, known: Path, files: Sequence[str], licence: str | None
 ) -> None:
     """Add the files about all runs: card and ``kdb.duckdb``. ``known`` holds the small tables of the other runs."""
     every = sorted({*files, *uploads})
     urls: dict[str, list[str]] = {name: [] for name in TABLES}
-    for found in filter(None, map(_FILE.fullmatch, every)):
-        if found["table"] in urls:
-            urls[found["table"]].append(_url(place, found[0]))
+    for match in filter(None, map(_FILE.fullmatch, every)):
+        if match["table"] in urls:
+            urls[match["table"]].append(_url(repo, match[0]))
     shell = copy.storage.local.path / "public.duckdb"
     write_public_file(shell, copy.storage.local.lake, urls, encoded=True)
     readme = known / "README.md"
@@ -188,7 +186,7 @@ def _complete(
         if path.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)  # the target of a link would be outside the folders that DuckDB may read
-    text = write_card(copy, str(place), licence=licence, before=readme.read_text("utf-8") if readme.exists() else "")
+    text = write_card(copy, str(repo), licence=licence, before=readme.read_text("utf-8") if readme.exists() else "")
     uploads |= {
         "README.md": text.encode(),
         "warehouse.json": json.dumps({"schema_version": SCHEMA_VERSION}).encode(),
@@ -196,19 +194,19 @@ def _complete(
     }
 
 
-def _contents(api: HfApi, place: Place) -> tuple[str, list[str]]:
+def _contents(api: HfApi, repo: HubRepo) -> tuple[str, list[str]]:
     """Return the current commit of a dataset, and its files."""
-    head = api.dataset_info(place.name, revision=place.revision).sha
-    return str(head), api.list_repo_files(place.name, repo_type="dataset", revision=head)
+    head = api.dataset_info(repo.name, revision=repo.revision).sha
+    return str(head), api.list_repo_files(repo.name, repo_type="dataset", revision=head)
 
 
-def _known(api: HfApi, place: Place, head: str, files: Sequence[str]) -> Path:
+def _known(api: HfApi, repo: HubRepo, head: str, files: Sequence[str]) -> Path:
     """Return a folder with the description of a dataset's runs: manifests, small tables, and the card."""
     small = ["README.md", "lake/*/manifest.json", "lake/*/runs/*.parquet", "lake/*/models/*.parquet"]
-    return _download(api, place, head, files, small)
+    return _download(api, repo, head, files, small)
 
 
-def _download(api: HfApi, place: Place, head: str, files: Sequence[str], wanted: Sequence[str]) -> Path:
+def _download(api: HfApi, repo: HubRepo, head: str, files: Sequence[str], wanted: Sequence[str]) -> Path:
     """Return the folder with cached copies of the files that match the patterns.
 
     Raises HubError and WarehouseError for a dataset that is not a warehouse, or has an unsupported schema.
@@ -219,27 +217,27 @@ def _download(api: HfApi, place: Place, head: str, files: Sequence[str], wanted:
         "warehouse.json",
         ".gitattributes",
     ]  # every dataset has it: without a match, the hub's library warns
-    folder = Path(api.snapshot_download(place.name, repo_type="dataset", revision=head, allow_patterns=wanted))
+    folder = Path(api.snapshot_download(repo.name, repo_type="dataset", revision=head, allow_patterns=wanted))
     if there:
         try:
-            check_version(str(place), (folder / "warehouse.json").read_bytes())
+            check_version(str(repo), (folder / "warehouse.json").read_bytes())
         except OSError:
             raise HubError(
-                f"{place} has no warehouse.json: it was not pushed by kdb, or is damaged. Check the name."
+                f"{repo} has no warehouse.json: it was not pushed by kdb, or is damaged. Check the name."
             ) from None
     return folder
 
 
-def _url(place: Place, path: str) -> str:
+def _url(repo: HubRepo, path: str) -> str:
     """Return the public URL of a dataset's file. '=' is not encoded, because DuckDB reads names from 'model=…'."""
     from huggingface_hub import hf_hub_url
 
-    base = hf_hub_url(place.name, "lake", repo_type="dataset", revision=place.revision)
+    base = hf_hub_url(repo.name, "lake", repo_type="dataset", revision=repo.revision)
     return f"{base.removesuffix('lake')}{quote(path, safe='/=')}"
 
 
 @contextlib.contextmanager
-def _reported(place: Place) -> Iterator[None]:
+def _reported(repo: HubRepo) -> Iterator[None]:
     """Convert errors of huggingface_hub into a HubError that says what to do, and contains no token."""
     from huggingface_hub import errors
 
@@ -247,21 +245,21 @@ def _reported(place: Place) -> Iterator[None]:
     try:
         yield
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{place}: there is no such branch, tag or commit. Check what follows the @.") from error
+        raise HubError(f"{repo}: there is no such branch, tag or commit. Check what follows the @.") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if isinstance(error, errors.RepositoryNotFoundError):
-            raise HubError(f"{place}: there is no such dataset, or you have no access. {login}.") from None
+            raise HubError(f"{repo}: there is no such dataset, or you have no access. {login}.") from None
         if status in (401, 403):
-            raise HubError(f"{place}: the hub refused access ({status}). {login}.") from None
+            raise HubError(f"{repo}: the hub refused access ({status}). {login}.") from None
         if status in (409, 412):
-            raise HubError(f"{place}: too many concurrent pushes. Run the same command again later.") from None
-        raise HubError(f"{place}: the hub answered with status {status}. Run the same command again later.") from None
+            raise HubError(f"{repo}: too many concurrent pushes. Run the same command again later.") from None
+        raise HubError(f"{repo}: the hub answered with status {status}. Run the same command again later.") from None
     except ValueError as error:  # for example, an unknown licence
-        raise HubError(f"{place}: {' '.join(str(error).split())}") from error
+        raise HubError(f"{repo}: {' '.join(str(error).split())}") from error
     except (_transport_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HubError(
-            f"{place}: the hub cannot be reached ({type(error).__name__}). Check the network connection."
+            f"{repo}: the hub cannot be reached ({type(error).__name__}). Check the network connection."
         ) from None
 
 

@@ -39,7 +39,7 @@ _ROWS = 2**18
 class Origin:
     """The source of an imported run, and whether the run takes precedence over runs measured here."""
 
-    place: str
+    location: str
     preferred: bool = False
 
 
@@ -48,7 +48,7 @@ def import_run(storage: Storage, folder: RunFolder, origin: Origin) -> bool:
 
     Raises WarehouseError for a run that is damaged or inconsistent; nothing of it is then visible.
     """
-    if any(found.run == folder.run for found in storage.run_folders()):
+    if any(stored.run == folder.run for stored in storage.run_folders()):
         return False
 
     def prepare(copy: RunFolder, manifest: Manifest) -> dict[str, pa.Table]:
@@ -100,12 +100,12 @@ def _upgraded(folder: RunFolder, manifest: Manifest) -> Iterator[tuple[str, pa.T
 
 
 def _marked(row: pa.Table, origin: Origin) -> pa.Table:
-    told: dict[str, Any] = {
-        "imported_from": origin.place,
+    changed: dict[str, Any] = {
+        "imported_from": origin.location,
         "imported_at": datetime.now(UTC),
         "preferred": origin.preferred,
     }
-    return _with(row, told)
+    return _with(row, changed)
 
 
 def _with(row: pa.Table, values: Mapping[str, Any]) -> pa.Table:
@@ -185,18 +185,18 @@ def _check_file(folder: RunFolder, record: FileRecord, version: int) -> None:
         raise _RefusedError(f"{record.path} has vectors of different lengths, or of length 0")
 
 
-def _check_columns(folder: RunFolder, record: FileRecord, found: pa.Schema, version: int) -> None:
+def _check_columns(folder: RunFolder, record: FileRecord, schema: pa.Schema, version: int) -> None:
     expected = {name: arrow_schema(record.table).field(name).type for name in column_names(record.table, version)}
     vectors = {column.name for column in TABLES[record.table].columns if isinstance(column.type, Vector)}
-    own = {field.name: field.type for field in found if field.name not in PARTITIONS}
-    if len(own) + len(PARTITIONS) < len(found) or list(own) != list(expected):
+    own = {field.name: field.type for field in schema if field.name not in PARTITIONS}
+    if len(own) + len(PARTITIONS) < len(schema) or list(own) != list(expected):
         raise _RefusedError(f"{record.path} has the columns {', '.join(own)}; expected {', '.join(expected)}")
     for name, kind in own.items():
         if not (_is_vector(kind) if name in vectors else kind == expected[name]):
             raise _RefusedError(f"{record.path}, column {name}: its type is {kind}, expected {expected[name]}")
     for name in PARTITIONS:
-        if name in found.names and not pa.types.is_string(found.field(name).type):
-            raise _RefusedError(f"{record.path}, column {name}: its type is {found.field(name).type}, expected string")
+        if name in schema.names and not pa.types.is_string(schema.field(name).type):
+            raise _RefusedError(f"{record.path}, column {name}: its type is {schema.field(name).type}, expected string")
 
 
 def _is_vector(kind: pa.DataType) -> bool:

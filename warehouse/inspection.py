@@ -92,7 +92,7 @@ class Inspector:
         if not new:
             return
         memory = Memory.of(self._root)
-        found: list[tuple[RunFolder, _Seen]] = []
+        verified: list[tuple[RunFolder, _Seen]] = []
         unknown: list[tuple[RunFolder, dict[str, _File]]] = []
         for folder in new:
             files = _listing(folder)
@@ -102,9 +102,9 @@ class Inspector:
             else:
                 unknown.append((folder, files))
         if unknown:
-            found = _verified(unknown, vectors)
-            self._seen.update((folder.run, seen) for folder, seen in found)
-            memory.remember(found)
+            verified = _verified(unknown, vectors)
+            self._seen.update((folder.run, seen) for folder, seen in verified)
+            memory.remember(verified)
 
     def remember(self, folder: RunFolder, manifest: Manifest) -> None:
         """Cache that all files of a run were just hashed."""
@@ -147,10 +147,10 @@ class Memory:
             return None
         return _Seen(folder.version, int(entry[3]), light, heavy, heavy if entry[2] == heavy else None)
 
-    def remember(self, found: Iterable[tuple[RunFolder, _Seen]]) -> None:
+    def remember(self, verified: Iterable[tuple[RunFolder, _Seen]]) -> None:
         """Add verified runs. If the cache cannot be written, they are verified again next time."""
         added = {
-            self._key(folder): [seen.light, seen.compared, seen.heavy, seen.schema_version] for folder, seen in found
+            self._key(folder): [seen.light, seen.compared, seen.heavy, seen.schema_version] for folder, seen in verified
         }
         entries = {**self._read(), **added}
         there = {key: entry for key, entry in entries.items() if key in added or (self._root / key).is_dir()}
@@ -210,13 +210,13 @@ def _compared(folder: RunFolder, files: Mapping[str, _File]) -> Manifest:
     except WarehouseError as error:
         raise DamagedRunError(f"{_named(folder)}: {error} {_advice(folder)}") from error
     for record in manifest.files:
-        found = files.get(record.path)
-        if found is None:
+        file = files.get(record.path)
+        if file is None:
             raise _damaged(folder, record.path, "missing")
-        if not found.regular:
+        if not file.regular:
             raise _damaged(folder, record.path, "not a regular file")
-        if found.size != record.bytes:
-            raise _damaged(folder, record.path, f"bytes: {record.bytes} at commit, {found.size} now")
+        if file.size != record.bytes:
+            raise _damaged(folder, record.path, f"bytes: {record.bytes} at commit, {file.size} now")
     for path in unlisted(folder, manifest):
         raise _damaged(folder, path, ADDED)
     return manifest
@@ -238,19 +238,19 @@ def _hash_all(wanted: Sequence[tuple[RunFolder, FileRecord]]) -> None:
 
 def _listing(folder: RunFolder) -> dict[str, _File]:
     """Return all files of a run's folder by their paths within it, without following or opening any."""
-    found: dict[str, _File] = {}
+    files: dict[str, _File] = {}
     try:
         with os.scandir(folder.path) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     with os.scandir(entry.path) as inner:
-                        found.update((f"{entry.name}/{file.name}", _file(file)) for file in inner)
+                        files.update((f"{entry.name}/{file.name}", _file(file)) for file in inner)
                 else:
-                    found[entry.name] = _file(entry)
+                    files[entry.name] = _file(entry)
     except OSError as error:
         within = str(error.filename or "").removeprefix(f"{folder.path}/")
         raise _damaged(folder, within, error.strerror or str(error)) from error
-    return found
+    return files
 
 
 def _file(entry: os.DirEntry[str]) -> _File:

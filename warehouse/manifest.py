@@ -133,14 +133,14 @@ def row_counts(folder: RunFolder) -> dict[str, int]:
 
 def parse_manifest(content: bytes, run: str, where: str) -> Manifest:
     """Return the manifest in ``content`` of the run with this id. Raises WarehouseError for any other content."""
-    said = parse_json(content, where)
-    version = _whole(said.get("schema_version"), "schema_version", where)
+    fields = parse_json(content, where)
+    version = _whole(fields.get("schema_version"), "schema_version", where)
     if not OLDEST_SCHEMA <= version <= SCHEMA_VERSION:
         raise WarehouseError(
             f"{where} was written with schema {version}, but this kdb reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}. "
             f"{'Upgrade kdb' if version > SCHEMA_VERSION else 'Measure the run again'}."
         )
-    files = said.get("files")
+    files = fields.get("files")
     if not isinstance(files, list) or not files:
         raise _damaged(where, "it lists no files")
     records = tuple(_record(file, where) for file in files)
@@ -148,23 +148,23 @@ def parse_manifest(content: bytes, run: str, where: str) -> Manifest:
         raise _damaged(where, "it lists a file twice")
     if [record.table for record in records].count("runs") != 1:
         raise _damaged(where, "it does not list exactly one file of the table runs")
-    formula = 1 if version < 4 else said.get("formula")
-    return Manifest(records, version, *_checked_identity(formula, said.get("identity"), run, where))
+    formula = 1 if version < 4 else fields.get("formula")
+    return Manifest(records, version, *_checked_identity(formula, fields.get("identity"), run, where))
 
 
 def parse_json(content: bytes | str, where: object) -> dict[str, Any]:
     """Return the JSON object in ``content``. Raises WarehouseError for any other content, however deep or long."""
     try:
-        said = json.loads(content)
+        value = json.loads(content)
     except RecursionError:
         raise _damaged(where, "it is nested too deeply") from None
     except ValueError as error:
         raise _damaged(where, f"it is not JSON: {error}") from error
-    if not isinstance(said, dict):
+    if not isinstance(value, dict):
         raise _damaged(where, "it is not a JSON object")
-    if _is_deep(said):
+    if _is_deep(value):
         raise _damaged(where, "it is nested too deeply")
-    return cast("dict[str, Any]", said)
+    return cast("dict[str, Any]", value)
 
 
 def _is_deep(content: object) -> bool:

@@ -79,8 +79,8 @@ def upgraded(table: str, rows: pa.Table) -> pa.Table:
 
 def is_default_probe(rows: pa.Table) -> pa.ChunkedArray:
     """Whether each row of ``probe_scores`` is of the default classifier on the default split."""
-    told = [pc.equal(rows[name], value) for name, value in DEFAULT_PROBE.items()]
-    return functools.reduce(pc.and_, told)
+    equal = [pc.equal(rows[name], value) for name, value in DEFAULT_PROBE.items()]
+    return functools.reduce(pc.and_, equal)
 
 
 def _groups(table: str, paths: Sequence[Path]) -> Iterator[pa.Table]:

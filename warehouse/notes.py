@@ -64,16 +64,16 @@ def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapp
     asked = {name: _several(values.get(name)) for name in ("model", "dataset")}
     about = {**asked, "study": _study(saved, values)}
     variant = values["variant"] if values["variant"] != "all" else None
-    told = {**about, "variant": variant, "checkpoints": saved.of_checkpoints}
-    found = [_shadowed(*row) for row in _rows(connection, _SHADOWED, told)]
+    filters = {**about, "variant": variant, "checkpoints": saved.of_checkpoints}
+    notes = [_shadowed(*row) for row in _rows(connection, _SHADOWED, filters)]
     if variant is None:
-        found += [_mixed(*row) for row in _rows(connection, _MIXED, about)]
-    return _at_most(found)
+        notes += [_mixed(*row) for row in _rows(connection, _MIXED, about)]
+    return _at_most(notes)
 
 
-def _at_most(found: list[str]) -> list[str]:
-    more = [f"The same applies to {len(found) - _MOST} more models."] if len(found) > _MOST else []
-    return found[:_MOST] + more
+def _at_most(notes: list[str]) -> list[str]:
+    more = [f"The same applies to {len(notes) - _MOST} more models."] if len(notes) > _MOST else []
+    return notes[:_MOST] + more
 
 
 def notes_on_current(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -99,14 +99,14 @@ def notes_on_nothing(
 
 
 @contextlib.contextmanager
-def noted(found: list[str]) -> Iterator[None]:
+def noted(notes: list[str]) -> Iterator[None]:
     """Collect the notes about answers in a list, each once; other warnings are not affected."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KdbNote)
         try:
             yield
         finally:
-            found += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, KdbNote))
+            notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, KdbNote))
     for other in caught:
         if not issubclass(other.category, KdbNote):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)

@@ -75,7 +75,7 @@ class Home:
 
 def name_of_files(urls: Mapping[str, Sequence[str]]) -> str:
     """Return the name of the type of a file whose views read these URLs of each table."""
-    every = sorted(url for found in urls.values() for url in found)
+    every = sorted(url for files in urls.values() for url in files)
     return _name("files of", "".join(every[:1]).partition("/lake/")[0], *every)
 
 
@@ -90,9 +90,9 @@ def bound_to(name: str, macros: str) -> str:
     return _TABLE_MACRO.sub(rf"\1\nSELECT * FROM (\n\2\n) WHERE NULL::{_quoted(name)} IS NULL;", macros)
 
 
-def _name(kind: str, place: str, *more: str) -> str:
+def _name(kind: str, subject: str, *more: str) -> str:
     # With a hash, because names in DuckDB are case-insensitive.
-    return f"kdb {kind} {place} ({hashlib.sha256(chr(10).join([place, *more]).encode()).hexdigest()[:8]})"
+    return f"kdb {kind} {subject} ({hashlib.sha256(chr(10).join([subject, *more]).encode()).hexdigest()[:8]})"
 
 
 def _quoted(name: str) -> str:

@@ -194,17 +194,17 @@ def public_message(text: str, lake: Path, asked: str) -> str:
     """Return the text without paths of this machine: relative to the lake, or unchanged if part of the statement."""
     for root in (lake.resolve(), lake):
         text = text.replace(str(root), "lake")
-    return _PATH.sub(lambda found: found[0] if found[0] in asked else "PATH", text)
+    return _PATH.sub(lambda match: match[0] if match[0] in asked else "PATH", text)
 
 
 def refusal(error: BaseException) -> QueryError:
     """Return the error to raise for one of DuckDB or Arrow. Raises KeyboardInterrupt for Ctrl-C."""
-    said = message(error)
-    if said.startswith("INTERRUPT Error"):
+    text = message(error)
+    if text.startswith("INTERRUPT Error"):
         raise KeyboardInterrupt from error
-    if re.match(r"(\w+Error: )?(INTERNAL|FATAL) Error", said):
-        return EngineError(f"Internal error of DuckDB on this statement: {said.partition(chr(10))[0]}")
-    return QueryError(said)
+    if re.match(r"(\w+Error: )?(INTERNAL|FATAL) Error", text):
+        return EngineError(f"Internal error of DuckDB on this statement: {text.partition(chr(10))[0]}")
+    return QueryError(text)
 
 
 @contextlib.contextmanager

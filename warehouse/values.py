@@ -30,11 +30,11 @@ def check_values(
         if domain is None or value is None or value == param.default:
             continue
         if isinstance(domain, Names):
-            told = value if isinstance(value, tuple) else (str(value),)
+            names = value if isinstance(value, tuple) else (str(value),)
             known = [*domain.fixed, *param.also]
-            if domain.stored and not set(told) <= set(known):
-                known = _stored(connection, domain.stored, told, known, see_all)
-            check_known(param.name, told, known, domain.hint)
+            if domain.stored and not set(names) <= set(known):
+                known = _stored(connection, domain.stored, names, known, see_all)
+            check_known(param.name, names, known, domain.hint)
         elif isinstance(domain, Numbers) and domain.most:
             _check_number(connection, param, domain, value)
 
@@ -49,16 +49,16 @@ def check_known(kind: str, names: Iterable[str], known: Collection[str], hint: s
 def _stored(
     connection: duckdb.DuckDBPyConnection,
     text: str,
-    told: tuple[str, ...],
+    wanted: tuple[str, ...],
     known: list[str],
     see_all: Callable[[], None],
 ) -> list[str]:
     """Return the known names, and those that the SQL finds: in all models if the visible ones lack a name."""
-    found = _names(connection, text)
-    if not set(told) <= {*known, *found}:
+    names = _names(connection, text)
+    if not set(wanted) <= {*known, *names}:
         see_all()
-        found = _names(connection, text)
-    return [*known, *sorted(found - {*known})]
+        names = _names(connection, text)
+    return [*known, *sorted(names - {*known})]
 
 
 def _names(connection: duckdb.DuckDBPyConnection, text: str) -> set[str]:

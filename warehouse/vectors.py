@@ -59,8 +59,8 @@ def read_states(parts: Sequence[Path], prompt_ids: Sequence[int], site: str) -> 
     table = pa.concat_tables(pq.read_table(part, filters=wanted) for part in parts).combine_chunks()
     flat: NDArray[np.float32] = table["vector"].chunk(0).flatten().to_numpy().astype(np.float32)
     rows = flat.reshape(len(table), -1)
-    place = {prompt: i for i, prompt in enumerate(prompt_ids)}
-    order = np.lexsort((table["layer"].to_numpy(), [place[i] for i in table["prompt_id"].to_pylist()]))
+    position = {prompt: i for i, prompt in enumerate(prompt_ids)}
+    order = np.lexsort((table["layer"].to_numpy(), [position[i] for i in table["prompt_id"].to_pylist()]))
     return np.ascontiguousarray(rows[order]).reshape(len(prompt_ids), -1, rows.shape[1])
 
 

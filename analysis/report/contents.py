@@ -52,23 +52,23 @@ _ASKED = "nothing is stored (`kdb ingest --dataset knowledge`)."
 
 def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
     """Yield the models and runs that were measured, and the checks of their reliability."""
-    given = {"model": list(models)}
+    params = {"model": list(models)}
 
     def files() -> pl.DataFrame:
         of_file = ("model", "source", "weights_dtype", "quantization", "base_model", "instruct", "dtype", "n_params")
-        return wh.query("models", **given).select(*of_file, pl.col("revision").str.slice(0, 12), "n_runs")
+        return wh.query("models", **params).select(*of_file, pl.col("revision").str.slice(0, 12), "n_runs")
 
-    yield Tabled("Models", "The models that were measured, described by their files.", "models", given, files)
+    yield Tabled("Models", "The models that were measured, described by their files.", "models", params, files)
     columns = ("model", "dataset", "study", "variant", "dtype", "device", "finished_at", "seconds", "run")
 
     def runs() -> pl.DataFrame:
-        frame = wh.query("runs", **given)
+        frame = wh.query("runs", **params)
         return frame.select(name for name in columns if name in frame.columns)
 
-    yield Tabled("Runs", "All runs of these models.", "runs", given, runs)
+    yield Tabled("Runs", "All runs of these models.", "runs", params, runs)
 
     def failed() -> pl.DataFrame:
-        checks = wh.query("checks", **given)
+        checks = wh.query("checks", **params)
         return checks.group_by("model", "check", maintain_order=True).agg(
             pl.len().alias("runs"),
             pl.col("value").max().alias("largest"),
@@ -77,15 +77,15 @@ def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
         )
 
     text = "Largest difference over all runs from the loaded model without hooks. Counts of prompts have no tolerance."
-    yield Tabled("Checks", text, "checks", given, failed)
+    yield Tabled("Checks", text, "checks", params, failed)
 
 
 def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     """Yield the first study: Jin et al., arXiv 2404.07066."""
-    given = yield from _asked_for(wh, models, "concept")
-    curves = wh.query("layer-accuracy", **given)
-    yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", given)
-    yield _asked(wh, "Best layer, jump and converging point", "", "datasets-by-model", given, _PROBED)
+    params = yield from _asked_for(wh, models, "concept")
+    curves = wh.query("layer-accuracy", **params)
+    yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", params)
+    yield _asked(wh, "Best layer, jump and converging point", "", "datasets-by-model", params, _PROBED)
     yield Tabled(
         "Robustness of J and C",
         "The 95 % interval is over resampled test prompts; in none_percent % of them, there is no such point. "
@@ -93,33 +93,33 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
         "artefact of the procedure. A C in the last layer depends on its definition: it only says that the curve ends "
         "flat.",
         "depth-robustness",
-        given,
-        lambda: depth.verdicts(wh, **given),
+        params,
+        lambda: depth.verdicts(wh, **params),
         _PROBED,
     )
     for model in models[:_ROBUST]:
         yield Drawn(
-            f"Dependence of J and C on the procedure: {model}", "", "depth-robustness", given | {"model": [model]}
+            f"Dependence of J and C on the procedure: {model}", "", "depth-robustness", params | {"model": [model]}
         )
     yield Drawn(
         "Selectivity",
         "Accuracy of the probe above its accuracy on shuffled labels.",
         "depth-curves",
-        given | {"metric": "selectivity"},
+        params | {"metric": "selectivity"},
     )
     yield _asked(
-        wh, "The model's own answers", "Computed over all prompts, without a probe.", "zero-shot", given, _PROBED
+        wh, "The model's own answers", "Computed over all prompts, without a probe.", "zero-shot", params, _PROBED
     )
     if curves["model"].n_unique() > 1:
-        yield from _side_by_side(curves, given)
-    yield Drawn("Experiment 3: J and C by family and size", "", "converging-by-size", given)
-    variants = wh.query("layer-accuracy", **given | {"variant": "all"})
+        yield from _side_by_side(curves, params)
+    yield Drawn("Experiment 3: J and C by family and size", "", "converging-by-size", params)
+    variants = wh.query("layer-accuracy", **params | {"variant": "all"})
     if variants["variant"].n_unique() > 1:
         yield Drawn("Noise, precision and other variants", "", "depth-by-variant", {"model": list(models)})
-    projected = wh.query("hidden-states", **given, layers=1, prompts=1).select("model", "dataset").unique()
+    projected = wh.query("hidden-states", **params, layers=1, prompts=1).select("model", "dataset").unique()
     pairs = projected.sort("model", "dataset").rows() or [(model, None) for model in models[:1]]
     for model, dataset in pairs[:_PROJECTED]:
-        named = given | {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
+        named = params | {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
         yield Drawn(f"Hidden states: {model} on {dataset or 'any dataset'} (`kdb project`)", "", "hidden-states", named)
 
 
@@ -127,79 +127,81 @@ _ROBUST, _PROJECTED = 3, 2
 """Maximum number of models and datasets that get a figure of their own."""
 
 
-def _side_by_side(curves: pl.DataFrame, given: dict[str, Any]) -> Contents:
+def _side_by_side(curves: pl.DataFrame, params: dict[str, Any]) -> Contents:
     """Yield experiments 2 and 3, for several models of one size, and for families with several sizes."""
     middle = float(curves.unique("model")["size_billions"].median() or 1)  # type: ignore[arg-type]
     note = "Models within a factor of 3 of the median size."
-    yield Drawn("Experiment 2: families at one size", note, "depth-by-family", given | {"size": middle, "within": 3})
+    yield Drawn("Experiment 2: families at one size", note, "depth-by-family", params | {"size": middle, "within": 3})
     sizes = curves.group_by("family").agg(pl.col("model").n_unique())
     if sizes["model"].max() > 1:  # type: ignore[operator]
-        yield Drawn("Experiment 3: sizes within each family", "", "depth-by-size", given)
+        yield Drawn("Experiment 3: sizes within each family", "", "depth-by-size", params)
 
 
 def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     """Yield the second study: Yu and Ananiadou, arXiv 2312.12141."""
-    given = yield from _asked_for(wh, models, "knowledge")
+    params = yield from _asked_for(wh, models, "knowledge")
     yield _asked(
         wh,
         "Prompts that pass the filter",
         "Only these prompts are used: the model knows their answers.",
         "kept-prompts",
-        given,
+        params,
         _ASKED,
     )
-    yield Drawn("Attention and FFN", "", "attention-vs-ffn", given)
+    yield Drawn("Attention and FFN", "", "attention-vs-ffn", params)
     yield Tabled(
         "Attention and FFN",
         "Sums over layers, with 95 % intervals over prompts.",
         "attention-vs-ffn",
-        given,
-        lambda: importance.attention_and_ffn(wh, **given),
+        params,
+        lambda: importance.attention_and_ffn(wh, **params),
         _ASKED,
     )
-    yield Drawn("Every layer", "", "layer-scores", given)
+    yield Drawn("Every layer", "", "layer-scores", params)
     ranks = "The brackets show the 95 % interval of the rank over resampled prompts: a narrow one means a stable rank."
     yield Tabled(
         "Table 4: the ten best layers",
         ranks,
         "top-layers",
-        given,
-        lambda: _compact(importance.layer_ranking(wh, **given), "layer_name"),
+        params,
+        lambda: _compact(importance.layer_ranking(wh, **params), "layer_name"),
         _ASKED,
     )
-    yield Drawn("The ten best layers", "", "top-layers", given)
+    yield Drawn("The ten best layers", "", "top-layers", params)
     yield Tabled(
         "Table 10: the ten best heads",
         ranks,
         "top-heads",
-        given,
-        lambda: _compact(importance.head_ranking(wh, **given), "head_name"),
+        params,
+        lambda: _compact(importance.head_ranking(wh, **params), "head_name"),
         _ASKED,
     )
-    yield Drawn("Every head", "", "head-map", given)
-    yield _asked(wh, "Tokens that the best heads read", "", "position-attention", given | {"k": 1, "tokens": 3}, _ASKED)
-    yield Drawn("Figure 2: layers of the value and query neurons", "", "neurons-by-layer", given)
+    yield Drawn("Every head", "", "head-map", params)
+    yield _asked(
+        wh, "Tokens that the best heads read", "", "position-attention", params | {"k": 1, "tokens": 3}, _ASKED
+    )
+    yield Drawn("Figure 2: layers of the value and query neurons", "", "neurons-by-layer", params)
     yield Tabled(
         "The best neurons",
         "With 95 % intervals over prompts.",
         "top-neurons",
-        given | {"k": 3},
-        lambda: _neurons(wh, given | {"k": 3}),
+        params | {"k": 3},
+        lambda: _neurons(wh, params | {"k": 3}),
         _ASKED,
     )
-    yield Drawn("Table 2: methods compared", "", "attribution-methods", given)
+    yield Drawn("Table 2: methods compared", "", "attribution-methods", params)
     yield Tabled(
         "Table 2: methods compared",
         "With 95 % intervals over prompts; round brackets show that of the rank. Lower is better.",
         "attribution-methods",
-        given,
-        lambda: _methods(importance.method_effects(wh, **given)),
+        params,
+        lambda: _methods(importance.method_effects(wh, **params)),
         _ASKED,
     )
-    yield Drawn("Heads shared by categories", "", "head-overlap", given)
-    yield Drawn("Neurons shared by categories", "", "neuron-overlap", given)
-    for model, dataset, prompt in _examples(wh, given):
-        named = given | {"model": [model], "dataset": dataset, "prompt": prompt}
+    yield Drawn("Heads shared by categories", "", "head-overlap", params)
+    yield Drawn("Neurons shared by categories", "", "neuron-overlap", params)
+    for model, dataset, prompt in _examples(wh, params):
+        named = params | {"model": [model], "dataset": dataset, "prompt": prompt}
         yield Drawn(f"One prompt in {model}", "", "prompt-story", named)
 
 
@@ -212,7 +214,7 @@ CHAPTERS = {
 
 def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Remark, None, dict[str, Any]]:
     """Return the models, and the newest variant if none of them has a run of the study with the variant 'default'."""
-    given: dict[str, Any] = {"model": list(models)}
+    params: dict[str, Any] = {"model": list(models)}
     variants = wh.sql(
         "SELECT variant FROM runs WHERE study = ? AND list_contains(?, model) "
         "ORDER BY variant = 'default' DESC, starts_with(variant, 'ablate='), finished_at DESC LIMIT 1",
@@ -222,8 +224,8 @@ def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Re
         yield Remark(
             f"Study {study}", f"there is no run of the variant 'default'; the variant {variants[0]!r} is shown."
         )
-        given["variant"] = variants[0]
-    return given
+        params["variant"] = variants[0]
+    return params
 
 
 def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, Any], hint: str) -> Tabled:
@@ -235,9 +237,9 @@ def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
     """Return a row for each model and category as in the paper: names in order, each with the interval of its rank."""
     if ranking.is_empty():
         return ranking
-    place = pl.format("{} ({}–{})", item, "rank_low", "rank_high")
+    entry = pl.format("{} ({}–{})", item, "rank_low", "rank_high")
     return ranking.group_by("model", "category", maintain_order=True).agg(
-        place.str.join(", ").alias("best first"), prompts=pl.col("n_prompts").first()
+        entry.str.join(", ").alias("best first"), prompts=pl.col("n_prompts").first()
     )
 
 
@@ -262,8 +264,8 @@ def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
     return ranking.select(*named, score=_with_ends("score"), prompts="n_prompts", tokens="top_tokens")
 
 
-def _examples(wh: Warehouse, given: dict[str, Any]) -> list[tuple[str, str, int]]:
+def _examples(wh: Warehouse, params: dict[str, Any]) -> list[tuple[str, str, int]]:
     """Return, for each of the first models, the prompt with the most probable answer."""
-    found = wh.query("prompts", **given | {"model": given["model"][:_PROJECTED], "k": 1}).filter("kept")
-    best = found.sort("target_prob", descending=True).unique("model", keep="first", maintain_order=True)
+    examples = wh.query("prompts", **params | {"model": params["model"][:_PROJECTED], "k": 1}).filter("kept")
+    best = examples.sort("target_prob", descending=True).unique("model", keep="first", maintain_order=True)
     return best.select("model", "dataset", "prompt_id").sort("model").rows()

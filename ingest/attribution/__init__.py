@@ -1,1 +1,1 @@
-"""The knowledge study: which layers, heads and neurons write an answer."""
+"""The knowledge study: score the layers, heads and neurons that raise the probability of an answer."""

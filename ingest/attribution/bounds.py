@@ -1,4 +1,4 @@
-"""Scores of many vectors, proved: bound all, compute few.
+"""Find the best of many vectors with proof: bound the scores of all, compute the scores of few.
 
 The score of a vector v that joins a residual x is the log-probability increase of the target w,
 
@@ -7,9 +7,9 @@ The score of a vector v that joins a residual x is the log-probability increase 
 where g_u is the row of token u in the frozen, linear readout. By Jensen's inequality
 score(v) ≤ v·(g_w − E_p[g]) = upper(v): one matrix–vector product bounds every neuron of a layer, where a score
 costs the whole vocabulary. Scoring in falling order of the bound until the next bound is below the k-th best
-score proves that the k best are complete. docs/certificate.md tells the rest.
+score proves that the k best are complete. See docs/certificate.md.
 
-This module takes arrays; it knows no model.
+This module takes arrays and is independent of models.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     import torch
 
 _ROUNDING = 5 * 2.0**-24
-"""Five standard deviations of a float32 rounding: the sum of n products a·b is off by no more than this times
+"""Five standard deviations of a float32 rounding: the error of a sum of n products a·b is at most this times
 √n · ‖a‖‖b‖ (Higham and Mary 2019, A new approach to probabilistic rounding error analysis, theorem 2.4)."""
 
 _EXPLICIT = 256
-"""Most probable tokens that an interval sums over one by one."""
+"""Number of most probable tokens that an interval sums over one by one."""
 
 _TILE = 2048
 """Tokens scored at once: few enough that a block's products stay in the cache."""
 _BLOCK = 512
 """Vectors scored at once."""
 _FAR = 16
-"""Residuals, or vectors, whose whole vocabulary is held at once: 256k tokens take 16 MiB."""
+"""Residuals or vectors whose logits over the whole vocabulary are in memory at once: 16 MiB for 256k tokens."""
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """What the readout says of a set of residuals, and what scoring against it needs.
+    """Token probabilities of a set of residuals, with all that computing scores at these residuals needs.
 
     Shapes: residual b, token u, hidden d. ``table`` (u, d) holds g before the frozen scale; ``scale`` (b) is that
-    scale, ``cap`` (prompt, u) the frozen slope of a soft cap or None, ``prompt`` (b) which of its rows counts.
-    ``p`` (b, u) are probabilities, taken as given: scores and bounds are about this p.
+    scale; ``cap`` (prompt, u) is the frozen slope of a soft cap, or None; ``prompt`` (b) is the row of ``cap`` for each
+    residual. ``p`` (b, u) are probabilities without error: scores and bounds hold for exactly this p.
     """
 
     table: torch.Tensor
@@ -69,7 +69,7 @@ class Distributions:
 
     @cached_property
     def reach(self) -> torch.Tensor:
-        """What a vector's length is multiplied by to bound the rounding in its score or its bound, (b)."""
+        """Factor (b): times a vector's length, it bounds the rounding error of the vector's score or bound."""
         import torch
 
         norms = self.table.norm(dim=1)
@@ -83,7 +83,7 @@ class Distributions:
     ) -> torch.Tensor:
         """Exact scores (n), in float64, of ``coefficient`` (n) × ``vectors[which]``, each at residual ``base`` (n).
 
-        ``vectors`` (m, d): rows that share one are unembedded once.
+        ``vectors`` (m, d): each is unembedded once, even if several rows use it.
         """
         import torch
 
@@ -99,10 +99,11 @@ class Distributions:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Certified lower and upper bounds (n) of the scores that :meth:`scores` would give.
 
-        E_p[exp z] is summed over the most probable tokens. Of the rest, with probability R, largest probability P
-        and mean and second moment m and s of z: exp z ≤ 1 + z + z²·φ(b) wherever z ≤ b, with
-        φ(b) = (exp b − 1 − b)/b² (as in Bennett's inequality), and R·s ≤ P·Σ_u z_u² = P·vᵀ(WᵀW)v, which needs one
-        matrix per model. Below, Jensen: E[exp z] ≥ R·exp m.
+        E_p[exp z] is summed over the most probable tokens. The remaining tokens have total probability R, largest
+        probability P, and mean m and second moment s of z. Their part is bounded from above by
+        exp z ≤ 1 + z + z²·φ(b) for z ≤ b, with φ(b) = (exp b − 1 − b)/b² (as in Bennett's inequality), and
+        R·s ≤ P·Σ_u z_u² = P·vᵀ(WᵀW)v, which needs one matrix per model. The bound from below is Jensen's inequality,
+        E[exp z] ≥ R·exp m.
         """
         import torch
 
@@ -125,7 +126,7 @@ class Distributions:
         if cap is not None:
             table = table * cap[head.indices, None]
         factor = coefficient * self.scale[row]
-        # Shifted by the mean: the score does not change, and what is left of z is small.
+        # Subtracting the mean does not change the score, and makes z small.
         own = self.table[self.target[row]] * self._cap_of_target()[row]
         mean = own - self.slope[row] / self.scale[row]
         z = (vectors @ (table - mean).T)[index].mul_(factor[:, None])
@@ -133,7 +134,7 @@ class Distributions:
         first = (z @ head.values).double()
         explicit = (z.exp_() @ head.values).double()
         rest = 1 - head.values.double().sum()
-        # Jensen's bound for the rest needs its mean, and all of p has mean 0 after the shift.
+        # Jensen's bound for the remaining tokens needs their mean; the mean over all tokens is 0 after the shift.
         rest_mean = -first / rest.clamp_min(1e-12)
         second = self._second_moment(vectors, mean, cap)[index] * factor.double().square()
         lengths = vectors.norm(dim=1).double()[index] * factor.double().abs()
@@ -141,10 +142,10 @@ class Distributions:
         b = torch.minimum(second.sqrt(), lengths * self._farthest(mean, cap)).clamp_min(1e-12)
         phi = torch.where(b < 1e-3, 0.5 + b / 6 + b.square(), (b.expm1() - b) / b.square())
         most = explicit + rest - first + largest * second * phi
-        # A rest of the size of its rounding has no mean to speak of; without it the bound is no less true.
+        # If the rest is as small as its rounding error, its mean is unreliable. The bound holds without this term.
         least = explicit + rest * rest_mean.exp() if rest > 1e-4 else explicit
         slack = coefficient.abs().double() * vectors.norm(dim=1).double()[index] * self.reach[row].double()
-        slack = slack + 1e-6  # by which float32 probabilities may miss a sum of 1
+        slack = slack + 1e-6  # the sum of float32 probabilities may differ from 1 by this much
         return torch.stack([z_own - most.log() - slack, z_own - least.clamp_min(1e-300).log() + slack])
 
     def _second_moment(self, vectors: torch.Tensor, mean: torch.Tensor, cap: torch.Tensor | None) -> torch.Tensor:
@@ -190,11 +191,11 @@ class Distributions:
             z = (z[index] if shared else z).mul_(factor)
             if self.cap is not None:
                 z.mul_(self.cap[self.prompt[base], tile])
-            # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose a small score's digits.
+            # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose the digits of a small score.
             total += z.sub_(own).expm1_().mul_(self.p[base, tile]).sum(1)
         score = -total.log1p()
         far = (~((total > -0.99) & total.isfinite())).nonzero()[:, 0]
-        for some in far.split(_FAR):  # the sum has cancelled, or is over e⁸⁸: logarithms are summed instead
+        for some in far.split(_FAR):  # cancellation, or a sum above e⁸⁸: sum logarithms instead
             z = (vectors[index[some]] @ self.table.T).mul_(factor[some])
             z = z if self.cap is None else z.mul_(self.cap[self.prompt[base[some]]])
             score[some] = -z.sub_(own[some]).add_(self.p[base[some]].log_()).double().logsumexp(1)
@@ -221,7 +222,7 @@ def distributions(
     prompt: torch.Tensor,
     cap: torch.Tensor | None = None,
 ) -> Distributions:
-    """Read residuals (b, d) out: softmax((table @ x · scale + constant) · cap)."""
+    """Compute the token probabilities of residuals x (b, d): softmax((table @ x · scale + constant) · cap)."""
     import torch
 
     p, log_p = residuals.new_empty(len(residuals), len(table)), residuals.new_empty(len(residuals))
@@ -237,7 +238,7 @@ def distributions(
 
 @dataclass(frozen=True)
 class Best:
-    """The k best of each row, in order. Shapes (row, k); ``index`` is −1 where a row has fewer than k."""
+    """The k best candidates of each row, best first. Shapes (row, k); ``index`` is −1 if a row has fewer than k."""
 
     index: torch.Tensor
     score: torch.Tensor
@@ -253,12 +254,12 @@ def certified_top(
     tighter: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = (),
     step: int = 64,
 ) -> Best:
-    """The k best of each row (row, n), proved complete: no candidate left unscored can be among them.
+    """Return the k best candidates of each row (row, n), with proof that no unscored candidate is among them.
 
-    ``upper`` bounds every score from above but for rounding, which is at most ``slack``, in the bounds and in the
-    scores. ``score`` takes rows and columns, each (m), and gives their exact scores. −inf in ``upper`` marks a
-    place that holds no candidate. ``tighter`` are bounds that cost more than ``upper`` and less than a score, each
-    closer than the one before it: they are asked about what is still open.
+    ``upper`` (row, n) bounds every score from above, except for rounding; ``slack`` bounds the rounding error of bounds
+    and of scores. ``score`` takes rows and columns, each (m), and returns their exact scores. −inf in ``upper`` means
+    no candidate. ``tighter`` are further bounds, each closer and more costly than the one before, but cheaper than a
+    score, and computed only for undecided candidates.
     """
     import torch
 
@@ -275,7 +276,7 @@ def certified_top(
         rows, columns = todo.nonzero(as_tuple=True)
         known[rows, columns] = score(rows, columns)
         scored |= todo
-        # A score is known up to its own slack, so only what it is at least can shut others out.
+        # A score has an error up to its slack, so a candidate is excluded by lower ends of scores only.
         least = (known - slack).topk(k, dim=1).values[:, -1:]
         open_ = (bound > least) & ~scored & (bound > -torch.inf)
         if open_.any() and (closer := next(bounds, None)):

@@ -1,4 +1,4 @@
-"""Zero a set of neurons or heads that someone asked for, in every prompt that counts, beside random controls."""
+"""Zero a chosen set of neurons or heads, and random controls, in every kept prompt of a run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kdb.ingest.execution.local import Here
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.rows import Rows, timed
+from kdb.ingest.settings import Ablating
 from kdb.ingest.stages import Advance, ModelStage, Outcome, PlannedRun, Shard, Stage, Subject, carry_out
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.parquet import read_parts
@@ -30,7 +31,7 @@ _COLUMNS = ("layer", "component", "head", "neuron")
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """A neuron, or with neuron −1 a whole head. ``head`` is −1 for an FFN neuron."""
+    """A neuron, or a whole head if ``neuron`` is −1. ``head`` is −1 for an FFN neuron."""
 
     layer: int
     component: str
@@ -40,7 +41,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many there are of each: what a unit's numbers must be below."""
+    """Numbers of layers, heads, head entries and FFN neurons; a unit's numbers must be smaller."""
 
     n_layers: int
     n_heads: int
@@ -48,7 +49,7 @@ class Shape:
     n_neurons: int
 
     def describe(self, unit: Unit) -> str | None:
-        """Say what of a unit does not exist, or None."""
+        """Describe a number of a unit that is out of range; None if the unit exists."""
         limits = [("layer", unit.layer, self.n_layers)]
         if unit.component == "ffn":
             limits.append(("FFN neuron", unit.neuron, self.n_neurons))
@@ -60,12 +61,12 @@ class Shape:
 
 
 def read_units(rows: Sequence[dict[str, Any]], shape: Shape) -> list[Unit]:
-    """Check the rows that a user's SQL gave; raises QueryError naming the row that names nothing."""
+    """Convert the rows of a user's SQL to units; raise QueryError for a row that names no neuron or head."""
     if not rows:
-        raise QueryError("The query names no neuron: it gave no rows.")
+        raise QueryError("The query returned no rows, so it names no neuron: change its condition.")
     missing = [c for c in _COLUMNS if c not in rows[0]]
     if missing:
-        raise QueryError(f"The query must give the columns {', '.join(_COLUMNS)}; it lacks {', '.join(missing)}.")
+        raise QueryError(f"The query must return the columns {', '.join(_COLUMNS)}; it lacks {', '.join(missing)}.")
     units = []
     for number, row in enumerate(rows, start=1):
         wrong = _wrong(row)
@@ -89,9 +90,9 @@ def _wrong(row: dict[str, Any]) -> str | None:
 
 
 def controls(units: Sequence[Unit], shape: Shape, n: int, seed: int) -> list[list[Unit]]:
-    """``n`` sets of random units, each with as many of each kind in each layer as ``units``, and none of them.
+    """Draw ``n`` sets of random units. Each has as many of each kind in each layer as ``units``, and none of these.
 
-    Raises QueryError where a layer has too few others to draw from.
+    Raises QueryError if a layer has too few other units.
     """
     rng = random.Random(seed)
     return [_drawn(units, shape, rng) for _ in range(n)]
@@ -112,15 +113,15 @@ def _drawn(units: Sequence[Unit], shape: Shape, rng: random.Random) -> list[Unit
         others = sorted(set(every) - set(units))
         if len(others) < count:
             raise QueryError(
-                f"Layer {layer} has {len(others)} others to draw {count} random controls from: name fewer, or give "
-                "--controls 0."
+                f"Layer {layer} has {len(others)} other units, too few to draw {count} random controls: name fewer "
+                "units, or give --controls 0."
             )
         drawn += rng.sample(others, count)
     return drawn
 
 
 def silenced(units: Sequence[Unit], head_dim: int) -> Silenced:
-    """Units as what an intervention zeroes."""
+    """Convert units to the entries that an intervention sets to zero."""
     from kdb.ingest.forward.ablation import Silenced
 
     ffn: dict[int, list[int]] = {}
@@ -142,14 +143,14 @@ def ablate(
     load: Callable[[], LoadedModel],
     *,
     name: str,
-    positions: str = "last",
-    n_controls: int = 3,
-    seed: int = 42,
+    positions: str = Ablating.positions,
+    n_controls: int = Ablating.n_controls,
+    seed: int = Ablating.seed,
 ) -> Outcome:
-    """Zero what ``rows`` name in every kept prompt of a run, and commit the effects as a run that names its source.
+    """Zero the units in ``rows`` in every kept prompt of a run, and commit the effects as a derived run.
 
-    Raises QueryError for rows that name what does not exist, and WarehouseError where the run's model is another
-    one than ``model``, or none of its prompts is kept.
+    Raises QueryError for units that do not exist. Raises WarehouseError if the run's model is not ``model``, or if the
+    run has no kept prompt.
     """
     storage.inspect([source], vectors=False)
     stored = _first(source, "models")
@@ -166,11 +167,11 @@ def ablate(
     }
     prompts = [row for row in read_parts(table_files(source.path, "prompts")).to_pylist() if row["kept"]]
     if not prompts:
-        raise WarehouseError(f"Run {source.run} has no prompt that counts: there is nothing to intervene on.")
+        raise WarehouseError(f"Run {source.run} has no kept prompt, so nothing can be ablated.")
     if model.revision != stored["revision"]:
         raise WarehouseError(
-            f"Run {source.run} was measured with another {model.name}, of revision {stored['revision']}: "
-            "give the same --model and --revision."
+            f"Run {source.run} was measured with revision {stored['revision']} of {model.name}, and the "
+            "given model is another one: give the same --model and --revision."
         )
 
     def prepare() -> tuple[Subject[Any], list[Stage]]:
@@ -190,16 +191,16 @@ def ablate(
 
 
 def source_options(source: RunFolder) -> dict[str, Any]:
-    """How the model of a run was loaded: number format, and whether kdb quantized its weights."""
+    """Return the loading options of a run's model: number format and quantization by kdb."""
     settings = json.loads(_first(source, "runs")["settings"])
     return {"dtype": _first(source, "models")["dtype"], "quantize": settings.get("quantize")}
 
 
 @dataclass(frozen=True)
 class Interventions:
-    """What is silenced in which prompts of a run, before the model is loaded.
+    """The kept prompts of a run and the sets of units to zero, before the model is loaded.
 
-    ``sets`` are what each method silences, of which ``k`` units were asked for.
+    ``sets`` are the entries to zero, by method; the user named ``k`` units.
     """
 
     source: ModelSource
@@ -217,7 +218,7 @@ class Interventions:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """Interventions and the model that they are made in."""
+    """Interventions and the decomposed model that runs them."""
 
     wanted: Interventions
     decomposition: Decomposition

@@ -1,8 +1,8 @@
-"""Eight ways to rank FFN value neurons by what they do for a token (Yu and Ananiadou, section 4.1, Table 2).
+"""Eight ways to rank FFN value neurons by their effect on a token (Yu and Ananiadou, section 4.1, Table 2).
 
-Where a ranking costs the whole vocabulary for each neuron, its ten best are found by a bound and proved, as in
-:mod:`kdb.ingest.attribution.bounds`. Equal values: the larger |coefficient| first, then the lower layer, then the lower
-neuron.
+Some rankings cost the whole vocabulary for each neuron. Their best neurons are found by bounds, with proof, as in
+:mod:`kdb.ingest.attribution.bounds`. Among equal values, the larger |coefficient| comes first, then the lower layer,
+then the lower neuron.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ METHODS = (
 """The paper's methods a to h, in its order."""
 
 _SAMPLES = (1024, 4096, 16384, 65536)
-"""Tokens whose logits bound a rank from below: a rank is at least what it is among them. The first number for every
-neuron, the next ones for those that may still be among the best."""
+"""Numbers of tokens in the samples of the vocabulary that bound a rank from below: a rank is at least the rank within
+the sample. The first number is for all neurons, the next ones are for neurons that may still be among the best."""
 _TILE = 4096
 _BLOCK = 512
 
 
 def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -> dict[str, torch.Tensor]:
-    """The ``k`` best FFN neurons by each method, best first: (b, k) places in (l · n).
+    """Return the ``k`` best FFN neurons by each method, best first: (b, k) indices into (l · n).
 
-    ``top`` are the best by log-probability increase, at least ``k``, where they are known already.
+    ``top`` are the best by log-probability increase, at least ``k``, if they are known already.
     """
     import torch
 
@@ -57,7 +57,7 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
         def among(n_tokens: int | None, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
             return weight[prompt, flat] / _ranks(a, prompt, flat, n_tokens) + tie[prompt, flat]
 
-        # Less than the distance of any two reciprocal ranks, so that it decides between equal ones alone.
+        # Smaller than the difference of any two reciprocal ranks, so it only orders equal ones.
         tie = 0.4 / n_tokens**2 * coefficient / coefficient.amax(1, keepdim=True)
         upper = weight / at_least + tie
         tighter = [functools.partial(among, n) for n in _SAMPLES[1:] if n < n_tokens]
@@ -77,7 +77,7 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
 
 
 def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
-    """Log p(w|mv) is log V less than the increase over a uniform distribution, and so ranks alike."""
+    """Rank by log p(w|mv): the increase over a uniform distribution minus log V, so the order is the same."""
     import torch
 
     first, n_tokens = slice(0, a.n_prompts), a.decomposition.readout.table.shape[0]
@@ -93,7 +93,7 @@ def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
 
 
 def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
-    """p(w|x+v) − p(w|x) = p(w|x) · expm1(score), and so bounded where the score is."""
+    """Rank by p(w|x+v) − p(w|x) = p(w|x) · expm1(score), so bounds of the score give bounds of it."""
     n = a.ffn_coefficients.shape[2]
     before = a.at.log_p[a.n_layers * a.n_prompts :].view(a.n_layers, a.n_prompts).T.double().exp()
     before = before.repeat_interleave(n, dim=1)
@@ -107,33 +107,33 @@ def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
 
 
 def _rank_bounds(a: Attribution) -> torch.Tensor:
-    """A lower bound of w's rank among each neuron's logits, (b, l · n): its rank in a sample of the vocabulary."""
+    """Bound w's rank among each neuron's logits from below, (b, l · n), by its rank in a sample of the vocabulary."""
     import torch
 
     table = a.decomposition.readout.table
     targets, which = torch.unique(a.target, return_inverse=True)
     sample = table[a.decomposition.readout.longest[: _SAMPLES[0]]]
-    found = []
+    counts = []
     for layer in range(a.n_layers):
         columns = a.decomposition.ffn_columns(layer)
         logits, own = columns @ sample.T, columns @ table[targets].T
         least = own + _rounding(columns.norm(dim=1, keepdim=True), table[targets].norm(dim=1))
-        found.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
-    return (1 + torch.cat(found, dim=1)[which]).double()
+        counts.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
+    return (1 + torch.cat(counts, dim=1)[which]).double()
 
 
 def _rounding(column_length: torch.Tensor, row_length: torch.Tensor) -> torch.Tensor:
-    """More than two ways of adding up one logit differ by.
+    """Largest difference between two ways of summing one logit.
 
-    A token that is as good as w but for this is not counted where a rank is bounded, so that a bound it stays.
+    When a rank is bounded, a token whose logit exceeds w's by less than this is not counted, so the bound stays true.
     """
     return 1e-5 * column_length * row_length
 
 
 def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
-    """The rank of w among the logits of a neuron's column, (m): one plus the number of tokens that have more.
+    """Return the rank (m) of w among the logits of a neuron's column: one plus the number of tokens with larger logits.
 
-    ``n_tokens``: a lower bound of it, the rank among so many tokens, those with the longest rows.
+    With ``n_tokens``, return a lower bound: the rank among that many tokens, those with the longest rows.
     """
     import torch
 
@@ -158,13 +158,13 @@ def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor, n_tokens: i
 
 
 def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int) -> torch.Tensor:
-    """The places (b, k) of the largest values, ties by coefficient and then by place."""
+    """Return the indices (b, k) of the largest values, ordered by value, then coefficient, then index."""
     import numpy as np
     import torch
 
-    found = []
+    rows = []
     for row, tie in zip(value, coefficient, strict=True):
         near = (row >= row.topk(k).values[-1]).nonzero()[:, 0]
         order = np.lexsort((near.cpu().numpy(), -tie[near].cpu().numpy(), -row[near].cpu().numpy()))
-        found.append(near[torch.from_numpy(order[:k]).to(near.device)])
-    return torch.stack(found)
+        rows.append(near[torch.from_numpy(order[:k]).to(near.device)])
+    return torch.stack(rows)

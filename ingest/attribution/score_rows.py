@@ -1,4 +1,4 @@
-"""The tables of the knowledge study, from the scores of a chunk of prompts."""
+"""Build the tables of the knowledge study from the scores of a chunk of prompts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
-    from kdb.ingest.attribution.scores import Attribution, Neurons, Queries
+    from kdb.ingest.attribution.scores import Attribution, Neurons, QueryScores
     from kdb.ingest.forward.decomposition import Decomposition
 
 HEADS_BY_POSITION = 10
-"""Heads of each prompt whose positions are scored apart."""
+"""Number of heads of each prompt whose scores are stored by position."""
 
 QUERY_NEURONS = 100
-"""Query neurons of each prompt and kind that are stored."""
+"""Number of query neurons to store for each prompt and kind."""
 
 TOKENS_OF_A_NEURON = 10
-"""Tokens named at either end of a neuron's logits."""
+"""Number of tokens to store from the top and from the bottom of a neuron's logits."""
 
 
 def layer_rows(ids: Any, a: Attribution) -> pa.Table:
@@ -39,8 +39,8 @@ def layer_rows(ids: Any, a: Attribution) -> pa.Table:
 def head_rows(ids: Any, a: Attribution) -> pa.Table:
     """Rows of ``head_scores``."""
     _b, n_layers, n_heads = a.head_scores.shape
-    place = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
-    return arrow_rows("head_scores", place | {"score": a.head_scores})
+    keys = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
+    return arrow_rows("head_scores", keys | {"score": a.head_scores})
 
 
 def head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
@@ -87,8 +87,8 @@ def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
     return table.filter(pa.array((n.layer >= 0).cpu().numpy().ravel()))
 
 
-def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
-    """Rows of ``query_neuron_scores``; ``activates`` is the component whose value neurons they make fire."""
+def query_neuron_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
+    """Rows of ``query_neuron_scores``; ``activates`` is the component of the value neurons that they activate."""
     n = q.neurons.shape[2]
     best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
     return arrow_rows(
@@ -104,15 +104,15 @@ def query_neuron_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
     )
 
 
-def query_layer_rows(ids: Any, activates: str, q: Queries) -> pa.Table:
+def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_layer_scores``."""
-    place = {"prompt_id": ids[:, None], "activates": activates}
+    keys = {"prompt_id": ids[:, None], "activates": activates}
     rows = [
-        arrow_rows("query_layer_scores", place | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
+        arrow_rows("query_layer_scores", keys | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
         for c, score in (("attn", q.attn), ("ffn", q.ffn))
     ]
     return pa.concat_tables(
-        [arrow_rows("query_layer_scores", place | {"component": "embed", "score": q.embed[:, None]}), *rows]
+        [arrow_rows("query_layer_scores", keys | {"component": "embed", "score": q.embed[:, None]}), *rows]
     )
 
 
@@ -122,7 +122,7 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
     from kdb.ingest.forward.ablation import Intervention, intervene
 
     n = a.ffn_coefficients.shape[2]
-    best = {method: places.tolist() for method, places in best_neurons(a, k, top).items()}
+    best = {method: indices.tolist() for method, indices in best_neurons(a, k, top).items()}
     interventions = [
         Intervention(
             prompt.number,
@@ -130,23 +130,23 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
             prompt.target,
             method,
             positions,
-            silenced_ffn(places[i], n),
-            len(places[i]),
+            silenced_ffn(indices[i], n),
+            len(indices[i]),
         )
-        for method, places in best.items()
+        for method, indices in best.items()
         for i, prompt in enumerate(chunk)
         for positions in ("last", "all")
     ]
     return intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
 
 
-def silenced_ffn(places: Sequence[int], n: int) -> Any:
-    """FFN neurons given by place in (l · n), as what an intervention silences."""
+def silenced_ffn(indices: Sequence[int], n: int) -> Any:
+    """Convert FFN neurons, given by index into (l · n), to the entries that an intervention sets to zero."""
     from kdb.ingest.forward.ablation import Silenced
 
     by_layer: dict[int, list[int]] = {}
-    for place in places:
-        by_layer.setdefault(place // n, []).append(place % n)
+    for index in indices:
+        by_layer.setdefault(index // n, []).append(index % n)
     return Silenced(ffn=by_layer)
 
 

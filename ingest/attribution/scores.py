@@ -1,4 +1,4 @@
-"""Which layers, heads and neurons raise a token's probability, and which earlier neurons make those fire.
+"""Score the layers, heads and neurons that raise a token's probability, and the earlier neurons that activate them.
 
 Yu and Ananiadou, Neuron-Level Knowledge Attribution in Large Language Models (arXiv 2312.12141): everything is read
 at the last position, with the final norm's scale frozen, and a vector's score is the log-probability increase
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     import torch
 
 BASES_BYTES = 320 * 2**20
-"""Memory for the probabilities of one batch, at each of its residuals."""
+"""Bytes of memory for the token probabilities of one batch, at all of its residuals."""
 
 WIDEST = 0.01
-"""Widest interval, in nats, that is stored for a neuron: beyond it the score is computed."""
+"""Widest interval, in nats, that is stored for a neuron; if it is wider, the exact score is computed."""
 
 
 def prompts_at_once(decomposition: Decomposition) -> int:
-    """How many prompts are attributed together: as many as their distributions fit into memory."""
+    """Number of prompts to attribute together: as many as have room in memory for their token probabilities."""
     memory = room(decomposition.loaded.device, BASES_BYTES)
     return max(1, memory // (2 * len(decomposition.blocks) * decomposition.readout.table.shape[0] * 4))
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """The best neurons of one component for each prompt (b, k), best first; layer is −1 where there are fewer.
+    """The best neurons of one component for each prompt (b, k), best first; layer is −1 if a prompt has fewer.
 
     ``head`` and ``position`` are None for FFN neurons, which act at the last position.
     """
@@ -60,10 +60,10 @@ class Neurons:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """What makes a prompt's value neurons fire: a score for every source, in nats that pass through it.
+class QueryScores:
+    """Scores, in nats, of the sources that activate a prompt's value neurons.
 
-    ``neurons`` (b, l, n) of the FFN; whole outputs ``embed`` (b), ``attn`` and ``ffn`` (b, l).
+    Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn`` and ``ffn`` (b, l).
     """
 
     neurons: torch.Tensor
@@ -80,14 +80,14 @@ def _neurons(
     position: torch.Tensor | None,
     coefficient: torch.Tensor,
 ) -> Neurons:
-    """Neurons whose scores were computed over the whole vocabulary: known up to rounding."""
+    """Build neurons whose scores were computed over the whole vocabulary, so that rounding is their only error."""
     lower, upper = best.score - best.slack, best.score + best.slack
     exact, n_scored = best.index >= 0, best.n_scored
     return Neurons(layer, head, neuron, position, coefficient, best.score, lower, upper, exact, n_scored)
 
 
 class Attribution:
-    """A batch of prompts, attributed. What is not asked for is not computed."""
+    """The attribution scores of a batch of prompts. Each is computed when it is first used."""
 
     def __init__(self, decomposition: Decomposition, cache: ActivationCache, target: torch.Tensor) -> None:
         """``target`` (b): the token whose probability is explained, for each prompt."""
@@ -116,7 +116,7 @@ class Attribution:
 
     @cached_property
     def at(self) -> Distributions:
-        """What the readout says of every residual: (2l · b), first those that attention is added to, then the FFNs'."""
+        """Token probabilities at every residual (2l · b): first the inputs of attention, then those of the FFNs."""
         import torch
 
         r, readout = self.cache, self.decomposition.readout
@@ -145,7 +145,7 @@ class Attribution:
         return torch.where(logits == 0, 1.0, slope)
 
     def _base(self, component: str, layer: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """The row of :attr:`at` that a component of this layer is added to."""
+        """Rows of :attr:`at` for the residuals that a component of this layer is added to."""
         return (layer + (self.n_layers if component == "ffn" else 0)) * self.n_prompts + prompt
 
     # Layers and heads
@@ -209,19 +209,19 @@ class Attribution:
 
     @cached_property
     def _ffn_factor(self) -> torch.Tensor:
-        """What an FFN column is multiplied by, (b, l, n): the coefficient, and the scale of a norm behind it."""
+        """Factors (b, l, n) of the FFN columns: the coefficient times the scale of a norm after the FFN."""
         r = self.cache
         return self.ffn_coefficients * r.ffn_scale[:, self._rows, r.last].T[..., None]
 
     @cached_property
     def ffn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Upper bound of every FFN neuron's score, and what rounding may add to it: (b, l · n)."""
+        """Upper bound of every FFN neuron's score, and its possible rounding error: (b, l · n)."""
         return self.bounds_against(self.at, first=self.n_layers * self.n_prompts)
 
     def bounds_against(self, at: Distributions, first: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals.
 
-        ``at`` has one row a prompt, or, from ``first`` on, one a layer and prompt.
+        ``at`` has one row per prompt or, from ``first`` on, one row per layer and prompt.
         """
         import torch
 
@@ -235,16 +235,16 @@ class Attribution:
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
 
     def ffn_columns(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distinct columns (u, d) of FFN neurons, given by place in (l · n), and which is whose (m)."""
+        """The distinct columns (u, d) of FFN neurons given by index into (l · n), and each neuron's column (m)."""
         return self._columns(flat, self._ffn_factor.shape[2], "ffn")
 
     def ffn_vectors(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """FFN neurons, given by prompt and place in (l · n), as distinct columns, which is whose, and factors."""
+        """The same for FFN neurons given by prompt and index into (l · n), and their factors."""
         n = self._ffn_factor.shape[2]
         return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
 
     def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """Exact scores (m) of FFN neurons, given by prompt and place in (l · n)."""
+        """Exact scores (m) of FFN neurons given by prompt and index into (l · n)."""
         layer = flat // self._ffn_factor.shape[2]
         return self.at.scores(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
 
@@ -252,12 +252,12 @@ class Attribution:
         """The k best FFN neurons of each prompt, proved complete."""
         n = self._ffn_factor.shape[2]
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
-        layer, neuron, found = best.index // n, best.index % n, best.index >= 0
+        layer, neuron, exists = best.index // n, best.index % n, best.index >= 0
         coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
-        return _neurons(best, layer.masked_fill(~found, -1), None, neuron, None, coefficient)
+        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient)
 
     def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distinct columns (u, d) that ``key`` = layer · per_layer + column names, and which is each one's."""
+        """The distinct columns (u, d) for ``key`` = layer · per_layer + column, and the index of each key's column."""
         import torch
 
         distinct, which = key.unique(return_inverse=True)
@@ -294,7 +294,7 @@ class Attribution:
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
 
     def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """Exact scores (m) of attention neurons, given by prompt and place in (l · h · t · e)."""
+        """Exact scores (m) of attention neurons given by prompt and index into (l · h · t · e)."""
         _b, _l, h, t, e = self._attn_coefficients.shape
         layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
         vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
@@ -306,9 +306,9 @@ class Attribution:
         """The k best attention neurons of each prompt, proved complete."""
         _b, _l, h, t, e = self._attn_coefficients.shape
         best = certified_top(*self.attn_bounds, k, self.attn_exact)
-        flat, found = best.index.clamp_min(0), best.index >= 0
+        flat, exists = best.index.clamp_min(0), best.index >= 0
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
-        layer = (flat // (h * t * e)).masked_fill(~found, -1)
+        layer = (flat // (h * t * e)).masked_fill(~exists, -1)
         return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
 
     def ffn_every(self, top: Neurons) -> Neurons:
@@ -320,7 +320,7 @@ class Attribution:
         return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored)
 
     def attn_every(self, top: Neurons) -> Neurons:
-        """The same for attention neurons."""
+        """Every attention neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
         r = self.cache
         _b, _l, h, t, e = self._attn_coefficients.shape
         assert top.head is not None and top.position is not None
@@ -343,13 +343,13 @@ class Attribution:
         known: torch.Tensor,
         score_exactly: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Places (b, m) of all neurons by falling score, and their score, lower, upper and exact.
+        """Indices (b, m) of all neurons by falling score, and their score, lower, upper and exact.
 
-        ``factor`` (b, l, n) multiplies the columns; ``known`` (b, k) are the places of ``top``, −1 for none.
+        ``factor`` (b, l, n) multiplies the columns; ``known`` (b, k) are the indices of ``top``, −1 for none.
         """
         import torch
 
-        found = []
+        intervals = []
         for layer in range(self.n_layers):
             columns = (
                 self.decomposition.ffn_columns(layer) if component == "ffn" else self.decomposition.attn_columns(layer)
@@ -360,19 +360,19 @@ class Attribution:
                 every = every // (t * e) * e + every % e
             base = self._base(component, torch.full_like(self._rows, layer), self._rows)
             base = base[:, None].expand(-1, factor.shape[2]).flatten()
-            found.append(
+            intervals.append(
                 torch.stack(
                     self.at.intervals(base, columns, every.repeat(self.n_prompts), factor[:, layer].flatten())
                 ).view(2, self.n_prompts, -1)
             )
-        lower, upper = torch.cat(found, dim=2)
+        lower, upper = torch.cat(intervals, dim=2)
         upper = torch.minimum(upper, bounds[0] + bounds[1])
         score, exact = (lower + upper) / 2, torch.zeros_like(lower, dtype=torch.bool)
-        row, place = (known >= 0).nonzero(as_tuple=True)
-        where = (row, known[row, place])
-        score[where], lower[where], upper[where] = (x[row, place] for x in (top.score, top.lower, top.upper))
+        row, index = (known >= 0).nonzero(as_tuple=True)
+        where = (row, known[row, index])
+        score[where], lower[where], upper[where] = (x[row, index] for x in (top.score, top.lower, top.upper))
         exact[where] = True
-        wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or not a number: e⁷⁰⁰ has overflowed
+        wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
         if len(wide[0]):
             score[wide], exact[wide] = score_exactly(*wide), True
             lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
@@ -381,8 +381,8 @@ class Attribution:
 
     # Query side
 
-    def attn_queries(self, values: Neurons) -> Queries:
-        """What in earlier layers makes attention value neurons fire, at the positions that they read."""
+    def attn_queries(self, values: Neurons) -> QueryScores:
+        """Score the sources that activate attention value neurons: earlier layers, at the positions that they read."""
         r = self.cache
         prompt = self._rows[:, None].expand_as(values.layer)
         assert values.head is not None and values.position is not None
@@ -392,8 +392,8 @@ class Attribution:
         total = (keys * r.resid_pre[layer, prompt, values.position]).sum(-1)
         return self._queries(values, keys, total, values.position, own_attention=False)
 
-    def ffn_queries(self, values: Neurons) -> Queries:
-        """What in earlier layers, and in the attention of the same block, makes FFN value neurons fire."""
+    def ffn_queries(self, values: Neurons) -> QueryScores:
+        """Score the sources that activate FFN value neurons: earlier layers, and the same block's attention."""
         prompt = self._rows[:, None].expand_as(values.layer)
         keys = self._keys(values.layer, values.neuron, self.decomposition.ffn_keys)
         total = (keys * self._before_ffn[values.layer.clamp_min(0), prompt]).sum(-1)
@@ -401,7 +401,7 @@ class Attribution:
         return self._queries(values, keys, total, last, own_attention=True)
 
     def _keys(self, layer: torch.Tensor, row: torch.Tensor, keys: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """Each value neuron's key (b, j, d); zeros where there is no neuron."""
+        """The key (b, j, d) of each value neuron; zeros where there is no neuron."""
         import torch
 
         out = torch.zeros(*layer.shape, self.decomposition.hidden_size, device=layer.device)
@@ -411,11 +411,11 @@ class Attribution:
 
     def _queries(
         self, values: Neurons, keys: torch.Tensor, total: torch.Tensor, position: torch.Tensor, own_attention: bool
-    ) -> Queries:
-        """Σ over value neurons of score × (source · key) ÷ total, for every source (section 3.4).
+    ) -> QueryScores:
+        """Compute Σ over value neurons of score × (source · key) ÷ total, for every source (section 3.4).
 
-        ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own_attention``: the attention of a value neuron's
-        own block has been added to what it reads.
+        ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own_attention``: value neurons read a residual that
+        contains the output of their own block's attention.
         """
         import torch
 
@@ -437,4 +437,4 @@ class Attribution:
             fired = r.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * r.ffn_scale[i, prompt[:, used], position[:, used]]
             neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
-        return Queries(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))
+        return QueryScores(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))

@@ -1,10 +1,9 @@
-"""The knowledge-attribution study (arXiv 2312.12141) as stages.
+"""The stages of the knowledge-attribution study (arXiv 2312.12141).
 
     subject, stages = prepare(job)
 
-The model is checked, the prompts that it answers are kept, layers, heads and neurons are scored for these, and the
-neurons of the best lists are described by the tokens that they promote. Prompts are attributed in chunks of like
-length.
+They check the model, keep the prompts that it answers, score layers, heads and neurons for these, and find the tokens
+that the best neurons promote. Prompts of similar length are attributed together, in chunks.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ from kdb.ingest.attribution.score_rows import (
     query_neuron_rows,
     token_rows,
 )
-from kdb.ingest.forward.capture import batches, check_row, chosen_prompts, untouched
+from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched
 from kdb.ingest.forward.length_classes import LengthClasses
 from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.prompts import Posed, Prompt, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from kdb.ingest.forward.decomposition import Decomposition
 
 KEPT_RANK = 10
-"""A prompt is kept if its target is among so many of the model's best tokens, and beats every rival."""
+"""A prompt is kept if its target has at most this rank among the model's tokens, and beats every rival."""
 
 
 def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
@@ -89,10 +89,10 @@ class PosedFacts(Posed):
     """The prompts of a job, and their targets."""
 
     def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Attributed:
-        """The prompts and the model, decomposed. Raises ModelError for one whose parts cannot be found."""
+        """Combine the prompts with the decomposed model. Raises ModelError if parts of the model are not found."""
         from kdb.ingest.forward.decomposition import decompose
 
-        with told(f"{loaded.source.name} cannot be run"):
+        with model_errors(f"{loaded.source.name} cannot be run"):
             return Attributed(self, decompose(loaded), batch_tokens)
 
 
@@ -114,17 +114,17 @@ class Attributed:
 
 
 def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
-    """How the contributions to some prompts' residual streams add up. Raises ModelError where they do not."""
+    """Check that the contributions to the residual stream add up on the chosen prompts. Raises ModelError if not."""
     from kdb.ingest.forward.activation_cache import check_decomposition
 
     begun = time.monotonic()
-    with told(f"{subject.loaded.source.name} cannot be run"):
+    with model_errors(f"{subject.loaded.source.name} cannot be run"):
         rows = check_decomposition(subject.decomposition, [subject.prompts[i].token_ids for i in subject.chosen])
     yield rows_of("checks", rows, begun)
 
 
 def _prompt_shards(token_ids: Sequence[Sequence[int]], run: RunInProgress) -> list[Shard]:
-    """Prompts in their order, as many together as take about a minute."""
+    """Divide the prompts, in their order, into shards of about a minute of work."""
     longest = max(map(len, token_ids))
     most = most_per_shard(run.device, 2 * run.table("models").to_pylist()[0]["n_params"] * longest)
     starts = run.remembered("asked", lambda: list(range(0, len(token_ids), most)))
@@ -143,7 +143,7 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
 
     prompts = [subject.prompts[i] for i in numbers]
     trials = [Trial(p.token_ids, p.target, Silenced(), everywhere=False, rivals=p.rivals) for p in prompts]
-    found = run_trials(subject.decomposition, trials, batch_tokens=subject.batch_tokens, on_batch=advance)
+    effects = run_trials(subject.decomposition, trials, batch_tokens=subject.batch_tokens, on_batch=advance)
     tokenizer, job, texts = subject.loaded.tokenizer, subject.job, subject.job.texts
     for i, prompt in enumerate(prompts):
         example, text = job.dataset.examples[prompt.number], texts[prompt.number]
@@ -157,9 +157,9 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
             "target_token_id": prompt.target,
             "target_token": tokenizer.decode([prompt.target]),
             "n_tokens": len(prompt.token_ids),
-            "target_prob": float(found.prob[i]),
-            "target_rank": int(found.rank[i]),
-            "kept": bool(found.rank[i] <= KEPT_RANK and found.ahead[i]),
+            "target_prob": float(effects.prob[i]),
+            "target_rank": int(effects.rank[i]),
+            "kept": bool(effects.rank[i] <= KEPT_RANK and effects.ahead[i]),
         }
 
 
@@ -168,7 +168,7 @@ def _stored_shards(run: RunInProgress) -> list[Shard]:
 
 
 def _check_stored(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[Rows]:
-    """How stored probabilities of the chosen prompts' targets compare with the untouched model's. Raises ModelError."""
+    """Compare the stored target probabilities of the chosen prompts with the untouched model's. Raises ModelError."""
     begun, prompts = time.monotonic(), subject.prompts
     own = [subject.alone[i].double().softmax(-1)[prompts[i].target].item() for i in subject.chosen]
     off = [abs(shard.work[i] - prob) for i, prob in zip(subject.chosen, own, strict=True)]
@@ -179,24 +179,24 @@ def _check_stored(subject: Attributed, shard: Shard, _advance: Advance) -> Itera
 
 
 def _chunks(posed: PosedFacts, length_class: LengthClasses, run: RunInProgress) -> list[Shard]:
-    """Kept prompts by falling length, as many together as fit into memory; the same ones after an interruption."""
+    """Divide the kept prompts by falling length into chunks that fit into memory; a resumed run has the same chunks."""
     kept = [posed.prompts[row["prompt_id"]] for row in run.table("prompts").to_pylist() if row["kept"]]
     chunks = run.remembered("chunks", lambda: _chunked(kept, length_class, run) if kept else [])
     return [Shard(f"part-{i:05}", chunk, len(chunk)) for i, chunk in enumerate(chunks)]
 
 
 def _chunked(kept: Sequence[Prompt], length_class: LengthClasses, run: RunInProgress) -> list[list[int]]:
-    """Numbers of prompts that are attributed together: what fits into memory, which takes a minute or two at most."""
+    """Numbers of the prompts of each chunk. What fits into memory takes at most a minute or two."""
     per_token, at_most, memory = run.once(_room, Shard("memory", CHUNK_BYTES))
     order = sorted(kept, key=lambda p: (-len(p.token_ids), p.number))
-    found = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
-    return [[order[i].number for i in batch] for batch in found]
+    chunks = batches([len(p.token_ids) for p in order], memory // per_token, length_class, at_most)
+    return [[order[i].number for i in batch] for batch in chunks]
 
 
 def _room(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[tuple[int, int, int]]:
-    """Bytes that caching a token takes, prompts attributed at once at most, and bytes that there are for both.
+    """Yield the bytes to cache one token, the largest number of prompts in a chunk, and the bytes of memory for both.
 
-    Where the model is not on a GPU, these are those of the shard's work.
+    If the model is not on a GPU, the memory is the shard's ``work``.
     """
     from kdb.ingest.attribution.scores import prompts_at_once
     from kdb.ingest.forward.activation_cache import bytes_per_token
@@ -210,7 +210,7 @@ def _attributed(subject: Attributed, shard: Shard, advance: Advance) -> Iterator
     import torch
 
     begun, chunk = time.monotonic(), [subject.prompts[i] for i in shard.work]
-    # The mode is the thread's: held across a yield it would be the caller's too, and end when this is let go.
+    # inference_mode belongs to the thread: if it were on during a yield, the caller would run in it, too.
     for table, rows in torch.inference_mode()(_scores)(subject, chunk, subject.alone):
         yield timed(table, [rows], begun)
         begun = time.monotonic()
@@ -222,7 +222,7 @@ def _scores(
 ) -> Iterator[tuple[str, pa.Table]]:
     """The rows of every table of scores for a chunk of prompts.
 
-    ``alone`` are logits of some prompts run alone. Raises ModelError where those cached here are others.
+    ``alone`` are logits of some prompts run alone. Raises ModelError if the cached logits differ from them.
     """
     import torch
 
@@ -287,6 +287,6 @@ def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
 
 
 def _tokens(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
-    """The tokens at both ends of the logits of each neuron: the rows of ``neuron_tokens``."""
+    """The rows of ``neuron_tokens``: the tokens with the largest and the smallest logits of each neuron."""
     begun = time.monotonic()
     yield timed("neuron_tokens", list(token_rows(subject.decomposition, shard.work, advance)), begun)

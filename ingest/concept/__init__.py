@@ -1,1 +1,1 @@
-"""The concept-depth study: probes on hidden states, layer by layer."""
+"""The concept-depth study: probe hidden states, layer by layer."""

@@ -1,4 +1,4 @@
-"""Runs computed from the stored activations of another: probes fitted again, and projections. No model is loaded.
+"""Compute runs from the stored activations of another run, without a model: refitted probes, and projections.
 
 refit(storage, storage.find(source), Probing(splits=5))
 project(storage, storage.find(source), ("pca",))
@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
 from kdb.ingest.concept.study import Key, layer_shards, probing, read_layer
-from kdb.ingest.job import Measuring, Probing, derived_identity
+from kdb.ingest.job import derived_identity
 from kdb.ingest.rows import Rows, arrow_rows
+from kdb.ingest.settings import Measuring, Probing
 from kdb.ingest.stages import Outcome, PlannedRun, Shard, StoredStage, carry_out
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.parquet import read_parts
@@ -33,20 +34,20 @@ if TYPE_CHECKING:
 
 
 def refit(storage: Storage, source: RunFolder, wanted: Probing, *, seed: int = Measuring.seed) -> Outcome:
-    """Fit probes on the stored activations of a run, as a run of its own that names its source.
+    """Fit probes on the stored activations of a run, and store them as a new run that names its source.
 
     Raises WarehouseError if the source run has no activations.
     """
-    import kdb.ingest.concept.probes  # noqa: F401  (a library that is missing is reported before anything is written)
+    import kdb.ingest.concept.probes  # noqa: F401  (reports a missing library before anything is written)
 
     return _derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, probing(wanted, seed), seed=seed)
 
 
 def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outcome:
-    """Project the stored activations of a run onto two axes, layer by layer, as a run of its own.
+    """Project the stored activations of a run onto two axes, layer by layer, and store them as a new run.
 
-    ``methods`` are those of ``projector``. Raises KdbError where one's library is not installed, and WarehouseError if
-    the source run has no activations.
+    ``methods`` are those of ``projector``. Raises KdbError if a method's library is not installed, and WarehouseError
+    if the source run has no activations.
     """
     from kdb.ingest.concept.projections import projector
 
@@ -64,7 +65,7 @@ def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outc
 def _derive(
     storage: Storage, source: RunFolder, kind: str, settings: Mapping[str, Any], stage: StoredStage, **changed: Any
 ) -> Outcome:
-    """Carry out a run that is ``source`` but for one stage, its settings and ``changed`` of its row."""
+    """Carry out a run derived from ``source`` by one stage; ``changed`` are other columns of ``runs``."""
     storage.inspect([source], vectors=True)
     with _told_of(source):
         _check_vectors(source, table_files(source.path, "activations"))
@@ -85,27 +86,27 @@ def _derive(
 
 @contextlib.contextmanager
 def _told_of(source: RunFolder) -> Iterator[None]:
-    """Raise a WarehouseError where the tables of a run are not what kdb writes: a folder may be a stranger's."""
+    """Raise WarehouseError for tables that kdb did not write, since a run may come from elsewhere."""
     try:
         yield
     except (pa.ArrowException, LookupError, ValueError, TypeError, OverflowError) as error:
         raise WarehouseError(
-            f"Run {source.run} ({source.model} on {source.dataset}) cannot be computed from: its tables are not as kdb "
+            f"Cannot compute from run {source.run} ({source.model} on {source.dataset}): its tables are not as kdb "
             f"writes them ({type(error).__name__}: {error})."
         ) from error
 
 
 def _check_vectors(source: RunFolder, activations: Sequence[Path]) -> None:
     """Raise WarehouseError unless the run has the vectors of all of its prompts."""
-    again = f"To have them again, `kdb runs remove {source.run}` and `kdb ingest`."
+    again = f"To measure them again, use `kdb runs remove {source.run}` and `kdb ingest`."
     if not activations:
         raise WarehouseError(f"Run {source.run} has no activations to compute from. {again}")
     n_prompts = len(read_parts(table_files(source.path, "prompts")))
     kept = sum(pq.ParquetFile(path).metadata.row_group(0).num_rows for path in activations)
     if kept < n_prompts:
         raise WarehouseError(
-            f"Run {source.run} keeps the vectors of {kept:,} of its {n_prompts:,} prompts (kdb runs keep-vectors), and "
-            f"this needs all of them. {again}"
+            f"Run {source.run} has the vectors of only {kept:,} of its {n_prompts:,} prompts (kdb runs keep-vectors), "
+            f"and this command needs all of them. {again}"
         )
 
 

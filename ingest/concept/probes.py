@@ -1,14 +1,14 @@
-"""Linear probes: how well a label can be read off the hidden states of one layer.
+"""Linear probes: measure how well a classifier predicts a label from the hidden states of one layer.
 
-A mathematical core. It takes arrays and returns frozen scores; it knows no model, no runner and no database.
+The mathematical core: it takes arrays and returns frozen scores, independent of models, runner and database.
 
     splits = make_splits(labels, n_splits=3, groups=cities)
     control = control_labels(labels, splits)
     for score in score_probes(X, labels, control, splits, ["logistic", "logistic-paper"]): ...
 
-``logistic`` is the L2 logistic regression of the concept-depth paper (arXiv 2404.07066, section 3), taken to its
-optimum; ``logistic-paper`` is what the published code computes, which stops before it gets there. Every classifier is
-also fitted to shuffled labels, the control task of Hewitt and Liang (2019, arXiv 1909.03368).
+``logistic`` is the L2 logistic regression of the concept-depth paper (arXiv 2404.07066, section 3), solved to its
+optimum; ``logistic-paper`` is the fit of the published code, which stops before the optimum. Every classifier is also
+fitted to shuffled labels, the control task of Hewitt and Liang (2019, arXiv 1909.03368).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TEST_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Split:
-    """One division of the prompts: row numbers to fit on and row numbers to score, in the order of use."""
+    """One division of the prompts: row numbers to fit on, and row numbers to score, each in the order of use."""
 
     name: str
     train: Ints
@@ -56,15 +56,15 @@ class Split:
 def make_splits(
     labels: ArrayLike, *, n_splits: int = 1, groups: Sequence[str] | None = None, seed: int = PAPER_SEED
 ) -> list[Split]:
-    """Divide prompts 60/40: as published, in ``n_splits - 1`` further stratified ways, and by group.
+    """Divide prompts 60/40: as published, by ``n_splits - 1`` stratified splits, and by group.
 
     ``labels`` (n,) are 0 or 1; ``groups`` (n,), if given, adds a split in which no group is on both sides.
-    The split ``paper`` ignores ``seed``; ``stratified-S`` and ``grouped`` follow from it.
-    Raises DatasetError where a label is neither 0 nor 1, or a side of a split has no prompt of a class.
+    The split ``paper`` ignores ``seed``; ``stratified-S`` and ``grouped`` depend on it.
+    Raises DatasetError if a label is neither 0 nor 1, or if one side of a split has no prompt of a class.
     """
     y = np.asarray(labels)
     _check_labels(y)
-    order = np.argsort(y, kind="stable")  # the published code reads one class after the other, 0 first
+    order = np.argsort(y, kind="stable")  # the published code reads first class 0, then class 1
     splits = [_random_split("paper", order, PAPER_SEED)]
     splits += [_random_split(f"stratified-{s}", order, s, stratify=y[order]) for s in range(seed + 1, seed + n_splits)]
     if groups is not None:
@@ -82,7 +82,7 @@ def _random_split(name: str, order: Ints, seed: int, stratify: NDArray[Any] | No
 def _grouped_split(groups: Sequence[str], seed: int) -> Split:
     names = np.asarray(groups, dtype=object)
     if len(set(names)) < 2:
-        raise DatasetError("The grouped split needs at least two groups; every prompt is in the same one.")
+        raise DatasetError("The grouped split needs at least two groups; every prompt is in one: use another column.")
     splitter = GroupShuffleSplit(n_splits=1, test_size=TEST_SHARE, random_state=seed)
     train, test = next(splitter.split(names, groups=names))
     return Split("grouped", train, test)
@@ -106,9 +106,9 @@ def _check_split(split: Split, y: NDArray[Any]) -> None:
 
 
 def control_labels(labels: ArrayLike, splits: Sequence[Split], seed: int = PAPER_SEED) -> NDArray[Any]:
-    """Shuffle the labels (n,) for the control task: as many of each, and none that its prompt could tell.
+    """Shuffle the labels (n,) for the control task, so that they are independent of the prompts.
 
-    Drawn again until both sides of every split have both classes, which ``labels`` themselves must have.
+    Shuffles again until both sides of every split have both classes; ``labels`` must have them, too.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -122,12 +122,12 @@ def control_labels(labels: ArrayLike, splits: Sequence[Split], seed: int = PAPER
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What one classifier reaches on one split; accuracy with its 95 % Wilson interval.
+    """Scores of one classifier on one split; accuracy with its 95 % Wilson interval.
 
     ``converged`` is proved for ``logistic`` and ``logistic-standardised`` (see ``LogisticFit``); for
-    ``logistic-paper`` it is scikit-learn's word, that lbfgs stopped by itself before its 100th step. ``n_iter`` is 0
-    for the random forest. ``control_accuracy`` is what the classifier reaches on the control task, and
-    ``predicted`` (n_test,) the label that it gives each row of the split's ``test``.
+    ``logistic-paper`` it is scikit-learn's report that lbfgs stopped before its 100th step. ``n_iter`` is 0 for the
+    random forest. ``control_accuracy`` is the accuracy on the control task, and ``predicted`` (n_test,) are the labels
+    predicted for the rows of the split's ``test``.
     """
 
     classifier: str
@@ -148,7 +148,7 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A fitted classifier's word on the test rows: class and a value that grows with its belief in label 1."""
+    """Predictions of a fitted classifier for the test rows: class, and a value that grows with the odds of label 1."""
 
     predicted: NDArray[Any]
     decision: NDArray[Any]
@@ -161,15 +161,15 @@ def score_probes(
 ) -> list[ProbeScore]:
     """Fit every classifier on every split of one layer's hidden states ``X`` (n, hidden), float16 or float32.
 
-    ``control`` (n,) are the labels of the control task. Ordered by split, then classifier, as given. The classifiers
-    are named in ``CLASSIFIERS``.
-    Raises UnknownNameError for another name, ModelError where a state is not finite.
+    ``control`` (n,) are the labels of the control task. Scores are ordered by split, then by classifier, as given.
+    ``CLASSIFIERS`` has the names of classifiers.
+    Raises UnknownNameError for another name, ModelError for a state that is not finite.
     """
     for name in classifiers:
         if name not in _READERS:
-            raise UnknownNameError("classifier", name, CLASSIFIERS, f"Take one of {', '.join(CLASSIFIERS)}.")
+            raise UnknownNameError("classifier", name, CLASSIFIERS, f"Use one of {', '.join(CLASSIFIERS)}.")
     if not np.isfinite(X).all():
-        raise ModelError("The hidden states hold infinite values or NaN; run the model with --dtype float32.")
+        raise ModelError("The hidden states contain infinite values or NaN: run the model with --dtype float32.")
     X, y, y_control = np.asarray(X, dtype=np.float32), np.asarray(labels), np.asarray(control)
     return [_score(name, split, X, y, y_control) for split in splits for name in classifiers]
 
@@ -207,8 +207,9 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 # Classifiers ---------------------------------------------------------------------------------------------------
 #
-# A classifier takes the rows to fit on and the rows to score, and reads labels of the former off the latter: the
-# task's and the control task's, so that what both need is worked out once.
+# A classifier takes the rows to fit on and the rows to score. It returns a function that takes labels of the former and
+# predicts labels of the latter. That is called with the task's labels and with the control task's, so that work which
+# both need is done once.
 
 _Read = Callable[[NDArray[Any]], _Reading]
 
@@ -233,10 +234,10 @@ def _logistic_paper(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Rea
     def read(y: NDArray[Any]) -> _Reading:
         model = LogisticRegression()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # it is the point, and ``converged`` says it
+            warnings.simplefilter("ignore", ConvergenceWarning)  # expected here, and stored as ``converged``
             model.fit(X, y)
         n_iter = int(model.n_iter_[0])
-        # Not predict_proba: in float32 its values run into 0 and 1 and tie, which costs up to 0.03 of AUC.
+        # Not predict_proba: in float32 its values saturate at 0 and 1 and tie, which costs up to 0.03 of AUC.
         return _Reading(model.predict(X_test), model.decision_function(X_test), n_iter < model.max_iter, n_iter)
 
     return read
@@ -261,21 +262,22 @@ CLASSIFIERS = tuple(_READERS)
 
 # Logistic regression, solved -----------------------------------------------------------------------------------
 #
-# Hidden states have a few dimensions a thousand times larger than the rest, and fewer prompts than dimensions
-# are separable: first-order methods, and Newton with plain or diagonally scaled conjugate gradients, need
-# thousands of passes. A Cholesky factor of the Hessian needs none but is dear, and it stays nearly right while
-# the weights change. So: Newton steps by conjugate gradients, preconditioned with an old factor until it is stale.
+# Hidden states have a few dimensions a thousand times larger than the rest, and are separable if there are fewer
+# prompts than dimensions. So first-order methods, and Newton's method with plain or diagonally scaled conjugate
+# gradients, need thousands of passes. A Cholesky factor of the Hessian needs none but is expensive, and it stays
+# nearly right while the weights change. So we take Newton steps by conjugate gradients, preconditioned with an old
+# factor until it is too far off.
 
-TOLERANCE = 1e-3  # logits: how far a converged decision value may be from the optimum's
-_CG_STEPS = 8  # cost about half a factorisation; a system that needs as many calls for a fresh factor
-_CG_REDUCTION = 0.03  # of the residual, in the preconditioner's norm; smaller only makes the steps dearer
+TOLERANCE = 1e-3  # in logits: largest distance of a converged decision value from the optimum's
+_CG_STEPS = 8  # these cost about half a factorisation; if a system needs as many, the factor is made again
+_CG_REDUCTION = 0.03  # of the residual, in the preconditioner's norm; a smaller value only makes steps more expensive
 
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """A logistic regression: ``coef`` (hidden,), ``intercept``, and how far it can be from the optimum.
+    """A fitted logistic regression: ``coef`` (hidden,), ``intercept``, and its largest distance from the optimum.
 
-    ``slack`` bounds, in logits, the distance of any decision value from the exact optimum's (see ``_slack``).
+    ``slack`` bounds the distance, in logits, of any decision value from the exact optimum's (see ``_slack``).
     """
 
     coef: Floats
@@ -290,28 +292,28 @@ class LogisticFit:
 
 
 class Design:
-    """The rows to fit on, made ready for Newton's method; fits to different labels share it.
+    """The rows to fit on, prepared for Newton's method and shared by fits to different labels.
 
-    ``A`` (n, hidden + 1) are the centred rows with a constant feature appended, whose weight is the intercept. It is
-    as long as the longest row (``radius``), so that the preconditioner's penalty on it, which the objective doesn't
-    have, hardly counts. ``gram`` is AAᵀ (n, n) where n is small enough for it to pay, else None.
+    ``A`` (n, hidden + 1) are the centred rows with a constant feature appended, whose weight is the intercept. The
+    feature is as large as the longest row (``radius``): the preconditioner penalises it, the objective does not, and at
+    this size the penalty is negligible. ``gram`` is AAᵀ (n, n) if n is small enough to make it worthwhile, else None.
     """
 
     def __init__(self, X: NDArray[Any]) -> None:
         n, m = X.shape[0], X.shape[1] + 1
-        self.mean = X.mean(axis=0, dtype=np.float64)  # the free intercept absorbs it, and cancellation goes with it
+        self.mean = X.mean(axis=0, dtype=np.float64)  # subtracted against cancellation; the intercept absorbs it
         self.A = np.empty((n, m))
         rows = np.subtract(X, self.mean, out=self.A[:, :-1])
         self.radius = float(np.sqrt(np.einsum("ij,ij->i", rows, rows).max())) or 1.0
         self.A[:, -1] = self.radius
-        self.gram = self.A @ self.A.T if n < 1.5 * m else None  # even at n = 1.5 m a few factorisations repay it
+        self.gram = self.A @ self.A.T if n < 1.5 * m else None  # at n = 1.5 m a few factorisations repay it
 
 
 def fit_logistic(design: Design, labels: ArrayLike, max_iter: int = 100) -> LogisticFit:
     """Minimise ½‖w‖² + Σᵢ log(1 + exp(−sᵢ (xᵢ·w + b))), s = ±1: scikit-learn's objective at C = 1.
 
-    The rows xᵢ may be of any scale and any float type; all arithmetic is float64. ``labels`` (n,) are 0 or 1.
-    Newton's method, each step to the exact minimum of its line; ``n_iter`` counts the steps.
+    The rows xᵢ may have any scale and any float type; all arithmetic is float64. ``labels`` (n,) are 0 or 1.
+    Newton's method with exact line search; ``n_iter`` counts the steps.
     """
     y, A = np.asarray(labels, dtype=np.float64), design.A
     penalty = np.ones(A.shape[1])
@@ -327,7 +329,7 @@ def fit_logistic(design: Design, labels: ArrayLike, max_iter: int = 100) -> Logi
             slack, shift = _proved_slack(design, w, logits, y)
             if slack <= TOLERANCE or n_iter == max_iter:
                 break
-            w[-1] += shift / design.radius  # rows are so short that the gradient hides an intercept far off
+            w[-1] += shift / design.radius  # short rows: the gradient is small although the intercept is far off
             stale = True
             continue
         curvature = p * (1 - p)
@@ -336,27 +338,27 @@ def fit_logistic(design: Design, labels: ArrayLike, max_iter: int = 100) -> Logi
         step, stale = _newton_step(A, penalty, curvature, gradient, hessian)
         length = _line_minimum(w, step, penalty, logits, A @ step, y)
         if length == 0.0:
-            break  # rounding hides the way down; slack tells whether that is near enough
+            break  # rounding prevents further descent; slack decides whether the fit is close enough
         w += length * step
     coef = w[:-1]
     return LogisticFit(coef, float(w[-1] * design.radius - design.mean @ coef), slack, n_iter)
 
 
 def _slack(gradient: Floats, radius: float) -> float:
-    """Return how far, in logits, a decision value can be from the optimum's.
+    """Return the largest distance, in logits, of a decision value from the optimum's.
 
-    With the intercept at its best for w, the objective is 1-strongly convex in w, hence ‖w − w*‖ ≤ ‖gradient‖
-    (½‖gradient‖² is then the duality gap). A row within ``radius`` of the mean moves by at most
-    radius·‖w − w*‖ through w, and as much again through the intercept, which follows w at that rate.
+    With the best intercept for w, the objective is 1-strongly convex in w, hence ‖w − w*‖ ≤ ‖gradient‖
+    (½‖gradient‖² is then the duality gap). The decision value of a row within ``radius`` of the mean changes by at most
+    radius·‖w − w*‖ through w, and by the same again through the intercept, which changes with w at that rate.
     """
     return 2 * radius * float(np.linalg.norm(gradient))
 
 
 def _proved_slack(design: Design, w: Floats, logits: Floats, y: Floats) -> tuple[float, float]:
-    """``_slack`` where the intercept is at its best for w, plus how far it is from there; and that distance, signed.
+    """Return ``_slack`` at the best intercept for w plus the distance to this intercept; and the signed distance.
 
-    ``_slack`` alone says nothing of the intercept, which has no penalty: with rows a thousandth long, its gradient
-    times their length is small however far off it is.
+    ``_slack`` alone does not bound the error of the intercept, which has no penalty: with rows of length 0.001, its
+    gradient times their length is small even if it is far off.
     """
     shift = _best_shift(logits, y)
     gradient = w[:-1] + design.A[:, :-1].T @ (expit(logits + shift) - y)
@@ -364,13 +366,13 @@ def _proved_slack(design: Design, w: Floats, logits: Floats, y: Floats) -> tuple
 
 
 def _best_shift(logits: Floats, y: Floats) -> float:
-    """The root of Σ expit(logits + t) − y, which grows with t: what the intercept lacks to be at its best."""
+    """Return the correction t that makes the intercept best: the root of Σ expit(logits + t) − y."""
 
     def slope(t: float) -> float:
         return float((expit(logits + t) - y).sum())
 
     if not 0 < y.sum() < len(y):
-        return 0.0  # with one class there is none
+        return 0.0  # with only one class there is no root
     reach = 1.0
     while slope(-reach) > 0 or slope(reach) < 0:
         reach *= 2
@@ -378,9 +380,9 @@ def _best_shift(logits: Floats, y: Floats) -> float:
 
 
 class _FactoredHessian:
-    """Solves (I + AᵀDA) x = g for A (n, m) and the diagonal D of the last ``refresh``.
+    """Solver of (I + AᵀDA) x = g for A (n, m) and the diagonal D of the last ``refresh``.
 
-    With few rows it works in their space: with S = D^½ and K = AAᵀ, the design's, Woodbury's identity gives
+    With few rows it works in their space: with S = D^½ and K = AAᵀ, the design's ``gram``, Woodbury's identity gives
     x = g − AᵀS (I + SKS)⁻¹ SA g (Rasmussen & Williams 2006, section 3.4.3), so a refresh costs n³/3 operations
     instead of nm² + m³/3.
     """
@@ -396,7 +398,7 @@ class _FactoredHessian:
         else:
             M = self._gram * self._root
             M *= self._root[:, None]
-        # Rounding must not cost positive definiteness; a preconditioner may be a little off.
+        # Keeps the matrix positive definite despite rounding; a preconditioner may be slightly inexact.
         M[np.diag_indices_from(M)] += 1 + np.finfo(np.float64).eps * np.trace(M)
         # M is symmetric: its transpose is the column-major matrix that LAPACK overwrites without a copy.
         self._factor = cho_factor(M.T, lower=True, overwrite_a=True, check_finite=False)
@@ -413,10 +415,9 @@ class _FactoredHessian:
 def _newton_step(
     A: Floats, penalty: Floats, curvature: Floats, gradient: Floats, preconditioner: _FactoredHessian
 ) -> tuple[Floats, bool]:
-    """Solve (diag(penalty) + Aᵀ diag(curvature) A) x = −gradient roughly; also say if the factor is stale.
+    """Solve (diag(penalty) + Aᵀ diag(curvature) A) x = −gradient roughly; also return whether the factor is stale.
 
-    Preconditioned conjugate gradients (Nocedal & Wright 2006, algorithm 5.3). Every iterate, the last one
-    included, is a direction of descent.
+    Preconditioned conjugate gradients (Nocedal & Wright 2006, algorithm 5.3). Every iterate is a direction of descent.
     """
     x, residual = np.zeros_like(gradient), -gradient
     z = preconditioner.solve(residual)
@@ -436,9 +437,9 @@ def _newton_step(
 
 
 def _line_minimum(w: Floats, step: Floats, penalty: Floats, logits: Floats, change: Floats, y: Floats) -> float:
-    """Return the t ≥ 0 that minimises the objective at w + t·step; ``change`` is what t = 1 adds to the logits.
+    """Return the t ≥ 0 that minimises the objective at w + t·step; ``change`` is the change of the logits at t = 1.
 
-    Exact, since it costs vectors only: on separable data the first step is many times too short otherwise.
+    The search is exact, which is cheap: it works on vectors only. On separable data, t = 1 is far too short at first.
     """
     tilt, bend = (penalty * w) @ step, (penalty * step) @ step
 

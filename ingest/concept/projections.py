@@ -1,6 +1,6 @@
-"""Two axes of one layer's hidden states, to draw them by: principal components, or UMAP.
+"""Project one layer's hidden states onto two axes, for drawing: principal components, or UMAP.
 
-A mathematical core. It takes arrays and returns a frozen projection; it knows no model, no runner and no database.
+The mathematical core: it takes arrays and returns a frozen projection, independent of models, runner and database.
 
     projection = projector("pca")(X)
     projection.axes, projection.explained
@@ -23,7 +23,7 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class Projection:
-    """Points on two axes, ``axes`` (n, 2), and the shares of the variance along them where the axes are linear."""
+    """Points on two axes, ``axes`` (n, 2), and the shares of variance ``explained`` by the axes if they are linear."""
 
     axes: NDArray[np.float64]
     explained: tuple[float, float] | None
@@ -33,15 +33,15 @@ Project = Callable[[NDArray[Any]], Projection]
 
 
 def projector(method: str) -> Project:
-    """What projects hidden states (n, hidden) by a method, ``pca`` or ``umap``; the same states, the same axes.
+    """Return the function that projects hidden states (n, hidden) by ``pca`` or ``umap``; it is deterministic.
 
-    Raises KdbError where the method's library is not installed.
+    Raises KdbError if the method's library is not installed.
     """
     return {"pca": lambda: _pca, "umap": _umap}[method]()
 
 
 def _pca(X: NDArray[Any]) -> Projection:
-    # Lanczos in float64: at 6,000 × 4,096 it takes 1 s of CPU and is right to 14 digits; the whole spectrum takes 13 s.
+    # Lanczos in float64: at 6,000 × 4,096 it takes 1 s of CPU and has 14 correct digits; all components take 13 s.
     # Scikit-learn fixes the signs.
     pca = PCA(2, svd_solver="arpack", random_state=_SEED)
     axes = pca.fit_transform(X.astype(np.float64))
@@ -56,7 +56,7 @@ def _umap() -> Project:
         raise KdbError("--method umap needs umap-learn: `pip install 'kdb-lm[umap]'`.") from error
 
     def project(X: NDArray[Any]) -> Projection:
-        axes = UMAP(random_state=_SEED, n_jobs=1).fit_transform(X)  # several threads would not repeat themselves
+        axes = UMAP(random_state=_SEED, n_jobs=1).fit_transform(X)  # several threads would give other numbers each time
         return Projection(axes.astype(np.float64), None)
 
     return project

@@ -1,8 +1,8 @@
-"""The concept-depth study (arXiv 2404.07066) as stages: check, describe, capture, check what was stored, probe.
+"""The stages of the concept-depth study (arXiv 2404.07066): check, describe, capture, check stored values, probe.
 
     subject, stages = prepare(job)
 
-Probes are fitted to stored vectors: they are fitted again without the model by ``derived.py``.
+Probes are fitted to stored vectors, so ``derived.py`` can fit them again without the model.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from kdb.ingest.concept.zero_shot import Question, answer, check_answers, question_of, zero_shot_rows
+from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
-from kdb.ingest.forward.capture import Capture, check_capture, check_stored, chosen_prompts, shared_prefix
+from kdb.ingest.forward.capture import Capture, shared_prefix
+from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
-from kdb.ingest.job import Job, Probing
+from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import Posed, check_length, description, pose
 from kdb.ingest.rows import Rows, arrow_rows, rows_of, timed
+from kdb.ingest.settings import Probing
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
 from kdb.warehouse.schema import DEFAULT_PROBE
 from kdb.warehouse.vectors import (
@@ -51,7 +53,7 @@ Key = tuple[int, str]
 
 _PROBE_MEMORY = 4 * 2**30
 _MATRIX_COPIES = 4
-"""Copies of a layer's matrix in float64 that fitting holds at its peak."""
+"""Copies of a layer's float64 matrix in memory at the peak of fitting."""
 
 
 def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
@@ -60,7 +62,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
     Raises DatasetError or ModelError for prompts that cannot be measured or probed, before any work.
     """
     config, tokenizer = load_config(job.source), load_tokenizer(job.source)
-    with told(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
+    with model_errors(f"Cannot read the prompts of {job.dataset.name} with {job.source.name}"):
         posed = PosedQuestion(job, pose(job, tokenizer), question_of(tokenizer, job.dataset))
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
@@ -86,13 +88,13 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
 
 @dataclass(frozen=True)
 class PosedQuestion(Posed):
-    """The prompts of a job, and what the model is asked after each."""
+    """The prompts of a job, and the question that follows each."""
 
     question: Question
 
     def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Captured:
-        """The prompts and the model that reads them."""
-        with told(f"{loaded.source.name} cannot be run"):
+        """Combine the prompts with the model that reads them."""
+        with model_errors(f"{loaded.source.name} cannot be run"):
             return Captured(self, Capture(loaded, batch_tokens=batch_tokens))
 
 
@@ -131,9 +133,9 @@ class Captured:
 
 
 def _check(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
-    """How some prompts compare with the untouched model. Raises ModelError where that is too far off."""
+    """Compare some prompts with the untouched model. Raises ModelError if the difference is too large."""
     texts, begun = [subject.token_ids[i] for i in subject.chosen], time.monotonic()
-    with told(f"{subject.loaded.source.name} cannot be run"):
+    with model_errors(f"{subject.loaded.source.name} cannot be run"):
         rows = check_capture(subject.capture, texts, subject.prefix, subject.question.cue)
     yield rows_of("checks", rows, begun)
 
@@ -144,7 +146,7 @@ def _cost(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[str]:
 
 
 def _capture_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
-    """The prompts, longest first, as many together as fill a part or take a minute; sizes are in tokens."""
+    """Divide the prompts, longest first, into shards that fill a part or take a minute; sizes are in tokens."""
     n_tokens = [len(ids) for ids in posed.token_ids]
     parts = run.remembered("captured", lambda: _parts(n_tokens, run))
     return [Shard(f"part-{i:05}", ids, sum(n_tokens[j] for j in ids)) for i, ids in enumerate(parts)]
@@ -180,7 +182,10 @@ def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Row
     vectors, ends = subject.capture.vectors_and_ends(texts, subject.prefix, question.cue, on_batch=advance)
     if question.tells:
         labels = np.array([subject.job.dataset.examples[i].label for i in prompts])
-        yield Rows("zero_shot", [zero_shot_rows(prompts, labels, answer(subject.capture, ends, question), question)])
+        yield Rows(
+            "zero_shot",
+            [zero_shot_rows(prompts, labels, answer_probabilities(subject.capture, ends, question), question)],
+        )
     groups = activation_groups(prompts, SITES, vectors, float16=subject.job.measuring.store == "float16")
     yield timed("activations", list(groups), begun)
 
@@ -201,7 +206,7 @@ def _stored_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
 
 
 def _check_stored(subject: Captured, shard: Shard, _advance: Advance) -> Iterator[Rows]:
-    """How what was stored compares with the untouched model, one prompt at a time. Raises ModelError."""
+    """Compare stored values with the untouched model, one prompt at a time. Raises ModelError for a difference."""
     (states, answers), begun = shard.work, time.monotonic()
     texts = [subject.token_ids[i] for i in subject.chosen]
     rows = check_stored(subject.capture, texts, states)
@@ -227,7 +232,7 @@ class _Fits:
 
 
 def probing(wanted: Probing, seed: int) -> StoredStage:
-    """The stage that fits every probe on every layer and site, to the vectors of the run or of its source."""
+    """Build the stage that fits every probe on every layer and site, to the vectors of the run or of its source."""
     return StoredStage(
         ("probe_predictions", "probe_scores"),
         layer_shards,
@@ -250,7 +255,7 @@ def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
 
 
 def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> list[Split]:
-    """The splits that a run probes; by group too where every prompt has one."""
+    """The splits that a run probes, with one by group if every prompt has a group."""
     from kdb.ingest.concept.probes import make_splits
 
     known = [group for group in groups if group is not None]
@@ -259,13 +264,13 @@ def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, 
 
 
 def layer_shards(run: RunInProgress) -> list[Shard]:
-    """Every layer of the model, site by site: what is probed, or projected, one at a time."""
+    """Return one shard for each layer and site of the model."""
     n_layers = run.table("models").to_pylist()[0]["n_layers"]
     return [Shard(f"{site}-{layer:04}", (layer, site)) for site in SITES for layer in range(n_layers)]
 
 
 def read_layer(activations: Sequence[Path], key: Key) -> NDArray[np.float32]:
-    """The hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
+    """Read the hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
     return read_vectors(activations, *key)
 
 
@@ -276,9 +281,9 @@ def _probed(fits: _Fits, shard: Shard) -> list[Rows]:
     key: Key = shard.work
     X = read_layer(fits.activations, key)
     scores = list(score_probes(X, fits.labels, fits.control, fits.splits, fits.classifiers))
-    place = {"layer": key[0], "site": key[1], "depth": key[0] / fits.n_layers}
+    keys = {"layer": key[0], "site": key[1], "depth": key[0] / fits.n_layers}
     predictions = pa.concat_tables(_prediction_rows(key, score, fits.splits, fits.labels) for score in scores)
-    rows = [place | asdict(score) | {"is_default": _is_default(score)} for score in scores]
+    rows = [keys | asdict(score) | {"is_default": _is_default(score)} for score in scores]
     return [Rows("probe_predictions", [predictions]), rows_of("probe_scores", rows)]
 
 
@@ -304,7 +309,7 @@ def _prediction_rows(key: Key, score: ProbeScore, splits: Sequence[Split], label
 
 
 def _n_jobs(n_prompts: int, hidden_size: int) -> int:
-    """Probing processes: one per core, as long as their matrices fit into ``_PROBE_MEMORY``."""
+    """Number of probing processes: one per core, if their matrices fit into ``_PROBE_MEMORY``."""
     import joblib
 
     each = 8 * n_prompts * hidden_size * _MATRIX_COPIES

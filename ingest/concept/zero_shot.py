@@ -1,11 +1,11 @@
-"""What the model itself answers: how likely its next token begins one answer or the other.
+"""Read the model's own answer: the probabilities that its next token begins one answer or the other.
 
-A prompt is followed by a cue, such as "\\nAnswer:", unless it ends by asking for the answer. An answer may begin with a
-capital or not, after a space or not; the probabilities of all these first tokens are summed.
+A prompt is followed by a cue, such as "\\nAnswer:", unless it already ends with a question. An answer may begin with or
+without a capital, and with or without a space; the probabilities of all these first tokens are summed.
 
     question = question_of(tokenizer, load_dataset("world-cities"))
     vectors, ends = capture.vectors_and_ends(token_ids, cue=question.cue)
-    probabilities = answer(capture, ends, question)
+    probabilities = answer_probabilities(capture, ends, question)
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from kdb.ingest.forward.capture import Capture
 
 _READOUT_ROWS = 64
-"""Prompts read out at a time: their logits and probabilities take 128 MiB where there are 262,144 tokens."""
+"""Prompts to read out together: their logits and probabilities take 128 MiB for a vocabulary of 262,144."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked after each prompt.
+    """The question that follows each prompt.
 
-    ``answers`` say label 0 and label 1; ``cue`` are the tokens that follow the prompt, and ``first_tokens`` those
-    that may begin the one answer or the other.
+    ``answers`` are the words for label 0 and label 1; ``cue`` are the tokens that follow the prompt, and
+    ``first_tokens`` the tokens that may begin each answer.
     """
 
     answers: tuple[str, str]
@@ -43,14 +43,14 @@ class Question:
 
     @property
     def tells(self) -> bool:
-        """Whether the first token of an answer can tell which it is."""
+        """Whether the first token distinguishes the answers."""
         return all(self.first_tokens)
 
 
 def question_of(tokenizer: Any, dataset: Dataset) -> Question:
-    """The question of a dataset in a model's tokens; a token that may begin both answers counts for neither.
+    """Return the question of a dataset in a model's tokens. A token that may begin both answers is used for neither.
 
-    Where that leaves an answer without tokens, nothing is asked.
+    If an answer has no other tokens, the question has no cue.
     """
     negative, positive = (_first_tokens(tokenizer, word) for word in dataset.answers)
     first_tokens = tuple(sorted(negative - positive)), tuple(sorted(positive - negative))
@@ -63,20 +63,22 @@ def _first_tokens(tokenizer: Any, word: str) -> set[int]:
     return {bare(tokenizer, variant)[0] for variant in variants}
 
 
-def answer(capture: Capture, ends: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
-    """Probabilities (prompt, 2) that the next token begins the negative and the positive answer.
+def answer_probabilities(capture: Capture, ends: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
+    """Compute the probabilities (prompt, 2) that the next token begins the negative and the positive answer.
 
-    ``ends`` (prompt, hidden) are the last block's outputs where the model would answer.
+    ``ends`` (prompt, hidden) are the last block's outputs at the token before the answer.
     """
     import torch
 
     loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
-    found = []
+    probabilities = []
     with torch.inference_mode():
         for states in torch.from_numpy(ends).split(_READOUT_ROWS):
             probs = capture.structure.readout(states.to(loaded.device, dtype)).float().softmax(-1)
-            found.append(torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1))
-    return torch.cat(found).cpu().numpy()
+            probabilities.append(
+                torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1)
+            )
+    return torch.cat(probabilities).cpu().numpy()
 
 
 def check_answers(
@@ -84,22 +86,22 @@ def check_answers(
 ) -> dict[str, Any]:
     """Compare stored probabilities (prompt, 2) with the untouched model's, one prompt and its cue at a time.
 
-    Gives a row of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
+    Returns a row of ``checks``. Raises ModelError if a difference is larger than the weights' dtype explains.
     """
-    from kdb.ingest.forward.capture import check_row, untouched
+    from kdb.ingest.forward.checks import check_row, untouched
 
     off: list[float] = []
-    for ids, found in zip(token_ids, stored, strict=True):
+    for ids, probabilities in zip(token_ids, stored, strict=True):
         probs = untouched(capture.loaded, [*ids, *question.cue])[1].double().softmax(-1)
         own = [float(probs[list(first)].sum()) for first in question.first_tokens]
-        off += [abs(a - b) for a, b in zip(found, own, strict=True)]
+        off += [abs(a - b) for a, b in zip(probabilities, own, strict=True)]
     return check_row("stored_answers", off, capture.loaded, len(token_ids))
 
 
 def zero_shot_rows(
     prompt_ids: Sequence[int], labels: NDArray[Any], probabilities: NDArray[np.float64], question: Question
 ) -> pa.Table:
-    """Rows of ``zero_shot``: the likelier answer is the model's, and the negative one where they are as likely."""
+    """Build rows of ``zero_shot``: the predicted answer is the likelier one, or the negative one if equally likely."""
     negative, positive = question.answers
     predicted = probabilities[:, 1] > probabilities[:, 0]
     return arrow_rows(

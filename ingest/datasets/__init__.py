@@ -1,4 +1,4 @@
-"""What to measure a model on: texts with labels, or prompts with answers; built in, published, or a user's own.
+"""Load datasets: texts with labels, or prompts with answers; built-in, published, or from a user's file.
 
 from kdb.ingest.datasets import load_dataset, prompts
 prompts(load_dataset("world-cities", limit=100))

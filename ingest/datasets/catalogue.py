@@ -1,4 +1,4 @@
-"""Every dataset that kdb knows by name, and the one function that loads any of them or a user's file."""
+"""List the datasets that have a name, and load one of them or a user's file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HINT = "`kdb datasets` lists them; a file needs an ending .csv, .jsonl or .parq
 
 
 def available_datasets(data_dir: Path | None = None) -> list[DatasetInfo]:
-    """Describe every dataset that has a name, and say whether it can be had here; reads no data."""
+    """Describe every dataset that has a name, and whether its files are available; reads no data."""
     return [
         *(builtin_info(builtin) for builtin in BUILT_IN.values()),
         *(paper_info(paper, data_dir) for paper in PAPER_DATASETS.values()),
@@ -37,12 +37,12 @@ def load_dataset(
     group_by: str | None = None,
     download: bool = True,
 ) -> Dataset:
-    """Load a dataset whole, or raise DatasetError; nothing partial is returned.
+    """Load a complete dataset, or raise DatasetError.
 
-    `limit` keeps the first N of each class, or of each category, in the source's order; `group_by` names the
-    column that holds each example's group, which only a concept dataset has; `dataset_name` renames a user's file.
-    The files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache;
-    one that is a single file is then downloaded if `download` allows it.
+    `limit` keeps the first N examples of each class, or of each category, in the order of the source. `group_by` names
+    the column with the group of each example, in the concept study only. `dataset_name` renames a user's file.
+    Files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache. A dataset
+    of one file that is not found is downloaded if `download` is true.
     """
     _check_options(template, limit)
     dataset = _load(name_or_path, data_dir, dataset_name, group_by, download)
@@ -61,7 +61,7 @@ def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | 
     if name not in known:
         raise UnknownNameError("dataset", name, known, _HINT)
     if rename is not None:
-        raise DatasetError(f"Dataset {name!r} keeps its name: --dataset-name is for a file of your own.")
+        raise DatasetError(f"Dataset {name!r} cannot be renamed: --dataset-name is only for a file of your own.")
     if name in BUILT_IN:
         return load_builtin(BUILT_IN[name], group_by)
     if name in PAPER_DATASETS:
@@ -82,7 +82,7 @@ def _limited(dataset: Dataset, limit: int) -> Dataset:
 
 def _check_options(template: str | None, limit: int | None) -> None:
     if template is not None and "{text}" not in template:
-        raise DatasetError(f"The template {template!r} does not say where the text goes: write {{text}} there.")
+        raise DatasetError(f"The template {template!r} has no place for the text: add {{text}} to it.")
     if limit is not None and limit < 1:
         raise DatasetError(f"The limit counts examples of each class or category: expected 1 or more, found {limit}.")
 

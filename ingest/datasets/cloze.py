@@ -1,7 +1,7 @@
-"""Readers of published facts, one a format: from a dataset's files to prompts that their answer continues.
+"""Readers of published facts, one per format: they convert a dataset's files to prompts that the answer continues.
 
-A reader takes the files in the order in which the dataset declares them. It leaves out what is in none of the six
-categories; prompts with several answers are for its caller to judge.
+A reader takes the files in the order in which the dataset declares them. It drops facts that are in none of the six
+categories. Its caller handles prompts with several answers.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ RELATIONS = {
     "factual/landmark_in_country": "country",
 }
 
-# Wikidata's relations. P1376 goes from a capital to what it is the capital of.
+# Relations of Wikidata. P1376 relates a capital to its country or region.
 WIKIDATA = {
     **dict.fromkeys(("P37", "P103", "P407", "P364", "P1412"), "language"),
     **dict.fromkeys(("P36", "P1376"), "capital"),
     **dict.fromkeys(("P17", "P27", "P495"), "country"),
 }
 
-# The first beginning that fits a row counts.
+# The first matching beginning decides the category of a row.
 _BEGINNINGS = {
     "The native language of": "language",
     "The language of": "language",
@@ -70,8 +70,8 @@ _BEGINNINGS = {
     "The month of the year of": "month",
 }
 
-# Answers that are not of the category they stand under: a region, and programming languages. So are all answers
-# of one letter, which are cut off or the language R.
+# Answers in the wrong category: a region, and programming languages. Answers of one letter are dropped, too: they are
+# truncated, or the language R.
 _MISPLACED = frozenset({"Middle East", "Pascal", "Python"})
 
 _ESCAPED = re.compile(r"\\u[0-9a-fA-F]{4}")
@@ -79,7 +79,7 @@ _ENDS_IN_ANSWER = re.compile(r"\s*\[Y\]\s*\.?\s*")
 
 
 def read_relations(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the relations of evandez/relations: every zero-shot template with every sample."""
+    """Read the relations of evandez/relations, with every zero-shot template for every sample."""
     for path, category in zip(files, RELATIONS.values(), strict=True):
         templates = _templates(read_json_object(path, ["prompt_templates_zs"]))
         samples = list(read_json_examples(path, ["subject", "object"], key="samples"))
@@ -93,17 +93,17 @@ def read_relations(files: Sequence[Path]) -> Iterator[Example]:
 def _templates(row: Row) -> list[str]:
     templates = row.fields["prompt_templates_zs"]
     if not isinstance(templates, list) or not all(isinstance(t, str) and "{}" in t for t in templates):
-        raise complaint(row.place, "templates with {} in 'prompt_templates_zs'", excerpt(templates))
+        raise complaint(row.location, "templates with {} in 'prompt_templates_zs'", excerpt(templates))
     return templates
 
 
 def _unescaped(text: str) -> str:
     """Undo a second JSON escape, as in the literal text Bras\\u00edlia."""
-    return _ESCAPED.sub(lambda found: str(json.loads(f'"{found[0]}"')), text)
+    return _ESCAPED.sub(lambda match: str(json.loads(f'"{match[0]}"')), text)
 
 
 def read_pararel(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the relations of ParaRel, facts and patterns by turns: every pattern that ends in [Y] with every fact."""
+    """Read ParaRel, whose files of facts and patterns alternate: every pattern that ends in [Y] with every fact."""
     for facts, patterns in zip(files[::2], files[1::2], strict=True):
         rows = list(read_jsonl(facts, ["sub_label", "obj_label"]))
         for row in read_jsonl(patterns, ["pattern"]):
@@ -120,7 +120,7 @@ def read_pararel(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def read_known(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the known facts of the ROME paper, which state the whole prompt."""
+    """Read the known facts of the ROME paper, which contain the whole prompt."""
     for row in read_json_list(files[0], ["prompt", "attribute", "relation_id", "subject"]):
         relation = text_of(row, "relation_id")
         yield from _example(
@@ -129,7 +129,7 @@ def read_known(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def read_wikidata(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the rows of BIG-bench's QA Wikidata whose beginning tells one of the six categories."""
+    """Read the rows of BIG-bench's QA Wikidata whose beginning identifies one of the six categories."""
     for row in read_jsonl(files[0], ["context", "continuation"]):
         context = text_of(row, "context")
         beginning = next((words for words in _BEGINNINGS if context.startswith(f"{words} ")), "")
@@ -140,23 +140,23 @@ def read_wikidata(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def read_memory_colors(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the questions of Memory Colors. Spaces stand around most of its cells, and before most of its names."""
+    """Read the questions of Memory Colors, and strip the spaces around its cells and names."""
     rows = numbered_cells(files[0], ",", csv.QUOTE_MINIMAL)
-    place, header = next(rows, (f"{files[0].name}, line 1", []))
+    location, header = next(rows, (f"{files[0].name}, line 1", []))
     names = [name.strip() for name in header]
-    require(place, names, ["Descriptor", "Item", "Color"])
-    for place, cells in rows:
+    require(location, names, ["Descriptor", "Item", "Color"])
+    for location, cells in rows:
         if len(cells) != len(names):
-            raise complaint(place, f"{len(names)} cells", str(len(cells)))
-        row = Row(place, dict(zip(names, (cell.strip() for cell in cells), strict=True)))
+            raise complaint(location, f"{len(names)} cells", str(len(cells)))
+        row = Row(location, dict(zip(names, (cell.strip() for cell in cells), strict=True)))
         thing = f"{row.fields['Descriptor']} {text_of(row, 'Item')}".strip()
         yield from _example(f"What is the color of {thing}?", text_of(row, "Color"), "color", "color-of", thing)
 
 
 def read_independence_days(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the month and the year in which countries became independent, as sentences of our own.
+    """Read the month and the year in which countries became independent, and put them into our own sentences.
 
-    The column that tells the event would give the answers away.
+    The column with the event is not used, since it may contain the answer.
     """
     for row in read_csv(files[0], ["Country", "Date_holiday", "Year_celebrated"]):
         country = _in_reading_order(text_of(row, "Country").strip())
@@ -179,7 +179,7 @@ def read_independence_days(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def _in_reading_order(country: str) -> str:
-    """Turn "Korea, South" into "South Korea"."""
+    """Convert "Korea, South" to "South Korea"."""
     name, comma, before = country.partition(", ")
     return f"{before} {name}" if comma else country
 
@@ -189,24 +189,24 @@ def _month(row: Row) -> str:
     try:
         return MONTHS[date(2000, int(month), int(day)).month - 1]
     except ValueError as error:
-        raise complaint(row.place, "a date such as 8/19", excerpt(row.fields["Date_holiday"])) from error
+        raise complaint(row.location, "a date such as 8/19", excerpt(row.fields["Date_holiday"])) from error
 
 
 def read_numersense(files: Sequence[Path]) -> Iterator[Example]:
-    """Read the sentences of NumerSense up to their mask; what stands after it, a left-to-right model cannot see."""
+    """Read the sentences of NumerSense up to their mask, since a causal model cannot see the words after it."""
     for path in files:
-        for place, line in numbered_lines(path):
+        for location, line in numbered_lines(path):
             sentence, tab, number = line.partition("\t")
             before, mask, _ = sentence.partition("<mask>")
             if not tab or not mask or not number.strip():
-                raise complaint(place, "a sentence with <mask>, a tab and a word", excerpt(line))
+                raise complaint(location, "a sentence with <mask>, a tab and a word", excerpt(line))
             yield from _example(before, number, "number")
 
 
 def _example(
     prompt: str, answer: str, category: str | None, relation: str | None = None, subject: str | None = None
 ) -> Iterator[Example]:
-    """Yield the example, unless there is no prompt, as where a mask comes first, or the answer is none of its kind."""
+    """Yield the example, unless the prompt is empty (a mask comes first) or the answer is in the wrong category."""
     prompt, answer = prompt.strip(), answer.strip()
     misplaced = answer in _MISPLACED or (len(answer) == 1 and not answer.isdigit())
     if prompt and not misplaced:

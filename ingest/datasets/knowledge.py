@@ -1,7 +1,7 @@
-"""The built-in knowledge dataset: well-known facts in six categories, in words that a small model can go on from.
+"""Generate the built-in knowledge dataset: well-known facts in six categories, in prompts that small models continue.
 
-Countries, their capitals and their languages are those of GeoNames; the other facts stand in short tables below. The
-answer is always the next word.
+Countries, their capitals and their languages are those of GeoNames; the other facts are in the short tables below.
+The answer is always the next word.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _SOURCE = "prompts made by kdb, in part from GeoNames (CC BY 4.0) as packaged in
 _TEMPLATE = "{text}"
 _COUNTS = {"language": 53, "color": 56, "number": 50, "capital": 54, "country": 54, "month": 52}
 
-# Countries by ISO code, whose capital is one plain word. So is the name of every third, which is an answer too.
+# ISO codes of countries whose capital is one plain word. The name of every third one is, too, and is also an answer.
 _WITH_CAPITAL = (
     *("FR", "DE", "IT", "ES", "JP", "CN", "RU", "EG", "GR", "PL", "AT", "PT", "TR", "IR", "IQ", "IE", "NO", "SE"),
     *("DK", "FI", "HU", "CU", "CA", "PE", "KE", "TH", "BE", "AU", "BR", "CL", "UA", "VN", "ID", "AF", "VE", "SY"),
     *("LB", "JO", "MA", "NG", "PK", "RO", "BG", "RS", "HR", "LY", "CO", "EC", "NP", "BD", "SA", "KR", "QA", "GH"),
 )
 
-# Countries whose first language in GeoNames is the one that nearly everyone speaks.
+# Countries in which nearly everyone speaks the language that is the first one in GeoNames.
 _WITH_LANGUAGE = (
     *("FR", "GB", "DE", "JP", "IT", "CN", "ES", "RU", "EG", "GR", "PL", "TR", "PT", "HU", "BR", "SE", "MX", "DK"),
     *("FI", "TH", "AT", "KR", "AU", "VN", "UA", "IR", "AR", "SA", "RO", "CU", "BD", "NL", "NP", "BG", "IQ", "CL"),
@@ -59,7 +59,7 @@ _COLORS_OF = table("""
     a pumpkin: orange, a fire truck: red, an eggplant: purple, a swan: white, cotton: white
 """)
 
-# What stands before " is " is the subject. A semicolon becomes a comma, which would end the entry here.
+# The words before " is " are the subject. A semicolon becomes a comma, since a comma would end the entry here.
 _FLAGS = table("""
     France is blue; white and: red, the United States is red; white and: blue, Italy is green; white and: red,
     Belgium is black; yellow and: red, Ukraine is blue and: yellow, Sweden is blue and: yellow,
@@ -96,7 +96,7 @@ _HOLIDAYS = table("""
 
 
 def load_knowledge() -> Dataset:
-    """Make the dataset, always the same."""
+    """Generate the dataset, which is always the same."""
     examples = tuple(
         _example(category, relation, phrasing, subject, answer)
         for category, relation, phrasing, facts in _kinds()
@@ -106,12 +106,12 @@ def load_knowledge() -> Dataset:
 
 
 def knowledge_info() -> DatasetInfo:
-    """Describe the dataset, without making it."""
+    """Describe the dataset, without generating it."""
     return DatasetInfo(KNOWLEDGE, in_words(_COUNTS), _SOURCE, _TEMPLATE, "built in", study="knowledge")
 
 
 def _kinds() -> Iterator[tuple[str, str, str, Mapping[str, str]]]:
-    """Yield every kind of fact: category, relation, phrasing with {} for the subject, and answers by subject."""
+    """Yield each kind of fact: category, relation, phrasing with {} for the subject, and answers by subject."""
     speak, capital = _languages(_WITH_LANGUAGE[::2]), _languages(_WITH_LANGUAGE[1::2], of="capital")
     yield "language", "national-language", "The national language of {} is called", speak
     yield "language", "language-in-city", "People who live in {} speak a language called", capital
@@ -163,11 +163,11 @@ def _languages(codes: tuple[str, ...], of: str = "name") -> dict[str, str]:
 
 
 def _runs(words: tuple[str, ...], length: int) -> dict[str, str]:
-    """Return every run of so many words, and the word after it."""
+    """Return every sequence of that many words, with the word after it."""
     starts = range(len(words) - length)
     return {", ".join(words[start : start + length]): words[start + length] for start in starts}
 
 
 def _sequences(words: tuple[str, ...], longest: int) -> dict[str, str]:
-    """Return the first word, the first two and so on, and the word after them."""
+    """Return the first word, the first two words, and so on, each with the word after them."""
     return {", ".join(words[:end]): words[end] for end in range(1, longest + 1)}

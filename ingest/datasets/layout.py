@@ -1,4 +1,4 @@
-"""From a source's rows to examples: which column holds what, and which values are allowed in it."""
+"""Convert the rows of a source to examples, by the meaning of its columns and their allowed values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a source, by what they hold; None where a source has no such column.
+    """Names of the columns of a source, by meaning; None if the source has no such column.
 
-    `labels` maps every value that the label column may have, in lower case, to its class; None marks rows
-    that belong to neither and are passed over.
+    `labels` maps every allowed value of the label column, in lower case, to its class; rows whose class is None are
+    skipped.
     """
 
     text: str = "text"
@@ -33,13 +33,13 @@ class Layout:
 
     @property
     def needed(self) -> list[str]:
-        """The columns that a source must have, each once."""
+        """Columns that the source must have, each once."""
         columns = (self.text, self.label, self.group, self.category, self.relation, self.subject)
         return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def to_examples(rows: Iterable[Row], layout: Layout) -> Iterator[Example]:
-    """Turn rows into examples; raises DatasetError at the first value that a study cannot use."""
+    """Convert rows to examples; raise DatasetError at the first value that a study cannot use."""
     for row in rows:
         label = _label(row, layout)
         if label is not None:
@@ -54,28 +54,28 @@ def to_examples(rows: Iterable[Row], layout: Layout) -> Iterator[Example]:
 
 
 def _label(row: Row, layout: Layout) -> int | None:
-    found = row.fields[layout.label]
-    value = str(found).strip().lower()
-    if value not in layout.labels:
+    value = row.fields[layout.label]
+    label = str(value).strip().lower()
+    if label not in layout.labels:
         *others, last = layout.labels
-        raise complaint(row.place, f"label {', '.join(others)} or {last}", excerpt(found))
-    return layout.labels[value]
+        raise complaint(row.location, f"label {', '.join(others)} or {last}", excerpt(value))
+    return layout.labels[label]
 
 
 def text_of(row: Row, column: str) -> str:
-    """Return the text in a column; raises DatasetError if it is none, empty, or cannot be stored."""
-    found = row.fields[column]
-    if not isinstance(found, str) or not found.strip():
-        raise complaint(row.place, f"a text in column {column!r}", excerpt(found))
-    if _LONE_SURROGATE.search(found):  # JSON can spell half a character, which no file can then store
-        raise complaint(row.place, f"whole characters in column {column!r}", excerpt(found))
-    return found
+    """Return the text in a column; raise DatasetError if it is not a text, is empty, or cannot be stored."""
+    value = row.fields[column]
+    if not isinstance(value, str) or not value.strip():
+        raise complaint(row.location, f"a text in column {column!r}", excerpt(value))
+    if _LONE_SURROGATE.search(value):  # JSON can contain half a character (a lone surrogate), which no file can store
+        raise complaint(row.location, f"whole characters in column {column!r}", excerpt(value))
+    return value
 
 
 def _value(row: Row, column: str | None) -> str | None:
     if column is None:
         return None
-    found = row.fields[column]
-    if found is None or found == "":
-        raise complaint(row.place, f"a value in column {column!r}", "none")
-    return str(found)
+    value = row.fields[column]
+    if value is None or value == "":
+        raise complaint(row.location, f"a value in column {column!r}", "none")
+    return str(value)

@@ -1,6 +1,6 @@
-"""The nine datasets of the concept-depth paper (arXiv 2404.07066), read from their original files.
+"""Read the nine datasets of the concept-depth paper (arXiv 2404.07066) from their original files.
 
-The paper takes the first rows of each class in file order. Each dataset is declared once, below.
+The paper uses the first rows of each class in file order. Each dataset is declared once, below.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from kdb.ingest.datasets.rows import (
 def read_strategyqa(path: Path, needed: Collection[str]) -> Iterator[Row]:
     """Read questions with their facts as columns `text` and `label`.
 
-    A `target` is "Yes." or "No." and then the facts; the answer is cut off, or the text would hold its label.
+    A `target` is "Yes." or "No." and then the facts; the answer is removed, since it is the label of the text.
     """
     derived = {"text", "label"}
     for row in read_json_examples(path, {"input", "target"} | set(needed) - derived):
         target = text_of(row, "target")
         answer = re.match(r"(Yes|No)\.", target)
         if answer is None:
-            raise complaint(row.place, "a target that begins Yes. or No.", excerpt(target))
+            raise complaint(row.location, "a target that begins Yes. or No.", excerpt(target))
         text = f"{text_of(row, 'input')} {target[answer.end() :].strip()}"
-        yield Row(row.place, {**row.fields, "text": text, "label": answer[1]})
+        yield Row(row.location, {**row.fields, "text": text, "label": answer[1]})
 
 
 @dataclass(frozen=True)
 class PaperDataset:
-    """What there is to know about one of the paper's datasets.
+    """Declaration of one of the paper's datasets.
 
-    `counts` and `classes` are the paper's numbers and our names of label 0 and label 1, in this order; `answers` the
-    words that the template asks for.
-    `url_path` is the file in its public repository, None where no repository holds it as one file.
+    `counts` are the paper's numbers of examples, and `classes` our names, of label 0 and label 1, in this order;
+    `answers` are the words that the template asks for.
+    `url_path` is the file in its public repository, or None if no repository has it as one file.
     """
 
     name: str
@@ -64,13 +64,13 @@ class PaperDataset:
 
     @property
     def size(self) -> str:
-        """The paper's counts in words, such as "748 true + 748 false"."""
+        """The paper's counts as text, such as "748 true + 748 false"."""
         (n_negative, n_positive), (negative, positive) = self.counts, self.classes
         return f"{n_positive:,} {positive} + {n_negative:,} {negative}"
 
     @property
     def source(self) -> str:
-        """The file and where it is from."""
+        """The file and its origin."""
         return f"{self.file}, from {self.origin}"
 
 
@@ -198,7 +198,7 @@ PAPER_DATASETS = {dataset.name: dataset for dataset in _ALL}
 
 
 def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None, download: bool) -> Dataset:
-    """Read the paper's subset of a dataset; raises DatasetError if its file is absent or damaged."""
+    """Read the paper's subset of a dataset; raise DatasetError if its file is missing or damaged."""
     path = fetch.locate(
         paper.name, paper.file, data_dir, url_path=paper.url_path, sha256=paper.sha256, may_download=download
     )
@@ -210,7 +210,7 @@ def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None,
 
 
 def paper_info(paper: PaperDataset, data_dir: Path | None) -> DatasetInfo:
-    """Describe a dataset and say whether its file is here."""
+    """Describe a dataset, and whether its file is available."""
     path = fetch.find_file(paper.file, data_dir)
     missing = "downloadable" if paper.url_path else "needs a file"
     status, where = (missing, "") if path is None else ("available", str(path.parent))
@@ -218,9 +218,9 @@ def paper_info(paper: PaperDataset, data_dir: Path | None) -> DatasetInfo:
 
 
 def _check_counts(paper: PaperDataset, examples: tuple[Example, ...]) -> None:
-    """Raise DatasetError unless the whole subset was there."""
-    # A file that was cut off at the end of a line reads well; only its counts tell.
+    """Raise DatasetError unless the subset is complete."""
+    # Reading a file that was truncated at the end of a line raises no error; only the counts show it.
     n_positive = sum(example.label == 1 for example in examples)
-    found = (len(examples) - n_positive, n_positive)
-    if found != paper.counts:
-        raise complaint(paper.file, paper.size, replace(paper, counts=found).size)
+    counts = (len(examples) - n_positive, n_positive)
+    if counts != paper.counts:
+        raise complaint(paper.file, paper.size, replace(paper, counts=counts).size)

@@ -1,8 +1,8 @@
-"""Nine published collections of facts, read from their original files as prompts with one answer and a category.
+"""Read nine published collections of facts from their original files, as prompts with one answer and a category.
 
-Only the categories language, color, number, capital, country and month are read. A prompt that the source answers
-in two ways is left out, and so are repeats. Each dataset is declared once, below, with its files as they lie in a
-data folder; where a dataset has several, kdb downloads none.
+Only the categories language, color, number, capital, country and month are read. A prompt to which the source gives
+two answers is dropped, and so are repeats. Each dataset is declared once, below, with the names of its files in a data
+folder; kdb does not download a dataset of several files.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from kdb.ingest.datasets.cloze import (
 )
 from kdb.ingest.datasets.questions import read_opentriviaqa, read_triviaqa
 from kdb.ingest.datasets.rows import complaint
-from kdb.ingest.datasets.world import CATEGORIES
+from kdb.queries.domains import CATEGORIES
 
 _QUESTION = "Question: {text}\nAnswer:"
 
 
 @dataclass(frozen=True)
 class Published:
-    """What there is to know about one published dataset.
+    """Declaration of one published dataset.
 
-    `counts` are the prompts of each category. `url_path` and `sha256` belong to a dataset of one file that a public
-    repository holds.
+    `counts` are the numbers of prompts by category. `url_path` and `sha256` are given for a dataset of one file in a
+    public repository.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Published:
 
     @property
     def size(self) -> str:
-        """The prompts of each category in words, such as "162 number + 162 month"."""
+        """The counts by category as text, such as "162 number + 162 month"."""
         return in_words(self.counts)
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """Say how many prompts each category has, in the order of the six."""
+    """Build the counts of prompts by category, in the order of the six categories."""
     return " + ".join(f"{counts[category]:,} {category}" for category in CATEGORIES if counts.get(category))
 
 
@@ -149,7 +149,7 @@ PUBLISHED = {dataset.name: dataset for dataset in _ALL}
 
 
 def load_published(published: Published, data_dir: Path | None, download: bool) -> Dataset:
-    """Read a published dataset whole; raises DatasetError if a file of it is absent or damaged."""
+    """Read a complete published dataset; raise DatasetError if one of its files is missing or damaged."""
     files = [
         fetch.locate(
             *(published.name, file, data_dir),
@@ -160,16 +160,16 @@ def load_published(published: Published, data_dir: Path | None, download: bool) 
         for file in published.files
     ]
     examples, dropped = with_one_answer(published.read(files))
-    # A file that was cut off at the end of a line reads well; only its counts tell.
-    found = Counter(example.category or "" for example in examples)
-    if found != Counter(published.counts):
-        raise complaint(_shown(published), published.size, in_words(found) or "no prompts")
+    # Reading a file that was truncated at the end of a line raises no error; only the counts show it.
+    counts = Counter(example.category or "" for example in examples)
+    if counts != Counter(published.counts):
+        raise complaint(_shown(published), published.size, in_words(counts) or "no prompts")
     source = f"{_source(published)}; prompts with more than one answer, left out: {dropped:,}"
     return Dataset(published.name, source, published.template, tuple(examples), study="knowledge")
 
 
 def published_info(published: Published, data_dir: Path | None) -> DatasetInfo:
-    """Describe a dataset and say whether all its files are here."""
+    """Describe a dataset, and whether all its files are available."""
     paths = [fetch.find_file(file, data_dir) for file in published.files]
     status, where = "downloadable" if published.url_path else "needs a file", ""
     if paths[0] is not None and None not in paths:
@@ -184,5 +184,5 @@ def _source(published: Published) -> str:
 
 
 def _shown(published: Published) -> str:
-    """Name a dataset's file, or the folder that holds its files."""
+    """Return the name of a dataset's file, or of the folder with its files."""
     return published.files[0] if len(published.files) == 1 else f"{Path(published.files[0]).parts[0]}/"

@@ -1,4 +1,4 @@
-"""Readers of published quizzes: questions whose words and answer tell one of the six categories."""
+"""Readers of published quizzes: questions whose words and answer identify one of the six categories."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ _NEEDS_CHOICES = re.compile(r"\b(of these|the following|of the below|listed)\b",
 
 
 def read_triviaqa(files: Sequence[Path]) -> Iterator[Example]:
-    """Read TriviaQA: lists of questions with every accepted spelling, and last the file that tells the best one."""
+    """Read TriviaQA: lists of questions with all accepted spellings, then the file with the best spelling of each."""
     *topics, canonical = files
     best = {}
     for row in read_jsonl(canonical, ["context", "answer"]):
         question = text_of(row, "context").removeprefix("Question:").removesuffix("Answer:").strip()
         best[question] = text_of(row, "answer")
     for path in topics:
-        for place, cells in numbered_cells(path, "\t", csv.QUOTE_MINIMAL):
+        for location, cells in numbered_cells(path, "\t", csv.QUOTE_MINIMAL):
             if len(cells) != 2:
-                raise complaint(place, "2 cells", str(len(cells)))
+                raise complaint(location, "2 cells", str(len(cells)))
             question = _unquoted(cells[0].strip())
-            yield from _examples(question, [best[question]] if question in best else _spellings(place, cells[1]))
+            yield from _examples(question, [best[question]] if question in best else _spellings(location, cells[1]))
 
 
 def _unquoted(cell: str) -> str:
-    """Undo the second quoting that the makers of the file gave to some of its cells."""
+    """Undo the second quoting that some cells of the published file have."""
     if len(cell) > 1 and cell[0] == cell[-1] == '"':
         return cell[1:-1].replace('""', '"').strip()
     return cell
 
 
-def _spellings(place: str, cell: str) -> list[str]:
+def _spellings(location: str, cell: str) -> list[str]:
     try:
         listed = ast.literal_eval(_unquoted(cell))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         listed = None
     if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
-        raise complaint(place, "a list of answers", excerpt(cell))
+        raise complaint(location, "a list of answers", excerpt(cell))
     return listed
 
 
 def read_opentriviaqa(files: Sequence[Path]) -> Iterator[Example]:
-    """Read OpenTriviaQA. A question may go on over several lines, and ends at the line of its answer."""
+    """Read OpenTriviaQA. A question may have several lines; the line of its answer ends it."""
     for path in files:
         question: list[str] = []
         asked = ""
-        for place, line in _lines(path):
+        for location, line in _lines(path):
             if line.startswith("#Q"):
-                question, asked = [line.removeprefix("#Q").strip()], place
+                question, asked = [line.removeprefix("#Q").strip()], location
             elif line.startswith("^"):
                 if not question:
-                    raise complaint(place, "a question before its answer", excerpt(line))
+                    raise complaint(location, "a question before its answer", excerpt(line))
                 yield from _examples(" ".join(filter(None, question)), [line[1:].strip()], path.name)
                 question = []
             elif question:
@@ -68,7 +68,7 @@ def read_opentriviaqa(files: Sequence[Path]) -> Iterator[Example]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield every line with its place; those that are not UTF-8 are Windows-1252."""
+    """Yield every line with its position in the file; lines that are not UTF-8 are read as Windows-1252."""
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         try:
             text = line.decode("utf-8")
@@ -77,16 +77,16 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         yield f"{path.name}, line {number}", text.removesuffix("\r")
 
 
-def _windows(place: str, line: bytes) -> str:
+def _windows(location: str, line: bytes) -> str:
     try:
         return line.decode("cp1252")
     except UnicodeDecodeError as error:
-        found = f"the byte 0x{line[error.start]:02x}"
-        raise complaint(place, "UTF-8 or Windows-1252 text", found) from error
+        actual = f"the byte 0x{line[error.start]:02x}"
+        raise complaint(location, "UTF-8 or Windows-1252 text", actual) from error
 
 
 def _examples(question: str, accepted: Iterable[str], relation: str | None = None) -> Iterator[Example]:
-    """Yield one example for each different answer, and one without a category where none is of the six."""
+    """Yield one example for each different answer, or one without a category if no answer is in one of the six."""
     if not question or _NEEDS_CHOICES.search(question):
         return
     accepted = list(accepted)

@@ -1,8 +1,8 @@
-"""Readers, one a format: from a file to rows that know their place in it.
+"""Readers, one per file format: they yield rows with their position in the file.
 
-A reader takes a path and the columns that are needed, and yields rows which all have them. Whatever it cannot
-read is a DatasetError that says file, line, what was expected and what was found. CSV is read by the standard
-library rather than polars, because only there does every row know its line.
+A reader takes a path and the needed columns, and yields rows that have all of them. If it cannot read something, it
+raises a DatasetError with file, line, what was expected and what was found. CSV is read by the standard library and
+not by Polars, since only the former gives the line of every row.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kdb.errors import DatasetError
 
 @dataclass(frozen=True)
 class Row:
-    """One record, and where it stands: "cities.csv, line 17"."""
+    """One record, and its position in the file, such as "cities.csv, line 17"."""
 
-    place: str
+    location: str
     fields: Mapping[str, object]
 
 
@@ -31,46 +31,46 @@ Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
 Reader = Callable[[Path, Collection[str]], Iterator[Row]]
 
 
-def complaint(place: str, expected: str, found: str) -> DatasetError:
-    """Build the one form that every message about a file's content has."""
-    return DatasetError(f"{place}: expected {expected}, found {found}")
+def complaint(location: str, expected: str, actual: str) -> DatasetError:
+    """Build a DatasetError about a file's content; all have the same form."""
+    return DatasetError(f"{location}: expected {expected}, found {actual}")
 
 
 def excerpt(value: object) -> str:
-    """Quote a value for a message, cut to a readable length."""
+    """Quote a value for a message, shortened to a readable length."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def require(place: str, columns: Collection[str], needed: Collection[str]) -> None:
-    """Raise DatasetError unless each needed column is there exactly once."""
+def require(location: str, columns: Collection[str], needed: Collection[str]) -> None:
+    """Raise DatasetError unless each needed column exists exactly once."""
     for name in needed:
         if list(columns).count(name) != 1:
-            raise complaint(place, f"one column {name!r}", ", ".join(map(repr, columns)) or "no columns")
+            raise complaint(location, f"one column {name!r}", ", ".join(map(repr, columns)) or "no columns")
 
 
 def read_csv(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read comma-separated values with a header, cells quoted where needed."""
+    """Read comma-separated values with a header; cells may be quoted."""
     return _delimited(path, needed, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
 def read_tsv(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read tab-separated values with a header, where quotes are plain text."""
+    """Read tab-separated values with a header; quotes are plain text."""
     return _delimited(path, needed, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_jsonl(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read one JSON object a line."""
-    for place, line in numbered_lines(path):
+    """Read one JSON object per line."""
+    for location, line in numbered_lines(path):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        yield _object_row(place, record, line, needed)
+        yield _object_row(location, record, line, needed)
 
 
 def read_json_examples(path: Path, needed: Collection[str], key: str = "examples") -> Iterator[Row]:
-    """Read one JSON object whose key "examples", or another, holds a list of objects."""
+    """Read one JSON object with a list of objects at the key `key`."""
     return _listed(path, needed, rf'"{key}"\s*:\s*\[', f'a list named "{key}"')
 
 
@@ -90,7 +90,7 @@ def _listed(path: Path, needed: Collection[str], opening: str, expected: str) ->
 
 
 def read_json_object(path: Path, needed: Collection[str]) -> Row:
-    """Read one JSON object whole."""
+    """Read one JSON object."""
     text = _read_text(path)
     return _object_row(path.name, _parsed(path, text), text, needed)
 
@@ -103,17 +103,17 @@ def _parsed(path: Path, text: str) -> object:
 
 
 def read_label_first(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read lines of a label, a space and a text, as columns `label` and `text`."""
-    for place, line in numbered_lines(path):
+    """Read lines with a label, a space and a text, as columns `label` and `text`."""
+    for location, line in numbered_lines(path):
         label, _, text = line.partition(" ")
         fields = {"label": label, "text": text}
-        require(place, fields, needed)
-        yield Row(place, fields)
+        require(location, fields, needed)
+        yield Row(location, fields)
 
 
 def read_parquet(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read the needed columns of a Parquet file; a place in it is a row, counted from 1."""
-    import polars as pl  # a third of a second, which `kdb --help` must not pay
+    """Read the needed columns of a Parquet file; positions are rows, counted from 1."""
+    import polars as pl  # takes a third of a second, which would slow down `kdb --help`
 
     try:
         with path.open("rb") as file:
@@ -141,28 +141,28 @@ def _not_parquet(path: Path, error: Exception) -> DatasetError:
 
 
 def column_names(path: Path) -> tuple[str, list[str]]:
-    """Return the columns of a .csv or .parquet file, or of a .jsonl file's first object, and where they stand."""
+    """Return the columns of a .csv or .parquet file, or of a .jsonl file's first object, with their position."""
     if path.suffix.lower() == ".parquet":
         return path.name, _parquet_columns(path)
     nothing: tuple[str, list[str]] = (f"{path.name}, line 1", [])
     if path.suffix.lower() == ".jsonl":
-        return next(((row.place, list(row.fields)) for row in read_jsonl(path, ())), nothing)
+        return next(((row.location, list(row.fields)) for row in read_jsonl(path, ())), nothing)
     return next(numbered_cells(path, ",", csv.QUOTE_MINIMAL), nothing)
 
 
 def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: Quoting) -> Iterator[Row]:
     rows = numbered_cells(path, delimiter, quoting)
-    place, header = next(rows, (f"{path.name}, line 1", []))
-    require(place, header, needed)
-    for place, cells in rows:
+    location, header = next(rows, (f"{path.name}, line 1", []))
+    require(location, header, needed)
+    for location, cells in rows:
         if len(cells) != len(header):
-            raise complaint(place, f"{len(header)} cells", str(len(cells)))
-        yield Row(place, dict(zip(header, cells, strict=True)))
+            raise complaint(location, f"{len(header)} cells", str(len(cells)))
+        yield Row(location, dict(zip(header, cells, strict=True)))
 
 
 def numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
-    """Yield the cells of every row that is not blank, with the place where it begins."""
-    # newline="" leaves line ends to csv: one that stands inside quotes is part of a text.
+    """Yield the cells of every row that is not blank, with the position where the row begins."""
+    # newline="" leaves line ends to csv: a line end inside quotes is part of a text.
     source = io.StringIO(_read_text(path), newline="")
     table = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
     line = 1
@@ -172,12 +172,12 @@ def numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tup
                 yield f"{path.name}, line {line}", cells
             line = table.line_num + 1
     except csv.Error as error:
-        found = f"one that cannot be split ({error})"
-        raise complaint(f"{path.name}, line {line}", "a row of whole cells", found) from error
+        actual = f"one that cannot be split ({error})"
+        raise complaint(f"{path.name}, line {line}", "a row of whole cells", actual) from error
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield every line that is not blank, with its place."""
+    """Yield every line that is not blank, with its position."""
     # Not splitlines: it also splits at U+0085 and U+2028, which occur inside texts.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
@@ -185,7 +185,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _array_elements(text: str, position: int) -> Iterator[tuple[int, object]]:
-    """Yield the elements of the array that opens before `position` in valid JSON, each with its line."""
+    """Yield the elements of the array that begins before `position` in valid JSON, each with its line."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     while True:
@@ -199,15 +199,15 @@ def _array_elements(text: str, position: int) -> Iterator[tuple[int, object]]:
         yield line, element
 
 
-def _object_row(place: str, record: object, shown: object, needed: Collection[str]) -> Row:
+def _object_row(location: str, record: object, shown: object, needed: Collection[str]) -> Row:
     if not isinstance(record, dict):
-        raise complaint(place, "a JSON object", excerpt(shown))
-    require(place, record, needed)
-    return Row(place, record)
+        raise complaint(location, "a JSON object", excerpt(shown))
+    require(location, record, needed)
+    return Row(location, record)
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file whole."""
+    """Read all bytes of a file."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -215,10 +215,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _read_text(path: Path) -> str:
-    """Read a UTF-8 file whole; a byte order mark, which spreadsheets write, is dropped."""
+    """Read a UTF-8 file; a byte order mark, which spreadsheets write, is dropped."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        found = f"the byte 0x{error.object[error.start]:02x}"
-        raise complaint(f"{path.name}, line {line}", "UTF-8 text", found) from error
+        actual = f"the byte 0x{error.object[error.start]:02x}"
+        raise complaint(f"{path.name}, line {line}", "UTF-8 text", actual) from error

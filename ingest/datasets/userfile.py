@@ -1,7 +1,7 @@
-"""A user's own dataset: a .csv, .jsonl or .parquet file, whose columns tell its study.
+"""Read a user's dataset: a .csv, .jsonl or .parquet file, whose columns determine its study.
 
-Columns `text` and `label` are a concept dataset; `prompt`, `answer` and `category`, and `relation` and `subject` if
-they are there, a knowledge dataset.
+A concept dataset has the columns `text` and `label`; a knowledge dataset has `prompt`, `answer` and `category`, and
+may have `relation` and `subject`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
 _OPTIONAL = ("relation", "subject")
 _ALL = "all"
-"""Reserved: saved queries read this name as every category."""
+"""Reserved name: in saved queries it means all categories."""
 
 
 def is_user_file(name: str) -> bool:
-    """Tell a file from a dataset's name by its ending, whether or not it exists."""
+    """Whether a name is that of a file, by its ending; the file need not exist."""
     return Path(name).suffix.lower() in _READERS
 
 
 def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Collection[str]) -> Dataset:
-    """Read a file under its stem or the given name; raises DatasetError if either cannot be used.
+    """Read a file as the dataset `name`, by default its stem; raise DatasetError if file or name cannot be used.
 
-    `taken` are the names of kdb's own datasets, which a user's may not shadow.
+    `taken` are the names of kdb's own datasets, which a user's dataset may not have.
     """
     name = _usable_name(path, name, taken)
     source = f"{path.name}, a user's file"
     read = _READERS[path.suffix.lower()]
-    place, columns = column_names(path)
-    if _is_knowledge(place, columns):
+    location, columns = column_names(path)
+    if _is_knowledge(location, columns):
         refuse_groups(name, group_by)
-        # A column of JSON lines may be there in some lines only.
+        # In JSON lines, a column may exist in some lines only.
         optional = () if path.suffix.lower() == ".jsonl" else tuple(c for c in _OPTIONAL if c in columns)
         rows = read(path, (*_KNOWLEDGE, *optional))
         return Dataset(name, source, "{text}", tuple(_answered(rows)), study="knowledge")
@@ -51,39 +51,39 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
 
 
 def _answers(rows: Iterable[Row], layout: Layout) -> tuple[str, str]:
-    """The words of the labels, if all are of one pair; else no and yes."""
+    """Return the pair of answers that contains all labels; if there is none, no and yes."""
     words = {str(row.fields[layout.label]).strip().lower() for row in rows}
     return next((pair for pair in _ANSWERS if words <= set(pair)), _ANSWERS[0])
 
 
 def refuse_groups(name: str, group_by: str | None) -> None:
-    """Raise DatasetError if a knowledge dataset is to be grouped."""
+    """Raise DatasetError if a group column is given for a knowledge dataset."""
     if group_by is not None:
         raise DatasetError(
-            f"Dataset {name!r} cannot be grouped by {group_by!r}: groups keep probes honest, and a knowledge dataset "
-            "has none to fit. Leave --group-by out."
+            f"Dataset {name!r} cannot be grouped by {group_by!r}: groups are for probes, and the knowledge study fits "
+            "none. Leave --group-by out."
         )
 
 
-def _is_knowledge(place: str, columns: Collection[str]) -> bool:
+def _is_knowledge(location: str, columns: Collection[str]) -> bool:
     concept, knowledge = set(_CONCEPT) <= set(columns), set(_KNOWLEDGE) <= set(columns)
     if concept != knowledge:
         return knowledge
     either = "columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
-    found = ", ".join(map(repr, columns)) or "no columns"
+    actual = ", ".join(map(repr, columns)) or "no columns"
     if concept:
-        raise complaint(place, f"{either}, not both", f"{found}: leave out those that are not meant")
-    raise complaint(place, either, f"{found}: rename the columns")
+        raise complaint(location, f"{either}, not both", f"{actual}: remove the columns of one study")
+    raise complaint(location, either, f"{actual}: rename the columns")
 
 
 def _answered(rows: Iterable[Row]) -> Iterator[Example]:
-    """Yield an example for each prompt, once; raises DatasetError where one is not answered, or in two ways."""
+    """Yield one example per prompt; raise DatasetError for a prompt without an answer, or with two different ones."""
     first: dict[str, tuple[Row, Example]] = {}
     for row in rows:
         prompt, answer, category = (_filled(row, column) for column in _KNOWLEDGE)
         relation, subject = (_optional(row, column) for column in _OPTIONAL)
         if category == _ALL:
-            raise complaint(row.place, "a category of another name", "'all', which asks for every category: rename it")
+            raise complaint(row.location, "a category of another name", "'all', which means all categories: rename it")
         example = Example(prompt, category=category, relation=relation, subject=subject, answer=answer)
         if prompt not in first:
             first[prompt] = row, example
@@ -93,34 +93,34 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
         for what, one, other in (("answer", earlier.answer, answer), ("category", earlier.category, category)):
             if one != other:
                 raise complaint(
-                    row.place,
-                    f"the {what} {excerpt(one)} that {earlier_row.place} has for the prompt {excerpt(prompt)}",
+                    row.location,
+                    f"the {what} {excerpt(one)} that {earlier_row.location} has for the prompt {excerpt(prompt)}",
                     f"{excerpt(other)}: keep one of the two rows",
                 )
 
 
 def _filled(row: Row, column: str) -> str:
-    found = row.fields[column]
-    if not isinstance(found, str) or not found.strip():
+    value = row.fields[column]
+    if not isinstance(value, str) or not value.strip():
         kind = "an answer" if column == "answer" else f"a {column}"
         raise complaint(
-            row.place, f"{kind} in column {column!r}", f"{excerpt(found)}: write it as a text, or leave the row out"
+            row.location, f"{kind} in column {column!r}", f"{excerpt(value)}: write it as text, or remove the row"
         )
     return text_of(row, column).strip()
 
 
 def _optional(row: Row, column: str) -> str | None:
-    found = row.fields.get(column)
-    return None if found is None else str(found).strip() or None
+    value = row.fields.get(column)
+    return None if value is None else str(value).strip() or None
 
 
 def _usable_name(path: Path, name: str | None, taken: Collection[str]) -> str:
     name = path.stem if name is None else name
     if not name.strip():
-        raise DatasetError(f"{path.name} would be stored under a blank name: give --dataset-name another.")
+        raise DatasetError(f"{path.name} would be stored under a blank name: give another name with --dataset-name.")
     if name.lower() in taken:
         raise DatasetError(
             f"{path.name} would be stored as {name!r}, the name of one of kdb's own datasets: "
-            "give --dataset-name another."
+            "give another name with --dataset-name."
         )
     return name

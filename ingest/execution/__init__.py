@@ -1,1 +1,1 @@
-"""Where stages run: in this process, or on the workers of a Ray cluster."""
+"""Engines that run stages: in this process, or on the workers of a Ray cluster."""

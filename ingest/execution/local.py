@@ -22,13 +22,13 @@ class Here:
     def map(
         self, work: Work[S, T], subject: Subject[S], shards: Iterable[Shard], advance: Advance
     ) -> Iterator[tuple[Shard, T]]:
-        """Yield the results of one shard after the other."""
+        """Yield the results of the shards in turn."""
         if self._held is None or self._held[0] is not subject:
-            self._held = None  # before the next subject is made: both may not fit into memory
+            self._held = None  # freed before the next subject is made, since both may not fit into memory
             self._held = subject, subject.on(self._load(), self._batch_tokens)
         for shard in shards:
-            for found in work(self._held[1], shard, advance):
-                yield shard, found
+            for result in work(self._held[1], shard, advance):
+                yield shard, result
 
     def __enter__(self) -> Self:
         return self

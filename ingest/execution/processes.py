@@ -1,4 +1,4 @@
-"""Shards computed from stored tables, side by side in processes of their own."""
+"""Compute shards of stored tables in parallel processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def mapped(work: Callable[[Any, S], T], inputs: Any, shards: Sequence[S], n_jobs: int) -> Iterator[T]:
-    """Yield ``work(inputs, shard)`` for each shard, in their order, as soon as each is ready.
+    """Yield ``work(inputs, shard)`` for each shard, in the order of the shards, as soon as it is ready.
 
-    No more than ``n_jobs`` shards are worked on at once, so that no more matrices are in memory. All three must be
-    picklable. The processes share the cores evenly: fitting a probe took 12 s of CPU on two threads, 8 on one.
+    At most ``n_jobs`` shards are computed at once, to limit the matrices in memory. All three must be picklable.
+    The processes share the cores evenly: fitting a probe took 12 s of CPU on two threads, 8 on one.
     """
     threads = max(1, joblib.cpu_count() // n_jobs)
     with joblib.parallel_config(backend="loky", inner_max_num_threads=threads):
@@ -26,5 +26,5 @@ def mapped(work: Callable[[Any, S], T], inputs: Any, shards: Sequence[S], n_jobs
         yield from results
     finally:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # joblib's, of shards that are given up when a caller stops
+            warnings.simplefilter("ignore", UserWarning)  # joblib warns of unfinished shards if the caller stops early
             results.close()

@@ -1,9 +1,10 @@
-"""Workers on a Ray cluster: each holds the model, takes one shard after the other, and writes nothing.
+"""Run stages on a Ray cluster: each worker holds the model, and measures one shard after the other.
 
     with Cluster("10.0.0.1:6379") as cluster, cluster.engine(source, settings) as engine:
         ingest_on(storage, job, engine)
 
-A shard whose worker dies is measured again by another. Rows come back to the process that ingests, which alone writes.
+If a worker dies, another one measures its shard again. Workers return rows to the ingesting process, and only this
+process writes to the warehouse.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 TRIES = 3
-"""How often a shard is begun before its run fails: it may be what kills the workers, by the memory that it takes."""
+"""Attempts at a shard before its run fails: the shard itself may kill the workers, by its memory."""
 
 PATIENCE = 300.0
-"""Seconds without any worker after which a run fails."""
+"""Seconds without a worker after which a run fails."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """CPUs and GPUs of a worker. Without: a GPU where the cluster has any, else all CPUs of its smallest node."""
+    """CPUs and GPUs of a worker. By default, one GPU if the cluster has any, else all CPUs of its smallest node."""
 
     cpus: int | None = None
     gpus: int | None = None
 
 
 class Cluster:
-    """A connection to a Ray cluster, or a Ray of this machine's own; use it in a ``with`` statement.
+    """A connection to a Ray cluster, or to a new local one; use it in a ``with`` statement.
 
-    Raises KdbError if Ray is not installed, there is none at the address, or no node has what a worker needs.
+    Raises KdbError if Ray is not installed, the address has no cluster, or no node has enough CPUs or GPUs.
     """
 
     def __init__(self, address: str | None = None, needs: Needs | None = None) -> None:
@@ -65,8 +66,8 @@ class Cluster:
             ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except (Exception, SystemExit) as error:
             raise KdbError(
-                f"Cannot work with the Ray at {self._address!r}: {str(error).rstrip('.')}. Where it wants a token, set "
-                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token lies in ~/.ray."
+                f"Cannot use the Ray cluster at {self._address!r}: {str(error).rstrip('.')}. If it requires a token, "
+                "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token is in ~/.ray."
             ) from error
         try:
             self.resources, self.places = _places(ray.nodes(), self._needs)
@@ -81,12 +82,12 @@ class Cluster:
         ray.shutdown()
 
     def engine(self, source: ModelSource, settings: Mapping[str, Any], batch_tokens: int | None = None) -> Workers:
-        """Workers that load this model with these settings, when they are first asked."""
+        """Return an engine whose workers load this model with these settings, when they are first needed."""
         return Workers(self, source, settings, batch_tokens)
 
 
 def _refuse_silence(address: str) -> None:
-    """Ray would look for a cluster that is not there for minutes."""
+    """Raise KdbError if nothing listens at the address; Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
@@ -94,13 +95,13 @@ def _refuse_silence(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError, OverflowError) as error:
         raise KdbError(
-            f"There is no Ray at {address!r} ({error}): give --address HOST:PORT as `ray start --head` prints it, or "
-            "leave it out to use this machine alone."
+            f"There is no Ray cluster at {address!r} ({error}): give --address HOST:PORT as `ray start --head` prints "
+            "it, or leave it out to use only this machine."
         ) from None
 
 
 def _places(nodes: Sequence[Mapping[str, Any]], needs: Needs) -> tuple[dict[str, int], int]:
-    """What a worker takes, and how many of them the nodes have room for."""
+    """Return the resources of a worker, and the number of workers that the nodes have room for."""
     have = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = needs.gpus if needs.gpus is not None else int(any(node.get("GPU") for node in have))
     able = [node for node in have if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= (needs.cpus or 1)]
@@ -110,13 +111,15 @@ def _places(nodes: Sequence[Mapping[str, Any]], needs: Needs) -> tuple[dict[str,
             "--worker-cpus or --worker-gpus."
         )
     cpus = needs.cpus or (1 if gpus else int(min(node["CPU"] for node in able)))
-    places = sum(int(min(node["CPU"] // cpus, node["GPU"] // gpus if gpus else node["CPU"] // cpus)) for node in able)
-    return {"num_cpus": cpus, "num_gpus": gpus}, places
+    n_workers = sum(
+        int(min(node["CPU"] // cpus, node["GPU"] // gpus if gpus else node["CPU"] // cpus)) for node in able
+    )
+    return {"num_cpus": cpus, "num_gpus": gpus}, n_workers
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard, what is to be done with it, and how often that was begun."""
+    """One shard, the work to do on it, and the number of attempts so far."""
 
     work: Work[Any, Any]
     shard: Shard
@@ -141,8 +144,8 @@ class Workers:
     ) -> Iterator[tuple[Shard, T]]:
         """Yield the results of each shard, in the order in which workers finish."""
         for task, results in self._results(subject, [_Task(work, shard) for shard in shards]):
-            for found in results:
-                yield task.shard, found
+            for result in results:
+                yield task.shard, result
             advance(task.shard.size)
 
     def _results(self, subject: Subject[Any], tasks: Iterable[_Task]) -> Iterator[tuple[_Task, list[Any]]]:
@@ -157,20 +160,20 @@ class Workers:
                 self._busy[reference] = actor, replace(task, begun=task.begun + 1)
             done, _ = ray.wait([*self._busy, *self._starting], timeout=PATIENCE)
             if not done and not self._busy:
-                raise KdbError(f"The cluster has started no worker for {PATIENCE:.0f} s: are its nodes busy or gone?")
+                raise KdbError(f"The cluster started no worker in {PATIENCE:.0f} s: check its nodes.")
             for reference in done:
                 if reference in self._starting:
                     self._started(reference)
                     continue
                 actor, task = self._busy.pop(reference)
-                answer = self._answer(reference, actor, task)
-                if answer is None:
+                results = self._results_of(reference, actor, task)
+                if results is None:
                     waiting.appendleft(task)
                 else:
-                    yield task, answer[0]
+                    yield task, results[0]
 
     def _hire(self, wanted: int) -> None:
-        """Start as many workers as there is room and work for."""
+        """Start as many workers as the cluster has room for and the shards need."""
         there = len(self._idle) + len(self._busy) + len(self._starting)
         for _ in range(min(wanted + len(self._busy), self._cluster.places) - there):
             actor = _actor(self._cluster.resources).remote(
@@ -183,40 +186,40 @@ class Workers:
         if self._outcome(reference) is None:
             self._failed += 1
             if self._failed >= TRIES:
-                raise KdbError(f"Workers die while they load {self._source.name}: is there memory for it on each node?")
+                raise KdbError(f"Workers die while loading {self._source.name}: check that nodes have enough memory.")
             return
         self._idle.append(actor)
 
-    def _answer(self, reference: Any, actor: Any, task: _Task) -> tuple[Any] | None:
-        """What the worker answered; None where it died, and the task is to be begun again."""
-        answer = self._outcome(reference)
-        if answer is not None:
+    def _results_of(self, reference: Any, actor: Any, task: _Task) -> tuple[Any] | None:
+        """Return the worker's results; None if it died and the task must be done again."""
+        results = self._outcome(reference)
+        if results is not None:
             self._idle.append(actor)
-            return answer
+            return results
         what = task.shard.name
         if task.begun >= TRIES:
             raise KdbError(
-                f"{task.begun} workers died of {what} of {self._source.name}: is there memory for it? Give a smaller "
-                "--batch-tokens, or more to each with --worker-cpus. What is finished is kept."
+                f"{task.begun} workers died at {what} of {self._source.name}, perhaps for lack of memory. Give a "
+                "smaller --batch-tokens, or more resources to each worker with --worker-cpus. Finished shards are kept."
             )
-        log.warning("A worker died; %s is measured again by another.", what)
+        log.warning("A worker died; another one measures %s again.", what)
         return None
 
     def _outcome(self, reference: Any) -> tuple[Any] | None:
-        """What an actor returned, or None where the actor or its node is gone. Raises what kdb raised there."""
+        """Return an actor's results, or None if it or its node is gone. Raises the errors that kdb raised there."""
         import ray
 
         try:
-            kind, answer = ray.get(reference)
+            kind, results = ray.get(reference)
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError) as error:
             log.debug("A worker died: %s", error)
             return None
         if kind == "refused":
-            raise ModelError(answer)
-        return (answer,)
+            raise ModelError(results)
+        return (results,)
 
     def _reference(self, subject: Subject[Any]) -> Any:
-        """The subject, sent to the cluster once."""
+        """Return a reference to the subject, which is sent to the cluster once."""
         import ray
 
         if self._sent is None or self._sent[0] is not subject:
@@ -230,14 +233,14 @@ class Workers:
         import ray
 
         for actor in [*self._idle, *self._starting.values(), *(actor for actor, _task in self._busy.values())]:
-            with contextlib.suppress(Exception):  # it may be dead, or the cluster gone
+            with contextlib.suppress(Exception):  # the actor may be dead, or the cluster gone
                 ray.kill(actor)
 
 
 class Holder:
-    """A worker's process: the model, and the subject that it measured last.
+    """State of a worker process: the model, and the subject that it measured last.
 
-    It returns ('done', the results) or ('refused', a message): not every exception survives the way.
+    Methods return ('done', results) or ('refused', message), since not every exception can be pickled.
     """
 
     def __init__(self, source: ModelSource, settings: dict[str, Any], batch_tokens: int | None, n_threads: int) -> None:
@@ -245,14 +248,14 @@ class Holder:
         self._held: tuple[str, Any] = ("", None)
 
     def load(self) -> tuple[str, Any]:
-        """Load the model; returns the process's id."""
+        """Load the model, and return the id of this process."""
         import torch
 
         torch.set_num_threads(self._n_threads)
         try:
             self._loaded = load_model(self._source, **self._settings)
         except Exception as error:
-            return "refused", _said(error)
+            return "refused", _message_of(error)
         return "done", os.getpid()
 
     def measure(self, sent: tuple[str, Subject[Any]], work: Work[Any, Any], shard: Shard) -> tuple[str, Any]:
@@ -263,15 +266,15 @@ class Holder:
                 self._held = key, subject.on(self._loaded, self._batch_tokens)
             return "done", list(work(self._held[1], shard, lambda _n: None))
         except Exception as error:
-            return "refused", _said(error)
+            return "refused", _message_of(error)
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return str(error) if isinstance(error, KdbError) else f"A worker failed: {type(error).__name__}: {error}"
 
 
 def _actor(resources: Mapping[str, int]) -> Any:
-    """The class of actors that take these resources; a new one, since Ray's are of one connection."""
+    """Return a new class of actors with these resources, since an actor class belongs to one connection."""
     import ray
 
     return ray.remote(Holder).options(**resources, max_restarts=0, max_task_retries=0)

@@ -1,4 +1,4 @@
-"""Write what was measured while the next rows are measured."""
+"""Write measured rows while the next ones are measured."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def write_behind(staged: StagedRun, measured: Iterable[tuple[str, Rows]], *, last: str, n_writers: int = 1) -> None:
-    """Write rows as parts of the given names, each while the next are measured.
+    """Write rows as parts of the given names, each while the next ones are measured.
 
-    At most ``n_writers`` writes are under way, so that memory is bounded. A part of the table ``last`` makes its shard
-    complete, and is written after all parts that were measured before it. Raises what a write raises, at the next rows.
+    At most ``n_writers`` writes run at once, so that memory is bounded. A part of the table ``last`` completes its
+    shard, so it is written after the shard's other parts. An error of a write is raised at the next rows.
     """
     pending: deque[tuple[str, Future[None]]] = deque()
     with ThreadPoolExecutor(n_writers, thread_name_prefix="writer") as writer:

@@ -1,7 +1,7 @@
-"""Interventions: neurons or heads set to zero, and what that does to the target.
+"""Set neurons or heads to zero, and measure the effect on the target.
 
-The prompts of several interventions run in one batch, each row with its own neurons silenced; an ablated forward
-pass computes every norm anew.
+The prompts of several interventions run in one batch, and each row has its own neurons set to zero. An ablated forward
+pass computes its own norms: none is frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdb.ingest.forward.capture import batches
+from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
@@ -31,7 +31,7 @@ LOGITS_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Silenced:
-    """What is set to zero: entries of the FFN's coefficients and of the heads' outputs, by layer.
+    """Entries to set to zero, by layer: of the FFN's coefficients, and of the heads' outputs.
 
     ``attn`` entries are head · head size + entry.
     """
@@ -71,9 +71,9 @@ def run_trials(
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Effects:
-    """Run every trial, in batches of trials of like length; results are in the order given.
+    """Run all trials, in batches of similar length; results are in the order of ``trials``.
 
-    ``on_batch`` is told after each batch how many trials it had.
+    ``on_batch`` is called after each batch with its number of trials.
     """
     import torch
 
@@ -87,8 +87,8 @@ def run_trials(
         for batch in batches(lengths, budget, LengthClasses(decomposition.loaded.model.config)):
             for start in range(0, len(batch), at_most):
                 rows = [order[i] for i in batch[start : start + at_most]]
-                found = _run(decomposition, [trials[i] for i in rows])
-                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = found
+                results = _run(decomposition, [trials[i] for i in rows])
+                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = results
                 if on_batch is not None:
                     on_batch(len(rows))
     return out
@@ -98,14 +98,12 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
     import torch
 
     device, rows = decomposition.loaded.device, torch.arange(len(trials))
-    ids = torch.zeros(len(trials), max(len(t.token_ids) for t in trials), dtype=torch.long)
-    for row, trial in enumerate(trials):
-        ids[row, : len(trial.token_ids)] = torch.tensor(trial.token_ids)
+    ids = padded([trial.token_ids for trial in trials])
     last = torch.tensor([len(t.token_ids) - 1 for t in trials])
     forget_longest(decomposition.loaded)
     with _silencing(decomposition, trials, last):
         hidden = decomposition.structure.decoder(ids.to(device), use_cache=False)[0]
-    # The decoder has applied the final norm; what is left of the readout is linear, but for the soft cap.
+    # The decoder has applied the final norm. The rest of the readout is linear, except for the soft cap.
     logits = decomposition.structure.unembed_normed(hidden[rows, last]).float()
     own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
     logp = (own.double() - logits.double().logsumexp(1, keepdim=True))[:, 0]
@@ -116,35 +114,31 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
 
 @contextlib.contextmanager
 def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torch.Tensor) -> Iterator[None]:
-    """Zero what each trial names, in the inputs of the projections that read it."""
-    handles = []
-    for layer, block in enumerate(decomposition.blocks):
-        for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
-            places = [getattr(t.silenced, part).get(layer, []) for t in trials]
-            if any(places):
-                handles.append(module.register_forward_pre_hook(_zero(places, trials, last)))
-    try:
+    """Set each trial's entries to zero, in the inputs of the projections that read them."""
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(decomposition.blocks):
+            for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
+                entries = [getattr(t.silenced, part).get(layer, []) for t in trials]
+                if any(entries):
+                    hooks.enter_context(module.register_forward_pre_hook(_zero(entries, trials, last)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _zero(places: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:
+def _zero(entries: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:
     import torch
 
     n = len(trials)
-    everywhere = [(row, place) for row in range(n) if trials[row].everywhere for place in places[row]]
-    at_last = [(row, int(last[row]), place) for row in range(n) if not trials[row].everywhere for place in places[row]]
+    everywhere = [(row, entry) for row in range(n) if trials[row].everywhere for entry in entries[row]]
+    at_last = [(row, int(last[row]), entry) for row in range(n) if not trials[row].everywhere for entry in entries[row]]
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         states = args[0].reshape(n, -1, args[0].shape[-1]).clone()
         if everywhere:
-            row, place = torch.tensor(everywhere, device=states.device).T
-            states[row, :, place] = 0
+            row, entry = torch.tensor(everywhere, device=states.device).T
+            states[row, :, entry] = 0
         if at_last:
-            row, position, place = torch.tensor(at_last, device=states.device).T
-            states[row, position, place] = 0
+            row, position, entry = torch.tensor(at_last, device=states.device).T
+            states[row, position, entry] = 0
         return (states.reshape(args[0].shape), *args[1:])
 
     return hook
@@ -152,7 +146,7 @@ def _zero(places: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.
 
 @dataclass(frozen=True)
 class Intervention:
-    """Something silenced in one prompt, and the words under which its effect is stored."""
+    """Entries to set to zero in one prompt, and the values of ``ablations`` that identify the row of its effect."""
 
     prompt_id: int
     token_ids: Sequence[int]
@@ -170,19 +164,19 @@ def intervene(
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> pa.Table:
-    """Rows of ``ablations``: the target before and after each intervention, in the order given.
+    """Build rows of ``ablations``: the target before and after each intervention, in the order of ``interventions``.
 
-    The untouched model runs through the same code, so that what differs is the intervention alone.
+    The untouched model runs through the same code, so that only the intervention differs.
     """
     untouched = {i.prompt_id: Trial(i.token_ids, i.target, Silenced(), everywhere=False) for i in interventions}
-    before_of = {prompt: place for place, prompt in enumerate(untouched)}
+    before_of = {prompt: index for index, prompt in enumerate(untouched)}
     trials = [Trial(i.token_ids, i.target, i.silenced, i.positions == "all") for i in interventions]
-    found = run_trials(decomposition, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
+    effects = run_trials(decomposition, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
     rows = []
     for after, item in enumerate(interventions, start=len(untouched)):
         before = before_of[item.prompt_id]
         row = {"prompt_id": item.prompt_id, "method": item.method, "k": item.k, "positions": item.positions}
-        for name, values in (("rank", found.rank), ("prob", found.prob), ("logp", found.logp)):
+        for name, values in (("rank", effects.rank), ("prob", effects.prob), ("logp", effects.logp)):
             row |= {f"{name}_before": values[before].item(), f"{name}_after": values[after].item()}
         rows.append(row)
     return pa.Table.from_pylist(rows, arrow_schema("ablations"))

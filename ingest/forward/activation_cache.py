@@ -1,7 +1,7 @@
-"""One forward pass of a batch of prompts, and everything in it that the attribution of a token needs.
+"""Run a batch of prompts once, and cache the activations that the attribution of a token needs.
 
-Prompts are padded on the right, as in :mod:`kdb.ingest.forward.capture`: in a causal model padding changes nothing that
-comes before it.
+Prompts are padded on the right, as in :mod:`kdb.ingest.forward.capture`: in a causal model, padding does not change the
+positions before it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdb.errors import ModelError
-from kdb.ingest.forward.capture import batches, untouched
+from kdb.ingest.forward.capture import batches, padded
+from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
 from kdb.ingest.forward.decomposition import Decomposition, Norm, watched_attention
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 
@@ -24,19 +24,17 @@ if TYPE_CHECKING:
 
     from kdb.ingest.models.find import LoadedModel
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
-"""Largest relative difference of a sum or a logit that rounding can explain, by the weights' dtype."""
-
 CHECK_BYTES = 512 * 2**20
-"""Memory for the cache of the prompts that a run is checked on."""
+"""Bytes of memory for the cache of the prompts that a run is checked on."""
 
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """A batch's forward pass in float32. Shapes: layer l, prompt b, position t, head h, hidden d, neuron n.
+    """Activations of a batch's forward pass, in float32.
 
-    ``last`` is each prompt's last position. Whatever stands behind it, padding, is meaningless. Contributions
-    have the scale of any norm behind them, its bias, the projection's bias and the residual multiplier in them.
+    Shapes: layer l, prompt b, position t, head h, hidden d, neuron n. ``last`` is each prompt's last position; values
+    at the padding after it are meaningless. Contributions include the scale and the bias of a norm after them, the bias
+    of the projection, and the residual multiplier.
     """
 
     last: torch.Tensor  # (b)
@@ -45,23 +43,23 @@ class ActivationCache:
     attn: torch.Tensor  # (l, b, t, d) contributions
     ffn: torch.Tensor  # (l, b, t, d) contributions
     coefficients: torch.Tensor  # (l, b, t, n) of the FFN neurons
-    attn_scale: torch.Tensor  # (l, b, t) of the norm behind attention; 1 where there is none
+    attn_scale: torch.Tensor  # (l, b, t) of the norm after attention; 1 if there is none
     ffn_scale: torch.Tensor  # (l, b, t)
     attention: torch.Tensor  # (l, b, h, t) weights of the last query
     values: torch.Tensor  # (l, b, kv head, t, entry)
-    attn_bias: torch.Tensor  # (l, b, d) what no head accounts for at the last position
-    ffn_bias: torch.Tensor  # (l, b, d) what no neuron accounts for at the last position
+    attn_bias: torch.Tensor  # (l, b, d) contribution of biases, which belongs to no head, at the last position
+    ffn_bias: torch.Tensor  # (l, b, d) contribution of biases, which belongs to no neuron, at the last position
     final_scale: torch.Tensor  # (b) of the final norm at the last position
-    logits: torch.Tensor  # (b, vocab) the model's own, after its soft cap
+    logits: torch.Tensor  # (b, vocab) of the model, after its soft cap
 
     @property
     def n_bytes(self) -> int:
-        """Memory that the cache holds."""
+        """Bytes of memory of the cache."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
 
 def bytes_per_token(decomposition: Decomposition) -> int:
-    """Memory that one token of one prompt takes, at most: its cache, and the bounds of its attention neurons."""
+    """Largest number of bytes for one token of a prompt: its cache, and the bounds of its attention neurons."""
     n_neurons = decomposition.ffn_columns(0).shape[0]
     n_values = decomposition.attn_columns(0).shape[0]
     recorded = 4 * (n_neurons + 4 * decomposition.hidden_size + n_values + 8)
@@ -70,31 +68,28 @@ def bytes_per_token(decomposition: Decomposition) -> int:
 
 
 def run_with_cache(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> ActivationCache:
-    """Run a batch of prompts, of one length class, once and record it."""
+    """Run a batch of prompts of one length class, and cache its activations."""
     import torch
 
-    device, n = decomposition.loaded.device, len(token_ids)
-    ids = torch.zeros(n, max(map(len, token_ids)), dtype=torch.long)
-    for row, tokens in enumerate(token_ids):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
+    device, ids = decomposition.loaded.device, padded(token_ids)
     last = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
-    tape = _Tape(decomposition, tuple(ids.shape), last)
+    recorder = _Recorder(decomposition, tuple(ids.shape), last)
     forget_longest(decomposition.loaded)
-    with tape.running(), torch.inference_mode():
+    with recorder.running(), torch.inference_mode():
         decomposition.structure.decoder(ids.to(device), use_cache=False)
     with torch.inference_mode():
-        return tape.cache()
+        return recorder.cache()
 
 
-class _Tape:
-    """The hooks of one forward pass, and what they heard."""
+class _Recorder:
+    """Hooks of one forward pass, and the activations that they recorded."""
 
     def __init__(self, decomposition: Decomposition, shape: tuple[int, ...], last: torch.Tensor) -> None:
         self.decomposition = decomposition
         self.shape = shape
         self.last = last
         n = len(decomposition.blocks)
-        self.heard: dict[str, list[Any]] = {
+        self.recorded: dict[str, list[Any]] = {
             k: [None] * n
             for k in ("resid", "attn", "ffn", "m", "attn_post", "ffn_post", "weights", "values", "heads", "out")
         }
@@ -106,33 +101,26 @@ class _Tape:
 
         def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
             i = layer_of[module]
-            self.heard["weights"][i] = weights[rows, :, self.last].float()
-            self.heard["values"][i] = value.float()
+            self.recorded["weights"][i] = weights[rows, :, self.last].float()
+            self.recorded["values"][i] = value.float()
 
-        handles = []
-        for i, block in enumerate(self.decomposition.blocks):
-            handles += [
-                self._hear(block.module, i, read="resid", written="out"),
-                self._hear(block.attn_out, i, read="heads", written="attn"),
-                self._hear(block.ffn_out, i, read="m", written="ffn"),
-            ]
-            if block.attn_post is not None:
-                handles.append(self._hear(block.attn_post.module, i, written="attn_post"))
-            if block.ffn_post is not None:
-                handles.append(self._hear(block.ffn_post.module, i, written="ffn_post"))
-        try:
-            with watched_attention(self.decomposition.loaded.model, watch):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for i, block in enumerate(self.decomposition.blocks):
+                hooks.enter_context(self._record(block.module, i, read="resid", written="out"))
+                hooks.enter_context(self._record(block.attn_out, i, read="heads", written="attn"))
+                hooks.enter_context(self._record(block.ffn_out, i, read="m", written="ffn"))
+                for norm, written in ((block.attn_post, "attn_post"), (block.ffn_post, "ffn_post")):
+                    if norm is not None:
+                        hooks.enter_context(self._record(norm.module, i, written=written))
+            hooks.enter_context(watched_attention(self.decomposition.loaded.model, watch))
+            yield
 
-    def _hear(self, module: nn.Module, layer: int, read: str | None = None, written: str | None = None) -> Any:
+    def _record(self, module: nn.Module, layer: int, read: str | None = None, written: str | None = None) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if read is not None:
-                self.heard[read][layer] = self._states(args[0] if args else kwargs["hidden_states"])
+                self.recorded[read][layer] = self._states(args[0] if args else kwargs["hidden_states"])
             if written is not None:
-                self.heard[written][layer] = self._states(output[0] if isinstance(output, tuple) else output)
+                self.recorded[written][layer] = self._states(output[0] if isinstance(output, tuple) else output)
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
@@ -140,27 +128,27 @@ class _Tape:
         return x.reshape(*self.shape, x.shape[-1]).float()
 
     def cache(self) -> ActivationCache:
-        """Put what was heard into the form that the mathematics wants."""
+        """Assemble the activation cache."""
         import torch
 
-        heard, decomposition, rows = self.heard, self.decomposition, range(self.shape[0])
+        recorded, decomposition, rows = self.recorded, self.decomposition, range(self.shape[0])
         attn, attn_scale = self._contributions("attn", "attn_post", [b.attn_post for b in decomposition.blocks])
         ffn, ffn_scale = self._contributions("ffn", "ffn_post", [b.ffn_post for b in decomposition.blocks])
-        resid_post = heard["out"][-1][rows, self.last]
+        resid_post = recorded["out"][-1][rows, self.last]
         dtype = getattr(torch, decomposition.loaded.dtype)
         normed = decomposition.structure.final_norm(resid_post.to(dtype))
         logits = decomposition.structure.readout(resid_post.to(dtype)).float()
         return ActivationCache(
             last=self.last,
-            resid_pre=torch.stack(heard["resid"]),
+            resid_pre=torch.stack(recorded["resid"]),
             resid_post=resid_post,
             attn=attn,
             ffn=ffn,
-            coefficients=torch.stack(heard["m"]),
+            coefficients=torch.stack(recorded["m"]),
             attn_scale=attn_scale,
             ffn_scale=ffn_scale,
-            attention=torch.stack(heard["weights"]),
-            values=torch.stack(heard["values"]),
+            attention=torch.stack(recorded["weights"]),
+            values=torch.stack(recorded["values"]),
             attn_bias=self._unaccounted(attn_scale, [(b.attn_out, b.attn_post) for b in decomposition.blocks]),
             ffn_bias=self._unaccounted(ffn_scale, [(b.ffn_out, b.ffn_post) for b in decomposition.blocks]),
             final_scale=decomposition.final_norm.scale(resid_post, normed.float()),
@@ -168,10 +156,10 @@ class _Tape:
         )
 
     def _contributions(self, name: str, post: str, norms: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention or FFN added to the residual (l, b, t, d), and the scale (l, b, t) of the norm behind it."""
+        """Contributions (l, b, t, d) of attention or FFN, and the scale (l, b, t) of the norm after it."""
         import torch
 
-        written, after = self.heard[name], self.heard[post]
+        written, after = self.recorded[name], self.recorded[post]
         scales = [
             torch.ones(self.shape, device=w.device) if norm is None else norm.scale(w, a)
             for w, a, norm in zip(written, after, norms, strict=True)
@@ -180,74 +168,41 @@ class _Tape:
         return torch.stack(added) * self.decomposition.multiplier, torch.stack(scales)
 
     def _unaccounted(self, scales: torch.Tensor, parts: Sequence[tuple[nn.Module, Any]]) -> torch.Tensor:
-        """What biases add at the last position (l, b, d): the projection's, under the norm's scale, and the norm's."""
+        """Contribution (l, b, d) of the biases of projection (scaled by the norm) and norm at the last position."""
         import torch
 
-        rows, size, found = range(self.shape[0]), self.decomposition.hidden_size, []
+        rows, size, biases = range(self.shape[0]), self.decomposition.hidden_size, []
         for scale, (projection, norm) in zip(scales, parts, strict=True):
             bias = getattr(projection, "bias", None)
             vector = torch.zeros(size, device=scale.device) if bias is None else bias.float()
             added = scale[rows, self.last, None] * (norm.after(vector) if norm is not None else vector)
-            found.append((added + norm.bias if norm is not None else added) * self.decomposition.multiplier)
-        return torch.stack(found)
+            biases.append((added + norm.bias if norm is not None else added) * self.decomposition.multiplier)
+        return torch.stack(biases)
 
 
 # Checks ----------------------------------------------------------------------------------------------------------
 
-_DETAIL = {
-    "logits": "largest |logit − the model's own| / spread of the model's own logits",
-    "logits_kl": "KL divergence, in nats, of the recorded logits from the model's own",
-    "residual_sum": "‖block output − (input + attention + FFN)‖ / ‖block output‖, largest over blocks and positions",
-    "head_sum": "‖attention contribution − (heads + biases)‖ / ‖heads and biases, norms added‖, largest over layers",
-    "ffn_sum": "‖FFN contribution − (neurons + biases)‖ / ‖neurons and biases, norms added‖, largest over layers",
-    "value_keys": "the same for a head's values, read through the value projection found",
-    "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
-    "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
-}
-
 
 def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Add everything up on some prompts, and compare it with the untouched model: rows of ``checks``.
+    """Check on some prompts that all sums add up and match the untouched model; return rows of ``checks``.
 
-    Raises ModelError naming the sum that was off, where a difference is more than the weights' dtype explains.
+    Raises ModelError, naming the sum, if a difference is larger than the rounding of the weights' dtype explains.
     """
     loaded = decomposition.loaded
-    found = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
-    largest = {name: float(np.max([of[name] for of in found])) for name in found[0]}  # unlike max, it keeps a NaN
-    for name, value in largest.items():
-        _refuse(loaded, name, value)
-    detail = f"; {len(token_ids)} prompts, {loaded.dtype}"
-    return [
-        {
-            "check": name,
-            "value": value,
-            "tolerance": TOLERANCE[loaded.dtype],
-            "passed": True,
-            "detail": _DETAIL[name] + detail,
-        }
-        for name, value in largest.items()
-    ]
+    errors = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
+    return [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
 
 
 def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor) -> None:
-    """Compare one prompt's recorded logits (vocab) with the untouched model's.
+    """Compare one prompt's cached logits (vocab) with the untouched model's.
 
-    Raises ModelError where the difference is more than the weights' dtype explains.
+    Raises ModelError if the difference is larger than the rounding of the weights' dtype explains.
     """
-    _refuse(loaded, "logits", float((recorded - own).abs().max() / _spread(own)))
-
-
-def _refuse(loaded: LoadedModel, name: str, value: float) -> None:
-    tolerance = TOLERANCE[loaded.dtype]
-    if not value <= tolerance:
-        raise ModelError(
-            f"{loaded.source.name} cannot be measured: {name} is off by {value:.2g}, and {loaded.dtype} "
-            f"explains {tolerance:.2g} ({_DETAIL[name]})."
-        )
+    check_row("logits", [float((recorded - own).abs().max() / _spread(own))], loaded, 1)
 
 
 def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Prompts that can be recorded in one batch, padded: those of a length class that fit into memory."""
+    """Batches of prompts to cache together: of one length class, and small enough for memory with padding."""
     order = sorted(token_ids, key=len, reverse=True)
     budget = max(1, CHECK_BYTES // bytes_per_token(decomposition))
     for batch in batches(list(map(len, order)), budget, LengthClasses(decomposition.loaded.model.config)):
@@ -255,7 +210,7 @@ def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) 
 
 
 def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How far every sum is off, and the logits are from the untouched model's, in one batch of prompts."""
+    """Error of every sum, and difference of the logits from the untouched model's, in one batch of prompts."""
     import torch
 
     with torch.inference_mode():
@@ -269,12 +224,12 @@ def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> di
             "ffn_keys": _ffn_keys(decomposition, r),
             "frozen_readout": _frozen_readout(decomposition, r),
             "logits": float(((r.logits - own).abs().amax(-1) / _spread(own)).max()),
-            "logits_kl": _kl(own, r.logits),
+            "logits_kl": kl_divergence(own, r.logits),
         }
 
 
 def _residual_sum(r: ActivationCache) -> float:
-    """Over all positions that are not padding."""
+    """Relative error of the residual sum, over all positions that are not padding."""
     import torch
 
     after = torch.cat([r.resid_pre[1:], torch.zeros_like(r.resid_pre[:1])])
@@ -310,10 +265,10 @@ def _ffn_sum(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
-    """A value entry is its key's product with the residual, up to the norm's scale and a bias: see that it is linear.
+    """Check that a value entry is its key's product with the residual, up to the norm's scale and a bias.
 
-    The input norm's scale is not recorded, so it is fitted: the check is that one factor per position and one
-    bias per entry explain all values. Differences between positions take the bias away.
+    The scale of the input norm is not cached, so it is fitted: one factor per position and one bias per entry must
+    explain all values. Differences between positions remove the bias.
     """
     import torch
 
@@ -331,7 +286,7 @@ def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def _ffn_keys(decomposition: Decomposition, r: ActivationCache) -> float:
-    """The same for what the neurons' first projection gives."""
+    """Check the same of the outputs of the projection that activates the neurons."""
     import torch
 
     off, dtype = [], getattr(torch, decomposition.loaded.dtype)
@@ -353,7 +308,7 @@ def _off_its_keys(
     keys: torch.Tensor,
     entries: torch.Tensor,
 ) -> torch.Tensor:
-    """How far entries (b, t, n) are from keys (n, d) · residual (b, t, d) · scale + a constant, by position."""
+    """Distance of entries (b, t, n) from keys (n, d) · residual (b, t, d) · scale + a constant, by position."""
     import torch
 
     real = torch.arange(resid.shape[1], device=resid.device) <= r.last[:, None]
@@ -375,7 +330,7 @@ def _frozen_readout(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -> torch.Tensor:
-    """What each head adds to the residual at the last position: (b, h, d)."""
+    """Contributions (b, h, d) of the heads to the residual at the last position."""
     import torch
 
     mixed = head_coefficients(r, layer).sum(2)  # (b, h, entry)
@@ -385,7 +340,7 @@ def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -
 
 
 def head_coefficients(r: ActivationCache, layer: int) -> torch.Tensor:
-    """Attention weight × value entry: the coefficients (b, h, t, entry) of the attention neurons, 0 at padding."""
+    """Coefficients (b, h, t, entry) of the attention neurons: attention weight × value entry; 0 at padding."""
     import torch
 
     values = r.values[layer]
@@ -399,11 +354,6 @@ def _spread(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(-1) - logits.amin(-1)
 
 
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
-    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).abs().max())
-
-
 def _largest(x: torch.Tensor) -> float:
-    # numpy's max, unlike Python's, does not lose a NaN.
+    # Unlike Python's max, NumPy's keeps a NaN.
     return float(np.max(x.cpu().numpy(), initial=0))

@@ -1,22 +1,18 @@
-"""One batched forward pass records the last token's hidden state at every layer and site.
+"""Capture the last token's hidden state at every layer and site, in one batched forward pass.
 
-Prompts are padded on the right: in a causal model nothing that comes later can change what came before, so
-padding cannot change a result and needs no mask. A prefix that all prompts share is run once. For the same reason a
-cue may follow each prompt, after which the model would answer. The unembedding, a third of a small model's work, is
-not run here at all. Where a model's RoPE depends on how long a text is, all this holds for texts of one length class
-(``lengths.py``): only those share a pass.
+Prompts are padded on the right: in a causal model, a token cannot change the states before it, so padding cannot
+change a result and needs no mask. For the same reason, a cue that asks for the answer may follow each prompt. A prefix
+that all prompts share is run once. The unembedding, a third of a small model's work, is not run here. In models whose
+RoPE depends on the length of a text, only texts of one length class (``length_classes.py``) share a pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,18 +27,9 @@ from kdb.ingest.models.structure import SITES, ModelStructure, find_structure
 if TYPE_CHECKING:
     import torch
 
-CHECK_PROMPTS = 8
-"""Prompts on which each run is compared with the untouched model."""
-
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
-"""Largest relative difference of a last state, a logit or a probability that rounding can explain, by the dtype."""
-
-_STATES_TOLERANCE = _TOLERANCE | {"bfloat16": 0.3, "float16": 4e-2}
-"""Largest relative difference of the states of all layers, middle ones included (``benchmarks/batches.py``)."""
-
 
 def shared_prefix(token_ids: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens that all prompts share, short of each one's last."""
+    """Number of leading tokens that all prompts share; the last token of a prompt is never part of it."""
     first, last = min(map(tuple, token_ids)), max(map(tuple, token_ids))
     longest = min(len(ids) for ids in token_ids) - 1
     return next((i for i in range(longest) if first[i] != last[i]), longest)
@@ -53,7 +40,7 @@ def batches(
 ) -> Iterator[list[int]]:
     """Split prompts, given by falling length, into batches of one length class and at most ``budget`` padded tokens.
 
-    A batch has ``at_most`` prompts, if that is given. Yields the prompts' places in ``lengths``.
+    A batch has at most ``at_most`` prompts, if given. Yields indices into ``lengths``.
     """
     start = 0
     while start < len(lengths):
@@ -66,25 +53,18 @@ def batches(
         start = stop
 
 
-def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
-    """The prompts on which a run is checked: the shortest, the longest, the last, and one with the rarest token.
+def padded(token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Token ids of a batch (prompt, position), with zeros after the end of each prompt."""
+    import torch
 
-    And the first ones, up to ``CHECK_PROMPTS``.
-    """
-    counts = Counter(itertools.chain.from_iterable(token_ids))
-    places = range(len(token_ids))
-    by_length = sorted(places, key=lambda i: len(token_ids[i]))
-    # Of tokens that are as rare, the one with the highest id: vocabularies list frequent tokens first.
-    rarest = min(counts, key=lambda token: (counts[token], -token))
-    rare = next(i for i in places if rarest in token_ids[i])
-    return list(dict.fromkeys([by_length[0], by_length[-1], places[-1], rare, *places]))[:CHECK_PROMPTS]
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
 
 
 @dataclass(frozen=True)
 class _Way:
-    """How prompts go through the model: after a cached prefix or whole, with the cue or without.
+    """Options of a forward pass: after a cached prefix or whole, with the cue or without.
 
-    ``states``: whether hidden states are read. A pass with the cue also reads the state that the model answers from.
+    ``states``: whether to capture hidden states. A pass with the cue also captures the state that predicts the answer.
     """
 
     cached: bool
@@ -93,7 +73,7 @@ class _Way:
 
 
 class Capture:
-    """Reads hidden states from a loaded model; nothing stays attached to it."""
+    """Captures hidden states of a loaded model; no hook stays attached to it."""
 
     def __init__(self, loaded: LoadedModel, *, batch_tokens: int | None = None) -> None:
         self.loaded = loaded
@@ -105,14 +85,14 @@ class Capture:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, sites and hidden size of one prompt's vectors."""
+        """Shape of one prompt's vectors: (layer, site, hidden)."""
         hidden = int(self.loaded.model.config.get_text_config().hidden_size)
         return len(self.structure.blocks), len(SITES), hidden
 
     def vectors(self, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> NDArray[np.float32]:
-        """Hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
+        """Capture the hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
 
-        ``prefix`` is a run of tokens that every prompt begins with; it is run once and remembered.
+        ``prefix`` are tokens that every prompt begins with; they are run once and cached.
         """
         return self.vectors_and_ends(token_ids, prefix)[0]
 
@@ -123,10 +103,10 @@ class Capture:
         cue: Sequence[int] = (),
         on_batch: Callable[[int], None] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The same, and the last block's output (prompt, hidden) where the model would go on after the cue.
+        """Capture the same, and the last block's output (prompt, hidden) at the last token of the cue.
 
         ``cue`` are tokens that follow every prompt; in a causal model they cannot change the prompt's own states.
-        ``on_batch`` is told after each batch how many tokens of prompts it had.
+        ``on_batch`` is called after each batch with its number of prompt tokens.
         """
         import torch
 
@@ -146,10 +126,10 @@ class Capture:
         return vectors, ends
 
     def _ways(self, lengths: Sequence[int], n_prefix: int, n_cue: int) -> dict[_Way, list[int]]:
-        """Which prompts go through the model in which way; those of ordinary models all in one.
+        """Choose the forward passes of the prompts; ordinary models need only one kind of pass.
 
-        A prompt whose cue would put it into another length class goes twice, first without it. A cached prefix serves
-        prompts of its own class.
+        If the cue would put a prompt into another length class, the prompt runs twice, first without the cue. A cached
+        prefix is used for prompts of its own class only.
         """
         ways: dict[_Way, list[int]] = {}
         of = self._length_class
@@ -163,7 +143,7 @@ class Capture:
     def _batched(
         self, token_ids: Sequence[Sequence[int]], prompts: Sequence[int], prefix: tuple[int, ...], cue: tuple[int, ...]
     ) -> Iterator[tuple[list[int], NDArray[np.float32], NDArray[np.float32]]]:
-        """Run prompts, given by their places, batch by batch: yields places, hidden states and last blocks' outputs."""
+        """Run prompts, given by index, in batches; yield their indices, hidden states and last blocks' outputs."""
         import torch
 
         n_prefix = len(prefix)
@@ -174,21 +154,21 @@ class Capture:
             rows = order[:n]
             texts = [[*token_ids[row][n_prefix:], *cue] for row in rows]
             try:
-                found = self._run(texts, prefix, len(cue))
+                results = self._run(texts, prefix, len(cue))
             except torch.OutOfMemoryError:
                 self._halve(n, lengths[0])
                 continue
-            yield rows, *found
+            yield rows, *results
             order, lengths = order[n:], lengths[n:]
 
     def _halve(self, n: int, n_tokens: int) -> None:
-        """Take half as many tokens from now on. Raises ModelError where ``n`` is one prompt already."""
+        """Halve the tokens of a batch from now on. Raises ModelError if ``n`` is one prompt already."""
         import torch
 
         if n == 1:
             raise ModelError(
                 f"A prompt of {n_tokens:,} tokens does not fit into the memory that {self.loaded.source.name} leaves: "
-                "give --quantize int8, --dtype bfloat16, or a device with more."
+                "use --quantize int8, --dtype bfloat16, or a device with more memory."
             )
         self.batch_tokens = n * n_tokens // 2
         torch.cuda.empty_cache()
@@ -199,9 +179,7 @@ class Capture:
         import torch
 
         device = self.loaded.device
-        ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
-        for row, tokens in enumerate(token_ids):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+        ids = padded(token_ids)
         end = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
         states = torch.empty(len(token_ids), *self.shape, device=device)
         ends = torch.empty(len(token_ids), self.shape[-1], device=device)
@@ -215,36 +193,34 @@ class Capture:
     def _recording(
         self, states: torch.Tensor, last: torch.Tensor, ends: torch.Tensor, end: torch.Tensor
     ) -> Iterator[None]:
-        """Hooks that copy each row's token ``last`` into ``states`` (prompt, layer, site, hidden).
+        """Hooks that copy the states of each row's token ``last`` into ``states`` (prompt, layer, site, hidden).
 
-        And the last block's output at its token ``end`` into ``ends`` (prompt, hidden).
+        The last block's output at the row's token ``end`` is copied into ``ends`` (prompt, hidden).
         """
         import torch
 
         rows = torch.arange(len(last), device=last.device)
 
-        def keep(out: torch.Tensor, hidden: torch.Tensor, places: torch.Tensor) -> None:
+        def keep(out: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> None:
             # OPT flattens batch and position before its FFN.
-            at = rows.to(hidden.device), places.to(hidden.device)  # a block may lie on another GPU than the first
+            at = rows.to(hidden.device), positions.to(hidden.device)  # blocks may be on different GPUs
             out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
 
-        handles = []
-        for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
-            resid, normed = states[:, layer, 0], states[:, layer, 1]
-            handles += [
-                block.register_forward_hook(lambda _m, _i, output, out=resid: keep(out, _tensor(output), last)),
-                ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last)),
-            ]
-        final = self.structure.blocks[-1]
-        handles.append(final.register_forward_hook(lambda _m, _i, output: keep(ends, _tensor(output), end)))
-        try:
+        def output(out: torch.Tensor, positions: torch.Tensor) -> Callable[..., None]:
+            return lambda _module, _inputs, output: keep(out, _tensor(output), positions)
+
+        with contextlib.ExitStack() as hooks:
+            for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
+                resid, normed = states[:, layer, 0], states[:, layer, 1]
+                hooks.enter_context(block.register_forward_hook(output(resid, last)))
+                hooks.enter_context(
+                    ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last))
+                )
+            hooks.enter_context(self.structure.blocks[-1].register_forward_hook(output(ends, end)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _expanded(self, prefix: tuple[int, ...], n_rows: int) -> Any:
-        """A fresh cache that holds the prefix for each of ``n_rows`` prompts; None without a prefix."""
+        """Copy the cache of the prefix for each of ``n_rows`` prompts; None without a prefix."""
         import torch
         from transformers import DynamicCache
 
@@ -255,14 +231,14 @@ class Capture:
             cache = DynamicCache(config=self.loaded.model.config)
             self.structure.decoder(ids, past_key_values=cache, use_cache=True)
             self._prefix, self._prefix_cache = prefix, cache
-        # Copied whole: a sliding layer holds the end of the prefix alone, but counts its positions from the start.
+        # Copied as a whole: a sliding layer holds only the end of the prefix, but counts its positions from the start.
         fresh = copy.deepcopy(self._prefix_cache)
         fresh.batch_repeat_interleave(n_rows)
         return fresh
 
 
 def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
-    """FLOP/s of a plain matrix product (512, k) × (k, n) on this device, measured for a moment."""
+    """Measure the FLOP/s of a plain matrix product (512, k) × (k, n) on this device."""
     import torch
 
     a = torch.randn(512, k, device=device, dtype=getattr(torch, dtype))
@@ -273,112 +249,6 @@ def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
         torch.nn.functional.linear(a, b).sum().item()  # .item() waits for an asynchronous device
         times.append(time.perf_counter() - begun)
     return 2 * 512 * k * n / min(times)
-
-
-def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model itself says of one prompt, alone and without hooks: hidden states, logits.
-
-    The states (layer + 1, hidden) and logits (vocab) are those of the last token; transformers applies the
-    final norm to the last of the states.
-    """
-    import torch
-
-    forget_longest(loaded)
-    with torch.inference_mode():
-        ids = torch.tensor([list(token_ids)], device=loaded.device)
-        # Logits of every position would take a gigabyte for a thousand tokens of a 262,144-token vocabulary.
-        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
-        output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
-    states = torch.stack([state[0, -1].float() for state in output.hidden_states])
-    return states, output.logits[0, -1].float()
-
-
-def check_capture(
-    capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = (), cue: Sequence[int] = ()
-) -> list[dict[str, Any]]:
-    """Compare batched capture and readout with the untouched model: rows of ``checks``.
-
-    Raises ModelError where a difference is more than the weights' dtype explains.
-    """
-    import torch
-
-    loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
-    vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
-    found: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
-    for resid, ids in zip(vectors[:, :, 0], token_ids, strict=True):
-        states, logits = untouched(loaded, ids)
-        off = _off(capture, resid, states)
-        with torch.inference_mode():
-            read = capture.structure.readout(resid[-1].to(dtype)).float()
-        found["resid_post"].extend(off[:-1])
-        found["final_norm"].append(off[-1])
-        found["readout"].append(_relative(read, logits))
-        found["readout_kl"].append(_kl(logits, read))
-    return [check_row(name, of, loaded, len(token_ids)) for name, of in found.items()]
-
-
-def check_stored(
-    capture: Capture, token_ids: Sequence[Sequence[int]], states: NDArray[np.float32]
-) -> list[dict[str, Any]]:
-    """Compare the states (prompt, layer, hidden) that a run has stored of some prompts with the untouched model.
-
-    Gives rows of ``checks``. Raises ModelError where a difference is more than the weights' dtype explains.
-    """
-    import torch
-
-    alone = (untouched(capture.loaded, ids)[0] for ids in token_ids)
-    stored = torch.from_numpy(states).to(capture.loaded.device)
-    off = [value for resid, own in zip(stored, alone, strict=True) for value in _off(capture, resid, own)]
-    return [check_row("stored_states", off, capture.loaded, len(token_ids))]
-
-
-def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[float]:
-    """How far block outputs (layer, hidden) are from the untouched model's, the last of them after the final norm."""
-    import torch
-
-    with torch.inference_mode():
-        normed = capture.structure.final_norm(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
-    return [*map(_relative, resid[:-1], states[1:-1]), _relative(normed, states[-1])]
-
-
-_DETAIL = {
-    "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding, cue and shared "
-    "prefix against one prompt at a time",
-    "final_norm": "the same for the last layer, after the final norm",
-    "readout": "the same for the logits that the last captured state gives",
-    "readout_kl": "KL divergence, in nats, of those logits from the model's own",
-    "stored_states": "largest ‖stored − untouched‖ / ‖untouched‖ over layers, in the batches of the run against one "
-    "prompt at a time",
-    "stored_answers": "largest |stored − untouched| probability of an answer, in the batches of the run against one "
-    "prompt at a time",
-    "stored_probs": "largest |stored − untouched| probability of a target, in the batches of the run against one "
-    "prompt at a time",
-}
-
-
-def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
-    """The row of ``checks`` for the largest of some differences.
-
-    Raises ModelError where that is more than the weights' dtype explains.
-    """
-    value = float(np.max(values, initial=0))  # unlike max, it keeps a NaN
-    tolerance = (_STATES_TOLERANCE if check in ("resid_post", "stored_states") else _TOLERANCE)[loaded.dtype]
-    if not value <= tolerance:
-        raise ModelError(
-            f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "
-            f"explains {tolerance:.2g} ({_DETAIL[check]})."
-        )
-    detail = f"{_DETAIL[check]}; {n_prompts} prompts, {loaded.dtype}"
-    return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
-    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum().abs())
 
 
 def _tensor(output: Any) -> torch.Tensor:

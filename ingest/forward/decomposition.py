@@ -1,9 +1,9 @@
-"""The residual stream as a sum: which modules add to it, and through which linear maps.
+"""Decompose the residual stream into a sum: find the modules that add to it, and their linear maps.
 
-Found by watching one short forward pass, not by names of models: the attention function says which module calls
-it, and tensors that are equal say what feeds what. All linear maps come out folded into one form: norms behind
-and before a projection, their centring, the residual multiplier and the logits' scale are part of the matrices,
-so that whoever uses them needs no case for any architecture.
+The modules are found from one short forward pass, not from names of models: the attention function identifies the
+module that calls it, and equal tensors show which module feeds which. All linear maps have one form: the norms before
+and after a projection, their centring, the residual multiplier and the scale of the logits are folded into the
+matrices. So no other code depends on the architecture.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 ATTENTION = "kdb"
-"""Name under which transformers knows our attention function."""
+"""Name under which our attention function is registered in transformers."""
 
 _TRACE_TOKENS = 5
 _AMPLITUDE = 128.0
-"""Entries of the vectors that read a norm: so large that its epsilon is nothing beside them."""
+"""Entries of the vectors that probe a norm: so large that its epsilon is negligible."""
 
 _UNIT_ROWS = 16
-"""Positions of one sequence of unit vectors: fewer than any model's context."""
+"""Positions of one sequence of unit vectors: fewer than the context of any model."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Norm:
     centred: bool
 
     def before(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fold the norm into the rows (…, hidden) of a projection that reads its output, up to the scale."""
+        """Fold the norm, without its scale, into the rows (…, hidden) of a projection that reads its output."""
         return self._centre(rows * self.weight)
 
     def after(self, columns: torch.Tensor) -> torch.Tensor:
-        """Fold the norm into vectors (…, hidden) that it reads, up to the scale."""
+        """Fold the norm, without its scale, into vectors (…, hidden) that it reads."""
         return self._centre(columns) * self.weight
 
     def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """The scale (…) that took ``read`` to ``written``, both (…, hidden): a projection, so rounding averages out."""
+        """Fit the scale (…) that maps ``read`` to ``written``, both (…, hidden), by least squares."""
         shape = self.after(read)
         return ((written - self.bias) * shape).sum(-1) / shape.square().sum(-1)
 
@@ -62,10 +62,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One block's parts. A norm is None where the architecture has none in that place.
+    """The parts of one block. A norm is None if the architecture has no norm there.
 
-    ``attention`` is the module that calls the attention function. ``key`` is the projection whose row makes an
-    FFN neuron fire (the up projection where the FFN is gated), ``key_rows`` its rows within a fused one.
+    ``attention`` is the module that calls the attention function. ``key`` is the projection whose rows activate the FFN
+    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection.
     ``parallel``: attention and FFN both read the block's input.
     """
 
@@ -84,7 +84,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Readout:
-    """Logits of a residual x whose final norm has the frozen scale s: table @ x · s + constant, then the soft cap."""
+    """Readout with frozen final norm: logits are table @ x · s + constant at scale s, then the soft cap."""
 
     table: torch.Tensor
     constant: torch.Tensor
@@ -92,15 +92,15 @@ class Readout:
 
     @functools.cached_property
     def longest(self) -> torch.Tensor:
-        """Tokens by falling length of their row, seen from the mean row: the likeliest to be ahead of another."""
+        """Tokens by falling distance of their row from the mean row: those most likely to have large logits."""
         lengths: torch.Tensor = (self.table - self.table.mean(0)).norm(dim=1)
         return lengths.argsort(descending=True)
 
 
 class Decomposition:
-    """A model's residual stream, taken apart.
+    """A model and the decomposition of its residual stream.
 
-    Raises ModelError, by :func:`decompose`, for a model that has a part this description does not know.
+    :func:`decompose` makes it, and raises ModelError for a model with other parts.
     """
 
     def __init__(
@@ -128,20 +128,20 @@ class Decomposition:
         return Readout(table, constant * self.structure.logit_scale, self.structure.logit_softcap)
 
     def attn_columns(self, layer: int) -> torch.Tensor:
-        """What one unit of each head dimension adds to the residual: (heads · head size, hidden), float32."""
+        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32."""
         return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
 
     def ffn_columns(self, layer: int) -> torch.Tensor:
-        """What one unit of each FFN neuron adds to the residual: (neurons, hidden), float32."""
+        """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
         return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
 
     def ffn_keys(self, layer: int) -> torch.Tensor:
-        """The direction of the residual that makes each FFN neuron fire: (neurons, hidden), float32."""
+        """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
         block = self.blocks[layer]
         return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
 
     def value_keys(self, layer: int) -> torch.Tensor:
-        """The direction of the residual that makes each value entry: (heads · head size, hidden), float32."""
+        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32."""
         return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
 
     def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
@@ -151,12 +151,12 @@ class Decomposition:
 
     @functools.cached_property
     def _value_rows(self) -> list[torch.Tensor]:
-        """The value projection of each layer, read by feeding it unit vectors: however it is fused, this is it."""
+        """The value projection of each layer, measured by unit vectors, so that it may be fused in any way."""
         import torch
 
         device, dtype = self.loaded.device, getattr(torch, self.loaded.dtype)
         units = torch.eye(self.hidden_size, device=device, dtype=dtype)
-        n = -(-(self.hidden_size + 1) // _UNIT_ROWS) * _UNIT_ROWS  # one row of zeros at least: it reads the bias
+        n = -(-(self.hidden_size + 1) // _UNIT_ROWS) * _UNIT_ROWS  # at least one row of zeros, which gives the bias
         units = torch.nn.functional.pad(units, (0, 0, 0, n - self.hidden_size)).view(-1, _UNIT_ROWS, self.hidden_size)
         heads = []
 
@@ -165,14 +165,11 @@ class Decomposition:
             per_head = (rows[:-1] - rows[-1]).repeat_interleave(self.n_heads // value.shape[1], dim=1)
             heads.append(per_head.flatten(1).T.to(dtype))
 
-        hooks = [_feed(block.attention, units) for block in self.blocks]
         ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
-        with watched_attention(self.loaded.model, keep), torch.inference_mode():
-            try:
-                self.structure.decoder(ids, use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with contextlib.ExitStack() as hooks, watched_attention(self.loaded.model, keep), torch.inference_mode():
+            for block in self.blocks:
+                hooks.enter_context(_feed(block.attention, units))
+            self.structure.decoder(ids, use_cache=False)
         return heads
 
 
@@ -181,7 +178,7 @@ def _folded(rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
 
 
 def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
-    """Give a module these hidden states, whatever it is called with."""
+    """Replace a module's input by these hidden states, positional or not."""
 
     def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "hidden_states" in kwargs:
@@ -192,7 +189,7 @@ def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
 
 
 def matrix(module: nn.Module) -> torch.Tensor:
-    """A linear module's matrix (out, in): the weight itself where it is plain, else read by unit vectors."""
+    """Matrix (out, in) of a linear module: its plain weight, or else measured by unit vectors."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -201,14 +198,14 @@ def matrix(module: nn.Module) -> torch.Tensor:
         plain: torch.Tensor = weight.detach()
         return plain.T if isinstance(module, Conv1D) else plain
     with torch.inference_mode():
-        # A quantized weight, of whatever kind: what it does is what it is.
+        # A quantized weight of any kind: its outputs define the matrix.
         units = torch.eye(cast(int, module.in_features), device=weight.device)
         rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
         return rows
 
 
 def read_norm(module: nn.Module, size: int) -> Norm:
-    """Read a norm's weight and bias from what it does, in float32: architectures disagree on where they keep them."""
+    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently."""
     import torch
 
     twin = copy.deepcopy(module).float()
@@ -218,7 +215,7 @@ def read_norm(module: nn.Module, size: int) -> Norm:
     x = signs * _AMPLITUDE
     with torch.inference_mode():
         up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
-    # Cloned: tensors of inference mode cannot be used outside it everywhere.
+    # Cloned, since some operations outside of inference mode refuse its tensors.
     weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
     return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
 
@@ -231,7 +228,7 @@ _watching: list[Watcher] = []
 
 @contextlib.contextmanager
 def watched_attention(model: Any, watcher: Watcher) -> Iterator[None]:
-    """Run ``model`` with our attention function, which tells ``watcher`` (module, query, value, weights).
+    """Run ``model`` with our attention function, which calls ``watcher(module, query, value, weights)``.
 
     query and value (batch, heads or key-value heads, position, entry) are as the attention used them, after any
     rotation; weights (batch, heads, position, position) are after softmax.
@@ -261,7 +258,7 @@ def _attention(
     softcap: float | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Softmax attention, spelled out: weights that were recorded beside a fused kernel would not be the ones used."""
+    """Compute softmax attention in plain steps, since a fused kernel would not return the weights that it used."""
     groups = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -275,12 +272,12 @@ def _attention(
     return (weights @ values).transpose(1, 2).contiguous(), None
 
 
-# Taking apart ----------------------------------------------------------------------------------------------------
+# Decomposing -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Call:
-    """One call of a module: what it read and wrote, each (tokens, entries)."""
+    """One call of a module: its input and its output, each (tokens, entries)."""
 
     module: nn.Module
     read: torch.Tensor
@@ -290,22 +287,21 @@ class _Call:
 def decompose(loaded: LoadedModel) -> Decomposition:
     """Find the parts of every block by watching one forward pass.
 
-    Raises ModelError naming the part that could not be found: a model that adds to its residual stream in a way
-    that is not described here. What is found is not yet proved:
-    :func:`kdb.ingest.forward.activation_cache.check_decomposition` adds it up.
+    Raises ModelError, naming the part, if a part is not found, because the model adds to its residual stream in another
+    way. :func:`kdb.ingest.forward.activation_cache.check_decomposition` then checks that the parts add up.
     """
     import torch
 
     if len({parameter.device for parameter in loaded.model.parameters()}) > 1:
         raise ModelError(
-            f"{loaded.source.name} lies on several devices, and attribution needs all of it on one: give "
+            f"{loaded.source.name} is spread over several devices, and attribution needs it on one: use "
             "--quantize int8, --dtype bfloat16, or a device with more memory."
         )
     structure = find_structure(loaded.model)
     size = int(loaded.model.config.get_text_config().hidden_size)
     if getattr(structure.unembed, "in_features", None) != size:
         raise ModelError(
-            f"{loaded.source.name} cannot be taken apart: the unembedding of {type(loaded.model).__name__} is not "
+            f"{loaded.source.name} cannot be decomposed: the unembedding of {type(loaded.model).__name__} is not "
             f"one linear map of its {size} hidden entries."
         )
     calls: dict[int, list[_Call]] = {i: [] for i in range(len(structure.blocks))}
@@ -316,18 +312,13 @@ def decompose(loaded: LoadedModel) -> Decomposition:
         mixed = weights @ value.repeat_interleave(groups, dim=1)
         outputs[module] = _flat(mixed.transpose(1, 2).flatten(2))
 
-    hooks = []
-    for i, block in enumerate(structure.blocks):
-        for module in block.modules():
-            hook = functools.partial(_note, calls[i])
-            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
     ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
-    with watched_attention(loaded.model, watch), torch.inference_mode():
-        try:
-            structure.decoder(ids, use_cache=False)
-        finally:
-            for handle in hooks:
-                handle.remove()
+    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
+        for i, block in enumerate(structure.blocks):
+            for module in block.modules():
+                hook = functools.partial(_note, calls[i])
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        structure.decoder(ids, use_cache=False)
     blocks = tuple(
         _block(loaded, i, module, ffn, calls[i], outputs)
         for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
@@ -351,12 +342,12 @@ def _block(
     calls: list[_Call],
     attended: dict[nn.Module, torch.Tensor],
 ) -> Block:
-    """Find one block's parts among the calls that it made, in the order in which they ended."""
-    where = f"{loaded.source.name} cannot be taken apart: block {layer} of {type(loaded.model).__name__}"
+    """Find one block's parts among its calls, given in the order in which they ended."""
+    where = f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
     inside = set(module.modules())
     attention = next((m for m in attended if m in inside), None)
     if attention is None:
-        raise ModelError(f"{where} has an attention of its own, which transformers' AttentionInterface does not reach.")
+        raise ModelError(f"{where} has its own attention, which transformers' AttentionInterface does not reach.")
     by_module = {call.module: call for call in calls}
     norms = [call for call in calls if "norm" in type(call.module).__name__.lower()]
     linear = [call for call in calls if _is_linear(call.module)]
@@ -370,8 +361,8 @@ def _block(
     size = loaded.model.config.get_text_config().hidden_size
 
     def find(**wanted: torch.Tensor) -> Norm | None:
-        found = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
-        return read_norm(found.module, size) if found is not None else None
+        norm = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
+        return read_norm(norm.module, size) if norm is not None else None
 
     ffn_read = by_module[ffn].read
     ffn_norm = find(written=ffn_read)
@@ -393,10 +384,10 @@ def _block(
 
 
 def _key(where: str, first: list[_Call], calls: list[_Call], coefficient: torch.Tensor) -> tuple[nn.Module, slice]:
-    """Find the projection whose output, times an activation or through it, is the neurons' coefficient.
+    """Find the projection whose output gives the neurons' coefficients, by multiplication with a gate or by activation.
 
-    Among the pieces (of the neurons' number) of what the first projections wrote, the gate is the one that the
-    activation read; the other is the up projection. Without a gate the one piece is itself the key.
+    The outputs of the first projections are split into pieces with one entry per neuron. The gate is the piece that the
+    activation reads; the other is the up projection. Without a gate, the only piece is the key.
     """
     import torch
 
@@ -425,7 +416,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """(batch, position, entries) as (tokens, entries): OPT does so itself before its FFN."""
+    """Reshape (batch, position, entries) to (tokens, entries), as OPT itself does before its FFN."""
     return x.reshape(-1, x.shape[-1])
 
 

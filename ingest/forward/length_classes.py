@@ -1,9 +1,9 @@
-"""Which texts may share a batch: the rotary embedding (RoPE) of some models depends on how long a text is.
+"""Length classes of texts: only texts of one class share a batch, since some rotary embeddings depend on the length.
 
 LongRoPE has one set of frequencies for texts up to a length, and one for longer texts. Dynamic RoPE has one for each
-length beyond its limit. transformers looks at the longest row of a batch for all rows, so one long row would change the
-others. A length class says which frequencies a text gets. Texts of one class share batches, and tokens in a cache serve
-only texts of their own class.
+length beyond its limit. transformers uses the longest row of a batch for all rows, so one long row would change the
+others. Texts of one length class have the same frequencies. They share batches, and cached tokens are used only for
+texts of their own class.
 
     length_class = LengthClasses(model.config)
     length_class(40) == length_class(5000)
@@ -24,24 +24,24 @@ _FIXED = ("default", "linear", "yarn", "llama3", "proportional", "axial")
 
 @dataclass(frozen=True)
 class _Rope:
-    """Frequencies that change for texts of more than ``limit`` tokens; with ``each``, at every length from there."""
+    """Frequencies that change for texts of more than ``limit`` tokens; with ``each``, they change at every length."""
 
     limit: int
     each: bool
 
     def side(self, n_tokens: int) -> int:
-        """0 up to the limit. Beyond it 1, or the length itself."""
+        """Return 0 up to the limit; beyond it 1, or the length itself with ``each``."""
         return 0 if n_tokens <= self.limit else n_tokens if self.each else 1
 
 
 class LengthClasses:
-    """The length class of a text in a model with this config; of an ordinary model, all texts have the same."""
+    """Length classes of texts in a model with this config; in ordinary models, all texts are in one class."""
 
     def __init__(self, config: Any) -> None:
         self._ropes = tuple(_changing(config.get_text_config()))
 
     def __call__(self, n_tokens: int) -> tuple[int, ...]:
-        """The class of a text of so many tokens, with what follows it and what a cache holds of it."""
+        """Return the class of a text of ``n_tokens`` tokens, counted with its cue and its cached prefix."""
         return tuple(rope.side(n_tokens) for rope in self._ropes)
 
     @property
@@ -51,7 +51,7 @@ class LengthClasses:
 
 
 def _changing(text: Any) -> Iterator[_Rope]:
-    """The RoPEs of a text config that depend on the length: one for the model, or one for each type of layer."""
+    """Yield the RoPEs of a text config that depend on the length: one per model, or per type of layer."""
     declared = getattr(text, "rope_parameters", None) or {}
     for rope in [value for value in declared.values() if isinstance(value, dict)] or [declared]:
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -61,15 +61,15 @@ def _changing(text: Any) -> Iterator[_Rope]:
             yield _Rope(limit, each=False)
         elif "dynamic" in kind:
             yield _Rope(min(limit, longest), each=True)
-        elif kind not in _FIXED:  # a type that is new to kdb: only texts of the same length are sure to be alike
+        elif kind not in _FIXED:  # unknown type: only texts of equal length surely agree
             yield _Rope(0, each=True)
 
 
 def forget_longest(loaded: LoadedModel) -> None:
-    """Make the model forget the longest text that it has read, so that the next is read as if it were the first.
+    """Reset the model's RoPE, so that the next text does not depend on earlier ones.
 
-    Dynamic RoPE keeps the frequencies of that text, and transformers resets them only for a text below the limit: so
-    one token is run. Models without such a RoPE run nothing.
+    Dynamic RoPE keeps the frequencies of the longest text so far, and transformers resets them only at a text below the
+    limit: so one token is run. For other models, nothing is run.
     """
     import torch
 

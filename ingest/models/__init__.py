@@ -1,1 +1,1 @@
-"""Models: found, read from their files, loaded; what they are made of, and how they read text."""
+"""Find models, read their files, load them, and describe their structure and their tokenizers."""

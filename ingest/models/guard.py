@@ -1,4 +1,4 @@
-"""Whatever a stranger's model makes transformers, tokenizers or torch raise becomes one ModelError."""
+"""Convert any error of transformers, tokenizers or torch about a user's model to a ModelError."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from kdb.errors import KdbError, ModelError
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Raise a ModelError that begins with ``what`` could not be done, for any error within but kdb's own."""
+def model_errors(what: str) -> Iterator[None]:
+    """Convert any error within, except kdb's own, to a ModelError whose message begins with ``what``."""
     try:
         yield
     except KdbError:
         raise
     except BaseException as error:
-        # A panic of tokenizers' or safetensors' Rust is no Exception, and has no class that can be imported.
+        # A panic in the Rust code of tokenizers or safetensors is not an Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise ModelError(f"{what}: it comes with code of its own, and kdb never runs that.") from error
+            advice = "Use a model whose class is part of transformers"
+            raise ModelError(f"{what}: it needs custom code, which kdb does not run. {advice}.") from error
         raise ModelError(f"{what}: {brief(error)}") from error
 
 
 def brief(error: BaseException) -> str:
-    """What an error says, in a line; its kind where it says nothing that can be understood alone."""
+    """Describe an error in one line; with its type if the message alone is not clear."""
     text = textwrap.shorten(str(error), 240, placeholder=" …")
     if isinstance(error, KeyError):
         return f"it has no {text}"

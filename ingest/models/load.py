@@ -1,7 +1,7 @@
-"""Load a model that was found: its config, its tokenizer, its weights, and what it says of itself.
+"""Load a model that was found: its config, its tokenizer and its weights.
 
-Weights come from safetensors or GGUF, never from pickles, and no code that came with them is ever run. What a file
-holds is what is measured: weights that the model lacks, or has no place for, are refused by name.
+Weights come from safetensors or GGUF, never from pickles, and code beside them is never run. A file is refused if it
+lacks weights of the model, or has weights without a place in it; the message names one of them.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from kdb.ingest.models.adapters import check_adapter, merged
 from kdb.ingest.models.files import CONFIG, adapter_files, model_files, only, read_json
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.models.gguf import unpacked
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
+from kdb.ingest.models.structure import ffn_width
 from kdb.ingest.models.tensors import Tensor, tensors_of
+from kdb.ingest.settings import Measuring
 
 
 def pick_device(device: str | None) -> str:
-    """``device`` if given, else CUDA where there is one, else the CPU; raises ModelError if it is not there."""
+    """Return ``device`` if given, else CUDA if available, else the CPU; raise ModelError for a missing device."""
     import torch
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "auto":
         if not torch.cuda.is_available():
-            raise ModelError("--device auto spreads a model over GPUs, and there is none here: give cpu.")
+            raise ModelError("--device auto spreads a model over GPUs, and this machine has none: use --device cpu.")
         return device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"There is no device {device!r} here: leave --device out, or give cpu.") from error
+        raise ModelError(f"This machine has no device {device!r}: leave --device out, or use cpu.") from error
     return device
 
 
 def folder_of(source: ModelSource) -> Path:
-    """The folder of safetensors that a model is loaded from: its own, or the unpacked copy of a GGUF file."""
+    """Return the folder of safetensors to load a model from: its own, or the unpacked copy of a GGUF file."""
     files = source.gguf_files
     if files:
         _quieten()
@@ -50,7 +52,7 @@ def folder_of(source: ModelSource) -> Path:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model that was found."""
+    """Load the tokenizer of a model."""
     from transformers import AutoTokenizer
 
     with _seen(source, f"Cannot load the tokenizer of {source.name}") as folder:
@@ -58,7 +60,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_config(source: ModelSource) -> Any:
-    """The config of a model that was found, without its weights. Raises ModelError for one of impossible sizes."""
+    """Load the config of a model, without its weights. Raises ModelError for impossible sizes."""
     from transformers import AutoConfig
 
     with _seen(source, f"Cannot read the config of {source.name}") as folder:
@@ -69,12 +71,12 @@ def load_config(source: ModelSource) -> Any:
 
 
 def load_model(
-    source: ModelSource, *, device: str = "cpu", dtype: str = "float32", quantize: str | None = None
+    source: ModelSource, *, device: str = "cpu", dtype: str = Measuring.dtype, quantize: str | None = None
 ) -> LoadedModel:
-    """Load a model's weights; raises ModelError where transformers cannot, or would leave some out.
+    """Load a model's weights; raise ModelError if transformers cannot, or would ignore some.
 
-    ``quantize='int8'`` quantizes the weights alone: torchao on the CPU, bitsandbytes on CUDA. ``device='auto'`` spreads
-    the blocks over the GPUs that there are, for a model larger than one of them. An adapter beside the weights is
+    ``quantize='int8'`` quantizes only the weights: by torchao on the CPU, bitsandbytes on CUDA. ``device='auto'``
+    spreads the blocks over all GPUs, for a model that is larger than one of them. An adapter beside the weights is
     merged into them.
     """
     import torch
@@ -87,7 +89,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": _ATTENTION}
     on_cuda = device.startswith("cuda") or device == "auto"
     if on_cuda:
-        # Bounds count on float32 products that are rounded as float32, whatever this process had set for its own.
+        # Bounds need float32 products with float32 rounding, whatever the process had set before.
         torch.set_float32_matmul_precision("highest")
     if quantize and on_cuda:
         options["quantization_config"] = bitsandbytes_config()
@@ -120,11 +122,11 @@ HARMLESS_WEIGHTS = {
         "reads images or sound, and kdb gives text"
     ),
 }
-"""Weights without a place in the model that cannot change its answer to a text, each with its reason."""
+"""Weights without a place in the model that cannot change its answer to a text, with reasons."""
 
 
 def _refuse_misfit(source: ModelSource, model: Any, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Transformers makes up the weights that a file lacks, leaves out others, and says so only in a log."""
+    """Raise ModelError for missing and surplus weights: transformers invents or ignores them, and only logs it."""
     made_up = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
     if made_up:
         raise ModelError(
@@ -141,7 +143,7 @@ def _refuse_misfit(source: ModelSource, model: Any, info: Mapping[str, Any], ten
 
 
 def _passed_over(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The weights that the model's class tells transformers not to report."""
+    """Weights that the model's class tells transformers not to report."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     placed = set(model.state_dict())
     return [name for name in tensors if name not in placed and any(re.search(of, name) for of in patterns)]
@@ -149,23 +151,23 @@ def _passed_over(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _is_harmless(name: str, tensors: Mapping[str, Tensor]) -> bool:
     pattern = next((pattern for pattern in HARMLESS_WEIGHTS if re.search(pattern, name)), None)
-    # A real bias is a vector; the mask is a square, or one number.
+    # A real bias is a vector; the mask is a square matrix or one number.
     is_bias = pattern is not None and "masked_" in pattern and name in tensors and len(tensors[name].shape) == 1
     return pattern is not None and not is_bias
 
 
 _MOST_PER_BYTE = 8
-"""Parameters that a byte of the files can hold at most."""
+"""Largest number of parameters that one byte of the files can hold."""
 
 _COUNTS = re.compile(r"(num|n)_.*(layers?|blocks?|experts?|labels)$")
-"""Fields of a config that say how often something is built, even where it holds no weights yet."""
+"""Fields of a config that determine how many parts are built, even before they hold weights."""
 
 
 def _check_counts(source: ModelSource, content: Any, n_weights: int) -> None:
-    """Raise ModelError for a config that has something built more often than the files have weights.
+    """Raise ModelError for a config with more parts than the files have weights.
 
-    It is asked before transformers reads the config, for a tokenizer too: a billion layers or labels would take hours
-    and all memory to be refused.
+    Called before transformers reads the config, also for a tokenizer: a config with a billion layers or labels would
+    take hours and all memory.
     """
     for name, value in content.items() if isinstance(content, dict) else ():
         _check_counts(source, value, n_weights)
@@ -174,7 +176,7 @@ def _check_counts(source: ModelSource, content: Any, n_weights: int) -> None:
 
 
 def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ModelError for a config whose sizes are impossible, or far beyond what the files hold."""
+    """Raise ModelError for a config whose sizes are impossible, or far too large for the files."""
     text = config.get_text_config()
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         value = getattr(text, name, None)
@@ -187,21 +189,21 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
             f"{text.num_attention_heads} heads."
         )
     held = sum(tensor.n_bytes for tensor in tensors.values())
-    with told(f"Cannot load {source.name}"):
+    with model_errors(f"Cannot load {source.name}"):
         n_params = count_params(config)
     if not 0 < n_params <= _MOST_PER_BYTE * held:
         raise ModelError(
-            f"The files of {source.name} do not fit its config: that asks for {n_params:,} parameters, and they hold "
-            f"{held:,} bytes."
+            f"The files of {source.name} do not fit its config: the config needs {n_params:,} parameters, and the "
+            f"files hold {held:,} bytes."
         )
 
 
-# What a config says ----------------------------------------------------------------------------------------------
+# Shape -----------------------------------------------------------------------------------------------------------
 
 
 def model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> dict[str, Any]:
-    """The shape of a model as a row of ``models``, from its config."""
-    with told(f"Cannot read the config of {source.name}"):
+    """Build the row of ``models`` with a model's shape, from its config."""
+    with model_errors(f"Cannot read the config of {source.name}"):
         return _model_row(source, config, n_params, dtype)
 
 
@@ -218,7 +220,7 @@ def _model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> d
         "n_kv_heads": getattr(text, "num_key_value_heads", None) or n_heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
         "hidden_size": text.hidden_size,
-        "intermediate_size": _intermediate_size(text),
+        "intermediate_size": ffn_width(text),
         "vocab_size": text.vocab_size,
         "n_params": n_params,
         "dtype": dtype,
@@ -226,7 +228,7 @@ def _model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> d
 
 
 def count_params(config: Any) -> int:
-    """Parameters of a model with this config, tied weights counted once; allocates nothing."""
+    """Count the parameters of a model with this config, tied weights once; allocates no memory for them."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -234,29 +236,22 @@ def count_params(config: Any) -> int:
         return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
 
 
-def _intermediate_size(text: Any) -> int:
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    return 4 * int(text.hidden_size)  # GPT-2's n_inner is null where it is four times the width
-
-
 @contextlib.contextmanager
 def _seen(source: ModelSource, what: str) -> Iterator[Path]:
-    """A folder that has the files of a model and no others; an error within is told as a ModelError."""
+    """Provide a folder with the files of a model and no others; convert an error within to a ModelError."""
     _quieten()
-    with told(what), only(model_files(folder_of(source))) as folder:
+    with model_errors(what), only(model_files(folder_of(source))) as folder:
         _check_counts(source, read_json(folder / CONFIG), len(_tensors(folder)))
         yield folder
 
 
 def _tensors(seen: Path) -> dict[str, Tensor]:
-    """The weights of a model in a folder that has no others."""
+    """Safetensors of a model in a folder that has only its files."""
     return tensors_of(sorted(seen.glob("*.safetensors")))
 
 
 def _quieten() -> None:
-    """Keep transformers' and torchao's chatter off a progress display."""
+    """Silence messages of transformers and torchao, which would disturb a progress display."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -266,9 +261,9 @@ def _quieten() -> None:
 
 
 _OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Nothing is downloaded behind the user's back, and no code that came with weights is run."""
+"""Options with which transformers downloads nothing and runs no code from a model's folder."""
 
 _ATTENTION = "sdpa"
-"""Whatever the config asks for: kdb reads the same hidden states from any, and some would be downloaded."""
+"""Attention of any model, whatever its config names: hidden states are the same, and others may need downloads."""
 
 _TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}

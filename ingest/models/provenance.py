@@ -1,6 +1,6 @@
-"""What a model's files say of themselves: number formats, quantization, base model, whether it follows instructions.
+"""Read the origin of a model from its files: number formats, quantization, base model, instruction tuning.
 
-All of it is read from the files, and nothing from what was asked for, but for weights that kdb itself quantizes.
+All values are read from the files, not from the user's options, except for quantization by kdb itself.
 """
 
 from __future__ import annotations
@@ -14,31 +14,33 @@ from typing import Any
 from kdb.ingest.models.files import CONFIG, read_json, weight_files
 from kdb.ingest.models.find import ModelSource
 from kdb.ingest.models.gguf import what_it_says
-from kdb.ingest.models.guard import told
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import folder_of
 from kdb.ingest.models.tensors import Tensor, tensors_of
 
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Number formats that are not quantized, and what torch calls them."""
+"""Number formats that are not quantized, with their names in torch."""
 
 _OF_QUANTIZATION = re.compile(
     r"(scales?|scale_inv|zeros|zero_point|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_format|weight_shape)$"
 )
-"""Ends of the names of tensors that are no parameters, but say how some were rounded."""
+"""Suffixes of the names of tensors that are not parameters, but scales and zero points of quantized ones."""
 
 _INSTRUCT = re.compile(r"(?:^|[-_. ])(instruct|it|chat)(?:[-_. ]|$)", re.IGNORECASE)
 
 
 def provenance(source: ModelSource, quantize: str | None = None) -> dict[str, Any]:
-    """The columns of ``models`` that say what the files are. Raises ModelError.
+    """Return the columns of ``models`` about the model's files. Raises ModelError.
 
     ``quantize`` is how kdb itself quantizes the weights when it loads them.
     """
-    with told(f"Cannot read what the files of {source.name} are"):
-        found = _of_gguf(source) if source.is_gguf else _of_folder(source)
+    with model_errors(f"Cannot read the number formats of {source.name}"):
+        description = _of_gguf(source) if source.is_gguf else _of_folder(source)
     if quantize is not None:
-        found["quantization"] = f"{quantize} of {found['quantization']}" if found["quantization"] else quantize
-    return found
+        description["quantization"] = (
+            f"{quantize} of {description['quantization']}" if description["quantization"] else quantize
+        )
+    return description
 
 
 def _of_gguf(source: ModelSource) -> dict[str, Any]:
@@ -72,13 +74,13 @@ def _columns(sizes: Counter[str], names: Iterable[str], base: str | None, method
 
 
 def _share(part: float) -> str:
-    """A share in whole percent, which says neither none nor all unless that is so."""
+    """Format a share in whole percent; 0 % and 100 % only if they are exact."""
     whole = round(100 * part)
     return "<1 %" if whole == 0 else ">99 %" if whole == 100 and part < 1 else f"{whole} %"
 
 
 def _sizes(tensors: Mapping[str, Tensor], quantized: Mapping[str, Any]) -> Counter[str]:
-    """Parameters in each number format; several are packed into an integer where weights have few bits."""
+    """Count the parameters in each number format. Weights of few bits are packed, several into one integer."""
     sizes: Counter[str] = Counter()
     for name, tensor in tensors.items():
         if not _OF_QUANTIZATION.search(name):
@@ -88,7 +90,7 @@ def _sizes(tensors: Mapping[str, Tensor], quantized: Mapping[str, Any]) -> Count
 
 
 def _packed(name: str, dtype: str, quantized: Mapping[str, Any]) -> int:
-    """Weights in one integer: a byte or an int32 of 4-bit weights has 2 or 8."""
+    """Number of weights in one integer: with 4 bits, 2 in a byte and 8 in an int32."""
     width = {"U8": 8, "I8": 8, "I32": 32}.get(dtype)
     four = quantized.get("load_in_4bit") or quantized.get("quant_method") == "mxfp4" or name.endswith("_blocks")
     bits = 4 if four else int(quantized.get("bits") or quantized.get("w_bit") or 8)
@@ -96,7 +98,7 @@ def _packed(name: str, dtype: str, quantized: Mapping[str, Any]) -> int:
 
 
 def _card_base(folder: Path) -> str | None:
-    """The base model that the model card beside the weights names."""
+    """Read the base model from the model card beside the weights."""
     import yaml
 
     try:
@@ -104,9 +106,9 @@ def _card_base(folder: Path) -> str | None:
         front = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
         named = (yaml.safe_load(front[1]) or {}).get("base_model") if front else None
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
-        return None  # a card is for people: what it cannot tell is left open
+        return None  # cards are written by hand, so a missing or invalid one is no error
     first = named[0] if isinstance(named, list) and named else named
-    # A path of another machine says nothing here.
+    # A path on another machine is of no use here.
     if isinstance(first, str) and re.fullmatch(r"(https://huggingface\.co/)?\w[\w.-]*(/\w[\w.-]*)?", first):
         return _hub_id(first)
     return None

@@ -8,20 +8,20 @@ from kdb.errors import ModelError
 
 
 def bitsandbytes_config() -> Any:
-    """The setting with which transformers loads weights as int8 on CUDA."""
+    """Return the setting with which transformers loads weights as int8 on CUDA."""
     from transformers import BitsAndBytesConfig
 
     try:
-        import bitsandbytes  # noqa: F401  (transformers would miss it later, in words of its own)
+        import bitsandbytes  # noqa: F401  (else transformers would report it later, in its own words)
     except ImportError as error:
         raise ModelError("--quantize int8 needs bitsandbytes on CUDA: `pip install 'kdb-lm[int8]'`.") from error
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def quantize_on_cpu(model: Any, name: str) -> None:
-    """Turn the matrices of all blocks into int8, a scale for each row.
+    """Convert the matrices of all blocks to int8, with one scale per row.
 
-    Embedding and unembedding stay as they are, as with bitsandbytes.
+    Embedding and unembedding are not quantized, as with bitsandbytes.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -31,14 +31,14 @@ def quantize_on_cpu(model: Any, name: str) -> None:
     stacks = [of for of, weight in body.named_parameters() if weight.ndim > 2]
     if stacks:
         raise ModelError(
-            f"{name} cannot be quantized: {stacks[0]!r} is no matrix but a stack of them. Leave --quantize out."
+            f"{name} cannot be quantized: {stacks[0]!r} is not one matrix but a stack. Leave --quantize out."
         )
     _conv1d_to_linear(body)
     quantize_(body, Int8WeightOnlyConfig())
 
 
 def _conv1d_to_linear(body: Any) -> None:
-    """GPT-2 keeps its matrices transposed in a class of its own, which torchao would pass over."""
+    """Convert GPT-2's matrices, which are transposed in their own class, since torchao would ignore that class."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

@@ -1,6 +1,6 @@
-"""Where a model's blocks, norms and unembedding sit: described once, found by structure and not by name of model.
+"""Find a model's blocks, norms and unembedding by their structure, not by the model's name.
 
-Nothing of transformers is patched: hidden states are read by hooks on the modules named here.
+transformers is not patched: hooks on these modules read the hidden states.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SITES = ("resid_post", "ffn_norm")
-"""Where a hidden state is read: the block's output, and what enters the FFN."""
+"""Sites at which a hidden state is read: the block's output, and the input of the FFN."""
 
 _FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
 
@@ -24,7 +24,7 @@ _FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
 class ModelStructure:
     """The modules of a decoder that a measurement reads.
 
-    ``decoder`` runs everything but the unembedding; ``ffns[i]`` is the module of block i whose input is the
+    ``decoder`` runs everything except the unembedding; ``ffns[i]`` is the module of block i whose input is the
     normalised state before the FFN.
     """
 
@@ -37,11 +37,11 @@ class ModelStructure:
     logit_softcap: float | None
 
     def readout(self, resid_post: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocab) of the last block's output (…, hidden): final norm, unembedding, scale, soft cap."""
+        """Compute logits (…, vocab) from the last block's output (…, hidden): norm, unembedding, scale, soft cap."""
         return self.unembed_normed(self.final_norm(resid_post))
 
     def unembed_normed(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocab) of what the final norm has given, (…, hidden)."""
+        """Compute logits (…, vocab) from the output (…, hidden) of the final norm."""
         logits: torch.Tensor = self.unembed(normed) * self.logit_scale
         if self.logit_softcap is not None:
             logits = self.logit_softcap * (logits / self.logit_softcap).tanh()
@@ -49,7 +49,7 @@ class ModelStructure:
 
 
 def find_structure(model: Any) -> ModelStructure:
-    """Find a causal language model's parts; raises ModelError naming what has no place in the description."""
+    """Find the modules of a causal language model; raise ModelError, naming the part, if one is not found."""
     from torch import nn
 
     config = model.config.get_text_config()
@@ -58,14 +58,14 @@ def find_structure(model: Any) -> ModelStructure:
         raise ModelError(f"{name} is an encoder-decoder: kdb measures causal language models.")
     stack = _find_blocks(model.base_model, config.num_hidden_layers)
     if stack is None:
-        raise ModelError(f"{name}: found no list of {config.num_hidden_layers} blocks; kdb cannot read it.")
+        raise ModelError(f"{name}: kdb found no list of {config.num_hidden_layers} blocks, so it cannot measure it.")
     parent, blocks = stack
     ffns = [next((block.get_submodule(n) for n in _FFN_NAMES if hasattr(block, n)), None) for block in blocks]
     if any(ffn is None for ffn in ffns):
         raise ModelError(f"{name}: block {ffns.index(None)} has no FFN called any of {', '.join(_FFN_NAMES)}.")
     norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
     if not norms:
-        raise ModelError(f"{name}: found no norm after the last block; kdb cannot read its logits.")
+        raise ModelError(f"{name}: kdb found no norm after the last block, so it cannot compute logits.")
     unembed = model.get_output_embeddings()
     if not isinstance(unembed, nn.Module):
         raise ModelError(f"{name} has no unembedding: kdb measures causal language models.")
@@ -78,6 +78,13 @@ def find_structure(model: Any) -> ModelStructure:
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def ffn_width(text: Any) -> int:
+    """Number of FFN neurons per layer, from a text config, whatever the architecture calls it."""
+    names = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
+    # GPT-2's n_inner is null if the width is four times the hidden size.
+    return int(next(filter(None, (getattr(text, name, None) for name in names)), 4 * text.hidden_size))
 
 
 def _find_blocks(base: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -48,9 +48,9 @@ def query() -> None:
 
 def _command(saved: SavedQuery) -> click.Command:
     def answer(warehouse: Path | str, format_: str | None, output: Path | None, **params: Any) -> None:
-        given = {name: value for name, value in params.items() if value not in (None, ())}
+        values = {name: value for name, value in params.items() if value not in (None, ())}
         with notes_shown():
-            show(kdb.open(warehouse).query(saved.name, **given), format_, output)
+            show(kdb.open(warehouse).query(saved.name, **values), format_, output)
 
     command = click.Command(
         saved.name,

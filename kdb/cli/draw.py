@@ -55,13 +55,13 @@ def _command(name: str) -> click.Command:
         from kdb.analysis import figures, save
 
         check_output(output, (*save.FORMATS, *_NUMBERS))
-        given = {key: value for key, value in params.items() if value not in (None, ())}
+        values = {key: value for key, value in params.items() if value not in (None, ())}
         as_numbers = output.suffix.lower() in _NUMBERS
         with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all queries of a figure
             if as_numbers:
-                show(figures.frame(opened, name, **given), None, output)
+                show(figures.frame(opened, name, **values), None, output)
             else:
-                save.save(figures.chart(opened, name, **given), output)
+                save.save(figures.chart(opened, name, **values), output)
 
     command = click.Command(
         name,

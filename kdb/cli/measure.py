@@ -22,6 +22,7 @@ from kdb.cli.settings import (
     stored_options,
 )
 from kdb.errors import UnknownNameError
+from kdb.ingest.settings import ALWAYS_FITTED, Ablating, Attributing, Measuring, Probing, chosen
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _load_dataset(name: str, data_dir: Any, dataset_name: Any, template: Any, li
 
 def _jobs(asked: Any) -> list[Any]:
     """Return all runs of a model at a revision, found and checked before any work."""
-    from kdb.ingest.job import Attributing, Job, Measuring
+    from kdb.ingest.job import Job
     from kdb.ingest.models.find import find_model
 
     options = dict(asked.options)
@@ -197,9 +198,8 @@ def _jobs(asked: Any) -> list[Any]:
         raise click.UsageError("--dataset-name names one dataset. Give exactly one --dataset with it.")
     texts = [_dataset(name, options) for name in asked.datasets]
     source = find_model(asked.model, name=options["name"], revision=asked.revision)
-    measuring = Measuring(**{n: options[n] for n in ("dtype", "quantize", "noise", "seed", "store", "limit")})
     custom = options["template"] is not None
-    attributing = Attributing(**{n: options[n] for n in ("top_k", "all_neurons", "query_values", "ablate_k")})
+    measuring, attributing = chosen(Measuring, options), chosen(Attributing, options)
     return [Job(source, dataset, measuring, _probing(options), custom, attributing) for dataset in texts]
 
 
@@ -219,8 +219,6 @@ def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
 
 
 def _probing(options: dict[str, Any]) -> Any:
-    from kdb.ingest.job import ALWAYS_FITTED, Probing
-
     return Probing(tuple(dict.fromkeys((*ALWAYS_FITTED, *options["classifiers"]))), options["splits"])
 
 
@@ -289,19 +287,23 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
 @click.option(
     "--positions",
     type=click.Choice(["last", "all"]),
-    default="last",
+    default=Ablating.positions,
     show_default=True,
     help="Set to zero at the last token only, or at all tokens.",
 )
 @click.option(
     "--controls",
     type=click.IntRange(0),
-    default=3,
+    default=Ablating.n_controls,
     show_default=True,
     help="Number of control sets: random neurons, as many and in the same layers.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True, help="Seed of the random sets."
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=Ablating.seed,
+    show_default=True,
+    help="Seed of the random sets.",
 )
 @click.option("--device", help="Device: cpu, cuda, cuda:1, ….  [default: cuda if available, else cpu]")
 @warehouse_option
@@ -360,8 +362,8 @@ def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str,
     current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
     hint = "`kdb runs` lists what is stored, `kdb ingest` measures more."
-    for kind, place, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
-        stored = {key[place] for key in runs if key[:place] == (model, dataset)[:place]}
+    for kind, level, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
+        stored = {key[level] for key in runs if key[:level] == (model, dataset)[:level]}
         if name not in stored:
             raise UnknownNameError(f"stored {kind}", name, stored, hint)
     return str(runs[model, dataset, variant])

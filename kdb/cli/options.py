@@ -64,10 +64,10 @@ def output_options(command: Command) -> Command:
     """``--format`` and ``-o``, checked before the command does anything."""
 
     @functools.wraps(command)
-    def checked(*args: Any, **given: Any) -> Any:
-        if given["output"] is not None:
-            check_output(given["output"], None if given["format_"] else _SUFFIXES)
-        return command(*args, **given)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["output"] is not None:
+            check_output(kwargs["output"], None if kwargs["format_"] else _SUFFIXES)
+        return command(*args, **kwargs)
 
     with_format: Command = click.option(
         "--format",
@@ -118,12 +118,12 @@ def notes_shown() -> Iterator[None]:
     """Print kdb's notes about an answer on stderr, each note once."""
     from kdb.warehouse.notes import noted
 
-    found: list[str] = []
+    notes: list[str] = []
     try:
-        with noted(found):
+        with noted(notes):
             yield
     finally:
-        for note in found:
+        for note in notes:
             click.echo(f"Note: {note}", err=True)
 
 
@@ -132,10 +132,10 @@ class FiniteRange(click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number if it is within the range."""
-        found = super().convert(value, param, ctx)
-        if math.isnan(found):
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
-        return found
+        return number
 
 
 def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from kdb.cli.options import Command
+from kdb.ingest.settings import DTYPES, QUANTIZATIONS, STORED_DTYPES, Attributing, Measuring, Probing
+from kdb.queries.domains import CLASSIFIERS
 
 
 def dataset_options(command: Command) -> Command:
@@ -50,20 +52,20 @@ def probe_options(command: Command) -> Command:
                 "--classifier",
                 "classifiers",
                 multiple=True,
-                type=click.Choice(["logistic", "logistic-paper", "logistic-standardised", "random-forest"]),
+                type=click.Choice(CLASSIFIERS),
                 help="Additional classifier to fit; logistic and logistic-paper are always fitted. Repeatable.",
             ),
             click.option(
                 "--splits",
                 type=click.IntRange(1),
-                default=1,
+                default=Probing.splits,
                 show_default=True,
                 help="Number of splits: the paper's, then seeded stratified ones.",
             ),
             click.option(
                 "--seed",
                 type=click.IntRange(0, 2**31 - 1),
-                default=42,
+                default=Measuring.seed,
                 show_default=True,
                 help="Seed of the noise, of shuffled labels and of all splits except the paper's.",
             ),
@@ -80,7 +82,7 @@ def attribution_options(command: Command) -> Command:
             click.option(
                 "--top-k",
                 type=click.IntRange(1),
-                default=300,
+                default=Attributing.top_k,
                 show_default=True,
                 help="Knowledge: number of best neurons of each component to store for each prompt.",
             ),
@@ -92,14 +94,14 @@ def attribution_options(command: Command) -> Command:
             click.option(
                 "--query-values",
                 type=click.IntRange(1),
-                default=30,
+                default=Attributing.query_values,
                 show_default=True,
                 help="Knowledge: number of value neurons to trace back to query neurons.",
             ),
             click.option(
                 "--ablate-k",
                 type=click.IntRange(0),
-                default=10,
+                default=Attributing.ablate_k,
                 show_default=True,
                 help="Knowledge: number of best neurons of each method to set to zero; 0 skips the comparison.",
             ),
@@ -133,18 +135,18 @@ def model_options(command: Command) -> Command:
             ),
             click.option(
                 "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                default="float32",
+                type=click.Choice(DTYPES),
+                default=Measuring.dtype,
                 show_default=True,
                 help="Weight dtype for the forward pass.",
             ),
             click.option(
-                "--quantize", type=click.Choice(["int8"]), help="Quantize the weights, but not the activations."
+                "--quantize", type=click.Choice(QUANTIZATIONS), help="Quantize the weights, but not the activations."
             ),
             click.option(
                 "--store",
-                type=click.Choice(["float32", "float16"]),
-                default="float32",
+                type=click.Choice(STORED_DTYPES),
+                default=Measuring.store,
                 show_default=True,
                 help="Number format of the vectors on disk.",
             ),

@@ -108,7 +108,7 @@ def push(
     """
     from kdb.warehouse import hub
 
-    hub.Place.of(url)  # report a wrong URL before anything is read
+    hub.HubRepo.of(url)  # report a wrong URL before anything is read
     opened = kdb.open(warehouse)
     chosen = _chosen(opened, runs, models, datasets)
     pushed = hub.push(opened, chosen, url, licence=licence, private=private)
@@ -142,7 +142,7 @@ def pull(url: str, prefer_imported: bool | None, warehouse: Path | str) -> None:
     from kdb.warehouse import hub
     from kdb.warehouse.store import Warehouse
 
-    hub.Place.of(url)  # before a warehouse is created
+    hub.HubRepo.of(url)  # before a warehouse is created
     storage = Warehouse.create(warehouse).storage
     for run, copied in hub.pull(url, storage, preferred=bool(prefer_imported)):
         _tell_imported(storage, storage.listed(run), copied, prefer_imported)

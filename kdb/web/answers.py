@@ -41,11 +41,11 @@ def sql(wh: Warehouse, text: str, format_: str) -> Answer:
     return _noted(head, notes), body
 
 
-def query(wh: Warehouse, name: str, given: dict[str, Any], format_: str) -> Answer:
+def query(wh: Warehouse, name: str, params: dict[str, Any], format_: str) -> Answer:
     """Answer a saved query."""
     begun, notes = time.perf_counter(), list[str]()
     with noted(notes):
-        reader = wh.opened.public_query(name, **given)
+        reader = wh.opened.public_query(name, **params)
     head, body = _whole(reader, format_, begun, stem=name)
     return _noted(head, notes), body
 
@@ -72,20 +72,20 @@ def table(
     return head, encode(rows.to_reader(), format_)
 
 
-def chart(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
+def chart(wh: Warehouse, name: str, params: dict[str, list[str]]) -> Answer:
     """Answer with a figure as Vega-Lite, or with ``{"nothing": "why"}`` if there is no data for it."""
     several = {param.name for param in figures.find_figure(name).params if param.type == "texts"}
-    told = {key: values if key in several else values[-1] for key, values in given.items()}
+    chosen = {key: values if key in several else values[-1] for key, values in params.items()}
     try:
-        drawn = figures.chart(wh, name, **told).to_json(indent=None)
+        drawn = figures.chart(wh, name, **chosen).to_json(indent=None)
     except NothingFoundError as error:
         drawn = json.dumps({"nothing": str(error)})
     return {"media_type": "application/json"}, iter([drawn.encode()])
 
 
-def page(wh: Warehouse, name: str, given: dict[str, list[str]]) -> Answer:
+def page(wh: Warehouse, name: str, params: dict[str, list[str]]) -> Answer:
     """Answer with a page as HTML."""
-    return {"media_type": "text/html; charset=utf-8"}, iter([views.render(wh, name, given).encode()])
+    return {"media_type": "text/html; charset=utf-8"}, iter([views.render(wh, name, params).encode()])
 
 
 KINDS: dict[str, Callable[..., Answer]] = {"sql": sql, "query": query, "table": table, "chart": chart, "page": page}

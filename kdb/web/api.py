@@ -84,7 +84,7 @@ def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     rows["application/json"] = {"schema": {"type": "array", "items": {"type": "object"}}}
     rows["application/vnd.apache.arrow.stream"]["schema"]["format"] = "binary"
     rows["application/vnd.apache.parquet"]["schema"]["format"] = "binary"
-    said: dict[int | str, dict[str, Any]] = {
+    responses: dict[int | str, dict[str, Any]] = {
         200: {"description": "Rows", "content": rows},
         304: {"description": "Not modified: the ETag matches If-None-Match"},
         400: {"model": Error, "description": "The request is invalid, or its answer exceeds the limits"},
@@ -94,7 +94,7 @@ def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
         422: {"model": Error, "description": "A parameter is of the wrong type"},
         503: {"model": Error, "description": "Too many waiting requests; retry after Retry-After seconds"},
     }
-    return {status: said[status] for status in (*statuses, 401, 422)}
+    return {status: responses[status] for status in (*statuses, 401, 422)}
 
 
 def _format(
@@ -197,10 +197,12 @@ def add_routes(app: FastAPI) -> None:
 def _endpoint(saved: SavedQuery) -> Any:
     """Return a function with the parameters of the saved query as its signature, for FastAPI to check and describe."""
 
-    async def endpoint(request: Request, format: str, **given: Any) -> Response:  # noqa: A002
+    async def endpoint(request: Request, format: str, **params: Any) -> Response:  # noqa: A002
         _refuse_unknown(request, [*(param.name for param in saved.params), "format"], saved.name)
-        told = {name: value for name, value in given.items() if value not in (None, [])}
-        answered: Response = await request.app.state.ask(request, "query", name=saved.name, given=told, format_=format)
+        chosen = {name: value for name, value in params.items() if value not in (None, [])}
+        answered: Response = await request.app.state.ask(
+            request, "query", name=saved.name, params=chosen, format_=format
+        )
         return answered
 
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -236,7 +238,7 @@ def _declared(param: Param) -> dict[str, Any]:
 def _described(name: str) -> Described:
     table = TABLES[name]
     types = column_types(name)
-    told = {column.name: (column.info["unit"], str(column.comment)) for column in table.columns}
-    told |= {partition: ("", meaning) for partition, meaning in PARTITIONS.items()}
-    columns = [Column(name=n, type=t, unit=told[n][0], meaning=told[n][1]) for n, t in types.items()]
+    described = {column.name: (column.info["unit"], str(column.comment)) for column in table.columns}
+    described |= {partition: ("", meaning) for partition, meaning in PARTITIONS.items()}
+    columns = [Column(name=n, type=t, unit=described[n][0], meaning=described[n][1]) for n, t in types.items()]
     return Described(name=name, rows=str(table.comment), columns=columns)

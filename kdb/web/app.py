@@ -97,9 +97,9 @@ class Asking:
 
     async def runs(self) -> dict[str, str]:
         """Return the committed runs with their versions."""
-        found = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.storage.run_folders()})
-        RUNS.set(len(found))
-        return dict(sorted(found.items()))
+        versions = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.storage.run_folders()})
+        RUNS.set(len(versions))
+        return dict(sorted(versions.items()))
 
     async def __call__(self, request: Request, kind: str, **params: Any) -> Response:
         """Return the response to a request; the arguments say what to ask the worker."""
@@ -190,8 +190,8 @@ class _Streamed(StreamingResponse):
 
 
 def _etag(kind: str, params: dict[str, Any], runs: dict[str, str]) -> str:
-    said = json.dumps([VERSION, kind, params, runs], sort_keys=True)
-    return f'"{hashlib.sha256(said.encode()).hexdigest()[:32]}"'
+    key = json.dumps([VERSION, kind, params, runs], sort_keys=True)
+    return f'"{hashlib.sha256(key.encode()).hexdigest()[:32]}"'
 
 
 def _etags(header: str) -> list[str]:
@@ -237,8 +237,8 @@ def _add_operation(app: FastAPI, access: Access) -> None:
 
     @app.post("/login", include_in_schema=False)
     async def enter(request: Request) -> Response:
-        given = parse_qs((await _body(request, 4096)).decode("utf-8", "replace")).get("token", [""])[0]
-        if not access.knows_token(given):
+        token = parse_qs((await _body(request, 4096)).decode("utf-8", "replace")).get("token", [""])[0]
+        if not access.knows_token(token):
             return Response(pages.login(wrong=True), status_code=401, media_type="text/html")
         entered = RedirectResponse("/", 303)
         secure = request.url.scheme == "https"
@@ -259,14 +259,14 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(KdbError)
     async def refused(request: Request, error: KdbError) -> Response:
         unknown = getattr(error, "unknown", isinstance(error, UnknownNameError))
-        return _said(request, 404 if unknown else 400, str(error))
+        return _error_response(request, 404 if unknown else 400, str(error))
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, _: BusyError) -> Response:
         TURNED_AWAY.inc()
-        said = _said(request, 503, "Too many waiting requests; retry later")
-        said.headers["retry-after"] = "2"
-        return said
+        response = _error_response(request, 503, "Too many waiting requests; retry later")
+        response.headers["retry-after"] = "2"
+        return response
 
     @app.exception_handler(ClientLeftError)
     async def left(_: Request, __: ClientLeftError) -> Response:
@@ -275,21 +275,21 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(FailedError)
     async def failed(request: Request, error: FailedError) -> Response:
         access_log.error(json.dumps({"path": request.url.path, "error": str(error), "details": error.details}))
-        return _said(request, 500, str(error))
+        return _error_response(request, 500, str(error))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        said = _said(request, error.status_code, str(error.detail))
-        said.headers.update(error.headers or {})
-        return said
+        response = _error_response(request, error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        told = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors())
-        return _said(request, 422, told)
+        details = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors())
+        return _error_response(request, 422, details)
 
 
-def _said(request: Request, status: int, text: str) -> Response:
+def _error_response(request: Request, status: int, text: str) -> Response:
     """Return an error as a page for browsers, or as JSON for programs."""
     if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/"):
         return Response(pages.error(status, text), status, media_type="text/html")

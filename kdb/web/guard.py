@@ -54,17 +54,17 @@ class Access:
         """Return the value of the session cookie that a browser gets after login."""
         return hmac.new((self.token or "").encode(), b"kdb session", "sha256").hexdigest()
 
-    def knows_token(self, given: str) -> bool:
+    def knows_token(self, token: str) -> bool:
         """Whether the token is valid, compared in constant time."""
-        return self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())
+        return self.token is not None and hmac.compare_digest(token.encode(), self.token.encode())
 
     def admits(self, headers: Headers) -> bool:
         """Whether a request has a valid token or session cookie."""
         if self.token is None:
             return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            return self.knows_token(given.strip())
+            return self.knows_token(token.strip())
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:

@@ -31,13 +31,13 @@ def add_routes(app: FastAPI) -> None:
     async def query(request: Request, name: str) -> Response:
         find_query(name)
         answered: Response = await request.app.state.ask(
-            request, "page", name="query", given=_given(request, name=name)
+            request, "page", name="query", params=_url_params(request, name=name)
         )
         return answered
 
     @app.get("/charts/{name}", include_in_schema=False)
     async def chart(request: Request, name: str) -> Response:
-        answered: Response = await request.app.state.ask(request, "chart", name=name, given=_given(request))
+        answered: Response = await request.app.state.ask(request, "chart", name=name, params=_url_params(request))
         return answered
 
     @app.get("/favicon.ico", include_in_schema=False)
@@ -47,17 +47,17 @@ def add_routes(app: FastAPI) -> None:
 
 def _page(view: str):  # type: ignore[no-untyped-def]
     async def page(request: Request) -> Response:
-        answered: Response = await request.app.state.ask(request, "page", name=view, given=_given(request))
+        answered: Response = await request.app.state.ask(request, "page", name=view, params=_url_params(request))
         return answered
 
     return page
 
 
-def _given(request: Request, **also: str) -> dict[str, list[str]]:
+def _url_params(request: Request, **also: str) -> dict[str, list[str]]:
     """Return the values in the query string by name, without empty ones, which forms send for empty fields."""
     names = request.query_params.keys()
-    given = {name: [value for value in request.query_params.getlist(name) if value] for name in names}
-    return {name: values for name, values in given.items() if values} | {name: [value] for name, value in also.items()}
+    params = {name: [value for value in request.query_params.getlist(name) if value] for name in names}
+    return {name: values for name, values in params.items() if values} | {name: [value] for name, value in also.items()}
 
 
 def login(*, wrong: bool) -> str:

@@ -39,8 +39,8 @@ def _environment() -> Environment:
 
 def url(path: str, params: Mapping[str, Any] | None = None, **more: Any) -> str:
     """Return a path with its query string, without None and empty lists."""
-    given = {name: value for name, value in {**(params or {}), **more}.items() if value not in (None, [], ())}
-    return f"{path}?{urlencode(given, doseq=True)}" if given else path
+    values = {name: value for name, value in {**(params or {}), **more}.items() if value not in (None, [], ())}
+    return f"{path}?{urlencode(values, doseq=True)}" if values else path
 
 
 def link(column: str, row: Mapping[str, Any]) -> str | None:

@@ -26,7 +26,7 @@ PAGE_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Given:
+class UrlParams:
     """The values in a page's query string."""
 
     values: Mapping[str, Sequence[str]]
@@ -77,11 +77,11 @@ class Charted:
     numbers: str
 
 
-def render(wh: Warehouse, name: str, given: dict[str, list[str]]) -> str:
+def render(wh: Warehouse, name: str, url_params: dict[str, list[str]]) -> str:
     """Return the HTML of a page. Raises KdbError if the address has a name that does not exist."""
     notes: list[str] = []
     with noted(notes):
-        context = VIEWS[name](wh, Given(given))
+        context = VIEWS[name](wh, UrlParams(url_params))
     return render_template(f"{name}.html.j2", **context, notes=notes)
 
 
@@ -90,21 +90,21 @@ def render(wh: Warehouse, name: str, given: dict[str, list[str]]) -> str:
 
 def _asked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequence[str] = (), title: str = "") -> Shown:
     """Return the answer of a saved query as a table, without the columns that the page shows elsewhere."""
-    told = _told(params)
-    frame = wh.query(name, **told)
+    chosen = _without_empty(params)
+    frame = wh.query(name, **chosen)
     columns = [column for column in frame.columns if column not in drop]
-    return Shown(title or find_query(name).title, columns, frame.to_dicts(), url(f"/queries/{name}", told))
+    return Shown(title or find_query(name).title, columns, frame.to_dicts(), url(f"/queries/{name}", chosen))
 
 
 def _chart(name: str, params: Mapping[str, Any]) -> Charted:
-    told = _told(params)
+    chosen = _without_empty(params)
     figure = FIGURES[name]
     own = {param.name for param in (*figure.drawing, *figure.counting)}
-    numbers = {key: value for key, value in told.items() if key not in own}
-    return Charted(figure.title, url(f"/charts/{name}", told), url(f"/queries/{figure.query}", numbers))
+    numbers = {key: value for key, value in chosen.items() if key not in own}
+    return Charted(figure.title, url(f"/charts/{name}", chosen), url(f"/queries/{figure.query}", numbers))
 
 
-def _told(params: Mapping[str, Any]) -> dict[str, Any]:
+def _without_empty(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters that have a value."""
     return {key: value for key, value in params.items() if value not in (None, [])}
 
@@ -112,13 +112,13 @@ def _told(params: Mapping[str, Any]) -> dict[str, Any]:
 def _choices(wh: Warehouse) -> dict[str, list[str]]:
     """Return the choices of a form for parameters whose values are stored in the warehouse."""
     look = look_of(wh)
-    found = wh.sql("SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL")["category"].to_list()
+    categories = wh.sql("SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL")["category"].to_list()
     stored = set(wh.sql("SELECT DISTINCT dataset FROM runs")["dataset"])
     variants = wh.sql("SELECT DISTINCT variant FROM runs ORDER BY variant")["variant"].to_list()
     return {
         "model": list(look.models),
         "dataset": [name for name in look.datasets if name in stored],
-        "category": look.order("category", found),
+        "category": look.order("category", categories),
         "variant": variants,
     }
 
@@ -150,7 +150,7 @@ def _known(wh: Warehouse, names: Sequence[str]) -> None:
 # Pages -----------------------------------------------------------------------------------------------------------
 
 
-def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
+def _home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
     look = look_of(wh)
     measured = wh.sql(
         "SELECT study, dataset, model, count(*) AS n_runs, max(n_prompts) AS n_prompts, "
@@ -159,7 +159,7 @@ def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
     ).to_dicts()
     cells = {(row["study"], row["dataset"], row["model"]): row for row in measured}
     datasets = {(study, dataset) for study, dataset, _ in cells}
-    order = {name: place for place, name in enumerate(look.datasets)}
+    order = {name: position for position, name in enumerate(look.datasets)}
     columns = sorted(datasets, key=lambda key: (key[0], order.get(key[1], len(order)), key[1]))
     counted = " UNION ALL ".join(f"SELECT '{name}' AS table_name, count(*) AS n FROM {name}" for name in TABLES)
     rows = {row["table_name"]: row["n"] for row in wh.sql(counted).to_dicts()}
@@ -179,15 +179,15 @@ def _home(wh: Warehouse, _: Given) -> dict[str, Any]:
     }
 
 
-def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
-    model = given.needed("model")
+def _model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
+    model = url_params.needed("model")
     _known(wh, [model])
-    chosen = {"dataset": given.many("dataset"), "category": given.many("category")}
+    chosen = {"dataset": url_params.many("dataset"), "category": url_params.many("category")}
     studies = _studies(wh, [model])
     one = "SELECT * FROM {} WHERE model = $model ORDER BY run LIMIT 1"
     shown = [wh.sql(one.format(table), {"model": model}) for table in ("current.models", "models")]
     structure = next(frame for frame in shown if len(frame)).to_dicts()[0]
-    told = {column.name: (column.comment, column.info["symbol"]) for column in TABLES["models"].columns}
+    descriptions = {column.name: (column.comment, column.info["symbol"]) for column in TABLES["models"].columns}
     charts, tables = [], []
     if concept := [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]:
         charts.append(_chart("depth-curves", {"model": [model], "dataset": concept}))
@@ -212,7 +212,7 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
         f"and {structure['intermediate_size']:,} neurons, hidden size {structure['hidden_size']:,}; "
         f"weights {structure['quantization'] or structure['weights_dtype'] or 'in an unknown format'}"
         f"{', instruction-tuned' * bool(structure['instruct'])}",
-        "structure": [(name, structure[name], *told[name]) for name in told],
+        "structure": [(name, structure[name], *descriptions[name]) for name in descriptions],
         "choices": {
             "dataset": studies["concept"],
             "category": _choices(wh)["category"] if studies["knowledge"] else [],
@@ -224,11 +224,11 @@ def _model(wh: Warehouse, given: Given) -> dict[str, Any]:
     }
 
 
-def _compare(wh: Warehouse, given: Given) -> dict[str, Any]:
+def _compare(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     choices = _choices(wh)
-    models = given.many("model") or choices["model"][:4]
+    models = url_params.many("model") or choices["model"][:4]
     _known(wh, models)
-    chosen = {"model": models, "dataset": given.many("dataset"), "category": given.many("category")}
+    chosen = {"model": models, "dataset": url_params.many("dataset"), "category": url_params.many("category")}
     studies = _studies(wh, models)
     concept = [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]
     charts, tables, beside = [], [], []
@@ -253,7 +253,7 @@ def _compare(wh: Warehouse, given: Given) -> dict[str, Any]:
 
 def _beside(wh: Warehouse, query: str, item: str, about: dict[str, Any]) -> dict[str, Any]:
     """Return the five best items of each category, with a column for each model."""
-    frame = wh.query(query, k=5, **_told(about)).to_dicts()
+    frame = wh.query(query, k=5, **_without_empty(about)).to_dicts()
     ranked: dict[str, dict[int, dict[str, Any]]] = {}
     for row in frame:
         ranked.setdefault(row["category"], {}).setdefault(row["rank"], {})[row["model"]] = row
@@ -265,23 +265,23 @@ def _beside(wh: Warehouse, query: str, item: str, about: dict[str, Any]) -> dict
     }
 
 
-def _prompt(wh: Warehouse, given: Given) -> dict[str, Any]:
-    about = given.only("model", "variant", "run")
-    one = {name: values[0] for name, values in given.only("dataset", "variant", "run").items()}
-    if given.one("prompt") is None:
-        listed = _asked(wh, "prompts", {**given.only("model", "category"), **one, "k": 20}, drop=["answer"])
+def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
+    about = url_params.only("model", "variant", "run")
+    one = {name: values[0] for name, values in url_params.only("dataset", "variant", "run").items()}
+    if url_params.one("prompt") is None:
+        listed = _asked(wh, "prompts", {**url_params.only("model", "category"), **one, "k": 20}, drop=["answer"])
         choices = _choices(wh)
         kinds = ("model", "category")
         return {
             "title": "Prompts",
             "listed": listed,
             "choices": {kind: choices[kind] for kind in kinds},
-            "chosen": {kind: given.many(kind) for kind in kinds},
+            "chosen": {kind: url_params.many(kind) for kind in kinds},
             "story": None,
         }
-    number = given.integer("prompt")
+    number = url_params.integer("prompt")
     asked = {"prompt": number, "model": about.get("model", []), **one}
-    story = wh.query("prompt-story", **_told(asked)).to_dicts()
+    story = wh.query("prompt-story", **_without_empty(asked)).to_dicts()
     if not story:
         raise QueryError(
             "No such prompt, or it does not pass the filter: the model does not predict its answer. /prompt lists the "
@@ -301,20 +301,22 @@ def _prompt(wh: Warehouse, given: Given) -> dict[str, Any]:
         "charts": [_chart("prompt-story", asked)],
         "tables": tables,
         "address": url("/queries/prompt-story", asked),
-        "next": url("/prompt", {**given.values, "prompt": [str(number + 1)]}),
-        "before": url("/prompt", {**given.values, "prompt": [str(number - 1)]}) if number else None,
+        "next": url("/prompt", {**url_params.values, "prompt": [str(number + 1)]}),
+        "before": url("/prompt", {**url_params.values, "prompt": [str(number - 1)]}) if number else None,
     }
 
 
-def _said(given: Given, *columns: str) -> list[str]:
+def _hidden(url_params: UrlParams, *columns: str) -> list[str]:
     """Return the columns with the same value in all rows of a page; includes the model if there is only one."""
-    return [*columns, "model"] if len(given.many("model")) == 1 else list(columns)
+    return [*columns, "model"] if len(url_params.many("model")) == 1 else list(columns)
 
 
-def _neuron(wh: Warehouse, given: Given) -> dict[str, Any]:
-    about = given.only("model", "category") | {k: v[0] for k, v in given.only("dataset", "variant", "run").items()}
-    asked = {"neuron": given.needed("neuron"), **about}
-    drop = _said(given, "neuron_name")
+def _neuron(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
+    about = url_params.only("model", "category") | {
+        k: v[0] for k, v in url_params.only("dataset", "variant", "run").items()
+    }
+    asked = {"neuron": url_params.needed("neuron"), **about}
+    drop = _hidden(url_params, "neuron_name")
     tables = [
         _asked(wh, "neuron-by-category", asked, drop=drop),
         _asked(wh, "neuron-in-prompts", asked | {"k": 20}, drop=drop),
@@ -325,68 +327,76 @@ def _neuron(wh: Warehouse, given: Given) -> dict[str, Any]:
         raise QueryError(
             f"{asked['neuron']}: not stored with any prompt. Names of neurons are like f29_1234 or a23.12_45."
         )
-    return {"title": f"Neuron {asked['neuron']}", "models": given.many("model"), "tables": tables}
+    return {"title": f"Neuron {asked['neuron']}", "models": url_params.many("model"), "tables": tables}
 
 
-def _head(wh: Warehouse, given: Given) -> dict[str, Any]:
-    about = given.only("model", "category") | {k: v[0] for k, v in given.only("dataset", "variant", "run").items()}
-    asked = {"layer": given.integer("layer"), "head": given.integer("head"), **about}
+def _head(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
+    about = url_params.only("model", "category") | {
+        k: v[0] for k, v in url_params.only("dataset", "variant", "run").items()
+    }
+    asked = {"layer": url_params.integer("layer"), "head": url_params.integer("head"), **about}
     names = ("head-by-category", "position-attention", "head-in-prompts")
-    tables = [_asked(wh, name, asked, drop=_said(given, "head_name", "layer", "head")) for name in names]
+    tables = [_asked(wh, name, asked, drop=_hidden(url_params, "head_name", "layer", "head")) for name in names]
     title = f"a{asked['layer']}.{asked['head']}"
     if not any(table.rows for table in tables):
         raise QueryError(f"{title}: not stored with any prompt. Check the numbers of layer and head, counted from 0.")
-    return {"title": f"Head {title}", "models": given.many("model"), "tables": tables}
+    return {"title": f"Head {title}", "models": url_params.many("model"), "tables": tables}
 
 
-def _queries(_: Warehouse, __: Given) -> dict[str, Any]:
+def _queries(_: Warehouse, __: UrlParams) -> dict[str, Any]:
     groups: dict[str, list[Any]] = {}
     for saved in load_catalogue().values():
         groups.setdefault(saved.group.capitalize(), []).append(saved)
     return {"title": "Queries", "groups": groups}
 
 
-def _query(wh: Warehouse, given: Given) -> dict[str, Any]:
-    saved = find_query(given.needed("name"))
+def _query(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
+    saved = find_query(url_params.needed("name"))
     names = [param.name for param in saved.params]
-    told: dict[str, Any] = {
-        param.name: given.many(param.name) if param.type == "texts" else given.one(param.name)
+    chosen: dict[str, Any] = {
+        param.name: url_params.many(param.name) if param.type == "texts" else url_params.one(param.name)
         for param in saved.params
-        if given.many(param.name)
+        if url_params.many(param.name)
     }
     context: dict[str, Any] = {
         "title": saved.title,
         "saved": saved,
-        "given": given,
+        "url_params": url_params,
         "choices": _choices(wh),
         "charts": [],
-        "told": told,
+        "chosen": chosen,
         "problem": None,
-        "found": None,
+        "answer": None,
     }
     try:
-        bind(saved.name, saved.params, {**told, **{n: "" for n in given.values if n not in (*names, "page", "name")}})
-        context |= _found(lambda: wh.opened.public_query(saved.name, **told), given, f"/queries/{saved.name}", told)
+        bind(
+            saved.name,
+            saved.params,
+            {**chosen, **{n: "" for n in url_params.values if n not in (*names, "page", "name")}},
+        )
+        context |= _found(
+            lambda: wh.opened.public_query(saved.name, **chosen), url_params, f"/queries/{saved.name}", chosen
+        )
     except KdbError as error:
-        asked_nothing = not told and any(param.required for param in saved.params)
+        asked_nothing = not chosen and any(param.required for param in saved.params)
         return context | {"problem": None if asked_nothing else str(error)}
     # A figure with its own defaults shows other rows than these.
     fitting = [figure for figure in FIGURES.values() if figure.query == saved.name and not figure.defaults]
-    drawn = fitting if context["found"].rows else []
-    context["charts"] = [_chart(figure.name, told) for figure in drawn]
-    return context | {"downloads": [(f, url(f"/api/queries/{saved.name}", told, format=f)) for f in _DOWNLOADS]}
+    drawn = fitting if context["answer"].rows else []
+    context["charts"] = [_chart(figure.name, chosen) for figure in drawn]
+    return context | {"downloads": [(f, url(f"/api/queries/{saved.name}", chosen, format=f)) for f in _DOWNLOADS]}
 
 
 _DOWNLOADS = ("csv", "json", "parquet", "arrow")
 
 
-def _found(ask: Callable[[], Any], given: Given, path: str, params: dict[str, Any]) -> dict[str, Any]:
+def _found(ask: Callable[[], Any], url_params: UrlParams, path: str, params: dict[str, Any]) -> dict[str, Any]:
     """Return the rows of one page of an answer, the time it took, and the addresses of the pages before and after."""
-    page = max(1, given.integer("page", 1))
+    page = max(1, url_params.integer("page", 1))
     begun = time.perf_counter()
     names, rows, more = rows_of_page(ask(), (page - 1) * PAGE_ROWS, PAGE_ROWS)
     return {
-        "found": Shown("Answer", names, [dict(zip(names, row, strict=True)) for row in rows]),
+        "answer": Shown("Answer", names, [dict(zip(names, row, strict=True)) for row in rows]),
         "cells": rows,
         "first": (page - 1) * PAGE_ROWS + 1,
         "took": time.perf_counter() - begun,
@@ -398,20 +408,20 @@ def _found(ask: Callable[[], Any], given: Given, path: str, params: dict[str, An
 _EXAMPLE = "SELECT model, dataset, layer, accuracy\nFROM current.probe_scores\nWHERE site = 'resid_post'\nORDER BY ALL"
 
 
-def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
-    text = given.one("q")
+def _sql(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
+    text = url_params.one("q")
     context: dict[str, Any] = {
         "title": "SQL",
         "text": text or "",
         "problem": None,
-        "found": None,
+        "answer": None,
         "tables": {name: column_types(name) for name in TABLES},
         "example": _EXAMPLE,
     }
     if text is None:
         return context
     try:
-        context |= _found(lambda: wh.opened.public_sql(text), given, "/sql", {"q": text})
+        context |= _found(lambda: wh.opened.public_sql(text), url_params, "/sql", {"q": text})
     except EngineError:
         raise
     except QueryError as error:
@@ -421,11 +431,11 @@ def _sql(wh: Warehouse, given: Given) -> dict[str, Any]:
     return context | {"downloads": [(f, url("/api/sql", sql=text, format=f)) for f in _DOWNLOADS]}
 
 
-def _schema(_: Warehouse, __: Given) -> dict[str, Any]:
+def _schema(_: Warehouse, __: UrlParams) -> dict[str, Any]:
     return {"title": "Schema", "partitions": PARTITIONS, "tables": TABLES, "sql_type": sql_type}
 
 
-VIEWS: dict[str, Callable[[Warehouse, Given], dict[str, Any]]] = {
+VIEWS: dict[str, Callable[[Warehouse, UrlParams], dict[str, Any]]] = {
     "home": _home,
     "model": _model,
     "compare": _compare,

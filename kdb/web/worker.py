@@ -85,15 +85,15 @@ def _answer(opened: _Opened, question: Question) -> Iterator[bytes]:
         if isinstance(error, MemoryError) or str(error).startswith("Out of Memory"):
             yield EXHAUSTED  # the memory is fragmented now: another worker replaces this one
             return
-        said = {"error": opened.public(error, question), "unknown": isinstance(error, UnknownNameError)}
-        yield REFUSED + json.dumps(said).encode()
+        answer = {"error": opened.public(error, question), "unknown": isinstance(error, UnknownNameError)}
+        yield REFUSED + json.dumps(answer).encode()
     except (Exception, pl.exceptions.PanicException) as error:  # an error must not affect later requests
         yield FAILED + _failure(_INTERNAL, error)
 
 
-def _failure(told: str, error: BaseException) -> bytes:
+def _failure(text: str, error: BaseException) -> bytes:
     """Return the message for the client, and the details for the server's log."""
-    return json.dumps({"error": told, "details": "".join(traceback.format_exception(error))}).encode()
+    return json.dumps({"error": text, "details": "".join(traceback.format_exception(error))}).encode()
 
 
 def _begin_whole(opened: _Opened, question: Question) -> tuple[dict[str, Any], bytes, Iterator[bytes]]:

@@ -37,8 +37,8 @@ class BusyError(Exception):
 class FailedError(Exception):
     """A worker failed for a reason that the client did not cause; `details` are for the server's log."""
 
-    def __init__(self, told: str, details: str = "") -> None:
-        super().__init__(told)
+    def __init__(self, text: str, details: str = "") -> None:
+        super().__init__(text)
         self.details = details
 
 
@@ -116,10 +116,10 @@ class WorkerPool:
         finally:
             if not answered:
                 await self._done(hired)
-        said = json.loads(content)
+        answer = json.loads(content)
         if kind == worker.FAILED:
-            raise FailedError(said["error"], said["details"])
-        raise RefusedError(said["error"], unknown=said["unknown"])
+            raise FailedError(answer["error"], answer["details"])
+        raise RefusedError(answer["error"], unknown=answer["unknown"])
 
     async def _turn(self) -> _Worker:
         try:

@@ -1,0 +1,159 @@
+"""Compare measured values with the untouched model, and refuse a run whose difference rounding does not explain."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdb.errors import ModelError
+from kdb.ingest.forward.length_classes import forget_longest
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdb.ingest.forward.capture import Capture
+    from kdb.ingest.models.find import LoadedModel
+
+CHECK_PROMPTS = 8
+"""Prompts on which each run is compared with the untouched model."""
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
+"""Largest relative difference of a last state, a sum, a logit or a probability that rounding explains, by dtype."""
+
+STATES_TOLERANCE = TOLERANCE | {"bfloat16": 0.3, "float16": 4e-2}
+"""Largest relative difference of the states of all layers that rounding explains (``benchmarks/batches.py``)."""
+
+DETAIL = {
+    "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding, cue and shared "
+    "prefix against one prompt at a time",
+    "final_norm": "the same for the last layer, after the final norm",
+    "readout": "the same for the logits that the last captured state gives",
+    "readout_kl": "KL divergence, in nats, of those logits from the model's own",
+    "stored_states": "largest ‖stored − untouched‖ / ‖untouched‖ over layers, in the batches of the run against one "
+    "prompt at a time",
+    "stored_answers": "largest |stored − untouched| probability of an answer, in the batches of the run against one "
+    "prompt at a time",
+    "stored_probs": "largest |stored − untouched| probability of a target, in the batches of the run against one "
+    "prompt at a time",
+    "logits": "largest |logit − the model's own| / spread of the model's own logits",
+    "logits_kl": "KL divergence, in nats, of the recorded logits from the model's own",
+    "residual_sum": "‖block output − (input + attention + FFN)‖ / ‖block output‖, largest over blocks and positions",
+    "head_sum": "‖attention contribution − (heads + biases)‖ / ‖heads and biases, norms added‖, largest over layers",
+    "ffn_sum": "‖FFN contribution − (neurons + biases)‖ / ‖neurons and biases, norms added‖, largest over layers",
+    "value_keys": "the same for a head's values, read through the value projection found",
+    "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
+    "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
+}
+"""Definition of each check, as it is stored."""
+
+
+def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompts: int) -> dict[str, Any]:
+    """Build the row of ``checks`` for the largest of some differences.
+
+    Raises ModelError if it is larger than the rounding of the weights' dtype explains.
+    """
+    value = float(np.max(values, initial=0))  # unlike Python's max, NumPy's keeps a NaN
+    tolerance = (STATES_TOLERANCE if check in ("resid_post", "stored_states") else TOLERANCE)[loaded.dtype]
+    if not value <= tolerance:
+        raise ModelError(
+            f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "
+            f"explains {tolerance:.2g} ({DETAIL[check]})."
+        )
+    detail = f"{DETAIL[check]}; {n_prompts} prompts, {loaded.dtype}"
+    return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
+
+
+def kl_divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """KL divergence, in nats, of one distribution from another, given as logits (…, vocab); the largest of several."""
+    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).abs().max())
+
+
+def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one prompt alone and without hooks; return hidden states (layer + 1, hidden) and logits (vocab).
+
+    Both are those of the last token. transformers applies the final norm to the last of the states.
+    """
+    import torch
+
+    forget_longest(loaded)
+    with torch.inference_mode():
+        ids = torch.tensor([list(token_ids)], device=loaded.device)
+        # Logits of all positions would take a gigabyte for a thousand tokens and a vocabulary of 262,144.
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
+        output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
+    states = torch.stack([state[0, -1].float() for state in output.hidden_states])
+    return states, output.logits[0, -1].float()
+
+
+def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
+    """Choose the prompts on which a run is checked: the shortest, the longest, the last, one with the rarest token.
+
+    The first prompts are added until there are ``CHECK_PROMPTS``.
+    """
+    counts = Counter(itertools.chain.from_iterable(token_ids))
+    indices = range(len(token_ids))
+    by_length = sorted(indices, key=lambda i: len(token_ids[i]))
+    # Among equally rare tokens, take the one with the highest id: vocabularies list frequent tokens first.
+    rarest = min(counts, key=lambda token: (counts[token], -token))
+    rare = next(i for i in indices if rarest in token_ids[i])
+    return list(dict.fromkeys([by_length[0], by_length[-1], indices[-1], rare, *indices]))[:CHECK_PROMPTS]
+
+
+def check_capture(
+    capture: Capture, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = (), cue: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Compare batched capture and readout with the untouched model; return rows of ``checks``.
+
+    Raises ModelError if a difference is larger than the rounding of the weights' dtype explains.
+    """
+    import torch
+
+    loaded, dtype = capture.loaded, getattr(torch, capture.loaded.dtype)
+    vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
+    errors: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
+    for resid, ids in zip(vectors[:, :, 0], token_ids, strict=True):
+        states, logits = untouched(loaded, ids)
+        off = _off(capture, resid, states)
+        with torch.inference_mode():
+            read = capture.structure.readout(resid[-1].to(dtype)).float()
+        errors["resid_post"].extend(off[:-1])
+        errors["final_norm"].append(off[-1])
+        errors["readout"].append(_relative(read, logits))
+        errors["readout_kl"].append(kl_divergence(logits, read))
+    return [check_row(name, of, loaded, len(token_ids)) for name, of in errors.items()]
+
+
+def check_stored(
+    capture: Capture, token_ids: Sequence[Sequence[int]], states: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """Compare the stored states (prompt, layer, hidden) of some prompts with the untouched model.
+
+    Returns rows of ``checks``. Raises ModelError if a difference is larger than the rounding of the weights' dtype
+    explains.
+    """
+    import torch
+
+    alone = (untouched(capture.loaded, ids)[0] for ids in token_ids)
+    stored = torch.from_numpy(states).to(capture.loaded.device)
+    off = [value for resid, own in zip(stored, alone, strict=True) for value in _off(capture, resid, own)]
+    return [check_row("stored_states", off, capture.loaded, len(token_ids))]
+
+
+def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[float]:
+    """Relative difference of each block output (layer, hidden) from the untouched model's, the last one normed."""
+    import torch
+
+    with torch.inference_mode():
+        normed = capture.structure.final_norm(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
+    return [*map(_relative, resid[:-1], states[1:-1]), _relative(normed, states[-1])]
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())

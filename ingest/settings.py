@@ -1,0 +1,80 @@
+"""The settings of a run and their defaults, which the command line, plans and Python all read from here.
+
+measuring = chosen(Measuring, {"dtype": "bfloat16", "top_k": 5})  # ignores the settings of other classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Weight dtypes of the forward pass."""
+
+STORED_DTYPES = ("float32", "float16")
+"""Number formats of the vectors on disk."""
+
+QUANTIZATIONS = ("int8",)
+"""Quantizations of the weights by kdb."""
+
+ALWAYS_FITTED = ("logistic", "logistic-paper")
+"""Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Settings that determine the hidden states of a run, beside model, dataset and template.
+
+    ``limit`` is part of the dataset's fingerprint already; it is repeated here so that the run stores it.
+    """
+
+    dtype: str = "float32"
+    quantize: str | None = None
+    noise: bool = False
+    seed: int = 42
+    store: str = "float32"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Settings that determine the probe scores of a run, beside its hidden states.
+
+    ``splits`` counts the paper's split and the seeded stratified ones after it.
+    """
+
+    classifiers: tuple[str, ...] = ALWAYS_FITTED
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Attributing:
+    """Settings that determine the scores of a knowledge run, beside model and prompts.
+
+    For each prompt, the best ``top_k`` neurons of each component are stored, or ``all_neurons``. The best
+    ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are zeroed to compare the methods;
+    0 skips the comparison.
+    """
+
+    top_k: int = 300
+    all_neurons: bool = False
+    query_values: int = 30
+    ablate_k: int = 10
+
+
+@dataclass(frozen=True)
+class Ablating:
+    """Settings of ``kdb ablate``: positions to zero, the number of random control sets, and the seed of these."""
+
+    positions: str = "last"
+    n_controls: int = 3
+    seed: int = 42
+
+
+def chosen(settings: type[T], options: Mapping[str, Any]) -> T:
+    """Build settings from those options that belong to them; absent options have their defaults."""
+    names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
+    return settings(**{name: value for name, value in options.items() if name in names})
