@@ -457,7 +457,7 @@ def csv(path: Path, rows: list[tuple[str, int]]) -> Path:
         ([("Rain.", 0), ("Rain!", 1)], "Probing needs at least two prompts of each label; label 0 has 1."),
         (
             [("Rain.", 0), ("Rain!", 1)] * 3 + [("x" * 121, 1)],
-            "Prompt 6 of 'few' has 121 tokens and 8 of its cue, and tiny reads at most 128: shorten the text, or take "
+            "Prompt 6 of 'few' has 121 tokens and 8 of its cue, and tiny reads at most 128: shorten the text, or use "
             "a model with a longer context.",
         ),
     ],
