@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Path, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
@@ -120,14 +120,69 @@ def _quality(part: str) -> float:
 _Chosen = Annotated[str, Depends(_format)]
 
 
+_router = APIRouter(prefix="/api")
+
+
+@_router.get("/queries", tags=["queries"], responses=_answers(), response_model=list[Catalogued])
+async def queries() -> Response:
+    """The saved queries and their parameters."""
+    return Response(catalogue_json(), media_type="application/json")
+
+
+@_router.get("/queries/{name}", include_in_schema=False)
+async def _no_query(name: str) -> Response:
+    raise UnknownNameError("query", name, load_catalogue(), "/api/queries lists all queries.")
+
+
+@_router.post("/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 413, 503))
+async def sql(request: Request, statement: Statement, format: _Chosen) -> Response:  # noqa: A002
+    """Answer one SELECT statement, completely or not at all. It can read the views and nothing else."""
+    answered: Response = await request.app.state.ask(request, "sql", text=statement.sql, format_=format)
+    return answered
+
+
+@_router.get("/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 503))
+async def sql_by_link(
+    request: Request,
+    sql: Annotated[str, Query(max_length=_MAX_SQL)],
+    format: _Chosen,  # noqa: A002
+) -> Response:
+    """Answer one SELECT statement, given in a link that can be shared."""
+    answered: Response = await request.app.state.ask(request, "sql", text=sql, format_=format)
+    return answered
+
+
+@_router.get("/tables", tags=["tables"], responses=_answers(), response_model=list[Described])
+async def tables() -> list[Described]:
+    """The tables and their columns."""
+    return [_described(name) for name in TABLES]
+
+
+@_router.get("/tables/{name}", response_class=Response, tags=["tables"], responses=_answers(200, 304, 400, 404, 503))
+async def table(
+    request: Request,
+    name: Annotated[str, Path(json_schema_extra={"enum": list(TABLES)})],
+    format: _Chosen,  # noqa: A002
+    filter: Annotated[  # noqa: A002
+        list[str],
+        Query(description="Condition COLUMN=VALUE, with = != < <= > >=, or COLUMN is null; repeatable, all must hold"),
+    ] = [],  # noqa: B006  (FastAPI copies it)
+    sort: Annotated[list[str], Query(description="Column to sort by; put - before it for descending order")] = [],  # noqa: B006
+    limit: Annotated[
+        int | None,
+        Query(ge=1, le=MAX_PAGE, description="Maximum rows of a page; without a limit, the whole table is streamed"),
+    ] = None,
+    cursor: Annotated[str | None, Query(description="X-Kdb-Cursor of the previous page")] = None,
+) -> Response:
+    """Return rows of a table. With a limit, the headers Link and X-Kdb-Cursor give the next page."""
+    _refuse_unknown(request, ("filter", "sort", "limit", "cursor", "format"), "a table")
+    asked = {"name": name, "filters": filter, "sort": sort, "limit": limit, "cursor": cursor, "format_": format}
+    answered: Response = await request.app.state.ask(request, "table", **asked)
+    return answered
+
+
 def add_routes(app: FastAPI) -> None:
     """Add all routes of the API, including one for each saved query."""
-
-    @app.get("/api/queries", tags=["queries"], responses=_answers(), response_model=list[Catalogued])
-    async def queries() -> Response:
-        """The saved queries and their parameters."""
-        return Response(catalogue_json(), media_type="application/json")
-
     for saved in load_catalogue().values():
         app.add_api_route(
             f"/api/queries/{saved.name}",
@@ -139,59 +194,7 @@ def add_routes(app: FastAPI) -> None:
             description=f"{saved.description}\n\nSource: {saved.reference}",
             responses=_answers(200, 304, 400, 404, 503),
         )
-
-    @app.get("/api/queries/{name}", include_in_schema=False)
-    async def no_query(name: str) -> Response:
-        raise UnknownNameError("query", name, load_catalogue(), "/api/queries lists all queries.")
-
-    @app.post("/api/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 413, 503))
-    async def sql(request: Request, statement: Statement, format: _Chosen) -> Response:  # noqa: A002
-        """Answer one SELECT statement, completely or not at all. It can read the views and nothing else."""
-        answered: Response = await request.app.state.ask(request, "sql", text=statement.sql, format_=format)
-        return answered
-
-    @app.get("/api/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 503))
-    async def sql_by_link(
-        request: Request,
-        sql: Annotated[str, Query(max_length=_MAX_SQL)],
-        format: _Chosen,  # noqa: A002
-    ) -> Response:
-        """Answer one SELECT statement, given in a link that can be shared."""
-        answered: Response = await request.app.state.ask(request, "sql", text=sql, format_=format)
-        return answered
-
-    @app.get("/api/tables", tags=["tables"], responses=_answers(), response_model=list[Described])
-    async def tables() -> list[Described]:
-        """The tables and their columns."""
-        return [_described(name) for name in TABLES]
-
-    @app.get(
-        "/api/tables/{name}", response_class=Response, tags=["tables"], responses=_answers(200, 304, 400, 404, 503)
-    )
-    async def table(
-        request: Request,
-        name: Annotated[str, Path(json_schema_extra={"enum": list(TABLES)})],
-        format: _Chosen,  # noqa: A002
-        filter: Annotated[  # noqa: A002
-            list[str],
-            Query(
-                description="Condition COLUMN=VALUE, with = != < <= > >=, or COLUMN is null; repeatable, all must hold"
-            ),
-        ] = [],  # noqa: B006  (FastAPI copies it)
-        sort: Annotated[list[str], Query(description="Column to sort by; put - before it for descending order")] = [],  # noqa: B006
-        limit: Annotated[
-            int | None,
-            Query(
-                ge=1, le=MAX_PAGE, description="Maximum rows of a page; without a limit, the whole table is streamed"
-            ),
-        ] = None,
-        cursor: Annotated[str | None, Query(description="X-Kdb-Cursor of the previous page")] = None,
-    ) -> Response:
-        """Return rows of a table. With a limit, the headers Link and X-Kdb-Cursor give the next page."""
-        _refuse_unknown(request, ("filter", "sort", "limit", "cursor", "format"), "a table")
-        asked = {"name": name, "filters": filter, "sort": sort, "limit": limit, "cursor": cursor, "format_": format}
-        answered: Response = await request.app.state.ask(request, "table", **asked)
-        return answered
+    app.include_router(_router)
 
 
 def _endpoint(saved: SavedQuery) -> Any:
