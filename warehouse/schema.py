@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Increased when a table or column is added or changed. Run ids do not depend on it."""
 
 OLDEST_SCHEMA = 3
@@ -45,6 +45,12 @@ PARTITIONS = {
 
 class Vector(UserDefinedType[Any]):
     """A vector whose length is the model's hidden size."""
+
+    cache_ok = True
+
+
+class FloatList(UserDefinedType[Any]):
+    """A list of float32 numbers, of which a run has few: not the hidden states."""
 
     cache_ok = True
 
@@ -157,6 +163,12 @@ datasets = _table(
     _column("template", Text(), "prompt template; {text} stands for the text"),
     _column("n_prompts", Integer(), "number of prompts"),
     _column("n_positive", Integer(), "number of prompts with label 1"),
+    _column(
+        "first_label",
+        SmallInteger(),
+        "label of the prompts that the paper split puts first, as the published code does; NULL for knowledge",
+        since=5,
+    ),
 )
 
 runs = _table(
@@ -239,12 +251,17 @@ probe_scores = _table(
     _layer(),
     _column("depth", Double(), "layer / n_layers", symbol="i/d"),
     _site(),
-    _column("classifier", Text(), "logistic, logistic-paper, logistic-standardised or random-forest"),
-    _column("split", Text(), "paper, stratified-SEED or grouped"),
+    _column(
+        "classifier",
+        Text(),
+        "logistic (scaled vectors, C chosen by validation), logistic-raw (the paper's objective at its optimum), "
+        "logistic-paper (the published procedure), mean-difference, logistic-standardised or random-forest",
+    ),
+    _column("split", Text(), "paper, stratified-SEED or grouped; label-0-first in runs of kdb 0.2 and older"),
     _column(
         "converged",
         Boolean(),
-        "whether the fit met its stopping rule; for logistic, an error below 0.001 logit is proved",
+        "whether the fit met its stopping rule; for logistic and logistic-raw, an error below 0.001 logit is proved",
     ),
     _column("n_iter", Integer(), "number of iterations of the fit"),
     _column("n_train", Integer(), "number of training prompts"),
@@ -254,7 +271,12 @@ probe_scores = _table(
     _column("accuracy_high", Double(), "upper end of the 95 % Wilson interval of accuracy"),
     _column("f1", Double(), "F1 score of label 1"),
     _column("auc", Double(), "area under the ROC curve of the decision function"),
-    _column("control_accuracy", Double(), "accuracy of the same classifier fitted to shuffled labels"),
+    _column(
+        "control_accuracy",
+        Double(),
+        "mean accuracy on the control task, one random label for each group (Hewitt and Liang 2019); NULL unless groups "
+        "are on both sides of the split",
+    ),
     _column("selectivity", Double(), "accuracy - control_accuracy"),
     _column(
         "is_default",
@@ -262,6 +284,26 @@ probe_scores = _table(
         "whether the row is of the default classifier and split, which `current` shows",
         since=4,
     ),
+    _column("balanced_accuracy", Double(), "mean of the accuracies on the two labels", since=5),
+    _column("f1_paper", Double(), "F1 score as published: of the label that the paper split puts second", since=5),
+    _column("auc_low", Double(), "lower end of the 95 % interval of auc (DeLong)", since=5),
+    _column("auc_high", Double(), "upper end of the 95 % interval of auc (DeLong)", since=5),
+    _column("control_sd", Double(), "standard deviation of control_accuracy over its draws of labels", since=5),
+    _column(
+        "shuffled_accuracy",
+        Double(),
+        "accuracy of the classifier fitted to labels shuffled over prompts; in runs of kdb 0.2 and older only",
+        since=5,
+    ),
+    _column("c", Double(), "inverse strength of the penalty on scaled vectors, C; NULL if it is not chosen", since=5),
+    _column(
+        "scale",
+        Double(),
+        "root mean square distance of the training vectors from their mean, by which they are divided; 0 if they are "
+        "all equal, so that the majority is predicted; NULL if vectors are not scaled by it",
+        since=5,
+    ),
+    _column("c_at_end", Boolean(), "whether c is the smallest or the largest of the grid", since=5),
     key=("layer", "site", "classifier", "split"),
 )
 
@@ -276,6 +318,59 @@ probe_predictions = _table(
     _column("predicted", SmallInteger(), "label that the classifier predicts from the hidden state", symbol="z"),
     _column("correct", Boolean(), "whether predicted is the prompt's label"),
     key=("prompt_id", "layer", "site", "classifier", "split"),
+)
+
+baselines = _table(
+    "baselines",
+    "baseline × split",
+    _column(
+        "baseline",
+        Text(),
+        "majority (the more frequent label of the training part), words (bag of words of the text) or token-count "
+        "(number of tokens)",
+    ),
+    _column("split", Text(), "as in probe_scores"),
+    _column("n_train", Integer(), "number of training prompts"),
+    _column("n_test", Integer(), "number of test prompts"),
+    _column("n_groups", Integer(), "number of groups among the test prompts; NULL without groups"),
+    _column("accuracy", Double(), "share of test prompts classified correctly"),
+    _column("accuracy_low", Double(), "lower end of the 95 % Wilson interval of accuracy"),
+    _column("accuracy_high", Double(), "upper end of the 95 % Wilson interval of accuracy"),
+    _column("balanced_accuracy", Double(), "mean of the accuracies on the two labels"),
+    _column("auc", Double(), "area under the ROC curve of the decision function"),
+    _column("auc_low", Double(), "lower end of the 95 % interval of auc (DeLong)"),
+    _column("auc_high", Double(), "upper end of the 95 % interval of auc (DeLong)"),
+    _column("below_chance_p", Double(), "p-value of a test that accuracy is not below chance"),
+    key=("baseline", "split"),
+)
+
+baseline_predictions = _table(
+    "baseline_predictions",
+    "test prompt × baseline × split",
+    _prompt_id(),
+    _column("baseline", Text(), "as in baselines"),
+    _column("split", Text(), "as in probe_scores"),
+    _column("predicted", SmallInteger(), "label that the baseline predicts"),
+    _column("correct", Boolean(), "whether predicted is the prompt's label"),
+    key=("prompt_id", "baseline", "split"),
+)
+
+probe_weights = _table(
+    "probe_weights",
+    "layer × site × classifier × split",
+    _layer(),
+    _site(),
+    _column("classifier", Text(), "as in probe_scores; only linear classifiers have weights"),
+    _column("split", Text(), "as in probe_scores"),
+    _column(
+        "weights",
+        FloatList(),
+        "weights in the coordinates of the stored hidden state: a prompt is classified as label 1 if the inner product "
+        "with its state plus the intercept is above 0",
+        symbol="w",
+    ),
+    _column("intercept", Double(), "constant added to the inner product", unit="logit", symbol="b"),
+    key=("layer", "site", "classifier", "split"),
 )
 
 zero_shot = _table(
@@ -433,6 +528,7 @@ _TYPES: dict[type[TypeEngine[Any]], tuple[pa.DataType, str]] = {
     Boolean: (pa.bool_(), "BOOLEAN"),
     DateTime: (pa.timestamp("us", tz="UTC"), "TIMESTAMPTZ"),
     Double: (pa.float64(), "DOUBLE"),
+    FloatList: (pa.list_(pa.float32()), "FLOAT[]"),
     Integer: (pa.int32(), "INTEGER"),
     SmallInteger: (pa.int16(), "SMALLINT"),
     Text: (pa.string(), "VARCHAR"),
