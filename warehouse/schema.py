@@ -274,8 +274,8 @@ probe_scores = _table(
     _column(
         "control_accuracy",
         Double(),
-        "mean accuracy on the control task, one random label for each group (Hewitt and Liang 2019); NULL unless groups "
-        "are on both sides of the split",
+        "mean accuracy on the control task, one random label for each group (Hewitt and Liang 2019); NULL unless "
+        "groups are on both sides of the split",
     ),
     _column("selectivity", Double(), "accuracy - control_accuracy"),
     _column(
