@@ -20,7 +20,7 @@ STORED_DTYPES = ("float32", "float16")
 QUANTIZATIONS = ("int8",)
 """Quantizations of the weights by kdb."""
 
-ALWAYS_FITTED = ("logistic", "logistic-paper")
+ALWAYS_FITTED = ("logistic", "logistic-raw", "logistic-paper", "mean-difference")
 """Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
 
 

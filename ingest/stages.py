@@ -290,7 +290,7 @@ def _copying(table: str) -> StoredStage:
     """Build the stage that copies a table of the source run, in the current schema."""
 
     def rows(run: RunInProgress, _shard: Shard) -> list[Rows]:
-        return [Rows(table, [upgraded(table, run.table(table))])]
+        return [Rows(table, [upgraded(table, run.table(table), run.staged.dataset)])]
 
     return StoredStage((table,), single(), rows)
 

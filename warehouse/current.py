@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from kdb.queries.catalogue import literal
 from kdb.warehouse.files import appears_whole
 from kdb.warehouse.paging import column_types
-from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, TABLES
+from kdb.warehouse.schema import PARTITIONS, TABLES
 
 SCHEMA = "current"
 
@@ -40,12 +40,8 @@ def stubs() -> list[str]:
 
 
 def default_rows(table: str) -> pl.Expr:
-    """Return the SQL condition for rows of the default probe; empty if the table has no probes."""
-    columns = TABLES[table].columns
-    if not _has_probes(table):
-        return pl.lit(value=True)
-    default = pl.all_horizontal(pl.col(name) == value for name, value in DEFAULT_PROBE.items())
-    return pl.coalesce("is_default", default) if "is_default" in columns else default
+    """Return the condition for rows of the default probe or split; true if the table has none."""
+    return pl.col("is_default") if _has_default(table) else pl.lit(value=True)
 
 
 class KnownRuns:
@@ -116,12 +112,8 @@ def _view(table: str) -> str:
 
 
 def _default_rows(table: str) -> str:
-    columns = TABLES[table].columns
-    if not _has_probes(table):
-        return ""
-    default = " AND ".join(f"{name} = {literal(value)}" for name, value in DEFAULT_PROBE.items())
-    return f"WHERE coalesce(is_default, {default})" if "is_default" in columns else f"WHERE {default}"
+    return "WHERE is_default" if _has_default(table) else ""
 
 
-def _has_probes(table: str) -> bool:
-    return set(DEFAULT_PROBE) <= set(TABLES[table].columns.keys())
+def _has_default(table: str) -> bool:
+    return "is_default" in TABLES[table].columns

@@ -96,7 +96,7 @@ def _upgraded(folder: RunFolder, manifest: Manifest) -> Iterator[tuple[str, pa.T
     for table in manifest.tables:
         if column_names(table, manifest.schema_version) != column_names(table):
             rows = pa.concat_tables(_read(folder, record) for record in manifest.of(table))
-            yield table, upgraded(table, rows)
+            yield table, upgraded(table, rows, folder.dataset)
 
 
 def _marked(row: pa.Table, origin: Origin) -> pa.Table:

@@ -10,18 +10,18 @@ or the complete new run is there.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
 from kdb.warehouse.compaction import rewriting
 from kdb.warehouse.manifest import RunFolder
-from kdb.warehouse.schema import DEFAULT_PROBE, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, column_names
+from kdb.warehouse.scan import as_today
+from kdb.warehouse.schema import OLDER_ROWS, PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema, column_names
 from kdb.warehouse.shell_file import rebuild
 from kdb.warehouse.storage import Storage
 
@@ -39,7 +39,7 @@ def migrate(storage: Storage, folder: RunFolder) -> list[str]:
     with rewriting(storage, folder) as files:
         version = files.manifest.schema_version
         tables = [table for table in files.paths if column_names(table, version) != column_names(table)]
-        written = files.write({table: _groups(table, files.paths[table]) for table in tables})
+        written = files.write({table: _groups(table, files.paths[table], folder.dataset) for table in tables})
         for table, path in written.items():
             _check_same_rows(table, version, files.paths[table], path)
         files.commit(schema_version=SCHEMA_VERSION, formula=files.manifest.formula or 1)
@@ -55,46 +55,43 @@ def finish(storage: Storage) -> None:
 
 def missing(table: str, version: int) -> list[str]:
     """Return the columns of a table that only a new measurement can fill in a run of this schema version."""
-    there = {*column_names(table, version), *_COMPUTED.get(table, ())}
+    there = {*column_names(table, version), *OLDER_ROWS.get(table, ())}
     return [column.name for column in TABLES[table].columns if column.name not in there and table != "runs"]
 
 
-_COMPUTED = {"probe_scores": ("is_default",)}
-"""Columns that are computed from those of an older schema."""
+def upgraded(table: str, rows: pa.Table, dataset: str) -> pa.Table:
+    """Return rows of an older schema in the current one; columns that they lack are computed from others, or NULL.
 
-
-def upgraded(table: str, rows: pa.Table) -> pa.Table:
-    """Return rows of an older schema with the current columns; new ones are computed from the others, or NULL."""
+    ``dataset`` is that of the rows' run, on which the name of a split depends.
+    """
     columns = []
     for field in arrow_schema(table):
         if field.name in rows.column_names:
             columns.append((rows.schema.field(field.name), rows[field.name]))
-        elif field.name == "is_default":
-            columns.append((field, is_default_probe(rows)))
         else:
             columns.append((field, pa.chunked_array([pa.nulls(len(rows), field.type)])))
     columns += [(rows.schema.field(name), rows[name]) for name in PARTITIONS if name in rows.column_names]
-    return pa.table([values for _, values in columns], schema=pa.schema([field for field, _ in columns]))
+    made = pa.table([values for _, values in columns], schema=pa.schema([field for field, _ in columns]))
+    return _renamed(table, made, dataset) if table in OLDER_ROWS else made
 
 
-def is_default_probe(rows: pa.Table) -> pa.ChunkedArray:
-    """Whether each row of ``probe_scores`` is of the default classifier on the default split."""
-    equal = [pc.equal(rows[name], value) for name, value in DEFAULT_PROBE.items()]
-    return functools.reduce(pc.and_, equal)
+def _renamed(table: str, rows: pa.Table, dataset: str) -> pa.Table:
+    read = as_today(table, pl.from_arrow(rows).lazy().with_columns(dataset=pl.lit(dataset))).collect()  # type: ignore[union-attr]
+    return read.select(rows.column_names).to_arrow().cast(rows.schema)
 
 
-def _groups(table: str, paths: Sequence[Path]) -> Iterator[pa.Table]:
+def _groups(table: str, paths: Sequence[Path], dataset: str) -> Iterator[pa.Table]:
     for path in paths:
         file = pq.ParquetFile(path)
         for group in range(file.num_row_groups):
-            yield upgraded(table, file.read_row_group(group))
+            yield upgraded(table, file.read_row_group(group), dataset)
         if not file.num_row_groups:
-            yield upgraded(table, file.read())
+            yield upgraded(table, file.read(), dataset)
 
 
 def _check_same_rows(table: str, version: int, before: Sequence[Path], after: Path) -> None:
-    """Raise WarehouseError unless a table's new file has the same rows as the old ones, in the old columns."""
-    columns = [*column_names(table, version), *PARTITIONS]
+    """Raise WarehouseError unless a table's new file has the same rows as the old ones, in columns of one meaning."""
+    columns = [name for name in (*column_names(table, version), *PARTITIONS) if name not in OLDER_ROWS.get(table, ())]
     old = pa.concat_tables(pq.ParquetFile(path).read(columns) for path in before)
     if not pq.ParquetFile(after).read(columns).equals(old):
         raise WarehouseError(

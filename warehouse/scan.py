@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from kdb.warehouse.run_folders import PLACEHOLDER
-from kdb.warehouse.schema import PARTITIONS, TABLES, Vector, arrow_schema
+from kdb.warehouse.schema import OLDER_ROWS, PARTITIONS, TABLES, Vector, arrow_schema
 
 
 def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFrame:
@@ -27,7 +27,13 @@ def scan(lake: Path, table: str, runs: Sequence[str] | None = None) -> pl.LazyFr
     # One scan per run, because Polars reads fixed-size vectors as arrays, whose lengths differ between models.
     frames = [_scan_files(sorted(folder.glob("*.parquet"))).with_columns(vectors) for folder in folders]
     # Columns missing in an older schema are NULL.
-    return pl.concat([*frames, typed], how="diagonal").select(*PARTITIONS, *columns.keys())
+    rows = pl.concat([*frames, typed], how="diagonal").select(*PARTITIONS, *columns.keys())
+    return as_today(table, rows)
+
+
+def as_today(table: str, rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Return the rows of a table, those of an older schema with the names of today."""
+    return rows.with_columns(pl.sql_expr(sql).alias(name) for name, sql in OLDER_ROWS.get(table, {}).items())
 
 
 def _scan_files(files: list[Path]) -> pl.LazyFrame:

@@ -32,8 +32,8 @@ SCHEMA_VERSION = 5
 OLDEST_SCHEMA = 3
 """Oldest schema version that is still read; columns that a run lacks are NULL."""
 
-DEFAULT_PROBE = {"classifier": "logistic", "split": "paper"}
-"""The probe that schema `current` shows: rows with is_default, or, in runs without that column, with these values."""
+DEFAULT_CLASSIFIER = "logistic"
+"""The classifier that schema `current` shows, on the split by group where there are groups, else the paper's."""
 
 PARTITIONS = {
     "model": "name of the model, as listed by `kdb models` or given by --name",
@@ -317,6 +317,7 @@ probe_predictions = _table(
     _column("split", Text(), "as in probe_scores"),
     _column("predicted", SmallInteger(), "label that the classifier predicts from the hidden state", symbol="z"),
     _column("correct", Boolean(), "whether predicted is the prompt's label"),
+    _column("is_default", Boolean(), "as in probe_scores", since=5),
     key=("prompt_id", "layer", "site", "classifier", "split"),
 )
 
@@ -340,7 +341,8 @@ baselines = _table(
     _column("auc", Double(), "area under the ROC curve of the decision function"),
     _column("auc_low", Double(), "lower end of the 95 % interval of auc (DeLong)"),
     _column("auc_high", Double(), "upper end of the 95 % interval of auc (DeLong)"),
-    _column("below_chance_p", Double(), "p-value of a test that accuracy is not below chance"),
+    _column("below_chance_p", Double(), "p-value of so few correct predictions if they had nothing to do with labels"),
+    _column("is_default", Boolean(), "whether the row is of the default split, which `current` shows", since=5),
     key=("baseline", "split"),
 )
 
@@ -352,6 +354,7 @@ baseline_predictions = _table(
     _column("split", Text(), "as in probe_scores"),
     _column("predicted", SmallInteger(), "label that the baseline predicts"),
     _column("correct", Boolean(), "whether predicted is the prompt's label"),
+    _column("is_default", Boolean(), "as in baselines", since=5),
     key=("prompt_id", "baseline", "split"),
 )
 
@@ -370,6 +373,7 @@ probe_weights = _table(
         symbol="w",
     ),
     _column("intercept", Double(), "constant added to the inner product", unit="logit", symbol="b"),
+    _column("is_default", Boolean(), "as in probe_scores", since=5),
     key=("layer", "site", "classifier", "split"),
 )
 
@@ -522,6 +526,27 @@ neuron_tokens = _table(
 )
 
 TABLES: dict[str, Table] = dict(metadata.tables)
+
+_NAMES_OF_OLDER = {
+    "classifier": "CASE WHEN {older} AND classifier = 'logistic' THEN 'logistic-raw' ELSE classifier END",
+    "split": "CASE WHEN {older} AND split = 'paper' AND dataset NOT IN ('stsa', 'imdb') THEN 'label-0-first' "
+    "ELSE split END",
+    "is_default": "COALESCE(is_default, classifier = 'logistic' AND split = 'paper')",
+}
+
+OLDER_ROWS: dict[str, dict[str, str]] = {
+    "probe_scores": {name: sql.format(older="f1_paper IS NULL") for name, sql in _NAMES_OF_OLDER.items()}
+    | {
+        "control_accuracy": "CASE WHEN f1_paper IS NULL THEN NULL ELSE control_accuracy END",
+        "selectivity": "CASE WHEN f1_paper IS NULL THEN NULL ELSE selectivity END",
+        "shuffled_accuracy": "COALESCE(shuffled_accuracy, CASE WHEN f1_paper IS NULL THEN control_accuracy END)",
+    },
+    "probe_predictions": {name: sql.format(older="is_default IS NULL") for name, sql in _NAMES_OF_OLDER.items()},
+}
+"""How columns are read in rows of schema 4 and older, whose names meant something else: SQL of DuckDB and of Polars.
+
+Rows that were read like this once, and those of today, stay as they are.
+"""
 
 _TYPES: dict[type[TypeEngine[Any]], tuple[pa.DataType, str]] = {
     BigInteger: (pa.int64(), "BIGINT"),

@@ -14,7 +14,7 @@ from kdb.queries.catalogue import literal, macros
 from kdb.warehouse import current
 from kdb.warehouse.manifest import Files
 from kdb.warehouse.paging import column_types
-from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES, column_names, sql_type
+from kdb.warehouse.schema import OLDER_ROWS, PARTITIONS, SCHEMA_VERSION, TABLES, column_names, sql_type
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -82,11 +82,18 @@ def select_rows(
     columns = [
         _quoted(c.name) if c.name in there else f"NULL::{sql_type(c)} AS {_quoted(c.name)}" for c in table.columns
     ]
-    return (
+    rows = (
         f"SELECT {', '.join([*names, *columns])} "
         f"FROM read_parquet({files}, hive_partitioning = true, hive_types = {{{types}}}"
         f"{', union_by_name = true' if union else ''})"
     )
+    return _as_today(table, rows) if union or version < SCHEMA_VERSION else rows
+
+
+def _as_today(table: Table, rows: str) -> str:
+    """Return the SELECT of rows of an older schema, with the names of today."""
+    changed = [f"{sql} AS {_quoted(name)}" for name, sql in OLDER_ROWS.get(table.name, {}).items()]
+    return f"SELECT * REPLACE ({', '.join(changed)}) FROM ({rows})" if changed else rows
 
 
 def _quoted(name: str) -> str:

@@ -40,7 +40,7 @@ def refit(storage: Storage, source: RunFolder, wanted: Probing, *, seed: int = M
     """
     import kdb.ingest.concept.probes  # noqa: F401  (reports a missing library before anything is written)
 
-    return _derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, probing(wanted, seed), seed=seed)
+    return _derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, *probing(wanted, seed), seed=seed)
 
 
 def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outcome:
@@ -63,9 +63,9 @@ def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outc
 
 
 def _derive(
-    storage: Storage, source: RunFolder, kind: str, settings: Mapping[str, Any], stage: StoredStage, **changed: Any
+    storage: Storage, source: RunFolder, kind: str, settings: Mapping[str, Any], *stages: StoredStage, **changed: Any
 ) -> Outcome:
-    """Carry out a run derived from ``source`` by one stage; ``changed`` are other columns of ``runs``."""
+    """Carry out a run derived from ``source`` by some stages; ``changed`` are other columns of ``runs``."""
     storage.inspect([source], vectors=True)
     with _told_of(source):
         _check_vectors(source, table_files(source.path, "activations"))
@@ -77,7 +77,7 @@ def _derive(
         source.model,
         source.dataset,
         row | changed,
-        lambda: (None, [stage]),
+        lambda: (None, stages),
         source=source,
         copied=("models", "datasets"),
     )

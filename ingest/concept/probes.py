@@ -3,35 +3,43 @@
 The mathematical core: it takes arrays and returns frozen scores, independent of models, runner and database.
 
     splits = make_splits(labels, n_splits=3, groups=cities)
-    control = control_labels(labels, splits)
-    for score in score_probes(X, labels, control, splits, ["logistic", "logistic-paper"]): ...
+    task = make_task(labels, splits, groups=cities)
+    for score in score_probes(X, task, ["logistic", "logistic-raw"]): ...
 
-``logistic`` is the L2 logistic regression of the concept-depth paper (arXiv 2404.07066, section 3), solved to its
-optimum; ``logistic-paper`` is the fit of the published code, which stops before the optimum. Every classifier is also
-fitted to shuffled labels, the control task of Hewitt and Liang (2019, arXiv 1909.03368).
+``logistic`` divides vectors by their root mean square distance from the mean and chooses its penalty by validation
+within the training part, so that no unit of measure decides. ``logistic-raw`` is the L2 logistic regression of the
+concept-depth paper (arXiv 2404.07066, section 3), solved to its optimum; ``logistic-paper`` is the fit of the published
+code, which stops before the optimum. ``mean-difference`` is the direction from the mean of label 0 to that of label 1
+(Marks and Tegmark 2023, arXiv 2310.06824). Where groups are on both sides of a split, every classifier is also fitted
+to the control task of Hewitt and Liang (2019, arXiv 1909.03368): one random label for each group.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import brentq
-from scipy.special import expit
-from scipy.stats import binomtest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
-from sklearn.model_selection import GroupShuffleSplit, train_test_split
+from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from kdb.errors import DatasetError, ModelError, UnknownNameError
+from kdb.ingest.concept.logistic import (
+    Design,
+    Scaled,
+    choose_penalty,
+    fit_logistic,
+    fit_penalised,
+    in_raw_coordinates,
+)
+from kdb.ingest.concept.metrics import score_predictions
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -39,6 +47,12 @@ Key = TypeVar("Key")
 
 PAPER_SEED = 42
 TEST_SHARE = 0.4
+
+N_FOLDS = 5
+"""Folds of the training part by which ``logistic`` chooses its penalty."""
+
+N_CONTROLS = 5
+"""Draws of the control task's labels, of which the mean accuracy is stored."""
 
 
 # Splits --------------------------------------------------------------------------------------------------------
@@ -105,16 +119,100 @@ def _check_split(split: Split, y: NDArray[Any]) -> None:
                 )
 
 
-def control_labels(labels: ArrayLike, splits: Sequence[Split], seed: int = PAPER_SEED) -> NDArray[Any]:
-    """Shuffle the labels (n,) for the control task, so that they are independent of the prompts.
+# What the probes of a run share ----------------------------------------------------------------------------------
 
-    Shuffles again until both sides of every split have both classes; ``labels`` must have them, too.
+
+@dataclass(frozen=True)
+class Task:
+    """Labels (n,) to predict, the splits, the group of each prompt (n,) or None, and labels of the control task.
+
+    ``control`` (draws, n) is None without groups. ``first_label`` is the label that the paper's split puts first.
     """
-    rng = np.random.default_rng(seed)
-    while True:
-        drawn = rng.permutation(np.asarray(labels))
-        if all(0 < drawn[rows].mean() < 1 for split in splits for rows in (split.train, split.test)):
-            return drawn
+
+    labels: Ints
+    splits: tuple[Split, ...]
+    groups: NDArray[Any] | None = None
+    control: Ints | None = None
+    first_label: int = 1
+
+    @cached_property
+    def folds(self) -> dict[str, Ints]:
+        """The fold of each training row of each split; groups are kept together where the split keeps them together."""
+        return {split.name: self._folds(split) for split in self.splits}
+
+    def _folds(self, split: Split) -> Ints:
+        labels = self.labels[split.train]
+        groups = np.arange(len(labels)) if self.groups is None or self.is_crossed(split) else self.groups[split.train]
+        rarest = min(len(np.unique(groups[labels == label])) for label in (0, 1))
+        if rarest < 2:
+            raise _too_few(split, labels)
+        settings = {"n_splits": min(N_FOLDS, len(np.unique(groups))), "shuffle": True, "random_state": PAPER_SEED}
+        fold_of = np.empty(len(labels), dtype=np.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a label with fewer prompts than folds
+            for fold, (train, held_out) in enumerate(StratifiedGroupKFold(**settings).split(labels, labels, groups)):
+                fold_of[held_out] = fold
+                if len(np.unique(labels[train])) < 2:
+                    raise _too_few(split, labels)
+        return fold_of
+
+    def test_rows(self, split: str) -> Ints:
+        """Return the row numbers of a split's test part."""
+        return next(one.test for one in self.splits if one.name == split)
+
+    def is_crossed(self, split: Split) -> bool:
+        """Whether a group has prompts on both sides of a split."""
+        return self.groups is not None and bool(np.isin(self.groups[split.test], self.groups[split.train]).any())
+
+    def controls(self, split: Split) -> Ints:
+        """The draws (draws, n) of the control task for a split; none unless it is crossed by groups."""
+        none: Ints = np.empty((0, len(self.labels)), dtype=np.int64)
+        return self.control if self.control is not None and self.is_crossed(split) else none
+
+
+def _too_few(split: Split, labels: Ints) -> DatasetError:
+    counts = " and ".join(f"{int(np.sum(labels == label))} of label {label}" for label in (0, 1))
+    return DatasetError(
+        f"Split {split.name!r} has too few prompts or groups in its training part ({counts}) to choose the probe's "
+        "penalty by validation: each label needs at least two groups, or prompts without groups. Add prompts."
+    )
+
+
+def make_task(
+    labels: ArrayLike,
+    splits: Sequence[Split],
+    *,
+    groups: Sequence[str] | None = None,
+    first_label: int = 1,
+    seed: int = PAPER_SEED,
+) -> Task:
+    """Build the task of a run, and draw the labels of its control task if there are ``groups`` (n,).
+
+    Raises DatasetError if the training part of a split is too small to be divided into folds.
+    """
+    y = np.asarray(labels, dtype=np.int64)
+    task = Task(y, tuple(splits), None if groups is None else np.asarray(groups, dtype=object), None, first_label)
+    if any(map(task.is_crossed, splits)):
+        task = replace(task, control=control_labels(task, seed))
+    _ = task.folds  # refused before any work
+    return task
+
+
+def control_labels(task: Task, seed: int = PAPER_SEED) -> Ints:
+    """Draw the labels (draws, n) of the control task: one label for each group, half of the groups each.
+
+    A probe can learn them from what the prompts of a group share, and only so: on unseen groups it guesses. Drawn again
+    until both sides of every split that groups cross have both labels.
+    """
+    assert task.groups is not None
+    names, group_of = np.unique(task.groups, return_inverse=True)
+    sides = [rows for split in task.splits if task.is_crossed(split) for rows in (split.train, split.test)]
+    rng, drawn = np.random.default_rng(seed), list[Ints]()
+    while len(drawn) < N_CONTROLS:
+        labels = rng.permutation(np.arange(len(names)) % 2)[group_of]
+        if all(0 < labels[rows].mean() < 1 for rows in sides):
+            drawn.append(labels)
+    return np.stack(drawn)
 
 
 # Scores --------------------------------------------------------------------------------------------------------
@@ -122,12 +220,12 @@ def control_labels(labels: ArrayLike, splits: Sequence[Split], seed: int = PAPER
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """Scores of one classifier on one split; accuracy with its 95 % Wilson interval.
+    """Scores of one classifier on one split, as in the table ``probe_scores``; intervals as in ``metrics``.
 
-    ``converged`` is proved for ``logistic`` and ``logistic-standardised`` (see ``LogisticFit``); for
-    ``logistic-paper`` it is scikit-learn's report that lbfgs stopped before its 100th step. ``n_iter`` is 0 for the
-    random forest. ``control_accuracy`` is the accuracy on the control task, and ``predicted`` (n_test,) are the labels
-    predicted for the rows of the split's ``test``.
+    ``converged`` is proved for the classifiers ``logistic``, ``logistic-raw`` and ``logistic-standardised`` (see
+    ``LogisticFit``); for ``logistic-paper`` it is scikit-learn's report that lbfgs stopped before its 100th step.
+    ``n_iter`` is 0 for the others. ``control_accuracy`` is the mean accuracy on the control task, None where there is
+    none. ``c``, ``scale`` and ``c_at_end`` are those of ``logistic``.
     """
 
     classifier: str
@@ -139,11 +237,31 @@ class ProbeScore:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
+    balanced_accuracy: float
     f1: float
+    f1_paper: float
     auc: float
-    control_accuracy: float
-    selectivity: float
-    predicted: NDArray[np.int16] = field(compare=False, repr=False)
+    auc_low: float
+    auc_high: float
+    control_accuracy: float | None
+    control_sd: float | None
+    selectivity: float | None
+    c: float | None
+    scale: float | None
+    c_at_end: bool | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe: its score, the labels (n_test,) that it predicts for the split's test rows, and its direction.
+
+    A state x is classified as label 1 where ``weights`` (hidden,) · x + ``intercept`` > 0; None if it is not linear.
+    """
+
+    score: ProbeScore
+    predicted: NDArray[np.int16]
+    weights: NDArray[np.float32] | None
+    intercept: float | None
 
 
 @dataclass(frozen=True)
@@ -152,17 +270,19 @@ class _Reading:
 
     predicted: NDArray[Any]
     decision: NDArray[Any]
-    converged: bool
-    n_iter: int
+    converged: bool = True
+    n_iter: int = 0
+    weights: Floats | None = None
+    intercept: float | None = None
+    c: float | None = None
+    scale: float | None = None
+    c_at_end: bool | None = None
 
 
-def score_probes(
-    X: NDArray[Any], labels: ArrayLike, control: ArrayLike, splits: Sequence[Split], classifiers: Sequence[str]
-) -> list[ProbeScore]:
+def fit_probes(X: NDArray[Any], task: Task, classifiers: Sequence[str]) -> list[Probe]:
     """Fit every classifier on every split of one layer's hidden states ``X`` (n, hidden), float16 or float32.
 
-    ``control`` (n,) are the labels of the control task. Scores are ordered by split, then by classifier, as given.
-    ``CLASSIFIERS`` has the names of classifiers.
+    Probes are ordered by split, then by classifier, as given. ``CLASSIFIERS`` has the names of classifiers.
     Raises UnknownNameError for another name, ModelError for a state that is not finite.
     """
     for name in classifiers:
@@ -170,286 +290,155 @@ def score_probes(
             raise UnknownNameError("classifier", name, CLASSIFIERS, f"Use one of {', '.join(CLASSIFIERS)}.")
     if not np.isfinite(X).all():
         raise ModelError("The hidden states contain infinite values or NaN: run the model with --dtype float32.")
-    X, y, y_control = np.asarray(X, dtype=np.float32), np.asarray(labels), np.asarray(control)
-    return [_score(name, split, X, y, y_control) for split in splits for name in classifiers]
+    X = np.asarray(X, dtype=np.float32)
+    return [_probe(name, split, X, task) for split in task.splits for name in classifiers]
 
 
-def _score(name: str, split: Split, X: NDArray[np.float32], y: NDArray[Any], y_control: NDArray[Any]) -> ProbeScore:
-    read = _READERS[name](X[split.train], X[split.test])
-    reading, control = read(y[split.train]), read(y_control[split.train])
-    truth = y[split.test]
-    right = int(np.sum(reading.predicted == truth))
-    accuracy, control_accuracy = right / len(truth), float(np.mean(control.predicted == y_control[split.test]))
-    low, high = wilson_interval(right, len(truth))
-    return ProbeScore(
-        classifier=name,
-        split=split.name,
-        converged=reading.converged,
-        n_iter=reading.n_iter,
-        n_train=len(split.train),
-        n_test=len(truth),
-        accuracy=accuracy,
-        accuracy_low=low,
-        accuracy_high=high,
-        f1=float(f1_score(truth, reading.predicted, zero_division=0.0)),
-        auc=float(roc_auc_score(truth, reading.decision)),
-        control_accuracy=control_accuracy,
-        selectivity=accuracy - control_accuracy,
-        predicted=reading.predicted.astype(np.int16),
+def score_probes(X: NDArray[Any], task: Task, classifiers: Sequence[str]) -> list[ProbeScore]:
+    """Return the scores of ``fit_probes``."""
+    return [probe.score for probe in fit_probes(X, task, classifiers)]
+
+
+def _probe(name: str, split: Split, X: NDArray[np.float32], task: Task) -> Probe:
+    read = _READERS[name](X[split.train], X[split.test], task.folds[split.name])
+    reading, truth = read(task.labels[split.train], None), task.labels[split.test]
+    groups = None if task.groups is None else task.groups[split.test]
+    score = score_predictions(truth, reading.predicted, reading.decision, groups)
+    controls = [
+        float(np.mean(read(labels[split.train], reading.c).predicted == labels[split.test]))
+        for labels in task.controls(split)
+    ]
+    control = float(np.mean(controls)) if controls else None
+    return Probe(
+        ProbeScore(
+            classifier=name,
+            split=split.name,
+            converged=reading.converged,
+            n_iter=reading.n_iter,
+            n_train=len(split.train),
+            n_test=len(truth),
+            accuracy=score.accuracy,
+            accuracy_low=score.accuracy_low,
+            accuracy_high=score.accuracy_high,
+            balanced_accuracy=score.balanced_accuracy,
+            f1=score.f1,
+            f1_paper=score.f1_of_0 if task.first_label == 1 else score.f1,
+            auc=score.auc,
+            auc_low=score.auc_low,
+            auc_high=score.auc_high,
+            control_accuracy=control,
+            control_sd=float(np.std(controls, ddof=1)) if controls else None,
+            selectivity=None if control is None else score.accuracy - control,
+            c=reading.c,
+            scale=reading.scale,
+            c_at_end=reading.c_at_end,
+        ),
+        reading.predicted.astype(np.int16),
+        None if reading.weights is None else reading.weights.astype(np.float32),
+        reading.intercept,
     )
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the ends of the 95 % Wilson interval of a proportion."""
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------
 #
-# A classifier takes the rows to fit on and the rows to score. It returns a function that takes labels of the former and
-# predicts labels of the latter. That is called with the task's labels and with the control task's, so that work which
-# both need is done once.
+# A classifier takes the rows to fit on, the rows to score, and the folds of the former. It returns a function that
+# takes labels of the rows to fit on, and predicts labels of the others. That is called with the task's labels and with
+# the control task's, so that work which both need is done once; the control task is given the task's penalty.
 
-_Read = Callable[[NDArray[Any]], _Reading]
+_Read = Callable[[NDArray[Any], float | None], _Reading]
 
 
-def _logistic(X: NDArray[Any], X_test: NDArray[Any]) -> _Read:
-    design, rows = Design(X), X_test.astype(np.float64)
+def _logistic(X: NDArray[np.float32], X_test: NDArray[np.float32], folds: Ints) -> _Read:
+    scaled = Scaled(X)
+    rows = scaled.of(X_test)
 
-    def read(y: NDArray[Any]) -> _Reading:
-        fit = fit_logistic(design, y)
+    def read(y: NDArray[Any], c: float | None) -> _Reading:
+        if scaled.scale == 0.0:
+            return _majority(y, len(rows))
+        at_end = None
+        if c is None:
+            choice = choose_penalty(scaled, y, folds)
+            c, at_end = choice.c, choice.at_end
+        fit = fit_penalised(scaled, y, c)
+        # In scaled coordinates: a power of two by which the states are multiplied changes no bit of a prediction.
         decision = rows @ fit.coef + fit.intercept
-        return _Reading(decision > 0, decision, fit.converged, fit.n_iter)
+        direction = in_raw_coordinates(scaled, fit)
+        return _Reading(decision > 0, decision, fit.converged, fit.n_iter, *direction, c, scaled.scale, at_end)
 
     return read
 
 
-def _logistic_standardised(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Read:
+def _majority(y: NDArray[Any], n_test: int) -> _Reading:
+    """Predict the more frequent label: nothing else can be read from states that are all equal."""
+    decision = np.full(n_test, 1.0 if y.mean() > 0.5 else -1.0)
+    return _Reading(decision > 0, decision, scale=0.0)
+
+
+def _logistic_raw(X: NDArray[Any], X_test: NDArray[Any], _folds: Ints) -> _Read:
+    design, rows = Design(X), X_test.astype(np.float64)
+
+    def read(y: NDArray[Any], _c: float | None) -> _Reading:
+        fit = fit_logistic(design, y)
+        decision = rows @ fit.coef + fit.intercept
+        return _Reading(decision > 0, decision, fit.converged, fit.n_iter, fit.coef, fit.intercept)
+
+    return read
+
+
+def _logistic_standardised(X: NDArray[np.float32], X_test: NDArray[np.float32], folds: Ints) -> _Read:
     scaler = StandardScaler().fit(X.astype(np.float64))
-    return _logistic(scaler.transform(X.astype(np.float64)), scaler.transform(X_test.astype(np.float64)))
+    standard = _logistic_raw(scaler.transform(X.astype(np.float64)), scaler.transform(X_test.astype(np.float64)), folds)
+
+    def read(y: NDArray[Any], c: float | None) -> _Reading:
+        reading = standard(y, c)
+        assert reading.weights is not None
+        assert reading.intercept is not None
+        weights = reading.weights / scaler.scale_
+        return replace(reading, weights=weights, intercept=float(reading.intercept - scaler.mean_ @ weights))
+
+    return read
 
 
-def _logistic_paper(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Read:
-    def read(y: NDArray[Any]) -> _Reading:
+def _logistic_paper(X: NDArray[np.float32], X_test: NDArray[np.float32], _folds: Ints) -> _Read:
+    def read(y: NDArray[Any], _c: float | None) -> _Reading:
         model = LogisticRegression()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # expected here, and stored as ``converged``
             model.fit(X, y)
         n_iter = int(model.n_iter_[0])
         # Not predict_proba: in float32 its values saturate at 0 and 1 and tie, which costs up to 0.03 of AUC.
-        return _Reading(model.predict(X_test), model.decision_function(X_test), n_iter < model.max_iter, n_iter)
+        decision, converged = model.decision_function(X_test), n_iter < model.max_iter
+        return _Reading(model.predict(X_test), decision, converged, n_iter, model.coef_[0], float(model.intercept_[0]))
 
     return read
 
 
-def _random_forest(X: NDArray[np.float32], X_test: NDArray[np.float32]) -> _Read:
-    def read(y: NDArray[Any]) -> _Reading:
+def _mean_difference(X: NDArray[np.float32], X_test: NDArray[np.float32], _folds: Ints) -> _Read:
+    rows, tested = X.astype(np.float64), X_test.astype(np.float64)
+
+    def read(y: NDArray[Any], _c: float | None) -> _Reading:
+        zero, one = rows[y == 0].mean(axis=0), rows[y == 1].mean(axis=0)
+        weights, middle = one - zero, (one + zero) / 2
+        decision = (tested - middle) @ weights
+        return _Reading(decision > 0, decision, weights=weights, intercept=float(-middle @ weights))
+
+    return read
+
+
+def _random_forest(X: NDArray[np.float32], X_test: NDArray[np.float32], _folds: Ints) -> _Read:
+    def read(y: NDArray[Any], _c: float | None) -> _Reading:
         model = RandomForestClassifier(random_state=PAPER_SEED).fit(X, y)
-        return _Reading(model.predict(X_test), model.predict_proba(X_test)[:, 1], converged=True, n_iter=0)
+        return _Reading(model.predict(X_test), model.predict_proba(X_test)[:, 1])
 
     return read
 
 
 _READERS = {
     "logistic": _logistic,
+    "logistic-raw": _logistic_raw,
     "logistic-paper": _logistic_paper,
+    "mean-difference": _mean_difference,
     "logistic-standardised": _logistic_standardised,
     "random-forest": _random_forest,
 }
 CLASSIFIERS = tuple(_READERS)
-
-
-# Logistic regression, solved -----------------------------------------------------------------------------------
-#
-# Hidden states have a few dimensions a thousand times larger than the rest, and are separable if there are fewer
-# prompts than dimensions. So first-order methods, and Newton's method with plain or diagonally scaled conjugate
-# gradients, need thousands of passes. A Cholesky factor of the Hessian needs none but is expensive, and it stays
-# nearly right while the weights change. So we take Newton steps by conjugate gradients, preconditioned with an old
-# factor until it is too far off.
-
-TOLERANCE = 1e-3  # in logits: largest distance of a converged decision value from the optimum's
-_CG_STEPS = 8  # these cost about half a factorisation; if a system needs as many, the factor is made again
-_CG_REDUCTION = 0.03  # of the residual, in the preconditioner's norm; a smaller value only makes steps more expensive
-
-
-@dataclass(frozen=True)
-class LogisticFit:
-    """A fitted logistic regression: ``coef`` (hidden,), ``intercept``, and its largest distance from the optimum.
-
-    ``slack`` bounds the distance, in logits, of any decision value from the exact optimum's (see ``_slack``).
-    """
-
-    coef: Floats
-    intercept: float
-    slack: float
-    n_iter: int
-
-    @property
-    def converged(self) -> bool:
-        """Whether the last iterate is proved to be within ``TOLERANCE`` of the optimum."""
-        return self.slack <= TOLERANCE
-
-
-class Design:
-    """The rows to fit on, prepared for Newton's method and shared by fits to different labels.
-
-    ``A`` (n, hidden + 1) are the centred rows with a constant feature appended, whose weight is the intercept. The
-    feature is as large as the longest row (``radius``): the preconditioner penalises it, the objective does not, and at
-    this size the penalty is negligible. ``gram`` is AAᵀ (n, n) if n is small enough to make it worthwhile, else None.
-    """
-
-    def __init__(self, X: NDArray[Any]) -> None:
-        n, m = X.shape[0], X.shape[1] + 1
-        self.mean = X.mean(axis=0, dtype=np.float64)  # subtracted against cancellation; the intercept absorbs it
-        self.A = np.empty((n, m))
-        rows = np.subtract(X, self.mean, out=self.A[:, :-1])
-        self.radius = float(np.sqrt(np.einsum("ij,ij->i", rows, rows).max())) or 1.0
-        self.A[:, -1] = self.radius
-        self.gram = self.A @ self.A.T if n < 1.5 * m else None  # at n = 1.5 m a few factorisations repay it
-
-
-def fit_logistic(design: Design, labels: ArrayLike, max_iter: int = 100) -> LogisticFit:
-    """Minimise ½‖w‖² + Σᵢ log(1 + exp(−sᵢ (xᵢ·w + b))), s = ±1: scikit-learn's objective at C = 1.
-
-    The rows xᵢ may have any scale and any float type; all arithmetic is float64. ``labels`` (n,) are 0 or 1.
-    Newton's method with exact line search; ``n_iter`` counts the steps.
-    """
-    y, A = np.asarray(labels, dtype=np.float64), design.A
-    penalty = np.ones(A.shape[1])
-    penalty[-1] = 0.0
-    hessian = _FactoredHessian(design)
-    w, stale = np.zeros(A.shape[1]), True
-    for n_iter in range(max_iter + 1):
-        logits = A @ w
-        p = expit(logits)
-        gradient = penalty * w + A.T @ (p - y)
-        slack = _slack(gradient, design.radius)
-        if slack <= TOLERANCE or n_iter == max_iter:
-            slack, shift = _proved_slack(design, w, logits, y)
-            if slack <= TOLERANCE or n_iter == max_iter:
-                break
-            w[-1] += shift / design.radius  # short rows: the gradient is small although the intercept is far off
-            stale = True
-            continue
-        curvature = p * (1 - p)
-        if stale:
-            hessian.refresh(curvature)
-        step, stale = _newton_step(A, penalty, curvature, gradient, hessian)
-        length = _line_minimum(w, step, penalty, logits, A @ step, y)
-        if length == 0.0:
-            break  # rounding prevents further descent; slack decides whether the fit is close enough
-        w += length * step
-    coef = w[:-1]
-    return LogisticFit(coef, float(w[-1] * design.radius - design.mean @ coef), slack, n_iter)
-
-
-def _slack(gradient: Floats, radius: float) -> float:
-    """Return the largest distance, in logits, of a decision value from the optimum's.
-
-    With the best intercept for w, the objective is 1-strongly convex in w, hence ‖w − w*‖ ≤ ‖gradient‖
-    (½‖gradient‖² is then the duality gap). The decision value of a row within ``radius`` of the mean changes by at most
-    radius·‖w − w*‖ through w, and by the same again through the intercept, which changes with w at that rate.
-    """
-    return 2 * radius * float(np.linalg.norm(gradient))
-
-
-def _proved_slack(design: Design, w: Floats, logits: Floats, y: Floats) -> tuple[float, float]:
-    """Return ``_slack`` at the best intercept for w plus the distance to this intercept; and the signed distance.
-
-    ``_slack`` alone does not bound the error of the intercept, which has no penalty: with rows of length 0.001, its
-    gradient times their length is small even if it is far off.
-    """
-    shift = _best_shift(logits, y)
-    gradient = w[:-1] + design.A[:, :-1].T @ (expit(logits + shift) - y)
-    return _slack(gradient, design.radius) + abs(shift), shift
-
-
-def _best_shift(logits: Floats, y: Floats) -> float:
-    """Return the correction t that makes the intercept best: the root of Σ expit(logits + t) − y."""
-
-    def slope(t: float) -> float:
-        return float((expit(logits + t) - y).sum())
-
-    if not 0 < y.sum() < len(y):
-        return 0.0  # with only one class there is no root
-    reach = 1.0
-    while slope(-reach) > 0 or slope(reach) < 0:
-        reach *= 2
-    return float(brentq(slope, -reach, reach))
-
-
-class _FactoredHessian:
-    """Solver of (I + AᵀDA) x = g for A (n, m) and the diagonal D of the last ``refresh``.
-
-    With few rows it works in their space: with S = D^½ and K = AAᵀ, the design's ``gram``, Woodbury's identity gives
-    x = g − AᵀS (I + SKS)⁻¹ SA g (Rasmussen & Williams 2006, section 3.4.3), so a refresh costs n³/3 operations
-    instead of nm² + m³/3.
-    """
-
-    def __init__(self, design: Design) -> None:
-        self._A, self._gram = design.A, design.gram
-
-    def refresh(self, curvature: Floats) -> None:
-        self._root = np.sqrt(curvature)
-        if self._gram is None:
-            scaled = self._A * self._root[:, None]
-            M = scaled.T @ scaled
-        else:
-            M = self._gram * self._root
-            M *= self._root[:, None]
-        # Keeps the matrix positive definite despite rounding; a preconditioner may be slightly inexact.
-        M[np.diag_indices_from(M)] += 1 + np.finfo(np.float64).eps * np.trace(M)
-        # M is symmetric: its transpose is the column-major matrix that LAPACK overwrites without a copy.
-        self._factor = cho_factor(M.T, lower=True, overwrite_a=True, check_finite=False)
-
-    def solve(self, g: Floats) -> Floats:
-        if self._gram is None:
-            x: Floats = cho_solve(self._factor, g, check_finite=False)
-            return x
-        inner = cho_solve(self._factor, self._root * (self._A @ g), check_finite=False)
-        rows: Floats = self._A.T @ (self._root * inner)
-        return g - rows
-
-
-def _newton_step(
-    A: Floats, penalty: Floats, curvature: Floats, gradient: Floats, preconditioner: _FactoredHessian
-) -> tuple[Floats, bool]:
-    """Solve (diag(penalty) + Aᵀ diag(curvature) A) x = −gradient roughly; also return whether the factor is stale.
-
-    Preconditioned conjugate gradients (Nocedal & Wright 2006, algorithm 5.3). Every iterate is a direction of descent.
-    """
-    x, residual = np.zeros_like(gradient), -gradient
-    z = preconditioner.solve(residual)
-    direction, rz = z, residual @ z
-    target = _CG_REDUCTION**2 * rz
-    for _ in range(_CG_STEPS):
-        product = penalty * direction + A.T @ (curvature * (A @ direction))
-        alpha = rz / (direction @ product)
-        x = x + alpha * direction
-        residual = residual - alpha * product
-        z = preconditioner.solve(residual)
-        rz, rz_before = residual @ z, rz
-        if rz <= target:
-            return x, False
-        direction = z + (rz / rz_before) * direction
-    return x, True
-
-
-def _line_minimum(w: Floats, step: Floats, penalty: Floats, logits: Floats, change: Floats, y: Floats) -> float:
-    """Return the t ≥ 0 that minimises the objective at w + t·step; ``change`` is the change of the logits at t = 1.
-
-    The search is exact, which is cheap: it works on vectors only. On separable data, t = 1 is far too short at first.
-    """
-    tilt, bend = (penalty * w) @ step, (penalty * step) @ step
-
-    def slope(t: float) -> float:
-        return float((expit(logits + t * change) - y) @ change + tilt + t * bend)
-
-    if slope(0.0) >= 0:
-        return 0.0
-    high = 1.0
-    while slope(high) < 0:
-        high *= 2
-    t: float = brentq(slope, 0.0, high, xtol=1e-9)
-    return t

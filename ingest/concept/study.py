@@ -33,7 +33,7 @@ from kdb.ingest.prompts import Posed, check_length, description, pose
 from kdb.ingest.rows import Rows, arrow_rows, rows_of, timed
 from kdb.ingest.settings import Probing
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
-from kdb.warehouse.schema import DEFAULT_PROBE
+from kdb.warehouse.schema import DEFAULT_CLASSIFIER
 from kdb.warehouse.vectors import (
     GPU_PART_BYTES,
     PART_BYTES,
@@ -44,7 +44,8 @@ from kdb.warehouse.vectors import (
 )
 
 if TYPE_CHECKING:
-    from kdb.ingest.concept.probes import ProbeScore, Split
+    from kdb.ingest.concept.baselines import Baseline
+    from kdb.ingest.concept.probes import Probe, ProbeScore, Task
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,11 @@ Key = tuple[int, str]
 """A layer and a site."""
 
 _PROBE_MEMORY = 4 * 2**30
-_MATRIX_COPIES = 4
+_MATRIX_COPIES = 5
 """Copies of a layer's float64 matrix in memory at the peak of fitting."""
+
+BELOW_CHANCE = 0.01
+"""P-value below which a baseline is reported that does worse than chance."""
 
 
 def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
@@ -66,7 +70,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         posed = PosedQuestion(job, pose(job, tokenizer), question_of(tokenizer, job.dataset))
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
-        splits_of([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, seed)
+        make_task_of([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, seed)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
@@ -79,7 +83,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
             announce=functools.partial(_announce, posed),
         ),
         ModelStage(("checks",), functools.partial(_stored_shards, posed), _check_stored),
-        probing(job.probing, seed),
+        *probing(job.probing, seed),
     ]
 
 
@@ -223,44 +227,50 @@ class _Fits:
     """Inputs that all probes of a run share."""
 
     activations: list[Path]
-    labels: NDArray[Any]
-    control: NDArray[Any]
-    splits: list[Split]
+    task: Task
     classifiers: tuple[str, ...]
     n_layers: int
     hidden_size: int
 
 
-def probing(wanted: Probing, seed: int) -> StoredStage:
-    """Build the stage that fits every probe on every layer and site, to the vectors of the run or of its source."""
-    return StoredStage(
-        ("probe_predictions", "probe_scores"),
-        layer_shards,
-        _probed,
-        read=functools.partial(_fits, wanted, seed),
-        n_jobs=lambda fits: _n_jobs(len(fits.labels), fits.hidden_size),
-        shown=("probes", "layers"),
-    )
+def probing(wanted: Probing, seed: int) -> list[StoredStage]:
+    """Return the stages that fit the baselines, and every probe on every layer and site.
+
+    They read the prompts and the vectors of the run, or of its source run.
+    """
+    texts = functools.partial(_texts, wanted, seed)
+    return [
+        StoredStage(("baseline_predictions", "baselines"), single(), _baselines, read=texts),
+        StoredStage(
+            ("probe_predictions", "probe_weights", "probe_scores"),
+            layer_shards,
+            _probed,
+            read=functools.partial(_fits, wanted, seed),
+            n_jobs=lambda fits: _n_jobs(len(fits.task.labels), fits.hidden_size),
+            shown=("probes", "layers"),
+        ),
+    ]
 
 
 def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
-    from kdb.ingest.concept.probes import control_labels
-
-    table, model = run.table("prompts"), run.table("models").to_pylist()[0]
-    labels = np.array(table["label"].to_pylist())
-    splits = splits_of(labels, table["group_id"].to_pylist(), wanted, seed)
-    control = control_labels(labels, splits, seed)
+    model = run.table("models").to_pylist()[0]
     sizes = model["n_layers"], model["hidden_size"]
-    return _Fits(run.files("activations"), labels, control, splits, wanted.classifiers, *sizes)
+    return _Fits(run.files("activations"), _task(wanted, seed, run), wanted.classifiers, *sizes)
 
 
-def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> list[Split]:
-    """The splits that a run probes, with one by group if every prompt has a group."""
-    from kdb.ingest.concept.probes import make_splits
+def _task(wanted: Probing, seed: int, run: RunInProgress) -> Task:
+    table = run.table("prompts")
+    return make_task_of(table["label"].to_pylist(), table["group_id"].to_pylist(), wanted, seed)
+
+
+def make_task_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> Task:
+    """Return the task that a run probes, with a split by group if every prompt has a group."""
+    from kdb.ingest.concept.probes import make_splits, make_task
 
     known = [group for group in groups if group is not None]
     grouped = known if len(known) == len(groups) else None
-    return make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed)
+    splits = make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed)
+    return make_task(labels, splits, groups=grouped, seed=seed)
 
 
 def layer_shards(run: RunInProgress) -> list[Shard]:
@@ -275,35 +285,110 @@ def read_layer(activations: Sequence[Path], key: Key) -> NDArray[np.float32]:
 
 
 def _probed(fits: _Fits, shard: Shard) -> list[Rows]:
-    """The rows of ``probe_predictions`` and ``probe_scores`` for one layer and site."""
-    from kdb.ingest.concept.probes import score_probes
+    """Fit the probes of one layer and site."""
+    from kdb.ingest.concept.probes import fit_probes
 
     key: Key = shard.work
-    X = read_layer(fits.activations, key)
-    scores = list(score_probes(X, fits.labels, fits.control, fits.splits, fits.classifiers))
-    keys = {"layer": key[0], "site": key[1], "depth": key[0] / fits.n_layers}
-    predictions = pa.concat_tables(_prediction_rows(key, score, fits.splits, fits.labels) for score in scores)
-    rows = [keys | asdict(score) | {"is_default": _is_default(score)} for score in scores]
-    return [Rows("probe_predictions", [predictions]), rows_of("probe_scores", rows)]
+    probes = fit_probes(read_layer(fits.activations, key), fits.task, fits.classifiers)
+    position, default = {"layer": key[0], "site": key[1]}, _default_split(fits.task)
+    predictions = pa.concat_tables(_prediction_rows(key, probe, fits.task) for probe in probes)
+    weights = [
+        position | _direction(probe) | {"is_default": _is_default(probe.score, default)}
+        for probe in probes
+        if probe.weights is not None
+    ]
+    scores = [
+        position
+        | {"depth": key[0] / fits.n_layers, **asdict(probe.score), "is_default": _is_default(probe.score, default)}
+        for probe in probes
+    ]
+    return [
+        Rows("probe_predictions", [predictions]),
+        rows_of("probe_weights", weights),
+        rows_of("probe_scores", scores),
+    ]
 
 
-def _is_default(score: ProbeScore) -> bool:
-    return {"classifier": score.classifier, "split": score.split} == DEFAULT_PROBE
+def _direction(probe: Probe) -> dict[str, Any]:
+    assert probe.weights is not None
+    named = {"classifier": probe.score.classifier, "split": probe.score.split}
+    return {**named, "weights": probe.weights.tolist(), "intercept": probe.intercept}
 
 
-def _prediction_rows(key: Key, score: ProbeScore, splits: Sequence[Split], labels: NDArray[Any]) -> pa.Table:
-    """Rows of ``probe_predictions``; prompts are numbered in the order of their vectors."""
-    test = next(split.test for split in splits if split.name == score.split)
+def _default_split(task: Task) -> str:
+    """Return the name of the split that ``current`` shows: by group where there are groups."""
+    names = [split.name for split in task.splits]
+    return "grouped" if "grouped" in names else names[0]
+
+
+def _is_default(score: ProbeScore, default_split: str) -> bool:
+    return (score.classifier, score.split) == (DEFAULT_CLASSIFIER, default_split)
+
+
+def _prediction_rows(key: Key, probe: Probe, task: Task) -> pa.Table:
+    """Build rows of ``probe_predictions``; prompts are numbered in the order of their vectors."""
+    test = task.test_rows(probe.score.split)
     return arrow_rows(
         "probe_predictions",
         {
             "prompt_id": test,
             "layer": key[0],
             "site": key[1],
-            "classifier": score.classifier,
-            "split": score.split,
-            "predicted": score.predicted,
-            "correct": score.predicted == labels[test],
+            "classifier": probe.score.classifier,
+            "split": probe.score.split,
+            "predicted": probe.predicted,
+            "correct": probe.predicted == task.labels[test],
+            "is_default": _is_default(probe.score, _default_split(task)),
+        },
+    )
+
+
+# Baselines -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The prompts as texts, and the task."""
+
+    texts: list[str]
+    n_tokens: list[int]
+    task: Task
+
+
+def _texts(wanted: Probing, seed: int, run: RunInProgress) -> _Texts:
+    table = run.table("prompts")
+    return _Texts(table["text"].to_pylist(), table["n_tokens"].to_pylist(), _task(wanted, seed, run))
+
+
+def _baselines(inputs: _Texts, _shard: Shard) -> list[Rows]:
+    """Fit the baselines; warn of one that does worse than guessing, because probes then may, too."""
+    from kdb.ingest.concept.baselines import fit_baselines
+
+    baselines = fit_baselines(inputs.texts, inputs.n_tokens, inputs.task)
+    for baseline in baselines:
+        if baseline.below_chance_p < BELOW_CHANCE:
+            log.warning(
+                "Below chance: the baseline %r is right on %.0f %% of the test prompts of the split %r. What texts of "
+                "the training part tell about the label is wrong in the test part, and probes can be misled the same.",
+                *(baseline.baseline, 100 * baseline.accuracy, baseline.split),
+            )
+    predictions = pa.concat_tables(_baseline_rows(baseline, inputs.task) for baseline in baselines)
+    scores = [vars(one) | {"is_default": one.split == _default_split(inputs.task)} for one in baselines]
+    return [Rows("baseline_predictions", [predictions]), rows_of("baselines", scores)]
+
+
+def _baseline_rows(baseline: Baseline, task: Task) -> pa.Table:
+    """Build rows of ``baseline_predictions``."""
+    test = task.test_rows(baseline.split)
+    return arrow_rows(
+        "baseline_predictions",
+        {
+            "prompt_id": test,
+            "baseline": baseline.baseline,
+            "split": baseline.split,
+            "predicted": baseline.predicted,
+            "correct": baseline.predicted == task.labels[test],
+            "is_default": baseline.split == _default_split(task),
         },
     )
 
