@@ -21,7 +21,7 @@ from kdb.analysis.figures import FIGURES
 from kdb.analysis.save import save
 from kdb.analysis.style import Look, look_of
 from kdb.errors import QueryError, UnknownNameError
-from kdb.ingest.concept.probes import wilson_interval
+from kdb.ingest.concept.metrics import wilson_interval
 from kdb.queries.catalogue import find_query
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
@@ -176,7 +176,7 @@ def test_zero_shot_rates_and_interval_are_those_of_the_answers(small: Warehouse)
     assert row["accuracy"] == mine["correct"].mean()
     assert row["true_positive_rate"] == mine.filter(label=1)["predicted"].mean()
     assert row["true_negative_rate"] == 1 - mine.filter(label=0)["predicted"].mean()  # type: ignore[operator]
-    low, high = wilson_interval(int(mine["correct"].sum()), len(mine))
+    low, high = wilson_interval(mine["correct"].mean(), len(mine))
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((low, high))
 
 

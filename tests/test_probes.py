@@ -1,25 +1,28 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score, log_loss, roc_auc_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from kdb.errors import DatasetError, ModelError, UnknownNameError
+from kdb.ingest.concept import probes
+from kdb.ingest.concept.logistic import GRID, TOLERANCE, Design, Scaled, choose_penalty, fit_logistic
+from kdb.ingest.concept.metrics import score_predictions, wilson_interval
 from kdb.ingest.concept.probes import (
     CLASSIFIERS,
-    TOLERANCE,
-    Design,
-    Split,
+    N_CONTROLS,
     control_labels,
-    fit_logistic,
+    fit_probes,
     make_splits,
+    make_task,
     score_probes,
-    wilson_interval,
 )
 from kdb.ingest.execution.processes import mapped
 
@@ -33,8 +36,8 @@ def layer(n, hidden, seed=0, massive=1.0):
     return X.astype(np.float32), y
 
 
-def shuffled(y):
-    return np.random.default_rng(0).permutation(y)
+def task_of(y, n_splits=1, groups=None):
+    return make_task(y, make_splits(y, n_splits=n_splits, groups=groups), groups=groups)
 
 
 # Shapes on both sides of each turn the solver takes: n < 1.5 (p + 1) works in the space of the rows.
@@ -83,7 +86,7 @@ def test_a_fit_cut_short_says_so():
 def test_the_published_probe_stops_unconverged_on_badly_scaled_states():
     X, _ = layer(400, 200, massive=300.0)
     y = np.random.default_rng(1).integers(0, 2, 400)
-    solved, paper = score_probes(X, y, shuffled(y), make_splits(y), ["logistic", "logistic-paper"])
+    solved, paper = score_probes(X, task_of(y), ["logistic-raw", "logistic-paper"])
     assert solved.converged
     assert (paper.converged, paper.n_iter) == (False, 100)
 
@@ -92,23 +95,24 @@ def test_the_published_probe_stops_unconverged_on_badly_scaled_states():
 def test_the_standardised_probe_is_the_optimum_on_standardised_states(massive):
     X, y = layer(120, 100, massive=massive)
     (split,) = make_splits(y)
-    (score,) = score_probes(X, y, shuffled(y), [split], ["logistic-standardised"])
+    (probe,) = fit_probes(X, task_of(y), ["logistic-standardised"])
     train, test = X[split.train].astype(np.float64), X[split.test].astype(np.float64)
     scaler = StandardScaler().fit(train)
     model, shift = plain_optimum(scaler.transform(train), y[split.train])
     decision = model.decision_function(scaler.transform(test) - shift)
-    assert score.converged
-    assert score.predicted.tolist() == (decision > 0).tolist()
-    assert score.auc == roc_auc_score(y[split.test], decision)
+    assert probe.score.converged
+    assert probe.predicted.tolist() == (decision > 0).tolist()
+    assert probe.score.auc == pytest.approx(roc_auc_score(y[split.test], decision), abs=1e-12)
 
 
 def test_the_published_probe_is_sklearn_with_its_defaults():
     X, y = layer(200, 20)
     (split,) = make_splits(y)
-    (score,) = score_probes(X, y, shuffled(y), [split], ["logistic-paper"])
+    (score,) = score_probes(X, task_of(y), ["logistic-paper"])
     model = LogisticRegression().fit(X[split.train], y[split.train])
     assert score.accuracy == model.score(X[split.test], y[split.test])
-    assert score.auc == roc_auc_score(y[split.test], model.decision_function(X[split.test]))
+    auc = roc_auc_score(y[split.test], model.decision_function(X[split.test]))
+    assert score.auc == pytest.approx(auc, abs=1e-12)
 
 
 def test_a_constant_matrix_is_solved():
@@ -123,15 +127,15 @@ def test_auc_comes_from_the_decision_function():
     y = (X[:, 0] > 0).astype(int)
     y[45] = 1
     y[55] = 0
-    scores = score_probes(X, y, shuffled(y), make_splits(y), ["logistic", "logistic-paper"])
+    scores = score_probes(X, task_of(y), ["logistic-raw", "logistic-paper"])
     test = make_splits(y)[0].test
-    assert [s.auc for s in scores] == [roc_auc_score(y[test], X[test, 0])] * 2
+    assert [s.auc for s in scores] == [pytest.approx(roc_auc_score(y[test], X[test, 0]), abs=1e-12)] * 2
 
 
 def test_refitting_gives_the_same_scores():
     X, y = layer(120, 150, massive=3000.0)
-    splits = make_splits(y, n_splits=2)
-    assert score_probes(X, y, shuffled(y), splits, CLASSIFIERS) == score_probes(X, y, shuffled(y), splits, CLASSIFIERS)
+    task = task_of(y, n_splits=2)
+    assert score_probes(X, task, CLASSIFIERS) == score_probes(X, task, CLASSIFIERS)
 
 
 def test_the_slack_bounds_how_far_a_decision_is_from_the_optimums_and_half_of_it_does_not():
@@ -158,14 +162,14 @@ def test_a_fit_to_short_rows_is_not_called_converged_before_its_intercept_is(sca
 def test_logistic_predicts_the_likelier_class():
     X, y = layer(120, 8)
     (split,) = make_splits(y)
-    (score,) = score_probes(X, y, shuffled(y), [split], ["logistic"])
+    (probe,) = fit_probes(X, task_of(y), ["logistic-raw"])
     plain = LogisticRegression(solver="newton-cg", tol=1e-10, max_iter=1000).fit(X[split.train], y[split.train])
-    np.testing.assert_array_equal(score.predicted, plain.predict(X[split.test]))
+    np.testing.assert_array_equal(probe.predicted, plain.predict(X[split.test]))
 
 
 def test_scores_are_ordered_by_split_then_classifier():
     X, y = layer(60, 5)
-    scores = score_probes(X, y, shuffled(y), make_splits(y, n_splits=2), ["logistic-paper", "logistic"])
+    scores = score_probes(X, task_of(y, n_splits=2), ["logistic-paper", "logistic"])
     names = [(s.split, s.classifier) for s in scores]
     assert names == [(s, c) for s in ("paper", "stratified-43") for c in ("logistic-paper", "logistic")]
     assert {(s.n_train, s.n_test) for s in scores} == {(36, 24)}
@@ -179,10 +183,10 @@ def scored(task, key):
 def test_layers_in_parallel_score_as_they_do_alone_and_in_order():
     matrices = [layer(80, 60, seed)[0] for seed in range(3)]
     y = layer(80, 60)[1]
-    splits, order = make_splits(y), [2, 0, 1]
-    task = matrices, y, shuffled(y), splits, ["logistic"]
+    order = [2, 0, 1]
+    task = matrices, task_of(y), ["logistic"]
     for key, scores in zip(order, mapped(scored, task, order, n_jobs=2), strict=True):
-        (alone,) = score_probes(matrices[key], y, shuffled(y), splits, ["logistic"])
+        (alone,) = score_probes(matrices[key], task_of(y), ["logistic"])
         assert scores[0].accuracy == alone.accuracy
         assert scores[0].auc == pytest.approx(alone.auc, abs=1e-6)
 
@@ -192,42 +196,204 @@ def test_layers_in_parallel_score_as_they_do_alone_and_in_order():
 every_classifier = pytest.mark.parametrize("classifier", CLASSIFIERS)
 
 
+def paired(n):
+    """Labels and groups of n prompts: each group has both labels, as each city has a true and a false statement."""
+    return np.arange(n) % 2, [f"g{i // 2}" for i in range(n)]
+
+
 @every_classifier
-def test_the_control_task_is_the_same_classifier_fitted_to_shuffled_labels(classifier):
+def test_the_control_task_is_the_mean_over_draws_of_the_same_classifier_fitted_to_a_label_for_each_group(classifier):
     X, y = layer(80, 30)
-    splits = make_splits(y)
-    control = control_labels(y, splits)
-    (score,) = score_probes(X, y, control, splits, [classifier])
-    (alone,) = score_probes(X, control, y, splits, [classifier])
-    assert (score.control_accuracy, score.accuracy) == (alone.accuracy, alone.control_accuracy)
+    task = task_of(y, groups=paired(80)[1])
+    paper, grouped = score_probes(X, task, [classifier])
+    assert (grouped.control_accuracy, grouped.control_sd, grouped.selectivity) == (None, None, None)
+    if classifier != "logistic":  # whose penalty the task chooses
+        drawn = [score_probes(X, make_task(labels, task.splits[:1]), [classifier])[0] for labels in task.control]
+        accuracies = [score.accuracy for score in drawn]
+        assert paper.control_accuracy == pytest.approx(np.mean(accuracies))
+        assert paper.control_sd == pytest.approx(np.std(accuracies, ddof=1))
+    assert paper.selectivity == paper.accuracy - paper.control_accuracy
+
+
+def test_the_control_task_has_the_penalty_of_the_task(monkeypatch):
+    X, y = layer(80, 30)
+    chosen, penalised = [], []
+    choose, fit = probes.choose_penalty, probes.fit_penalised
+    monkeypatch.setattr(probes, "choose_penalty", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    monkeypatch.setattr(probes, "fit_penalised", lambda scaled, y, c: penalised.append(c) or fit(scaled, y, c))
+    task = task_of(y, groups=paired(80)[1])
+    score_probes(X, make_task(y, task.splits[:1], groups=paired(80)[1]), ["logistic"])
+    assert len(chosen) == 1
+    assert penalised == [chosen[0].c] * (1 + N_CONTROLS)
+
+
+def test_without_groups_there_is_no_control_task():
+    X, y = layer(80, 30)
+    (score,) = score_probes(X, task_of(y), ["logistic"])
+    assert (score.control_accuracy, score.control_sd, score.selectivity) == (None, None, None)
+
+
+def test_what_groups_share_can_be_learned_in_the_control_task():
+    """Labels drawn for each prompt could not be, whatever the states: so a probe's skill at it would be no control."""
+    y, groups = paired(400)
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.standard_normal((200, 100)), 2, axis=0) + 0.1 * rng.standard_normal((400, 100))
+    paper, _grouped = score_probes(X.astype(np.float32), task_of(y, groups=groups), ["logistic-raw"])
+    assert paper.control_accuracy > 0.65
 
 
 @every_classifier
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**16))
-def test_selectivity_and_single_predictions_agree_with_the_scores(classifier, seed):
+def test_single_predictions_agree_with_the_scores(classifier, seed):
     X, y = layer(40, 6, seed)
-    splits = make_splits(y, n_splits=2, groups=[f"g{i // 2}" for i in range(40)])
-    scores = score_probes(X, y, control_labels(y, splits, seed), splits, [classifier])
-    for score, split in zip(scores, splits, strict=True):
-        assert score.selectivity == score.accuracy - score.control_accuracy
-        assert score.accuracy == np.mean(score.predicted == y[split.test])
-        assert score.f1 == f1_score(y[split.test], score.predicted)
+    task = task_of(y, n_splits=2, groups=paired(40)[1])
+    for probe, split in zip(fit_probes(X, task, [classifier]), task.splits, strict=True):
+        score, truth = probe.score, y[split.test]
+        assert score.accuracy == np.mean(probe.predicted == truth)
+        assert (score.f1, score.f1_paper) == tuple(f1_score(truth, probe.predicted, pos_label=i) for i in (1, 0))
+
+
+@pytest.mark.parametrize("classifier", sorted(set(CLASSIFIERS) - {"random-forest"}))
+def test_a_stored_direction_predicts_what_the_probe_predicts(classifier):
+    X, y = layer(120, 40, massive=300.0)
+    task = task_of(y)
+    (probe,) = fit_probes(X, task, [classifier])
+    decision = X[task.splits[0].test].astype(np.float64) @ probe.weights.astype(np.float64) + probe.intercept
+    sure = np.abs(decision) > 1e-3 * np.abs(decision).max()
+    assert ((decision > 0) == probe.predicted)[sure].all()
+    assert sure.mean() > 0.9
 
 
 @given(st.integers(0, 2**16))
-def test_shuffled_labels_are_as_many_and_the_same_for_the_same_seed(seed):
-    y = np.repeat([0, 1], [30, 12])
-    splits = make_splits(y, n_splits=2)
-    drawn = control_labels(y, splits, seed)
-    assert sorted(drawn) == y.tolist()
-    assert drawn.tolist() == control_labels(y, splits, seed).tolist()
+def test_control_labels_are_one_for_each_group_and_the_same_for_the_same_seed(seed):
+    y, groups = paired(42)
+    task = task_of(y, groups=groups)
+    drawn = control_labels(task, seed)
+    assert drawn.shape == (N_CONTROLS, 42)
+    assert (drawn[:, ::2] == drawn[:, 1::2]).all()
+    assert drawn.tolist() == control_labels(task, seed).tolist()
 
 
-def test_labels_are_shuffled_again_until_both_are_on_each_side():
-    split = Split("two and two", np.arange(2), np.arange(2, 4))
-    drawn = {tuple(control_labels([0, 1, 0, 1], [split], seed)) for seed in range(50)}
-    assert drawn == {(0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0)}
+# The penalty -----------------------------------------------------------------------------------------------------
+
+
+def default_probe(X, y):
+    return fit_probes(X, task_of(y), ["logistic"])[0]
+
+
+@shapes
+@pytest.mark.parametrize("power", [-7, 1, 10])
+def test_a_power_of_two_changes_no_bit_of_a_prediction(n, hidden, power):
+    X, y = layer(n, hidden, massive=30.0)
+    plain, scaled = default_probe(X, y), default_probe(X * np.float32(2.0**power), y)
+    assert scaled.score.scale == plain.score.scale * 2.0**power
+    assert replace(scaled.score, scale=plain.score.scale) == plain.score
+    assert scaled.predicted.tolist() == plain.predicted.tolist()
+
+
+@shapes
+@pytest.mark.parametrize("factor", [0.01, 0.1, 10.0, 100.0])
+def test_the_unit_of_measure_decides_nothing(n, hidden, factor):
+    X, y = layer(n, hidden, massive=30.0)
+    plain, scaled = default_probe(X, y).score, default_probe(X * np.float32(factor), y).score
+    assert (scaled.c, scaled.accuracy) == (plain.c, plain.accuracy)
+    raw = [score_probes(X * np.float32(f), task_of(y), ["logistic-raw"])[0].auc for f in (1e-4, 1.0)]
+    assert raw[0] != raw[1]  # as it does in the paper's objective
+
+
+@shapes
+def test_a_rotation_decides_nothing(n, hidden):
+    X, y = layer(n, hidden)
+    rotation, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((hidden, hidden)))
+    plain, rotated = default_probe(X, y).score, default_probe((X @ rotation).astype(np.float32), y).score
+    assert (rotated.c, rotated.accuracy) == (plain.c, plain.accuracy)
+
+
+def test_the_penalty_is_chosen_on_the_training_part_alone():
+    X, y = layer(200, 40)
+    task = task_of(y)
+    before = fit_probes(X, task, ["logistic"])[0]
+    other = X.copy()
+    other[task.splits[0].test] = np.random.default_rng(5).standard_normal(X[task.splits[0].test].shape)
+    labels = y.copy()
+    labels[task.splits[0].test] = np.roll(labels[task.splits[0].test], 1)
+    after = fit_probes(other, make_task(labels, task.splits), ["logistic"])[0]
+    assert after.score.c == before.score.c
+    assert after.weights.tolist() == before.weights.tolist()
+
+
+@shapes
+def test_the_penalty_has_the_least_loss_of_plain_fits_on_held_out_folds(n, hidden):
+    X, y = layer(n, hidden)
+    scaled, folds = Scaled(X), np.arange(n) // 2 % 5
+    losses = []
+    for c in GRID:
+        total = 0.0
+        for fold in range(5):
+            train, held_out = folds != fold, folds == fold
+            model = LogisticRegression(C=c, solver="newton-cg", tol=1e-9, max_iter=1000)
+            model.fit(scaled.rows[train], y[train])
+            total += log_loss(y[held_out], model.predict_proba(scaled.rows[held_out])[:, 1], normalize=False)
+        losses.append(total / n)
+    choice = choose_penalty(scaled, y, folds)
+    assert choice.c == GRID[int(np.argmin(losses))]
+    np.testing.assert_allclose(choice.losses, losses[: len(choice.losses)], atol=1e-4)
+
+
+def test_states_that_are_all_equal_predict_the_majority():
+    y = (np.arange(50) % 5 > 1).astype(int)
+    probe = default_probe(np.full((50, 4), 3.0, np.float32), y)
+    assert probe.score.scale == 0.0
+    assert set(probe.predicted) == {1}
+    assert (probe.score.c, probe.score.auc, probe.weights) == (None, 0.5, None)
+
+
+def test_folds_keep_groups_together_where_the_split_does():
+    y, groups = paired(100)
+    task = task_of(y, groups=groups)
+    crossed, grouped = task.splits
+    fold_of = dict(zip(grouped.train, task.folds["grouped"], strict=True))
+    assert all(fold_of[row] == fold_of.get(row ^ 1, fold_of[row]) for row in grouped.train)
+    assert any(task.folds["paper"][i] != task.folds["paper"][j] for i, j in partners(crossed.train))
+
+
+def partners(rows):
+    position = {row: i for i, row in enumerate(rows)}
+    return [(i, position[row ^ 1]) for row, i in position.items() if row ^ 1 in position]
+
+
+@pytest.mark.parametrize(("n_positive", "groups"), [(3, None), (20, ["a"] * 20 + ["b"] * 20)])
+def test_too_few_prompts_or_groups_to_validate_within_are_refused(n_positive, groups):
+    y = (np.arange(40) < n_positive).astype(int)
+    y = y if groups is None else np.arange(40) % 2
+    with pytest.raises(DatasetError, match="too few prompts or groups in its training part"):
+        task_of(y, groups=groups)
+
+
+# Scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_of_groups_that_err_together_are_wider():
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 2
+    decision = np.where(np.repeat(rng.random(50) < 0.7, 4), 2 * y - 1, 1 - 2 * y) + 0.1 * rng.standard_normal(200)
+    alone = score_predictions(y, decision > 0, decision)
+    together = score_predictions(y, decision > 0, decision, np.arange(200) // 4)
+    assert together.accuracy_high - together.accuracy_low > 1.5 * (alone.accuracy_high - alone.accuracy_low)
+    assert together.auc_high - together.auc_low > 1.5 * (alone.auc_high - alone.auc_low)
+
+
+@pytest.mark.parametrize("effect", [0.0, 1.0, 2.0])
+def test_the_interval_of_auc_holds_the_true_one(effect):
+    rng, held = np.random.default_rng(1), 0
+    truth = norm.cdf(effect / 2**0.5)
+    for _ in range(400):
+        y = np.arange(60) % 2
+        decision = effect * y + rng.standard_normal(60)
+        score = score_predictions(y, decision > effect / 2, decision)
+        held += score.auc_low <= truth <= score.auc_high
+    assert 0.92 < held / 400 < 0.985
 
 
 # Laws ------------------------------------------------------------------------------------------------------------
@@ -259,23 +425,20 @@ def test_swapping_the_labels_flips_the_sign(seed):
 def test_the_scale_of_a_dimension_does_not_matter_to_the_standardised_probe(seed):
     X, y = layer(60, 8, seed)
     scales = np.random.default_rng(seed).lognormal(sigma=3, size=8)
-    splits = make_splits(y)
-    one, other = (
-        score_probes(states, y, shuffled(y), splits, ["logistic-standardised"])[0].auc for states in (X, X * scales)
-    )
+    one, other = (score_probes(states, task_of(y), ["logistic-standardised"])[0].auc for states in (X, X * scales))
     assert one == pytest.approx(other, abs=1e-3)
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_wilson_interval_holds_the_proportion(case):
     successes, n = case
-    low, high = wilson_interval(successes, n)
+    low, high = wilson_interval(successes / n, n)
     assert 0 <= low <= successes / n + 1e-12
     assert successes / n - 1e-12 <= high <= 1
 
 
 def test_the_wilson_interval_is_the_textbook_one():
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def test_the_paper_split_is_the_published_code_whatever_the_seed():
@@ -327,11 +490,11 @@ def test_a_split_that_lacks_a_class_is_refused(labels, groups, message):
 def test_an_unknown_classifier_is_refused_with_the_nearest():
     X, y = layer(20, 3)
     with pytest.raises(UnknownNameError, match="Did you mean 'logistic'"):
-        score_probes(X, y, shuffled(y), make_splits(y), ["logistics"])
+        score_probes(X, task_of(y), ["logistics"])
 
 
 def test_states_that_are_not_finite_are_refused():
     X, y = layer(20, 3)
     X[4, 1] = np.inf
     with pytest.raises(ModelError, match="infinite"):
-        score_probes(X, y, shuffled(y), make_splits(y), ["logistic"])
+        score_probes(X, task_of(y), ["logistic"])

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdb.ingest.concept.probes import wilson_interval
+from kdb.ingest.concept.metrics import wilson_interval
 from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.checksums import file_record
 from kdb.warehouse.files import write_json
@@ -172,7 +172,7 @@ def _probes(
 
 def score_rows(place: dict[str, Any], correct: NDArray[np.bool_], n_layers: int) -> pa.Table:
     n_test, right = correct.shape[1], correct.sum(axis=1)
-    low, high = np.array([wilson_interval(int(r), n_test) for r in right]).T
+    low, high = np.array([wilson_interval(r / n_test, n_test) for r in right]).T
     accuracy = right / n_test
     numbers = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "f1": accuracy, "auc": accuracy}
     control = {"control_accuracy": np.full(n_layers, 0.5), "selectivity": accuracy - 0.5}
