@@ -377,6 +377,40 @@ probe_weights = _table(
     key=("layer", "site", "classifier", "split"),
 )
 
+probe_transfer = _table(
+    "probe_transfer",
+    "source dataset × layer × site × classifier × split",
+    _column("source_dataset", Text(), "dataset to which the probe was fitted; `dataset` is the one it is applied to"),
+    _column("probe_run", Text(), "run that holds the probe's weights"),
+    _layer(),
+    _site(),
+    _column("classifier", Text(), "as in probe_scores"),
+    _column("split", Text(), "split to whose training part the probe was fitted"),
+    _column("n", Integer(), "prompts that the probe is applied to; on its own dataset, those of the test part"),
+    _column(
+        "n_left_out",
+        Integer(),
+        "prompts left out because their text or group is in the probe's training part",
+    ),
+    _column("auc", Double(), "area under the ROC curve of the probe's decision values"),
+    _column("auc_low", Double(), "lower end of the 95 % interval of auc (DeLong)"),
+    _column("auc_high", Double(), "upper end of the 95 % interval of auc (DeLong)"),
+    _column("accuracy", Double(), "share of prompts classified correctly with the probe's own intercept"),
+    _column("accuracy_low", Double(), "lower end of the 95 % Wilson interval of accuracy"),
+    _column("accuracy_high", Double(), "upper end of the 95 % Wilson interval of accuracy"),
+    _column(
+        "accuracy_refitted",
+        Double(),
+        "share classified correctly if the intercept predicts as many prompts of each label as there are",
+    ),
+    _column(
+        "cosine",
+        Double(),
+        "cosine between the probe's weights and those of the same classifier fitted to this dataset; NULL if none",
+    ),
+    key=("source_dataset", "layer", "site", "classifier", "split"),
+)
+
 zero_shot = _table(
     "zero_shot",
     "prompt",

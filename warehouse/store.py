@@ -17,6 +17,7 @@ from kdb.warehouse import current, shell_file
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.connection import connect
 from kdb.warehouse.database import Database, engine, is_gone
+from kdb.warehouse.directions import Direction, find_direction
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.inspection import DamagedRunError, memory_path
 from kdb.warehouse.limits import Limits
@@ -198,6 +199,10 @@ class Warehouse:
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
         return self.storage.committed_files(table, None if self._shared is None else self._folders)
+
+    def direction(self, **chosen: Any) -> Direction:
+        """Return the direction of a stored probe; the parameters are those of ``directions.find_direction``."""
+        return find_direction(self, **chosen)
 
     def engine(self) -> Engine:
         """Return a SQLAlchemy engine that reads the views, for pandas and notebooks."""

@@ -17,6 +17,7 @@ from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.cli.serve import serve
 from kdb.cli.share import export, import_, pull, push
+from kdb.cli.transfer import direction, transfer
 from kdb.errors import KdbError
 from kdb.faults import INTERNAL, INTERRUPTED, USERS, explain, is_debugging, is_interrupt
 from kdb.text import visible
@@ -82,8 +83,8 @@ def main() -> None:
 
 
 for command in (
-    *(ingest, probe, project, ablate),
-    *(query, queries, sql, plot, report, compare, serve),
+    *(ingest, probe, project, transfer, ablate),
+    *(query, queries, sql, plot, report, compare, direction, serve),
     *(schema, runs, verify, clean, compact, migrate, rebuild, export, import_, push, pull, models, datasets),
 ):
     main.add_command(command)

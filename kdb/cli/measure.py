@@ -71,7 +71,7 @@ def ingest(
     from kdb.ingest.plan_file import measure_all
     from kdb.warehouse.store import Warehouse
 
-    _log_to_stderr()
+    log_to_stderr()
     asked = _asked(ctx, plan, options)
     alone = _jobs(asked[0]) if len(asked) == 1 else None
     if dry_run:
@@ -88,7 +88,7 @@ def ingest(
 
             with engines(asked[0], alone[0].source) as running:
                 outcome = ingest_on(opened.storage, alone[0], running)
-            _report(outcome, alone[0].source.name, alone[0].dataset.name)
+            report_outcome(outcome, alone[0].source.name, alone[0].dataset.name)
             return
         _report_all(ctx, measure_all(opened.storage, asked, _jobs, engines), sum(len(one.datasets) for one in asked))
 
@@ -222,7 +222,8 @@ def _probing(options: dict[str, Any]) -> Any:
     return Probing(tuple(dict.fromkeys((*ALWAYS_FITTED, *options["classifiers"]))), options["splits"])
 
 
-def _report(outcome: Any, model: str, dataset: str) -> None:
+def report_outcome(outcome: Any, model: str, dataset: str) -> None:
+    """Print whether a run was stored now, or before."""
     done = "is stored already" if outcome.status == "exists" else "stored"
     say(f"{model} on {dataset}: {done} (run {outcome.run})")
 
@@ -241,11 +242,11 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **optio
     """
     from kdb.ingest.concept.derived import refit
 
-    _log_to_stderr()
+    log_to_stderr()
     opened = kdb.open(warehouse)
-    source = _stored_run(opened.sql, model, dataset, variant)
+    source = stored_run(opened.sql, model, dataset, variant)
     outcome = refit(opened.storage, opened.storage.find(source), _probing(options), seed=options["seed"])
-    _report(outcome, model, dataset)
+    report_outcome(outcome, model, dataset)
 
 
 @click.command()
@@ -268,12 +269,12 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     """
     from kdb.ingest.concept.derived import project as project_run
 
-    _log_to_stderr()
+    log_to_stderr()
     opened = kdb.open(warehouse)
-    source = _stored_run(opened.sql, model, dataset, variant)
+    source = stored_run(opened.sql, model, dataset, variant)
     # Always PCA: queries read the newest run, which must have everything that an older one had.
     methods = tuple(dict.fromkeys(("pca", method)))
-    _report(project_run(opened.storage, opened.storage.find(source), methods), model, dataset)
+    report_outcome(project_run(opened.storage, opened.storage.find(source), methods), model, dataset)
 
 
 @click.command()
@@ -333,10 +334,10 @@ def ablate(
     from kdb.ingest.models import load as loading
     from kdb.ingest.models.find import find_model
 
-    _log_to_stderr()
+    log_to_stderr()
     opened = kdb.open(warehouse)
     source = find_model(model, name=model_name, revision=revision)
-    run = opened.storage.find(_stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
+    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
     rows = opened.sql(query_).rows(named=True)
 
     def load() -> LoadedModel:
@@ -354,10 +355,10 @@ def ablate(
         n_controls=options["controls"],
         seed=options["seed"],
     )
-    _report(outcome, source.name, dataset)
+    report_outcome(outcome, source.name, dataset)
 
 
-def _stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, table: str = "activations") -> str:
+def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, table: str = "activations") -> str:
     """Return the newest run of this model, dataset and variant that has rows in a table."""
     current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
@@ -419,7 +420,8 @@ class _Visible(logging.Formatter):
         return visible(super().format(record))
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Print what kdb logs."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Visible())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -1,0 +1,199 @@
+"""Apply the stored probes of one dataset to the stored hidden states of another, without the model.
+
+    transfer(storage, probed=[storage.find(source)], measured=storage.find(target))
+
+A direction that reads truth off cities may read nothing off claims. Prompts whose text or group the probe was fitted to
+are left out; on its own dataset the probe is applied to its test part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from kdb.errors import WarehouseError
+from kdb.ingest.concept.study import Key, layer_shards, read_layer
+from kdb.ingest.job import derived_identity
+from kdb.ingest.rows import Rows, rows_of
+from kdb.ingest.stages import Outcome, PlannedRun, RunInProgress, Shard, StoredStage, carry_out
+from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.parquet import read_parts
+from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.storage import Storage
+
+SAME = ("revision", "dtype", "quantization", "hidden_size", "n_layers")
+"""Columns of ``models`` in which two runs must agree: a direction means nothing in another model's states."""
+
+
+def transfer(storage: Storage, *, probed: Sequence[RunFolder], measured: RunFolder) -> Outcome:
+    """Apply the probes of all runs ``probed`` to the vectors of ``measured``, and store the scores as one new run.
+
+    Raises WarehouseError if the runs are of different models, if one has no weights, or ``measured`` no vectors.
+    """
+    storage.inspect([*probed, measured], vectors=True)
+    for folder in probed:
+        _check(folder, measured)
+    row = read_parts(table_files(measured.path, "runs")).to_pylist()[0]
+    settings = {"probe_runs": {folder.dataset: folder.run for folder in probed}}
+    stage = StoredStage(
+        ("probe_transfer",),
+        layer_shards,
+        _transferred,
+        read=lambda run: [_inputs(storage, folder, measured, run) for folder in probed],
+        shown=("transfer", "layers"),
+    )
+    planned = PlannedRun(
+        derived_identity("transfer", "concept", measured, settings),
+        measured.model,
+        measured.dataset,
+        row | {"source_run": measured.run, "settings": json.dumps(json.loads(row["settings"]) | settings)},
+        lambda: (None, [stage]),
+        source=measured,
+        copied=("models", "datasets"),
+    )
+    return carry_out(storage, planned)
+
+
+def _check(probed: RunFolder, measured: RunFolder) -> None:
+    if not table_files(probed.path, "probe_weights"):
+        raise WarehouseError(
+            f"Run {probed.run} ({probed.model} on {probed.dataset}) has no probe weights: an older kdb measured it. "
+            f"Run `kdb probe --model {probed.model} --dataset {probed.dataset}`, then this command again."
+        )
+    if not table_files(measured.path, "activations"):
+        raise WarehouseError(
+            f"Run {measured.run} ({measured.model} on {measured.dataset}) has no activations to apply probes to."
+        )
+    ours, theirs = (read_parts(table_files(folder.path, "models")).to_pylist()[0] for folder in (probed, measured))
+    for name in SAME:
+        if ours[name] != theirs[name]:
+            raise WarehouseError(
+                f"Runs {probed.run} and {measured.run} differ in {name} ({ours[name]} and {theirs[name]}): the weights "
+                "of a probe mean nothing in the hidden states of another model."
+            )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What all layers need. ``tested`` (n,) are the rows of the prompts that a split's probes may judge."""
+
+    activations: list[Path]
+    labels: NDArray[np.int64]
+    groups: NDArray[Any] | None
+    tested: dict[str, NDArray[np.int64]]
+    left_out: dict[str, int]
+    weights: dict[Key, list[dict[str, Any]]]
+    own: dict[tuple[Any, ...], NDArray[np.float32]]
+    source: dict[str, str]
+
+
+def _inputs(storage: Storage, probed: RunFolder, measured: RunFolder, run: RunInProgress) -> _Inputs:
+    prompts = run.table("prompts").sort_by("prompt_id").to_pylist()
+    groups = [row["group_id"] for row in prompts]
+    weights = _default_weights(probed)
+    tests = _test_parts(probed, {row["split"] for row in weights})
+    tested = {
+        split: test if probed.dataset == measured.dataset else _unseen(prompts, _prompts_of(storage, probed), test)
+        for split, test in tests.items()
+    }
+    whole = {split: len(test) if probed.dataset == measured.dataset else len(prompts) for split, test in tests.items()}
+    by_layer: dict[Key, list[dict[str, Any]]] = {}
+    for row in weights:
+        by_layer.setdefault((row["layer"], row["site"]), []).append(row)
+    return _Inputs(
+        run.files("activations"),
+        np.array([row["label"] for row in prompts], dtype=np.int64),
+        None if None in groups else np.asarray(groups, dtype=object),
+        tested,
+        {split: whole[split] - len(rows) for split, rows in tested.items()},
+        by_layer,
+        {_name(row): np.asarray(row["weights"], np.float32) for row in _default_weights(measured)},
+        {"source_dataset": probed.dataset, "probe_run": probed.run},
+    )
+
+
+def _default_weights(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the weights of all classifiers on a run's default split; none if the run has none."""
+    files = table_files(folder.path, "probe_weights")
+    rows = read_parts(files).to_pylist() if files else []
+    default = {row["split"] for row in rows if row["is_default"]}
+    return [row for row in rows if row["split"] in default]
+
+
+def _name(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["layer"], row["site"], row["classifier"]
+
+
+def _test_parts(folder: RunFolder, splits: set[str]) -> dict[str, NDArray[np.int64]]:
+    """Return the prompt numbers in the test part of each split."""
+    table = read_parts(table_files(folder.path, "probe_predictions")).select(["prompt_id", "split"])
+    frame = pl.DataFrame(table).filter(pl.col("split").is_in(splits)).unique()
+    return {split: np.sort(frame.filter(split=split)["prompt_id"].to_numpy()).astype(np.int64) for split in splits}
+
+
+def _prompts_of(storage: Storage, folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the prompts of a run, or of the run from which it was computed."""
+    files = table_files(folder.path, "prompts")
+    if not files:
+        source = read_parts(table_files(folder.path, "runs"))["source_run"][0].as_py()
+        files = table_files(storage.find(source).path, "prompts")
+    rows: list[dict[str, Any]] = read_parts(files).to_pylist()
+    return rows
+
+
+def _unseen(prompts: list[dict[str, Any]], source: list[dict[str, Any]], test: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the rows of the prompts that share neither text nor group with the training part of the source."""
+    kept = set(test.tolist())
+    seen = [row for row in source if row["prompt_id"] not in kept]
+    texts, groups = {row["text"] for row in seen}, {row["group_id"] for row in seen} - {None}
+    fresh = [i for i, row in enumerate(prompts) if row["text"] not in texts and row["group_id"] not in groups]
+    return np.array(fresh, dtype=np.int64)
+
+
+def _transferred(sources: list[_Inputs], shard: Shard) -> list[Rows]:
+    """Score the probes of all sources at one layer and site."""
+    X = read_layer(sources[0].activations, shard.work).astype(np.float64)
+    return [rows_of("probe_transfer", [row for inputs in sources for row in _scored(inputs, shard.work, X)])]
+
+
+def _scored(inputs: _Inputs, key: Key, X: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
+    """Yield the row of each probe that is applied to the states (n, hidden) of a layer."""
+    from kdb.ingest.concept.metrics import score_predictions
+
+    for probe in inputs.weights.get(key, []):
+        tested, weights = inputs.tested[probe["split"]], np.asarray(probe["weights"], np.float64)
+        labels = inputs.labels[tested]
+        if len(np.unique(labels)) < 2:
+            continue  # nothing is left that could be told apart
+        scores = X[tested] @ weights
+        decision = scores + probe["intercept"]
+        groups = None if inputs.groups is None else inputs.groups[tested]
+        score = score_predictions(labels, decision > 0, decision, groups)
+        yield (
+            inputs.source
+            | {name: probe[name] for name in ("layer", "site", "classifier", "split")}
+            | {"n": len(tested), "n_left_out": inputs.left_out[probe["split"]]}
+            | {name: getattr(score, name) for name in ("auc", "auc_low", "auc_high")}
+            | {name: getattr(score, name) for name in ("accuracy", "accuracy_low", "accuracy_high")}
+            | {"accuracy_refitted": _refitted(labels, scores), "cosine": _cosine(weights, inputs.own.get(_name(probe)))}
+        )
+
+
+def _refitted(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
+    """Return the accuracy if as many prompts are predicted as label 1 as have it: those with the largest scores."""
+    predicted = np.zeros(len(labels), dtype=np.int64)
+    predicted[np.argsort(-scores, kind="stable")[: int(labels.sum())]] = 1
+    return float(np.mean(predicted == labels))
+
+
+def _cosine(a: NDArray[np.float64], b: NDArray[np.float32] | None) -> float | None:
+    if b is None or not a.any() or not b.any():
+        return None
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
