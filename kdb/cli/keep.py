@@ -12,7 +12,7 @@ import click
 
 import kdb
 from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
-from kdb.errors import QueryError
+from kdb.errors import KdbError, QueryError
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -222,9 +222,11 @@ def clean(yes: bool, warehouse: Path | str) -> None:
 def migrate(warehouse: Path | str) -> None:
     """Rewrite older runs in the schema of this kdb.
 
-    These are runs that an older kdb measured. Rows and run ids do not change. Each run is replaced in one step, after
-    its new files were compared with the old ones. After an interruption, run the same command again to continue.
-    Without migration, queries also read older runs, but more slowly.
+    These are runs that an older kdb measured. Rows and run ids do not change; names do: what was called logistic is
+    logistic-raw now, the split paper is label-0-first. Each run is replaced in one step, after its new files were
+    compared with the old ones. Then the probes of today are fitted to stored vectors, as runs of their own. After an
+    interruption, run the same command again to continue. Without migration, queries also read older runs, but more
+    slowly.
 
     \b
     kdb migrate
@@ -246,6 +248,36 @@ def migrate(warehouse: Path | str) -> None:
     if missing:
         click.echo(f"NULL until the model is measured again: {', '.join(missing)}.", err=True)
     migration.finish(opened.storage)
+    _fit_again(Warehouse(opened.storage.location))
+
+
+_WITHOUT_WEIGHTS = """
+SELECT run FROM runs
+WHERE study = 'concept' AND source_run IS NULL AND list_contains(tables, 'activations')
+    AND run NOT IN (SELECT coalesce(source_run, run) FROM runs WHERE list_contains(tables, 'probe_weights'))
+ORDER BY model, dataset, run
+"""
+
+
+def _fit_again(opened: Warehouse) -> None:
+    """Fit the probes of today to the vectors of runs that have older ones; runs without all vectors are named."""
+    left = opened.sql(_WITHOUT_WEIGHTS)["run"].to_list()
+    if not left:
+        return
+    try:
+        from kdb.ingest.concept.derived import refit
+        from kdb.ingest.settings import Probing
+    except ImportError:
+        click.echo(f"{_count(len(left), 'run')} without today's probes: `pip install 'kdb-lm[measure]'` fits them.")
+        return
+    for run in left:
+        folder = opened.storage.find(run)
+        try:
+            outcome = refit(opened.storage, folder, Probing())
+        except KdbError as error:
+            click.echo(f"{folder.model} on {folder.dataset}: probes not fitted again. {error}", err=True)
+            continue
+        click.echo(f"{folder.model} on {folder.dataset}: probes fitted again (run {outcome.run}).")
 
 
 @click.command()
