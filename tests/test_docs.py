@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs/concept-depth.md",
+    ROOT / "docs/probes.md",
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
     ROOT / "docs/analysis.md",
