@@ -108,7 +108,7 @@ def _installed(name: str) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def user_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``weather.csv``: 40 texts, 20 of each label, in four towns (column ``town``)."""
+    """``weather.csv``: 40 texts, 20 of each label, two in each town (column ``town``)."""
     path = tmp_path_factory.mktemp("datasets") / "weather.csv"
     path.write_text(weather(40))
     return path

@@ -39,6 +39,8 @@ Key = TypeVar("Key")
 
 PAPER_SEED = 42
 TEST_SHARE = 0.4
+N_FOLDS = 5
+"""Folds of the training part. Each class needs as many prompts there and, in a grouped split, as many groups."""
 
 
 # Splits --------------------------------------------------------------------------------------------------------
@@ -54,23 +56,30 @@ class Split:
 
 
 def make_splits(
-    labels: ArrayLike, *, n_splits: int = 1, groups: Sequence[str] | None = None, seed: int = PAPER_SEED
+    labels: ArrayLike,
+    *,
+    n_splits: int = 1,
+    groups: Sequence[str] | None = None,
+    seed: int = PAPER_SEED,
+    first_label: int = 1,
 ) -> list[Split]:
     """Divide prompts 60/40: as published, by ``n_splits - 1`` stratified splits, and by group.
 
     ``labels`` (n,) are 0 or 1; ``groups`` (n,), if given, adds a split in which no group is on both sides.
-    The split ``paper`` ignores ``seed``; ``stratified-S`` and ``grouped`` depend on it.
-    Raises DatasetError if a label is neither 0 nor 1, or if one side of a split has no prompt of a class.
+    The split ``paper`` takes the prompts of ``first_label`` first, then the others, and ignores ``seed``.
+    ``stratified-S`` and ``grouped`` depend on ``seed``, and not on ``first_label``.
+    Raises DatasetError if a label is neither 0 nor 1, or if a part of a split has too few prompts of a class.
     """
     y = np.asarray(labels)
     _check_labels(y)
-    order = np.argsort(y, kind="stable")  # the published code reads first class 0, then class 1
-    splits = [_random_split("paper", order, PAPER_SEED)]
+    # The published code has two lists, one of each class. It puts the second behind the first, and then splits.
+    splits = [_random_split("paper", np.argsort(y != first_label, kind="stable"), PAPER_SEED)]
+    order = np.argsort(y, kind="stable")
     splits += [_random_split(f"stratified-{s}", order, s, stratify=y[order]) for s in range(seed + 1, seed + n_splits)]
     if groups is not None:
         splits.append(_grouped_split(groups, seed))
     for split in splits:
-        _check_split(split, y)
+        _check_split(split, y, groups if split.name == "grouped" else None)
     return splits
 
 
@@ -92,17 +101,26 @@ def _check_labels(y: NDArray[Any]) -> None:
     if not np.isin(y, (0, 1)).all():
         raise DatasetError("Probing needs labels 0 and 1 only.")
     for label in (0, 1):
-        if (count := int(np.sum(y == label))) < 2:
-            raise DatasetError(f"Probing needs at least two prompts of each label; label {label} has {count}.")
+        if (count := int(np.sum(y == label))) <= N_FOLDS:
+            raise DatasetError(
+                f"Probing needs at least {N_FOLDS + 1} prompts of each label, {N_FOLDS} to train on and one to test "
+                f"on; label {label} has {count}. Add prompts of this label."
+            )
 
 
-def _check_split(split: Split, y: NDArray[Any]) -> None:
-    for side, rows in (("training", split.train), ("test", split.test)):
-        for label in (0, 1):
-            if not (y[rows] == label).any():
-                raise DatasetError(
-                    f"Split {split.name!r} leaves no prompt of label {label} in its {side} part; add prompts."
-                )
+def _check_split(split: Split, y: NDArray[Any], groups: Sequence[str] | None) -> None:
+    for label in (0, 1):
+        train, test = (rows[y[rows] == label] for rows in (split.train, split.test))
+        _check_count(split.name, f"prompts of label {label} in its training part", N_FOLDS, len(train), "prompts")
+        _check_count(split.name, f"prompt of label {label} in its test part", 1, len(test), "prompts")
+        if groups is not None:
+            seen, add = len({groups[row] for row in train}), "prompts of other groups, or group by another column"
+            _check_count(split.name, f"groups with label {label} in its training part", N_FOLDS, seen, add)
+
+
+def _check_count(split: str, counted: str, needed: int, count: int, add: str) -> None:
+    if count < needed:
+        raise DatasetError(f"Split {split!r} needs at least {needed} {counted}, and has {count}: add {add}.")
 
 
 def control_labels(labels: ArrayLike, splits: Sequence[Split], seed: int = PAPER_SEED) -> NDArray[Any]:

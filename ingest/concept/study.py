@@ -11,7 +11,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
+from kdb.ingest.datasets.paper import PAPER_DATASETS
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
@@ -66,7 +67,8 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         posed = PosedQuestion(job, pose(job, tokenizer), question_of(tokenizer, job.dataset))
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
-        splits_of([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, seed)
+        labels, groups = [e.label for e in examples if e.label is not None], [e.group for e in examples]
+        splits_of(labels, groups, job.probing, seed, job.dataset.first_label)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
@@ -248,19 +250,35 @@ def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
 
     table, model = run.table("prompts"), run.table("models").to_pylist()[0]
     labels = np.array(table["label"].to_pylist())
-    splits = splits_of(labels, table["group_id"].to_pylist(), wanted, seed)
+    first_label = run.table("datasets").to_pylist()[0]["first_label"]
+    splits = splits_of(labels, table["group_id"].to_pylist(), wanted, seed, first_label, run.staged.dataset)
     control = control_labels(labels, splits, seed)
     sizes = model["n_layers"], model["hidden_size"]
     return _Fits(run.files("activations"), labels, control, splits, wanted.classifiers, *sizes)
 
 
-def splits_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> list[Split]:
-    """The splits that a run probes, with one by group if every prompt has a group."""
+def splits_of(
+    labels: ArrayLike,
+    groups: Sequence[str | None],
+    wanted: Probing,
+    seed: int,
+    first_label: int | None,
+    dataset: str = "",
+) -> list[Split]:
+    """The splits that a run probes, with one by group if every prompt has a group.
+
+    ``first_label`` is None in a run of a kdb that put label 0 first for every dataset. Where the published code does
+    not, the split ``paper`` has the name ``label-0-first`` instead.
+    """
     from kdb.ingest.concept.probes import make_splits
 
     known = [group for group in groups if group is not None]
     grouped = known if len(known) == len(groups) else None
-    return make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed)
+    first = 0 if first_label is None else first_label
+    splits = make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed, first_label=first)
+    if first_label is None and not (dataset in PAPER_DATASETS and PAPER_DATASETS[dataset].first_label == 0):
+        splits[0] = replace(splits[0], name="label-0-first")
+    return splits
 
 
 def layer_shards(run: RunInProgress) -> list[Shard]:

@@ -36,6 +36,7 @@ class Dataset:
     `study` is 'concept' (every example has a label) or 'knowledge' (every example has an answer and a category).
     `source` names the origin of the texts in one line; it is stored, so it has no path of this machine.
     `answers` are the words for label 0 and label 1; the knowledge study does not use them.
+    `first_label` is the label of the first list of the published code, whose order decides its split.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Dataset:
     examples: tuple[Example, ...]
     study: str = "concept"
     answers: tuple[str, str] = ("no", "yes")
+    first_label: int = 1
 
     @property
     def cue(self) -> str:

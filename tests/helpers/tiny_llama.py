@@ -39,7 +39,8 @@ def make_tiny_model(folder: Path) -> Path:
 
 def weather(n: int) -> str:
     rows = (
-        f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n)
+        f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]} {i // 8}"
+        for i in range(n)
     )
     return "\n".join(["text,label,town", *rows]) + "\n"
 
