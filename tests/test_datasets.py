@@ -573,23 +573,70 @@ def test_every_named_dataset_asks_for_its_answers_in_its_template() -> None:
         assert declared.answers == answers, declared.name
 
 
+@pytest.mark.parametrize("answers", ["no,yes", " no , yes ", ("no", "yes")])
+def test_a_question_about_a_users_file_follows_its_texts(tmp_path: Path, answers: str | tuple[str, str]) -> None:
+    file = write(tmp_path / "a.csv", GOOD_CSV)
+    dataset = load_dataset(file, ask=" Is it true? ", answers=answers)
+    assert (dataset.answers, dataset.cue) == (("no", "yes"), "\nIs it true?\nAnswer:")
+    assert prompts(dataset) == prompts(load_dataset(file))
+
+
+def test_a_users_labels_are_not_taken_for_answers(tmp_path: Path) -> None:
+    dataset = load_dataset(write(tmp_path / "a.csv", "text,label\na,false\nb,true\n"))
+    assert (dataset.answers, dataset.cue) == (None, "")
+
+
+def test_a_template_of_the_user_takes_the_place_of_the_datasets_question() -> None:
+    load = partial(load_dataset, "coinflip-synthetic")
+    assert load().answers == ("no", "yes")
+    assert load(template="{text}").answers is None
+    told = load(template="{text} Yes or no?", answers="no,yes")
+    assert (told.answers, told.cue) == (("no", "yes"), "")
+    assert load(template="{text}", ask="Up:", answers="down,up").cue == "\nUp:"
+
+
+WORDS = "--answers: expected two different words, label 0's first, such as no,yes; found "
+
+
 @pytest.mark.parametrize(
-    ("labels", "answers"),
+    ("name", "options", "expected"),
     [
-        (["0", "1"], ("no", "yes")),
-        (["no", "yes"], ("no", "yes")),
-        (["False", "TRUE"], ("false", "true")),
-        (["negative", "positive"], ("negative", "positive")),
-        (["false", "yes"], ("no", "yes")),
-        (["0", "true"], ("no", "yes")),
+        ("a.csv", {"ask": "So?"}, "--ask needs the two answers: add --answers, label 0's word first, such as no,yes."),
+        (
+            "a.csv",
+            {"answers": "no,yes"},
+            "--answers needs a question: add --ask, such as 'Is it true?', or a --template that asks.",
+        ),
+        ("a.csv", {"ask": " ", "answers": "no,yes"}, "--ask is blank: write a question, such as 'Is it true?'."),
+        ("a.csv", {"ask": "So?", "answers": "yes"}, f"{WORDS}'yes'."),
+        ("a.csv", {"ask": "So?", "answers": "no,yes,maybe"}, f"{WORDS}'no,yes,maybe'."),
+        ("a.csv", {"ask": "So?", "answers": "no,"}, f"{WORDS}'no,'."),
+        ("a.csv", {"ask": "So?", "answers": "yes,Yes"}, f"{WORDS}'yes,Yes'."),
+        (
+            "world-cities",
+            {"ask": "So?", "answers": "no,yes"},
+            "Dataset 'world-cities' asks a question of its own. Leave --ask and --answers out, or add --template.",
+        ),
+        (
+            "knowledge",
+            {"answers": "no,yes"},
+            "Dataset 'knowledge' has prompts that their answers continue. Leave --ask and --answers out.",
+        ),
     ],
 )
-def test_a_users_labels_are_the_answers_where_they_are_words(
-    tmp_path: Path, labels: list[str], answers: tuple[str, str]
+def test_a_question_that_cannot_be_asked_is_refused(
+    tmp_path: Path, name: str, options: dict[str, str], expected: str
 ) -> None:
-    file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(labels)))
-    dataset = load_dataset(str(file))
-    assert (dataset.answers, [example.label for example in dataset.examples]) == (answers, [0, 1])
+    write(tmp_path / "a.csv", GOOD_CSV)
+    assert message(str(tmp_path / name) if name == "a.csv" else name, **options) == expected
+
+
+def test_a_text_with_both_labels_is_refused_with_its_rows(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "text,label\nIt rains.,1\nIt snows.,0\nIt rains. ,yes\nIt rains.,no\n")
+    assert message(file) == (
+        "a.csv, line 5: expected the label 1 that a.csv, line 2 has for the text 'It rains.', found 0: "
+        "keep one of the two rows"
+    )
 
 
 @pytest.mark.parametrize(
@@ -627,7 +674,8 @@ def test_size_of_a_built_in_dataset_is_what_is_made(world: Dataset) -> None:
 
 
 def example_dataset(*texts: str, template: str = "<{text}>") -> Dataset:
-    return Dataset("d", "", template, tuple(Example(text, i % 2) for i, text in enumerate(texts)))
+    examples = tuple(Example(text, i % 2) for i, text in enumerate(texts))
+    return Dataset("d", "", template, examples, answers=("no", "yes"))
 
 
 def test_prompt_is_the_stripped_text_in_the_template() -> None:

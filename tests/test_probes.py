@@ -353,7 +353,7 @@ def test_the_grouped_split_keeps_a_group_on_one_side():
         (
             [0, 1] * 20,
             [f"g{i // 10}" for i in range(40)],
-            "'grouped' needs at least 5 groups with label . in its training part, and has .: add prompts of other groups",
+            "needs at least 5 groups with label . in its training part, and has .: add prompts of other groups",
         ),
     ],
 )

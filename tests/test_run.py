@@ -127,7 +127,10 @@ def test_a_run_carries_how_far_it_can_be_trusted(asked: Warehouse) -> None:
     names = ("final_norm", "readout", "readout_kl", "resid_post", "stored_answers", "stored_states")
     assert rows == [(name, True, True) for name in names]
     counts = asked.sql('SELECT "check", value, tolerance FROM checks WHERE passed IS NULL ORDER BY 1').rows()
-    assert counts == [("doubled_bos", 0, None), ("special_tokens_in_text", 0, None)]
+    assert counts == [
+        (name, 0, None)
+        for name in ("doubled_bos", "repeated_texts", "special_tokens_in_text", "texts_on_both_sides_paper")
+    ]
 
 
 @pytest.mark.parametrize(("which", "check"), [(0, "stored_states"), (1, "stored_answers")])
@@ -200,6 +203,36 @@ def test_a_run_stores_which_label_its_paper_split_puts_first(
         test = make_splits(labels, first_label=job.dataset.first_label)[0].test
         predicted = opened.sql("SELECT DISTINCT prompt_id FROM probe_predictions WHERE run = ?", [one])
         assert (stored, set(predicted["prompt_id"])) == (job.dataset.first_label, set(test.tolist()))
+
+
+def test_repeated_texts_are_counted_and_told(
+    opened: Warehouse,
+    tmp_path: Path,
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [(f"Day {i // 2 % 15} {'rains' if i % 2 else 'shines'}.", i % 2) for i in range(40)]
+    ingest(opened.storage, tiny_job(dataset=csv(tmp_path / "days.csv", rows)), lambda: tiny_loaded)
+    counts = dict(opened.sql('SELECT "check", value FROM checks WHERE passed IS NULL').rows())
+    test = set(opened.sql("SELECT DISTINCT prompt_id FROM probe_predictions")["prompt_id"])
+    trained = {rows[i][0] for i in range(40) if i not in test}
+    assert counts["repeated_texts"] == 10
+    assert counts["texts_on_both_sides_paper"] == sum(rows[i][0] in trained for i in test) > 0
+    assert any(message.startswith("10 of 40 prompts of days repeat a text") for message in caplog.messages)
+
+
+def test_a_dataset_without_repeated_texts_is_counted_and_not_told(
+    opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    ingest(opened.storage, tiny_job(group_by="town"), lambda: tiny_loaded)
+    counts = dict(opened.sql('SELECT "check", value FROM checks WHERE passed IS NULL').rows())
+    assert {name: counts[name] for name in counts if "texts" in name} == {
+        "repeated_texts": 0,
+        "texts_on_both_sides_paper": 0,
+        "texts_on_both_sides_grouped": 0,
+    }
+    assert "repeat a text" not in caplog.text
 
 
 def test_noise_is_in_the_prompts_that_the_model_reads(

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from kdb.ingest.concept.repeats import count_repeats
 from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
 from kdb.ingest.datasets.paper import PAPER_DATASETS
@@ -68,11 +69,12 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
         labels, groups = [e.label for e in examples if e.label is not None], [e.group for e in examples]
-        splits_of(labels, groups, job.probing, seed, job.dataset.first_label)
+        splits = splits_of(labels, groups, job.probing, seed, job.dataset.first_label)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
         StoredStage(("prompts",), single(), functools.partial(_prompt_rows, posed)),
+        StoredStage(("checks",), single("repeats"), functools.partial(_repeats, posed, splits)),
         ModelStage(
             (*(["zero_shot"] if posed.question.tells else []), "activations"),
             functools.partial(_capture_shards, posed),
@@ -115,6 +117,12 @@ def _prompt_rows(posed: Posed, _inputs: RunInProgress, _shard: Shard) -> list[Ro
         for prompt, example, text in zip(posed.prompts, posed.job.dataset.examples, posed.job.texts, strict=True)
     ]
     return [rows_of("prompts", rows)]
+
+
+def _repeats(posed: Posed, splits: Sequence[Split], _inputs: RunInProgress, _shard: Shard) -> list[Rows]:
+    repeats = count_repeats([example.text for example in posed.job.dataset.examples], splits)
+    repeats.tell(posed.job.dataset.name)
+    return [rows_of("checks", repeats.rows)]
 
 
 # What needs the model --------------------------------------------------------------------------------------------
@@ -172,7 +180,11 @@ def _parts(n_tokens: Sequence[int], run: RunInProgress) -> list[list[int]]:
 
 
 def _announce(posed: PosedQuestion, run: RunInProgress) -> None:
-    if not posed.question.tells:
+    if posed.job.dataset.answers is None:
+        log.info(
+            "No zero-shot answers: nothing is asked of %r. --ask and --answers ask a question.", posed.job.dataset.name
+        )
+    elif not posed.question.tells:
         log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *posed.question.answers)
     log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, Shard("cost")))
 
