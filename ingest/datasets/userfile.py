@@ -44,9 +44,9 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
         rows = read(path, (*_KNOWLEDGE, *optional))
         return Dataset(name, source, "{text}", tuple(_answered(rows)), study="knowledge")
     layout = Layout(labels=_LABELS, group=group_by)
-    rows = list(read(path, layout.needed))
-    examples = tuple(to_examples(rows, layout))
-    _check_one_label(rows, examples)
+    labelled = list(read(path, layout.needed))
+    examples = tuple(to_examples(labelled, layout))
+    _check_one_label(labelled, examples)
     return Dataset(name, source, "{text}", examples)
 
 
