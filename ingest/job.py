@@ -12,7 +12,7 @@ from kdb.ingest.models.find import ModelSource
 from kdb.ingest.settings import Attributing, Measuring, Probing
 from kdb.warehouse.manifest import RunFolder, run_id
 
-CONCEPT_VERSION = 1
+CONCEPT_VERSION = 2
 """Numeric version of the concept study: part of the id of each of its runs, and of each run derived from one.
 
 Raise it by hand when a change of kdb changes stored numbers by more than rounding, for the same model, texts and
@@ -59,7 +59,13 @@ class Job:
     @property
     def _concept(self) -> dict[str, Any]:
         """Part of the identity that only the concept study has."""
-        return {"answers": self.dataset.answers, "cue": self.dataset.cue, **asdict(self.probing)}
+        dataset = self.dataset
+        return {
+            "answers": dataset.answers,
+            "cue": dataset.cue,
+            "first_label": dataset.first_label,
+            **asdict(self.probing),
+        }
 
     @property
     def _knowledge(self) -> dict[str, Any]:

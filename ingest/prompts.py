@@ -117,6 +117,7 @@ def description(posed: Posed, tokenizer: Any, config: Any) -> StoredStage:
             "template": job.dataset.template,
             "n_prompts": len(job.dataset.examples),
             "n_positive": job.dataset.n_positive,
+            "first_label": job.dataset.first_label if job.study == "concept" else None,
         }
         return [
             rows_of("checks", spelled.rows),

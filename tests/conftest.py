@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from helpers.tiny_llama import make_tiny_model, preload, weather
+from helpers.tiny_llama import ASK, ASK_OPTIONS, make_tiny_model, preload, weather
 
 import kdb
 from kdb.cli import main
@@ -108,7 +108,7 @@ def _installed(name: str) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def user_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``weather.csv``: 40 texts, 20 of each label, in four towns (column ``town``)."""
+    """``weather.csv``: 40 texts, 20 of each label, two in each town (column ``town``)."""
     path = tmp_path_factory.mktemp("datasets") / "weather.csv"
     path.write_text(weather(40))
     return path
@@ -116,10 +116,13 @@ def user_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_job(tiny_model: Path, user_dataset: Path) -> Callable[..., Job]:
-    """Make the job that ``kdb ingest --model tiny --dataset weather.csv`` makes; keywords change its settings."""
+    """Make the job of ``kdb ingest --model tiny --dataset weather.csv --ask Answer: --answers no,yes``.
+
+    Keywords change its settings.
+    """
 
     def make(*, dataset: Path = user_dataset, group_by: str | None = None, splits: int = 1, **measuring: object) -> Job:
-        loaded = load_dataset(str(dataset), group_by=group_by, limit=measuring.get("limit"))
+        loaded = load_dataset(str(dataset), group_by=group_by, limit=measuring.get("limit"), **ASK)
         return Job(find_model(str(tiny_model)), loaded, Measuring(**measuring), Probing(splits=splits))
 
     return make
@@ -169,7 +172,7 @@ def measured(
 ) -> Path:
     """A warehouse with one run, of the tiny model on ``weather``. Tests read it and leave it as it is."""
     folder = tmp_path_factory.mktemp("measured") / "kdb-warehouse"
-    result = run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", folder)
+    result = run_kdb("ingest", "--model", tiny_model, "--dataset", user_dataset, *ASK_OPTIONS, "--warehouse", folder)
     assert result.exit_code == 0, result.output
     return folder
 

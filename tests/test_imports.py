@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.tiny_llama import ASK_OPTIONS
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -265,7 +266,7 @@ def test_drawing_and_comparing_load_no_model_library(measured: Path, tmp_path: P
 def test_an_ingest_that_was_done_before_loads_no_model_library(
     warehouse: Path, tiny_model: Path, user_dataset: Path
 ) -> None:
-    args = ("ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", warehouse)
+    args = ("ingest", "--model", tiny_model, "--dataset", user_dataset, *ASK_OPTIONS, "--warehouse", warehouse)
     assert loaded_by(*args) & MEASURING_LIBRARIES == set()
 
 

@@ -68,6 +68,21 @@ def test_a_plan_is_every_combination(grown: tuple[Path, Result], checkpoints: Pa
     assert {variant.split()[0] for *_, variant in runs} == {"revision=step1000", "revision=step2000"}
 
 
+def test_a_plan_may_ask_about_a_file(
+    tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: Callable[..., Result]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    run = f"{{model: {tiny_model}, dataset: {user_dataset}, ask: 'Did it rain?', answers: 'no,yes'}}"
+    plan.write_text(f"runs: [{run}]")
+    result = run_kdb("ingest", plan, "--warehouse", tmp_path / "w")
+    assert result.exit_code == 0, result.output
+    answers = kdb.open(tmp_path / "w").sql("SELECT DISTINCT negative, positive FROM zero_shot").rows()
+    assert answers == [("no", "yes")]
+    plan.write_text(f"runs: [{run}, {{model: {tiny_model}, dataset: {user_dataset}, ask: 'Did it rain?'}}]")
+    refused = run_kdb("ingest", plan, "--warehouse", tmp_path / "w")
+    assert (refused.exit_code, "--ask needs the two answers" in refused.stderr) == (2, True)
+
+
 def test_a_plan_that_was_carried_out_does_nothing(grown: tuple[Path, Result], run_kdb: Callable[..., Result]) -> None:
     warehouse, _ = grown
     again = run_kdb("ingest", warehouse.parent / "plan.yaml", "--warehouse", warehouse)

@@ -16,6 +16,7 @@ from helpers.interruptions import interrupt_after, no_model
 from kdb.errors import DatasetError, ModelError, WarehouseError
 from kdb.ingest.concept import study as run
 from kdb.ingest.concept.derived import refit
+from kdb.ingest.concept.probes import make_splits
 from kdb.ingest.cost import cost
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.execution import processes
@@ -126,7 +127,10 @@ def test_a_run_carries_how_far_it_can_be_trusted(asked: Warehouse) -> None:
     names = ("final_norm", "readout", "readout_kl", "resid_post", "stored_answers", "stored_states")
     assert rows == [(name, True, True) for name in names]
     counts = asked.sql('SELECT "check", value, tolerance FROM checks WHERE passed IS NULL ORDER BY 1').rows()
-    assert counts == [("doubled_bos", 0, None), ("special_tokens_in_text", 0, None)]
+    assert counts == [
+        (name, 0, None)
+        for name in ("doubled_bos", "repeated_texts", "special_tokens_in_text", "texts_on_both_sides_paper")
+    ]
 
 
 @pytest.mark.parametrize(("which", "check"), [(0, "stored_states"), (1, "stored_answers")])
@@ -172,10 +176,63 @@ def test_only_a_dataset_with_groups_gets_the_grouped_split(
 ) -> None:
     ingest(opened.storage, tiny_job(group_by="town"), lambda: tiny_loaded)
     assert opened.sql("SELECT DISTINCT split FROM probe_scores ORDER BY 1").rows() == [("grouped",), ("paper",)]
-    assert opened.sql("SELECT DISTINCT group_id FROM prompts ORDER BY 1").rows() == [
-        *(("Bonn",), ("Jena",)),
-        *(("Kiel",), ("Ulm",)),
+    assert opened.sql("SELECT group_id FROM prompts WHERE prompt_id IN (0, 1, 39) ORDER BY prompt_id").rows() == [
+        *(("Bonn 0",), ("Bonn 0",), ("Ulm 4",))
     ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "first_label", "split"),
+    [("cities", 1, "paper"), ("cities", None, "label-0-first"), ("stsa", None, "paper"), ("stsa", 0, "paper")],
+)
+def test_the_split_of_an_older_run_has_the_name_of_its_order(dataset: str, first_label: int | None, split: str) -> None:
+    labels = [i % 2 for i in range(40)]
+    (made,) = run.splits_of(labels, [None] * 40, Probing(), 42, first_label, dataset)
+    expected = make_splits(labels, first_label=first_label or 0)[0].test.tolist()
+    assert (made.name, made.test.tolist()) == (split, expected)
+
+
+def test_a_run_stores_which_label_its_paper_split_puts_first(
+    opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
+) -> None:
+    jobs = [tiny_job(), dataclasses.replace(tiny_job(), dataset=dataclasses.replace(tiny_job().dataset, first_label=0))]
+    runs = [ingest(opened.storage, job, lambda: tiny_loaded).run for job in jobs]
+    for one, job in zip(runs, jobs, strict=True):
+        stored = opened.sql("SELECT first_label FROM datasets WHERE run = ?", [one]).item()
+        labels = [e.label for e in job.dataset.examples]
+        test = make_splits(labels, first_label=job.dataset.first_label)[0].test
+        predicted = opened.sql("SELECT DISTINCT prompt_id FROM probe_predictions WHERE run = ?", [one])
+        assert (stored, set(predicted["prompt_id"])) == (job.dataset.first_label, set(test.tolist()))
+
+
+def test_repeated_texts_are_counted_and_told(
+    opened: Warehouse,
+    tmp_path: Path,
+    tiny_job: MakeJob,
+    tiny_loaded: LoadedModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [(f"Day {i // 2 % 15} {'rains' if i % 2 else 'shines'}.", i % 2) for i in range(40)]
+    ingest(opened.storage, tiny_job(dataset=csv(tmp_path / "days.csv", rows)), lambda: tiny_loaded)
+    counts = dict(opened.sql('SELECT "check", value FROM checks WHERE passed IS NULL').rows())
+    test = set(opened.sql("SELECT DISTINCT prompt_id FROM probe_predictions")["prompt_id"])
+    trained = {rows[i][0] for i in range(40) if i not in test}
+    assert counts["repeated_texts"] == 10
+    assert counts["texts_on_both_sides_paper"] == sum(rows[i][0] in trained for i in test) > 0
+    assert any(message.startswith("10 of 40 prompts of days repeat a text") for message in caplog.messages)
+
+
+def test_a_dataset_without_repeated_texts_is_counted_and_not_told(
+    opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    ingest(opened.storage, tiny_job(group_by="town"), lambda: tiny_loaded)
+    counts = dict(opened.sql('SELECT "check", value FROM checks WHERE passed IS NULL').rows())
+    assert {name: counts[name] for name in counts if "texts" in name} == {
+        "repeated_texts": 0,
+        "texts_on_both_sides_paper": 0,
+        "texts_on_both_sides_grouped": 0,
+    }
+    assert "repeat a text" not in caplog.text
 
 
 def test_noise_is_in_the_prompts_that_the_model_reads(
@@ -454,7 +511,13 @@ def csv(path: Path, rows: list[tuple[str, int]]) -> Path:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("Rain.", 0), ("Rain!", 1)], "Probing needs at least two prompts of each label; label 0 has 1."),
+        (
+            [("Rain.", 0), ("Rain!", 1)],
+            (
+                "Probing needs at least 6 prompts of each label, 5 to train on and one to test on; label 0 has 1. "
+                "Add prompts of this label."
+            ),
+        ),
         (
             [("Rain.", 0), ("Rain!", 1)] * 3 + [("x" * 121, 1)],
             "Prompt 6 of 'few' has 121 tokens and 8 of its cue, and tiny reads at most 128: shorten the text, or use "

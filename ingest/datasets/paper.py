@@ -46,7 +46,8 @@ class PaperDataset:
     """Declaration of one of the paper's datasets.
 
     `counts` are the paper's numbers of examples, and `classes` our names, of label 0 and label 1, in this order;
-    `answers` are the words that the template asks for.
+    `answers` are the words that the template asks for. `first_label` is the label of the first of the two lists that
+    the published code makes of the file.
     `url_path` is the file in its public repository, or None if no repository has it as one file.
     """
 
@@ -61,6 +62,7 @@ class PaperDataset:
     layout: Layout
     template: str
     answers: tuple[str, str]
+    first_label: int = 1
 
     @property
     def size(self) -> str:
@@ -139,6 +141,7 @@ _ALL = (
         layout=Layout(),
         template="A critic wrote: {text}\nWas the critic positive or negative? Answer:",
         answers=("negative", "positive"),
+        first_label=0,
     ),
     PaperDataset(
         name="imdb",
@@ -152,6 +155,7 @@ _ALL = (
         layout=Layout(),
         template="Film review: {text}\nDid the reviewer like the film, yes or no? Answer:",
         answers=("no", "yes"),
+        first_label=0,
     ),
     PaperDataset(
         name="sarcasm",
@@ -206,7 +210,9 @@ def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None,
     rows = paper.read(path, layout.needed)
     examples = first_of_each_class(to_examples(rows, layout), *paper.counts)
     _check_counts(paper, examples)
-    return Dataset(paper.name, paper.source, paper.template, examples, answers=paper.answers)
+    return Dataset(
+        *(paper.name, paper.source, paper.template, examples), answers=paper.answers, first_label=paper.first_label
+    )
 
 
 def paper_info(paper: PaperDataset, data_dir: Path | None) -> DatasetInfo:

@@ -16,7 +16,6 @@ from kdb.ingest.datasets.rows import Row, column_names, complaint, excerpt, read
 
 _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 _LABELS = {"0": 0, "1": 1, "true": 1, "false": 0, "yes": 1, "no": 0, "positive": 1, "negative": 0}
-_ANSWERS = (("no", "yes"), ("false", "true"), ("negative", "positive"))
 _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
 _OPTIONAL = ("relation", "subject")
@@ -47,13 +46,21 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
     layout = Layout(labels=_LABELS, group=group_by)
     labelled = list(read(path, layout.needed))
     examples = tuple(to_examples(labelled, layout))
-    return Dataset(name, source, "{text}", examples, answers=_answers(labelled, layout))
+    _check_one_label(labelled, examples)
+    return Dataset(name, source, "{text}", examples)
 
 
-def _answers(rows: Iterable[Row], layout: Layout) -> tuple[str, str]:
-    """Return the pair of answers that contains all labels; if there is none, no and yes."""
-    words = {str(row.fields[layout.label]).strip().lower() for row in rows}
-    return next((pair for pair in _ANSWERS if words <= set(pair)), _ANSWERS[0])
+def _check_one_label(rows: Iterable[Row], examples: Iterable[Example]) -> None:
+    """Raise DatasetError for a text that has both labels, and name its rows; ``examples`` are those of the rows."""
+    first: dict[str, tuple[Row, Example]] = {}
+    for row, example in zip(rows, examples, strict=True):
+        earlier_row, earlier = first.setdefault(example.text.strip(), (row, example))
+        if earlier.label != example.label:
+            raise complaint(
+                row.location,
+                f"the label {earlier.label} that {earlier_row.location} has for the text {excerpt(example.text)}",
+                f"{example.label}: keep one of the two rows",
+            )
 
 
 def refuse_groups(name: str, group_by: str | None) -> None:

@@ -171,21 +171,15 @@ def _built_in(options: dict[str, Any]) -> list[str]:
 
 
 def _dataset(name: str, options: Any) -> Any:
-    return _load_dataset(name, *(options[n] for n in ("data_dir", "dataset_name", "template", "limit", "group_by")))
+    texts = ("dataset_name", "template", "limit", "group_by", "ask", "answers")
+    return _load_dataset(name, options["data_dir"], **{option: options[option] for option in texts})
 
 
 @functools.cache
-def _load_dataset(name: str, data_dir: Any, dataset_name: Any, template: Any, limit: Any, group_by: Any) -> Any:
+def _load_dataset(name: str, data_dir: Any, **texts: Any) -> Any:
     from kdb.ingest.datasets import load_dataset
 
-    return load_dataset(
-        name,
-        data_dir=Path(data_dir) if data_dir else None,
-        dataset_name=dataset_name,
-        template=template,
-        limit=limit,
-        group_by=group_by,
-    )
+    return load_dataset(name, data_dir=Path(data_dir) if data_dir else None, **texts)
 
 
 def _jobs(asked: Any) -> list[Any]:

@@ -32,6 +32,8 @@ def dataset_options(command: Command) -> Command:
                 help="Folder with the papers' original files; defaults to $KDB_DATA_DIR, then to the cache folder.",
             ),
             click.option("--template", help="Prompt template, such as 'Is it true? {text}'."),
+            click.option("--ask", help="Question that follows each text of your own file, such as 'Is it true?'."),
+            click.option("--answers", help="Answers to the question, first that of label 0, such as no,yes."),
             click.option("--limit", type=int, help="Use only the first N texts of each class."),
             click.option(
                 "--group-by",

@@ -2,8 +2,8 @@
 -- Runs of both studies, compared on a few chosen prompts with the loaded model, which runs one prompt at a time
 --
 -- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
--- tolerance. Counts of prompts (doubled_bos, special_tokens_in_text) are last; they have no tolerance, so passed is
--- NULL. Models, weight formats and devices are shown side by side.
+-- tolerance. Counts of prompts (doubled_bos, repeated_texts, …) are last; they have no tolerance, so passed is NULL.
+-- Models, weight formats and devices are shown side by side.
 --
 -- Parameters:
 --   model

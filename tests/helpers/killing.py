@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import kdb
+from helpers.tiny_llama import ASK_OPTIONS
 from kdb.cli import main
 from kdb.ingest.concept import study as run
 from kdb.warehouse import bucket_storage
@@ -62,7 +63,7 @@ def ingest(model: str, dataset: str, warehouse: str, environment: Mapping[str, s
     torch.set_num_threads(1)
     run.prompts_per_part = lambda *_: 4  # type: ignore[assignment]
     run._n_jobs = lambda *_: 1  # type: ignore[assignment]  # whoever kills this process could not find its workers
-    main(["ingest", "--model", model, "--dataset", dataset, "--warehouse", warehouse])
+    main(["ingest", "--model", model, "--dataset", dataset, *ASK_OPTIONS, "--warehouse", warehouse])
 
 
 @dataclass

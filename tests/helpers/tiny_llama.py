@@ -6,6 +6,11 @@ from pathlib import Path
 
 TOWNS = ("Bonn", "Jena", "Kiel", "Ulm")
 
+ASK = {"ask": "Answer:", "answers": "no,yes"}
+"""A question about the texts, so that runs have zero-shot answers."""
+
+ASK_OPTIONS = tuple(word for option, value in ASK.items() for word in (f"--{option}", value))
+
 
 def make_tiny_model(folder: Path) -> Path:
     """A folder for ``--model``: a Llama of 2 layers × 16, and a tokenizer of 256 bytes. It reads 128 tokens."""
@@ -39,7 +44,8 @@ def make_tiny_model(folder: Path) -> Path:
 
 def weather(n: int) -> str:
     rows = (
-        f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]}" for i in range(n)
+        f"Day {i}: rain in {TOWNS[i // 2 % 4]}{'!' if i % 2 else '.'},{i % 2},{TOWNS[i // 2 % 4]} {i // 8}"
+        for i in range(n)
     )
     return "\n".join(["text,label,town", *rows]) + "\n"
 
