@@ -78,7 +78,9 @@ def measure(
         best_layers=indistinguishable(curve, resampled),
         first_within=first_within_one_error(curve, len(correct)),
         p_any_rise=largest_mean_p(np.diff(sums, axis=1)) if sums.shape[1] > 1 else None,
-        baseline=None if baselines is None else _beside(sums, sizes, curve, resampled, group_sums(baselines, groups)[0]),
+        baseline=None
+        if baselines is None
+        else _beside(sums, sizes, curve, resampled, group_sums(baselines, groups)[0]),
     )
 
 

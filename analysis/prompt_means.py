@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from kdb.analysis.uncertainty import MIN_PROMPTS, mean_intervals, rank_intervals, resampled_means
 
-FEW = f"no interval below {MIN_PROMPTS} prompts, or where all but a few prompts score the same"
-"""Reason for which an interval is NULL, for captions."""
-
 _ADDED = {"low": pl.Float64, "high": pl.Float64, "rank_low": pl.Int64, "rank_high": pl.Int64}
 
 

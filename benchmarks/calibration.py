@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from kdb.analysis.curves import converging_layers, depth_90, jump_layers, measure, paper_points
-from kdb.analysis.uncertainty import mean_intervals, mcnemar, rank_intervals, resampled_means
+from kdb.analysis.uncertainty import mcnemar, mean_intervals, rank_intervals, resampled_means
 
 N_LAYERS = 24
 LEVEL = 0.05
@@ -153,7 +153,7 @@ def mean_rows(name: str, n: int, draws: int, seed: int = 0) -> list[Row]:
 
 
 def _rank(scores: Floats, mean: float) -> tuple[bool, int]:
-    moved = scores * [1.2, 1, 0.8] if mean else scores + [0.2, 0, -0.2]
+    moved = scores * np.array([1.2, 1, 0.8]) if mean else scores + np.array([0.2, 0, -0.2])
     low, high = rank_intervals(resampled_means(moved), [1])
     return bool(low[0] <= 2 <= high[0]), int(high[0] - low[0]) + 1
 
