@@ -4,7 +4,8 @@ from __future__ import annotations
 
 CAVEAT = (
     "J and C are the paper's, of its probe and split (logistic-raw, paper) unless others are asked for. By chance "
-    "alone, most flat curves of 100 test prompts have a J, and C is nearly always one of the last two layers."
+    "alone, most flat curves of 100 test prompts have a J, and on real ones C is nearly always one of the last two "
+    "layers."
 )
 """Warning beside every J and C."""
 

@@ -69,7 +69,7 @@ def measure(
     sums, sizes = group_sums(correct, groups)
     curve = _rates(sums, sizes)
     best = int(curve.argmax())
-    resampled = resampled_means(sums, sizes)
+    resampled = resampled_means(sums, sizes=sizes)
     return Measured(
         n_prompts=len(correct),
         n_groups=None if groups is None else len(sums),
@@ -99,7 +99,7 @@ def _beside(
     p_value = largest_mean_p(above)
     depth: tuple[int | None, int | None, int | None] = (None, None, None)
     if p_value < SURE:
-        levels = resampled_means(baselines[:, [index]], sizes)[0]
+        levels = resampled_means(baselines[:, [index]], sizes=sizes)[0]
         reached = int(depth_90(curve, np.float64(level)))
         first, last = depth_90_interval(curve, level, resampled, levels)
         depth = (reached, min(first, reached), max(last, reached))
@@ -189,7 +189,7 @@ class Point:
 def paper_points(correct: NDArray[Any], groups: NDArray[Any] | None = None) -> dict[str, Point]:
     """Return J and C of a curve, from correct (prompt, layer), with ranges over resampled test prompts or groups."""
     sums, sizes = group_sums(correct, groups)
-    curve, resampled = _rates(sums, sizes), resampled_means(sums, sizes).T
+    curve, resampled = _rates(sums, sizes), resampled_means(sums, sizes=sizes).T
     return {
         "J": _point(jump_layers(curve), jump_layers(resampled)),
         "C": _point(converging_layers(curve), converging_layers(resampled)),

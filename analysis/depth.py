@@ -91,15 +91,22 @@ def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]
 
 def _marks(base: Any) -> list[Any]:
     """Mark the best layer, depth_90, J and C of each line."""
-    drawn = (("best", "circle", True, 55), ("depth_90", "square", False, 80))
-    drawn += (("jump", "triangle-up", True, 70), ("converging", "diamond", False, 70))
     return [
         base.mark_point(shape=shape, filled=filled, size=size, opacity=1).transform_filter(f"datum.{name}")
-        for name, shape, filled, size in drawn
+        for name, shape, filled, size in _MARKED
     ]
 
 
+_MARKED = (
+    ("best", "circle", True, 55),
+    ("depth_90", "square", False, 80),
+    ("jump", "triangle-up", True, 70),
+    ("converging", "diamond", False, 70),
+)
+"""Marks of a curve: the column that says at which layer, the shape, whether it is filled, and the size."""
+
 _STEP = 0.05
+"""Multiple at which the vertical axis begins and ends."""
 
 
 def _readable(frame: pl.DataFrame, metric: str) -> alt.Y:

@@ -32,7 +32,9 @@ _CHUNK = 1024
 # Resampling ------------------------------------------------------------------------------------------------------
 
 
-def resampled_means(values: NDArray[Any], sizes: NDArray[Any] | None = None, n_resamples: int = N_RESAMPLES) -> Floats:
+def resampled_means(
+    values: NDArray[Any], n_resamples: int = N_RESAMPLES, *, sizes: NDArray[Any] | None = None
+) -> Floats:
     """Return means (m, n_resamples) of the columns of ``values`` (n, m) over rows drawn with replacement.
 
     All columns use the same draws, so that differences and ranks between columns can be computed from the result. A

@@ -9,7 +9,7 @@
 -- which accuracy is at least jump_ratio times that of the layer before. C is the last depth at which it changes by less
 -- than convergence_tolerance. NULL if there is no such layer. J and C are the paper's, of its objective and split
 -- (logistic-raw, paper) unless a classifier or split is given. By chance alone, most flat curves of 100 test prompts
--- have a J, and C is nearly always one of the last two layers.
+-- have a J, and on real ones C is nearly always one of the last two layers.
 --
 -- Parameters:
 --   model

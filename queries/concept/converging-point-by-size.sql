@@ -2,9 +2,10 @@
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): experiment 3, sizes within one family
 --
 -- One row per dataset, family and model, smallest first: the best layer, depth_90, jump and converging point in percent
--- of depth, beside the accuracies of n_test prompts of the best layer and of the best baseline, and the area between.
--- J and C are the paper's, of its objective and split (logistic-raw, paper) unless a classifier or split is given.
--- By chance alone, most flat curves of 100 test prompts have a J, and C is nearly always one of the last two layers.
+-- of depth, beside the accuracies of n_test prompts of the best layer and of the best baseline, and the area between. J
+-- and C are the paper's, of its objective and split (logistic-raw, paper) unless a classifier or split is given. By
+-- chance alone, most flat curves of 100 test prompts have a J, and on real ones C is nearly always one of the last two
+-- layers.
 --
 -- Parameters:
 --   model

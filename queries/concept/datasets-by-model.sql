@@ -5,7 +5,7 @@
 -- the first to the last, and so on. best_layer is the first layer that reaches best_accuracy. depth_90, J and C are in
 -- percent of depth; depth_90 is that of concept-depth. J and C are the paper's, of its objective and split (logistic-
 -- raw, paper) unless a classifier or split is given. By chance alone, most flat curves of 100 test prompts have a J,
--- and C is nearly always one of the last two layers.
+-- and on real ones C is nearly always one of the last two layers.
 --
 -- Parameters:
 --   model

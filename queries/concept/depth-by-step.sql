@@ -4,8 +4,8 @@
 -- One row per model, dataset, site and checkpoint whose revision contains a training step: the best accuracy of any
 -- layer, the layer that has it, depth_90 as in concept-depth, and the jump and converging points. NULL if a checkpoint
 -- has no such point. J and C are the paper's, of its objective and split (logistic-raw, paper) unless a classifier or
--- split is given. By chance alone, most flat curves of 100 test prompts have a J, and C is nearly always one of the
--- last two layers.
+-- split is given. By chance alone, most flat curves of 100 test prompts have a J, and on real ones C is nearly always
+-- one of the last two layers.
 --
 -- Parameters:
 --   model

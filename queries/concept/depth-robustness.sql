@@ -5,7 +5,7 @@
 -- the smallest rate that is a jump; for C, the largest change), the classifier, or the split. The condition published
 -- is that of the paper: thresholds 1.1 and 0.03, with the given classifier and split. moved_percent is the distance
 -- from the published point in percent of depth; NULL if either does not exist. By chance alone, most flat curves of 100
--- test prompts have a J, and C is nearly always one of the last two layers.
+-- test prompts have a J, and on real ones C is nearly always one of the last two layers.
 --
 -- Parameters:
 --   model

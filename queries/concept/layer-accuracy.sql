@@ -6,7 +6,7 @@
 -- sides of the split. selectivity is accuracy minus control_accuracy. baseline is the best one on the same split. best
 -- and depth_90 mark the layers of concept-depth, jump and converging those of J and C. J and C are the paper's, of its
 -- objective and split (logistic-raw, paper) unless a classifier or split is given. By chance alone, most flat curves of
--- 100 test prompts have a J, and C is nearly always one of the last two layers.
+-- 100 test prompts have a J, and on real ones C is nearly always one of the last two layers.
 --
 -- Parameters:
 --   model
