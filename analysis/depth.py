@@ -164,12 +164,12 @@ def _measures(frame: pl.DataFrame, look: Look) -> Chart:
     ordered = frame.sort(pl.col("model").replace_strict(order, return_dtype=pl.Int64), maintain_order=True)
     rows = ordered["row"].unique(maintain_order=True).to_list()
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
-    named = {name: column for name, (column, *_) in POINTS.items()}
+    columns = {name: column for name, (column, *_) in POINTS.items()}
     about = [name for name in ("n_test", "p_beats_baseline", "p_any_rise", "best_layers") if name in frame.columns]
     ends = [name for name in ("depth_90_low", "depth_90_high") if name in frame.columns]
     index = ["model", "dataset", "row", *about, *ends]
-    long = frame.unpivot(list(named.values()), index=index, variable_name="column", value_name="percent")
-    names = {column: name for name, column in named.items()}
+    long = frame.unpivot(list(columns.values()), index=index, variable_name="column", value_name="percent")
+    names = {column: name for name, column in columns.items()}
     long = long.with_columns(point=pl.col("column").replace_strict(names, return_dtype=pl.String))
     layers = [_dots(y, list(POINTS), tooltip=["model", "dataset", "point", "percent", *about])]
     if ends:
@@ -178,7 +178,18 @@ def _measures(frame: pl.DataFrame, look: Look) -> Chart:
         x = alt.X("depth_90_low:Q", title="depth (%)", scale=scale), alt.X2("depth_90_high:Q")
         layers.insert(0, bar.encode(*x, y))
     drawn = alt.layer(*layers).properties(width=210, height=18 * len(rows))
-    return _panels(drawn, long, "dataset", look.order("dataset", frame["dataset"]), columns=3)
+    sizes = long.group_by("dataset").agg(least=pl.col("n_test").min(), most=pl.col("n_test").max())
+    named = {dataset: _with_n(dataset, least, most) for dataset, least, most in sizes.iter_rows()}
+    panels = [named[dataset] for dataset in look.order("dataset", frame["dataset"])]
+    long = long.with_columns(panel=pl.col("dataset").replace_strict(named, return_dtype=pl.String))
+    return _panels(drawn, long, "panel", panels, columns=3)
+
+
+def _with_n(dataset: str, least: int | None, most: int | None) -> str:
+    """Return a dataset's name with its number of test prompts, which is given as a range if models differ in it."""
+    if least is None:
+        return dataset
+    return f"{dataset} (n = {least})" if least == most else f"{dataset} (n = {least} to {most})"
 
 
 def _dots(y: alt.Y, names: list[str], **encodings: Any) -> Any:
