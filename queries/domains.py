@@ -14,8 +14,12 @@ CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 """The paper's categories of knowledge, in its order. The macro ``category_order`` repeats them in SQL."""
 
 CLASSIFIERS = (
-    *("logistic", "logistic-raw", "logistic-paper", "mean-difference"),
-    *("logistic-standardised", "random-forest"),
+    "logistic",
+    "logistic-raw",
+    "logistic-paper",
+    "mean-difference",
+    "logistic-standardised",
+    "random-forest",
 )
 """Names of the probes' classifiers."""
 
