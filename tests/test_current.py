@@ -119,7 +119,7 @@ def test_the_default_probe_is_that_of_saved_queries(lake: Path) -> None:
         asked = database.query("layer-accuracy").select("dataset", "accuracy").unique().sort("dataset")
         assert database.sql(shown).rows() == asked.rows() == [("marked", 0.8), ("not marked", 0.7)]
     for saved in load_catalogue().values():
-        defaults = {param.default for param in saved.params if param.name in DEFAULT_PROBE}
+        defaults = {param.default for param in saved.params if param.name in ("classifier", "split")}
         assert defaults <= {"default"} or saved.name == "depth-robustness"
 
 
