@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from sqlalchemy import Boolean, Float, Integer
 
 from kdb.analysis.uncertainty import mcnemar
 from kdb.errors import QueryError, UnknownNameError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 _DESCRIBED = ("models", "datasets", "runs")
 """Tables with one row per run, whose columns are settings."""
+
+_NUMBERS = (Integer, Float, Boolean)
+"""Column types whose values are compared; lists, such as a probe's weights, are not."""
 
 _TIMES = {"started_at", "finished_at", "seconds", "tables"}
 
@@ -129,7 +133,7 @@ def _measured(table: str) -> list[str]:
     if not declared.info["key"] or has_vectors(table):
         return []
     others = [column for column in declared.columns if column.name not in declared.info["key"]]
-    return [column.name for column in others if column.type.python_type in (int, float, bool)]
+    return [column.name for column in others if isinstance(column.type, _NUMBERS)]
 
 
 def _matched(wh: Warehouse, table: str, run_a: str, run_b: str) -> pl.DataFrame:

@@ -1,48 +1,34 @@
-"""Charts of concept depth: accuracy by layer, converging points, hidden states, and the robustness of J and C.
+"""Charts of concept depth: accuracy by layer, measures of depth, hidden states, and the robustness of J and C.
 
-Jin et al., Exploring Concept Depth (arXiv 2404.07066). Each function draws the rows of a saved query; ``figures.py``
-names them.
+Jin et al., Exploring Concept Depth (arXiv 2404.07066). Each function draws the rows of a saved query or of
+``depth_measures.py``; ``figures.py`` names them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import altair as alt
 import polars as pl
 
 from kdb.analysis.style import Chart, Look, depth_axis
-from kdb.analysis.uncertainty import depth_intervals
 from kdb.errors import QueryError
-
-if TYPE_CHECKING:
-    from kdb.warehouse.store import Warehouse
 
 METRICS = {
     "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
     "f1": "F1",
     "auc": "ROC AUC",
     "selectivity": "selectivity (accuracy − control)",
-    "control_accuracy": "accuracy on shuffled labels",
+    "control_accuracy": "accuracy on the control task",
 }
 
-MARKS = "▲ jump point J   ◇ converging point C"
+_WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auc")
+"""Metrics with columns of the ends of their 95 % intervals."""
 
 
 # Accuracy by depth -----------------------------------------------------------------------------------------------
-
-
-def curves_with_answers(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Return rows of ``layer-accuracy`` with the accuracy of the model's own answers; NULL if none are stored."""
-    frame = wh.query("layer-accuracy", **params)
-    shared = {name: params[name] for name in ("model", "dataset", "variant", "run") if name in params}
-    answers = wh.query("zero-shot", **shared).select("model", "dataset", zero_shot="accuracy")
-    return frame.join(answers.unique(["model", "dataset"]), on=["model", "dataset"], how="left", maintain_order="left")
-
-
-def families_at_size(wh: Warehouse, *, size: float, within: float, **params: Any) -> pl.DataFrame:
-    """Return rows of ``layer-accuracy`` of models whose size is within a factor of ``size`` billion parameters."""
-    return wh.query("layer-accuracy", **params).filter(pl.col("size_billions").is_between(size / within, size * within))
 
 
 def depth_curves(frame: pl.DataFrame, look: Look, *, metric: str) -> Chart:
@@ -84,29 +70,60 @@ def _panels(drawn: Any, frame: pl.DataFrame, field: str, names: list[str], colum
 
 
 def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]:
-    """Draw a line for each value of the field ``line``, its interval as a band, and its J and C as marks."""
+    """Draw a line for each value of the field ``line``, its interval as a band, the best baseline, and its marks."""
     if metric not in METRICS:
         raise QueryError(f"Unknown metric {metric!r}. Use one of {', '.join(METRICS)}.")
     encodings = look.lines(line, frame[line])
-    x = depth_axis(frame)
-    y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(zero=False))
-    base = alt.Chart().encode(x=x)
-    tooltip = [
-        alt.Tooltip("model"),
-        alt.Tooltip("dataset"),
-        alt.Tooltip("layer"),
-        alt.Tooltip(f"{metric}:Q", format=".3f"),
-    ]
-    layers: list[Any] = [base.mark_line(strokeWidth=1.6).encode(y=y, tooltip=tooltip, **encodings)]
+    base = alt.Chart().encode(x=depth_axis(frame))
+    y = _readable(frame, metric)
+    tooltip = [alt.Tooltip(name) for name in ("model", "dataset", "layer", "n_test")]
+    tooltip.append(alt.Tooltip(f"{metric}:Q", format=".3f"))
+    layers: list[Any] = []
+    if metric in _WITH_INTERVALS:
+        ends = alt.Y(f"{metric}_low:Q", title=METRICS[metric]), alt.Y2(f"{metric}_high:Q")
+        layers.append(base.mark_area(opacity=0.14).encode(*ends, color=encodings["color"]))
     if metric == "accuracy":
-        band = base.mark_area(opacity=0.14).encode(
-            y=alt.Y("accuracy_low:Q", title=METRICS[metric]), y2="accuracy_high:Q"
-        )
-        layers.insert(0, band.encode(color=encodings["color"]))
-    marked = base.encode(y=y, color=encodings["color"], tooltip=tooltip)
-    jumps = marked.mark_point(shape="triangle-up", filled=True, size=70, opacity=1).transform_filter("datum.jump")
-    ends = marked.mark_point(shape="diamond", filled=False, size=70, opacity=1).transform_filter("datum.converging")
-    return [*layers, jumps, ends]
+        level = alt.Y("baseline_accuracy:Q", title=METRICS[metric])
+        layers.append(base.mark_line(strokeWidth=0.7, opacity=0.8).encode(y=level, color=encodings["color"]))
+    layers.append(base.mark_line(strokeWidth=1.6).encode(y=y, tooltip=tooltip, **encodings))
+    return layers + _marks(base.encode(y=y, color=encodings["color"], tooltip=tooltip))
+
+
+def _marks(base: Any) -> list[Any]:
+    """Mark the best layer, depth_90, J and C of each line."""
+    return [
+        base.mark_point(shape=shape, filled=filled, size=size, opacity=1).transform_filter(f"datum.{name}")
+        for name, shape, filled, size in _MARKED
+    ]
+
+
+_MARKED = (
+    ("best", "circle", True, 55),
+    ("depth_90", "square", False, 80),
+    ("jump", "triangle-up", True, 70),
+    ("converging", "diamond", False, 70),
+)
+"""Marks of a curve: the column that says at which layer, the shape, whether it is filled, and the size."""
+
+_STEP = 0.05
+"""Multiple at which the vertical axis begins and ends."""
+
+
+def _readable(frame: pl.DataFrame, metric: str) -> alt.Y:
+    """Return the vertical axis from just below the smallest number drawn to just above the largest."""
+    names = [
+        metric,
+        f"{metric}_low",
+        f"{metric}_high",
+        *(("baseline_accuracy", "zero_shot") if metric == "accuracy" else ()),
+    ]
+    drawn = frame.select(pl.col(name).cast(pl.Float64) for name in names if name in frame.columns)
+    low, high = drawn.min().min_horizontal()[0], drawn.max().max_horizontal()[0]
+    if low is None or high is None:
+        return alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(zero=False))
+    ends = [_STEP * math.floor(low / _STEP + 1e-9), _STEP * math.ceil(high / _STEP - 1e-9)]
+    scale = alt.Scale(domain=[round(end, 2) for end in ends], nice=False, zero=False)
+    return alt.Y(f"{metric}:Q", title=METRICS[metric], scale=scale)
 
 
 def _own_answers(frame: pl.DataFrame, look: Look, metric: str) -> list[Any]:
@@ -119,29 +136,66 @@ def _own_answers(frame: pl.DataFrame, look: Look, metric: str) -> list[Any]:
     return [ticks.mark_point(shape="cross", filled=True, size=90, opacity=1).encode(depth_axis(frame), y, color)]
 
 
-# Converging points -----------------------------------------------------------------------------------------------
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+POINTS = {
+    "best layer": ("best_percent", "#117733", "circle"),
+    "depth_90": ("depth_90_percent", "#000000", "square"),
+    "J": ("jump_percent", "#0072b2", "triangle-up"),
+    "C": ("converging_percent", "#d55e00", "diamond"),
+}
+"""Measures of depth: for each its column, color and shape."""
 
 
 def points_by_size(frame: pl.DataFrame, look: Look) -> Chart:
-    """Experiment 3: J and C in percent of depth; a panel for each dataset, models by family and size."""
-    frame = frame.with_columns(
-        row=pl.format("{} ({} B)", "model", pl.col("size_billions").round(2)),
-        J="jump_percent",
-        C="converging_percent",
-    )
+    """Experiment 3: measures in percent of depth; a panel for each dataset, models by family and size."""
+    labelled = frame.with_columns(row=pl.format("{} ({} B)", "model", pl.col("size_billions").round(2)))
+    return _measures(labelled, look)
+
+
+def depth_measures(frame: pl.DataFrame, look: Look) -> Chart:
+    """Draw measures of each model in percent of depth, a panel for each dataset; the interval of depth_90 as a bar."""
+    return _measures(frame.with_columns(row=pl.col("model")), look)
+
+
+def _measures(frame: pl.DataFrame, look: Look) -> Chart:
     order = {model: position for position, model in enumerate(look.order("model", frame["model"]))}
-    by_size = frame.sort(pl.col("model").replace_strict(order, return_dtype=pl.Int64), maintain_order=True)
-    rows = by_size["row"].unique(maintain_order=True).to_list()
-    long = frame.unpivot(["J", "C"], index=["model", "dataset", "row"], variable_name="point", value_name="percent")
-    drawn = alt.layer(_dots(alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))))
-    drawn = drawn.properties(width=210, height=16 * len(rows))
-    return _panels(drawn, long, "dataset", look.order("dataset", frame["dataset"]), columns=3)
+    ordered = frame.sort(pl.col("model").replace_strict(order, return_dtype=pl.Int64), maintain_order=True)
+    rows = ordered["row"].unique(maintain_order=True).to_list()
+    y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
+    columns = {name: column for name, (column, *_) in POINTS.items()}
+    about = [name for name in ("n_test", "p_beats_baseline", "p_any_rise", "best_layers") if name in frame.columns]
+    ends = [name for name in ("depth_90_low", "depth_90_high") if name in frame.columns]
+    index = ["model", "dataset", "row", *about, *ends]
+    long = frame.unpivot(list(columns.values()), index=index, variable_name="column", value_name="percent")
+    names = {column: name for name, column in columns.items()}
+    long = long.with_columns(point=pl.col("column").replace_strict(names, return_dtype=pl.String))
+    layers = [_dots(y, list(POINTS), tooltip=["model", "dataset", "point", "percent", *about])]
+    if ends:
+        scale = alt.Scale(domain=[0, 100])
+        bar = alt.Chart().mark_rule(strokeWidth=3, opacity=0.35).transform_filter("datum.point == 'depth_90'")
+        x = alt.X("depth_90_low:Q", title="depth (%)", scale=scale), alt.X2("depth_90_high:Q")
+        layers.insert(0, bar.encode(*x, y))
+    drawn = alt.layer(*layers).properties(width=210, height=18 * len(rows))
+    sizes = long.group_by("dataset").agg(least=pl.col("n_test").min(), most=pl.col("n_test").max())
+    named = {dataset: _with_n(dataset, least, most) for dataset, least, most in sizes.iter_rows()}
+    panels = [named[dataset] for dataset in look.order("dataset", frame["dataset"])]
+    long = long.with_columns(panel=pl.col("dataset").replace_strict(named, return_dtype=pl.String))
+    return _panels(drawn, long, "panel", panels, columns=3)
 
 
-def _dots(y: alt.Y, **encodings: Any) -> Any:
-    """Draw J and C along an axis of depth, distinguished by colour and shape."""
-    colors = alt.Scale(domain=["J", "C"], range=["#0072b2", "#d55e00"])
-    shapes = alt.Scale(domain=["J", "C"], range=["triangle-up", "diamond"])
+def _with_n(dataset: str, least: int | None, most: int | None) -> str:
+    """Return a dataset's name with its number of test prompts, which is given as a range if models differ in it."""
+    if least is None:
+        return dataset
+    return f"{dataset} (n = {least})" if least == most else f"{dataset} (n = {least} to {most})"
+
+
+def _dots(y: alt.Y, names: list[str], **encodings: Any) -> Any:
+    """Draw points along an axis of depth, distinguished by colour and shape."""
+    colors = alt.Scale(domain=names, range=[POINTS[name][1] for name in names])
+    shapes = alt.Scale(domain=names, range=[POINTS[name][2] for name in names])
     legend = alt.Legend(title=None, symbolOpacity=1)
     return (
         alt.Chart()
@@ -193,18 +247,8 @@ def _panel_names(frame: pl.DataFrame) -> pl.Expr:
 # Robustness of J and C -------------------------------------------------------------------------------------------
 
 
-def robustness(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Return rows of ``depth-robustness``, for the published condition with intervals over resampled test prompts.
-
-    The added columns are those of ``depth_intervals``: low_percent, high_percent, same_percent and none_percent.
-    """
-    frame = wh.query("depth-robustness", **params)
-    ends = depth_intervals(wh, **params).drop("n_layers", "layer").with_columns(varied=pl.lit("published"))
-    return frame.join(ends, on=["model", "dataset", "point", "varied"], how="left", maintain_order="left")
-
-
 def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw J and C under every condition, for the published one with the interval over resampled test prompts."""
+    """Draw J and C under every condition, for the published one with the range over resampled test prompts."""
     frame = frame.with_columns(
         row=pl.format(
             "{} {}", "point", pl.when(varied="published").then(pl.lit("as published")).otherwise("condition")
@@ -217,67 +261,10 @@ def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
     scale = alt.Scale(domain=[0, 100])
     tooltip = ["point", "condition", "layer", "percent", "low_percent", "high_percent", "same_percent", "none_percent"]
-    dots = _dots(y, tooltip=tooltip)
+    dots = _dots(y, ["J", "C"], tooltip=tooltip)
     base = alt.Chart().encode(y=y, color=dots.encoding.color)
     ends = alt.X("low_percent:Q", title="depth (%)", scale=scale), alt.X2("high_percent:Q")
     rule = base.mark_rule(strokeWidth=3, opacity=0.45).encode(*ends)
     none = base.mark_text(text="none", fontSize=9, align="left", dx=2).encode(x=alt.datum(0, scale=scale))
     drawn = alt.layer(rule, dots, none.transform_filter("datum.percent === null"))
     return _panels(drawn.properties(width=220, height=15 * len(rows)), frame, "panel", panels, columns=3)
-
-
-_FAR = 10.0
-"""Percent of depth by which a point may move before it counts as dependent on the procedure."""
-
-_SAME = 80.0
-"""Percentage of resamples in which a point must be within that distance of its layer."""
-
-
-_SURE = 0.05
-"""McNemar's p-value above which a jump may be due to the choice of test prompts."""
-
-
-def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Return whether J and C of each model and dataset are robust, or depend on the procedure.
-
-    One row per model, dataset and point: layer, percent, the interval over resampled test prompts, none_percent,
-    jump_p_value (McNemar's, against the layer before), and ``hangs_on``. ``hangs_on`` lists the choices that move the
-    point by more than a tenth of the depth or remove it: 'threshold', 'classifier', 'split', 'test prompts'. It also
-    has 'chance' if a jump only reaches the accuracy of always guessing the larger class, and 'its definition' for a C
-    in the last layer. It is empty if the point is robust.
-    """
-    frame, chance = robustness(wh, **params), _jumps_to_chance(wh, **params)
-    keys = ["model", "dataset", "point"]
-    moved = (
-        frame.filter(pl.col("varied") != "published")
-        .join(frame.filter(varied="published").select(*keys, home="percent"), on=keys)
-        .filter((pl.col("moved_percent").abs() > _FAR) | (pl.col("percent").is_null() != pl.col("home").is_null()))
-        .group_by(keys, maintain_order=True)
-        .agg(pl.col("varied").unique(maintain_order=True).alias("moves"))
-    )
-    points = frame.filter(varied="published").join(moved, on=keys, how="left", maintain_order="left")
-    points = points.join(chance, on=keys, how="left", maintain_order="left")
-    spread = pl.col("high_percent") - pl.col("low_percent") > 2 * _FAR
-    split = pl.col("none_percent").is_between(100 - _SAME, _SAME)
-    last = (pl.col("point") == "C") & (pl.col("layer") == pl.col("n_layers") - 1)
-    reasons = pl.concat_list(
-        pl.col("moves").fill_null([]),
-        pl.when(spread | split | (pl.col("jump_p_value") > _SURE)).then(pl.lit("test prompts")),
-        pl.when("to_chance").then(pl.lit("chance")),
-        pl.when(last).then(pl.lit("its definition")),
-    ).list.drop_nulls()
-    kept = ("layer", "percent", "low_percent", "high_percent", "none_percent", "jump_p_value")
-    return points.select(*keys, *kept, hangs_on=reasons.list.join(", "))
-
-
-def _jumps_to_chance(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Return jumps whose layer is not better than always guessing the larger class: its interval has that share."""
-    curves = wh.query("layer-accuracy", **params).filter("jump")
-    sizes = wh.sql(
-        "SELECT DISTINCT model, dataset, n_positive / n_prompts AS share FROM datasets "
-        "JOIN chosen_runs('probe_scores', ?, ?) USING (model, dataset, run) WHERE n_positive > 0",
-        [params.get("variant", "default"), params.get("run")],
-    )
-    larger = pl.max_horizontal("share", 1 - pl.col("share"))
-    joined = curves.join(sizes.unique(["model", "dataset"]), on=["model", "dataset"])
-    return joined.select("model", "dataset", point=pl.lit("J"), to_chance=pl.col("accuracy_low") <= larger)

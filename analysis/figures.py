@@ -12,10 +12,12 @@ A figure has the parameters of its saved query, and its own. Nothing here runs a
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kdb.analysis.captions import CAVEAT, FEW
 from kdb.errors import NothingFoundError, UnknownNameError
 from kdb.queries.catalogue import Param, Value, bind, find_query
 
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
 class Figure:
     """One figure.
 
-    ``query`` is the saved query whose rows it draws. ``numbers`` and ``draw`` name functions of ``depth.py`` or
-    ``importance.py``: the first returns the frame if it needs more than these rows, the second the chart. ``defaults``
-    replaces the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame.
+    ``query`` is the saved query whose rows it draws. ``numbers`` and ``draw`` name functions of modules of this
+    package: the first returns the frame if it needs more than these rows, the second the chart. ``defaults`` replaces
+    the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame.
     """
 
     name: str
@@ -56,20 +58,29 @@ class Figure:
 
 
 _METRIC = Param(
-    "metric", "text", "accuracy", False, "metric to draw: accuracy, f1, auc, selectivity or control_accuracy"
+    "metric",
+    "text",
+    "accuracy",
+    False,
+    "metric to draw: accuracy, balanced_accuracy, f1, auc, selectivity or control_accuracy",
 )
 _SIZE = Param("size", "number", 7.0, False, "number of parameters, in billions")
 _WITHIN = Param("within", "number", 1.5, False, "factor by which a model may be smaller or larger")
 
-_DEPTH_MARKS = "▲ jump point J   ◇ converging point C   band: 95 % interval of accuracy"
+_J_AND_C = "\n".join(textwrap.wrap(CAVEAT, 100))
+
+_DEPTH_MARKS = (
+    "● best layer   □ depth_90   ▲ jump point J   ◇ converging point C   band: 95 % interval   "
+    f"thin line: best baseline\n{_J_AND_C}"
+)
 
 _ALL = (
     Figure(
         "depth-curves",
         "Accuracy of the probe for each concept at every layer",
-        _DEPTH_MARKS + "\n✚ the model's own answer, read from its output probabilities",
+        "✚ the model's own answer, read from its output probabilities\n" + _DEPTH_MARKS,
         query="layer-accuracy",
-        numbers="depth.curves_with_answers",
+        numbers="depth_measures.curves_with_answers",
         draw="depth.depth_curves",
         drawing=(_METRIC,),
     ),
@@ -78,7 +89,7 @@ _ALL = (
         "Model families at one size",
         _DEPTH_MARKS,
         query="layer-accuracy",
-        numbers="depth.families_at_size",
+        numbers="depth_measures.families_at_size",
         draw="depth.curves_by_model",
         counting=(_SIZE, _WITHIN),
         drawing=(_METRIC,),
@@ -88,13 +99,24 @@ _ALL = (
         "Models of growing size within each family",
         _DEPTH_MARKS,
         query="layer-accuracy",
+        numbers="depth_measures.layer_curves",
         draw="depth.curves_by_size",
         drawing=(_METRIC,),
     ),
     Figure(
+        "depth-measures",
+        "Depth of each concept: best layer and depth_90, beside J and C",
+        "bar: 95 % interval of depth_90 over test prompts or their groups, with the fitted probes held fixed\n"
+        f"no depth_90 unless the best layer beats the best baseline after its choice (p < 0.05)\n{_J_AND_C}",
+        query="concept-depth",
+        numbers="depth_measures.summary",
+        draw="depth.depth_measures",
+        defaults={"site": "resid_post"},
+    ),
+    Figure(
         "converging-by-size",
         "Depth at which models of growing size know a concept",
-        "▲ jump point J   ◆ converging point C; no mark if there is no such point",
+        f"no mark if there is no such point\n{_J_AND_C}",
         query="converging-point-by-size",
         draw="depth.points_by_size",
     ),
@@ -110,6 +132,7 @@ _ALL = (
         "Effects of noise and precision",
         _DEPTH_MARKS,
         query="layer-accuracy",
+        numbers="depth_measures.layer_curves",
         draw="depth.curves_by_variant",
         defaults={"variant": "all"},
         drawing=(_METRIC,),
@@ -117,15 +140,15 @@ _ALL = (
     Figure(
         "depth-robustness",
         "Changes of J and C with thresholds, probe and split",
-        "bar: 95 % interval over resampled test prompts; none: no such layer",
+        f"bar: middle 95 % of resampled test sets that have the point, if most have; none: no such layer\n{_J_AND_C}",
         query="depth-robustness",
-        numbers="depth.robustness",
+        numbers="depth_measures.robustness",
         draw="depth.depth_robustness",
     ),
     Figure(
         "layer-scores",
         "Contribution of each attention and FFN layer",
-        "mean over the kept prompts; band: 95 % interval over prompts",
+        f"mean over the kept prompts; band: 95 % interval over prompts\n{FEW}",
         query="layer-scores",
         numbers="importance.scores_by_layer",
         draw="importance.layer_scores",
@@ -133,7 +156,7 @@ _ALL = (
     Figure(
         "top-layers",
         "Layers that matter most",
-        "mean over the kept prompts; bar: 95 % interval over prompts",
+        f"mean over the kept prompts; bar: 95 % interval over prompts\n{FEW}",
         query="top-layers",
         numbers="importance.layer_ranking",
         draw="importance.ranking",
@@ -142,7 +165,7 @@ _ALL = (
     Figure(
         "top-heads",
         "Attention heads that matter most",
-        "mean over the kept prompts; bar: 95 % interval over prompts",
+        f"mean over the kept prompts; bar: 95 % interval over prompts\n{FEW}",
         query="top-heads",
         numbers="importance.head_ranking",
         draw="importance.ranking",
@@ -167,7 +190,7 @@ _ALL = (
     Figure(
         "attribution-methods",
         "Probability of the answer without each method's best neurons",
-        "mean over the kept prompts; bar: 95 % interval over prompts; lower is better",
+        f"mean over the kept prompts; bar: 95 % interval over prompts; lower is better\n{FEW}",
         query="attribution-methods",
         numbers="importance.method_effects",
         draw="importance.methods",
@@ -175,7 +198,7 @@ _ALL = (
     Figure(
         "attention-vs-ffn",
         "Total contributions of attention and FFN layers",
-        "sum over layers, mean over the kept prompts; line: 95 % interval over prompts",
+        f"sum over layers, mean over the kept prompts; line: 95 % interval over prompts\n{FEW}",
         query="attention-vs-ffn",
         numbers="importance.attention_and_ffn",
         draw="importance.shares",

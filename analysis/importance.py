@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import polars as pl
 
+from kdb.analysis.prompt_means import with_intervals
 from kdb.analysis.style import ATTN, FFN, Chart, Look, component_points, components, depth_axis
-from kdb.analysis.uncertainty import with_intervals
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:

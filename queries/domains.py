@@ -101,10 +101,10 @@ DOMAINS: Mapping[str, Domain] = {
     ),
     "site": _one_of("resid_post", "ffn_norm", stored="SELECT DISTINCT site FROM probe_scores"),
     "classifier": _one_of(
-        *CLASSIFIERS,
+        *("default", *CLASSIFIERS),
         stored="SELECT DISTINCT classifier FROM probe_scores",
     ),
-    "split": _one_of("paper", "grouped", stored="SELECT DISTINCT split FROM probe_scores"),
+    "split": _one_of("default", "paper", "grouped", stored="SELECT DISTINCT split FROM probe_scores"),
     "method": _one_of("pca", "umap"),
     "component": _one_of("attn", "ffn"),
     "activates": _one_of("attn", "ffn"),

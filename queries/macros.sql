@@ -100,6 +100,12 @@ WHERE table_name = wanted_table
 -- Whether a name is in the given list; NULL stands for all names. (In DuckDB 1, a variable set to NULL is an INTEGER.)
 CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR[], name);
 
+-- A sum of doubles, rounded, because its last bits depend on the order in which threads add; ranks must not depend on
+-- it.
+CREATE MACRO steady(total) AS round(total, 12);
+
+CREATE MACRO mean_over(total, n) AS steady(total / n);
+
 -- Concept depth ---------------------------------------------------------------------------------------------------
 
 -- Variation rate β_i = α_i / α_{i-1} of the accuracy α (Jin et al., arXiv 2404.07066, section on metrics).
@@ -136,24 +142,112 @@ FROM (
 )
 JOIN known_runs USING (model, dataset, run);
 
+-- The probes that a query shows: the given classifier and split, each of which may be 'default'. The default ones of a
+-- run are those of its rows with is_default, which older runs lack.
+CREATE MACRO is_default_probe(is_default, classifier, split) AS
+    coalesce(is_default, (classifier, split) IN (('logistic', 'paper'), ('logistic-raw', 'label-0-first')));
+
+CREATE MACRO chosen_probes(wanted_classifier, wanted_split) AS TABLE
+SELECT model, dataset, run, classifier, split
+FROM (
+    SELECT
+        *,
+        coalesce(
+            min(split) FILTER (by_default) OVER (PARTITION BY model, dataset, run),
+            CASE WHEN bool_or(split = 'grouped') OVER (PARTITION BY model, dataset, run) THEN 'grouped' ELSE 'paper' END
+        ) AS default_split,
+        min(classifier) FILTER (by_default) OVER (PARTITION BY model, dataset, run) AS default_classifier
+    FROM (
+        SELECT
+            model, dataset, run, classifier, split, bool_or(is_default_probe(is_default, classifier, split)) AS by_default
+        FROM probe_scores
+        GROUP BY ALL
+    )
+)
+WHERE classifier = CASE wanted_classifier
+    WHEN 'default' THEN coalesce(default_classifier, 'logistic') ELSE wanted_classifier
+END
+    AND split = CASE wanted_split WHEN 'default' THEN default_split ELSE wanted_split END;
+
+-- J and C of every run and site: unless a classifier or split is given, those of the paper's objective (logistic-raw)
+-- on its split.
+CREATE MACRO paper_points(wanted_classifier, wanted_split, jump_ratio := 1.1, convergence_tolerance := 0.03) AS TABLE
+SELECT
+    model, dataset, run, site, jump_layer, 100 * jump_point AS jump_percent,
+    converging_layer, 100 * converging_point AS converging_percent
+FROM _depths_of_all(jump_ratio := jump_ratio, convergence_tolerance := convergence_tolerance)
+WHERE classifier = CASE wanted_classifier WHEN 'default' THEN 'logistic-raw' ELSE wanted_classifier END
+    AND split = CASE wanted_split WHEN 'default' THEN 'paper' ELSE wanted_split END;
+
+-- The baseline with the best accuracy on each split of each run.
+CREATE MACRO best_baselines() AS TABLE
+SELECT
+    model, dataset, run, split, arg_max(baseline, (accuracy, baseline)) AS baseline, max(accuracy) AS baseline_accuracy
+FROM baselines
+GROUP BY ALL;
+
+-- Whether the best layer is better than the best baseline, although it is the best of many: by more than 3.09 standard
+-- errors of the difference of two independent shares, which is Bonferroni's bound at the level 5 % for 50 layers.
+CREATE MACRO beats_baseline(accuracy, baseline_accuracy, n) AS
+    accuracy - baseline_accuracy
+        > 3.09 * sqrt((accuracy * (1 - accuracy) + baseline_accuracy * (1 - baseline_accuracy)) / n);
+
+-- Measures of each curve: the best layer, the first layer within one binomial standard error of it, depth_90 (the first
+-- layer at which 90 % of the way from the best baseline to the best layer is made; NULL unless the best layer beats the
+-- baseline), and the area between curve and baseline, a mean over layers.
+CREATE MACRO _measures_of_all() AS TABLE
+WITH best AS (
+    SELECT
+        model, dataset, run, site, classifier, split, max(accuracy) AS best_accuracy,
+        arg_max(layer, (accuracy, -layer)) AS best_layer, max(n_test) AS n_test,
+        mean_over(sum(accuracy), count(*)) AS mean_accuracy
+    FROM probe_scores
+    GROUP BY ALL
+),
+
+beside AS (
+    SELECT
+        *,
+        best_accuracy - sqrt(best_accuracy * (1 - best_accuracy) / n_test) AS within,
+        CASE WHEN beats_baseline(best_accuracy, baseline_accuracy, n_test)
+            THEN baseline_accuracy + 0.9 * (best_accuracy - baseline_accuracy) END AS threshold
+    FROM best
+    LEFT JOIN best_baselines() USING (model, dataset, run, split)
+)
+
+SELECT
+    model, dataset, run, site, classifier, split, beside.n_test, best_layer, best_accuracy,
+    min(layer) FILTER (round(accuracy, 12) >= round(within, 12)) AS first_within_one_se,
+    baseline, baseline_accuracy,
+    min(layer) FILTER (round(accuracy - threshold, 12) >= 0) AS depth_90_layer,
+    mean_accuracy - baseline_accuracy AS area
+FROM probe_scores
+JOIN beside USING (model, dataset, run, site, classifier, split)
+GROUP BY ALL;
+
 -- A macro with the name of a saved query computes its answer. It has the same parameters and defaults. A parameter with
 -- the name of a column has the prefix wanted_.
 CREATE MACRO concept_depth(
-    wanted_model := NULL, wanted_dataset := NULL, wanted_site := NULL, wanted_classifier := 'logistic',
-    wanted_split := 'paper', wanted_variant := 'default', wanted_run := NULL, jump_ratio := 1.1,
+    wanted_model := NULL, wanted_dataset := NULL, wanted_site := NULL, wanted_classifier := 'default',
+    wanted_split := 'default', wanted_variant := 'default', wanted_run := NULL, jump_ratio := 1.1,
     convergence_tolerance := 0.03
 ) AS TABLE
 SELECT
-    model, dataset, site, n_layers,
-    jump_layer, 100 * jump_point AS jump_percent,
-    converging_layer, 100 * converging_point AS converging_percent
-FROM _depths_of_all(jump_ratio := jump_ratio, convergence_tolerance := convergence_tolerance)
+    model, dataset, site, classifier, split, n_layers, n_test,
+    best_layer, 100 * best_layer / n_layers::DOUBLE AS best_percent, best_accuracy,
+    baseline, baseline_accuracy, area,
+    depth_90_layer, 100 * depth_90_layer / n_layers::DOUBLE AS depth_90_percent, first_within_one_se,
+    jump_layer, jump_percent, converging_layer, converging_percent
+FROM _measures_of_all()
+JOIN chosen_probes(wanted_classifier, wanted_split) USING (model, dataset, run, classifier, split)
+LEFT JOIN paper_points(
+    wanted_classifier, wanted_split, jump_ratio := jump_ratio, convergence_tolerance := convergence_tolerance
+) USING (model, dataset, run, site)
 JOIN chosen_runs('probe_scores', wanted_variant, wanted_run) USING (model, dataset, run)
+JOIN (SELECT model, dataset, run, n_layers FROM known_runs) USING (model, dataset, run)
 WHERE among(model, wanted_model)
     AND among(dataset, wanted_dataset)
     AND (wanted_site IS NULL OR site = wanted_site)
-    AND classifier = wanted_classifier
-    AND split = wanted_split
 ORDER BY model, dataset, site DESC;
 
 -- The ends of the 95 % interval of a share p of n (Wilson 1927); those in probe_scores are computed by SciPy and equal.
@@ -163,6 +257,75 @@ CREATE MACRO wilson_end(p, n, z) AS
 CREATE MACRO wilson_low(p, n) AS wilson_end(p, n, -1.959963984540054);
 
 CREATE MACRO wilson_high(p, n) AS wilson_end(p, n, 1.959963984540054);
+
+-- Half the distance that the mean of two independent shares may move to one side, from the distances to which each may
+-- (Newcombe 1998, method 10, for a sum); the 95 % interval of balanced accuracy.
+CREATE MACRO half_of_both(a, b) AS sqrt(a * a + b * b) / 2;
+
+-- Balanced accuracy of the chosen probes from their predictions, with its interval. Both columns give the true label.
+CREATE MACRO balanced_accuracies(wanted_models, wanted_site, wanted_classifier, wanted_split) AS TABLE
+SELECT
+    model, dataset, run, layer, (positive + negative) / 2 AS balanced_accuracy,
+    (positive + negative) / 2
+        - half_of_both(positive - wilson_low(positive, n_positive), negative - wilson_low(negative, n_negative))
+        AS balanced_accuracy_low,
+    (positive + negative) / 2
+        + half_of_both(wilson_high(positive, n_positive) - positive, wilson_high(negative, n_negative) - negative)
+        AS balanced_accuracy_high
+FROM (
+    SELECT
+        model, dataset, run, layer,
+        avg(correct::INTEGER) FILTER (correct = (predicted = 1)) AS positive,
+        count(*) FILTER (correct = (predicted = 1)) AS n_positive,
+        avg(correct::INTEGER) FILTER (correct != (predicted = 1)) AS negative,
+        count(*) FILTER (correct != (predicted = 1)) AS n_negative
+    FROM probe_predictions
+    SEMI JOIN chosen_probes(wanted_classifier, wanted_split) USING (model, dataset, run, classifier, split)
+    WHERE among(model, wanted_models) AND site = wanted_site
+    GROUP BY ALL
+);
+
+-- Correct and wrong predictions of each baseline for the test prompts of the chosen split, in the order of prompt_id.
+CREATE MACRO baseline_outcomes(wanted_models, wanted_classifier, wanted_split) AS TABLE
+SELECT model, dataset, run, baseline, string_agg(correct::TINYINT, '' ORDER BY prompt_id) AS outcomes
+FROM baseline_predictions
+SEMI JOIN chosen_probes(wanted_classifier, wanted_split) USING (model, dataset, run, split)
+WHERE among(model, wanted_models)
+GROUP BY ALL
+ORDER BY ALL;
+
+-- Groups of the test prompts of the chosen split, in the order of prompt_id. A refit has the prompts of its source run.
+CREATE MACRO test_groups(wanted_models, wanted_site, wanted_classifier, wanted_split) AS TABLE
+SELECT tested.model, tested.dataset, tested.run, list(group_id ORDER BY tested.prompt_id) AS groups
+FROM (
+    SELECT DISTINCT model, dataset, run, coalesce(source_run, run) AS source, prompt_id
+    FROM probe_predictions
+    SEMI JOIN chosen_probes(wanted_classifier, wanted_split) USING (model, dataset, run, classifier, split)
+    JOIN known_runs USING (model, dataset, run)
+    WHERE among(model, wanted_models) AND site = wanted_site AND layer = 0
+) AS tested
+JOIN prompts
+    ON prompts.model = tested.model AND prompts.dataset = tested.dataset AND prompts.run = source
+    AND prompts.prompt_id = tested.prompt_id
+WHERE group_id IS NOT NULL
+GROUP BY ALL;
+
+-- Checks ----------------------------------------------------------------------------------------------------------
+
+-- Sort key of checks: in the order in which the details of some refer to others ('the same for …').
+CREATE MACRO check_order("check") AS (
+    coalesce(
+        list_position(
+            [
+                'resid_post', 'final_norm', 'readout', 'readout_kl', 'stored_states', 'stored_answers', 'stored_probs',
+                'logits', 'logits_kl', 'residual_sum', 'head_sum', 'ffn_sum', 'value_keys', 'ffn_keys', 'frozen_readout'
+            ],
+            "check"
+        ),
+        16
+    ),
+    "check"
+);
 
 -- Knowledge attribution -------------------------------------------------------------------------------------------
 
@@ -188,12 +351,6 @@ SELECT
     nullif(regexp_extract(name, '^a\d+\.(\d+)_', 1), '')::INTEGER AS head,
     regexp_extract(name, '_(\d+)$', 1)::INTEGER AS neuron
 WHERE regexp_full_match(name, '(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}');
-
--- A sum of doubles, rounded, because its last bits depend on the order in which threads add; ranks must not depend on
--- it.
-CREATE MACRO steady(total) AS round(total, 12);
-
-CREATE MACRO mean_over(total, n) AS steady(total / n);
 
 -- The number of members that two lists share, and their Jaccard index |a ∩ b| / |a ∪ b|.
 CREATE MACRO n_shared(a, b) AS len(list_intersect(a, b));

@@ -7,8 +7,8 @@
 --   dataset    texts   = all              names of datasets
 --   category   texts   = all              kinds of knowledge: language, color, number, capital, country, month, or your own
 --   site       text    = resid_post       where the hidden state is read: resid_post or ffn_norm
---   classifier text    = logistic         classifier: logistic, logistic-paper or random-forest
---   split      text    = paper            split: paper, stratified-SEED or grouped
+--   classifier text    = default          classifier: logistic (the default one), logistic-raw, logistic-paper, …
+--   split      text    = default          split: grouped or paper (the default one is grouped if there are groups), stratified-SEED
 --   variant    text    = default          variant of the runs (`kdb runs`); the newest ones are used
 --   run        text    = all              id of a single run to use, of any variant
 --   component  text    = all              component: attn or ffn

@@ -65,16 +65,22 @@ def test_ingest_stores_a_run_that_queries_answer_from(
     assert re.fullmatch(r"tiny on weather: stored \(run [0-9a-f]{16}\)\n", stored)
     assert answer(ingest_tiny(tmp_path / "new")) == stored.replace("stored", "is stored already")
     table = answer(run_kdb("query", "concept-depth", "--warehouse", tmp_path / "new", "--format", "csv"))
-    assert list(csv.DictReader(StringIO(table))) == [
+    rows = [
+        {
+            name: row[name]
+            for name in ("model", "dataset", "site", "n_layers", "best_layer", "best_accuracy", "jump_layer")
+        }
+        for row in csv.DictReader(StringIO(table))
+    ]
+    assert rows == [
         {
             "model": "tiny",
             "dataset": "weather",
             "site": site,
             "n_layers": "2",
-            "jump_layer": "",  # layer 0 tells the classes apart already
-            "jump_percent": "",
-            "converging_layer": "1",
-            "converging_percent": "50.0",
+            "best_layer": "0",  # layer 0 tells the classes apart already
+            "best_accuracy": "1.0",
+            "jump_layer": "",
         }
         for site in ("resid_post", "ffn_norm")
     ]
@@ -556,3 +562,16 @@ def test_every_command_is_documented(command: str) -> None:
 def test_catalogues_name_what_can_be_asked_for(run_kdb: RunKdb, command: str) -> None:
     expected = {"models": "smollm2-135m", "datasets": "world-cities", "queries": "concept-depth"}
     assert expected[command] in answer(run_kdb(command))
+
+
+def test_numbers_too_small_for_four_decimals_are_printed_with_an_exponent(
+    tmp_path: Path, ingest_tiny: Callable[..., Result], run_kdb: RunKdb
+) -> None:
+    answer(ingest_tiny(tmp_path / "new"))
+    select = "SELECT 1.6e-6 AS small, 0.5::DOUBLE AS other UNION ALL SELECT 0, 0.25 UNION ALL SELECT NULL, 12.34567 "
+    for format_ in ("table", "markdown"):
+        given = ("--warehouse", tmp_path / "new", "--format", format_)
+        printed = answer(run_kdb("sql", f"{select} ORDER BY other", *given))
+        cells = [re.findall(r"[\w.-]+", line) for line in printed.splitlines() if re.search(r"\d", line)]
+        assert [row[0] for row in cells][:2] == ["0.0", "1.6e-06"]
+        assert [row[-1] for row in cells] == ["0.25", "0.5", "12.3457"]

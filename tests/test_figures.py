@@ -36,7 +36,7 @@ CONCEPTS = (Concept("cities", 40, 0.9), Concept("own", 40, 0.8))
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
-    return build(tmp_path_factory.mktemp("small") / "w", TINY, CONCEPTS, prompts_per_category=4, top_k=10)
+    return build(tmp_path_factory.mktemp("small") / "w", TINY, CONCEPTS, prompts_per_category=7, top_k=10)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_an_unknown_figure_and_metric_are_named() -> None:
 
 
 def test_a_metric_that_is_none_lists_those_that_are(small: Warehouse) -> None:
-    with pytest.raises(QueryError, match="Use one of accuracy, f1, auc, selectivity"):
+    with pytest.raises(QueryError, match="Use one of accuracy, balanced_accuracy, f1, auc, selectivity"):
         figures.chart(small, "depth-curves", metric="precision")
 
 

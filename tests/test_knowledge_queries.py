@@ -302,13 +302,13 @@ def test_heads_are_asked_for_by_rank_or_by_number(database: Database) -> None:
     assert heads(layer=1, head=1) == []
 
 
-def test_checks_of_both_studies_and_all_variants_worst_first(database: Database) -> None:
+def test_checks_of_both_studies_and_all_variants_with_those_that_did_not_pass_first(database: Database) -> None:
     rows = database.query("checks")
     assert rows.select("model", "dtype", "quantization", "device", "study", "variant", "check").rows() == [
         ("alpha", "float16", "int8", "cpu", "knowledge", "int8", "logits"),
         ("alpha", None, None, None, "concept", "default", "resid_post"),
-        ("alpha", "float32", None, "cpu", "knowledge", "default", "ffn_sum"),
         ("alpha", "float32", None, "cpu", "knowledge", "default", "logits"),
+        ("alpha", "float32", None, "cpu", "knowledge", "default", "ffn_sum"),
     ]
     assert database.query("checks", study="concept")["value"].to_list() == [0.9]
     assert database.query("checks", variant="int8")["passed"].to_list() == [False]

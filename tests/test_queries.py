@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from helpers.stored import NOON, Rows, add_run, assert_same_in_the_shell, create_lake, needs_shell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kdb.analysis.curves import depth_90, first_within_one_error
 from kdb.errors import QueryError, UnknownNameError
+from kdb.ingest.forward.checks import DETAIL
 from kdb.queries.catalogue import find_query, literal, load_catalogue
 from kdb.warehouse.database import Database
 
@@ -34,9 +38,10 @@ HEADER = """\
 BODY = "SELECT getvariable('model'), getvariable('limit'), getvariable('share'), getvariable('kinds');\n"
 
 
-def scores(accuracies: list[float], site: str = "resid_post", split: str = "paper") -> Rows:
-    """probe_scores rows of one classifier, a layer for each accuracy."""
-    kind = {"site": site, "classifier": "logistic", "split": split, "n_test": 100, "converged": True}
+def scores(accuracies: list[float], site: str = "resid_post", split: str = "paper", **more: Any) -> Rows:
+    """probe_scores rows of the paper's probe, a layer for each accuracy."""
+    kind = {"site": site, "classifier": "logistic-raw", "split": split, "n_test": 100, "converged": True}
+    kind |= {"is_default": split == "paper"} | more
     return [
         {"layer": layer, "depth": layer / len(accuracies), "accuracy": accuracy, **kind}
         for layer, accuracy in enumerate(accuracies)
@@ -49,7 +54,9 @@ def add_probes(
     """Commit a probe run. `size` is in billions of parameters."""
     n_layers = 1 + max(row["layer"] for row in rows)
     about = {"family": family, "n_layers": n_layers, "n_params": round(size * 1e9)}
-    add_run(lake, model, dataset, run, models=[about], probe_scores=rows, runs=[info])
+    shared = {"split": "paper", "n_test": 100}
+    guesses = [{"baseline": name, "accuracy": rate} | shared for name, rate in (("majority", 0.5), ("words", 0.55))]
+    add_run(lake, model, dataset, run, models=[about], probe_scores=rows, baselines=guesses, runs=[info])
 
 
 CONCEPT = {name for name, query in load_catalogue().items() if query.group == "concept"}
@@ -96,8 +103,9 @@ def test_variation_rate(database: Database) -> None:
 
 
 def test_concept_depth_for_every_model_dataset_and_site(database: Database) -> None:
-    rows = database.query("concept-depth").drop("n_layers")
-    assert rows.rows() == [
+    rows = database.query("concept-depth")
+    named = ("jump_layer", "jump_percent", "converging_layer", "converging_percent")
+    assert rows.select("model", "dataset", "site", *named).rows() == [
         ("gemma-2b", "cities", "resid_post", 1, 25.0, None, None),
         ("gemma-7b", "cities", "resid_post", 2, 40.0, 3, 60.0),
         ("gemma-7b", "cities", "ffn_norm", 1, 20.0, 4, 80.0),
@@ -111,6 +119,99 @@ def test_concept_depth_takes_its_thresholds(database: Database) -> None:
     assert rows["jump_layer"].item() == 2
     rows = database.query("concept-depth", model="gemma-7b", site="resid_post", convergence_tolerance="0.1")
     assert rows["converging_layer"].item() == 4
+
+
+def test_concept_depth_measures_the_curve_against_the_best_baseline(database: Database) -> None:
+    row = database.query("concept-depth", model="gemma-7b", site="resid_post").row(0, named=True)
+    assert (row["best_layer"], row["best_percent"], row["best_accuracy"], row["n_test"]) == (4, 80.0, 0.9, 100)
+    assert (row["baseline"], row["baseline_accuracy"], row["first_within_one_se"]) == ("words", 0.55, 4)
+    assert row["area"] == pytest.approx((0.5 + 0.5 + 0.8 + 0.82 + 0.9) / 5 - 0.55)
+    assert (row["depth_90_layer"], row["depth_90_percent"]) == (4, 80.0), "0.55 + 0.9 * 0.35 = 0.865"
+
+
+def test_a_best_layer_that_chance_explains_has_no_depth_90(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    for name, accuracies in (("flat", [0.5, 0.62, 0.6]), ("rising", [0.5, 0.9, 0.9])):
+        add_probes(lake, "m", name, f"{name[0]:a<16}".replace("r", "b"), scores(accuracies), family="f", size=1.0)
+    with Database(lake) as database:
+        rows = database.query("concept-depth").select("dataset", "best_layer", "depth_90_layer").rows()
+    assert rows == [("flat", 1, None), ("rising", 1, 1)]
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=9), st.integers(0, 200))
+@settings(max_examples=25, deadline=None)
+def test_measures_of_the_sql_are_those_of_the_resampled_curves(right: list[int], level: int) -> None:
+    curve = np.array(right) / 200
+    with TemporaryDirectory() as folder:
+        lake = create_lake(Path(folder))
+        rows = scores([n / 200 for n in right], n_test=200)
+        baselines = [{"baseline": "words", "split": "paper", "accuracy": level / 200}]
+        add_run(lake, "m", "d", "a" * 16, models=[{"n_layers": len(right)}], probe_scores=rows, baselines=baselines)
+        with Database(lake) as database:
+            found = database.sql("FROM _measures_of_all()").row(0, named=True)
+    assert (found["best_layer"], found["first_within_one_se"]) == (curve.argmax(), first_within_one_error(curve, 200))
+    assert found["area"] == pytest.approx(curve.mean() - level / 200)
+    if found["depth_90_layer"] is not None:
+        assert found["depth_90_layer"] == depth_90(curve, np.float64(level / 200))
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Iterator[Database]:
+    """A run whose default probe is on the grouped split, and one of kdb 0.2 as it is shown."""
+    lake = create_lake(tmp_path)
+    flat, jumping = [0.6, 0.6, 0.6], [0.5, 0.5, 0.9]
+    grouped = scores(flat, split="grouped", classifier="logistic", is_default=True)
+    paper = scores(flat, classifier="logistic", is_default=False)
+    raw = [*scores(jumping, is_default=False), *scores([0.7] * 3, split="grouped", is_default=False)]
+    add_probes(lake, "m", "new", "a" * 16, [*grouped, *paper, *raw], family="f", size=1.0)
+    older = scores(jumping, split="label-0-first", is_default=None)
+    add_probes(lake, "m", "old", "b" * 16, older, family="f", size=1.0)
+    with Database(lake) as database:
+        yield database
+
+
+def test_queries_show_the_default_probe_and_beside_it_the_papers_points(several: Database) -> None:
+    rows = several.query("concept-depth").select("dataset", "classifier", "split", "best_accuracy", "jump_layer")
+    assert rows.rows() == [("new", "logistic", "grouped", 0.6, 2), ("old", "logistic-raw", "label-0-first", 0.9, None)]
+    curve = several.query("layer-accuracy", dataset="new")
+    assert curve["accuracy"].to_list() == [0.6] * 3
+    assert curve.filter("jump")["layer"].to_list() == [2]
+
+
+def test_a_classifier_or_split_that_is_asked_for_is_that_of_j_and_c_too(several: Database) -> None:
+    given = {"classifier": "logistic-raw", "dataset": "new"}
+    rows = several.query("concept-depth", **given)
+    assert rows.select("split", "best_accuracy", "jump_layer").rows() == [("grouped", 0.7, 2)], "J stays that of paper"
+    rows = several.query("concept-depth", **given, split="grouped")
+    assert rows.select("split", "best_accuracy", "jump_layer").rows() == [("grouped", 0.7, None)]
+    rows = several.query("concept-depth", classifier="logistic", split="paper", dataset="new")
+    assert rows.select("split", "jump_layer").rows() == [("paper", None)]
+    rows = several.query("concept-depth", split="label-0-first")
+    assert rows.select("dataset", "jump_layer").rows() == [("old", 2)], "the default classifier of that run"
+
+
+def test_every_query_that_prints_j_or_c_says_what_they_are_worth(database: Database) -> None:
+    for name, query in load_catalogue().items():
+        columns = database.sql(query.sql.replace("getvariable('neuron')", "'f0_1'")).columns
+        if {"jump", "converging", "jump_percent", "converging_percent", "moved_percent"} & set(columns):
+            assert "By chance alone, most flat curves of 100 test prompts have a J" in query.description, name
+            assert re.search("logistic-raw|paper", query.description), name
+
+
+def test_baselines_of_the_shown_split_are_listed_best_first(database: Database) -> None:
+    rows = database.query("baselines", dataset="coinflip").select("baseline", "split", "accuracy", "n_test")
+    assert rows.rows() == [("words", "paper", 0.55, 100), ("majority", "paper", 0.5, 100)]
+
+
+def test_checks_stand_in_the_order_in_which_their_details_refer_to_each_other(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    for run, failed in (("a", None), ("b", "readout_kl")):
+        names = [*reversed(DETAIL), "doubled_bos"]
+        rows = [{"check": name, "value": 1e-9, "tolerance": 1e-3, "passed": name != failed} for name in names]
+        add_run(lake, "m", run, run * 16, checks=rows)
+    with Database(lake) as database:
+        found = database.query("checks")["check"].to_list()
+    assert found == ["readout_kl", *DETAIL, "doubled_bos", *(c for c in DETAIL if c != "readout_kl"), "doubled_bos"]
 
 
 def test_datasets_by_model(database: Database) -> None:
@@ -129,7 +230,8 @@ def test_accuracy_at_quarters_of_the_way(database: Database) -> None:
 
 
 def test_families_at_size(database: Database) -> None:
-    rows = database.query("families-at-size").drop("best_layer")
+    columns = ("dataset", "family", "model", "size_billions", "best_accuracy", "jump_percent", "converging_percent")
+    rows = database.query("families-at-size").select(columns)
     assert rows.rows() == [
         ("cities", "gemma", "gemma-7b", 8.538, 0.9, 40.0, 60.0),
         ("cities", "llama", "llama-7b", 6.738, 0.8, None, 50.0),
@@ -140,7 +242,8 @@ def test_families_at_size(database: Database) -> None:
 
 
 def test_converging_point_by_size(database: Database) -> None:
-    assert database.query("converging-point-by-size").rows() == [
+    columns = ("dataset", "family", "size_billions", "model", "converging_percent", "jump_percent")
+    assert database.query("converging-point-by-size").select(columns).rows() == [
         ("cities", "gemma", 2.506, "gemma-2b", None, 25.0),
         ("cities", "gemma", 8.538, "gemma-7b", 60.0, 40.0),
         ("cities", "llama", 6.738, "llama-7b", 50.0, None),

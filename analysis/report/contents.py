@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from kdb.analysis import depth, importance
+from kdb.analysis import depth_measures, importance
+from kdb.analysis.captions import CAVEAT, FEW
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -85,25 +86,18 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     params = yield from _asked_for(wh, models, "concept")
     curves = wh.query("layer-accuracy", **params)
     yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", params)
-    yield _asked(wh, "Best layer, jump and converging point", "", "datasets-by-model", params, _PROBED)
-    yield Tabled(
-        "Robustness of J and C",
-        "The 95 % interval is over resampled test prompts; in none_percent % of them, there is no such point. "
-        "hangs_on names the choices that move the point by more than a tenth of the depth, or remove it: then it is an "
-        "artefact of the procedure. A C in the last layer depends on its definition: it only says that the curve ends "
-        "flat.",
-        "depth-robustness",
-        params,
-        lambda: depth.verdicts(wh, **params),
-        _PROBED,
-    )
+    yield _measures(wh, params)
+    yield Drawn("Depth of each concept", "", "depth-measures", params)
+    yield _asked(wh, "Baselines", _BASELINES, "baselines", params, "no run of these models has baselines.")
+    yield _asked(wh, "Datasets by best accuracy", CAVEAT, "datasets-by-model", params, _PROBED)
+    yield from _paper_points(wh, params)
     for model in models[:_ROBUST]:
         yield Drawn(
             f"Dependence of J and C on the procedure: {model}", "", "depth-robustness", params | {"model": [model]}
         )
     yield Drawn(
         "Selectivity",
-        "Accuracy of the probe above its accuracy on shuffled labels.",
+        "Accuracy of the probe above its accuracy on the control task, one random label for each group.",
         "depth-curves",
         params | {"metric": "selectivity"},
     )
@@ -112,7 +106,7 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     )
     if curves["model"].n_unique() > 1:
         yield from _side_by_side(curves, params)
-    yield Drawn("Experiment 3: J and C by family and size", "", "converging-by-size", params)
+    yield Drawn("Experiment 3: depth by family and size", "", "converging-by-size", params)
     variants = wh.query("layer-accuracy", **params | {"variant": "all"})
     if variants["variant"].n_unique() > 1:
         yield Drawn("Noise, precision and other variants", "", "depth-by-variant", {"model": list(models)})
@@ -121,6 +115,56 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     for model, dataset in pairs[:_PROJECTED]:
         named = params | {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
         yield Drawn(f"Hidden states: {model} on {dataset or 'any dataset'} (`kdb project`)", "", "hidden-states", named)
+
+
+_BASELINES = (
+    "A probe that is not better than the words may have found the words. A small below_chance_p says that the split "
+    "itself gives labels away, with the wrong sign: a recovery from below chance then looks like a jump."
+)
+
+
+def _measures(wh: Warehouse, params: dict[str, Any]) -> Tabled:
+    note = (
+        "best_layers are those that cannot be told from the best one. depth_90 is the first depth at which 90 % of the "
+        "way from the best baseline to the best layer is made; a dash unless the best layer beats the baseline "
+        "(p_beats_baseline below 0.05, which allows for the choice of the layer). p_any_rise below 0.05 says that "
+        "accuracy rises somewhere, not that it does at J. area is the mean over layers of accuracy minus the "
+        "baseline's. Intervals (95 %) are over test prompts, or their groups, with the fitted probes held fixed; "
+        f"`kdb plot depth-measures -o measures.csv` writes all of them. {CAVEAT}"
+    )
+
+    def rows() -> pl.DataFrame:
+        frame = depth_measures.summary(wh, **params)
+        shown = ("model", "dataset", "split", "n_test", "n_groups", "best_layer", "best_accuracy", "best_layers")
+        against = ("baseline", "baseline_accuracy", "p_beats_baseline")
+        ends = [_with_ends(name, name) for name in ("depth_90_percent", "area")]
+        beside = ("p_any_rise", "jump_percent", "converging_percent")
+        return frame.select(*shown, *against, *ends, *beside)
+
+    return Tabled("Measures of depth", note, "concept-depth", params | {"site": "resid_post"}, rows, _PROBED)
+
+
+def _paper_points(wh: Warehouse, params: dict[str, Any]) -> Contents:
+    yield Tabled(
+        "Robustness of J and C",
+        "The range holds the middle 95 % of resampled test sets that have the point; it is missing if most have none, "
+        "and none_percent % have none. hangs_on names the choices that move the point by more than a tenth of the "
+        "depth, or remove it: then it is an artefact of the procedure. A C in the last layer is one by its definition: "
+        f"it only says that the curve ends flat. {CAVEAT}",
+        "depth-robustness",
+        params,
+        lambda: depth_measures.verdicts(wh, **params),
+        "nothing is stored of the paper's probe and split.",
+    )
+    yield Tabled(
+        "J and C of every probe",
+        "In percent of depth, on the split of the paper; agree says whether all probes have the point within a tenth "
+        f"of the depth, or none has it. {CAVEAT}",
+        "depth-robustness",
+        params,
+        lambda: depth_measures.disagreements(wh, **params),
+        "nothing is stored of the paper's probe and split.",
+    )
 
 
 _ROBUST, _PROJECTED = 3, 2
@@ -151,14 +195,17 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Attention and FFN", "", "attention-vs-ffn", params)
     yield Tabled(
         "Attention and FFN",
-        "Sums over layers, with 95 % intervals over prompts.",
+        f"Sums over layers, with 95 % intervals over prompts; {FEW}.",
         "attention-vs-ffn",
         params,
         lambda: importance.attention_and_ffn(wh, **params),
         _ASKED,
     )
     yield Drawn("Every layer", "", "layer-scores", params)
-    ranks = "The brackets show the 95 % interval of the rank over resampled prompts: a narrow one means a stable rank."
+    ranks = (
+        "The brackets show the range of the rank in the middle 95 % of resampled prompts: a narrow one means a stable "
+        "rank. There is none below five prompts."
+    )
     yield Tabled(
         "Table 4: the ten best layers",
         ranks,
@@ -183,7 +230,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Figure 2: layers of the value and query neurons", "", "neurons-by-layer", params)
     yield Tabled(
         "The best neurons",
-        "With 95 % intervals over prompts.",
+        f"With 95 % intervals over prompts; {FEW}.",
         "top-neurons",
         params | {"k": 3},
         lambda: _neurons(wh, params | {"k": 3}),
@@ -192,7 +239,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Table 2: methods compared", "", "attribution-methods", params)
     yield Tabled(
         "Table 2: methods compared",
-        "With 95 % intervals over prompts; round brackets show that of the rank. Lower is better.",
+        f"With 95 % intervals over prompts; round brackets show the range of the rank. Lower is better; {FEW}.",
         "attribution-methods",
         params,
         lambda: _methods(importance.method_effects(wh, **params)),
@@ -237,22 +284,29 @@ def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
     """Return a row for each model and category as in the paper: names in order, each with the interval of its rank."""
     if ranking.is_empty():
         return ranking
-    entry = pl.format("{} ({}–{})", item, "rank_low", "rank_high")
+    entry = pl.concat_str(item, _ranks())
     return ranking.group_by("model", "category", maintain_order=True).agg(
         entry.str.join(", ").alias("best first"), prompts=pl.col("n_prompts").first()
     )
 
 
-def _with_ends(value: str) -> pl.Expr:
-    ends = [pl.col(name).round_sig_figs(3) for name in (value, "low", "high")]
-    return pl.format("{} [{}, {}]", *ends)
+def _ranks() -> pl.Expr:
+    """Return the range of a rank in brackets; empty without one."""
+    return pl.format(" ({}–{})", "rank_low", "rank_high").fill_null("")
+
+
+def _with_ends(value: str, prefix: str = "") -> pl.Expr:
+    """Return a number with its interval, whose columns begin with ``prefix``; alone without one."""
+    names = [f"{prefix.removesuffix('_percent')}_{end}" if prefix else end for end in ("low", "high")]
+    number, *ends = (pl.col(name).round_sig_figs(3) for name in (value, *names))
+    text = pl.concat_str(number.cast(pl.String), pl.format(" [{}, {}]", *ends).fill_null(""))
+    return text.alias(value)
 
 
 def _methods(effects: pl.DataFrame) -> pl.DataFrame:
     """Return a row for each model and method, with a column for each effect."""
     keys = ["model", "letter", "method", "k", "n_prompts"]
-    ranks = pl.format(" ({}–{})", "rank_low", "rank_high")
-    cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), ranks))
+    cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), _ranks()))
     return cells.pivot("effect", index=keys, values="cell") if len(cells) else cells
 
 

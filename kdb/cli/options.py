@@ -190,10 +190,26 @@ def _drawn(frame: pl.DataFrame, format_: str) -> str:
         tbl_hide_column_data_types=True,
         tbl_hide_dataframe_shape=True,
     ):
-        rounded = frame.with_columns(pl.col(pl.Float64, pl.Float32).round(4))
+        rounded = frame.with_columns(map(_rounded, frame.select(pl.col(pl.Float64, pl.Float32))))
         if format_ == "markdown":
             return "\n".join(markdown_table(frame.columns, ([_cell(one) for one in row] for row in rounded.rows())))
         return str(rounded)
+
+
+def _rounded(column: pl.Series) -> pl.Series:
+    """Return numbers with four decimals; as text, with two significant digits, where small ones would read as 0."""
+    import polars as pl
+
+    small = (column != 0) & (column.abs() < _SMALLEST)
+    if not small.any():
+        return column.round(4)
+    texts = [f"{x:.2g}" if x and abs(x) < _SMALLEST else str(round(x, 4)) for x in column.fill_null(0.0)]
+    readable = pl.Series(column.name, texts)
+    return readable.set(column.is_null(), None)
+
+
+_SMALLEST = 0.001
+"""Size below which a number is shown with an exponent, in a column that has one which four decimals do not show."""
 
 
 def _cell(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdb.analysis.captions import CAVEAT
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.style import look_of
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
@@ -60,12 +61,13 @@ class UrlParams:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table on a page: its title, its rows, and the address of the query behind it."""
+    """A table on a page: its title, its rows, the address of the query behind it, and a note beside it."""
 
     title: str
     columns: list[str]
     rows: list[dict[str, Any]]
     address: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def _asked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequenc
     chosen = _without_empty(params)
     frame = wh.query(name, **chosen)
     columns = [column for column in frame.columns if column not in drop]
-    return Shown(title or find_query(name).title, columns, frame.to_dicts(), url(f"/queries/{name}", chosen))
+    note = CAVEAT if "jump_percent" in columns else ""
+    return Shown(title or find_query(name).title, columns, frame.to_dicts(), url(f"/queries/{name}", chosen), note)
 
 
 def _chart(name: str, params: Mapping[str, Any]) -> Charted:
@@ -190,7 +193,7 @@ def _model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     descriptions = {column.name: (column.comment, column.info["symbol"]) for column in TABLES["models"].columns}
     charts, tables = [], []
     if concept := [name for name in studies["concept"] if not chosen["dataset"] or name in chosen["dataset"]]:
-        charts.append(_chart("depth-curves", {"model": [model], "dataset": concept}))
+        charts += [_chart(name, {"model": [model], "dataset": concept}) for name in ("depth-curves", "depth-measures")]
         charts += [
             _chart("hidden-states", {"model": [model], "dataset": [name]})
             for name in _projected(wh, model)
@@ -235,7 +238,7 @@ def _compare(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     if concept:
         about = {"model": models, "dataset": concept}
         charts += [_chart("depth-by-size", about), _chart("converging-by-size", about)]
-        tables.append(_asked(wh, "concept-depth", {**about, "site": "resid_post"}, title="Jump and converging points"))
+        tables.append(_asked(wh, "concept-depth", {**about, "site": "resid_post"}, title="Depth of each concept"))
     if studies["knowledge"]:
         about = {"model": models, "category": chosen["category"]}
         charts += [_chart("layer-scores", about), _chart("attention-vs-ffn", about)]

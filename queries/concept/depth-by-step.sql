@@ -2,7 +2,10 @@
 -- Jin et al., Exploring Concept Depth (arXiv 2404.07066): the metrics J and C, over checkpoints
 --
 -- One row per model, dataset, site and checkpoint whose revision contains a training step: the best accuracy of any
--- layer, the layer that has it, and the jump and converging points. NULL if a checkpoint has no such point.
+-- layer, the layer that has it, depth_90 as in concept-depth, and the jump and converging points. NULL if a checkpoint
+-- has no such point. J and C are the paper's, of its objective and split (logistic-raw, paper) unless a classifier or
+-- split is given. By chance alone, most flat curves of 100 test prompts have a J, and on real ones C is nearly always
+-- one of the last two layers.
 --
 -- Parameters:
 --   model
@@ -11,23 +14,16 @@
 --   classifier
 --   split
 --   variant     text = default       variant of the runs apart from the checkpoint, such as bfloat16
-WITH best AS (
-    SELECT
-        model, dataset, run, site, classifier, split, max(accuracy) AS best_accuracy,
-        arg_max(layer, (accuracy, -layer)) AS best_layer
-    FROM probe_scores
-    GROUP BY ALL
-)
-
 SELECT
-    model, dataset, step, revision, site, n_layers, best_accuracy, best_layer, jump_layer, 100 * jump_point AS jump_percent,
-    converging_layer, 100 * converging_point AS converging_percent
-FROM best
-JOIN _depths_of_all() USING (model, dataset, run, site, classifier, split)
+    model, dataset, step, revision, site, n_layers, n_test, best_accuracy, best_layer, baseline, baseline_accuracy,
+    depth_90_layer, 100 * depth_90_layer / n_layers::DOUBLE AS depth_90_percent,
+    jump_layer, jump_percent, converging_layer, converging_percent
+FROM _measures_of_all()
+JOIN chosen_probes(getvariable('classifier'), getvariable('split')) USING (model, dataset, run, classifier, split)
+LEFT JOIN paper_points(getvariable('classifier'), getvariable('split')) USING (model, dataset, run, site)
+JOIN (SELECT model, dataset, run, n_layers FROM known_runs) USING (model, dataset, run)
 JOIN checkpoints('probe_scores', getvariable('variant')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
-    AND classifier = getvariable('classifier')
-    AND split = getvariable('split')
 ORDER BY model, dataset, step, revision;

@@ -4,14 +4,15 @@
 -- One row per model, dataset, point (J or C) and condition. Conditions vary one thing at a time: the threshold (for J,
 -- the smallest rate that is a jump; for C, the largest change), the classifier, or the split. The condition published
 -- is that of the paper: thresholds 1.1 and 0.03, with the given classifier and split. moved_percent is the distance
--- from the published point in percent of depth; NULL if either does not exist.
+-- from the published point in percent of depth; NULL if either does not exist. By chance alone, most flat curves of 100
+-- test prompts have a J, and on real ones C is nearly always one of the last two layers.
 --
 -- Parameters:
 --   model
 --   dataset texts
 --   site
---   classifier  text = logistic    classifier of the rows in which the split or a threshold varies
---   split       text = paper       split of the rows in which the classifier or a threshold varies
+--   classifier  text = logistic-raw classifier of the rows in which the split or a threshold varies
+--   split       text = paper        split of the rows in which the classifier or a threshold varies
 --   variant
 --   run
 WITH thresholds AS (

@@ -9,19 +9,18 @@
 --   model
 --   dataset texts
 --   site
---   classifier  text = logistic    classifier: logistic, logistic-paper, logistic-standardised or random-forest
+--   classifier
 --   split
 --   variant
 --   run
 SELECT
     model, dataset, run, layer, n_layers, string_agg(correct::TINYINT, '' ORDER BY prompt_id) AS outcomes
 FROM probe_predictions
+JOIN chosen_probes(getvariable('classifier'), getvariable('split')) USING (model, dataset, run, classifier, split)
 JOIN (SELECT model, dataset, run, n_layers FROM known_runs) USING (model, dataset, run)
 JOIN chosen_runs('probe_predictions', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
-    AND classifier = getvariable('classifier')
-    AND split = getvariable('split')
 GROUP BY ALL
 ORDER BY model, dataset, run, layer;

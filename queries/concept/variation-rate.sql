@@ -14,10 +14,9 @@
 --   run
 SELECT model, dataset, site, layer, 100 * depth AS depth_percent, accuracy, variation_rate
 FROM _rates_of_all()
+JOIN chosen_probes(getvariable('classifier'), getvariable('split')) USING (model, dataset, run, classifier, split)
 JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
-    AND classifier = getvariable('classifier')
-    AND split = getvariable('split')
 ORDER BY model, dataset, layer;

@@ -9,8 +9,8 @@
 --   model
 --   dataset texts
 --   site        text = resid_post  site of the probe to compare with: resid_post or ffn_norm
---   classifier  text = logistic    classifier of the probe to compare with
---   split       text = paper       split of the probe to compare with
+--   classifier  text = default     classifier of the probe to compare with
+--   split       text = default     split of the probe to compare with
 --   variant
 --   run
 WITH answers AS (
@@ -31,8 +31,9 @@ WITH answers AS (
 probes AS (
     SELECT model, dataset, variant, max(accuracy) AS best_probe_accuracy
     FROM probe_scores
+    JOIN chosen_probes(getvariable('classifier'), getvariable('split')) USING (model, dataset, run, classifier, split)
     JOIN chosen_runs('probe_scores', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-    WHERE site = getvariable('site') AND classifier = getvariable('classifier') AND split = getvariable('split')
+    WHERE site = getvariable('site')
     GROUP BY ALL
 )
 

@@ -1,9 +1,9 @@
 -- Checks of the reliability of each run
 -- Runs of both studies, compared on a few chosen prompts with the loaded model, which runs one prompt at a time
 --
--- One row per run and check, the worst of each model first: those that did not pass, then those nearest to their
--- tolerance. Counts of prompts (doubled_bos, repeated_texts, …) are last; they have no tolerance, so passed is NULL.
--- Models, weight formats and devices are shown side by side.
+-- One row per run and check: those that did not pass first, then the checks of each run in the order in which their
+-- details refer to each other. Counts of prompts (doubled_bos, repeated_texts, …) are last; they have no
+-- tolerance, so passed is NULL. Models, weight formats and devices are shown side by side.
 --
 -- Parameters:
 --   model
@@ -20,4 +20,4 @@ LEFT JOIN models USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
     AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
     AND (getvariable('study') IS NULL OR study = getvariable('study'))
-ORDER BY model, passed NULLS LAST, value / nullif(tolerance, 0) DESC NULLS LAST, dataset, study, runs.variant, "check", run;
+ORDER BY model, passed IS false DESC, dataset, study, runs.variant, run, check_order("check");

@@ -141,6 +141,7 @@ def _concept_tables(model: Model, concept: Concept) -> Iterator[tuple[str, pa.Ta
     yield "datasets", arrow_rows("datasets", {name: np.array([value]) for name, value in sizes.items()})
     texts = np.array([f"Statement {i} of {concept.name}." for i in range(n)], dtype=object)
     yield "prompts", arrow_rows("prompts", {"prompt_id": np.arange(n), "text": texts, "label": labels})
+    yield from _baselines(concept, labels)
     scores, predictions = zip(*_probes(model, concept, labels, rng), strict=True)
     yield "probe_predictions", pa.concat_tables(predictions)
     yield "probe_scores", pa.concat_tables(scores)
@@ -152,22 +153,46 @@ def _concept_tables(model: Model, concept: Concept) -> Iterator[tuple[str, pa.Ta
     yield "projections", _projections(model, labels[:400], rng)
 
 
+def _baselines(concept: Concept, labels: NDArray[Any]) -> Iterator[tuple[str, pa.Table]]:
+    """Yield the scores and predictions of two baselines on the test prompts of every split."""
+    rng = rng_of(concept.name, "baselines")
+    test = tested_prompts(concept)
+    splits = np.array(["paper", "grouped"], dtype=object)
+    rates = {"majority": 0.5, "words": 0.58}
+    correct = np.stack([rng.random((2, len(test))) < rate for rate in rates.values()])
+    place = {"baseline": np.array(list(rates), dtype=object)[:, None], "split": splits}
+    accuracy = correct.mean(axis=2)
+    numbers = {"accuracy": accuracy, "accuracy_low": accuracy - 0.05, "accuracy_high": accuracy + 0.05}
+    yield "baselines", arrow_rows("baselines", place | numbers | {"n_test": len(test)})
+    predicted = np.where(correct, labels[test], 1 - labels[test])
+    place = {name: values[..., None] for name, values in place.items()}
+    cells = {"prompt_id": test, "predicted": predicted, "correct": correct}
+    yield "baseline_predictions", arrow_rows("baseline_predictions", place | cells)
+
+
+def tested_prompts(concept: Concept) -> NDArray[Any]:
+    """Return the test prompts of every split, 40 % of all."""
+    order = rng_of(concept.name, "test").permutation(concept.n_prompts)
+    return np.sort(order[: round(0.4 * concept.n_prompts)])
+
+
 def _probes(
     model: Model, concept: Concept, labels: NDArray[Any], rng: np.random.Generator
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Scores and predictions of every site, classifier and split; the scores count the predictions."""
-    test = np.sort(rng.permutation(len(labels))[: round(0.4 * len(labels))])
+    test = tested_prompts(concept)
     layers = np.arange(model.n_layers)
     middle, steep = rng.uniform(0.2, 0.5) * model.n_layers, rng.uniform(0.5, 1.5)
     curve = 0.5 + (concept.best - 0.5) / (1 + np.exp(-steep * (layers - middle)))
     for site in SITES:
-        for classifier in ("logistic", "logistic-paper", "logistic-standardised"):
+        for classifier in ("logistic", "logistic-raw", "logistic-paper"):
             for split in ("paper", "grouped"):
                 ease = rng.random(len(test))  # a prompt that is easy is so at every layer
                 wobble = rng.normal(0, 0.05, (model.n_layers, len(test)))
                 correct = ease + wobble < curve[:, None]
                 place = {"layer": layers, "site": site, "classifier": classifier, "split": split}
-                yield score_rows(place, correct, model.n_layers), _prediction_rows(place, correct, test, labels)
+                shown = {"is_default": (classifier, split) == ("logistic", "grouped")}
+                yield score_rows(place | shown, correct, model.n_layers), _prediction_rows(place, correct, test, labels)
 
 
 def score_rows(place: dict[str, Any], correct: NDArray[np.bool_], n_layers: int) -> pa.Table:
@@ -175,6 +200,7 @@ def score_rows(place: dict[str, Any], correct: NDArray[np.bool_], n_layers: int)
     low, high = np.array([wilson_interval(r / n_test, n_test) for r in right]).T
     accuracy = right / n_test
     numbers = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "f1": accuracy, "auc": accuracy}
+    numbers |= {"balanced_accuracy": accuracy, "auc_low": low, "auc_high": high}
     control = {"control_accuracy": np.full(n_layers, 0.5), "selectivity": accuracy - 0.5}
     counts = {"converged": True, "n_iter": 9, "n_train": round(n_test * 1.5), "n_test": n_test}
     return arrow_rows("probe_scores", place | {"depth": place["layer"] / n_layers} | counts | numbers | control)
