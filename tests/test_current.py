@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -28,7 +29,7 @@ from kdb.queries.domains import DOMAINS, Names
 from kdb.warehouse.database import Database
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.notes import KdbNote
-from kdb.warehouse.schema import DEFAULT_PROBE, TABLES
+from kdb.warehouse.schema import DEFAULT_CLASSIFIER, TABLES
 from kdb.warehouse.shell_file import write_shell_file
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
@@ -486,16 +487,15 @@ def test_a_category_named_all_is_refused(tmp_path: Path) -> None:
         load_dataset(str(tmp_path / "facts.csv"))
 
 
-def test_what_measuring_stores_as_default_is_what_current_shows(full: Warehouse) -> None:
-    del full
+def test_what_measuring_stores_as_default_is_what_current_shows() -> None:
     from kdb.ingest.concept.study import _is_default
 
-    class Score:
-        classifier, split = DEFAULT_PROBE["classifier"], DEFAULT_PROBE["split"]
+    def score(classifier: str, split: str) -> Any:
+        return SimpleNamespace(classifier=classifier, split=split)
 
-    assert _is_default(Score())  # type: ignore[arg-type]
-    Score.split = "grouped"
-    assert not _is_default(Score())  # type: ignore[arg-type]
+    assert _is_default(score(DEFAULT_CLASSIFIER, "grouped"), "grouped")
+    assert not _is_default(score(DEFAULT_CLASSIFIER, "paper"), "grouped")
+    assert not _is_default(score("logistic-raw", "grouped"), "grouped")
 
 
 def test_an_empty_warehouse_can_be_scanned(tmp_path: Path) -> None:

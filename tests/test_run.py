@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_probe_learns_the_label_and_is_scored_on_every_layer(asked: Warehouse)
         (layer, layer / 2, site, classifier, "paper", 24, 16, 1.0, 1.0)
         for layer in (0, 1)
         for site in ("ffn_norm", "resid_post")
-        for classifier in ("logistic", "logistic-paper")
+        for classifier in ("logistic", "logistic-paper", "logistic-raw", "mean-difference")
     ]
 
 
@@ -164,10 +165,11 @@ def test_a_run_tells_its_model_dataset_and_settings(asked: Warehouse) -> None:
     (row,) = asked.sql("SELECT * FROM runs").rows(named=True)
     assert (row["study"], row["variant"], row["source_run"], row["device"]) == ("concept", "default", None, "cpu")
     assert row["tables"] == [
-        *("activations", "checks", "datasets", "models", "probe_predictions", "probe_scores", "prompts", "runs"),
-        "zero_shot",
+        *("activations", "baseline_predictions", "baselines", "checks", "datasets", "models", "probe_predictions"),
+        *("probe_scores", "probe_weights", "prompts", "runs", "zero_shot"),
     ]
-    assert json.loads(row["settings"])["classifiers"] == ["logistic", "logistic-paper"]
+    classifiers = ["logistic", "logistic-raw", "logistic-paper", "mean-difference"]
+    assert json.loads(row["settings"])["classifiers"] == classifiers
     assert row["seconds"] > 0
 
 
@@ -181,15 +183,21 @@ def test_only_a_dataset_with_groups_gets_the_grouped_split(
     ]
 
 
-@pytest.mark.parametrize(
-    ("dataset", "first_label", "split"),
-    [("cities", 1, "paper"), ("cities", None, "label-0-first"), ("stsa", None, "paper"), ("stsa", 0, "paper")],
-)
-def test_the_split_of_an_older_run_has_the_name_of_its_order(dataset: str, first_label: int | None, split: str) -> None:
+@pytest.mark.parametrize(("dataset", "first"), [("weather", 1), ("cities", 1), ("stsa", 0)])
+def test_a_refit_of_an_older_run_has_the_published_split(warehouse: Path, dataset: str, first: int) -> None:
+    opened = Warehouse(warehouse)
+    (source,) = opened.storage.run_folders()
+    older = SimpleNamespace(
+        table=lambda name: opened.sql(
+            f"FROM {name}" if name == "prompts" else "SELECT NULL::SMALLINT AS first_label FROM datasets"
+        ).to_arrow(),
+        staged=SimpleNamespace(dataset=dataset),
+    )
+    task = run._task(Probing(), 42, older)  # type: ignore[arg-type]
     labels = [i % 2 for i in range(40)]
-    (made,) = run.splits_of(labels, [None] * 40, Probing(), 42, first_label, dataset)
-    expected = make_splits(labels, first_label=first_label or 0)[0].test.tolist()
-    assert (made.name, made.test.tolist()) == (split, expected)
+    assert source.dataset == "weather"
+    assert (task.first_label, task.splits[0].name) == (first, "paper")
+    assert task.splits[0].test.tolist() == make_splits(labels, first_label=first)[0].test.tolist()
 
 
 def test_a_run_stores_which_label_its_paper_split_puts_first(
@@ -261,18 +269,20 @@ def test_each_test_prompt_has_a_prediction_and_they_make_the_scores(asked: Wareh
     JOIN prompts USING (run, prompt_id) GROUP BY ALL
     """
     rows = asked.sql(text).rows(named=True)
-    assert len(rows) == 8
+    assert len(rows) == 16
     for row in rows:
         assert (row["n"], row["found"], row["agree"]) == (row["n_test"], row["accuracy"], True)
         assert row["found_f1"] == pytest.approx(row["f1"])
 
 
-def test_the_control_task_is_the_same_for_every_layer_and_told_by_its_seed(warehouse: Path) -> None:
-    opened = Warehouse(warehouse)
+def test_the_control_task_is_the_same_for_every_layer_and_told_by_its_seed(
+    opened: Warehouse, tiny_job: MakeJob, tiny_loaded: LoadedModel
+) -> None:
+    ingest(opened.storage, tiny_job(group_by="town"), lambda: tiny_loaded)
     (source,) = opened.storage.run_folders()
     refit(opened.storage, source, Probing(), seed=7)
     text = "SELECT selectivity = accuracy - control_accuracy, run = ?, list(control_accuracy) FROM probe_scores"
-    rows = opened.sql(f"{text} GROUP BY ALL ORDER BY 2", [source.run]).rows()
+    rows = opened.sql(f"{text} WHERE split = 'paper' GROUP BY ALL ORDER BY 2", [source.run]).rows()
     assert [row[:2] for row in rows] == [(True, False), (True, True)]
     assert rows[0][2] != rows[1][2]
 
@@ -456,7 +466,10 @@ def test_a_refit_is_a_run_of_its_own_that_names_its_source(warehouse: Path) -> N
     assert outcome.status == "committed"
     (row,) = opened.sql("SELECT * FROM runs WHERE run <> ?", [source.run]).rows(named=True)
     assert (row["run"], row["source_run"], row["variant"]) == (outcome.run, source.run, "default")
-    assert row["tables"] == ["datasets", "models", "probe_predictions", "probe_scores", "runs"]
+    assert row["tables"] == [
+        *("baseline_predictions", "baselines", "datasets", "models", "probe_predictions", "probe_scores"),
+        *("probe_weights", "runs"),
+    ]
     assert (row["torch_version"], row["transformers_version"], row["device"]) == (None, None, "cpu")
     settings = json.loads(row["settings"])
     assert (settings["model"], settings["splits"]) == ("tiny", 2)
