@@ -101,7 +101,7 @@ def _beside(
     if p_value < SURE:
         levels = resampled_means(baselines[:, [index]], sizes=sizes)[0]
         reached = int(depth_90(curve, np.float64(level)))
-        first, last = depth_90_interval(curve, level, resampled, levels)
+        first, last = depth_90_interval(curve, level, resampled, levels, n=len(sums))
         depth = (reached, min(first, reached), max(last, reached))
     low, high = (float(end[0]) for end in mean_intervals(above.mean(axis=1, keepdims=True), sizes))
     ends = (None, None) if np.isnan(low) else (low, high)
@@ -148,8 +148,8 @@ def _threshold(curve: Floats, level: Floats | np.float64) -> Floats:
     return threshold
 
 
-def depth_90_interval(curve: Floats, level: float, resampled: Floats, levels: Floats) -> tuple[int, int]:
-    """Return the 95 % interval of depth_90, as layers.
+def depth_90_interval(curve: Floats, level: float, resampled: Floats, levels: Floats, *, n: int) -> tuple[int, int]:
+    """Return the 95 % interval of depth_90, as layers; ``n`` prompts or groups were resampled.
 
     For each layer, the margin of the best layer so far over the threshold has a basic bootstrap interval; the largest
     of all layers is above its expectation, and the reflection corrects that. The interval of depth_90 goes from the
@@ -158,7 +158,7 @@ def depth_90_interval(curve: Floats, level: float, resampled: Floats, levels: Fl
     """
     margin = np.maximum.accumulate(curve) - _threshold(curve, np.float64(level))
     drawn = np.maximum.accumulate(resampled, axis=0) - _threshold(resampled.T, levels)
-    low, high = intervals(drawn)
+    low, high = intervals(drawn, n)
     return _first(2 * margin - low), _first(2 * margin - high)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
 from scipy.stats import norm
+from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
 
@@ -71,9 +72,14 @@ def group_sums(values: NDArray[Any], groups: NDArray[Any] | None) -> tuple[NDArr
 # Intervals -------------------------------------------------------------------------------------------------------
 
 
-def intervals(resampled: Floats) -> tuple[Floats, Floats]:
-    """Return the range that holds the middle 95 % of each row of ``resampled`` (m, n_resamples)."""
-    low, high = np.quantile(resampled, _LEVEL, axis=1)
+def intervals(resampled: Floats, n: int | None = None) -> tuple[Floats, Floats]:
+    """Return the range that holds the middle 95 % of each row of ``resampled`` (m, n_resamples).
+
+    With ``n``, the number of rows that were resampled, it is wider for few, as an interval of Student's t is for few
+    values (Hesterberg 2015, section 5.3).
+    """
+    tail = _LEVEL[0] if n is None else float(norm.cdf(student.ppf(_LEVEL[0], n - 1) * np.sqrt(n / (n - 1))))
+    low, high = np.quantile(resampled, (tail, 1 - tail), axis=1)
     return low, high
 
 

@@ -165,6 +165,7 @@ def table(draws: int) -> Iterator[Row]:
             yield from curve_rows(kind, n, draws)
     for kind in CURVES:
         yield from curve_rows(kind, 200, draws, group=2)
+        yield from curve_rows(kind, 320, draws, group=16)
     for name in SCORES:
         for n in (5, 10, 20, 50, 200):
             yield from mean_rows(name, n, draws)

@@ -40,6 +40,7 @@ class Mutant:
 PROBES, BOUNDS = "ingest/concept/probes.py", "ingest/attribution/bounds.py"
 RANKINGS, SCORES = "ingest/attribution/rankings.py", "ingest/attribution/scores.py"
 MACROS, UNCERTAINTY, STAGED_RUN = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/staged_run.py"
+CURVES = "analysis/curves.py"
 IMPORTS, INSPECTION = "warehouse/imports.py", "warehouse/inspection.py"
 STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
 KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
@@ -186,6 +187,17 @@ MUTANTS = [
     Mutant(UNCERTAINTY, "np.stack([1 + (resampled >", "np.stack([0 + (resampled >", "tests/test_uncertainty.py"),
     Mutant(UNCERTAINTY, "return min(1.0, 2 * float(", "return min(1.0, float(", "tests/test_uncertainty.py"),
     Mutant(UNCERTAINTY, "rng.integers(n, size=n)", "rng.permutation(n)", "tests/test_uncertainty.py"),
+    Mutant(UNCERTAINTY, "MIN_PROMPTS = 5", "MIN_PROMPTS = 4", "tests/test_uncertainty.py"),
+    Mutant(UNCERTAINTY, "np.sum(flipped >= largest)", "np.sum(flipped > largest)", "tests/test_uncertainty.py"),
+    Mutant(CURVES, "if p_value < SURE:", "if curve.max() > level:", "tests/test_uncertainty.py"),
+    Mutant(CURVES, "if none > 0.5 or", "if none > 1 or", "tests/test_uncertainty.py"),
+    Mutant(
+        MACROS,
+        "CASE WHEN beats_baseline(best_accuracy, baseline_accuracy, n_test)",
+        "CASE WHEN true",
+        "tests/test_queries.py",
+    ),
+    Mutant(MACROS, "WHEN 'default' THEN 'logistic-raw'", "WHEN 'default' THEN 'logistic'", "tests/test_queries.py"),
     # The warehouse
     Mutant(
         STAGED_RUN,

@@ -460,7 +460,7 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_as_it_is(
     (warehouse / "warehouse.json").write_text('{"schema_version": 99}')
     before = tree(warehouse)
     result = ingest_tiny(warehouse) if command == "ingest" else run_kdb(command, "--warehouse", warehouse)
-    assert "was written by a newer kdb (schema 99, this one knows 4). Upgrade kdb" in refusal(result)
+    assert "was written by a newer kdb (schema 99, this one knows 5). Upgrade kdb" in refusal(result)
     assert tree(warehouse) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from helpers.synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
 from test_queries import BEYOND_PROBES
 
 from kdb.analysis import figures
+from kdb.analysis.captions import CAVEAT
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.save import save
 from kdb.analysis.style import Look, look_of
@@ -72,6 +74,40 @@ def test_every_figure_is_drawn_from_rows_and_has_a_title(small: Warehouse, name:
     drawn = spec(figures.chart(small, name, **given_for(name)))
     assert drawn["title"]["text"] == FIGURES[name].title
     assert find_query(FIGURES[name].query)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_that_shows_j_or_c_says_what_they_are_worth(small: Warehouse, name: str) -> None:
+    columns = set(figures.frame(small, name, **given_for(name)).columns)
+    shown = {"jump", "converging", "jump_percent", "converging_percent", "moved_percent"} & columns
+    assert bool(shown) == ("".join(CAVEAT.split()) in "".join(FIGURES[name].marks.split()))
+
+
+def test_curves_stand_beside_the_best_baseline_of_their_split(small: Warehouse) -> None:
+    frame = figures.frame(small, "depth-curves", model="tiny-a", dataset="cities")
+    best = small.query("baselines", model="tiny-a", dataset="cities")["accuracy"][0]
+    assert frame["baseline_accuracy"].unique().to_list() == [best]
+    assert frame["split"].unique().to_list() == ["grouped"]
+    drawn = json.dumps(spec(figures.chart(small, "depth-curves", model="tiny-a", dataset="cities")))
+    assert '"field": "baseline_accuracy"' in drawn
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "auc"])
+def test_metrics_have_their_intervals(small: Warehouse, metric: str) -> None:
+    frame = figures.frame(small, "depth-curves", metric=metric)
+    low, high = frame[f"{metric}_low"], frame[f"{metric}_high"]
+    assert (low <= frame[metric]).all()
+    assert (frame[metric] <= high).all()
+    assert f'"field": "{metric}_low"' in json.dumps(spec(figures.chart(small, "depth-curves", metric=metric)))
+
+
+def test_the_axis_of_curves_begins_just_below_what_is_drawn(small: Warehouse) -> None:
+    frame = figures.frame(small, "depth-curves")
+    domains = re.findall(r'"domain": \[(0\.\d+), (\d\.\d+)\]', json.dumps(spec(figures.chart(small, "depth-curves"))))
+    low, high = map(float, domains[0])
+    least = min(frame[name].min() for name in ("accuracy_low", "baseline_accuracy", "zero_shot"))  # type: ignore[type-var]
+    assert 0 <= least - low < 0.05  # type: ignore[operator]
+    assert high <= 1.05
 
 
 @pytest.mark.parametrize("name", sorted(set(FIGURES) - {"hidden-states", "prompt-story"}))

@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from helpers.synthetic import Concept, Model, build
 
+from kdb.analysis.captions import CAVEAT
 from kdb.analysis.report import Report, command
 from kdb.analysis.report import build as build_report
 from kdb.cli import main
@@ -72,6 +73,19 @@ def test_every_table_and_figure_names_the_command_that_makes_it_again(report: Re
 def test_a_report_of_everything_misses_nothing(report: Report) -> None:
     assert report.missing == []
     assert report.models == ["tiny-a", "tiny-b"]
+
+
+def test_tables_of_j_and_c_say_what_they_are_worth_and_where_probes_disagree(report: Report) -> None:
+    items = {item.title: item for item in report.chapters["Concept depth"] if item.frame is not None}
+    for item in items.values():
+        assert item.frame is not None
+        if {"jump_percent", "point"} & set(item.frame.columns):
+            assert CAVEAT in item.note
+    measures, points = items["Measures of depth"].frame, items["J and C of every probe"].frame
+    assert measures is not None
+    assert points is not None
+    assert {"n_test", "best_layers", "depth_90_percent", "p_beats_baseline", "p_any_rise"} <= set(measures.columns)
+    assert {"logistic", "logistic-raw", "logistic-paper", "agree"} <= set(points.columns)
 
 
 def test_markdown_holds_the_tables_alone_and_each_row_has_all_cells(small: Warehouse) -> None:

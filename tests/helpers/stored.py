@@ -32,9 +32,13 @@ needs_shell = pytest.mark.skipif(SHELL is None, reason="duckdb-cli is not instal
 Rows = Sequence[Mapping[str, Any]]
 
 
+def _is_default(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"is_default": (row.get("classifier"), row.get("split")) == ("logistic", "paper")}
+
+
 OF_TODAY: dict[str, Any] = {
-    "probe_scores": lambda _row: {"f1_paper": 0.5},
-    "probe_predictions": lambda row: {"is_default": (row.get("classifier"), row.get("split")) == ("logistic", "paper")},
+    "probe_scores": lambda row: {"f1_paper": 0.5, **_is_default(row)},
+    "probe_predictions": _is_default,
 }
 """Columns by which rows of probes are told from those of an older kdb, whose names meant something else."""
 
