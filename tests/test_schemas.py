@@ -32,6 +32,17 @@ OLDER = range(OLDEST_SCHEMA, SCHEMA_VERSION)
 REQUIRED: dict[str, Any] = {"model": "tiny", "dataset": "facts", "prompt": 0, "neuron": "f0_1", "layer": 0, "head": 0}
 
 
+NEW_TABLES = ("baselines", "baseline_predictions", "probe_weights", "probe_transfer")
+UNKNOWN_THEN = {
+    *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),
+    *(f"{kind}{table}" for kind in ("table ", "current ", "scan ") for table in NEW_TABLES),
+}
+"""Questions that an older warehouse has no rows for."""
+
+OLDER_NAMES = {("logistic-raw", "label-0-first"), ("logistic-paper", "label-0-first")}
+"""What the classifiers and the split `paper` of older runs are called today."""
+
+
 def unpacked(version: int, folder: Path) -> Path:
     with zipfile.ZipFile(FOLDER / f"schema-{version}.zip") as packed:
         packed.extractall(folder)
@@ -63,23 +74,35 @@ def test_there_is_a_warehouse_of_every_older_schema() -> None:
 def test_every_query_reads_an_older_warehouse_as_it_is(old: Path) -> None:
     opened = kdb.open(old)
     found = answers(opened)
-    assert {name for name, rows in found.items() if not rows} <= {"depth-by-step", "scores-by-step", "families-at-size"}
+    assert {name for name, rows in found.items() if not rows} <= UNKNOWN_THEN
     assert all(folder.path.is_dir() for folder in opened.storage.run_folders())
     assert {opened.storage.manifest(folder).schema_version for folder in opened.storage.run_folders()} == {
         opened.storage.local.schema_version
     }
     missing = opened.sql("SELECT weights_dtype, imported_from FROM models JOIN runs USING (model, dataset, run)")
-    assert set(missing.rows()) == {(None, None)}
+    assert {row[1] for row in missing.rows()} == {None}
+    assert opened.sql("SELECT count(f1_paper), count(c) FROM probe_scores").row(0) == (0, 0)
 
 
 def test_the_shell_reads_an_older_warehouse(old: Path) -> None:
     kdb.open(old)
     with duckdb.connect(old / "kdb.duckdb", read_only=True) as shell:
-        assert shell.sql("SELECT count(*), count(is_default) FROM probe_scores").fetchone() == (
-            kdb.open(old).sql("SELECT count(*) FROM probe_scores").item(),
-            0,
-        )
+        read = "SELECT DISTINCT classifier, split, is_default FROM {} ORDER BY ALL"
+        for table in ("probe_scores", "probe_predictions"):
+            rows = shell.sql(read.format(table)).fetchall()
+            assert rows == kdb.open(old).sql(read.format(table)).rows()
+            assert {row[:2] for row in rows} >= OLDER_NAMES
+            assert [row[:2] for row in rows if row[2]] == [("logistic-raw", "label-0-first")]
         assert shell.sql("SELECT count(*) FROM current.probe_scores").fetchall()[0][0] > 0
+
+
+def test_older_probes_have_todays_names_in_sql_and_in_polars(old: Path) -> None:
+    opened = kdb.open(old)
+    for table in ("probe_scores", "probe_predictions"):
+        read = opened.sql(f"FROM {table} ORDER BY ALL")
+        assert opened.scan(table, everything=True).collect().sort(read.columns).rows() == read.sort(read.columns).rows()
+    told = "SELECT DISTINCT control_accuracy, selectivity, shuffled_accuracy IS NULL FROM probe_scores"
+    assert opened.sql(told).rows() == [(None, None, False)]
 
 
 def test_migration_keeps_every_row_and_answer_and_leaves_no_older_run(old: Path, run_kdb: RunKdb) -> None:
@@ -87,16 +110,18 @@ def test_migration_keeps_every_row_and_answer_and_leaves_no_older_run(old: Path,
     result = run_kdb("migrate", "--warehouse", old)
     assert result.exit_code == 0, result.output
     assert f"{len(runs)} runs migrated." in result.stdout
-    assert "models.weights_dtype" in result.stderr  # told as what only a new measurement can give
+    assert "probe_scores.balanced_accuracy" in result.stderr  # told as what only a new measurement can give
     opened = kdb.open(old)
-    assert {folder.run for folder in opened.storage.run_folders()} == runs
     assert migration.older(opened.storage) == []
     assert list(opened.storage.verify()) == []
-    after = answers(opened)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"table probe_scores", "current probe_scores", "scan probe_scores"}  # is_default is known now
-    defaults = "SELECT classifier, split, count(*) FROM probe_scores WHERE is_default GROUP BY ALL"
-    assert {row[:2] for row in opened.sql(defaults).rows()} == {("logistic", "paper")}
+    refitted = {folder.run for folder in opened.storage.run_folders()} - runs
+    for run in refitted:
+        assert opened.sql("SELECT DISTINCT split FROM probe_scores WHERE run = ? AND is_default", [run]).rows() == [
+            ("paper",)
+        ]
+        opened.storage.remove(run)
+    after = answers(kdb.open(old))
+    assert {name for name in before if before[name] != after[name]} == set()
     assert run_kdb("migrate", "--warehouse", old).stdout.startswith("Nothing to migrate: ")
 
 
@@ -131,11 +156,11 @@ def test_what_is_measured_into_an_older_warehouse_stands_beside_its_runs(
     assert run_kdb("ingest", *arguments).exit_code == 0
     opened = kdb.open(old)
     assert json.loads((old / "warehouse.json").read_text())["schema_version"] == SCHEMA_VERSION
-    told = dict(opened.sql("SELECT model, count(weights_dtype) FROM models GROUP BY model").rows())
+    told = dict(opened.sql("SELECT model, count(first_label) FROM datasets GROUP BY model").rows())
     assert told == {"another": 1, "tiny": 0}
     assert set(before) < set(opened.sql("SELECT run FROM runs")["run"])
     with duckdb.connect(old / "kdb.duckdb", read_only=True) as shell:
-        assert dict(shell.sql("SELECT model, count(weights_dtype) FROM models GROUP BY model").fetchall()) == told
+        assert dict(shell.sql("SELECT model, count(first_label) FROM datasets GROUP BY model").fetchall()) == told
 
 
 def test_a_warehouse_that_cannot_be_written_is_read_as_it_is(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,9 @@ class FolderStorage(Storage):
         if {version, *self._schema_versions(folders)} == {SCHEMA_VERSION}:
             return None
         lake = folders[0].path.parents[2] if folders else self.local.lake
-        files = {version: {table: [str(empty_file(lake, table))] for table in TABLES}}
+        # A warehouse that cannot be written to has none for tables that are newer than it.
+        empty = {table: empty_file(lake, table) for table in TABLES}
+        files = {version: {table: [str(path)] for table, path in empty.items() if path.exists()}}
         for folder in folders:
             manifest = self.manifest(folder)
             tables = files.setdefault(manifest.schema_version, {})
