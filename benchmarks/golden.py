@@ -58,23 +58,37 @@ def compare(warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, 
     expected = golden["datasets"][dataset]["sites"][site]
     n_test = golden["datasets"][dataset]["n_test"]
     found = {
-        name: warehouse.query("layer-accuracy", run=run, site=site, classifier=name).sort("layer")
-        for name in ("logistic", "logistic-paper")
+        name: warehouse.query("layer-accuracy", run=run, site=site, classifier=name, split="paper").sort("layer")
+        for name in ("logistic-raw", "logistic-paper")
     }
     optimum = expected["plain_optimum"]
-    prompts = n_test * _largest(found["logistic"]["accuracy"], optimum["accuracy"])
-    auc = _largest(found["logistic"]["auc"], optimum["auc"])
+    prompts = n_test * _largest(found["logistic-raw"]["accuracy"], optimum["accuracy"])
+    auc = _largest(found["logistic-raw"]["auc"], optimum["auc"])
     paper = _largest(found["logistic-paper"]["accuracy"], expected["plain"]["accuracy"])
     depth = warehouse.query("concept-depth", run=run, site=site).row(0, named=True)
     problems = [
         f"accuracy off by {prompts:.1f} test prompts" if prompts > 2.01 else "",
         f"AUC off by {auc:.4f}" if auc > 0.003 else "",
         f"logistic-paper off by {paper:.3f}" if paper > PAPER_NOISE else "",
-        "a fit did not converge" if not found["logistic"]["converged"].all() else "",
+        "a fit did not converge" if not found["logistic-raw"]["converged"].all() else "",
         *(_depth_problem(optimum, depth, *which) for which in (("J", "jump_layer"), ("C", "converging_layer"))),
     ]
     layers = f"J {depth['jump_layer']}, C {depth['converging_layer']}"
     return Difference(model, dataset, site, prompts, auc, paper, layers, tuple(filter(None, problems)))
+
+
+def compare_published(warehouse: Warehouse, run: str, golden: dict[str, Any], dataset: str, site: str) -> list[str]:
+    """Return what is too far off on the published split: of ``logistic-raw``, at every layer of a site."""
+    whole = golden["datasets"][dataset]
+    expected = whole["sites"][site]
+    scores = warehouse.table("probe_scores", everything=True).filter(
+        run=run, site=site, classifier="logistic-raw", split="paper"
+    )
+    scores = scores.sort("layer")
+    allowed = {"accuracy": 2.01 / whole["n_test"], "auc": 0.003, "f1_paper": 0.01, "f1": 0.01}
+    names = {"f1_paper": "f1_published", "f1": "f1_label_1"}
+    off = {column: _largest(scores[column], expected[names.get(column, column)]) for column in allowed}
+    return [f"{column} off by {off[column]:.4f}" for column in allowed if off[column] > allowed[column]]
 
 
 def _largest(found: Any, expected: list[float]) -> float:
@@ -87,12 +101,18 @@ def _depth_problem(optimum: dict[str, Any], depth: dict[str, Any], symbol: str, 
     return "" if near or depth[column] == wanted else f"{symbol} at layer {depth[column]}, expected {wanted}"
 
 
-def measure(warehouse: Warehouse, model: str, dataset: str, golden_dir: Path, data: Path) -> str:
-    """Ingest one model on one dataset as the golden values were made; returns the run."""
+def measure(
+    warehouse: Warehouse, model: str, dataset: str, golden_dir: Path, data: Path, *, published: bool = False
+) -> str:
+    """Ingest one model on one dataset as the golden values were made; returns the run.
+
+    Those of the published split have the published order, the others all prompts of label 0 first.
+    """
     template = json.loads((golden_dir / "templates.json").read_text())[dataset]
     texts = load_dataset(dataset, data_dir=data, template=template, limit=LIMITS[dataset])
     # Without groups there is no grouped split, of which there are no golden values.
     texts = replace(texts, examples=tuple(replace(example, group=None) for example in texts.examples))
+    texts = texts if published else replace(texts, first_label=0)
     job = Job(find_model(MODELS[model]), texts, Measuring(limit=LIMITS[dataset]), Probing(), custom_template=True)
     return ingest(warehouse.storage, job, functools.partial(_load, model)).run
 
@@ -117,6 +137,19 @@ def concept(model: str, golden_dir: Path, data: Path) -> bool:
                 verdict = "; ".join(d.problems) or "ok"
                 numbers = f"{d.prompts:12.1f} {d.auc:8.5f} {d.paper:7.4f}"
                 print(f"{model:8} {dataset:9} {site:11} {numbers}  {d.depth}  {verdict}", flush=True)
+        agreed &= model != "smollm2" or _published(warehouse, golden_dir, data)
+    return agreed
+
+
+def _published(warehouse: Warehouse, golden_dir: Path, data: Path) -> bool:
+    """Measure SmolLM2 on the published split and print a row per dataset and site; tells whether all agree."""
+    golden, agreed = json.loads((golden_dir / "published_split_smollm2.json").read_text()), True
+    for dataset in golden["datasets"]:
+        run = measure(warehouse, "smollm2", dataset, golden_dir, data, published=True)
+        for site in SITES:
+            problems = compare_published(warehouse, run, golden, dataset, site)
+            agreed &= not problems
+            print(f"smollm2  {dataset:9} {site:11} published split: {'; '.join(problems) or 'ok'}", flush=True)
     return agreed
 
 

@@ -18,17 +18,24 @@ import golden_attribution
 FIXTURES = {"smollm2": "smollm2_135m", "gemma3": "gemma_3_270m"}
 
 
-@pytest.mark.parametrize(("model", "dataset"), [("smollm2", "cities"), ("gemma3", "cities")])
-def test_every_layer_agrees_with_the_golden_values(
-    model: str, dataset: str, shared: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    request.getfixturevalue(FIXTURES[model])  # skips if absent
+def test_every_layer_agrees_with_the_golden_values(gemma_3_270m: object, shared: Path, tmp_path: Path) -> None:
+    del gemma_3_270m  # skips if absent
     warehouse = Warehouse.create(tmp_path / "w")
-    run = golden.measure(warehouse, model, dataset, shared / "golden", shared / "data/concept_depth")
-    expected = json.loads((shared / f"golden/concept_depth_{model}.json").read_text())
+    run = golden.measure(warehouse, "gemma3", "cities", shared / "golden", shared / "data/concept_depth")
+    expected = json.loads((shared / "golden/concept_depth_gemma3.json").read_text())
     for site in golden.SITES:
-        found = golden.compare(warehouse, run, expected, model, dataset, site)
+        found = golden.compare(warehouse, run, expected, "gemma3", "cities", site)
         assert found.problems == (), found
+
+
+def test_every_layer_agrees_on_the_published_split(smollm2_135m: object, shared: Path, tmp_path: Path) -> None:
+    del smollm2_135m  # skips if absent
+    warehouse = Warehouse.create(tmp_path / "w")
+    data = shared / "data/concept_depth"
+    run = golden.measure(warehouse, "smollm2", "cities", shared / "golden", data, published=True)
+    expected = json.loads((shared / "golden/published_split_smollm2.json").read_text())
+    for site in golden.SITES:
+        assert golden.compare_published(warehouse, run, expected, "cities", site) == []
 
 
 @pytest.mark.parametrize(("model", "n"), [("smollm2", 3), ("gemma3", 2)])

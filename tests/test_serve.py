@@ -315,7 +315,7 @@ def test_an_answer_beyond_a_limit_is_refused_and_the_next_one_comes(client: http
 
 
 def test_a_question_beyond_the_time_limit_is_refused_and_those_that_wait_are_bounded() -> None:
-    with served("--demo", "--workers", "1", "--queue", "1", "--seconds", "3") as running, running.client() as asking:
+    with served("--demo", "--workers", "1", "--queue", "1", "--seconds", "8") as running, running.client() as asking:
         statuses: list[httpx.Response] = []
 
         def ask(number: int) -> None:
@@ -328,7 +328,7 @@ def test_a_question_beyond_the_time_limit_is_refused_and_those_that_wait_are_bou
             thread.join()
         assert sorted(response.status_code for response in statuses) == [400, 400, 503, 503]
         refused = next(response for response in statuses if response.status_code == 400)
-        assert "exceeds the time limit of 3 s" in refused.json()["error"]
+        assert "exceeds the time limit of 8 s" in refused.json()["error"]
         turned_away = next(response for response in statuses if response.status_code == 503)
         assert turned_away.headers["retry-after"] == "2"
         # Again while a worker that takes the place of another one is slower than a question may be.
