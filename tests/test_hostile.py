@@ -248,6 +248,13 @@ REFUSED = [
     "(" * 20_000,
 ]
 
+
+@pytest.mark.parametrize("statement", ["DROP VIEW runs", "COPY runs TO 'x'", "SET threads = 1"])
+def test_what_does_not_read_is_refused_as_such(client: httpx.Client, statement: str) -> None:
+    error = client.post("/api/sql", json={"sql": statement}).json()["error"]
+    assert re.match(rf"kdb sql only reads: {statement.split()[0]}\w* is refused", error), error
+
+
 STOPPED = [
     "WITH RECURSIVE t(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM t) SELECT max(i) FROM t",
     "WITH RECURSIVE t(x) AS (SELECT 'x' UNION ALL SELECT x || x FROM t) SELECT count(*) FROM t",

@@ -108,6 +108,11 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert events == [written, f"{written} is {tmp_path / 'a.json'}"]
 
 
+def test_a_run_whose_id_is_not_that_of_its_identity_is_not_begun(lake: FolderStorage) -> None:
+    with pytest.raises(AssertionError, match="does not follow from its identity"):
+        lake.stage(RUN, "tiny", "weather", identity={"study": "concept"}).__enter__()
+
+
 def test_a_run_is_invisible_until_it_is_committed(lake: FolderStorage) -> None:
     with lake.stage(RUN, "tiny", "weather") as staged:
         write_part(staged, "part-00000")
