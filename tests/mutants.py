@@ -38,6 +38,7 @@ class Mutant:
 
 
 PROBES, BOUNDS = "ingest/concept/probes.py", "ingest/attribution/bounds.py"
+LOGISTIC, METRICS = "ingest/concept/logistic.py", "ingest/concept/metrics.py"
 RANKINGS, SCORES = "ingest/attribution/rankings.py", "ingest/attribution/scores.py"
 MACROS, UNCERTAINTY, STAGED_RUN = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/staged_run.py"
 CURVES = "analysis/curves.py"
@@ -50,26 +51,32 @@ MUTANTS = [
     # Files
     Mutant("warehouse/files.py", "        sync(partial)\n", "", "tests/test_lake.py"),
     # The probe's solver
-    Mutant(PROBES, "return 2 * radius * float(", "return radius * float(", "tests/test_probes.py"),
-    Mutant(PROBES, "penalty[-1] = 0.0", "penalty[-1] = 1.0", "tests/test_probes.py"),
-    Mutant(PROBES, "return self.slack <= TOLERANCE", "return True", "tests/test_probes.py"),
-    Mutant(PROBES, "gradient = penalty * w + A.T @ (p - y)", "gradient = A.T @ (p - y)", "tests/test_probes.py"),
-    Mutant(PROBES, "w[-1] * design.radius - design.mean @ coef", "w[-1] * design.radius", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "return 2 * radius * float(", "return radius * float(", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "penalty[-1] = 0.0", "penalty[-1] = 1.0", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "return self.slack <= TOLERANCE", "return True", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "gradient = penalty * w + A.T @ (p - y)", "gradient = A.T @ (p - y)", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "w[-1] * design.radius - design.mean @ coef", "w[-1] * design.radius", "tests/test_probes.py"),
     Mutant(PROBES, "PAPER_SEED = 42", "PAPER_SEED = 43", "tests/test_probes.py"),
     Mutant(PROBES, "TEST_SHARE = 0.4", "TEST_SHARE = 0.5", "tests/test_probes.py"),
     Mutant(
         PROBES,
-        "return _Reading(decision > 0, decision",
-        "return _Reading(decision > 1, decision",
+        "return _Reading(decision > 0, decision, fit.converged, fit.n_iter, fit.coef, fit.intercept)",
+        "return _Reading(decision > 1, decision, fit.converged, fit.n_iter, fit.coef, fit.intercept)",
         "tests/test_probes.py",
     ),
     Mutant(PROBES, "if not np.isfinite(X).all():", "if False:", "tests/test_probes.py"),
+    Mutant(PROBES, "0 < labels[rows].mean() < 1 for rows", "labels[rows].mean() <= 1 for rows", "tests/test_probes.py"),
+    Mutant(PROBES, "% 2)[group_of]", "% 2)[np.arange(len(group_of)) % len(names)]", "tests/test_probes.py"),
+    Mutant(PROBES, "np.argsort(y != first_label, kind", "np.argsort(y, kind", "tests/test_probes.py"),
+    Mutant(PROBES, "read(labels[split.train], reading.c)", "read(labels[split.train], None)", "tests/test_probes.py"),
+    Mutant(PROBES, "score.f1_of_0 if task.first_label == 1 else score.f1", "score.f1", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "self.rows /= self.scale or 1.0", "pass", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "np.flatnonzero(~held_out)", "np.arange(len(held_out))", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "least = int(np.argmin(losses))", "least = int(np.argmax(losses))", "tests/test_probes.py"),
     Mutant(
-        PROBES,
-        "if all(0 < drawn[rows].mean() < 1 for split in splits",
-        "if all(drawn[rows].mean() <= 1 for split in splits",
-        "tests/test_probes.py",
+        METRICS, "wilson_interval(share, n / max(effect, 1.0))", "wilson_interval(share, n)", "tests/test_probes.py"
     ),
+    Mutant(METRICS, "(ranks[y] - rankdata(values[y])) / n_zero", "ranks[y] / n_zero", "tests/test_probes.py"),
     # The proof
     Mutant(BOUNDS, "least = (known - slack).topk(k", "least = known.topk(k", PROVED),
     Mutant(BOUNDS, "bound = upper + slack", "bound = upper - slack", PROVED),
