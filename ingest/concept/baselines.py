@@ -61,8 +61,8 @@ def tokens_of(text: str) -> list[str]:
 def fit_baselines(texts: Sequence[str], n_tokens: Sequence[int], task: Task) -> list[Baseline]:
     """Fit every baseline on every split of the texts (n,), which have ``n_tokens`` (n,) in the model.
 
-    ``words`` is a logistic regression on which tokens a text has, ``token-count`` one on their number; C is chosen as
-    for the probe ``logistic``, from the same grid by the same folds.
+    ``words`` is a logistic regression on how often a text has each token, ``token-count`` one on their number; C is
+    chosen as for the probe ``logistic``, from the same grid by the same folds.
     """
     words, counts = np.asarray(texts, dtype=object), np.log1p(np.asarray(n_tokens, dtype=np.float64))[:, None]
     return [
@@ -82,7 +82,7 @@ def _majority(split: Split, task: Task) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _words() -> tuple[Any, ...]:
-    return CountVectorizer(tokenizer=tokens_of, token_pattern=None, lowercase=False, binary=True), MaxAbsScaler()
+    return CountVectorizer(tokenizer=tokens_of, token_pattern=None, lowercase=False), MaxAbsScaler()
 
 
 def _fitted(features: tuple[Any, ...], X: NDArray[Any], split: Split, task: Task) -> tuple[NDArray[Any], NDArray[Any]]:
