@@ -1,9 +1,9 @@
 """A worked analysis: from a table to a figure in Polars, and the same numbers in SQL.
 
-The question: how much of what a probe reads at each depth is knowledge, and how much could it learn by heart? A probe
-that is fitted to shuffled labels shows the second; what is left is the selectivity (Hewitt and Liang, 2019).
+The question: at what depth does a probe read more than the words of the text tell? The best baseline, which sees the
+text and not the model, shows what the words tell; what is left is the margin.
 
-    python docs/worked_analysis.py kdb-warehouse        # writes selectivity.html
+    python docs/worked_analysis.py kdb-warehouse        # writes margin.html
 
 Needs a warehouse with probe scores: `kdb ingest --model smollm2-135m --dataset world-cities`.
 """
@@ -17,19 +17,23 @@ import kdb
 
 wh = kdb.open(sys.argv[1] if len(sys.argv) > 1 else "kdb-warehouse")
 
-# 1. A table as a LazyFrame: the newest plain run of each model and dataset, with the default classifier and split.
+# 1. Tables as LazyFrames: the newest plain run of each model and dataset, with the default classifier and split.
 # Nothing is read yet, and of the files only what the filters leave.
+best = wh.scan("baselines").group_by("model", "dataset", "run").agg(baseline=pl.col("accuracy").max())
 curves = (
     wh.scan("probe_scores")
     .filter(site="resid_post")
-    .select("model", "dataset", "layer", "depth", "accuracy", "control_accuracy", "selectivity")
+    .join(best, on=["model", "dataset", "run"])
+    .select(
+        "model", "dataset", "layer", "depth", "accuracy", "baseline", margin=pl.col("accuracy") - pl.col("baseline")
+    )
     .sort("model", "dataset", "layer")
     .collect()
 )
 
-# 2. An answer: the first layer at which nine tenths of the best selectivity are reached.
+# 2. An answer: the first layer at which nine tenths of the largest margin are reached.
 answer = (
-    curves.filter(pl.col("selectivity") >= 0.9 * pl.col("selectivity").max().over("model", "dataset"))
+    curves.filter(pl.col("margin") >= 0.9 * pl.col("margin").max().over("model", "dataset"))
     .group_by("model", "dataset")
     .agg(pl.col("layer").min())
     .sort("model", "dataset")
@@ -41,11 +45,14 @@ in_sql = wh.sql(
     """
     SELECT model, dataset, min(layer) AS layer
     FROM (
-        SELECT *, max(selectivity) OVER (PARTITION BY model, dataset) AS best
+        SELECT *, accuracy - baseline AS margin, max(accuracy - baseline) OVER (PARTITION BY model, dataset) AS best
         FROM current.probe_scores
+        JOIN (
+            SELECT model, dataset, run, max(accuracy) AS baseline FROM current.baselines GROUP BY ALL
+        ) USING (model, dataset, run)
         WHERE site = 'resid_post'
     )
-    WHERE selectivity >= 0.9 * best
+    WHERE margin >= 0.9 * best
     GROUP BY model, dataset
     ORDER BY model, dataset
     """
@@ -54,7 +61,7 @@ print("the same in SQL:", in_sql.equals(answer))
 
 # 4. A figure. In Jupyter and marimo, `chart` alone at the end of a cell shows it.
 chart = (
-    alt.Chart(curves.unpivot(["accuracy", "control_accuracy"], index=["model", "dataset", "layer"]))
+    alt.Chart(curves.unpivot(["accuracy", "baseline"], index=["model", "dataset", "layer"]))
     .mark_line()
     .encode(
         alt.X("layer:Q", title="layer"),
@@ -65,4 +72,4 @@ chart = (
     )
     .facet("model:N", columns=3)
 )
-chart.save("selectivity.html", inline=True)  # inline: the page works offline
+chart.save("margin.html", inline=True)  # inline: the page works offline

@@ -150,7 +150,7 @@ def test_documented_python_runs(folder: Path) -> None:
 def test_the_worked_analysis_runs(folder: Path) -> None:
     result = run(f"{sys.executable} {ROOT / 'docs/worked_analysis.py'} kdb-warehouse", folder)
     assert result.returncode == 0, result.stderr
-    assert (folder / "selectivity.html").exists()
+    assert (folder / "margin.html").exists()
     assert "the same in SQL: True" in result.stdout
 
 
