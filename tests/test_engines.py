@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -87,7 +88,8 @@ def _script(engine: str) -> str:
 def _run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = folder / "script.py"
     path.write_text(script)
-    return subprocess.run([sys.executable, path.name], cwd=folder, capture_output=True, text=True, timeout=180)
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # not the cluster of another test
+    return subprocess.run([sys.executable, path.name], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -284,8 +284,8 @@ def lake(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(measured: Path) -> Iterator[Served]:
-    # No statement that is refused or ordinary takes so long on any machine.
-    with served("--warehouse", measured, "--seconds", "300", "--memory", "0.25") as running:
+    # No statement that is refused or ordinary takes so long, or so much memory, on any machine.
+    with served("--warehouse", measured, "--seconds", "300", "--memory", "1") as running:
         yield running
 
 
