@@ -86,14 +86,15 @@ def _curve(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]
         level = alt.Y("baseline_accuracy:Q", title=METRICS[metric])
         layers.append(base.mark_line(strokeWidth=0.7, opacity=0.8).encode(y=level, color=encodings["color"]))
     layers.append(base.mark_line(strokeWidth=1.6).encode(y=y, tooltip=tooltip, **encodings))
-    return layers + _marks(base.encode(y=y, color=encodings["color"], tooltip=tooltip))
+    return layers + _marks(base.encode(y=y, color=encodings["color"], tooltip=tooltip), frame)
 
 
-def _marks(base: Any) -> list[Any]:
-    """Mark the best layer, depth_90, J and C of each line."""
+def _marks(base: Any, frame: pl.DataFrame) -> list[Any]:
+    """Mark the best layer, depth_90, J and C of each line; a kind that no line has would be an empty group."""
     return [
         base.mark_point(shape=shape, filled=filled, size=size, opacity=1).transform_filter(f"datum.{name}")
         for name, shape, filled, size in _MARKED
+        if frame[name].any()
     ]
 
 

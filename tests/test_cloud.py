@@ -16,6 +16,7 @@ from click.testing import Result
 from helpers.killing import Writers, kill_writers
 from helpers.object_store import CUT, KEY, LOSE, SECRET, ObjectStore, extension, object_store
 from helpers.served import served
+from helpers.tiny_llama import ASK_OPTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +88,7 @@ def read(seen: list[str]) -> list[str]:
 def test_an_ingest_into_a_bucket_stores_what_one_into_a_folder_does(
     store: ObjectStore, measured: Path, tiny_model: Path, user_dataset: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, "--warehouse", URL]
+    arguments = ["ingest", "--model", tiny_model, "--dataset", user_dataset, *ASK_OPTIONS, "--warehouse", URL]
     assert run_kdb(*arguments).exit_code == 0
     forget()
     assert kdb.open(URL).sql(SUMS).equals(kdb.open(measured).sql(SUMS))

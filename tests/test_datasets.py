@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb.errors import DatasetError, UnknownNameError
-from kdb.ingest.concept.probes import make_splits, wilson_interval
+from kdb.ingest.concept.metrics import wilson_interval
+from kdb.ingest.concept.probes import make_splits
 from kdb.ingest.datasets import Dataset, Example, available_datasets, fetch, load_dataset, prompts
 from kdb.ingest.datasets.builtin import BUILT_IN
 from kdb.ingest.datasets.paper import PAPER_DATASETS
@@ -235,7 +236,7 @@ def test_nothing_but_the_meaning_tells_the_labels_of_a_built_in_dataset(name: st
     dataset = load_dataset(name)
     labels, groups = [e.label or 0 for e in dataset.examples], [e.group for e in dataset.examples if e.group]
     split = make_splits(labels, groups=groups or None)[-1]
-    low, high = wilson_interval(len(split.test) // 2, len(split.test))
+    low, high = wilson_interval(0.5, len(split.test))
     for reader, guessed in guesses(dataset, split.train.tolist(), split.test.tolist()).items():
         right = sum(guess == labels[i] for guess, i in zip(guessed, split.test, strict=True)) / len(split.test)
         assert low <= right <= high, (reader, right)

@@ -91,6 +91,7 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "shared").symlink_to(ROOT.parent / "shared")
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
+    (work / "statements.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "facts.csv").write_text(FACTS)
     (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")
     (root / "bin").mkdir()
@@ -108,7 +109,7 @@ def with_few_facts(command: str) -> str:
         return f"{command} --dataset world-cities --dataset coinflip-synthetic --dataset facts.csv"
     if command.startswith("kdb compare"):
         return 'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "FROM runs SELECT run LIMIT 2")'
-    command = command.replace("--dataset cities", "--dataset cities --limit 12").replace("--limit 100", "--limit 4")
+    command = command.replace("--dataset cities", "--dataset cities --limit 12").replace("--limit 100", "--limit 12")
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"
     return command.replace("--dataset knowledge", f"--dataset {few}")
 

@@ -254,7 +254,8 @@ def test_a_command_that_is_interrupted_at_some_step_leaves_every_run_whole_and_c
         seen = ask(opened)
         assert all(seen.get(run) in (before.get(run), after.get(run)) for run in {*before, *after, *seen})
         assert list(opened.storage.verify()) == []
-        assert not staged_parquet(folder) or (kind == "import" and number == signal.SIGKILL)
+        # A killed import leaves copies; migrate leaves probes in progress, which the same command resumes.
+        assert not staged_parquet(folder) or kind == "migrate" or (kind == "import" and number == signal.SIGKILL)
         if seen != after or staged_parquet(folder):
             assert run_kdb(*given).exit_code == 0
         assert ask(Warehouse(folder)) == after

@@ -760,7 +760,7 @@ def test_both_studies_of_one_model_and_dataset_live_side_by_side(
     assert asked(run_kdb, warehouse, "concept-depth") == depth
     assert len(asked(run_kdb, warehouse, "top-heads")) == 3 * LAYERS * HEADS
     assert len(asked(run_kdb, warehouse, "kept-prompts")) == 3
-    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 8, "knowledge": 11}
+    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 10, "knowledge": 11}
     assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 2 runs are as they were committed.\n"
 
 

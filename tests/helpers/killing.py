@@ -31,7 +31,7 @@ SELECT r.run, count(a.prompt_id) AS vectors, any_value(d.n_prompts) * any_value(
 FROM runs r JOIN models m USING (run) JOIN datasets d USING (run) LEFT JOIN activations a USING (run)
 GROUP BY r.run HAVING vectors <> expected_vectors
 UNION ALL
-SELECT r.run, count(p.layer) AS scores, any_value(m.n_layers) * 2 * 2 AS expected_scores
+SELECT r.run, count(p.layer) AS scores, any_value(m.n_layers) * 2 * 4 AS expected_scores
 FROM runs r JOIN models m USING (run) LEFT JOIN probe_scores p USING (run)
 GROUP BY r.run HAVING scores <> expected_scores
 UNION ALL
