@@ -173,7 +173,7 @@ def _measures(frame: pl.DataFrame, look: Look) -> Chart:
     names = {column: name for name, column in columns.items()}
     long = long.with_columns(point=pl.col("column").replace_strict(names, return_dtype=pl.String))
     layers = [_dots(y, list(POINTS), tooltip=["model", "dataset", "point", "percent", *about])]
-    if ends:
+    if ends and long["depth_90_low"].is_not_null().any():
         scale = alt.Scale(domain=[0, 100])
         bar = alt.Chart().mark_rule(strokeWidth=3, opacity=0.35).transform_filter("datum.point == 'depth_90'")
         x = alt.X("depth_90_low:Q", title="depth (%)", scale=scale), alt.X2("depth_90_high:Q")
@@ -267,5 +267,8 @@ def depth_robustness(frame: pl.DataFrame, look: Look) -> Chart:
     ends = alt.X("low_percent:Q", title="depth (%)", scale=scale), alt.X2("high_percent:Q")
     rule = base.mark_rule(strokeWidth=3, opacity=0.45).encode(*ends)
     none = base.mark_text(text="none", fontSize=9, align="left", dx=2).encode(x=alt.datum(0, scale=scale))
-    drawn = alt.layer(rule, dots, none.transform_filter("datum.percent === null"))
+    shown = [dots, none.transform_filter("datum.percent === null")]
+    if frame["low_percent"].is_not_null().any():
+        shown.insert(0, rule)
+    drawn = alt.layer(*shown)
     return _panels(drawn.properties(width=220, height=15 * len(rows)), frame, "panel", panels, columns=3)

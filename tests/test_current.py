@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 from click.testing import Result
 from helpers.knowledge_rows import ALPHA, add_knowledge
-from helpers.stored import NOON, Rows, add_run, create_lake, needs_shell, shell
+from helpers.stored import NOON, Rows, add_run, create_lake, needs_shell, of_today, shell
 from polars.testing import assert_frame_equal
 
 import kdb
@@ -71,10 +71,10 @@ def full(tmp_path: Path) -> Warehouse:
             staged.write_rows("datasets", "part", [{"study": "concept", "n_prompts": 2}])
             if "source_run" not in info:
                 staged.write_rows("prompts", "part", [{"prompt_id": i, "text": run, "label": i} for i in (0, 1)])
-            staged.write_rows("probe_scores", "part", rows)
+            staged.write_rows("probe_scores", "part", of_today("probe_scores", rows))
             kind = {"layer": 0, "site": "resid_post", "split": "paper"}
             both = [kind | {"prompt_id": i, "classifier": c} for i in (0, 1) for c in ("logistic", "logistic-paper")]
-            staged.write_rows("probe_predictions", "part", both)
+            staged.write_rows("probe_predictions", "part", of_today("probe_predictions", both))
             staged.commit({"study": "concept", "variant": "default", "settings": "{}"} | info)
 
     add("a", [*probe(0.4), *others])

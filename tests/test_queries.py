@@ -60,7 +60,7 @@ def add_probes(
 
 
 CONCEPT = {name for name, query in load_catalogue().items() if query.group == "concept"}
-BEYOND_PROBES = {"hidden-states", "probe-outcomes", "probe-predictions", "zero-shot"}
+BEYOND_PROBES = {"hidden-states", "probe-outcomes", "probe-predictions", "probe-transfer", "zero-shot"}
 """Queries of tables that the warehouse of this module lacks."""
 
 OF_CHECKPOINTS = {"depth-by-step"}

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from click.testing import Result
 from helpers.command_line import refusal
+from helpers.stored import assert_same_in_the_shell, needs_shell
 from helpers.tiny_llama import make_tiny_model, weather
 from sklearn.metrics import roc_auc_score
 
 import kdb
 from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.concept.transfer import transfer
+from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
 
 RunKdb = Callable[..., Result]
@@ -72,6 +74,12 @@ def test_within_one_dataset_the_probe_meets_its_test_part_alone(opened: Warehous
     assert rows["auc"].to_list() == pytest.approx(scores["auc"].to_list(), abs=1e-6)
     assert rows["cosine"].to_list() == pytest.approx([1.0, 1.0])
     assert set(rows["n"]) == {16}
+
+
+@needs_shell
+def test_transfers_are_the_same_in_the_shell(two: Path) -> None:
+    with Database(two / "lake") as database:
+        assert_same_in_the_shell(two / "lake", database, "probe-transfer")
 
 
 def test_a_transfer_that_is_stored_is_not_computed_again(two: Path, run_kdb: RunKdb) -> None:

@@ -43,6 +43,11 @@ OF_TODAY: dict[str, Any] = {
 """Columns by which rows of probes are told from those of an older kdb, whose names meant something else."""
 
 
+def of_today(table: str, rows: Rows) -> Rows:
+    """The rows of a table, with what rows of probes have today."""
+    return [OF_TODAY[table](row) | dict(row) for row in rows] if table in OF_TODAY else rows
+
+
 def write_part(folder: Path, table: pa.Table) -> None:
     folder.mkdir(parents=True)
     pq.write_table(table, folder / "0000.parquet")
@@ -66,8 +71,7 @@ def add_run(lake: Path, model: str, dataset: str, run: str, **tables: Rows) -> N
     info = {"study": "concept", "variant": "default", "tables": [*tables, "runs"], "finished_at": NOON}
     tables["runs"] = [info | dict(tables.get("runs", [{}])[0])]
     for name, rows in tables.items():
-        if name in OF_TODAY:
-            rows = [OF_TODAY[name](row) | dict(row) for row in rows]
+        rows = of_today(name, rows)
         folder = lake / f"model={encoded(model)}/dataset={encoded(dataset)}/run={run}" / name
         write_part(folder, pa.Table.from_pylist(rows, schema=arrow_schema(name)))
 
