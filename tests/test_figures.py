@@ -15,6 +15,7 @@ from click.testing import Result
 from helpers.curves import curve_rows, prediction_rows, warehouse_of
 from helpers.stored import assert_same_in_the_shell, needs_shell
 from helpers.synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
+from sklearn.metrics import roc_auc_score
 from test_queries import BEYOND_PROBES
 
 from kdb.analysis import figures
@@ -214,6 +215,7 @@ def test_zero_shot_rates_and_interval_are_those_of_the_answers(small: Warehouse)
     assert row["true_negative_rate"] == 1 - mine.filter(label=0)["predicted"].mean()  # type: ignore[operator]
     low, high = wilson_interval(mine["correct"].mean(), len(mine))
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((low, high))
+    assert row["auc"] == pytest.approx(roc_auc_score(mine["label"], mine["prob_positive"] - mine["prob_negative"]))
 
 
 def test_jupyter_and_marimo_can_show_a_chart(small: Warehouse) -> None:

@@ -3,7 +3,8 @@
 --
 -- One row per model and dataset, over all prompts: the accuracy of the more probable of the two answers, with its 95 %
 -- Wilson interval, and the accuracy for label 1 and label 0. answered_percent is the mean probability of both answers
--- together: if it is small, the model would say something else. best_probe_accuracy is that of the best layer.
+-- together: if it is small, the model would say something else. auc is the area under the ROC curve of the difference
+-- of both probabilities: it needs no threshold, so it also serves a model that prefers one answer. best_probe_accuracy is that of the best layer.
 --
 -- Parameters:
 --   model
@@ -13,18 +14,29 @@
 --   split       text = default     split of the probe to compare with
 --   variant
 --   run
-WITH answers AS (
+WITH ranked AS (
+    SELECT
+        *, predicted = correct::INTEGER AS positive_label,
+        rank() OVER (PARTITION BY run ORDER BY prob_positive - prob_negative)
+        + (count(*) OVER (PARTITION BY run, prob_positive - prob_negative) - 1) / 2 AS mean_rank
+    FROM zero_shot
+    JOIN chosen_runs('zero_shot', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
+    WHERE among(model, getvariable('model')) AND among(dataset, getvariable('dataset'))
+),
+
+answers AS (
     SELECT
         model, dataset, run, variant,
         min(positive) AS positive, min(negative) AS negative,
         avg(correct::INTEGER) AS accuracy,
-        avg(correct::INTEGER) FILTER (predicted = correct::INTEGER) AS true_positive_rate,
-        avg(correct::INTEGER) FILTER (predicted != correct::INTEGER) AS true_negative_rate,
+        avg(correct::INTEGER) FILTER (positive_label) AS true_positive_rate,
+        avg(correct::INTEGER) FILTER (NOT positive_label) AS true_negative_rate,
+        count(*) FILTER (positive_label) AS n_positive,
+        (sum(mean_rank) FILTER (positive_label) - n_positive * (n_positive + 1) / 2)
+        / nullif(n_positive * (count(*) - n_positive), 0) AS auc,
         100 * mean_over(sum(prob_positive + prob_negative), count(*)) AS answered_percent,
         count(*) AS n_prompts
-    FROM zero_shot
-    JOIN chosen_runs('zero_shot', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
-    WHERE among(model, getvariable('model')) AND among(dataset, getvariable('dataset'))
+    FROM ranked
     GROUP BY ALL
 ),
 
@@ -40,7 +52,7 @@ probes AS (
 SELECT
     model, dataset, negative, positive, accuracy,
     wilson_low(accuracy, n_prompts) AS accuracy_low, wilson_high(accuracy, n_prompts) AS accuracy_high,
-    true_positive_rate, true_negative_rate, answered_percent, n_prompts, best_probe_accuracy
+    auc, true_positive_rate, true_negative_rate, answered_percent, n_prompts, best_probe_accuracy
 FROM answers
 LEFT JOIN probes USING (model, dataset, variant)
 ORDER BY model, dataset, variant;
