@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
-from kdb.ingest.concept.study import Key, layer_shards, probing, read_layer
+from kdb.ingest.concept.study import Key, layer_shards, make_task_of, probing, read_layer
 from kdb.ingest.job import derived_identity
 from kdb.ingest.rows import Rows, arrow_rows
 from kdb.ingest.settings import Measuring, Probing
@@ -40,6 +40,11 @@ def refit(storage: Storage, source: RunFolder, wanted: Probing, *, seed: int = M
     """
     import kdb.ingest.concept.probes  # noqa: F401  (reports a missing library before anything is written)
 
+    storage.inspect([source], vectors=True)
+    with _told_of(source):  # prompts that cannot be split are refused before anything is written
+        _check_vectors(source, table_files(source.path, "activations"))
+        prompts = read_parts(table_files(source.path, "prompts"))
+    make_task_of(prompts["label"].to_pylist(), prompts["group_id"].to_pylist(), wanted, seed, first_label=1)
     return _derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, *probing(wanted, seed), seed=seed)
 
 
