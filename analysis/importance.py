@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
 EVERY = 1_000_000
-"""Value of k that stands for all rows."""
+"""Value of k with which a query returns all rows."""
 
 INCREASE = "Δ log p (nat)"
 """Label of the log-probability increase, short enough for the side of a panel."""

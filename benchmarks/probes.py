@@ -31,7 +31,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
-from kdb.ingest.concept.probes import ProbeScore, Split, Task, make_splits, make_task, score_probes
+from kdb.ingest.concept.probes import ProbeScore, score_probes
+from kdb.ingest.concept.splits import Split, Task, make_splits, make_task
 from kdb.ingest.execution.processes import mapped
 from kdb.ingest.settings import ALWAYS_FITTED
 

@@ -1,7 +1,7 @@
 """A worked analysis: from a table to a figure in Polars, and the same numbers in SQL.
 
-The question: at what depth does a probe read more than the words of the text tell? The best baseline, which sees the
-text and not the model, shows what the words tell; what is left is the margin.
+The question: at what depth does a probe read more than the words of the text tell? The best baseline is fitted to the
+text, without the model. The margin is the probe's accuracy minus the baseline's.
 
     python docs/worked_analysis.py kdb-warehouse        # writes margin.html
 

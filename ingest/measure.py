@@ -80,8 +80,8 @@ def _warn_of_namesakes(storage: Storage, job: Job) -> None:
     if others and source.revision not in others:
         stored = "; ".join(f"revision {revision[:12]}…, {n} run{'s' * (n > 1)}" for revision, n in others.items())
         log.warning(
-            "%r is stored already with other weights, config or tokenizer, or by an older kdb (%s). This run is told "
-            "apart by its revision, %s…. To store it under another name, add --name.",
+            "Another model is stored as %r: its weights, config or tokenizer differ, or an older kdb measured it (%s). "
+            "Both are kept; this one has the revision %s…. To store it under another name, add --name.",
             *(source.name, stored, source.revision[:12]),
         )
 

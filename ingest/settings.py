@@ -76,5 +76,5 @@ class Ablating:
 
 def chosen(settings: type[T], options: Mapping[str, Any]) -> T:
     """Build settings from those options that belong to them; absent options have their defaults."""
-    names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
+    names = {field.name for field in fields(settings)}  # type: ignore[arg-type]  # T is a dataclass
     return settings(**{name: value for name, value in options.items() if name in names})

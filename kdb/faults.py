@@ -50,7 +50,7 @@ def is_debugging() -> bool:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether the error stands for Ctrl-C, as Python or DuckDB raises it."""
+    """Whether the error is a Ctrl-C, as Python or DuckDB raises it."""
     return any(
         isinstance(one, KeyboardInterrupt)
         or type(one).__name__ == "InterruptException"

@@ -97,7 +97,7 @@ WHERE table_name = wanted_table
     AND json_extract_string(settings, '$.step') IS NOT NULL
     AND without_revision(variant) = wanted_variant;
 
--- Whether a name is in the given list; NULL stands for all names. (In DuckDB 1, a variable set to NULL is an INTEGER.)
+-- Whether a name is in the given list; NULL means all names. (In DuckDB 1, a variable set to NULL is an INTEGER.)
 CREATE MACRO among(name, names) AS names IS NULL OR list_contains(names::VARCHAR[], name);
 
 -- A sum of doubles, rounded, because its last bits depend on the order in which threads add; ranks must not depend on
@@ -143,10 +143,7 @@ FROM (
 JOIN known_runs USING (model, dataset, run);
 
 -- The probes that a query shows: the given classifier and split, each of which may be 'default'. The default ones of a
--- run are those of its rows with is_default, which older runs lack.
-CREATE MACRO is_default_probe(is_default, classifier, split) AS
-    coalesce(is_default, (classifier, split) IN (('logistic', 'paper'), ('logistic-raw', 'label-0-first')));
-
+-- run are those of its rows with is_default.
 CREATE MACRO chosen_probes(wanted_classifier, wanted_split) AS TABLE
 SELECT model, dataset, run, classifier, split
 FROM (
@@ -158,8 +155,7 @@ FROM (
         ) AS default_split,
         min(classifier) FILTER (by_default) OVER (PARTITION BY model, dataset, run) AS default_classifier
     FROM (
-        SELECT
-            model, dataset, run, classifier, split, bool_or(is_default_probe(is_default, classifier, split)) AS by_default
+        SELECT model, dataset, run, classifier, split, coalesce(bool_or(is_default), false) AS by_default
         FROM probe_scores
         GROUP BY ALL
     )
@@ -168,6 +164,19 @@ WHERE classifier = CASE wanted_classifier
     WHEN 'default' THEN coalesce(default_classifier, 'logistic') ELSE wanted_classifier
 END
     AND split = CASE wanted_split WHEN 'default' THEN default_split ELSE wanted_split END;
+
+-- The weights of a probe of one layer and site, and of which model they are: one row, or none.
+CREATE MACRO probe_directions(
+    wanted_model, wanted_dataset, wanted_layer, wanted_site, wanted_classifier, wanted_split, wanted_variant
+) AS TABLE
+SELECT
+    model, dataset, run, layer, site, classifier, split, weights, intercept, revision, dtype, quantization, n_layers
+FROM probe_weights
+JOIN chosen_probes(wanted_classifier, wanted_split) USING (model, dataset, run, classifier, split)
+JOIN chosen_runs('probe_weights', wanted_variant, NULL) USING (model, dataset, run)
+JOIN models USING (model, dataset, run)
+WHERE model = wanted_model AND dataset = wanted_dataset AND layer = wanted_layer AND site = wanted_site;
+
 
 -- J and C of every run and site: unless a classifier or split is given, those of the paper's objective (logistic-raw)
 -- on its split.

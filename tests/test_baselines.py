@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kdb.ingest.concept.baselines import BASELINES, Baseline, fit_baselines, tokens_of
-from kdb.ingest.concept.probes import make_splits, make_task
-from kdb.ingest.concept.study import BELOW_CHANCE
+from kdb.ingest.concept.probing import BELOW_CHANCE
+from kdb.ingest.concept.splits import make_splits, make_task
 from kdb.ingest.datasets import load_dataset, prompts
 from kdb.ingest.datasets.builtin import BUILT_IN
 

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import calibration
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 120
 
 

@@ -24,7 +24,7 @@ from helpers.command_line import answer, refusal
 from helpers.tiny_llama import ASK_OPTIONS
 
 from kdb.cli import main
-from kdb.ingest.concept import study as run
+from kdb.ingest.concept import probing
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job
 from kdb.warehouse.folder_storage import FolderStorage
@@ -121,7 +121,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_fits", interrupted)
+        patch.setattr(probing, "_fits", interrupted)
         result = ingest_tiny(tmp_path / "new")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "\nInterrupted. Finished parts are kept. Run the same command again to resume.\n"

@@ -28,6 +28,8 @@ from kdb.warehouse.bucket_storage import BucketStorage
 from kdb.warehouse.run_copy import copy_into, copy_run
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 URL = "s3://lab/some/where"
 KILLS = 6
 

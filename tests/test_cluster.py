@@ -24,6 +24,8 @@ from kdb.warehouse.schema import TABLES
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.cluster
+
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kdb-lm[ray]'")
 
 FACTS = "prompt,answer,category\n" + "\n".join(

@@ -18,6 +18,8 @@ from kdb.ingest.concept import study as ingest_run
 from kdb.warehouse import compaction
 from kdb.warehouse.folder_storage import FolderStorage
 
+pytestmark = pytest.mark.slow
+
 ROWS = "SELECT prompt_id, layer, site, vector FROM activations ORDER BY ALL"
 
 

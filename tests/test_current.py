@@ -488,7 +488,7 @@ def test_a_category_named_all_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_measuring_stores_as_default_is_what_current_shows() -> None:
-    from kdb.ingest.concept.study import _is_default
+    from kdb.ingest.concept.probing import _is_default
 
     def score(classifier: str, split: str) -> Any:
         return SimpleNamespace(classifier=classifier, split=split)

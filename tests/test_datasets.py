@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kdb.errors import DatasetError, UnknownNameError
 from kdb.ingest.concept.metrics import wilson_interval
-from kdb.ingest.concept.probes import make_splits
+from kdb.ingest.concept.splits import make_splits
 from kdb.ingest.datasets import Dataset, Example, available_datasets, fetch, load_dataset, prompts
 from kdb.ingest.datasets.builtin import BUILT_IN
 from kdb.ingest.datasets.paper import PAPER_DATASETS

@@ -17,6 +17,8 @@ import yaml
 from helpers.object_store import object_store
 from platformdirs import user_cache_path
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",

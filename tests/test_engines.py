@@ -18,6 +18,8 @@ from click.testing import Result
 import kdb
 from kdb.errors import UnknownNameError
 
+pytestmark = pytest.mark.cluster
+
 PAGE = Path(__file__).parents[1] / "docs/engines.md"
 ODD = "org/tiny 50%"
 """A model's name that no folder can have."""

@@ -17,6 +17,8 @@ from click.testing import Result
 from kdb.faults import explain
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 
 

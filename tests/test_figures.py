@@ -29,6 +29,8 @@ from kdb.queries.catalogue import find_query
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     Model("tiny-a", "tiny", 10**8, 4, 2),
     Model("tiny-b", "tiny", 3 * 10**8, 6, 3),

@@ -20,6 +20,8 @@ from kdb.ingest.models.files import HARMLESS_FIELDS, fingerprint, model_files
 from kdb.ingest.models.find import find_model
 from kdb.ingest.models.load import load_config, load_model, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 INDEX = "model.safetensors.index.json"
 
@@ -234,7 +236,7 @@ def test_another_config_in_the_same_folder_is_measured_anew(
     assert "is stored already" in ingest(folder).stdout
     change(folder / "config.json", rms_norm_eps=0.5)
     assert "is stored already" not in ingest(folder).stdout
-    assert "'mine' is stored already with other weights, config or tokenizer" in caplog.text
+    assert "Another model is stored as 'mine': its weights, config or tokenizer differ" in caplog.text
     revisions = kdb.open(tmp_path / "w").sql("SELECT DISTINCT revision FROM models")
     assert len(revisions) == 2
 
@@ -245,14 +247,14 @@ def test_a_namesake_is_told_of_once(folder: Path, ingest: Callable[..., Result],
     ingest(folder)
     caplog.clear()
     ingest(folder, "--noise")
-    assert "is stored already with other" not in caplog.text
+    assert "Another model is stored" not in caplog.text
 
 
 def test_another_name_is_no_namesake(folder: Path, ingest: Callable[..., Result], caplog: Any) -> None:
     ingest(folder)
     change(folder / "config.json", rms_norm_eps=0.5)
     ingest(folder, "--name", "other")
-    assert "is stored already with other" not in caplog.text
+    assert "Another model is stored" not in caplog.text
 
 
 def test_checkpoints_of_one_training_are_no_namesakes(
@@ -263,7 +265,7 @@ def test_checkpoints_of_one_training_are_no_namesakes(
         shutil.copytree(folder, training / f"checkpoint-{step}")
         change(training / f"checkpoint-{step}/config.json", rms_norm_eps=0.1 * step)
         assert ingest(training, "--revision", f"checkpoint-{step}").exit_code == 0
-    assert "is stored already with other" not in caplog.text
+    assert "Another model is stored" not in caplog.text
 
 
 def test_a_failed_attempt_leaves_nothing_to_the_corrected_one(

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import golden  # what is compared is written there and in golden_attribution.py, once
 import golden_attribution
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = {"smollm2": "smollm2_135m", "gemma3": "gemma_3_270m"}
 
 

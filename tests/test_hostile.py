@@ -32,6 +32,8 @@ from kdb.warehouse.store import Warehouse
 from kdb.web import guard, worker
 from kdb.web.pages import PAGES
 
+pytestmark = pytest.mark.slow
+
 SECRET = "the-secret-of-the-file"
 
 REFUSED = [

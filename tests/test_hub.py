@@ -15,6 +15,8 @@ from helpers.hub import TOKEN, Hub, attaching, pretended
 import kdb
 from kdb.warehouse.folder_storage import FolderStorage
 
+pytestmark = pytest.mark.slow
+
 URL, NAME = "hf://datasets/lab/depths", "lab/depths"
 
 

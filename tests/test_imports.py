@@ -90,6 +90,7 @@ MATHEMATICS = {
     "ingest/concept/logistic.py",
     "ingest/concept/metrics.py",
     "ingest/concept/probes.py",
+    "ingest/concept/splits.py",
     "ingest/attribution/bounds.py",
     "analysis/curves.py",
     "analysis/uncertainty.py",

@@ -21,6 +21,8 @@ from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.inspection import DamagedRunError
 from kdb.warehouse.manifest import FileRecord
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 
 

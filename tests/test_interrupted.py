@@ -26,6 +26,8 @@ from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.staging import Staging
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 
 COMMANDS = ("compact", "none", "migrate", "remove", "import")

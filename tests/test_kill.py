@@ -16,6 +16,8 @@ from helpers.killing_commands import Commands
 
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 KILLS = 12
 
 

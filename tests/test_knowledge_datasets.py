@@ -27,6 +27,8 @@ from kdb.ingest.models.find import REGISTRY, find_model
 from kdb.ingest.models.load import load_tokenizer
 from kdb.queries.domains import CATEGORIES
 
+pytestmark = pytest.mark.slow
+
 GOOD_CSV = """prompt,answer,category
 The capital of France is,Paris,capital
 The capital of Italy is,Rome,capital

@@ -34,6 +34,8 @@ from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.database import Database
 from kdb.warehouse.folder_storage import FolderStorage
 
+pytestmark = pytest.mark.slow
+
 LATER = NOON + timedelta(hours=1)
 REQUIRED: dict[str, dict[str, Any]] = {
     "prompt-story": {"prompt": 0},

@@ -40,7 +40,7 @@ from kdb.ingest.stages import Outcome, Shard
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 RunKdb = Callable[..., Result]
 Rows = list[tuple[Any, ...]]

@@ -33,6 +33,8 @@ from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.vectors import activation_groups, prompts_per_part, read_vectors
 
+pytestmark = pytest.mark.slow
+
 RUN = "00000000000000aa"
 PARTS = {"part-00000": [0, 3], "part-00001": [1, 2], "part-00002": [4]}
 

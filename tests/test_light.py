@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from kdb.faults import EXTRAS, missing_extra
 from kdb.warehouse.folder_storage import FolderStorage
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 

@@ -30,6 +30,8 @@ from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 RUN = "0123456789abcdef"
 RECORD = {"path": "runs/all.parquet", "rows": 1, "bytes": 10, "sha256": "0" * 64}

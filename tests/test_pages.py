@@ -16,6 +16,8 @@ from axe_playwright_python.sync_playwright import Axe
 from helpers.served import Served, served
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
+pytestmark = pytest.mark.browser
+
 MODEL = "model=gemma-3-270m"
 PAGES = {
     "home": "/",

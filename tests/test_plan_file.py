@@ -19,6 +19,8 @@ from kdb.ingest.models.find import training_step
 from kdb.ingest.plan_file import combine
 from kdb.warehouse.database import Database
 
+pytestmark = pytest.mark.slow
+
 FACTS = "prompt,answer,category\n" + "\n".join(
     f"Line {number} begins with,{letter},letter {number % 26}" for number, letter in enumerate(2 * string.ascii_letters)
 )

@@ -17,17 +17,12 @@ from kdb.errors import DatasetError, ModelError, UnknownNameError
 from kdb.ingest.concept import probes
 from kdb.ingest.concept.logistic import GRID, TOLERANCE, Design, Scaled, choose_penalty, fit_logistic
 from kdb.ingest.concept.metrics import score_predictions, wilson_interval
-from kdb.ingest.concept.probes import (
-    CLASSIFIERS,
-    N_CONTROLS,
-    control_labels,
-    fit_probes,
-    make_splits,
-    make_task,
-    score_probes,
-)
+from kdb.ingest.concept.probes import CLASSIFIERS, fit_probes, score_probes
+from kdb.ingest.concept.splits import N_CONTROLS, control_labels, make_splits, make_task
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.execution.processes import mapped
+
+pytestmark = pytest.mark.slow
 
 
 def layer(n, hidden, seed=0, massive=1.0):

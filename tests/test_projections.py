@@ -23,6 +23,8 @@ from kdb.ingest.settings import Probing
 from kdb.ingest.stages import Outcome
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 
 def states(n: int, hidden: int, seed: int) -> NDArray[np.float32]:
     """Like a residual stream: one dimension is large and far from zero."""

@@ -28,6 +28,8 @@ from kdb.warehouse.manifest import MANIFEST, Manifest
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.vectors import activation_groups
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"lab/wide 1%": 5, "007": 3}
 """Two models, with names that a path encodes, and the length of their vectors."""
 

@@ -170,7 +170,7 @@ def several(tmp_path: Path) -> Iterator[Database]:
     paper = scores(flat, classifier="logistic", is_default=False)
     raw = [*scores(jumping, is_default=False), *scores([0.7] * 3, split="grouped", is_default=False)]
     add_probes(lake, "m", "new", "a" * 16, [*grouped, *paper, *raw], family="f", size=1.0)
-    older = scores(jumping, split="label-0-first", is_default=None)
+    older = scores(jumping, classifier="logistic-raw", split="label-0-first", is_default=True)
     add_probes(lake, "m", "old", "b" * 16, older, family="f", size=1.0)
     with Database(lake) as database:
         yield database

@@ -20,6 +20,8 @@ from kdb.errors import UnknownNameError
 from kdb.warehouse.store import Warehouse
 from kdb.web.serve import _demo
 
+pytestmark = pytest.mark.slow
+
 TINY = (Model("tiny-a", "tiny", 10**8, 4, 2), Model("tiny-b", "tiny", 3 * 10**8, 6, 3))
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,11 @@ import pytest
 from helpers.interruptions import interrupt_after, no_model
 
 from kdb.errors import DatasetError, ModelError, WarehouseError
+from kdb.ingest.concept import probing
 from kdb.ingest.concept import study as run
 from kdb.ingest.concept.derived import refit
-from kdb.ingest.concept.probes import make_splits
+from kdb.ingest.concept.probing import task_of_tables
+from kdb.ingest.concept.splits import make_splits
 from kdb.ingest.cost import cost
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.execution import processes
@@ -31,6 +32,8 @@ from kdb.ingest.stages import Outcome
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
+
+pytestmark = pytest.mark.slow
 
 MakeJob = Callable[..., Job]
 
@@ -186,16 +189,9 @@ def test_only_a_dataset_with_groups_gets_the_grouped_split(
 @pytest.mark.parametrize(("dataset", "first"), [("weather", 1), ("cities", 1), ("stsa", 0)])
 def test_a_refit_of_an_older_run_has_the_published_split(warehouse: Path, dataset: str, first: int) -> None:
     opened = Warehouse(warehouse)
-    (source,) = opened.storage.run_folders()
-    older = SimpleNamespace(
-        table=lambda name: opened.sql(
-            f"FROM {name}" if name == "prompts" else "SELECT NULL::SMALLINT AS first_label FROM datasets"
-        ).to_arrow(),
-        staged=SimpleNamespace(dataset=dataset),
-    )
-    task = run._task(Probing(), 42, older)  # type: ignore[arg-type]
+    older = {"prompts": "FROM prompts", "datasets": "SELECT NULL::SMALLINT AS first_label FROM datasets"}
+    task = task_of_tables(lambda table: opened.sql(older[table]).to_arrow(), dataset, Probing(), 42)
     labels = [i % 2 for i in range(40)]
-    assert source.dataset == "weather"
     assert (task.first_label, task.splits[0].name) == (first, "paper")
     assert task.splits[0].test.tolist() == make_splits(labels, first_label=first)[0].test.tolist()
 
@@ -340,7 +336,7 @@ def test_an_interrupted_probe_needs_no_model_to_go_on(
         fitted.append([shard.work for shard in shards])
         return mapped(work, inputs, shards, n_jobs)
 
-    monkeypatch.setattr(run, "_n_jobs", lambda *_: 2)
+    monkeypatch.setattr(probing, "_n_jobs", lambda *_: 2)
     monkeypatch.setattr(processes, "mapped", stops_after_one)
     with pytest.raises(KeyboardInterrupt):
         ingest(opened.storage, tiny_job(), lambda: tiny_loaded)

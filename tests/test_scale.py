@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import grown
 import scale
 
+pytestmark = pytest.mark.slow
+
 ROWS = 20_000
 
 

@@ -26,6 +26,8 @@ from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.schema import OLDEST_SCHEMA, SCHEMA_VERSION, TABLES, column_names
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 FOLDER = Path(__file__).parent / "warehouses"
 OLDER = range(OLDEST_SCHEMA, SCHEMA_VERSION)

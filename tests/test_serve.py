@@ -36,6 +36,8 @@ from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.store import Warehouse
 from kdb.web.serve import _demo
 
+pytestmark = pytest.mark.slow
+
 SLOW = "SELECT sum(a.range * b.range) FROM range(1000000000) a, range(1000000) b"
 BIG = "SELECT sum(length(repeat('x', 3000000 + i::INTEGER))) FROM range(2048) t(i)"
 

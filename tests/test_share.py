@@ -16,6 +16,8 @@ import kdb
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.run_copy import copy_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def derived(warehouse: Path, run_kdb: Callable[..., Result]) -> Path:

@@ -20,6 +20,8 @@ from kdb.ingest.concept.transfer import transfer
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 RunKdb = Callable[..., Result]
 DIRECTION = ("direction", "--model", "tiny", "--dataset", "weather")
 
@@ -130,7 +132,7 @@ def test_a_probe_is_not_applied_to_another_model(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("transfer", "--model", "tinny"), "Unknown stored model 'tinny'"),
+        (("transfer", "--model", "tinny"), "No stored hidden states of model 'tinny', variant 'default'"),
         (("transfer", "--model", "tiny", "--dataset", "whether"), "Did you mean 'weather'"),
         (
             ("direction", "--model", "tiny", "--dataset", "weather", "--layer", "9", "-o", "x.npz"),

@@ -20,18 +20,6 @@ from kdb.warehouse.files import appears_whole
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
-_CHOSEN = """
-SELECT model, dataset, run, layer, site, classifier, split, weights, intercept, is_default,
-    revision, dtype, quantization, n_layers
-FROM probe_weights
-JOIN chosen_runs('probe_weights', $variant, NULL) USING (model, dataset, run)
-JOIN models USING (model, dataset, run)
-WHERE model = $model AND dataset = $dataset AND site = $site AND layer = $layer AND classifier = $classifier
-    AND CASE WHEN $split IS NULL THEN is_default OR split IN (
-        SELECT split FROM probe_weights AS d WHERE d.run = probe_weights.run AND d.is_default
-    ) ELSE split = $split END
-"""
-
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -99,16 +87,15 @@ def find_direction(
 
     Raises QueryError if there is no such probe, or the run was measured before kdb stored directions.
     """
-    params: dict[str, Any] = {"model": model, "dataset": dataset, "layer": layer, "site": site}
-    params |= {"classifier": classifier, "split": split, "variant": variant}
-    rows = warehouse.sql(_CHOSEN, params).to_dicts()
+    chosen = [model, dataset, layer, site, classifier, split or "default", variant]
+    rows = warehouse.sql("FROM probe_directions(?, ?, ?, ?, ?, ?, ?)", chosen).to_dicts()
     if not rows:
         stored = warehouse.sql("SELECT DISTINCT model, dataset FROM probe_weights ORDER BY ALL").rows()
         listed = "; ".join(f"{m} on {d}" for m, d in stored) or "none"
         raise QueryError(
             f"No stored direction of {model} on {dataset} at layer {layer}, {site}, {classifier}"
-            f"{f', split {split}' if split else ''}. Stored: {listed}. `kdb probe` fits the probes of older runs again."
+            f"{f', split {split}' if split else ''}. Stored: {listed}. For runs of an older kdb, `kdb probe` fits the "
+            "probes again and stores directions."
         )
-    row = rows[0]
-    row.pop("is_default")
+    (row,) = rows
     return Direction(weights=np.asarray(row.pop("weights"), dtype=np.float32), **row)

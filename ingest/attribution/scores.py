@@ -239,7 +239,7 @@ class Attribution:
         return self._columns(flat, self._ffn_factor.shape[2], "ffn")
 
     def ffn_vectors(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same for FFN neurons given by prompt and index into (l · n), and their factors."""
+        """Return the vectors and factors of FFN neurons, given by prompt and by index into (l · n)."""
         n = self._ffn_factor.shape[2]
         return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
 

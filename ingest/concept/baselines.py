@@ -22,7 +22,7 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
 from kdb.ingest.concept.logistic import GRID
 from kdb.ingest.concept.metrics import below_chance, score_predictions
-from kdb.ingest.concept.probes import Split, Task
+from kdb.ingest.concept.splits import Split, Task
 
 BASELINES = ("majority", "words", "token-count")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdb.errors import WarehouseError
-from kdb.ingest.concept.study import Key, layer_shards, make_task_of, probing, read_layer
+from kdb.ingest.concept.probing import Key, layer_shards, probing, read_layer, task_of_tables
 from kdb.ingest.job import derived_identity
 from kdb.ingest.rows import Rows, arrow_rows
 from kdb.ingest.settings import Measuring, Probing
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 def refit(storage: Storage, source: RunFolder, wanted: Probing, *, seed: int = Measuring.seed) -> Outcome:
     """Fit probes on the stored activations of a run, and store them as a new run that names its source.
 
-    Raises WarehouseError if the source run has no activations.
+    Raises WarehouseError if the source run has no activations, and DatasetError if its prompts cannot be split.
     """
     import kdb.ingest.concept.probes  # noqa: F401  (reports a missing library before anything is written)
 
-    storage.inspect([source], vectors=True)
-    with _told_of(source):  # prompts that cannot be split are refused before anything is written
-        _check_vectors(source, table_files(source.path, "activations"))
-        prompts = read_parts(table_files(source.path, "prompts"))
-    make_task_of(prompts["label"].to_pylist(), prompts["group_id"].to_pylist(), wanted, seed, first_label=1)
-    return _derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, *probing(wanted, seed), seed=seed)
+    def prepare() -> list[StoredStage]:
+        # Prompts that cannot be split are refused before anything is written.
+        task_of_tables(lambda table: read_parts(table_files(source.path, table)), source.dataset, wanted, seed)
+        return probing(wanted, seed)
+
+    return derive(storage, source, "probe", {"seed": seed, **asdict(wanted)}, prepare, seed=seed)
 
 
 def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outcome:
@@ -64,13 +64,21 @@ def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outc
         read=lambda run: run.files("activations"),
         shown=("projections", "layers"),
     )
-    return _derive(storage, source, "project", {"projections": list(methods)}, stage)
+    return derive(storage, source, "project", {"projections": list(methods)}, lambda: [stage])
 
 
-def _derive(
-    storage: Storage, source: RunFolder, kind: str, settings: Mapping[str, Any], *stages: StoredStage, **changed: Any
+def derive(
+    storage: Storage,
+    source: RunFolder,
+    kind: str,
+    settings: Mapping[str, Any],
+    stages: Callable[[], Sequence[StoredStage]],
+    **changed: Any,
 ) -> Outcome:
-    """Carry out a run derived from ``source`` by some stages; ``changed`` are other columns of ``runs``."""
+    """Carry out a run computed from ``source``; ``changed`` are other columns of ``runs``.
+
+    ``stages`` is called only if the run is not stored yet. Raises WarehouseError if the source run lacks vectors.
+    """
     storage.inspect([source], vectors=True)
     with _told_of(source):
         _check_vectors(source, table_files(source.path, "activations"))
@@ -82,7 +90,7 @@ def _derive(
         source.model,
         source.dataset,
         row | changed,
-        lambda: (None, stages),
+        lambda: (None, stages()),
         source=source,
         copied=("models", "datasets"),
     )

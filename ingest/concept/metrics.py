@@ -44,16 +44,16 @@ def score_predictions(
 
     ``labels`` must hold both 0 and 1; ``groups`` (n,) names the group of each prompt.
     """
-    y, said = np.asarray(labels), np.asarray(predicted)
+    y, z = np.asarray(labels), np.asarray(predicted)
     _, group_of = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)
-    low, high = accuracy_interval(y == said, group_of)
+    low, high = accuracy_interval(y == z, group_of)
     auc, auc_low, auc_high = auc_interval(y, decision, group_of)
-    f1, f1_of_0 = (float(f1_score(y, said, pos_label=label, zero_division=0.0)) for label in (1, 0))
+    f1, f1_of_0 = (float(f1_score(y, z, pos_label=label, zero_division=0.0)) for label in (1, 0))
     return Score(
-        accuracy=float(np.mean(y == said)),
+        accuracy=float(np.mean(y == z)),
         accuracy_low=low,
         accuracy_high=high,
-        balanced_accuracy=float(balanced_accuracy_score(y, said)),
+        balanced_accuracy=float(balanced_accuracy_score(y, z)),
         f1=f1,
         f1_of_0=f1_of_0,
         auc=auc,
@@ -108,6 +108,5 @@ def below_chance(labels: ArrayLike, predicted: ArrayLike) -> float:
 
     The one-sided hypergeometric test (Fisher 1922), given how many prompts have each label and are predicted each.
     """
-    y, said = np.asarray(labels) == 1, np.asarray(predicted) == 1
-    n, ones, claimed, both = len(y), int(y.sum()), int(said.sum()), int((y & said).sum())
-    return float(hypergeom.cdf(both, n, ones, claimed))
+    y, z = np.asarray(labels) == 1, np.asarray(predicted) == 1
+    return float(hypergeom.cdf(int((y & z).sum()), len(y), int(y.sum()), int(z.sum())))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdb.ingest.concept.probes import Split
+    from kdb.ingest.concept.splits import Split
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
     subject, stages = prepare(job)
 
-Probes are fitted to stored vectors, so ``derived.py`` can fit them again without the model.
+Probes are fitted to stored vectors (``probing.py``), so ``derived.py`` can fit them again without the model.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
 
+from kdb.ingest.concept.probing import probing, task_of_labels
 from kdb.ingest.concept.repeats import count_repeats
 from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
 from kdb.ingest.cost import concept_cost
-from kdb.ingest.datasets.paper import PAPER_DATASETS
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
@@ -32,34 +29,20 @@ from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import Posed, check_length, description, pose
-from kdb.ingest.rows import Rows, arrow_rows, rows_of, timed
-from kdb.ingest.settings import Probing
+from kdb.ingest.rows import Rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
-from kdb.warehouse.schema import DEFAULT_CLASSIFIER
 from kdb.warehouse.vectors import (
     GPU_PART_BYTES,
     PART_BYTES,
     activation_groups,
     prompts_per_part,
     read_states,
-    read_vectors,
 )
 
 if TYPE_CHECKING:
-    from kdb.ingest.concept.baselines import Baseline
-    from kdb.ingest.concept.probes import Probe, ProbeScore, Split, Task
+    from kdb.ingest.concept.splits import Split
 
 log = logging.getLogger(__name__)
-
-Key = tuple[int, str]
-"""A layer and a site."""
-
-_PROBE_MEMORY = 4 * 2**30
-_MATRIX_COPIES = 5
-"""Copies of a layer's float64 matrix in memory at the peak of fitting."""
-
-BELOW_CHANCE = 0.01
-"""P-value below which a baseline is reported that does worse than chance."""
 
 
 def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
@@ -73,7 +56,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         check_length(job, posed.token_ids, config, n_cue=len(posed.question.cue))
         examples, seed = job.dataset.examples, job.measuring.seed
         labels, groups = [e.label for e in examples if e.label is not None], [e.group for e in examples]
-        task = make_task_of(labels, groups, job.probing, seed, job.dataset.first_label)
+        task = task_of_labels(labels, groups, job.probing, seed, job.dataset.first_label)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
@@ -231,188 +214,3 @@ def _check_stored(subject: Captured, shard: Shard, _advance: Advance) -> Iterato
     if answers is not None:
         rows.append(check_answers(subject.capture, texts, answers, subject.question))
     yield rows_of("checks", rows, begun)
-
-
-# Probes ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Fits:
-    """Inputs that all probes of a run share."""
-
-    activations: list[Path]
-    task: Task
-    classifiers: tuple[str, ...]
-    n_layers: int
-    hidden_size: int
-
-
-def probing(wanted: Probing, seed: int) -> list[StoredStage]:
-    """Return the stages that fit the baselines, and every probe on every layer and site.
-
-    They read the prompts and the vectors of the run, or of its source run.
-    """
-    texts = functools.partial(_texts, wanted, seed)
-    return [
-        StoredStage(("baseline_predictions", "baselines"), single(), _baselines, read=texts),
-        StoredStage(
-            ("probe_predictions", "probe_weights", "probe_scores"),
-            layer_shards,
-            _probed,
-            read=functools.partial(_fits, wanted, seed),
-            n_jobs=lambda fits: _n_jobs(len(fits.task.labels), fits.hidden_size),
-            shown=("probes", "layers"),
-        ),
-    ]
-
-
-def _fits(wanted: Probing, seed: int, run: RunInProgress) -> _Fits:
-    model = run.table("models").to_pylist()[0]
-    sizes = model["n_layers"], model["hidden_size"]
-    return _Fits(run.files("activations"), _task(wanted, seed, run), wanted.classifiers, *sizes)
-
-
-def _task(wanted: Probing, seed: int, run: RunInProgress) -> Task:
-    table, first_label = run.table("prompts"), run.table("datasets").to_pylist()[0]["first_label"]
-    if first_label is None:  # an older kdb measured the run, and put label 0 first for every dataset
-        paper = PAPER_DATASETS.get(run.staged.dataset)
-        first_label = 1 if paper is None else paper.first_label
-    return make_task_of(table["label"].to_pylist(), table["group_id"].to_pylist(), wanted, seed, first_label)
-
-
-def make_task_of(labels: ArrayLike, groups: Sequence[str | None], wanted: Probing, seed: int, first_label: int) -> Task:
-    """Return the task that a run probes, with a split by group if every prompt has a group."""
-    from kdb.ingest.concept.probes import make_splits, make_task
-
-    known = [group for group in groups if group is not None]
-    grouped = known if len(known) == len(groups) else None
-    splits = make_splits(labels, n_splits=wanted.splits, groups=grouped, seed=seed, first_label=first_label)
-    return make_task(labels, splits, groups=grouped, first_label=first_label, seed=seed)
-
-
-def layer_shards(run: RunInProgress) -> list[Shard]:
-    """Return one shard for each layer and site of the model."""
-    n_layers = run.table("models").to_pylist()[0]["n_layers"]
-    return [Shard(f"{site}-{layer:04}", (layer, site)) for site in SITES for layer in range(n_layers)]
-
-
-def read_layer(activations: Sequence[Path], key: Key) -> NDArray[np.float32]:
-    """Read the hidden states (prompt, hidden) of one layer and site, in the order of the prompts."""
-    return read_vectors(activations, *key)
-
-
-def _probed(fits: _Fits, shard: Shard) -> list[Rows]:
-    """Fit the probes of one layer and site."""
-    from kdb.ingest.concept.probes import fit_probes
-
-    key: Key = shard.work
-    probes = fit_probes(read_layer(fits.activations, key), fits.task, fits.classifiers)
-    position, default = {"layer": key[0], "site": key[1]}, _default_split(fits.task)
-    predictions = pa.concat_tables(_prediction_rows(key, probe, fits.task) for probe in probes)
-    weights = [
-        position | _direction(probe) | {"is_default": _is_default(probe.score, default)}
-        for probe in probes
-        if probe.weights is not None
-    ]
-    scores = [
-        position
-        | {"depth": key[0] / fits.n_layers, **asdict(probe.score), "is_default": _is_default(probe.score, default)}
-        for probe in probes
-    ]
-    return [
-        Rows("probe_predictions", [predictions]),
-        rows_of("probe_weights", weights),
-        rows_of("probe_scores", scores),
-    ]
-
-
-def _direction(probe: Probe) -> dict[str, Any]:
-    assert probe.weights is not None
-    named = {"classifier": probe.score.classifier, "split": probe.score.split}
-    return {**named, "weights": probe.weights.tolist(), "intercept": probe.intercept}
-
-
-def _default_split(task: Task) -> str:
-    """Return the name of the split that ``current`` shows: by group where there are groups."""
-    names = [split.name for split in task.splits]
-    return "grouped" if "grouped" in names else names[0]
-
-
-def _is_default(score: ProbeScore, default_split: str) -> bool:
-    return (score.classifier, score.split) == (DEFAULT_CLASSIFIER, default_split)
-
-
-def _prediction_rows(key: Key, probe: Probe, task: Task) -> pa.Table:
-    """Build rows of ``probe_predictions``; prompts are numbered in the order of their vectors."""
-    test = task.test_rows(probe.score.split)
-    return arrow_rows(
-        "probe_predictions",
-        {
-            "prompt_id": test,
-            "layer": key[0],
-            "site": key[1],
-            "classifier": probe.score.classifier,
-            "split": probe.score.split,
-            "predicted": probe.predicted,
-            "correct": probe.predicted == task.labels[test],
-            "is_default": _is_default(probe.score, _default_split(task)),
-        },
-    )
-
-
-# Baselines -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """The prompts as texts, and the task."""
-
-    texts: list[str]
-    n_tokens: list[int]
-    task: Task
-
-
-def _texts(wanted: Probing, seed: int, run: RunInProgress) -> _Texts:
-    table = run.table("prompts")
-    return _Texts(table["text"].to_pylist(), table["n_tokens"].to_pylist(), _task(wanted, seed, run))
-
-
-def _baselines(inputs: _Texts, _shard: Shard) -> list[Rows]:
-    """Fit the baselines; warn of one that does worse than guessing, because probes then may, too."""
-    from kdb.ingest.concept.baselines import fit_baselines
-
-    baselines = fit_baselines(inputs.texts, inputs.n_tokens, inputs.task)
-    for baseline in baselines:
-        if baseline.below_chance_p < BELOW_CHANCE:
-            log.warning(
-                "Below chance: the baseline %r is right on %.0f %% of the test prompts of the split %r. What texts of "
-                "the training part tell about the label is wrong in the test part, and probes can be misled the same.",
-                *(baseline.baseline, 100 * baseline.accuracy, baseline.split),
-            )
-    predictions = pa.concat_tables(_baseline_rows(baseline, inputs.task) for baseline in baselines)
-    scores = [vars(one) | {"is_default": one.split == _default_split(inputs.task)} for one in baselines]
-    return [Rows("baseline_predictions", [predictions]), rows_of("baselines", scores)]
-
-
-def _baseline_rows(baseline: Baseline, task: Task) -> pa.Table:
-    """Build rows of ``baseline_predictions``."""
-    test = task.test_rows(baseline.split)
-    return arrow_rows(
-        "baseline_predictions",
-        {
-            "prompt_id": test,
-            "baseline": baseline.baseline,
-            "split": baseline.split,
-            "predicted": baseline.predicted,
-            "correct": baseline.predicted == task.labels[test],
-            "is_default": baseline.split == _default_split(task),
-        },
-    )
-
-
-def _n_jobs(n_prompts: int, hidden_size: int) -> int:
-    """Number of probing processes: one per core, if their matrices fit into ``_PROBE_MEMORY``."""
-    import joblib
-
-    each = 8 * n_prompts * hidden_size * _MATRIX_COPIES
-    return max(1, min(int(joblib.cpu_count()), _PROBE_MEMORY // each))

@@ -8,7 +8,6 @@ are left out; on its own dataset the probe is applied to its test part.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kdb.errors import WarehouseError
-from kdb.ingest.concept.study import Key, layer_shards, read_layer
-from kdb.ingest.job import derived_identity
+from kdb.ingest.concept.derived import derive
+from kdb.ingest.concept.probing import Key, layer_shards, read_layer
 from kdb.ingest.rows import Rows, rows_of
-from kdb.ingest.stages import Outcome, PlannedRun, RunInProgress, Shard, StoredStage, carry_out
+from kdb.ingest.stages import Outcome, RunInProgress, Shard, StoredStage
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.parquet import read_parts
 from kdb.warehouse.run_folders import table_files
@@ -37,11 +36,9 @@ def transfer(storage: Storage, *, probed: Sequence[RunFolder], measured: RunFold
 
     Raises WarehouseError if the runs are of different models, if one has no weights, or ``measured`` no vectors.
     """
-    storage.inspect([*probed, measured], vectors=True)
+    storage.inspect(probed, vectors=False)
     for folder in probed:
         _check(folder, measured)
-    row = read_parts(table_files(measured.path, "runs")).to_pylist()[0]
-    settings = {"probe_runs": {folder.dataset: folder.run for folder in probed}}
     stage = StoredStage(
         ("probe_transfer",),
         layer_shards,
@@ -49,40 +46,32 @@ def transfer(storage: Storage, *, probed: Sequence[RunFolder], measured: RunFold
         read=lambda run: [_inputs(storage, folder, measured, run) for folder in probed],
         shown=("transfer", "layers"),
     )
-    planned = PlannedRun(
-        derived_identity("transfer", "concept", measured, settings),
-        measured.model,
-        measured.dataset,
-        row | {"source_run": measured.run, "settings": json.dumps(json.loads(row["settings"]) | settings)},
-        lambda: (None, [stage]),
-        source=measured,
-        copied=("models", "datasets"),
-    )
-    return carry_out(storage, planned)
+    settings = {"probe_runs": {folder.dataset: folder.run for folder in probed}}
+    return derive(storage, measured, "transfer", settings, lambda: [stage])
 
 
 def _check(probed: RunFolder, measured: RunFolder) -> None:
+    """Raise WarehouseError unless a run has probe weights, and both runs are of one model."""
     if not table_files(probed.path, "probe_weights"):
         raise WarehouseError(
             f"Run {probed.run} ({probed.model} on {probed.dataset}) has no probe weights: an older kdb measured it. "
             f"Run `kdb probe --model {probed.model} --dataset {probed.dataset}`, then this command again."
         )
-    if not table_files(measured.path, "activations"):
-        raise WarehouseError(
-            f"Run {measured.run} ({measured.model} on {measured.dataset}) has no activations to apply probes to."
-        )
     ours, theirs = (read_parts(table_files(folder.path, "models")).to_pylist()[0] for folder in (probed, measured))
     for name in SAME:
         if ours[name] != theirs[name]:
             raise WarehouseError(
-                f"Runs {probed.run} and {measured.run} differ in {name} ({ours[name]} and {theirs[name]}): the weights "
-                "of a probe mean nothing in the hidden states of another model."
+                f"Cannot apply probes of run {probed.run} to run {measured.run}: they differ in {name} "
+                f"({ours[name]} and {theirs[name]}). Choose runs of one model and dtype; `kdb query runs` lists them."
             )
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What all layers need. ``tested`` (n,) are the rows of the prompts that a split's probes may judge."""
+    """The probes of one source, and the prompts to score.
+
+    ``tested`` has, for each split, the rows (n,) of the prompts that its probes were not fitted to.
+    """
 
     activations: list[Path]
     labels: NDArray[np.int64]
@@ -171,7 +160,7 @@ def _scored(inputs: _Inputs, key: Key, X: NDArray[np.float64]) -> Iterator[dict[
         tested, weights = inputs.tested[probe["split"]], np.asarray(probe["weights"], np.float64)
         labels = inputs.labels[tested]
         if len(np.unique(labels)) < 2:
-            continue  # nothing is left that could be told apart
+            continue  # with one label there is nothing to score
         scores = X[tested] @ weights
         decision = scores + probe["intercept"]
         groups = None if inputs.groups is None else inputs.groups[tested]

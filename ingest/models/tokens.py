@@ -99,7 +99,7 @@ def count_spelled(tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> Spelled
 
 
 def _special(tokenizer: Any) -> set[int]:
-    """Ids of a tokenizer's special tokens, except the unknown token, which stands for ordinary words."""
+    """Ids of a tokenizer's special tokens, except the unknown token, which ordinary words may become."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {number for number, token in added.items() if token.special}
     return {*marked, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}

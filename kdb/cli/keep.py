@@ -13,6 +13,7 @@ import click
 import kdb
 from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
 from kdb.errors import KdbError, QueryError
+from kdb.faults import explain
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def moment(older_than: str, now: datetime) -> datetime:
-    """Return the time that an age (90d, 12h) or a date stands for. Raises QueryError for any other text."""
+    """Return the time meant by an age (90d, 12h) or a date. Raises QueryError for any other text."""
     with contextlib.suppress(ValueError, OverflowError):
         if age := re.fullmatch(r"(\d+)([dh])", older_than):
             return now - timedelta(hours=int(age[1]) * (24 if age[2] == "d" else 1))
@@ -260,16 +261,13 @@ ORDER BY model, dataset, run
 
 
 def _fit_again(opened: Warehouse) -> None:
-    """Fit the probes of today to the vectors of runs that have older ones; runs without all vectors are named."""
+    """Fit the probes of today to stored vectors of runs that have older probes; say why where that fails."""
     left = opened.sql(_WITHOUT_WEIGHTS)["run"].to_list()
     if not left:
         return
-    try:
-        from kdb.ingest.concept.derived import refit
-        from kdb.ingest.settings import Probing
-    except ImportError:
-        click.echo(f"{_count(len(left), 'run')} without today's probes: `pip install 'kdb-lm[measure]'` fits them.")
-        return
+    from kdb.ingest.concept.derived import refit
+    from kdb.ingest.settings import Probing
+
     for run in left:
         folder = opened.storage.find(run)
         try:
@@ -277,6 +275,9 @@ def _fit_again(opened: Warehouse) -> None:
         except KdbError as error:
             click.echo(f"{folder.model} on {folder.dataset}: probes not fitted again. {error}", err=True)
             continue
+        except ImportError as error:
+            click.echo(f"Probes not fitted again: {explain(error, 'kdb migrate').message}", err=True)
+            return
         click.echo(f"{folder.model} on {folder.dataset}: probes fitted again (run {outcome.run}).")
 
 

@@ -38,9 +38,12 @@ def transfer(model: str, datasets: tuple[str, ...], variant: str, warehouse: Pat
 
     log_to_stderr()
     opened = kdb.open(warehouse)
-    chosen = datasets or tuple(row[0] for row in opened.sql(_STORED, [model, variant]).rows())
+    chosen = dict.fromkeys(datasets or (row[0] for row in opened.sql(_STORED, [model, variant]).rows()))
     if not chosen:
-        stored_run(opened.sql, model, "", variant)
+        raise QueryError(
+            f"No stored hidden states of model {model!r}, variant {variant!r}. `kdb runs` lists what is stored, "
+            "`kdb ingest` measures more."
+        )
     vectors = {name: opened.storage.find(stored_run(opened.sql, model, name, variant)) for name in chosen}
     probes = {
         name: opened.storage.find(stored_run(opened.sql, model, name, variant, "probe_weights")) for name in chosen

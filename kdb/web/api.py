@@ -99,7 +99,7 @@ def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _format(
     request: Request,
-    format: Annotated[Format | None, Query(description="Format of the rows; defaults to Accept, then JSON")] = None,  # noqa: A002
+    format: Annotated[Format | None, Query(description="Format of the rows; defaults to Accept, then JSON")] = None,  # noqa: A002  (its name in the URL)
 ) -> str:
     if format is not None:
         return format
@@ -135,7 +135,7 @@ async def _no_query(name: str) -> Response:
 
 
 @_router.post("/sql", response_class=Response, tags=["sql"], responses=_answers(200, 304, 400, 413, 503))
-async def sql(request: Request, statement: Statement, format: _Chosen) -> Response:  # noqa: A002
+async def sql(request: Request, statement: Statement, format: _Chosen) -> Response:  # noqa: A002  (its name in the URL)
     """Answer one SELECT statement, completely or not at all. It can read the views and nothing else."""
     answered: Response = await request.app.state.ask(request, "sql", text=statement.sql, format_=format)
     return answered
@@ -145,7 +145,7 @@ async def sql(request: Request, statement: Statement, format: _Chosen) -> Respon
 async def sql_by_link(
     request: Request,
     sql: Annotated[str, Query(max_length=_MAX_SQL)],
-    format: _Chosen,  # noqa: A002
+    format: _Chosen,  # noqa: A002  (its name in the URL)
 ) -> Response:
     """Answer one SELECT statement, given in a link that can be shared."""
     answered: Response = await request.app.state.ask(request, "sql", text=sql, format_=format)
@@ -162,8 +162,8 @@ async def tables() -> list[Described]:
 async def table(
     request: Request,
     name: Annotated[str, Path(json_schema_extra={"enum": list(TABLES)})],
-    format: _Chosen,  # noqa: A002
-    filter: Annotated[  # noqa: A002
+    format: _Chosen,  # noqa: A002  (its name in the URL)
+    filter: Annotated[  # noqa: A002  (its name in the URL)
         list[str],
         Query(description="Condition COLUMN=VALUE, with = != < <= > >=, or COLUMN is null; repeatable, all must hold"),
     ] = [],  # noqa: B006  (FastAPI copies it)
@@ -200,7 +200,7 @@ def add_routes(app: FastAPI) -> None:
 def _endpoint(saved: SavedQuery) -> Any:
     """Return a function with the parameters of the saved query as its signature, for FastAPI to check and describe."""
 
-    async def endpoint(request: Request, format: str, **params: Any) -> Response:  # noqa: A002
+    async def endpoint(request: Request, format: str, **params: Any) -> Response:  # noqa: A002  (its name in the URL)
         _refuse_unknown(request, [*(param.name for param in saved.params), "format"], saved.name)
         chosen = {name: value for name, value in params.items() if value not in (None, [])}
         answered: Response = await request.app.state.ask(

@@ -4,7 +4,8 @@
 -- One row per model and dataset, over all prompts: the accuracy of the more probable of the two answers, with its 95 %
 -- Wilson interval, and the accuracy for label 1 and label 0. answered_percent is the mean probability of both answers
 -- together: if it is small, the model would say something else. auc is the area under the ROC curve of the difference
--- of both probabilities: it needs no threshold, so it also serves a model that prefers one answer. best_probe_accuracy is that of the best layer.
+-- of both probabilities: it needs no threshold, so it also serves a model that prefers one answer. best_probe_accuracy
+-- is that of the best layer.
 --
 -- Parameters:
 --   model
@@ -17,8 +18,8 @@
 WITH ranked AS (
     SELECT
         *, predicted = correct::INTEGER AS positive_label,
-        rank() OVER (PARTITION BY run ORDER BY prob_positive - prob_negative)
-        + (count(*) OVER (PARTITION BY run, prob_positive - prob_negative) - 1) / 2 AS mean_rank
+        rank() OVER (PARTITION BY model, dataset, run ORDER BY prob_positive - prob_negative)
+        + (count(*) OVER (PARTITION BY model, dataset, run, prob_positive - prob_negative) - 1) / 2 AS mean_rank
     FROM zero_shot
     JOIN chosen_runs('zero_shot', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
     WHERE among(model, getvariable('model')) AND among(dataset, getvariable('dataset'))

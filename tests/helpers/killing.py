@@ -22,6 +22,7 @@ from typing import Any
 import kdb
 from helpers.tiny_llama import ASK_OPTIONS
 from kdb.cli import main
+from kdb.ingest.concept import probing
 from kdb.ingest.concept import study as run
 from kdb.warehouse import bucket_storage
 from kdb.warehouse.store import Warehouse
@@ -59,10 +60,10 @@ def ingest(model: str, dataset: str, warehouse: str, environment: Mapping[str, s
     import torch
 
     os.environ.update(environment)
-    bucket_storage.user_cache_path = lambda _: Path(cache)  # type: ignore[assignment]
+    bucket_storage.user_cache_path = lambda _: Path(cache)  # type: ignore[assignment]  # one cache for each machine
     torch.set_num_threads(1)
     run.prompts_per_part = lambda *_: 4  # type: ignore[assignment]
-    run._n_jobs = lambda *_: 1  # type: ignore[assignment]  # whoever kills this process could not find its workers
+    probing._n_jobs = lambda *_: 1  # type: ignore[assignment]  # whoever kills this process could not find its workers
     main(["ingest", "--model", model, "--dataset", dataset, *ASK_OPTIONS, "--warehouse", warehouse])
 
 
