@@ -28,9 +28,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.ingest.attribution.scores import Attribution, Neurons, prompts_at_once
 from kdb.ingest.attribution.targets import target_token
@@ -42,8 +43,13 @@ from kdb.ingest.models.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("smollm2-135m", "gemma-3-270m")
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "qwen3-30b-a3b": {
+        **{"model_type": "qwen3_moe", "vocab": 151_936, "hidden_size": 2048, "num_hidden_layers": 48},
+        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144},
+        **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
+    },
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 GROW = {"tokens": (8, 32, 128), "width": (256, 512, 1024), "vocabulary": (8_000, 32_000, 128_000)}
@@ -202,16 +208,19 @@ def n_vectors(decomposition: Decomposition, n_tokens: int) -> int:
 # Models and prompts ----------------------------------------------------------------------------------------------
 
 
-def random_model(device: str, dtype: str, vocab: int = 32_000, **sizes: int) -> LoadedModel:
-    """A Llama with random weights, and no tokenizer."""
+def random_model(
+    device: str, dtype: str, vocab: int = 32_000, model_type: str = "llama", **sizes: Any
+) -> LoadedModel:
+    """A model with random weights, a Llama if nothing else is said, and no tokenizer."""
     for chatter in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
-    config = LlamaConfig(vocab_size=vocab, bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes)
+    no_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = AutoConfig.for_model(model_type, vocab_size=vocab, **no_tokens, **sizes)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.eval().requires_grad_(False)
-    source = ModelSource("random", "llama", "random", "random", Path())
+    source = ModelSource("random", model_type, "random", "random", Path())
     return LoadedModel(source, model, None, dtype, torch.device(device), None)
 
 

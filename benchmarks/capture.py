@@ -110,7 +110,7 @@ def compare_shape(options: argparse.Namespace) -> None:
     from attribution import SHAPES, random_model
 
     loaded = random_model(options.device, options.dtype, **SHAPES[options.shape])
-    ids = torch.randint(32_000, (options.prompts, options.tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(loaded.model.config.vocab_size, (options.prompts, options.tokens), generator=torch.Generator().manual_seed(0))
     ids[:, : options.tokens // 4] = ids[0, : options.tokens // 4]
     compare(f"{options.shape} {options.dtype} {options.device}", loaded, ids.tolist(), options.sample)
     if options.device.startswith("cuda"):
@@ -134,14 +134,21 @@ def compare(label: str, loaded: LoadedModel, token_ids: Sequence[Sequence[int]],
         after = loop(capture, chosen[1::2])
     plain, each = (before + after) / 2, seconds / len(token_ids)
     tokens = sum(len(ids) - shared_prefix(token_ids) for ids in token_ids)
-    weights = sum(p.numel() for block in capture.structure.blocks for p in block.parameters())
-    flops = 2 * weights * tokens / capturing
+    flops = 2 * weights_used(loaded, capture) * tokens / capturing
     print(
         f"{label:26} loop {1000 * plain:6.1f} ms, kdb {1000 * each:6.2f} ms a prompt (writing included): "
         f"{plain / each:5.1f} x; {flops / 1e9:4.0f} of {rate / 1e9:4.0f} GFLOP/s = {flops / rate:4.0%}; "
         f"{tokens / seconds:,.0f} tokens/s; {in_turn / seconds:.2f} x as fast as writing in turn",
         flush=True,
     )
+
+
+def weights_used(loaded: LoadedModel, capture: Capture) -> float:
+    """Weights of the blocks by which a token is multiplied: of experts, the share that a router chooses."""
+    config = loaded.model.config
+    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    named = [pair for block in capture.structure.blocks for pair in block.named_parameters()]
+    return sum(p.numel() * (chosen if ".experts." in name else 1.0) for name, p in named)
 
 
 def peak_memory(name: str, dataset: str, data: Path, limit: int | None) -> None:
@@ -167,7 +174,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=PAIRS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/concept_depth")
     parser.add_argument("--sample", type=int, default=120, help="prompts that the plain loop runs on")
-    parser.add_argument("--shape", help="random weights of this shape: llama-7b, tiny")
+    parser.add_argument("--shape", help="random weights of this shape: llama-7b, qwen3-30b-a3b, tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of a shape")
     parser.add_argument("--prompts", type=int, default=4000, help="of a shape")
