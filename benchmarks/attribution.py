@@ -46,9 +46,18 @@ MODELS = ("smollm2-135m", "gemma-3-270m")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "qwen3-30b-a3b": {
-        **{"model_type": "qwen3_moe", "vocab": 151_936, "hidden_size": 2048, "num_hidden_layers": 48},
-        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144},
-        **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
+        "model_type": "qwen3_moe",
+        "vocab": 151_936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
     },
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
@@ -208,9 +217,7 @@ def n_vectors(decomposition: Decomposition, n_tokens: int) -> int:
 # Models and prompts ----------------------------------------------------------------------------------------------
 
 
-def random_model(
-    device: str, dtype: str, vocab: int = 32_000, model_type: str = "llama", **sizes: Any
-) -> LoadedModel:
+def random_model(device: str, dtype: str, vocab: int = 32_000, model_type: str = "llama", **sizes: Any) -> LoadedModel:
     """A model with random weights, a Llama if nothing else is said, and no tokenizer."""
     for chatter in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatter).setLevel(logging.ERROR)

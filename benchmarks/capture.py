@@ -110,7 +110,9 @@ def compare_shape(options: argparse.Namespace) -> None:
     from attribution import SHAPES, random_model
 
     loaded = random_model(options.device, options.dtype, **SHAPES[options.shape])
-    ids = torch.randint(loaded.model.config.vocab_size, (options.prompts, options.tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        loaded.model.config.vocab_size, (options.prompts, options.tokens), generator=torch.Generator().manual_seed(0)
+    )
     ids[:, : options.tokens // 4] = ids[0, : options.tokens // 4]
     compare(f"{options.shape} {options.dtype} {options.device}", loaded, ids.tolist(), options.sample)
     if options.device.startswith("cuda"):
@@ -148,7 +150,7 @@ def weights_used(loaded: LoadedModel, capture: Capture) -> float:
     config = loaded.model.config
     chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
     named = [pair for block in capture.structure.blocks for pair in block.named_parameters()]
-    return sum(p.numel() * (chosen if ".experts." in name else 1.0) for name, p in named)
+    return float(sum(p.numel() * (chosen if ".experts." in name else 1.0) for name, p in named))
 
 
 def peak_memory(name: str, dataset: str, data: Path, limit: int | None) -> None:
