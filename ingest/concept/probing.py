@@ -40,6 +40,9 @@ _PROBE_MEMORY = 4 * 2**30
 _MATRIX_COPIES = 5
 """Copies of a layer's float64 matrix in memory at the peak of fitting."""
 
+_SMALL = 100_000
+"""Numbers in the vectors of one site, below which probes are fitted sooner than processes start."""
+
 BELOW_CHANCE = 0.01
 """P-value below which a baseline is reported that does worse than chance."""
 
@@ -68,7 +71,7 @@ def probing(wanted: Probing, seed: int) -> list[StoredStage]:
             layer_shards,
             _probed,
             read=functools.partial(_fits, wanted, seed),
-            n_jobs=lambda fits: _n_jobs(len(fits.task.labels), fits.hidden_size),
+            n_jobs=lambda fits: _n_jobs(len(fits.task.labels), fits.n_layers, fits.hidden_size),
             shown=("probes", "layers"),
         ),
     ]
@@ -222,9 +225,11 @@ def _baseline_rows(baseline: Baseline, task: Task) -> pa.Table:
     )
 
 
-def _n_jobs(n_prompts: int, hidden_size: int) -> int:
-    """Number of probing processes: one per core, if their matrices fit into ``_PROBE_MEMORY``."""
+def _n_jobs(n_prompts: int, n_layers: int, hidden_size: int) -> int:
+    """Number of probing processes: one per core, if their matrices fit into ``_PROBE_MEMORY`` and the work is not small."""
     import joblib
 
+    if n_prompts * n_layers * hidden_size < _SMALL:
+        return 1
     each = 8 * n_prompts * hidden_size * _MATRIX_COPIES
     return max(1, min(int(joblib.cpu_count()), _PROBE_MEMORY // each))
