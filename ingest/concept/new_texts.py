@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from kdb.ingest.concept.metrics import accuracy_interval, auc_interval
 from kdb.ingest.concept.transfer import measured_run, rows_in, test_parts, unseen
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.forward.capture import Capture, shared_prefix
@@ -167,8 +168,6 @@ def _layers(
 
 def _scores(labels: NDArray[Any], decision: NDArray[np.float64], groups: NDArray[Any]) -> dict[str, float | None]:
     """Return AUC and accuracy with their intervals: no AUC if all labels are equal, neither if there are no texts."""
-    from kdb.ingest.concept.metrics import accuracy_interval, auc_interval
-
     names = ("auc", "auc_low", "auc_high", "accuracy", "accuracy_low", "accuracy_high")
     values: list[float | None] = [None] * len(names)
     _, group_of = np.unique(groups.astype(str), return_inverse=True)

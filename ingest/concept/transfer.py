@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kdb.errors import WarehouseError
 from kdb.ingest.concept.derived import derive
+from kdb.ingest.concept.metrics import score_predictions  # reports a missing library before anything is written
 from kdb.ingest.concept.probing import Key, layer_shards, read_layer
 from kdb.ingest.rows import Rows, rows_of
 from kdb.ingest.stages import Outcome, RunInProgress, Shard, StoredStage
@@ -88,13 +89,9 @@ def _inputs(storage: Storage, probed: RunFolder, measured: RunFolder, run: RunIn
     groups = [row["group_id"] for row in prompts]
     weights = _default_weights(probed)
     tests = test_parts(probed, {row["split"] for row in weights})
-    tested = {
-        split: test
-        if probed.dataset == measured.dataset
-        else unseen(prompts, rows_in(measured_run(storage, probed), "prompts"), test)
-        for split, test in tests.items()
-    }
-    whole = {split: len(test) if probed.dataset == measured.dataset else len(prompts) for split, test in tests.items()}
+    own, source = probed.dataset == measured.dataset, rows_in(measured_run(storage, probed), "prompts")
+    tested = {split: test if own else unseen(prompts, source, test) for split, test in tests.items()}
+    whole = {split: len(test) if own else len(prompts) for split, test in tests.items()}
     by_layer: dict[Key, list[dict[str, Any]]] = {}
     for row in weights:
         by_layer.setdefault((row["layer"], row["site"]), []).append(row)
@@ -158,8 +155,6 @@ def _transferred(sources: list[_Inputs], shard: Shard) -> list[Rows]:
 
 def _scored(inputs: _Inputs, key: Key, X: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
     """Yield the row of each probe that is applied to the states (n, hidden) of a layer."""
-    from kdb.ingest.concept.metrics import score_predictions
-
     for probe in inputs.weights.get(key, []):
         tested, weights = inputs.tested[probe["split"]], np.asarray(probe["weights"], np.float64)
         labels = inputs.labels[tested]
