@@ -199,25 +199,27 @@ def scored(run_kdb: RunKdb, warehouse: Path, output: Path, *args: str | Path) ->
     return result, pl.read_parquet(output)
 
 
+@pytest.mark.parametrize("site", ["resid_post", "ffn_norm"])
 def test_new_texts_have_the_decision_values_of_their_hidden_states_and_keep_what_was_trained_on_apart(
-    two: Path, opened: Warehouse, tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb
+    two: Path, opened: Warehouse, tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb, site: str
 ) -> None:
-    args = ("--model", tiny_model, "--to", user_dataset, "--site", "resid_post")
+    args = ("--model", tiny_model, "--to", user_dataset)
     result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
-    assert texts["text_id"].n_unique() * 2 == len(texts) == 80
-    rows = texts.filter(layer=1)
-    probe = opened.probe(model="tiny", dataset="weather", layer=1)
-    decision = probe.decision_function(vectors(opened, "weather", 1))
+    assert texts["text_id"].n_unique() * 4 == len(texts) == 160
+    rows = texts.filter(layer=1, site=site)
+    probe = opened.probe(model="tiny", dataset="weather", layer=1, site=site)
+    decision = probe.decision_function(vectors(opened, "weather", 1, site))
     np.testing.assert_allclose(rows["decision"], decision, atol=1e-3 * np.abs(decision).max())
     np.testing.assert_allclose(rows["probability"], 1 / (1 + np.exp(-rows["decision"].to_numpy())))
     assert (rows["predicted"] == (rows["decision"] > 0)).all()
-    test = opened.table("probe_predictions").filter(dataset="weather", layer=1, site="resid_post")["prompt_id"]
+    test = opened.table("probe_predictions").filter(dataset="weather", layer=1, site=site)["prompt_id"]
     assert set(rows.filter(~pl.col("in_training"))["text_id"]) == set(test)
     assert rows["probe_run"].unique().to_list() == [probe.run]
-    score = opened.table("probe_scores").filter(dataset="weather", layer=1, site="resid_post").row(0, named=True)
-    for name in ("auc", "auc_low", "accuracy", "accuracy_high"):
-        assert str(round(score[name], 4)) in result.stdout
-    assert f"{len(test)} " in result.stdout
+    score = opened.table("probe_scores").filter(dataset="weather", layer=1, site=site).row(0, named=True)
+    (shown,) = [line for line in result.stdout.splitlines() if re.match(f"│ 1 +┆ {site}", line)]
+    cells = [cell.strip() for cell in shown.strip("│").split("┆")]
+    names = ("accuracy", "auc", "auc", "auc_low", "auc_high", "accuracy", "accuracy_low", "accuracy_high")
+    assert cells[2:] == [*(str(round(score[name], 4)) for name in names), "16", "24"]
 
 
 def test_texts_without_labels_are_scored_and_shown_at_the_best_layer(
