@@ -67,6 +67,10 @@ _METRIC = Param(
 _SIZE = Param("size", "number", 7.0, False, "number of parameters, in billions")
 _WITHIN = Param("within", "number", 1.5, False, "factor by which a model may be smaller or larger")
 
+_BEST_LAYER = Param(
+    "layer", "integer", None, False, "layer, from 0; defaults to the best one on each probe's own test part"
+)
+
 _J_AND_C = "\n".join(textwrap.wrap(CAVEAT, 100))
 
 _DEPTH_MARKS = (
@@ -144,6 +148,18 @@ _ALL = (
         query="depth-robustness",
         numbers="depth_measures.robustness",
         draw="depth.depth_robustness",
+    ),
+    Figure(
+        "probe-transfer",
+        "Probes applied to other datasets",
+        "number: AUC; below 0.5 (orange), the probe orders the labels the wrong way round\n"
+        "n: prompts that share neither text nor group with the probe's training part\n"
+        "framed: the probe's own dataset, its test part only\n"
+        "empty: not measured (`kdb transfer`)",
+        query="probe-transfer",
+        numbers="transfer.scores_of_pairs",
+        draw="transfer.pair_map",
+        counting=(_BEST_LAYER,),
     ),
     Figure(
         "layer-scores",

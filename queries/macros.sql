@@ -165,18 +165,23 @@ WHERE classifier = CASE wanted_classifier
 END
     AND split = CASE wanted_split WHEN 'default' THEN default_split ELSE wanted_split END;
 
--- The weights of a probe of one layer and site, and of which model they are: one row, or none.
-CREATE MACRO probe_directions(
+-- The probes of one run that have weights, and of which model they are: those of one layer and site, or of all if these
+-- are NULL. accuracy, auc and scale are those of the probe's own test and training parts.
+CREATE MACRO stored_probes(
     wanted_model, wanted_dataset, wanted_layer, wanted_site, wanted_classifier, wanted_split, wanted_variant
 ) AS TABLE
 SELECT
-    model, dataset, run, layer, site, classifier, split, weights, intercept, revision, dtype, quantization, n_layers
+    model, dataset, run, layer, site, classifier, split, weights, intercept, scale, accuracy, auc,
+    revision, dtype, quantization, n_layers
 FROM probe_weights
+JOIN probe_scores USING (model, dataset, run, layer, site, classifier, split)
 JOIN chosen_probes(wanted_classifier, wanted_split) USING (model, dataset, run, classifier, split)
 JOIN chosen_runs('probe_weights', wanted_variant, NULL) USING (model, dataset, run)
 JOIN models USING (model, dataset, run)
-WHERE model = wanted_model AND dataset = wanted_dataset AND layer = wanted_layer AND site = wanted_site;
-
+WHERE model = wanted_model AND dataset = wanted_dataset
+    AND (wanted_layer IS NULL OR layer = wanted_layer)
+    AND (wanted_site IS NULL OR site = wanted_site)
+ORDER BY site DESC, layer;
 
 -- J and C of every run and site: unless a classifier or split is given, those of the paper's objective (logistic-raw)
 -- on its split.

@@ -94,6 +94,7 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "shared").symlink_to(ROOT.parent / "shared")
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
+    (work / "new.csv").write_text("text,label\nIt is sunny.,1\nIt is rainy.,0\n")
     (work / "statements.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "facts.csv").write_text(FACTS)
     (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")

@@ -23,6 +23,7 @@ from kdb.analysis.captions import CAVEAT
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.save import save
 from kdb.analysis.style import Look, look_of
+from kdb.analysis.transfer import pair_map
 from kdb.errors import QueryError, UnknownNameError
 from kdb.ingest.concept.metrics import wilson_interval
 from kdb.queries.catalogue import find_query
@@ -193,6 +194,35 @@ def test_the_zero_shot_accuracy_stands_beside_every_layer(small: Warehouse) -> N
     assert frame["zero_shot"].unique().to_list() == answers["accuracy"].to_list()
 
 
+def test_transfer_shows_each_pair_at_the_best_layer_of_its_probe_and_the_test_part_on_the_diagonal(
+    small: Warehouse,
+) -> None:
+    frame = figures.frame(small, "probe-transfer", model="tiny-b")
+    best = dict(small.query("concept-depth", model="tiny-b", site="resid_post").select("dataset", "best_layer").rows())
+    assert dict(frame.select("source_dataset", "layer").rows()) == best
+    assert len(frame) == 4
+    n = {(source, target): n for source, target, n in frame.select("source_dataset", "dataset", "n").rows()}
+    assert n == {(source, target): 16 if source == target else 40 for source in best for target in best}
+    assert set(figures.frame(small, "probe-transfer", model="tiny-b", layer=0)["layer"]) == {0}
+
+
+def test_transfer_has_a_cell_for_each_pair_that_was_measured_and_frames_the_diagonal(small: Warehouse) -> None:
+    frame = figures.frame(small, "probe-transfer", model="tiny-a").filter(
+        (pl.col("source_dataset") == "cities") | (pl.col("dataset") == "own")
+    )
+    drawn = spec(pair_map(frame, look_of(small)))
+    (cells,) = drawn["datasets"].values()
+    assert {(c["source_dataset"], c["dataset"]): c["own"] for c in cells} == {
+        ("cities", "cities"): True,
+        ("cities", "own"): False,
+        ("own", "own"): True,
+    }
+    assert {c["count"] for c in cells} == {"n = 16", "n = 40"}
+    (framed,) = [layer for layer in drawn["concat"][0]["layer"] if "transform" in layer]
+    assert framed["transform"] == [{"filter": "datum.own"}]
+    assert framed["mark"]["filled"] is False
+
+
 def test_figures_of_one_model_ask_which_one(small: Warehouse) -> None:
     with pytest.raises(QueryError, match="--model tiny-a --dataset cities"):
         figures.chart(small, "hidden-states")
@@ -201,7 +231,7 @@ def test_figures_of_one_model_ask_which_one(small: Warehouse) -> None:
 
 
 @needs_shell
-@pytest.mark.parametrize("name", sorted(BEYOND_PROBES - {"probe-transfer"}))
+@pytest.mark.parametrize("name", sorted(BEYOND_PROBES))
 def test_saved_query_answers_the_same_in_the_shell(small: Warehouse, name: str) -> None:
     with Database(small.storage.local.lake) as database:
         assert_same_in_the_shell(small.storage.local.lake, database, name)

@@ -259,7 +259,19 @@ def test_asking_loads_no_model_library_and_no_sklearn(measured: Path, args: list
     assert loaded_by(*args, "--warehouse", measured) & MEASURING_LIBRARIES == set()
 
 
-@pytest.mark.parametrize("command", [["probe", "--splits", "2"], ["project"]])
+def test_a_stored_probe_predicts_without_a_model_library_and_sklearn(measured: Path) -> None:
+    code = (
+        "import sys, kdb, numpy\n"
+        "probe = kdb.open(sys.argv[1]).probe(model='tiny', dataset='weather', layer=1)\n"
+        "assert probe.predict(numpy.zeros((3, 16))).shape == (3,)\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    process = subprocess.run([sys.executable, "-c", code, measured], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert set(process.stdout.split()) & MEASURING_LIBRARIES == set()
+
+
+@pytest.mark.parametrize("command", [["probe", "--splits", "2"], ["project"], ["transfer"]])
 def test_computing_from_stored_activations_loads_no_model_library(warehouse: Path, command: list[str]) -> None:
     args = (*command, "--model", "tiny", "--dataset", "weather", "--warehouse", warehouse)
     assert loaded_by(*args) & MODEL_LIBRARIES == set()

@@ -104,6 +104,8 @@ def test_catalogues_and_help_need_no_extra(missing: str, args: list[str]) -> Non
     [
         (["ingest", "--model", "smollm2-135m", "--dataset", "world-cities"], "measure"),
         (["probe", "--model", "tiny", "--dataset", "weather"], "measure"),
+        (["project", "--model", "tiny", "--dataset", "weather"], "measure"),
+        (["transfer", "--model", "tiny"], "measure"),
         (["plot", "depth-curves", "-o", "x.html"], "plot"),
         (["report", "-o", "x.html"], "plot"),
         (["serve", "--port", "0"], "serve"),

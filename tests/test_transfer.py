@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from click.testing import Result
 from helpers.command_line import refusal
 from helpers.stored import assert_same_in_the_shell, needs_shell
 from helpers.tiny_llama import make_tiny_model, weather
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from test_schemas import unpacked
 
 import kdb
 from kdb.errors import QueryError, WarehouseError
+from kdb.ingest.concept.metrics import auc_interval
 from kdb.ingest.concept.transfer import transfer
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
@@ -45,9 +51,9 @@ def opened(two: Path) -> Warehouse:
     return kdb.open(two)
 
 
-def vectors(wh: Warehouse, dataset: str, layer: int) -> np.ndarray:
-    query = "SELECT vector FROM activations WHERE dataset = ? AND layer = ? AND site = 'resid_post' ORDER BY prompt_id"
-    return np.stack(wh.sql(query, [dataset, layer])["vector"].to_list())
+def vectors(wh: Warehouse, dataset: str, layer: int, site: str = "resid_post") -> np.ndarray:
+    query = "SELECT vector FROM activations WHERE dataset = ? AND layer = ? AND site = ? ORDER BY prompt_id"
+    return np.stack(wh.sql(query, [dataset, layer, site])["vector"].to_list())
 
 
 def test_a_transfer_is_the_stored_direction_applied_to_the_prompts_that_it_has_not_seen(opened: Warehouse) -> None:
@@ -59,7 +65,7 @@ def test_a_transfer_is_the_stored_direction_applied_to_the_prompts_that_it_has_n
     unseen = [i for i, text, _ in winter if text not in {texts[t] for t in trained}]
     assert 30 <= len(unseen) < 40
     labels = np.array([winter[i][2] for i in unseen])
-    decision = direction.decision(vectors(opened, "winter", 1)[unseen])
+    decision = direction.decision_function(vectors(opened, "winter", 1)[unseen])
     row = (
         opened.query("probe-transfer", layer=1, dataset=["winter"]).filter(source_dataset="weather").row(0, named=True)
     )
@@ -109,9 +115,216 @@ def test_a_direction_predicts_what_the_probe_predicted_and_is_exported(
     assert np.linalg.norm(direction.unit) == pytest.approx(1.0)
 
 
-def test_a_direction_of_another_width_is_refused(opened: Warehouse) -> None:
-    with pytest.raises(QueryError, match="has 16 entries, but the hidden states have 3"):
-        opened.direction(model="tiny", dataset="weather", layer=0).decision(np.zeros((2, 3)))
+# In Python -------------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_probe_predicts_as_a_fitted_scikit_learn_classifier_does(opened: Warehouse) -> None:
+    probe = opened.probe(model="tiny", dataset="weather", layer=1, site="ffn_norm", classifier="logistic-raw")
+    X = vectors(opened, "weather", 1, "ffn_norm")
+    stored = opened.sql(
+        "SELECT prompt_id, predicted FROM probe_predictions WHERE dataset = 'weather' AND layer = 1 AND "
+        "site = 'ffn_norm' AND classifier = 'logistic-raw' AND split = 'paper' ORDER BY prompt_id"
+    )
+    same = LogisticRegression()
+    same.classes_, same.coef_, same.intercept_ = np.array([0, 1]), probe.weights[None], np.array([probe.intercept])
+    assert probe.predict(X)[stored["prompt_id"].to_numpy()].tolist() == stored["predicted"].to_list()
+    assert probe.predict(X).tolist() == same.predict(X).tolist()
+    np.testing.assert_allclose(probe.decision_function(X), same.decision_function(X), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(probe.predict_proba(X), same.predict_proba(X), atol=1e-5)
+
+
+def test_a_stored_probe_says_what_it_belongs_to(opened: Warehouse) -> None:
+    probe = opened.probe(model="tiny", dataset="weather", layer=1)
+    row = opened.table("probe_scores").filter(dataset="weather", site="resid_post", layer=1).row(0, named=True)
+    assert (probe.scale, probe.accuracy, probe.auc) == (row["scale"], row["accuracy"], row["auc"])
+    assert (probe.site, probe.split, probe.classifier) == ("resid_post", "paper", "logistic")
+    assert probe.revision == opened.table("models")["revision"][0]
+    for fact in ("label 1", "scale", "site", "revision"):
+        assert fact in (type(probe).__doc__ or "")
+
+
+def test_the_difference_of_means_has_no_probabilities(opened: Warehouse) -> None:
+    probe = opened.probe(model="tiny", dataset="weather", layer=1, classifier="mean-difference")
+    with pytest.raises(QueryError, match="mean-difference has no probabilities: use decision_function"):
+        probe.predict_proba(np.zeros((1, 16)))
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (np.zeros((2, 3)), r"has 16 weights, but the hidden states have the shape \(2, 3\)"),
+        (np.zeros((2, 2, 16)), r"shape \(2, 2, 16\)"),
+        (np.float64(1), r"shape \(\)"),
+        ([[0.0] * 16, [0.0]], "not an array of numbers"),
+        (np.full((1, 16), np.nan), "infinite values or NaN"),
+    ],
+)
+def test_what_is_no_state_of_the_layer_is_refused(opened: Warehouse, states: Any, said: str) -> None:
+    with pytest.raises(QueryError, match=said):
+        opened.probe(model="tiny", dataset="weather", layer=0).predict(states)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"layer": 2}, "has the layer 2. Stored: 0 to 1"),
+        ({"site": "nowhere"}, "has the site 'nowhere'. Stored: ffn_norm, resid_post"),
+        ({"classifier": "random-forest"}, "has the classifier 'random-forest'. Stored: logistic, "),
+        ({"split": "grouped"}, "has the split 'grouped'. Stored: paper"),
+        ({"dataset": "whether"}, "Stored: tiny on weather; tiny on winter"),
+        ({"variant": "noise"}, "No stored probe of tiny on weather, variant noise. Stored: "),
+    ],
+)
+def test_a_probe_that_is_not_stored_is_named_beside_those_that_are(
+    opened: Warehouse, chosen: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(QueryError, match=re.escape(said)):
+        opened.probe(**{"model": "tiny", "dataset": "weather", "layer": 0, **chosen})
+
+
+def test_a_run_of_an_older_kdb_has_no_weights_and_the_message_says_what_fits_them(tmp_path: Path) -> None:
+    old = kdb.open(unpacked(4, tmp_path / "w"))
+    model, dataset = old.sql("SELECT model, dataset FROM current.probe_scores LIMIT 1").row(0)
+    with pytest.raises(QueryError, match=f"without weights. Run `kdb probe --model {model} --dataset {dataset}` first"):
+        old.probe(model=model, dataset=dataset, layer=0)
+
+
+# New texts -------------------------------------------------------------------------------------------------------
+
+
+def scored(run_kdb: RunKdb, warehouse: Path, output: Path, *args: str | Path) -> tuple[Result, pl.DataFrame]:
+    """Run `kdb transfer --to` with the probes of weather, and read the scores that it writes."""
+    result = run_kdb("transfer", "--dataset", "weather", *args, "-o", output, "--warehouse", warehouse)
+    assert result.exit_code == 0, result.output
+    return result, pl.read_parquet(output)
+
+
+@pytest.mark.parametrize("site", ["resid_post", "ffn_norm"])
+def test_new_texts_have_the_decision_values_of_their_hidden_states_and_keep_what_was_trained_on_apart(
+    two: Path, opened: Warehouse, tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb, site: str
+) -> None:
+    args = ("--model", tiny_model, "--to", user_dataset)
+    result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
+    assert texts["text_id"].n_unique() * 4 == len(texts) == 160
+    rows = texts.filter(layer=1, site=site)
+    probe = opened.probe(model="tiny", dataset="weather", layer=1, site=site)
+    decision = probe.decision_function(vectors(opened, "weather", 1, site))
+    np.testing.assert_allclose(rows["decision"], decision, atol=1e-3 * np.abs(decision).max())
+    np.testing.assert_allclose(rows["probability"], 1 / (1 + np.exp(-rows["decision"].to_numpy())))
+    assert (rows["predicted"] == (rows["decision"] > 0)).all()
+    test = opened.table("probe_predictions").filter(dataset="weather", layer=1, site=site)["prompt_id"]
+    assert set(rows.filter(~pl.col("in_training"))["text_id"]) == set(test)
+    assert rows["probe_run"].unique().to_list() == [probe.run]
+    score = opened.table("probe_scores").filter(dataset="weather", layer=1, site=site).row(0, named=True)
+    (shown,) = [line for line in result.stdout.splitlines() if re.match(f"│ 1 +┆ {site}", line)]
+    cells = [cell.strip() for cell in shown.strip("│").split("┆")]
+    names = ("accuracy", "auc", "auc", "auc_low", "auc_high", "accuracy", "accuracy_low", "accuracy_high")
+    assert cells[2:] == [*(str(round(score[name], 4)) for name in names), "16", "24"]
+
+
+def test_texts_without_labels_are_scored_and_shown_at_the_best_layer(
+    two: Path, tmp_path: Path, tiny_model: Path, run_kdb: RunKdb
+) -> None:
+    (tmp_path / "new.jsonl").write_text("".join(f'{{"text": "Day {i}: hail{"!" * (i % 2)}"}}\n' for i in range(30)))
+    args = ("--model", tiny_model, "--to", tmp_path / "new.jsonl", "--classifier", "mean-difference")
+    result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
+    assert len(texts) == 30 * 2 * 2
+    assert texts["label"].null_count() == texts["probability"].null_count() == len(texts)
+    assert result.stdout.count("hail") == 20
+    assert "auc" not in result.stdout
+
+
+def test_texts_of_one_label_have_an_accuracy_and_no_auc(
+    two: Path, tmp_path: Path, tiny_model: Path, run_kdb: RunKdb
+) -> None:
+    pl.DataFrame({"text": ["Day 1: hail!", "Day 2: sun!"], "label": [True, True]}).write_parquet(tmp_path / "n.parquet")
+    args = ("--model", tiny_model, "--to", tmp_path / "n.parquet", "--layer", "0", "--site", "ffn_norm")
+    result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
+    assert len(texts) == 2
+    assert re.search(r"null +┆ null +┆ null +┆ [01]\.\d+ ", result.stdout)
+
+
+def test_new_texts_are_read_with_the_template_and_the_noise_of_the_run_that_ran_the_model(
+    tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb
+) -> None:
+    folder, model = tmp_path / "w", ("--model", "tiny", "--dataset", "weather")
+    texts = ("--noise", "--seed", "7", "--template", "So: {text} So")
+    measured = ("ingest", "--model", tiny_model, "--dataset", user_dataset, *texts, "--warehouse", folder)
+    assert run_kdb(*measured).exit_code == 0
+    opened = kdb.open(folder)
+    variant = opened.sql("SELECT variant FROM runs").item()
+    refit = ("probe", *model, "--variant", variant, "--seed", "8", "--splits", "2", "--warehouse", folder)
+    assert run_kdb(*refit).exit_code == 0
+    args = ("--model", tiny_model, "--variant", variant, "--to", user_dataset, "--site", "resid_post")
+    _, scores = scored(run_kdb, folder, tmp_path / "s.parquet", *args, "--split", "stratified-9")
+    probe = opened.probe(model="tiny", dataset="weather", layer=1, variant=variant, split="stratified-9")
+    decision = probe.decision_function(vectors(opened, "weather", 1))
+    np.testing.assert_allclose(scores.filter(layer=1)["decision"], decision, atol=1e-3 * np.abs(decision).max())
+    assert scores.filter(layer=1)["in_training"].sum() == 24
+
+
+def test_groups_of_new_texts_widen_the_intervals(two: Path, tmp_path: Path, tiny_model: Path, run_kdb: RunKdb) -> None:
+    rows = [f"Day {i}: hail in {town}{'!' * (i % 2)},{i % 2},{town}" for town in ("Ulm", "Bonn") for i in range(8)]
+    (tmp_path / "new.csv").write_text("\n".join(["text,label,town", *rows]))
+    args = ("--model", tiny_model, "--to", tmp_path / "new.csv", "--layer", "0", "--site", "ffn_norm")
+    alone, _ = scored(run_kdb, two, tmp_path / "s.parquet", *args)
+    grouped, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args, "--group-by", "town")
+    labels, decision = texts["label"].to_numpy(), texts["decision"].to_numpy()
+    _, low, high = auc_interval(labels, decision, np.repeat([0, 1], 8))
+    assert f"{low:.4f}".rstrip("0") in grouped.stdout
+    assert f"{high:.4f}".rstrip("0") in grouped.stdout
+    assert alone.stdout != grouped.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "said"),
+    [
+        ("text,label\nA!,1\n", ("--dataset", "whether"), "No stored probe of tiny on whether"),
+        ("text,label\nA!,1\n", ("--dataset", "weather", "--layer", "7"), "has the layer 7. Stored: 0 to 1"),
+        ("text,label\nA!,1\n", ("--dataset", "weather", "--split", "grouped"), "has the split 'grouped'"),
+        ("text,label\nA!,1\n", ("--dataset", "weather", "--dataset", "winter"), "exactly one --dataset"),
+        ("text,label\nA!,1\n", ("--dataset", "weather", "-o", "x.npz"), "ends in .csv, .json, .parquet"),
+        ("text,label\nA!,1\n", ("--dataset", "weather", "--group-by", "town"), "expected one column 'town'"),
+        ("text,label\nA!,perhaps\n", ("--dataset", "weather"), "new.csv, line 2: expected label 0, 1, true"),
+        ("text,label\n", ("--dataset", "weather"), "expected at least one text below, found none"),
+        ("", ("--dataset", "weather"), "expected a column 'text', found no columns"),
+        ("prompt,answer\nA,B\n", ("--dataset", "weather"), "expected a column 'text', found 'prompt', 'answer'"),
+        (f"text\n{'A' * 200}\n", ("--dataset", "weather"), "tiny reads at most 128"),
+    ],
+)
+def test_new_texts_that_cannot_be_scored_are_one_message(
+    two: Path, tmp_path: Path, tiny_model: Path, run_kdb: RunKdb, text: str, args: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "new.csv").write_text(text)
+    given = ("transfer", "--model", tiny_model, "--to", tmp_path / "new.csv", *args, "--warehouse", two)
+    assert said in refusal(run_kdb(*given))
+
+
+def test_new_texts_are_not_read_by_another_model(
+    two: Path, tmp_path: Path, user_dataset: Path, run_kdb: RunKdb
+) -> None:
+    other = make_tiny_model(tmp_path / "tiny")
+    config = (other / "config.json").read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0')
+    (other / "config.json").write_text(config)
+    given = ("--dataset", "weather", "--to", user_dataset, "--warehouse", two)
+    assert "the given model is another one" in refusal(run_kdb("transfer", "--model", other, *given))
+    assert "a folder or a .gguf file works too" in refusal(run_kdb("transfer", "--model", "tiny", *given))
+
+
+def test_a_model_that_cannot_be_loaded_scores_nothing(
+    two: Path, tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb
+) -> None:
+    given = ("transfer", "--model", tiny_model, "--dataset", "weather", "--to", user_dataset, "--warehouse", two)
+    assert "no device 'cuda:99'" in refusal(run_kdb(*given, "--device", "cuda:99", "-o", tmp_path / "s.csv"))
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_options_of_new_texts_are_refused_without_new_texts(two: Path, run_kdb: RunKdb) -> None:
+    result = run_kdb("transfer", "--model", "tiny", "--layer", "1", "--group-by", "town", "--warehouse", two)
+    assert "--layer, --group-by: only with --to" in refusal(result)
+
+
+# What is refused -------------------------------------------------------------------------------------------------
 
 
 def test_a_probe_is_not_applied_to_another_model(
@@ -136,7 +349,7 @@ def test_a_probe_is_not_applied_to_another_model(
         (("transfer", "--model", "tiny", "--dataset", "whether"), "Did you mean 'weather'"),
         (
             ("direction", "--model", "tiny", "--dataset", "weather", "--layer", "9", "-o", "x.npz"),
-            "No stored direction",
+            "has the layer 9",
         ),
         (("direction", "--model", "tiny", "--dataset", "weather", "--layer", "0", "-o", "x.csv"), "ends in .npz"),
     ],

@@ -17,11 +17,11 @@ from kdb.warehouse import current, shell_file
 from kdb.warehouse.bucket import is_url
 from kdb.warehouse.connection import connect
 from kdb.warehouse.database import Database, engine, is_gone
-from kdb.warehouse.directions import Direction, find_direction
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.inspection import DamagedRunError, memory_path
 from kdb.warehouse.limits import Limits
 from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.probes import Probe, find_probe
 from kdb.warehouse.scan import scan
 from kdb.warehouse.schema import TABLES, has_vectors
 from kdb.warehouse.storage import Storage
@@ -200,9 +200,13 @@ class Warehouse:
             raise UnknownNameError("table", table, TABLES, "`kdb schema` lists them.")
         return self.storage.committed_files(table, None if self._shared is None else self._folders)
 
-    def direction(self, **chosen: Any) -> Direction:
-        """Return the direction of a stored probe; the parameters are those of ``directions.find_direction``."""
-        return find_direction(self, **chosen)
+    def probe(self, **chosen: Any) -> Probe:
+        """Return a stored probe, to apply it to hidden states; the parameters are those of ``probes.find_probe``."""
+        return find_probe(self, **chosen)
+
+    def direction(self, **chosen: Any) -> Probe:
+        """Return the same, for those who steer: its ``weights`` and ``unit`` point towards label 1."""
+        return self.probe(**chosen)
 
     def engine(self) -> Engine:
         """Return a SQLAlchemy engine that reads the views, for pandas and notebooks."""

@@ -106,6 +106,7 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     )
     if curves["model"].n_unique() > 1:
         yield from _side_by_side(curves, params)
+    yield Drawn("Probes on other datasets (`kdb transfer`)", _TRANSFER, "probe-transfer", params)
     yield Drawn("Experiment 3: depth by family and size", "", "converging-by-size", params)
     variants = wh.query("layer-accuracy", **params | {"variant": "all"})
     if variants["variant"].n_unique() > 1:
@@ -116,6 +117,11 @@ def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
         named = params | {"model": [model]} | ({"dataset": [dataset]} if dataset else {})
         yield Drawn(f"Hidden states: {model} on {dataset or 'any dataset'} (`kdb project`)", "", "hidden-states", named)
 
+
+_TRANSFER = (
+    "Whether the direction that separates the labels of one dataset separates those of another. AUC comes first, since "
+    "a threshold seldom carries over."
+)
 
 _BASELINES = (
     "A probe that is not better than the words may have found the words. A small below_chance_p says that the split "

@@ -13,7 +13,7 @@ from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.execution.local import Here
 from kdb.ingest.job import derived_identity
-from kdb.ingest.models.find import LoadedModel, ModelSource
+from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
 from kdb.ingest.rows import Rows, timed
 from kdb.ingest.settings import Ablating
 from kdb.ingest.stages import Advance, ModelStage, Outcome, PlannedRun, Shard, Stage, Subject, carry_out
@@ -168,11 +168,7 @@ def ablate(
     prompts = [row for row in read_parts(table_files(source.path, "prompts")).to_pylist() if row["kept"]]
     if not prompts:
         raise WarehouseError(f"Run {source.run} has no kept prompt, so nothing can be ablated.")
-    if model.revision != stored["revision"]:
-        raise WarehouseError(
-            f"Run {source.run} was measured with revision {stored['revision']} of {model.name}, and the "
-            "given model is another one: give the same --model and --revision."
-        )
+    check_revision(model, source.run, stored["revision"])
 
     def prepare() -> tuple[Subject[Any], list[Stage]]:
         silenced_sets = {method: silenced(some, shape.head_dim) for method, some in sets.items()}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kdb.errors import WarehouseError
 from kdb.ingest.concept.derived import derive
+from kdb.ingest.concept.metrics import score_predictions  # reports a missing library before anything is written
 from kdb.ingest.concept.probing import Key, layer_shards, read_layer
 from kdb.ingest.rows import Rows, rows_of
 from kdb.ingest.stages import Outcome, RunInProgress, Shard, StoredStage
@@ -87,12 +88,10 @@ def _inputs(storage: Storage, probed: RunFolder, measured: RunFolder, run: RunIn
     prompts = run.table("prompts").sort_by("prompt_id").to_pylist()
     groups = [row["group_id"] for row in prompts]
     weights = _default_weights(probed)
-    tests = _test_parts(probed, {row["split"] for row in weights})
-    tested = {
-        split: test if probed.dataset == measured.dataset else _unseen(prompts, _prompts_of(storage, probed), test)
-        for split, test in tests.items()
-    }
-    whole = {split: len(test) if probed.dataset == measured.dataset else len(prompts) for split, test in tests.items()}
+    tests = test_parts(probed, {row["split"] for row in weights})
+    own, source = probed.dataset == measured.dataset, rows_in(measured_run(storage, probed), "prompts")
+    tested = {split: test if own else unseen(prompts, source, test) for split, test in tests.items()}
+    whole = {split: len(test) if own else len(prompts) for split, test in tests.items()}
     by_layer: dict[Key, list[dict[str, Any]]] = {}
     for row in weights:
         by_layer.setdefault((row["layer"], row["site"]), []).append(row)
@@ -120,24 +119,26 @@ def _name(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["layer"], row["site"], row["classifier"]
 
 
-def _test_parts(folder: RunFolder, splits: set[str]) -> dict[str, NDArray[np.int64]]:
+def test_parts(folder: RunFolder, splits: set[str]) -> dict[str, NDArray[np.int64]]:
     """Return the prompt numbers in the test part of each split."""
     table = read_parts(table_files(folder.path, "probe_predictions")).select(["prompt_id", "split"])
     frame = pl.DataFrame(table).filter(pl.col("split").is_in(splits)).unique()
     return {split: np.sort(frame.filter(split=split)["prompt_id"].to_numpy()).astype(np.int64) for split in splits}
 
 
-def _prompts_of(storage: Storage, folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the prompts of a run, or of the run from which it was computed."""
-    files = table_files(folder.path, "prompts")
-    if not files:
-        source = read_parts(table_files(folder.path, "runs"))["source_run"][0].as_py()
-        files = table_files(storage.find(source).path, "prompts")
-    rows: list[dict[str, Any]] = read_parts(files).to_pylist()
+def measured_run(storage: Storage, folder: RunFolder) -> RunFolder:
+    """Return the run that ran the model: this one, or the one from which its probes were computed."""
+    source = rows_in(folder, "runs")[0]["source_run"]
+    return storage.find(source) if source else folder
+
+
+def rows_in(folder: RunFolder, table: str) -> list[dict[str, Any]]:
+    """Return all rows of a table of a run."""
+    rows: list[dict[str, Any]] = read_parts(table_files(folder.path, table)).to_pylist()
     return rows
 
 
-def _unseen(prompts: list[dict[str, Any]], source: list[dict[str, Any]], test: NDArray[np.int64]) -> NDArray[np.int64]:
+def unseen(prompts: list[dict[str, Any]], source: list[dict[str, Any]], test: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the rows of the prompts that share neither text nor group with the training part of the source."""
     kept = set(test.tolist())
     seen = [row for row in source if row["prompt_id"] not in kept]
@@ -154,8 +155,6 @@ def _transferred(sources: list[_Inputs], shard: Shard) -> list[Rows]:
 
 def _scored(inputs: _Inputs, key: Key, X: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
     """Yield the row of each probe that is applied to the states (n, hidden) of a layer."""
-    from kdb.ingest.concept.metrics import score_predictions
-
     for probe in inputs.weights.get(key, []):
         tested, weights = inputs.tested[probe["split"]], np.asarray(probe["weights"], np.float64)
         labels = inputs.labels[tested]

@@ -19,12 +19,12 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class Layout:
     """Names of the columns of a source, by meaning; None if the source has no such column.
 
-    `labels` maps every allowed value of the label column, in lower case, to its class; rows whose class is None are
-    skipped.
+    Without a column `label`, examples have no label. `labels` maps every allowed value of the label column, in lower
+    case, to its class; rows whose class is None are skipped.
     """
 
     text: str = "text"
-    label: str = "label"
+    label: str | None = "label"
     labels: Mapping[str, int | None] = field(default_factory=lambda: ZERO_ONE)
     group: str | None = None
     category: str | None = None
@@ -42,7 +42,7 @@ def to_examples(rows: Iterable[Row], layout: Layout) -> Iterator[Example]:
     """Convert rows to examples; raise DatasetError at the first value that a study cannot use."""
     for row in rows:
         label = _label(row, layout)
-        if label is not None:
+        if label is not None or layout.label is None:
             yield Example(
                 text=text_of(row, layout.text),
                 label=label,
@@ -54,6 +54,8 @@ def to_examples(rows: Iterable[Row], layout: Layout) -> Iterator[Example]:
 
 
 def _label(row: Row, layout: Layout) -> int | None:
+    if layout.label is None:
+        return None
     value = row.fields[layout.label]
     label = str(value).strip().lower()
     if label not in layout.labels:

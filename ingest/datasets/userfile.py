@@ -50,6 +50,23 @@ def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Co
     return Dataset(name, source, "{text}", examples)
 
 
+def load_texts(path: Path, group_by: str | None = None) -> tuple[Example, ...]:
+    """Read the texts of a file, with their labels if it has a column `label`.
+
+    Raises DatasetError for a file that has no texts, or cannot be read.
+    """
+    if not is_user_file(str(path)):
+        raise DatasetError(f"Cannot read {str(path)!r} as texts: name a file that ends in {', '.join(_READERS)}.")
+    read, (location, columns) = _READERS[path.suffix.lower()], column_names(path)
+    if "text" not in columns:
+        raise complaint(location, "a column 'text'", f"{', '.join(map(repr, columns)) or 'no columns'}: rename one")
+    layout = Layout(label="label" if "label" in columns else None, labels=_LABELS, group=group_by)
+    examples = tuple(to_examples(read(path, layout.needed), layout))
+    if not examples:
+        raise complaint(location, "at least one text below", "none")
+    return examples
+
+
 def _check_one_label(rows: Iterable[Row], examples: Iterable[Example]) -> None:
     """Raise DatasetError for a text that has both labels, and name its rows; ``examples`` are those of the rows."""
     first: dict[str, tuple[Row, Example]] = {}

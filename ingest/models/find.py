@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdb.errors import ModelError, UnknownNameError
+from kdb.errors import ModelError, UnknownNameError, WarehouseError
 from kdb.ingest.models.files import CONFIG, adapter_files, fingerprint, model_files, sha256_of
 from kdb.ingest.models.gguf import gguf_parts, refuse_part
 from kdb.ingest.models.guard import brief
@@ -138,6 +138,15 @@ def find_model(spec: str, *, name: str | None = None, revision: str | None = Non
     if path.suffix == ".gguf" or path.is_dir():
         return _find_local(path, name, revision)
     return _find_on_hub(spec, name or spec, None, revision)
+
+
+def check_revision(model: ModelSource, run: str, revision: str) -> None:
+    """Raise WarehouseError unless a run was measured with this model, at the revision that it stores."""
+    if model.revision != revision:
+        raise WarehouseError(
+            f"Run {run} was measured with revision {revision} of {model.name}, and the given model is another one: "
+            "give the same --model and --revision."
+        )
 
 
 def _find_registered(model: RegisteredModel, name: str, revision: str | None) -> ModelSource:

@@ -92,7 +92,7 @@ def build(
     lake = FolderStorage.create(folder)
     for model in models:
         for concept in concepts:
-            _write(lake, model, concept.name, "concept", _concept_tables(model, concept))
+            _write(lake, model, concept.name, "concept", _concept_tables(model, concept, concepts))
         if prompts_per_category:
             _write(lake, model, "knowledge", "knowledge", _knowledge_tables(model, prompts_per_category, top_k))
     return Warehouse(folder)
@@ -134,7 +134,7 @@ def rng_of(*names: object) -> np.random.Generator:
 # Concept depth ---------------------------------------------------------------------------------------------------
 
 
-def _concept_tables(model: Model, concept: Concept) -> Iterator[tuple[str, pa.Table]]:
+def _concept_tables(model: Model, concept: Concept, sources: Sequence[Concept] = ()) -> Iterator[tuple[str, pa.Table]]:
     n, rng = concept.n_prompts, rng_of(model.name, concept.name)
     labels = np.arange(n) % 2
     sizes = {"study": "concept", "source": "invented", "n_prompts": n, "n_positive": int(labels.sum())}
@@ -151,6 +151,20 @@ def _concept_tables(model: Model, concept: Concept) -> Iterator[tuple[str, pa.Ta
     answers |= {"prob_negative": 0.7 - yes, "predicted": predicted, "correct": predicted == labels}
     yield "zero_shot", arrow_rows("zero_shot", answers)
     yield "projections", _projections(model, labels[:400], rng)
+    if sources:
+        yield "probe_transfer", pa.concat_tables(_transferred(model, concept, source) for source in sources)
+
+
+def _transferred(model: Model, concept: Concept, source: Concept) -> pa.Table:
+    """Scores of the probes of one concept on another: they read their own best, and some read others backwards."""
+    layers, own = np.arange(model.n_layers)[:, None], source == concept
+    most = source.best if own else rng_of(source.name, concept.name).uniform(0.3, 0.8)
+    auc = 0.5 + (most - 0.5) * layers / model.n_layers
+    n = len(tested_prompts(concept)) if own else concept.n_prompts
+    place = {"source_dataset": source.name, "probe_run": run_id({"model": model.name, "dataset": source.name})}
+    place |= {"layer": layers, "site": np.array(SITES, dtype=object), "classifier": "logistic", "split": "grouped"}
+    numbers = {"auc": auc, "auc_low": auc - 0.05, "auc_high": auc + 0.05, "accuracy": auc, "cosine": float(own)}
+    return arrow_rows("probe_transfer", place | numbers | {"n": n, "n_left_out": 0})
 
 
 def _baselines(concept: Concept, labels: NDArray[Any]) -> Iterator[tuple[str, pa.Table]]:
