@@ -30,6 +30,10 @@ BASELINES = ("majority", "words", "token-count")
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff]|\w+|[^\w\s]")
 
 
+_RIDGE: dict[str, Any] = {"l1_ratios": (0,), "use_legacy_attributes": False}
+"""An L2 penalty, and the attributes of scikit-learn's next version."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """Scores of one baseline on one split, and the labels (n_test,) that it predicts for the split's test rows.
@@ -91,16 +95,14 @@ def _fitted(features: tuple[Any, ...], X: NDArray[Any], split: Split, task: Task
     held_out = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
     model: Pipeline = make_pipeline(
         *features,
-        LogisticRegressionCV(
-            Cs=GRID, cv=held_out, scoring=_mean_log_likelihood, max_iter=1000, use_legacy_attributes=False, l1_ratios=(0,)
-        ),
+        LogisticRegressionCV(Cs=GRID, cv=held_out, scoring=_mean_log_likelihood, max_iter=1000, **_RIDGE),
     )
     model.fit(X[split.train], task.labels[split.train])
     return model.predict(X[split.test]), model.decision_function(X[split.test])
 
 
 def _mean_log_likelihood(model: LogisticRegression, X: Any, y: NDArray[Any]) -> float:
-    """Return the mean log-probability of labels (n,), which are 0 and 1. scikit-learn's own scorer clips them, and takes longer."""
+    """Return the mean log-probability of labels (n,), 0 and 1. scikit-learn's own scorer clips it, and is slower."""
     z = model.decision_function(X)
     return float(-np.logaddexp(0, np.where(y == 1, -z, z)).mean())
 

@@ -226,7 +226,7 @@ def _baseline_rows(baseline: Baseline, task: Task) -> pa.Table:
 
 
 def _n_jobs(n_prompts: int, n_layers: int, hidden_size: int) -> int:
-    """Number of probing processes: one per core, if their matrices fit into ``_PROBE_MEMORY`` and the work is not small."""
+    """Number of probing processes: one per core if their matrices fit into ``_PROBE_MEMORY``; one for small work."""
     import joblib
 
     if n_prompts * n_layers * hidden_size < _SMALL:
