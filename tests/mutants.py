@@ -37,7 +37,8 @@ class Mutant:
         return f"{self.file}: {self.old.strip()} → {self.new.strip() or 'nothing'}"
 
 
-PROBES, BOUNDS = "ingest/concept/probes.py", "ingest/attribution/bounds.py"
+PROBES, SPLITS = "ingest/concept/probes.py", "ingest/concept/splits.py"
+BOUNDS = "ingest/attribution/bounds.py"
 LOGISTIC, METRICS = "ingest/concept/logistic.py", "ingest/concept/metrics.py"
 RANKINGS, SCORES = "ingest/attribution/rankings.py", "ingest/attribution/scores.py"
 MACROS, UNCERTAINTY, STAGED_RUN = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/staged_run.py"
@@ -56,8 +57,8 @@ MUTANTS = [
     Mutant(LOGISTIC, "return self.slack <= TOLERANCE", "return True", "tests/test_probes.py"),
     Mutant(LOGISTIC, "gradient = penalty * w + A.T @ (p - y)", "gradient = A.T @ (p - y)", "tests/test_probes.py"),
     Mutant(LOGISTIC, "w[-1] * design.radius - design.mean @ coef", "w[-1] * design.radius", "tests/test_probes.py"),
-    Mutant(PROBES, "PAPER_SEED = 42", "PAPER_SEED = 43", "tests/test_probes.py"),
-    Mutant(PROBES, "TEST_SHARE = 0.4", "TEST_SHARE = 0.5", "tests/test_probes.py"),
+    Mutant(SPLITS, "PAPER_SEED = 42", "PAPER_SEED = 43", "tests/test_probes.py"),
+    Mutant(SPLITS, "TEST_SHARE = 0.4", "TEST_SHARE = 0.5", "tests/test_probes.py"),
     Mutant(
         PROBES,
         "return _Reading(decision > 0, decision, fit.converged, fit.n_iter, fit.coef, fit.intercept)",
@@ -65,9 +66,9 @@ MUTANTS = [
         "tests/test_probes.py",
     ),
     Mutant(PROBES, "if not np.isfinite(X).all():", "if False:", "tests/test_probes.py"),
-    Mutant(PROBES, "0 < labels[rows].mean() < 1 for rows", "labels[rows].mean() <= 1 for rows", "tests/test_probes.py"),
-    Mutant(PROBES, "% 2)[group_of]", "% 2)[np.arange(len(group_of)) % len(names)]", "tests/test_probes.py"),
-    Mutant(PROBES, "np.argsort(y != first_label, kind", "np.argsort(y, kind", "tests/test_probes.py"),
+    Mutant(SPLITS, "0 < labels[rows].mean() < 1 for rows", "labels[rows].mean() <= 1 for rows", "tests/test_probes.py"),
+    Mutant(SPLITS, "% 2)[group_of]", "% 2)[np.arange(len(group_of)) % len(names)]", "tests/test_probes.py"),
+    Mutant(SPLITS, "np.argsort(y != first_label, kind", "np.argsort(y, kind", "tests/test_probes.py"),
     Mutant(PROBES, "read(labels[split.train], reading.c)", "read(labels[split.train], None)", "tests/test_probes.py"),
     Mutant(PROBES, "score.f1_of_0 if task.first_label == 1 else score.f1", "score.f1", "tests/test_probes.py"),
     Mutant(LOGISTIC, "self.rows /= self.scale or 1.0", "pass", "tests/test_probes.py"),
