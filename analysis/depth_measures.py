@@ -30,12 +30,13 @@ _KEYS = ("model", "dataset")
 
 @dataclass(frozen=True)
 class Curve:
-    """Outcomes of one run's probe on its test prompts: correct (prompt, layer), of the given layers."""
+    """Outcomes of one run's probe on its test prompts: correct (prompt, layer), of the given layers and prompt ids."""
 
     model: str
     dataset: str
     layers: tuple[int, ...]
     n_layers: int
+    prompts: tuple[int, ...]
     correct: NDArray[np.float32]
     baselines: Mapping[str, NDArray[np.float32]]
     groups: NDArray[Any] | None
@@ -53,13 +54,16 @@ def curves(wh: Warehouse, **params: Any) -> Iterator[Curve]:
     outcomes = wh.query("probe-outcomes", **params)
     models, site, *probe = _chosen(params)
     guessed = wh.sql("FROM baseline_outcomes(?, ?, ?)", [models, *probe]).rows_by_key("run")
-    grouped = dict(wh.sql("SELECT run, groups FROM test_groups(?, ?, ?, ?)", [models, site, *probe]).rows())
+    tested = wh.sql("SELECT run, prompts, groups FROM test_prompts(?, ?, ?, ?)", [models, site, *probe])
+    of_run = {run: (tuple(prompts), groups) for run, prompts, groups in tested.iter_rows()}
     for (model, dataset, run), frame in groups_of(outcomes, (*_KEYS, "run")):
         frame = frame.sort("layer")
         correct = np.stack([_bits(text) for text in frame["outcomes"]], axis=1)
         baselines = {name: _bits(text) for *_, name, text in guessed.get(run, [])}
-        groups = np.array(grouped[run]) if len(grouped.get(run, [])) == len(correct) else None
-        yield Curve(model, dataset, tuple(frame["layer"]), int(frame["n_layers"][0]), correct, baselines, groups)
+        prompts, names = of_run.get(run, ((), [None]))
+        groups = None if None in names else np.array(names)
+        n_layers = int(frame["n_layers"][0])
+        yield Curve(model, dataset, tuple(frame["layer"]), n_layers, prompts, correct, baselines, groups)
 
 
 def _chosen(params: Mapping[str, Any]) -> list[Any]:
