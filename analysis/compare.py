@@ -9,7 +9,7 @@ Prompts are matched by the text of the dataset, whatever template or noise it wa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,24 +72,29 @@ def matched_prompts(wh: Warehouse, run_a: str, run_b: str) -> Matched:
     return Matched(pairs, len(a) - len(pairs), len(b) - len(pairs))
 
 
-def check_comparable(wh: Warehouse, run_a: str, run_b: str, matched: Matched) -> str:
-    """Return the study of two runs; raise QueryError if it, or the dataset of concept runs, is not the same.
+def described(wh: Warehouse, run_a: str, run_b: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return study, model, dataset, variant and n_layers of two runs."""
+    about = wh.sql("SELECT run, study, model, dataset, variant, n_layers FROM known_runs")
+    a, b = (about.row(by_predicate=pl.col("run") == run, named=True) for run in (run_a, run_b))
+    return a, b
+
+
+def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], matched: Matched) -> None:
+    """Raise QueryError if two runs, as ``described``, are of different studies, or concept runs of different datasets.
 
     Two concept runs are of one dataset if at least half of the texts of the smaller one are in the other. The names of
     the datasets decide nothing: one file may be stored under two names, and two files under one.
     """
-    about = wh.sql("SELECT run, study, dataset FROM runs WHERE run IN (?, ?)", [run_a, run_b])
-    described = {run: (study, dataset) for run, study, dataset in about.iter_rows()}
-    (study, dataset_a), (other, dataset_b) = described[run_a], described[run_b]
-    if study != other:
-        raise QueryError(f"Run {run_a} is of the {study} study, run {run_b} of the {other} study. {_ANOTHER}")
-    n, fewer = len(matched.pairs), len(matched.pairs) + min(matched.only_a, matched.only_b)
-    if study == "concept" and run_a != run_b and 2 * n < max(fewer, 1):
+    if a["study"] != b["study"]:
         raise QueryError(
-            f"Runs {run_a} ({dataset_a}) and {run_b} ({dataset_b}) are of two different datasets: they share {n:,} of "
-            f"{fewer:,} texts. {_ANOTHER}"
+            f"Run {a['run']} is of the {a['study']} study, run {b['run']} of the {b['study']} study. {_ANOTHER}"
         )
-    return str(study)
+    n, fewer = len(matched.pairs), len(matched.pairs) + min(matched.only_a, matched.only_b)
+    if a["study"] == "concept" and 2 * n < max(fewer, 1):
+        raise QueryError(
+            f"Runs {a['run']} ({a['dataset']}) and {b['run']} ({b['dataset']}) are of two different datasets: they "
+            f"share {n:,} of {fewer:,} texts. {_ANOTHER}"
+        )
 
 
 _ANOTHER = "Choose two runs of one study and dataset; `kdb runs` lists them."

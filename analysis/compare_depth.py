@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from kdb.analysis.curves import differences
+from kdb.analysis.curves import Differences, differences
 from kdb.analysis.depth_measures import Curve, curves, depth_intervals, summary
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class ByDepth:
     ``table`` has a row for each layer of the model with fewer layers: depth_percent, layer_a, layer_b (the nearest one
     in depth), n, accuracy_a, accuracy_b, difference (b − a) with its 95 % interval low to high, only_a and only_b
     (prompts that only one of them predicts correctly), and p_value, McNemar's. ``p_largest`` is that of the largest
-    difference, after the choice of the depth. Both are empty without common test prompts.
+    difference, after the choice of the depth; None without such prompts, and the table is empty.
     """
 
     table: pl.DataFrame
@@ -48,32 +48,43 @@ def by_depth(wh: Warehouse, run_a: str, run_b: str, pairs: pl.DataFrame, **probe
         return None
     rows = _common(a, b, pairs)
     if not len(rows):
-        return ByDepth(pl.DataFrame(), 0)
+        return ByDepth(pl.DataFrame(schema=_COLUMNS), 0)
     columns = aligned(a, b)
-    first, second = (
-        curve.correct[np.ix_(rows[:, side], columns[:, side])] for side, curve in enumerate((a, b))
-    )
-    groups = a.groups[rows[:, 0]] if a.groups is not None else b.groups[rows[:, 1]] if b.groups is not None else None
-    found = differences(first, second, groups)
+    correct = [curve.correct[np.ix_(rows[:, side], columns[:, side])] for side, curve in enumerate((a, b))]
+    found = differences(*correct, _groups(a, b, rows))
+    table = _table(a, b, columns, found).with_columns(n=pl.lit(len(rows), dtype=pl.Int64))
+    return ByDepth(table.select(*_COLUMNS), len(rows), found.n_groups, found.p_largest)
+
+
+_COLUMNS = {
+    "depth_percent": pl.Float64,
+    **dict.fromkeys(("layer_a", "layer_b", "n"), pl.Int64),
+    **dict.fromkeys(("accuracy_a", "accuracy_b", "difference", "low", "high"), pl.Float64),
+    **dict.fromkeys(("only_a", "only_b"), pl.Int64),
+    "p_value": pl.Float64,
+}
+
+
+def _table(a: Curve, b: Curve, columns: NDArray[np.int64], found: Differences) -> pl.DataFrame:
     layers = [[curve.layers[i] for i in columns[:, side]] for side, curve in enumerate((a, b))]
     shallow = min((a, b), key=lambda curve: len(curve.layers))
-    table = pl.DataFrame(
+    return pl.DataFrame(
         {
             "depth_percent": [100 * layer / shallow.n_layers for layer in shallow.layers],
             "layer_a": layers[0],
             "layer_b": layers[1],
-            "n": [len(rows)] * len(columns),
-            "accuracy_a": found.accuracy_a,
-            "accuracy_b": found.accuracy_b,
             "difference": found.accuracy_b - found.accuracy_a,
-            "low": found.low,
-            "high": found.high,
-            "only_a": found.only_a,
-            "only_b": found.only_b,
             "p_value": found.p_values,
+            **{name: getattr(found, name) for name in ("accuracy_a", "accuracy_b", "low", "high", "only_a", "only_b")},
         }
     ).with_columns(pl.col("low", "high").fill_nan(None))
-    return ByDepth(table, len(rows), found.n_groups, found.p_largest)
+
+
+def _groups(a: Curve, b: Curve, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    """Return the group of each pair of prompts, from the run that has groups."""
+    if a.groups is not None:
+        return a.groups[rows[:, 0]]
+    return None if b.groups is None else b.groups[rows[:, 1]]
 
 
 def _only(wh: Warehouse, run: str) -> dict[str, Any]:
