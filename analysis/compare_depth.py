@@ -132,7 +132,8 @@ def _measures(wh: Warehouse, params: dict[str, Any]) -> dict[str, str]:
         "best layer": _at(row, "best_layer", "best_percent"),
         "not told from it": row["best_layers"] or "",
         "accuracy there": _within(f"{best['accuracy']:.3f}", best["accuracy_low"], best["accuracy_high"], ".3f"),
-        "best baseline": _baseline(row),
+        "best baseline": "none" if row["baseline"] is None else f"{row['baseline_accuracy']:.3f}, {row['baseline']}",
+        "p against it": "" if row["p_beats_baseline"] is None else f"{row['p_beats_baseline']:.2g}",
         "depth_90": _within(
             _at(row, "depth_90_layer", "depth_90_percent"), row["depth_90_low"], row["depth_90_high"], ".0f"
         ),
@@ -146,13 +147,6 @@ def _at(row: dict[str, Any], layer: str, percent: str) -> str:
 
 def _within(text: str, low: float | None, high: float | None, form: str) -> str:
     return text if low is None or high is None else f"{text} ({low:{form}} to {high:{form}})"
-
-
-def _baseline(row: dict[str, Any]) -> str:
-    if row["baseline"] is None:
-        return "none"
-    p = "" if row["p_beats_baseline"] is None else f", p = {row['p_beats_baseline']:.2g}"
-    return f"{row['baseline_accuracy']:.3f}, {row['baseline']}{p}"
 
 
 def _point(point: dict[str, Any] | None) -> str:

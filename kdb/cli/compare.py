@@ -114,7 +114,7 @@ def _sentences(found: ByDepth) -> str:
     """Say what the table holds, and where the largest difference is."""
     said = [
         f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. low to high is the 95 % interval of "
-        "b - a, none where nearly all prompts agree; p is McNemar's."
+        "b - a, empty where too few prompts differ; p is McNemar's."
     ]
     if found.n_groups is not None:
         said.append(
@@ -144,12 +144,19 @@ def _narrow(table: pl.DataFrame) -> pl.DataFrame:
 _SHORT = {"accuracy_a": "a", "accuracy_b": "b", "difference": "b - a", "low": "low", "high": "high"}
 
 
+_LONG_HASH = "^([0-9a-f]{12})[0-9a-f]{28,}$"
+"""A commit or sha256, of which the first digits are shown."""
+
+
 def _differing(wh: Warehouse, a: str, b: str, limit: int, *, numbers: bool) -> Shown:
     """Yield settings that differ and, with ``numbers``, the largest changes of numbers with the same key."""
+    import polars as pl
+
     from kdb.analysis import compare as compared
 
     settings = compared.differing_settings(wh, a, b)
-    yield f"Settings that differ: {len(settings)}", settings if len(settings) else None
+    short = settings.with_columns(pl.col("a", "b").str.replace(_LONG_HASH, "$1…"))
+    yield f"Settings that differ: {len(settings)}", short if len(short) else None
     if not numbers:
         return
     moved = compared.moved_numbers(wh, a, b)
