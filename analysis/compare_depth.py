@@ -50,8 +50,8 @@ def by_depth(wh: Warehouse, run_a: str, run_b: str, pairs: pl.DataFrame, **probe
     if not len(rows):
         return ByDepth(pl.DataFrame(schema=_COLUMNS), 0)
     columns = aligned(a, b)
-    correct = [curve.correct[np.ix_(rows[:, side], columns[:, side])] for side, curve in enumerate((a, b))]
-    found = differences(*correct, _groups(a, b, rows))
+    correct_a, correct_b = (c.correct[np.ix_(rows[:, side], columns[:, side])] for side, c in enumerate((a, b)))
+    found = differences(correct_a, correct_b, _groups(a, b, rows))
     table = _table(a, b, columns, found).with_columns(n=pl.lit(len(rows), dtype=pl.Int64))
     return ByDepth(table.select(*_COLUMNS), len(rows), found.n_groups, found.p_largest)
 

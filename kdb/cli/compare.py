@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ from kdb.cli.options import output_options, say, show, warehouse_option
 from kdb.queries.domains import CLASSIFIERS
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from collections.abc import Iterator, Mapping
+
+    import polars as pl
 
     from kdb.analysis.compare import Matched
     from kdb.analysis.compare_depth import ByDepth
@@ -83,7 +84,7 @@ def compare(
             shown.append(("A run has no predictions of this probe, so accuracies are not compared.", None))
         shown += _differing(wh, a, b, limit, numbers=found is None or about[0]["n_layers"] == about[1]["n_layers"])
     for sentences, frame in shown:
-        say(sentences)
+        say("\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in sentences.splitlines()))
         if frame is not None:
             show(frame, format_, None)
 
@@ -113,8 +114,8 @@ def _by_depth(found: ByDepth) -> Shown:
 def _sentences(found: ByDepth) -> str:
     """Say what the table holds, and where the largest difference is."""
     said = [
-        f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. low to high is the 95 % interval of "
-        "b - a, empty where too few prompts differ; p is McNemar's."
+        f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. low to high is the 95 % interval "
+        "of b - a, empty where too few prompts differ; p is McNemar's."
     ]
     if found.n_groups is not None:
         said.append(
@@ -123,7 +124,9 @@ def _sentences(found: ByDepth) -> str:
         )
     place = max(found.table.to_dicts(), key=lambda row: abs(row["difference"]))
     said.append(
-        f"Largest difference: {place['difference']:+.3f} at {place['depth_percent']:.0f} % of depth, p = "
+        "The accuracies are equal at every depth."
+        if not place["difference"]
+        else f"Largest difference: {place['difference']:+.3f} at {place['depth_percent']:.0f} % of depth, p = "
         f"{found.p_largest:.2g}, which allows for its choice among {len(found.table)} depths."
     )
     return "\n".join(said)
