@@ -8,6 +8,7 @@ The probe is the default one of each run; ``classifier``, ``split`` and ``site``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from kdb.analysis.curves import Differences, differences
 from kdb.analysis.depth_measures import Curve, curves, depth_intervals, summary
+from kdb.errors import NothingFoundError
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -41,10 +43,11 @@ class ByDepth:
 def by_depth(wh: Warehouse, run_a: str, run_b: str, pairs: pl.DataFrame, **probe: str) -> ByDepth | None:
     """Compare the accuracies of two runs; ``pairs`` are their prompts with the same text.
 
-    None if a run has no predictions of the probe.
+    None if a run has no predictions. Raises NothingFoundError if it has none of a classifier or split that is given.
     """
     a, b = (next(curves(wh, **_only(wh, run), **probe), None) for run in (run_a, run_b))
     if a is None or b is None:
+        _check_asked(run_a if a is None else run_b, probe)
         return None
     rows = _common(a, b, pairs)
     if not len(rows):
@@ -54,6 +57,14 @@ def by_depth(wh: Warehouse, run_a: str, run_b: str, pairs: pl.DataFrame, **probe
     found = differences(correct_a, correct_b, _groups(a, b, rows))
     table = _table(a, b, columns, found).with_columns(n=pl.lit(len(rows), dtype=pl.Int64))
     return ByDepth(table.select(*_COLUMNS), len(rows), found.n_groups, found.p_largest)
+
+
+def _check_asked(run: str, probe: Mapping[str, str]) -> None:
+    asked = ", ".join(f"{name} {probe[name]}" for name in ("classifier", "split") if name in probe)
+    if asked:
+        raise NothingFoundError(
+            f"Run {run} has no predictions of {asked}. Choose a probe that both runs have, or fit it with `kdb probe`."
+        )
 
 
 _COLUMNS = {

@@ -324,7 +324,7 @@ GROUP BY ALL;
 -- Prompts of a run, or of the run from which it was computed, with the text of each one's example: without the template
 -- and the noise before the text. copy numbers prompts with the same text, label and answer.
 CREATE MACRO example_texts(wanted_run) AS TABLE
-WITH source AS (SELECT coalesce(source_run, run) AS run FROM known_runs WHERE run = wanted_run),
+WITH source AS (SELECT model, dataset, coalesce(source_run, run) AS run FROM known_runs WHERE run = wanted_run),
 
 filled AS (
     SELECT
@@ -334,9 +334,9 @@ filled AS (
             (length(text) - length(replace(filling, '{text}', ''))) // (len(string_split(filling, '{text}')) - 1)
         ) AS text
     FROM prompts
-    JOIN (SELECT run, coalesce(template, '{text}') AS filling FROM datasets) USING (run)
-    JOIN runs USING (run)
-    WHERE run IN (FROM source)
+    JOIN (SELECT model, dataset, run, coalesce(template, '{text}') AS filling FROM datasets) USING (model, dataset, run)
+    JOIN (SELECT model, dataset, run, noise FROM runs) USING (model, dataset, run)
+    SEMI JOIN source USING (model, dataset, run)
 ),
 
 examples AS (

@@ -395,5 +395,7 @@ def test_a_measured_run_is_compared_with_one_under_noise_and_another_template(
     paper = run_kdb("compare", a, b, "--split", "paper", "--warehouse", warehouse)
     assert "Accuracy by depth on the 16 prompts" in paper.stdout
     assert re.search(r"The prompts are in \d+ groups", paper.stdout)
-    unknown = run_kdb("compare", a, b, "--split", "nosuch", "--warehouse", warehouse)
-    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    for split, message in (("nosuch", "Unknown split"), ("grouped", f"Run {a} has no predictions of split grouped")):
+        refused = run_kdb("compare", a, b, "--split", split, "--warehouse", warehouse)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert message in refused.stderr

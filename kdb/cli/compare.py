@@ -81,7 +81,7 @@ def compare(
         if found is not None:
             shown += [*_by_depth(found), (_EACH, compare_depth.measures(wh, a, b, **probe))]
         elif concept:
-            shown.append(("A run has no predictions of this probe, so accuracies are not compared.", None))
+            shown.append(("A run has no predictions of probes, so accuracies are not compared.", None))
         shown += _differing(wh, a, b, limit, numbers=found is None or about[0]["n_layers"] == about[1]["n_layers"])
     for sentences, frame in shown:
         say("\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in sentences.splitlines()))
