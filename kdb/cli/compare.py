@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Number of changes to show, largest first.",
 )
-@click.option("--site", type=click.Choice(["resid_post", "ffn_norm"]), default="resid_post", show_default=True)
+@click.option(
+    "--site",
+    type=click.Choice(["resid_post", "ffn_norm"]),
+    default="resid_post",
+    show_default=True,
+    help="Place where the hidden state is read.",
+)
 @click.option("--classifier", type=click.Choice(CLASSIFIERS), help="Kind of the probe; defaults to each run's own.")
 @click.option("--split", help="Split of the probe; defaults to each run's own.")
 @warehouse_option
