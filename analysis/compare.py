@@ -1,6 +1,7 @@
 """Differences between two runs: settings, versions, and measured numbers.
 
 Rows are matched by the key that ``warehouse/schema.py`` declares for each table, so new tables need no change here.
+Prompts are matched by the text of the dataset, whatever template or noise it was given in.
 
     moved_numbers(kdb.open("kdb-warehouse"), "1f0c9a3b5d7e2468", "a2b3c4d5e6f70819")
 """
@@ -8,13 +9,13 @@ Rows are matched by the key that ``warehouse/schema.py`` declares for each table
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from sqlalchemy import Boolean, Float, Integer
 
-from kdb.analysis.uncertainty import mcnemar
 from kdb.errors import QueryError, UnknownNameError
 from kdb.warehouse.schema import TABLES, has_vectors
 
@@ -47,6 +48,61 @@ def find_runs(wh: Warehouse, *named: str) -> list[str]:
     return matches
 
 
+# Prompts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Prompts of two runs that have the same text, label and answer.
+
+    ``pairs`` has the columns prompt_a and prompt_b; ``only_a`` and ``only_b`` are numbers of prompts without a partner.
+    """
+
+    pairs: pl.DataFrame
+    only_a: int
+    only_b: int
+
+
+def matched_prompts(wh: Warehouse, run_a: str, run_b: str) -> Matched:
+    """Match the prompts of two runs by text; of a text that stands several times, the first with the first."""
+    a, b = (wh.sql("FROM example_texts(?)", [run]) for run in (run_a, run_b))
+    key = ["text", "label", "answer", "copy"]
+    both = a.join(b, on=key, nulls_equal=True, suffix="_b").sort("prompt_id")
+    pairs = both.select(prompt_a="prompt_id", prompt_b="prompt_id_b")
+    return Matched(pairs, len(a) - len(pairs), len(b) - len(pairs))
+
+
+def described(wh: Warehouse, run_a: str, run_b: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return study, model, dataset, variant and n_layers of two runs."""
+    about = wh.sql("SELECT run, study, model, dataset, variant, n_layers FROM known_runs")
+    a, b = (about.row(by_predicate=pl.col("run") == run, named=True) for run in (run_a, run_b))
+    return a, b
+
+
+def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], matched: Matched) -> None:
+    """Raise QueryError if two runs, as ``described``, are of different studies, or concept runs of different datasets.
+
+    Two concept runs are of one dataset if at least half of the texts of the smaller one are in the other. The names of
+    the datasets decide nothing: one file may be stored under two names, and two files under one.
+    """
+    if a["study"] != b["study"]:
+        raise QueryError(
+            f"Run {a['run']} is of the {a['study']} study, run {b['run']} of the {b['study']} study. {_ANOTHER}"
+        )
+    n, fewer = len(matched.pairs), len(matched.pairs) + min(matched.only_a, matched.only_b)
+    if a["study"] == "concept" and 2 * n < max(fewer, 1):
+        raise QueryError(
+            f"Runs {a['run']} ({a['dataset']}) and {b['run']} ({b['dataset']}) are of two different datasets: they "
+            f"share {n:,} of {fewer:,} texts. {_ANOTHER}"
+        )
+
+
+_ANOTHER = "Choose two runs of one study and dataset; `kdb runs` lists them."
+
+
+# Settings and numbers --------------------------------------------------------------------------------------------
+
+
 def differing_settings(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
     """Return the settings that differ between the two runs: columns setting, a, b (as text)."""
     a, b = _settings(wh, run_a), _settings(wh, run_b)
@@ -70,7 +126,8 @@ def moved_numbers(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
     difference in percent of the largest value of the column in either run. Raises QueryError if the runs have no table
     in common.
     """
-    parts = [part for table in _compared(wh, run_a, run_b) for part in _moved(wh, table, run_a, run_b)]
+    tables, pairs = _compared(wh, run_a, run_b), matched_prompts(wh, run_a, run_b).pairs
+    parts = [part for table in tables for part in _moved(table, _matched(wh, table, run_a, run_b, pairs))]
     schema = {"table": pl.String, "key": pl.String, "column": pl.String}
     empty = pl.DataFrame(schema=schema | dict.fromkeys(("a", "b", "difference", "change_percent"), pl.Float64))
     moved = pl.concat([empty, *parts])
@@ -79,43 +136,17 @@ def moved_numbers(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
 
 def compared_rows(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
     """Return the number of matched and unmatched rows of each table: columns table, rows, only_a, only_b."""
+    pairs = matched_prompts(wh, run_a, run_b).pairs
     counts = [
         (table, len(rows), *(rows.select(pl.col(f"{side}_there").is_null().sum()).item() for side in "ba"))
         for table in _compared(wh, run_a, run_b)
-        for rows in (_matched(wh, table, run_a, run_b),)
+        for rows in (_matched(wh, table, run_a, run_b, pairs),)
     ]
     return pl.DataFrame(
         [(table, n - only_a - only_b, only_a, only_b) for table, n, only_a, only_b in counts],
         schema=["table", "rows", "only_a", "only_b"],
         orient="row",
     )
-
-
-def accuracy_differences(wh: Warehouse, run_a: str, run_b: str) -> pl.DataFrame:
-    """Test whether the two runs' probes differ on the same test prompts, layer by layer, by McNemar's exact test.
-
-    One row per layer, site, classifier and split that both have: accuracy_a, accuracy_b, only_a and only_b (prompts
-    that only one of them predicts correctly), p_value. Empty if the runs used different texts.
-    """
-    if wh.sql("SELECT count(DISTINCT fingerprint) FROM datasets WHERE run IN (?, ?)", [run_a, run_b]).item() > 1:
-        return pl.DataFrame()
-    counts = wh.sql(
-        """
-        SELECT
-            a.site, a.classifier, a.split, a.layer,
-            avg(a.correct::INTEGER) AS accuracy_a, avg(b.correct::INTEGER) AS accuracy_b,
-            count(*) FILTER (a.correct AND NOT b.correct) AS only_a,
-            count(*) FILTER (b.correct AND NOT a.correct) AS only_b
-        FROM probe_predictions AS a
-        JOIN probe_predictions AS b USING (site, classifier, split, layer, prompt_id)
-        WHERE a.run = ? AND b.run = ?
-        GROUP BY ALL
-        ORDER BY ALL
-        """,
-        [run_a, run_b],
-    )
-    p_values = [mcnemar(a, b) for a, b in counts.select("only_a", "only_b").iter_rows()]
-    return counts.with_columns(p_value=pl.Series(p_values, dtype=pl.Float64))
 
 
 def _compared(wh: Warehouse, run_a: str, run_b: str) -> list[str]:
@@ -136,17 +167,19 @@ def _measured(table: str) -> list[str]:
     return [column.name for column in others if isinstance(column.type, _NUMBERS)]
 
 
-def _matched(wh: Warehouse, table: str, run_a: str, run_b: str) -> pl.DataFrame:
+def _matched(wh: Warehouse, table: str, run_a: str, run_b: str, pairs: pl.DataFrame) -> pl.DataFrame:
     """Return the rows of both runs joined by the key, with numbers as a_… and b_…; NULL if a run lacks the row."""
     key, numbers = TABLES[table].info["key"], _measured(table)
-    frames = (
+    first, second = (
         wh.scan(table, everything=True)
         .filter(run=run)
         .select(*key, *(pl.col(name).cast(pl.Float64).alias(f"{side}_{name}") for name in numbers), _there(side))
         .collect()
         for side, run in (("a", run_a), ("b", run_b))
     )
-    first, second = frames
+    if "prompt_id" in key:
+        partners = second.join(pairs, left_on="prompt_id", right_on="prompt_b", how="left", maintain_order="left")
+        second = partners.with_columns(prompt_id="prompt_a").drop("prompt_a")
     return first.join(second, on=key, how="full", coalesce=True, nulls_equal=True, maintain_order="left_right")
 
 
@@ -154,8 +187,8 @@ def _there(side: str) -> pl.Expr:
     return pl.lit(True).alias(f"{side}_there")
 
 
-def _moved(wh: Warehouse, table: str, run_a: str, run_b: str) -> Iterator[pl.DataFrame]:
-    rows = _matched(wh, table, run_a, run_b).filter("a_there", "b_there")
+def _moved(table: str, matched: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    rows = matched.filter("a_there", "b_there")
     key = TABLES[table].info["key"]
     parts = [pl.when(pl.col(name).is_not_null()).then(pl.format(f"{name}={{}}", name)) for name in key]
     for name in _measured(table):

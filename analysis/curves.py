@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdb.analysis.uncertainty import Floats, group_sums, intervals, largest_mean_p, mean_intervals, resampled_means
+from kdb.analysis.uncertainty import (
+    Floats,
+    group_sums,
+    intervals,
+    largest_mean_p,
+    mcnemar,
+    mean_intervals,
+    resampled_means,
+)
 
 SURE = 0.05
 """Level of the tests."""
@@ -166,6 +174,48 @@ def _first(margin: Floats) -> int:
     """Return the first layer whose margin is not negative; the last layer if none is."""
     reached = margin >= -1e-9
     return int(reached.argmax()) if reached.any() else len(margin) - 1
+
+
+# Two curves on the same prompts ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Accuracies of two curves on the same prompts, and b − a with its 95 % interval, by column.
+
+    The ends are NaN where ``mean_intervals`` gives none. ``only_a`` and ``only_b`` count prompts that only one of them
+    has right, ``p_values`` are McNemar's. ``p_largest`` is that of the largest difference of either sign, after its
+    choice among the columns.
+    """
+
+    n_groups: int | None
+    accuracy_a: Floats
+    accuracy_b: Floats
+    low: Floats
+    high: Floats
+    only_a: NDArray[np.int64]
+    only_b: NDArray[np.int64]
+    p_values: Floats
+    p_largest: float
+
+
+def differences(a: NDArray[Any], b: NDArray[Any], groups: NDArray[Any] | None = None) -> Differences:
+    """Compare two curves, each from correct (prompt, layer), whose columns correspond.
+
+    The interval and ``p_largest`` keep groups together; McNemar's test takes each prompt as independent.
+    """
+    sums, sizes = group_sums(b - a, groups)
+    only_a, only_b = (a > b).sum(axis=0), (b > a).sum(axis=0)
+    return Differences(
+        None if groups is None else len(sums),
+        a.mean(axis=0, dtype=np.float64),
+        b.mean(axis=0, dtype=np.float64),
+        *mean_intervals(sums, sizes),
+        only_a,
+        only_b,
+        np.array([mcnemar(*counts) for counts in zip(only_a, only_b, strict=True)]),
+        largest_mean_p(np.hstack([sums, -sums])),
+    )
 
 
 # The paper's points ----------------------------------------------------------------------------------------------

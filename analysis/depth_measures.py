@@ -30,12 +30,13 @@ _KEYS = ("model", "dataset")
 
 @dataclass(frozen=True)
 class Curve:
-    """Outcomes of one run's probe on its test prompts: correct (prompt, layer), of the given layers."""
+    """Outcomes of one run's probe on its test prompts: correct (prompt, layer), of the given layers and prompt ids."""
 
     model: str
     dataset: str
     layers: tuple[int, ...]
     n_layers: int
+    prompts: tuple[int, ...]
     correct: NDArray[np.float32]
     baselines: Mapping[str, NDArray[np.float32]]
     groups: NDArray[Any] | None
@@ -53,13 +54,16 @@ def curves(wh: Warehouse, **params: Any) -> Iterator[Curve]:
     outcomes = wh.query("probe-outcomes", **params)
     models, site, *probe = _chosen(params)
     guessed = wh.sql("FROM baseline_outcomes(?, ?, ?)", [models, *probe]).rows_by_key("run")
-    grouped = dict(wh.sql("SELECT run, groups FROM test_groups(?, ?, ?, ?)", [models, site, *probe]).rows())
+    tested = wh.sql("SELECT run, prompts, groups FROM test_prompts(?, ?, ?, ?)", [models, site, *probe])
+    of_run = {run: (tuple(prompts), groups) for run, prompts, groups in tested.iter_rows()}
     for (model, dataset, run), frame in groups_of(outcomes, (*_KEYS, "run")):
         frame = frame.sort("layer")
         correct = np.stack([_bits(text) for text in frame["outcomes"]], axis=1)
         baselines = {name: _bits(text) for *_, name, text in guessed.get(run, [])}
-        groups = np.array(grouped[run]) if len(grouped.get(run, [])) == len(correct) else None
-        yield Curve(model, dataset, tuple(frame["layer"]), int(frame["n_layers"][0]), correct, baselines, groups)
+        prompts, names = of_run.get(run, ((), [None]))
+        groups = None if None in names else np.array(names)
+        n_layers = int(frame["n_layers"][0])
+        yield Curve(model, dataset, tuple(frame["layer"]), n_layers, prompts, correct, baselines, groups)
 
 
 def _chosen(params: Mapping[str, Any]) -> list[Any]:
@@ -248,7 +252,7 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return whether J and C of each model and dataset are robust, or depend on the procedure.
 
     One row per model, dataset and point: layer, percent, the range over resampled test prompts, none_percent,
-    p_any_rise, and ``hangs_on``. ``hangs_on`` lists the choices that move the point by more than a tenth of the depth
+    p_any_rise, and ``depends_on``. ``depends_on`` lists the choices that move the point by more than a tenth of the depth
     or remove it: 'threshold', 'classifier', 'split', 'test prompts'. It also has 'chance' if a jump only reaches the
     accuracy of always guessing the larger class, and 'its definition' for a C in the last layer. It is empty if the
     point is robust.
@@ -274,7 +278,7 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
         pl.when(last).then(pl.lit("its definition")),
     ).list.drop_nulls()
     kept = ("layer", "percent", "low_percent", "high_percent", "none_percent", "p_any_rise")
-    return points.select(*keys, *kept, hangs_on=reasons.list.join(", "))
+    return points.select(*keys, *kept, depends_on=reasons.list.join(", "))
 
 
 def _jumps_to_chance(wh: Warehouse, **params: Any) -> pl.DataFrame:

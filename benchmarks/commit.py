@@ -55,11 +55,11 @@ Way = tuple[Callable[[RunFolder], object], Callable[[], Iterator[Callable[[], pl
 
 def marker(store: ObjectStore, folder: Path) -> Way:
     """Kdb's own: files, then the commit object that names them; what is read is kept in a local mirror."""
-    bucket_storage.user_cache_path = lambda _: folder / "writer"  # type: ignore[assignment]
+    bucket_storage.user_cache_path = lambda _: folder / "writer"  # type: ignore[assignment]  # a cache of its own
     lake = Warehouse.create(URL).storage
 
     def ask() -> Iterator[Callable[[], pl.DataFrame]]:
-        bucket_storage.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
+        bucket_storage.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]  # and of its own
         yield lambda: kdb.open(URL).sql(QUESTION)
         yield lambda: kdb.open(URL).sql(QUESTION)
 

@@ -52,7 +52,7 @@ def writers(folder: Path, *, bucket: bool) -> Iterator[Writers]:
     if not bucket:
         yield Writers(context, model, dataset, lambda number: str(folder / f"warehouse-{number}"), folder)
         return
-    bucket_storage.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]
+    bucket_storage.user_cache_path = lambda _: folder / "reader"  # type: ignore[assignment]  # a cache of its own
     with object_store() as store:
         os.environ.update(store.environment)
         location = "s3://lab/{}".format

@@ -67,7 +67,7 @@ def cut(full: Warehouse, small: Path) -> None:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Write the folder as a zip whose bytes hang on its contents alone."""
+    """Write the folder as a zip whose bytes depend on its contents alone."""
     with zipfile.ZipFile(target, "w") as packed:
         for file in sorted(
             path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".duckdb", ".lock")

@@ -308,9 +308,12 @@ WHERE among(model, wanted_models)
 GROUP BY ALL
 ORDER BY ALL;
 
--- Groups of the test prompts of the chosen split, in the order of prompt_id. A refit has the prompts of its source run.
-CREATE MACRO test_groups(wanted_models, wanted_site, wanted_classifier, wanted_split) AS TABLE
-SELECT tested.model, tested.dataset, tested.run, list(group_id ORDER BY tested.prompt_id) AS groups
+-- Test prompts of the chosen split in the order of prompt_id, and the group of each; NULL without groups. A refit has the
+-- prompts of its source run.
+CREATE MACRO test_prompts(wanted_models, wanted_site, wanted_classifier, wanted_split) AS TABLE
+SELECT
+    tested.model, tested.dataset, tested.run, list(tested.prompt_id ORDER BY tested.prompt_id) AS prompts,
+    list(group_id ORDER BY tested.prompt_id) AS groups
 FROM (
     SELECT DISTINCT model, dataset, run, coalesce(source_run, run) AS source, prompt_id
     FROM probe_predictions
@@ -318,11 +321,41 @@ FROM (
     JOIN known_runs USING (model, dataset, run)
     WHERE among(model, wanted_models) AND site = wanted_site AND layer = 0
 ) AS tested
-JOIN prompts
+LEFT JOIN prompts
     ON prompts.model = tested.model AND prompts.dataset = tested.dataset AND prompts.run = source
     AND prompts.prompt_id = tested.prompt_id
-WHERE group_id IS NOT NULL
 GROUP BY ALL;
+
+-- Prompts of a run, or of the run from which it was computed, with the text of each one's example: without the template
+-- and the noise before the text. copy numbers prompts with the same text, label and answer.
+CREATE MACRO example_texts(wanted_run) AS TABLE
+WITH source AS (SELECT model, dataset, coalesce(source_run, run) AS run FROM known_runs WHERE run = wanted_run),
+
+filled AS (
+    SELECT
+        prompt_id, label, answer, noise,
+        substr(
+            text, length(split_part(filling, '{text}', 1)) + 1,
+            (length(text) - length(replace(filling, '{text}', ''))) // (len(string_split(filling, '{text}')) - 1)
+        ) AS text
+    FROM prompts
+    JOIN (SELECT model, dataset, run, coalesce(template, '{text}') AS filling FROM datasets) USING (model, dataset, run)
+    JOIN (SELECT model, dataset, run, noise FROM runs) USING (model, dataset, run)
+    SEMI JOIN source USING (model, dataset, run)
+),
+
+examples AS (
+    SELECT
+        prompt_id, label, answer,
+        -- noise is stored as 'aaa or bbb'
+        CASE WHEN noise IS NULL THEN text
+            ELSE regexp_replace(text, '^(' || replace(noise, ' or ', '|') || ') ', '') END AS text
+    FROM filled
+)
+
+SELECT
+    prompt_id, label, answer, text, row_number() OVER (PARTITION BY text, label, answer ORDER BY prompt_id) AS copy
+FROM examples;
 
 -- Checks ----------------------------------------------------------------------------------------------------------
 

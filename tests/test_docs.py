@@ -109,7 +109,8 @@ def with_few_facts(command: str) -> str:
     if command == EVERY_BUILT_IN:
         return f"{command} --dataset world-cities --dataset coinflip-synthetic --dataset facts.csv"
     if command.startswith("kdb compare"):
-        return 'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "FROM runs SELECT run LIMIT 2")'
+        pair = "SELECT unnest([min(run), max(run)]) FROM runs WHERE study = 'concept' AND source_run IS NULL"
+        return f'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "{pair} GROUP BY dataset LIMIT 2")'
     command = command.replace("--dataset cities", "--dataset cities --limit 12").replace("--limit 100", "--limit 12")
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"
     return command.replace("--dataset knowledge", f"--dataset {few}")

@@ -196,7 +196,7 @@ def test_a_point_that_most_resamples_lack_has_no_range() -> None:
 
 
 def verdict(wh: Warehouse) -> dict[str, Any]:
-    return dict(verdicts(wh).select("point", "hangs_on").rows())
+    return dict(verdicts(wh).select("point", "depends_on").rows())
 
 
 def test_a_clear_jump_to_a_plateau_holds(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_clear_jump_to_a_plateau_holds(tmp_path: Path) -> None:
     assert verdict(wh) == {"J": "", "C": ""}
 
 
-def test_a_jump_that_another_probe_or_split_does_not_have_hangs_on_them(tmp_path: Path) -> None:
+def test_a_jump_that_another_probe_or_split_does_not_have_depends_on_them(tmp_path: Path) -> None:
     correct = [[1, 0] * 50, [1] * 100, [1] * 100, [1, 0] * 50]
     curves = curve_rows([0.5, 1.0, 1.0, 0.5])
     curves += curve_rows([0.5] * 4, classifier="logistic-paper") + curve_rows([0.5] * 4, split="grouped")

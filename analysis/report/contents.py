@@ -154,7 +154,7 @@ def _paper_points(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Tabled(
         "Robustness of J and C",
         "The range holds the middle 95 % of resampled test sets that have the point; it is missing if most have none, "
-        "and none_percent % have none. hangs_on names the choices that move the point by more than a tenth of the "
+        "and none_percent % have none. depends_on names the choices that move the point by more than a tenth of the "
         "depth, or remove it: then it is an artefact of the procedure. A C in the last layer is one by its definition: "
         f"it only says that the curve ends flat. {CAVEAT}",
         "depth-robustness",
