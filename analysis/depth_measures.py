@@ -252,7 +252,7 @@ def verdicts(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return whether J and C of each model and dataset are robust, or depend on the procedure.
 
     One row per model, dataset and point: layer, percent, the range over resampled test prompts, none_percent,
-    p_any_rise, and ``depends_on``. ``depends_on`` lists the choices that move the point by more than a tenth of the depth
+    p_any_rise, and ``depends_on``, which lists the choices that move the point by more than a tenth of the depth
     or remove it: 'threshold', 'classifier', 'split', 'test prompts'. It also has 'chance' if a jump only reaches the
     accuracy of always guessing the larger class, and 'its definition' for a C in the last layer. It is empty if the
     point is robust.
