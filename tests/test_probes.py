@@ -339,6 +339,16 @@ def test_the_penalty_has_the_least_loss_of_plain_fits_on_held_out_folds(n, hidde
     np.testing.assert_allclose(choice.losses, losses[: len(choice.losses)], atol=1e-4)
 
 
+def test_a_label_in_a_direction_of_small_variance_is_found_though_the_loss_rises_first():
+    rng, n = np.random.default_rng(0), 300
+    y = rng.integers(0, 2, n)
+    X = rng.standard_normal((n, 50))
+    X[:, 0] = 0.01 * (2 * y - 1 + 0.3 * rng.standard_normal(n))
+    choice = choose_penalty(Scaled(X), y, np.arange(n) % 5)
+    assert max(choice.losses) > choice.losses[0] + 0.1
+    assert choice.losses[GRID.index(choice.c)] < 0.5
+
+
 def test_states_that_are_all_equal_predict_the_majority():
     y = (np.arange(50) % 5 > 1).astype(int)
     probe = default_probe(np.full((50, 4), 3.0, np.float32), y)

@@ -252,6 +252,7 @@ GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 9))
 
 _PATIENCE = 3
 _RISE = 0.01  # in nats
+_TOLD_APART = 0.1  # in nats
 
 
 class Scaled:
@@ -289,8 +290,10 @@ def choose_penalty(scaled: Scaled, labels: ArrayLike, folds: ArrayLike) -> Choic
     """Choose C by the least mean log-loss over held-out folds; the smaller of equals.
 
     ``folds`` (n,) number the fold in which each row is held out; each other fold must have both labels. The grid is
-    walked upwards, each fit from the one before, and no further where the loss has been above the least one for
-    ``_PATIENCE`` steps and by more than ``_RISE``: what follows overfits more, and is the most expensive.
+    walked upwards, each fit from the one before. It is left once the rows that are fitted are told apart, to a loss of
+    ``_TOLD_APART``, and the held-out loss has been above its least value for ``_PATIENCE`` steps and by more than
+    ``_RISE``: what follows overfits more, and is the most expensive. Before that, a loss that rises may fall again: a
+    label that stands in directions of small variance is found last.
     """
     y, fold_of, rows = np.asarray(labels, dtype=np.float64), np.asarray(folds), scaled.rows
     gram = rows @ rows.T if _is_short(len(rows), rows.shape[1] + 1) else None
@@ -299,18 +302,20 @@ def choose_penalty(scaled: Scaled, labels: ArrayLike, folds: ArrayLike) -> Choic
     for c in GRID:
         losses.append(sum(path.loss(c) for path in paths) / len(y))
         least = int(np.argmin(losses))
-        if len(losses) - 1 - least >= _PATIENCE and losses[-1] > losses[least] + _RISE:
+        overfits = len(losses) - 1 - least >= _PATIENCE and losses[-1] > losses[least] + _RISE
+        if overfits and np.mean([path.fitted_loss for path in paths]) < _TOLD_APART:
             break
     return Choice(GRID[int(np.argmin(losses))], tuple(losses))
 
 
 class _FoldPath:
-    """The fits of one fold along the grid, each begun at the one before."""
+    """The fits of one fold along the grid, each begun at the one before. ``fitted_loss`` is that of the fitted rows."""
 
     def __init__(self, rows: Floats, gram: Floats | None, y: Floats, held_out: NDArray[np.bool_]) -> None:
         self._rows, self._gram, self._y = rows, gram, y
         self._train, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         self._coef, self._intercept = np.zeros(rows.shape[1]), 0.0
+        self.fitted_loss = float("inf")
 
     def loss(self, c: float) -> float:
         """Return the summed log-loss of the fold's rows under the fit to the others."""
@@ -319,8 +324,12 @@ class _FoldPath:
         start = np.append(self._coef / factor, self._intercept / design.radius)
         w, _slack, _n_iter = _minimise(design, self._y[self._train], start, max_iter=100)
         self._coef, self._intercept = w[:-1] * factor, float(w[-1] * design.radius)
-        logits = self._rows[self._held_out] @ self._coef + self._intercept
-        return float(np.logaddexp(0.0, np.where(self._y[self._held_out] == 1, -logits, logits)).sum())
+        self.fitted_loss = self._summed(self._train) / len(self._train)
+        return self._summed(self._held_out)
+
+    def _summed(self, rows: NDArray[np.intp]) -> float:
+        logits = self._rows[rows] @ self._coef + self._intercept
+        return float(np.logaddexp(0.0, np.where(self._y[rows] == 1, -logits, logits)).sum())
 
 
 def fit_penalised(scaled: Scaled, labels: ArrayLike, c: float) -> LogisticFit:
