@@ -149,7 +149,7 @@ def every_ffn(a: Attribution) -> torch.Tensor:
     """Each FFN neuron's exact score, (b, l · n)."""
     n = a.ffn_coefficients[0].numel()
     prompt, flat = torch.arange(a.n_prompts).repeat_interleave(n), torch.arange(n).repeat(a.n_prompts)
-    return a.ffn_exact(prompt, flat).view(a.n_prompts, n)
+    return a.ffn_exact(prompt, flat)[0].view(a.n_prompts, n)
 
 
 def every_attn(a: Attribution) -> torch.Tensor:
@@ -157,7 +157,7 @@ def every_attn(a: Attribution) -> torch.Tensor:
     upper = a.attn_bounds[0]
     out = torch.full(upper.shape, -torch.inf, dtype=torch.float64)
     rows, columns = (upper > -torch.inf).nonzero(as_tuple=True)
-    out[rows, columns] = a.attn_exact(rows, columns)
+    out[rows, columns] = a.attn_exact(rows, columns)[0]
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -45,6 +45,7 @@ class Case:
 
     @property
     def slack(self) -> torch.Tensor:
+        """Of the upper bounds; scores have their own."""
         return self._length * self.at.reach[self.base].double()
 
     @property
@@ -130,9 +131,9 @@ def test_distributions_are_the_softmax_of_the_readout(drawn: Case) -> None:
 @given(cases)
 def test_a_score_is_the_log_probability_increase_within_its_slack(drawn: Case) -> None:
     with small_tiles():
-        score = drawn.at.scores(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
-        assert ((score - drawn.truth()).abs() <= drawn.slack + PRECISE).all()
-        assert drawn.slack.max() < 1e-3 * max(1, drawn.coefficient.abs().max())
+        score, slack = drawn.at.scores_and_slack(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
+        assert ((score - drawn.truth()).abs() <= slack + PRECISE).all()
+        assert slack.max() < 1e-3 * max(1, drawn.coefficient.abs().max())
 
 
 @few_examples
@@ -157,9 +158,43 @@ def test_a_large_score_is_as_precise_as_any(size: float, towards: int) -> None:
     drawn = case(0, 200, 16, size, capped=False, dtype=torch.float32)
     drawn.vectors, drawn.which = drawn.table[drawn.target], drawn.base
     drawn.coefficient = towards * drawn.coefficient.abs()
-    score = drawn.at.scores(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
-    assert ((score - drawn.truth()).abs() <= drawn.slack + PRECISE).all()
+    score, slack = drawn.at.scores_and_slack(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
+    assert ((score - drawn.truth()).abs() <= slack + PRECISE).all()
     assert (drawn.truth() <= drawn.upper + drawn.slack + PRECISE).all()
+
+
+@pytest.mark.parametrize("length", [200.0, 2_000.0, 20_000.0, 100_000.0])
+def test_a_token_with_a_long_row_that_a_vector_makes_likely_is_in_the_slack(length: float) -> None:
+    """Its tiny probability before says nothing of its weight in the score, or in the score's rounding."""
+    random = torch.Generator().manual_seed(3)
+    vocab, hidden, n = 400, 64, 300
+    table = torch.randn(vocab, hidden, generator=random)
+    vectors = torch.randn(n, hidden, generator=random) / 10
+    table[7] *= length / table[7].norm()
+    towards = table[7] / length
+    # Along the long row each vector has just what lifts its token from e⁻³⁰ to about the target's probability.
+    vectors += (torch.linspace(28, 44, n) / length)[:, None] * towards - (vectors @ towards)[:, None] * towards
+    constant = torch.zeros(vocab)
+    constant[7] = -30
+    at = distributions(table, constant, torch.zeros(1, hidden), torch.ones(1), torch.tensor([0]), torch.tensor([0]))
+    score, slack = at.scores_and_slack(torch.zeros(n, dtype=torch.long), vectors, torch.arange(n), torch.ones(n))
+    p = at.p[0].double()
+    z = vectors.double() @ table.double().T
+    truth = z[:, 0] - (p.log() + z).logsumexp(1) + p.sum().log()
+    assert z[:, 7].max() > 42
+    assert ((score - truth).abs() <= slack).all()
+    lower, upper = at.intervals(torch.zeros(n, dtype=torch.long), vectors, torch.arange(n), torch.ones(n))
+    assert ((lower <= truth) & (truth <= upper)).all()
+
+
+@pytest.mark.parametrize("shift", [-10_000.0, -100.0, 0.0, 10_000.0])
+def test_probabilities_add_up_to_one_wherever_the_logits_lie(shift: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    table, residual = torch.randn(5_000, 32, generator=random), torch.randn(1, 32, generator=random)
+    constant = torch.full((5_000,), shift)
+    at = distributions(table, constant, residual, torch.ones(1), torch.tensor([3]), torch.tensor([0]))
+    assert abs(at.p.double().sum().item() - 1) < 1e-6
+    assert abs(at.log_p.item() - at.p[0, 3].log().item()) < 1e-5
 
 
 @few_examples
@@ -186,6 +221,11 @@ def candidates(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return true, slack, gap, draw(st.integers(1, 80))
 
 
+def exactly(true: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Scores without rounding errors."""
+    return lambda rows, columns: (true[rows, columns], torch.zeros_like(true[rows, columns]))
+
+
 def noise(slack: torch.Tensor) -> torch.Tensor:
     """Rounding of either sign, as large as it may be."""
     return slack * (2 * torch.randint(2, slack.shape, generator=torch.Generator().manual_seed(1)) - 1)
@@ -201,9 +241,9 @@ def test_the_top_k_is_complete_whatever_the_bounds_and_their_rounding(
     measured = true + noise(slack)
     asked: list[tuple[int, int]] = []
 
-    def score(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def score(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         asked.extend(zip(rows.tolist(), columns.tolist(), strict=True))
-        return measured[rows, columns]
+        return measured[rows, columns], slack[rows, columns]
 
     off = noise(slack).roll(1, 0).clamp(-slack, slack)
     tighter = [lambda rows, columns, c=c: (true + c * gap + off)[rows, columns] for c in closeness]
@@ -235,9 +275,9 @@ def test_no_candidate_left_unscored_is_truly_above_the_kth_best(step: int, tight
     gap = torch.rand(n_rows, n, generator=random).double() * (2 if tightened else 0.2)
     scored = torch.zeros(n_rows, n, dtype=torch.bool)
 
-    def score(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def score(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scored[rows, columns] = True
-        return true[rows, columns] + off[rows, columns]
+        return true[rows, columns] + off[rows, columns], slack[rows, columns]
 
     def closer(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return true[rows, columns] - slack[rows, columns]
@@ -252,25 +292,25 @@ def test_without_rounding_the_top_k_is_exactly_the_sorted_top_k() -> None:
     true = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)).double()
     for k in (1, 10, 400, 1000):
         gap = torch.rand(5, 400, generator=torch.Generator().manual_seed(1)).double()
-        best = certified_top(true + gap, torch.zeros_like(true), k, lambda rows, columns: true[rows, columns])
+        best = certified_top(true + gap, torch.zeros_like(true), k, exactly(true))
         assert torch.equal(best.index, true.argsort(dim=1, descending=True)[:, :k])
 
 
 def test_equal_scores_at_the_edge_fill_the_top_k() -> None:
     true = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).double()
-    best = certified_top(true, torch.zeros_like(true), 2, lambda rows, columns: true[rows, columns])
+    best = certified_top(true, torch.zeros_like(true), 2, exactly(true))
     assert best.score.tolist() == [[2, 2]]
 
 
 def test_tight_bounds_spare_nearly_all_scores() -> None:
     true = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)).double()
-    best = certified_top(true + 1e-4, torch.full_like(true, 1e-6), 10, lambda rows, columns: true[rows, columns])
+    best = certified_top(true + 1e-4, torch.full_like(true, 1e-6), 10, exactly(true))
     assert best.n_scored.max() < 100
 
 
 def test_tighter_bounds_spare_scores() -> None:
     true = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)).double()
-    arguments = true + 1.0, torch.full_like(true, 1e-6), 10, lambda rows, columns: true[rows, columns]
+    arguments = true + 1.0, torch.full_like(true, 1e-6), 10, exactly(true)
     loose = certified_top(*arguments)
     tight = certified_top(*arguments, [lambda rows, columns: true[rows, columns] + 1e-4])
     assert torch.equal(tight.index, loose.index)

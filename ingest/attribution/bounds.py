@@ -69,14 +69,14 @@ class Distributions:
 
     @cached_property
     def reach(self) -> torch.Tensor:
-        """Factor (b): times a vector's length, it bounds the rounding error of the vector's score or bound."""
-        import torch
-
-        norms = self.table.norm(dim=1)
-        mean = torch.stack([self._weighted(tile) @ norms[tile] for tile in self._tiles(4 * _TILE)]).sum(0)
-        terms = math.sqrt(self.table.shape[1]) + math.sqrt(4 * _TILE)
-        per_length: torch.Tensor = _ROUNDING * terms * self.scale.abs() * (norms[self.target] + mean)
+        """Factor (b): times a vector's length, it bounds the rounding error of the vector's upper bound."""
+        per_length: torch.Tensor = self._rounding * (self._lengths[self.target] + self._mean_length)
         return per_length
+
+    @property
+    def _rounding(self) -> torch.Tensor:
+        """Factor (b): times the lengths of a vector and of a row, it bounds the error of their product in a mean."""
+        return _ROUNDING * (math.sqrt(self.table.shape[1]) + math.sqrt(4 * _TILE)) * self.scale.abs()
 
     def scores(
         self, base: torch.Tensor, vectors: torch.Tensor, which: torch.Tensor, coefficient: torch.Tensor
@@ -85,14 +85,24 @@ class Distributions:
 
         ``vectors`` (m, d): each is unembedded once, even if several rows use it.
         """
+        return self.scores_and_slack(base, vectors, which, coefficient)[0]
+
+    def scores_and_slack(
+        self, base: torch.Tensor, vectors: torch.Tensor, which: torch.Tensor, coefficient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`scores` returns, and bounds (n) of the rounding error of each.
+
+        The error of a token's product counts in the score as much as the token does in E_p[exp z]: by p·exp z over its
+        sum, not by p. So it is weighted in the score's own pass; a token with a long row and a tiny p may decide it.
+        """
         import torch
 
         order = torch.argsort(which)
-        out = torch.empty(len(base), dtype=torch.float64, device=base.device)
+        out = torch.empty(2, len(base), dtype=torch.float64, device=base.device)
         for rows in order.split(_BLOCK):
             used, index = which[rows].unique_consecutive(return_inverse=True)
-            out[rows] = self._block(base[rows], vectors[used], index, coefficient[rows])
-        return out
+            out[:, rows] = self._block(base[rows], vectors[used], index, coefficient[rows])
+        return out[0], out[1]
 
     def intervals(
         self, base: torch.Tensor, vectors: torch.Tensor, which: torch.Tensor, coefficient: torch.Tensor
@@ -132,7 +142,9 @@ class Distributions:
         z = (vectors @ (table - mean).T)[index].mul_(factor[:, None])
         z_own = (vectors @ (own - mean))[index].double() * factor
         first = (z @ head.values).double()
-        explicit = (z.exp_() @ head.values).double()
+        joined = z.exp_().mul_(head.values)
+        explicit = joined.sum(1).double()
+        tilted_length = (joined @ table.norm(dim=1)).double() / explicit.clamp_min(1e-300)
         rest = 1 - head.values.double().sum()
         # Jensen's bound for the remaining tokens needs their mean; the mean over all tokens is 0 after the shift.
         rest_mean = -first / rest.clamp_min(1e-12)
@@ -144,7 +156,9 @@ class Distributions:
         most = explicit + rest - first + largest * second * phi
         # If the rest is as small as its rounding error, its mean is unreliable. The bound holds without this term.
         least = explicit + rest * rest_mean.exp() if rest > 1e-4 else explicit
-        slack = coefficient.abs().double() * vectors.norm(dim=1).double()[index] * self.reach[row].double()
+        # As in a score, the error of a token's product counts as much as the token does in E_p[exp z].
+        length = self._lengths[self.target[row]] + tilted_length.clamp_min(self._mean_length[row])
+        slack = self._rounding[row] * coefficient.abs() * vectors.norm(dim=1)[index] * length
         slack = slack + 1e-6  # the sum of float32 probabilities may differ from 1 by this much
         return torch.stack([z_own - most.log() - slack, z_own - least.clamp_min(1e-300).log() + slack])
 
@@ -160,16 +174,21 @@ class Distributions:
 
     def _farthest(self, mean: torch.Tensor, cap: torch.Tensor | None) -> float:
         """The largest ‖g_u − mean‖; with a soft cap, whose slope is at most 1, an upper bound."""
-        squares = self._squares
+        squares = self._lengths.square()
         if cap is None:
             return float((squares - 2 * (self.table @ mean) + mean.square().sum()).max().clamp_min(0).sqrt()) * 1.001
         return float(squares.max().sqrt() + mean.norm())
 
     @cached_property
-    def _squares(self) -> torch.Tensor:
-        """‖g_u‖² of every token (u)."""
+    def _lengths(self) -> torch.Tensor:
+        """‖g_u‖ of every token (u); with a soft cap, whose slope is at most 1, an upper bound."""
         lengths: torch.Tensor = self.table.norm(dim=1)
-        return lengths.square()
+        return lengths
+
+    @cached_property
+    def _mean_length(self) -> torch.Tensor:
+        """E_p[‖g‖] at every residual (b)."""
+        return self.p @ self._lengths
 
     @cached_property
     def _gram(self) -> torch.Tensor:
@@ -179,12 +198,14 @@ class Distributions:
     def _block(
         self, base: torch.Tensor, vectors: torch.Tensor, index: torch.Tensor, coefficient: torch.Tensor
     ) -> torch.Tensor:
+        """Scores and their slack (2, n)."""
         import torch
 
         factor = (coefficient * self.scale[base])[:, None]
         own = (vectors[index] * self.table[self.target[base]]).sum(1, keepdim=True)
         own = own * factor * self._cap_of_target()[base, None]
-        total = torch.zeros(len(base), dtype=torch.float64, device=base.device)
+        total, size = torch.zeros(2, len(base), dtype=torch.float64, device=base.device)
+        length = self._mean_length[base].double()
         shared = len(vectors) < len(index)
         for tile in self._tiles(_TILE):
             z = vectors @ self.table[tile].T
@@ -192,14 +213,26 @@ class Distributions:
             if self.cap is not None:
                 z.mul_(self.cap[self.prompt[base], tile])
             # −log1p Σ p·expm1(z − z_w): a difference of two logarithms would lose the digits of a small score.
-            total += z.sub_(own).expm1_().mul_(self.p[base, tile]).sum(1)
-        score = -total.log1p()
-        far = (~((total > -0.99) & total.isfinite())).nonzero()[:, 0]
+            weighted = z.sub_(own).expm1_().mul_(self.p[base, tile])
+            total += weighted.sum(1)
+            length += weighted @ self._lengths[tile]
+            size += weighted.abs_().sum(1)
+        score, share = -total.log1p(), 1 + total
+        # Of the sum over tokens, then of the products with rows: E[‖g‖] under the tilted probabilities.
+        summing, length = math.sqrt(4 * _TILE) * size / share, length / share
+        far = (~((total > -0.99) & total.isfinite() & size.isfinite() & length.isfinite())).nonzero()[:, 0]
         for some in far.split(_FAR):  # cancellation, or a sum above e⁸⁸: sum logarithms instead
             z = (vectors[index[some]] @ self.table.T).mul_(factor[some])
             z = z if self.cap is None else z.mul_(self.cap[self.prompt[base[some]]])
-            score[some] = -z.sub_(own[some]).add_(self.p[base[some]].log_()).double().logsumexp(1)
-        return score
+            log_p = self.p[base[some]].log()
+            joined = (z.sub_(own[some]) + log_p).double()
+            score[some] = -joined.logsumexp(1)
+            tilted = joined.softmax(1)
+            length[some] = tilted @ self._lengths.double()
+            summing[some] = (tilted * (z.abs() + log_p.abs()).nan_to_num(0.0, posinf=0.0)).sum(1)
+        product = math.sqrt(self.table.shape[1]) * factor[:, 0].abs() * vectors.norm(dim=1)[index]
+        slack = _ROUNDING * (product.double() * (self._lengths[self.target[base]] + length) + summing)
+        return torch.stack([score, slack])
 
     def _weighted(self, tile: slice) -> torch.Tensor:
         return self.p[:, tile] if self.cap is None else self.p[:, tile] * self.cap[self.prompt, tile]
@@ -230,9 +263,11 @@ def distributions(
         logits = torch.addmm(constant, residuals[rows] * scale[rows, None], table.T)
         if cap is not None:
             logits *= cap[prompt[rows]]
-        log_total = logits.logsumexp(1, keepdim=True)
-        log_p[rows] = (logits.gather(1, target[rows, None]) - log_total)[:, 0]
-        p[rows] = logits.sub_(log_total).exp_()
+        logits -= logits.amax(1, keepdim=True)  # large logits would lose the digits that tell tokens apart
+        own = logits.gather(1, target[rows, None]).double()
+        total = logits.exp_().sum(1, keepdim=True, dtype=torch.float64)
+        log_p[rows] = (own - total.log())[:, 0].float()
+        p[rows] = (logits / total).float()
     return Distributions(table, scale, target, p, log_p, cap, prompt)
 
 
@@ -250,15 +285,15 @@ def certified_top(
     upper: torch.Tensor,
     slack: torch.Tensor,
     k: int,
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    score: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     tighter: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = (),
     step: int = 64,
 ) -> Best:
     """Return the k best candidates of each row (row, n), with proof that no unscored candidate is among them.
 
-    ``upper`` (row, n) bounds every score from above, except for rounding; ``slack`` bounds the rounding error of bounds
-    and of scores. ``score`` takes rows and columns, each (m), and returns their exact scores. −inf in ``upper`` means
-    no candidate. ``tighter`` are further bounds, each closer and more costly than the one before, but cheaper than a
+    ``upper`` (row, n) bounds every score from above, except for rounding; ``slack`` (row, n) bounds the rounding error of
+    these bounds. ``score`` takes rows and columns, each (m), and returns their exact scores and the rounding errors
+    that these may have. −inf in ``upper`` means no candidate. ``tighter`` are further bounds, each closer and more costly than the one before, but cheaper than a
     score, and computed only for undecided candidates.
     """
     import torch
@@ -267,6 +302,7 @@ def certified_top(
     k = min(k, n)
     bound = upper + slack
     known = torch.full(bound.shape, -torch.inf, dtype=torch.float64, device=upper.device)
+    error = torch.zeros_like(known)
     todo = torch.zeros_like(bound, dtype=torch.bool)
     first = bound.topk(min(n, k + min(k, step) // 4 + 1), dim=1)
     todo.scatter_(1, first.indices, first.values > -torch.inf)
@@ -274,10 +310,10 @@ def certified_top(
     bounds = iter(tighter)
     while todo.any():
         rows, columns = todo.nonzero(as_tuple=True)
-        known[rows, columns] = score(rows, columns)
+        known[rows, columns], error[rows, columns] = score(rows, columns)
         scored |= todo
         # A score has an error up to its slack, so a candidate is excluded by lower ends of scores only.
-        least = (known - slack).topk(k, dim=1).values[:, -1:]
+        least = (known - error).topk(k, dim=1).values[:, -1:]
         open_ = (bound > least) & ~scored & (bound > -torch.inf)
         if open_.any() and (closer := next(bounds, None)):
             rows, columns = open_.nonzero(as_tuple=True)
@@ -287,4 +323,4 @@ def certified_top(
         todo = torch.zeros_like(open_).scatter_(1, ahead.indices, ahead.values > -torch.inf)
     best = known.topk(k, dim=1)
     index = torch.where(best.values > -torch.inf, best.indices, -1)
-    return Best(index, best.values, slack.gather(1, best.indices), scored.sum(1))
+    return Best(index, best.values, error.gather(1, best.indices), scored.sum(1))

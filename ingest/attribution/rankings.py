@@ -61,7 +61,11 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
         tie = 0.4 / n_tokens**2 * coefficient / coefficient.amax(1, keepdim=True)
         upper = weight / at_least + tie
         tighter = [functools.partial(among, n) for n in _SAMPLES[1:] if n < n_tokens]
-        exact = functools.partial(among, None)
+
+        def exact(prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            value = among(None, prompt, flat)
+            return value, torch.zeros_like(value)
+
         return certified_top(upper, torch.zeros_like(upper), k, exact, tighter, step=2 * k).index
 
     return {
@@ -86,8 +90,8 @@ def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
         a.at, scale=a.at.scale[first], target=a.target, p=uniform, log_p=a.at.log_p[first], prompt=a.at.prompt[first]
     )
 
-    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        return alone.scores(prompt, *a.ffn_vectors(prompt, flat))
+    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return alone.scores_and_slack(prompt, *a.ffn_vectors(prompt, flat))
 
     return certified_top(*a.bounds_against(alone), k, exact).index
 
@@ -99,8 +103,9 @@ def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
     before = before.repeat_interleave(n, dim=1)
     upper, slack = a.ffn_bounds
 
-    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        return before[prompt, flat] * a.ffn_exact(prompt, flat).expm1()
+    def exact(prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        score, error = a.ffn_exact(prompt, flat)
+        return before[prompt, flat] * score.expm1(), before[prompt, flat] * (score + error).exp() * error
 
     most = before * (upper + slack).expm1()
     return certified_top(most, before * (upper + slack).exp() * slack, k, exact).index

@@ -243,10 +243,10 @@ class Attribution:
         n = self._ffn_factor.shape[2]
         return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
 
-    def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """Exact scores (m) of FFN neurons given by prompt and index into (l · n)."""
+    def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact scores (m) of FFN neurons given by prompt and index into (l · n), and their possible rounding errors."""
         layer = flat // self._ffn_factor.shape[2]
-        return self.at.scores(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
+        return self.at.scores_and_slack(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
 
     def ffn_top(self, k: int) -> Neurons:
         """The k best FFN neurons of each prompt, proved complete."""
@@ -293,14 +293,14 @@ class Attribution:
             slack.append((factor.abs() * length).flatten(1))
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
 
-    def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """Exact scores (m) of attention neurons given by prompt and index into (l · h · t · e)."""
+    def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact scores (m) of attention neurons, given as in :meth:`attn_bounds`, and their possible rounding errors."""
         _b, _l, h, t, e = self._attn_coefficients.shape
         layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
         vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
         scale = self.cache.attn_scale[layer, prompt, self.cache.last[prompt]]
         factor = self._attn_coefficients[prompt, layer, head, position, entry] * scale
-        return self.at.scores(self._base("attn", layer, prompt), vectors, which, factor)
+        return self.at.scores_and_slack(self._base("attn", layer, prompt), vectors, which, factor)
 
     def attn_top(self, k: int) -> Neurons:
         """The k best attention neurons of each prompt, proved complete."""
@@ -341,7 +341,7 @@ class Attribution:
         bounds: tuple[torch.Tensor, torch.Tensor],
         top: Neurons,
         known: torch.Tensor,
-        score_exactly: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        score_exactly: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Indices (b, m) of all neurons by falling score, and their score, lower, upper and exact.
 
@@ -374,8 +374,8 @@ class Attribution:
         exact[where] = True
         wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
         if len(wide[0]):
-            score[wide], exact[wide] = score_exactly(*wide), True
-            lower[wide], upper[wide] = score[wide] - bounds[1][wide], score[wide] + bounds[1][wide]
+            (score[wide], error), exact[wide] = score_exactly(*wide), True
+            lower[wide], upper[wide] = score[wide] - error, score[wide] + error
         order = score.argsort(dim=1, descending=True, stable=True)
         return order, (score.gather(1, order), lower.gather(1, order), upper.gather(1, order), exact.gather(1, order))
 
