@@ -291,10 +291,10 @@ def certified_top(
 ) -> Best:
     """Return the k best candidates of each row (row, n), with proof that no unscored candidate is among them.
 
-    ``upper`` (row, n) bounds every score from above, except for rounding; ``slack`` (row, n) bounds the rounding error of
-    these bounds. ``score`` takes rows and columns, each (m), and returns their exact scores and the rounding errors
-    that these may have. −inf in ``upper`` means no candidate. ``tighter`` are further bounds, each closer and more costly than the one before, but cheaper than a
-    score, and computed only for undecided candidates.
+    ``upper`` (row, n) bounds every score from above, except for rounding; ``slack`` (row, n) bounds the rounding error
+    of these bounds. ``score`` takes rows and columns, each (m), and returns their exact scores and the rounding errors
+    that these may have. −inf in ``upper`` means no candidate. ``tighter`` are further bounds, each closer and more
+    costly than the one before, but cheaper than a score, and computed only for undecided candidates.
     """
     import torch
 

@@ -244,7 +244,7 @@ class Attribution:
         return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
 
     def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exact scores (m) of FFN neurons given by prompt and index into (l · n), and their possible rounding errors."""
+        """Exact scores (m) of FFN neurons given by prompt and index into (l · n), and how far rounding may move each."""
         layer = flat // self._ffn_factor.shape[2]
         return self.at.scores_and_slack(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
 
@@ -294,7 +294,7 @@ class Attribution:
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
 
     def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exact scores (m) of attention neurons, given as in :meth:`attn_bounds`, and their possible rounding errors."""
+        """Exact scores (m) of attention neurons given by prompt and index into (l · h · t · e), and their rounding."""
         _b, _l, h, t, e = self._attn_coefficients.shape
         layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
         vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
