@@ -244,7 +244,7 @@ class Attribution:
         return *self.ffn_columns(flat), self._ffn_factor[prompt, flat // n, flat % n]
 
     def ffn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exact scores (m) of FFN neurons given by prompt and index into (l · n), and how far rounding may move each."""
+        """Exact scores (m) of FFN neurons given by prompt and index into (l · n), and their rounding."""
         layer = flat // self._ffn_factor.shape[2]
         return self.at.scores_and_slack(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
 
