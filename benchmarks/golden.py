@@ -65,7 +65,7 @@ def compare(warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, 
     prompts = n_test * _largest(found["logistic-raw"]["accuracy"], optimum["accuracy"])
     auc = _largest(found["logistic-raw"]["auc"], optimum["auc"])
     paper = _largest(found["logistic-paper"]["accuracy"], expected["plain"]["accuracy"])
-    depth = warehouse.query("concept-depth", run=run, site=site).row(0, named=True)
+    depth = warehouse.query("concept-depth", run=run, site=site, classifier="logistic-raw").row(0, named=True)
     problems = [
         f"accuracy off by {prompts:.1f} test prompts" if prompts > 2.01 else "",
         f"AUC off by {auc:.4f}" if auc > 0.003 else "",
@@ -113,7 +113,8 @@ def measure(
     # Without groups there is no grouped split, of which there are no golden values.
     texts = replace(texts, examples=tuple(replace(example, group=None) for example in texts.examples))
     texts = texts if published else replace(texts, first_label=0)
-    job = Job(find_model(MODELS[model]), texts, Measuring(limit=LIMITS[dataset]), Probing(), custom_template=True)
+    probing = Probing(classifiers=("logistic-raw", "logistic-paper"))  # all that there are golden values of
+    job = Job(find_model(MODELS[model]), texts, Measuring(limit=LIMITS[dataset]), probing, custom_template=True)
     return ingest(warehouse.storage, job, functools.partial(_load, model)).run
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import hypergeom, norm, rankdata
-from sklearn.metrics import balanced_accuracy_score, f1_score
 
 _Z = float(norm.ppf(0.975))
 
@@ -44,16 +43,19 @@ def score_predictions(
 
     ``labels`` must hold both 0 and 1; ``groups`` (n,) names the group of each prompt.
     """
-    y, z = np.asarray(labels), np.asarray(predicted)
+    y, z = np.asarray(labels, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
     _, group_of = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)
     low, high = accuracy_interval(y == z, group_of)
     auc, auc_low, auc_high = auc_interval(y, decision, group_of)
-    f1, f1_of_0 = (float(f1_score(y, z, pos_label=label, zero_division=0.0)) for label in (1, 0))
+    # scikit-learn's functions of the same names would take most of a probe's time.
+    right = np.bincount(y[y == z], minlength=2)
+    real, claimed = np.bincount(y, minlength=2), np.bincount(z, minlength=2)
+    f1_of_0, f1 = (2 * right / (real + claimed)).tolist()
     return Score(
         accuracy=float(np.mean(y == z)),
         accuracy_low=low,
         accuracy_high=high,
-        balanced_accuracy=float(balanced_accuracy_score(y, z)),
+        balanced_accuracy=float(np.mean(right / real)),
         f1=f1,
         f1_of_0=f1_of_0,
         auc=auc,
