@@ -23,6 +23,9 @@ Ints = NDArray[np.int64]
 
 PAPER_SEED = 42
 TEST_SHARE = 0.4
+MANY, N_FOLDS_OF_MANY = 2000, 3
+"""From so many training prompts on there are fewer folds, or choosing the penalty would take most of the time."""
+
 N_FOLDS = 5
 """Folds of the training part, by which ``logistic`` chooses its penalty.
 
@@ -144,7 +147,8 @@ class Task:
         labels = self.labels[split.train]
         groups = np.arange(len(labels)) if self.groups is None or self.is_crossed(split) else self.groups[split.train]
         fold_of = np.empty(len(labels), dtype=np.int64)
-        splitter = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=PAPER_SEED)
+        n_folds = N_FOLDS if len(labels) < MANY else N_FOLDS_OF_MANY
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=PAPER_SEED)
         for fold, (_train, held_out) in enumerate(splitter.split(labels, labels, groups)):
             fold_of[held_out] = fold
         return fold_of
