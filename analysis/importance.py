@@ -161,14 +161,14 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
         rule.encode(alt.X("low:Q", title=title, axis=axis), alt.X2("high:Q"), y),
         dot.encode(alt.X("score:Q", title=title, axis=axis), y, tooltip=tooltip),
     )
-    shown = int(frame["rank"].max())  # type: ignore[arg-type]
+    shown = int(frame["rank"].max())  # type: ignore[arg-type]  # numbers
     drawn = drawn.properties(width=170, height=14 * shown)
     return _grid(drawn, frame, look).resolve_scale(y="independent", x="independent")
 
 
 def head_map(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw every head of every layer, coloured by its mean score: a panel for each category."""
-    n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]
+    n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]  # numbers
     side = max(3, min(14, 260 // max(n_layers, n_heads)))
     axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
     legend = alt.Legend(title=INCREASE, gradientLength=200)
@@ -228,7 +228,7 @@ def overlap(frame: pl.DataFrame, look: Look) -> Chart:
     names = look.order("category", [*frame["category_a"], *frame["category_b"]])
     x = alt.X("category_a:N", sort=names, title=None, scale=alt.Scale(domain=names[:-1]), axis=alt.Axis(labelAngle=-40))
     y = alt.Y("category_b:N", sort=names, title=None, scale=alt.Scale(domain=names[1:]))
-    top = max(0.1, float(frame["jaccard"].max()))  # type: ignore[arg-type]
+    top = max(0.1, float(frame["jaccard"].max()))  # type: ignore[arg-type]  # numbers
     scale = alt.Scale(scheme="cividis", domain=[0, top])
     base = alt.Chart().encode(x, y)
     ink = alt.when(f"datum.jaccard > {0.6 * top}").then(alt.value("black")).otherwise(alt.value("white"))

@@ -1,6 +1,6 @@
 """Compare kdb with the reference numbers of an independent implementation, on both real models.
 
-    python benchmarks/golden.py [--study knowledge] [--model gemma3] [--golden ../shared/golden] [--sums 1]
+    python benchmarks/golden.py [--study knowledge] [--model gemma3] [--golden DIR] [--sums 1]
 
 Concept depth, for every layer of both sites: accuracy of `logistic` within two test prompts, AUC within 0.003; J and C
 equal where no ratio that decides them is within 0.005 of its threshold; `logistic-paper` within the noise that

@@ -37,7 +37,7 @@ from kdb.warehouse import bucket_storage
 def forks() -> ForkServerContext:
     """Context that forks processes from one that has imported what they use."""
     context = multiprocessing.get_context("forkserver")
-    helpers = ["killing", "killing_upkeep"]
+    helpers = ["helpers.killing", "helpers.killing_commands"]
     context.set_forkserver_preload([name for name in preload() if name not in ("pytest", "hypothesis")] + helpers)
     return context
 

@@ -18,6 +18,8 @@ from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import pose
 from kdb.warehouse.vectors import PART_BYTES
 
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 _CAPTURE_SHARE = 0.7
 """Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
 
@@ -80,7 +82,7 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
     flops = 2 * (row["n_params"] - vocab * hidden) * sum(lengths) * (1 + trials) + 2 * vocab * hidden * (
         (readouts + trials) * len(lengths) + 256 / vocab * (every if wanted.all_neurons else 0)
     )
-    weights = row["n_params"] * (1 if m.quantize else {"float32": 4, "bfloat16": 2, "float16": 2}[m.dtype])
+    weights = row["n_params"] * (1 if m.quantize else _DTYPE_BYTES[m.dtype])
     return Cost(
         n_prompts=len(lengths),
         n_tokens=sum(lengths) * (1 + trials),
@@ -101,7 +103,7 @@ def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], devi
     tied = 1 if config.get_text_config().tie_word_embeddings else 2
     unembedding = row["vocab_size"] * row["hidden_size"]
     block_params = row["n_params"] - tied * unembedding
-    weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[job.measuring.dtype]
+    weight_bytes = _DTYPE_BYTES[job.measuring.dtype]
     batch = CPU_TOKENS if device == "cpu" else GPU_TOKENS
     working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
     rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)

@@ -59,7 +59,7 @@ def read_plan(path: Path, known: Mapping[str, type]) -> list[Asked]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_plan_loader())
     except OSError as error:
         raise PlanError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -76,6 +76,22 @@ def read_plan(path: Path, known: Mapping[str, type]) -> list[Asked]:
         _check(where, options, known)
         asked += combine(options)
     return asked
+
+
+def _plan_loader() -> Any:
+    """Return PyYAML's safe loader, but one that refuses a key given twice: the first value would be lost in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _value in node.value]
+            for key, (at, _value) in zip(keys, node.value, strict=True):
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", at.start_mark)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
+    return Loader
 
 
 def combine(options: Mapping[str, Any]) -> list[Asked]:
@@ -96,7 +112,7 @@ def _check(where: str, options: Mapping[str, Any], known: Mapping[str, type]) ->
     for key, value in options.items():
         if key not in known:
             raise UnknownNameError("option", key, known, f"({where}) `kdb ingest --help` lists them.")
-        for one in _several(value) if key in SEVERAL else [value]:
+        for one in _several(value) if key in (*SEVERAL, "classifier") else [value]:
             wanted = (int, float) if known[key] is float else known[key]
             if not isinstance(one, wanted) or (isinstance(one, bool) and known[key] is not bool):
                 raise PlanError(f"{where}: {key} is {one!r}, expected {_TYPES[known[key]]}.")

@@ -29,12 +29,14 @@ def timed(table: str, groups: list[pa.Table], begun: float) -> Rows:
 
 def rows_of(table: str, rows: Sequence[Mapping[str, Any]], begun: float | None = None) -> Rows:
     """Build rows from dictionaries, with the time since ``begun`` if it is given; absent columns are NULL."""
+    _check_columns(table, {column for row in rows for column in row})
     groups = [pa.Table.from_pylist(list(rows), schema=arrow_schema(table))]
     return Rows(table, groups) if begun is None else timed(table, groups, begun)
 
 
 def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
     """Build rows of a table from arrays of one shape, or of shapes that broadcast; absent columns are NULL."""
+    _check_columns(table, set(columns))
     arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
     shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
     n = int(np.prod(shape))
@@ -48,3 +50,10 @@ def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
         ],
         schema=schema,
     )
+
+
+def _check_columns(table: str, names: set[str]) -> None:
+    """Raise AssertionError for a name that is no column: it would be dropped, and the column left NULL."""
+    unknown = names - set(arrow_schema(table).names)
+    if unknown:
+        raise AssertionError(f"{table} has no column {', '.join(sorted(unknown))}")

@@ -188,7 +188,7 @@ class _Drain(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: bytes) -> int:  # type: ignore[override]  # of bytes alone
         self._parts.append(bytes(data))
         self._written += len(self._parts[-1])
         return len(self._parts[-1])

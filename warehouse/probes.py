@@ -59,7 +59,7 @@ class Probe:
     @property
     def has_probabilities(self) -> bool:
         """Whether decision values are log-odds of label 1; those of ``mean-difference`` are not."""
-        return self.classifier.startswith("logistic")
+        return self.classifier in ("logistic", "logistic-raw", "logistic-paper", "logistic-standardised")
 
     def decision_function(self, vectors: ArrayLike) -> NDArray[np.float64]:
         """Return the decision values (n,) of states (n, hidden): log-odds of label 1 for logistic classifiers.

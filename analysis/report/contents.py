@@ -179,11 +179,11 @@ _ROBUST, _PROJECTED = 3, 2
 
 def _side_by_side(curves: pl.DataFrame, params: dict[str, Any]) -> Contents:
     """Yield experiments 2 and 3, for several models of one size, and for families with several sizes."""
-    middle = float(curves.unique("model")["size_billions"].median() or 1)  # type: ignore[arg-type]
+    middle = float(curves.unique("model")["size_billions"].median() or 1)  # type: ignore[arg-type]  # numbers
     note = "Models within a factor of 3 of the median size."
     yield Drawn("Experiment 2: families at one size", note, "depth-by-family", params | {"size": middle, "within": 3})
     sizes = curves.group_by("family").agg(pl.col("model").n_unique())
-    if sizes["model"].max() > 1:  # type: ignore[operator]
+    if sizes["model"].max() > 1:  # type: ignore[operator]  # numbers
         yield Drawn("Experiment 3: sizes within each family", "", "depth-by-size", params)
 
 

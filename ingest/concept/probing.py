@@ -205,7 +205,11 @@ def _baselines(inputs: _Texts, _shard: Shard) -> list[Rows]:
                 *(baseline.baseline, 100 * baseline.accuracy, baseline.split),
             )
     predictions = pa.concat_tables(_baseline_rows(baseline, inputs.task) for baseline in baselines)
-    scores = [vars(one) | {"is_default": one.split == inputs.task.default_split} for one in baselines]
+    scores = [
+        {name: value for name, value in vars(one).items() if name != "predicted"}
+        | {"is_default": one.split == inputs.task.default_split}
+        for one in baselines
+    ]
     return [Rows("baseline_predictions", [predictions]), rows_of("baselines", scores)]
 
 

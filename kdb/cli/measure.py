@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from kdb.cli.settings import (
     probe_options,
     stored_options,
 )
-from kdb.errors import UnknownNameError
+from kdb.errors import PlanError, UnknownNameError
 from kdb.ingest.settings import ALWAYS_FITTED, Ablating, Attributing, Measuring, Probing, chosen
 from kdb.text import visible
 
@@ -141,11 +141,10 @@ def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> li
             raise click.UsageError(
                 "A plan names its models, revisions and datasets. Remove --model, --revision and --dataset."
             )
-        params = {param.name: param for param in ctx.command.params if param.name in settings and not param.multiple}
-        asked = read_plan(plan, {**dict.fromkeys(SEVERAL, str), **{str(n): _kind(p) for n, p in params.items()}})
-        for one in asked:
-            for key, value in one.options.items():
-                params[key].type_cast_value(ctx, value)  # raises as the option would
+        params = {str(param.name): param for param in ctx.command.params if param.name in settings}
+        params["classifier"] = params.pop("classifiers")  # in a plan, an option that repeats is a list
+        asked = read_plan(plan, {**dict.fromkeys(SEVERAL, str), **{name: _kind(p) for name, p in params.items()}})
+        asked = [replace(one, options=_typed(ctx, f"{plan}, {one.name}", params, one.options)) for one in asked]
     named = [
         replace(one, datasets=one.datasets or tuple(_built_in(options)), options={**settings, **one.options})
         for one in asked
@@ -156,6 +155,22 @@ def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> li
         for dataset in one.datasets:  # find wrong names before looking for any model
             _dataset(dataset, one.options)
     return named
+
+
+def _typed(
+    ctx: click.Context, where: str, params: dict[str, click.Parameter], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of a plan's run under the names of the command's parameters, checked as these are."""
+    typed = {}
+    for key, value in options.items():
+        several = params[key].multiple
+        given = tuple(value) if several and isinstance(value, list) else (value,) if several else value
+        try:
+            params[key].type_cast_value(ctx, given)
+        except click.BadParameter as error:
+            raise PlanError(f"{where}: {error.format_message()}") from error
+        typed[str(params[key].name)] = given
+    return typed
 
 
 def _kind(param: click.Parameter) -> type:
@@ -320,8 +335,8 @@ def ablate(
 
     \b
     kdb ablate --model smollm2-135m --label best-heads --query "
-        SELECT layer, 'attn' AS component, head, NULL AS neuron FROM head_scores
-        GROUP BY ALL ORDER BY avg(score) DESC LIMIT 5"
+        SELECT layer, 'attn' AS component, head, NULL AS neuron FROM current.head_scores
+        WHERE model = 'smollm2-135m' AND dataset = 'knowledge' GROUP BY ALL ORDER BY avg(score) DESC LIMIT 5"
     """
     from kdb.ingest.attribution.intervention import ablate as intervene
     from kdb.ingest.attribution.intervention import source_options

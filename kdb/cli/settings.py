@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kdb.cli.options import Command
-from kdb.ingest.settings import DTYPES, QUANTIZATIONS, STORED_DTYPES, Attributing, Measuring, Probing
+from kdb.ingest.settings import ALWAYS_FITTED, DTYPES, QUANTIZATIONS, STORED_DTYPES, Attributing, Measuring, Probing
 from kdb.queries.domains import CLASSIFIERS
 
 
@@ -55,7 +55,7 @@ def probe_options(command: Command) -> Command:
                 "classifiers",
                 multiple=True,
                 type=click.Choice(CLASSIFIERS),
-                help="Additional classifier to fit; logistic and logistic-paper are always fitted. Repeatable.",
+                help=f"Additional classifier to fit; {', '.join(ALWAYS_FITTED)} are always fitted. Repeatable.",
             ),
             click.option(
                 "--splits",

@@ -209,7 +209,7 @@ def _endpoint(saved: SavedQuery) -> Any:
         return answered
 
     kind = inspect.Parameter.KEYWORD_ONLY
-    endpoint.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    endpoint.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # FastAPI reads it
         [
             inspect.Parameter("request", kind, annotation=Request),
             *(inspect.Parameter(p.name, kind, **_declared(p)) for p in saved.params),

@@ -45,7 +45,7 @@ def add_routes(app: FastAPI) -> None:
         return RedirectResponse("/static/icon.svg")
 
 
-def _page(view: str):  # type: ignore[no-untyped-def]
+def _page(view: str):  # type: ignore[no-untyped-def]  # FastAPI reads the type of what it returns
     async def page(request: Request) -> Response:
         answered: Response = await request.app.state.ask(request, "page", name=view, params=_url_params(request))
         return answered
