@@ -205,12 +205,15 @@ def differences(a: NDArray[Any], b: NDArray[Any], groups: NDArray[Any] | None = 
     The interval and ``p_largest`` keep groups together; McNemar's test takes each prompt as independent.
     """
     sums, sizes = group_sums(b - a, groups)
+    # Where few groups differ, some resampled standard errors are next to nothing, and ends lie beyond what can be.
+    low, high = (np.clip(end, -1.0, 1.0) for end in mean_intervals(sums, sizes))
     only_a, only_b = (a > b).sum(axis=0), (b > a).sum(axis=0)
     return Differences(
         None if groups is None else len(sums),
         a.mean(axis=0, dtype=np.float64),
         b.mean(axis=0, dtype=np.float64),
-        *mean_intervals(sums, sizes),
+        low,
+        high,
         only_a,
         only_b,
         np.array([mcnemar(*counts) for counts in zip(only_a, only_b, strict=True)]),

@@ -316,6 +316,17 @@ def test_the_p_value_of_the_largest_difference_allows_for_the_choice_of_the_dept
     assert np.mean([found.p_largest < 0.05 for found in drawn]) <= 0.1
 
 
+def test_the_interval_of_a_difference_of_accuracies_stays_within_what_can_be() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 4)
+    for _ in range(40):
+        a = (rng.random((24, 8)) < 0.9).astype(np.float32)
+        b = np.where(rng.random((24, 8)) < 0.15, 1 - a, a)
+        found = differences(a, b, groups)
+        given = ~np.isnan(found.low)
+        assert (found.low[given] >= -1).all() and (found.high[given] <= 1).all()
+
+
 def test_differences_keep_groups_together() -> None:
     rng = np.random.default_rng(0)
     a, b = np.repeat((rng.random((2, 20, 1)) < 0.6).astype(np.float32), 10, axis=1)

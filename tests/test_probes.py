@@ -357,6 +357,19 @@ def test_states_that_are_all_equal_predict_the_majority():
     assert (probe.score.c, probe.score.auc, probe.weights) == (None, 0.5, None)
 
 
+def test_states_that_differ_by_rounding_alone_predict_the_majority():
+    y = (np.arange(50) % 5 > 1).astype(int)
+    rounding = 1 + np.random.default_rng(0).choice([0, 2.0**-23], (50, 4))
+    probe = default_probe((3.0 * rounding).astype(np.float32), y)
+    assert (probe.score.scale, probe.score.auc) == (0.0, 0.5)
+
+
+def test_many_training_prompts_have_three_folds():
+    y = np.arange(3400) % 2
+    assert set(task_of(y).folds["paper"]) == {0, 1, 2}
+    assert set(task_of(y[:3000]).folds["paper"]) == {0, 1, 2, 3, 4}
+
+
 def test_folds_keep_groups_together_where_the_split_does():
     y, groups = paired(100)
     task = task_of(y, groups=groups)

@@ -172,7 +172,7 @@ def test_what_is_no_state_of_the_layer_is_refused(opened: Warehouse, states: Any
         ({"classifier": "random-forest"}, "has the classifier 'random-forest'. Stored: logistic, "),
         ({"split": "grouped"}, "has the split 'grouped'. Stored: paper"),
         ({"dataset": "whether"}, "Stored: tiny on weather; tiny on winter"),
-        ({"variant": "noise"}, "No stored probe of tiny on weather, variant noise. Stored: "),
+        ({"variant": "noise"}, "No stored probe of tiny on weather, variant noise. It has the variants default."),
     ],
 )
 def test_a_probe_that_is_not_stored_is_named_beside_those_that_are(

@@ -50,6 +50,10 @@ class Probe:
     accuracy: float
     auc: float
 
+    def __repr__(self) -> str:
+        where = f"layer {self.layer} of {self.n_layers}, {self.site}"
+        return f"<Probe {self.classifier} of {self.model} on {self.dataset}, {where}, accuracy {self.accuracy:.3f}>"
+
     @property
     def unit(self) -> NDArray[np.float32]:
         """The weights divided by their length."""
@@ -138,6 +142,9 @@ def _why_none(warehouse: Warehouse, run: tuple[str, str, str], wanted: dict[str,
             return f"{named}, has the {column} {value!r}. Stored: {shown}."
     if not stored.is_empty():
         return f"{named}, has {', '.join(f'{c} {v}' for c, v in wanted.items() if v is not None)}."
+    variants = warehouse.sql(_VARIANTS, [model, dataset])["variant"].to_list()
+    if variants and variant not in variants:
+        return f"{named}. It has the variants {', '.join(variants)}."
     if warehouse.sql(_MEASURED, [model, dataset, variant]).is_empty():
         others = warehouse.sql("SELECT DISTINCT model, dataset FROM probe_weights ORDER BY ALL").rows()
         return f"{named}. Stored: {'; '.join(f'{m} on {d}' for m, d in others) or 'none'}. `kdb ingest` measures more."
@@ -150,6 +157,10 @@ def _why_none(warehouse: Warehouse, run: tuple[str, str, str], wanted: dict[str,
 _STORED = """
 SELECT DISTINCT layer, site, classifier, split FROM probe_weights
 JOIN chosen_runs('probe_weights', $3, NULL) USING (model, dataset, run) WHERE model = $1 AND dataset = $2
+"""
+
+_VARIANTS = """
+SELECT DISTINCT variant FROM current_runs WHERE table_name = 'probe_weights' AND model = ? AND dataset = ? ORDER BY ALL
 """
 
 _MEASURED = """

@@ -250,6 +250,9 @@ def _line_minimum(w: Floats, step: Floats, penalty: Floats, logits: Floats, chan
 GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 9))
 """The values of C that are tried: 0.001 to 10,000 in half decades."""
 
+_EQUAL = 1e-6
+"""Distance of rows from their mean, over the mean's length, up to which they differ by rounding alone."""
+
 _PATIENCE = 3
 _RISE = 0.01  # in nats
 _TOLD_APART = 0.1  # in nats
@@ -258,13 +261,16 @@ _TOLD_APART = 0.1  # in nats
 class Scaled:
     """Training rows (n, hidden), centred and divided by ``scale``, their root mean square distance from ``mean``.
 
-    ``scale`` is 0 if all rows are equal. A power of two by which all rows are multiplied changes no bit of ``rows``.
+    ``scale`` is 0 if all rows are equal, but for the rounding of float32. A power of two by which all rows are
+    multiplied changes no bit of ``rows``.
     """
 
     def __init__(self, X: NDArray[Any]) -> None:
         self.mean = X.mean(axis=0, dtype=np.float64)
         self.rows = X - self.mean
         self.scale = float(np.sqrt(np.einsum("ij,ij->", self.rows, self.rows) / len(X)))
+        if self.scale <= _EQUAL * np.linalg.norm(self.mean):
+            self.scale = 0.0
         self.rows /= self.scale or 1.0
 
     def of(self, X: NDArray[Any]) -> Floats:

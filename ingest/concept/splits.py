@@ -104,11 +104,15 @@ def _check_labels(y: NDArray[Any]) -> None:
 def _check_split(split: Split, y: NDArray[Any], groups: Sequence[str] | None) -> None:
     for label in (0, 1):
         train, test = (rows[y[rows] == label] for rows in (split.train, split.test))
-        _check_count(split.name, f"prompts of label {label} in its training part", N_FOLDS, len(train), "prompts")
-        _check_count(split.name, f"prompt of label {label} in its test part", 1, len(test), "prompts")
+        more = "prompts" if groups is None else _OTHER_GROUPS
+        _check_count(split.name, f"prompts of label {label} in its training part", N_FOLDS, len(train), more)
+        _check_count(split.name, f"prompt of label {label} in its test part", 1, len(test), more)
         if groups is not None:
-            seen, add = len({groups[row] for row in train}), "prompts of other groups, or group by another column"
-            _check_count(split.name, f"groups with label {label} in its training part", N_FOLDS, seen, add)
+            seen = len({groups[row] for row in train})
+            _check_count(split.name, f"groups with label {label} in its training part", N_FOLDS, seen, _OTHER_GROUPS)
+
+
+_OTHER_GROUPS = "prompts of other groups, or group by another column"
 
 
 def _check_count(split: str, counted: str, needed: int, count: int, add: str) -> None:

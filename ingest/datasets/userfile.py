@@ -61,9 +61,11 @@ def load_texts(path: Path, group_by: str | None = None) -> tuple[Example, ...]:
     if "text" not in columns:
         raise complaint(location, "a column 'text'", f"{', '.join(map(repr, columns)) or 'no columns'}: rename one")
     layout = Layout(label="label" if "label" in columns else None, labels=_LABELS, group=group_by)
-    examples = tuple(to_examples(read(path, layout.needed), layout))
+    rows = list(read(path, layout.needed))
+    examples = tuple(to_examples(rows, layout))
     if not examples:
         raise complaint(location, "at least one text below", "none")
+    _check_one_label(rows, examples)
     return examples
 
 

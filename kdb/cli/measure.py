@@ -21,7 +21,7 @@ from kdb.cli.settings import (
     probe_options,
     stored_options,
 )
-from kdb.errors import PlanError, UnknownNameError
+from kdb.errors import PlanError, QueryError, UnknownNameError
 from kdb.ingest.settings import ALWAYS_FITTED, Ablating, Attributing, Measuring, Probing, chosen
 from kdb.text import visible
 
@@ -372,11 +372,23 @@ def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, 
     current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
     hint = "`kdb runs` lists what is stored, `kdb ingest` measures more."
+    if (model, dataset, variant) not in runs and table == "activations":
+        _check_vectors(sql, model, dataset, variant)
     for kind, level, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
         stored = {key[level] for key in runs if key[:level] == (model, dataset)[:level]}
         if name not in stored:
             raise UnknownNameError(f"stored {kind}", name, stored, hint)
     return str(runs[model, dataset, variant])
+
+
+def _check_vectors(sql: Callable[..., Any], model: str, dataset: str, variant: str) -> None:
+    """Raise QueryError if the run is stored, and its vectors are not."""
+    asked = "FROM current_runs WHERE table_name = 'probe_scores' AND model = ? AND dataset = ? AND variant = ?"
+    if not sql(asked, [model, dataset, variant]).is_empty():
+        raise QueryError(
+            f"The vectors of {model} on {dataset}, variant {variant}, are not stored any more (`kdb runs "
+            "keep-vectors`). Remove the run, and measure it again with `kdb ingest`."
+        )
 
 
 @click.command()

@@ -145,7 +145,7 @@ def _print(scores: Any, output: Path | None) -> None:
     import polars as pl
 
     layers, texts = scores.layers, scores.texts
-    best = layers.sort("source_accuracy", "layer", descending=[True, False]).row(0, named=True)
+    best = layers.sort("source_accuracy", "layer", "site", descending=[True, False, True]).row(0, named=True)
     where = {"layer": best["layer"], "site": best["site"]}
     n = texts["text_id"].n_unique()
     if "auc" in layers.columns:
