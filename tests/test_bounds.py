@@ -187,6 +187,20 @@ def test_a_token_with_a_long_row_that_a_vector_makes_likely_is_in_the_slack(leng
     assert ((lower <= truth) & (truth <= upper)).all()
 
 
+def test_the_slack_of_a_bound_covers_rows_that_have_a_long_part_in_common() -> None:
+    """What they have in common changes no score, and float32 leaves a trace of it in the bound."""
+    random = torch.Generator().manual_seed(0)
+    common = torch.randn(64, generator=random)
+    table = 1e4 * common / common.norm() + torch.randn(400, 64, generator=random) / 1000
+    vectors = torch.randn(200, 64, generator=random)
+    at = distributions(table, torch.zeros(400), torch.zeros(1, 64), torch.ones(1), torch.tensor([0]), torch.tensor([0]))
+    upper = (vectors @ at.slope[0]).double()
+    p, z = at.p[0].double(), vectors.double() @ table.double().T
+    truth = z[:, 0] - (p.log() + z).logsumexp(1) + p.sum().log()
+    assert (truth > upper).any()
+    assert (truth <= upper + vectors.norm(dim=1) * at.reach[0]).all()
+
+
 @pytest.mark.parametrize("shift", [-10_000.0, -100.0, 0.0, 10_000.0])
 def test_probabilities_add_up_to_one_wherever_the_logits_lie(shift: float) -> None:
     random = torch.Generator().manual_seed(0)
