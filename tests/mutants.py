@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant(PROBES, "score.f1_of_0 if task.first_label == 1 else score.f1", "score.f1", "tests/test_probes.py"),
     Mutant(LOGISTIC, "self.rows /= self.scale or 1.0", "pass", "tests/test_probes.py"),
     Mutant(LOGISTIC, "np.flatnonzero(~held_out)", "np.arange(len(held_out))", "tests/test_probes.py"),
-    Mutant(LOGISTIC, "least = int(np.argmin(losses))", "least = int(np.argmax(losses))", "tests/test_probes.py"),
+    Mutant(LOGISTIC, "least = int(np.argmin(walked))", "least = int(np.argmax(walked))", "tests/test_probes.py"),
     Mutant(
         METRICS, "wilson_interval(share, n / max(effect, 1.0))", "wilson_interval(share, n)", "tests/test_probes.py"
     ),

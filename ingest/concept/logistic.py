@@ -11,6 +11,7 @@ The mathematical core: it takes arrays and returns frozen results.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,7 +254,7 @@ GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 9))
 _EQUAL = 1e-6
 """Distance of rows from their mean, over the mean's length, up to which they differ by rounding alone."""
 
-_PATIENCE = 3
+_PATIENCE = 2  # decades
 _RISE = 0.01  # in nats
 _TOLD_APART = 0.1  # in nats
 
@@ -284,7 +285,7 @@ class Choice:
     """The chosen ``c``, and the mean log-loss (nats) on held-out rows at each value of ``GRID`` that was tried."""
 
     c: float
-    losses: tuple[float, ...]
+    losses: dict[float, float]
 
     @property
     def at_end(self) -> bool:
@@ -295,46 +296,52 @@ class Choice:
 def choose_penalty(scaled: Scaled, labels: ArrayLike, folds: ArrayLike) -> Choice:
     """Choose C by the least mean log-loss over held-out folds; the smaller of equals.
 
-    ``folds`` (n,) number the fold in which each row is held out; each other fold must have both labels. The grid is
-    walked upwards, each fit from the one before. It is left once the rows that are fitted are told apart, to a loss of
-    ``_TOLD_APART``, and the held-out loss has been above its least value for ``_PATIENCE`` steps and by more than
-    ``_RISE``: what follows overfits more, and is the most expensive. Before that, a loss that rises may fall again: a
-    label that stands in directions of small variance is found last.
+    ``folds`` (n,) number the fold in which each row is held out; each other fold must have both labels. The decades of
+    the grid are walked upwards, each fit from the one before, then the half decades beside the best one are tried. The
+    walk ends once the rows that are fitted are told apart, to a loss of ``_TOLD_APART``, and the held-out loss has been
+    above its least value for ``_PATIENCE`` decades and by more than ``_RISE``: what follows overfits more, and is the
+    most expensive. Before that, a loss that rises may fall again: a label that stands in directions of small variance
+    is found last.
     """
     y, fold_of, rows = np.asarray(labels, dtype=np.float64), np.asarray(folds), scaled.rows
     gram = rows @ rows.T if _is_short(len(rows), rows.shape[1] + 1) else None
     paths = [_FoldPath(rows, gram, y, fold_of == fold) for fold in np.unique(fold_of)]
-    losses: list[float] = []
-    for c in GRID:
-        losses.append(sum(path.loss(c) for path in paths) / len(y))
-        least = int(np.argmin(losses))
-        overfits = len(losses) - 1 - least >= _PATIENCE and losses[-1] > losses[least] + _RISE
+    losses: dict[float, float] = {}
+    for c in GRID[::2]:
+        losses[c] = sum(path.loss(c) for path in paths) / len(y)
+        walked = list(losses.values())
+        least = int(np.argmin(walked))
+        overfits = len(walked) - 1 - least >= _PATIENCE and walked[-1] > walked[least] + _RISE
         if overfits and np.mean([path.fitted_loss for path in paths]) < _TOLD_APART:
             break
-    return Choice(GRID[int(np.argmin(losses))], tuple(losses))
+    for c in (GRID[k] for k in (2 * least + 1, 2 * least - 1) if 0 <= k < len(GRID)):
+        losses[c] = sum(path.loss(c) for path in paths) / len(y)
+    return Choice(min(sorted(losses), key=losses.__getitem__), losses)
 
 
 class _FoldPath:
-    """The fits of one fold along the grid, each begun at the one before. ``fitted_loss`` is that of the fitted rows."""
+    """The fits of one fold, each begun at that of the nearest C. ``fitted_loss`` is that of the rows fitted last."""
 
     def __init__(self, rows: Floats, gram: Floats | None, y: Floats, held_out: NDArray[np.bool_]) -> None:
         self._rows, self._gram, self._y = rows, gram, y
         self._train, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        self._coef, self._intercept = np.zeros(rows.shape[1]), 0.0
+        self._fits: dict[float, tuple[Floats, float]] = {}
         self.fitted_loss = float("inf")
 
     def loss(self, c: float) -> float:
         """Return the summed log-loss of the fold's rows under the fit to the others."""
         factor = c**0.5
         design = Design.of_some(self._rows, self._gram, self._train, factor)
-        start = np.append(self._coef / factor, self._intercept / design.radius)
+        nearest = min(self._fits, key=lambda fitted: abs(math.log(fitted / c)), default=None)
+        coef, intercept = (np.zeros(self._rows.shape[1]), 0.0) if nearest is None else self._fits[nearest]
+        start = np.append(coef / factor, intercept / design.radius)
         w, _slack, _n_iter = _minimise(design, self._y[self._train], start, max_iter=100)
-        self._coef, self._intercept = w[:-1] * factor, float(w[-1] * design.radius)
-        self.fitted_loss = self._summed(self._train) / len(self._train)
-        return self._summed(self._held_out)
+        fit = self._fits[c] = w[:-1] * factor, float(w[-1] * design.radius)
+        self.fitted_loss = self._summed(self._train, *fit) / len(self._train)
+        return self._summed(self._held_out, *fit)
 
-    def _summed(self, rows: NDArray[np.intp]) -> float:
-        logits = self._rows[rows] @ self._coef + self._intercept
+    def _summed(self, rows: NDArray[np.intp], coef: Floats, intercept: float) -> float:
+        logits = self._rows[rows] @ coef + intercept
         return float(np.logaddexp(0.0, np.where(self._y[rows] == 1, -logits, logits)).sum())
 
 
