@@ -76,8 +76,8 @@ def upgraded(table: str, rows: pa.Table, dataset: str) -> pa.Table:
 
 
 def _renamed(table: str, rows: pa.Table, dataset: str) -> pa.Table:
-    frame = pl.DataFrame(rows).lazy().with_columns(dataset=pl.lit(dataset))
-    read = as_today(table, frame).collect()
+    frame = pl.from_arrow(rows).lazy()  # type: ignore[union-attr]  # a table gives a frame
+    read = as_today(table, frame.with_columns(dataset=pl.lit(dataset))).collect()
     return read.select(rows.column_names).to_arrow().cast(rows.schema)
 
 

@@ -66,9 +66,7 @@ SELECT
         ELSE 'published'
     END AS condition,
     n_layers, layer, percent,
-    percent - first(percent) OVER (
-        PARTITION BY model, dataset, point ORDER BY varied != 'published'
-    ) AS moved_percent
+    percent - max(percent) FILTER (varied = 'published') OVER (PARTITION BY model, dataset, point) AS moved_percent
 FROM conditions
 ORDER BY
     model, dataset, point DESC,
