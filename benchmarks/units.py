@@ -1,4 +1,4 @@
-"""What the unit of the hidden states decides: the same stored vectors, multiplied by a number or rotated, probed anew.
+"""Show what the unit of the hidden states decides: probe stored vectors again, multiplied by a number or rotated.
 
     python benchmarks/units.py WAREHOUSE [--model smollm2-135m] [--dataset coinflip-synthetic] [--split paper]
 

@@ -45,7 +45,7 @@ class Case:
 
     @property
     def slack(self) -> torch.Tensor:
-        """Of the upper bounds; scores have their own."""
+        """Slack of the upper bounds. A score has its own slack."""
         return self._length * self.at.reach[self.base].double()
 
     @property
@@ -188,7 +188,7 @@ def test_a_token_with_a_long_row_that_a_vector_makes_likely_is_in_the_slack(leng
 
 
 def test_the_slack_of_a_bound_covers_rows_that_have_a_long_part_in_common() -> None:
-    """What they have in common changes no score, and float32 leaves a trace of it in the bound."""
+    """The common part changes no score, but the rounding of float32 leaves a part of it in the bound."""
     random = torch.Generator().manual_seed(0)
     common = torch.randn(64, generator=random)
     table = 1e4 * common / common.norm() + torch.randn(400, 64, generator=random) / 1000

@@ -50,7 +50,7 @@ The capital of Spain is the city of,Madrid,capital
 """
 """Stand in for the facts of ``knowledge``, which take long."""
 FEW = 48
-"""Prompts of each built-in dataset that a command sees: what it prints is as documented."""
+"""Number of prompts of each built-in dataset that the commands measure."""
 IN_A_SHELL = re.compile(r"\||\$\(|^(?!kdb )|--engine ray|^kdb serve")
 """Commands that need a shell or a process of their own. The others run in this one, which has imported PyTorch."""
 ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")

@@ -298,10 +298,10 @@ def choose_penalty(scaled: Scaled, labels: ArrayLike, folds: ArrayLike) -> Choic
 
     ``folds`` (n,) number the fold in which each row is held out; each other fold must have both labels. The decades of
     the grid are walked upwards, each fit from the one before, then the half decades beside the best one are tried. The
-    walk ends once the rows that are fitted are told apart, to a loss of ``_TOLD_APART``, and the held-out loss has been
-    above its least value for ``_PATIENCE`` decades and by more than ``_RISE``: what follows overfits more, and is the
-    most expensive. Before that, a loss that rises may fall again: a label that stands in directions of small variance
-    is found last.
+    walk stops early if the fitted rows have a loss below ``_TOLD_APART`` and the held-out loss has been above its least
+    value for ``_PATIENCE`` decades and by more than ``_RISE``. What follows overfits more, and is the most expensive.
+    While the fitted rows are not told apart, a loss that rises may fall again: a label that stands in directions of
+    small variance is found last.
     """
     y, fold_of, rows = np.asarray(labels, dtype=np.float64), np.asarray(folds), scaled.rows
     gram = rows @ rows.T if _is_short(len(rows), rows.shape[1] + 1) else None

@@ -40,7 +40,7 @@ from kdb.warehouse.vectors import prompts_per_part
 
 @dataclass(frozen=True)
 class Scores:
-    """What the probes say of new texts.
+    """The scores of new texts under the probes.
 
     ``texts`` has a row for each text, layer and site. ``layers`` has a row for each layer and site: how good the probe
     is on its own test part and, if the texts have labels, on those of them that it was not fitted to.
