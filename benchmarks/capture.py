@@ -29,8 +29,8 @@ from kdb.ingest.execution.writer import write_behind
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
-from kdb.ingest.models.structure import SITES
 from kdb.ingest.rows import Rows
+from kdb.queries.domains import SITES
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.vectors import GPU_PART_BYTES, PART_BYTES, activation_groups, prompts_per_part
 

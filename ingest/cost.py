@@ -14,8 +14,8 @@ from kdb.ingest.forward.memory import CHUNK_BYTES, CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.job import Job
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
-from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import pose
+from kdb.queries.domains import SITES
 from kdb.warehouse.vectors import PART_BYTES
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

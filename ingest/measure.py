@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdb.ingest.execution.local import Here
+from kdb.ingest.execution.local import LocalEngine
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel, training_step
 from kdb.ingest.stages import Engine, Outcome, PlannedRun, Stage, Subject, carry_out
@@ -32,7 +32,7 @@ def ingest(storage: Storage, job: Job, load: Callable[[], LoadedModel], *, batch
     ``load`` loads the model; it is called only if the model is still needed.
     Raises DatasetError, ModelError or WarehouseError. Finished shards stay in staging, and the same job resumes there.
     """
-    return ingest_on(storage, job, Here(load, batch_tokens))
+    return ingest_on(storage, job, LocalEngine(load, batch_tokens))
 
 
 def ingest_on(storage: Storage, job: Job, engine: Engine) -> Outcome:

@@ -108,7 +108,7 @@ def description(posed: Posed, tokenizer: Any, config: Any) -> StoredStage:
 
     def rows(_inputs: RunInProgress, _shard: Shard) -> list[Rows]:
         job, spelled = posed.job, count_spelled(tokenizer, posed.token_ids)
-        spelled.tell(job.dataset.name)
+        spelled.warn(job.dataset.name)
         shape = model_row(job.source, config, count_params(config), job.measuring.dtype)
         dataset = {
             "study": job.study,

@@ -1,6 +1,6 @@
 """The settings of a run and their defaults, which the command line, plans and Python all read from here.
 
-measuring = chosen(Measuring, {"dtype": "bfloat16", "top_k": 5})  # ignores the settings of other classes
+measuring = settings_from(Measuring, {"dtype": "bfloat16", "top_k": 5})  # ignores the settings of other classes
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Ablating:
     seed: int = 42
 
 
-def chosen(settings: type[T], options: Mapping[str, Any]) -> T:
+def settings_from(settings: type[T], options: Mapping[str, Any]) -> T:
     """Build settings from those options that belong to them; absent options have their defaults."""
     names = {field.name for field in fields(settings)}  # type: ignore[arg-type]  # T is a dataclass
     return settings(**{name: value for name, value in options.items() if name in names})

@@ -70,7 +70,7 @@ class Subject(Protocol[S_co]):
     def source(self) -> ModelSource:
         """The model that the run measures."""
 
-    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> S_co:
+    def bind(self, loaded: LoadedModel, batch_tokens: int | None) -> S_co:
         """Combine the subject with its model, as the functions of the stages take it."""
 
 

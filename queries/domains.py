@@ -23,6 +23,12 @@ CLASSIFIERS = (
 )
 """Names of the probes' classifiers."""
 
+DEFAULT_CLASSIFIER = "logistic"
+"""The classifier that schema `current` shows, on the split by group where there are groups, else the paper's."""
+
+SITES = ("resid_post", "ffn_norm")
+"""Sites at which a hidden state is read: the block's output, and the input of the FFN."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -99,7 +105,7 @@ DOMAINS: Mapping[str, Domain] = {
         CATEGORIES,
         "SELECT DISTINCT category FROM prompts WHERE category IS NOT NULL",
     ),
-    "site": _one_of("resid_post", "ffn_norm", stored="SELECT DISTINCT site FROM probe_scores"),
+    "site": _one_of(*SITES, stored="SELECT DISTINCT site FROM probe_scores"),
     "classifier": _one_of(
         *("default", *CLASSIFIERS),
         stored="SELECT DISTINCT classifier FROM probe_scores",

@@ -142,6 +142,9 @@ FROM (
 )
 JOIN known_runs USING (model, dataset, run);
 
+-- kdb.queries.domains.DEFAULT_CLASSIFIER, for runs that mark none of their probes as the default.
+CREATE MACRO usual_classifier() AS 'logistic';
+
 -- The probes that a query shows: the given classifier and split, each of which may be 'default'. The default ones of a
 -- run are those of its rows with is_default.
 CREATE MACRO chosen_probes(wanted_classifier, wanted_split) AS TABLE
@@ -161,7 +164,7 @@ FROM (
     )
 )
 WHERE classifier = CASE wanted_classifier
-    WHEN 'default' THEN coalesce(default_classifier, 'logistic') ELSE wanted_classifier
+    WHEN 'default' THEN coalesce(default_classifier, usual_classifier()) ELSE wanted_classifier
 END
     AND split = CASE wanted_split WHEN 'default' THEN default_split ELSE wanted_split END;
 

@@ -326,7 +326,7 @@ def test_a_question_that_cannot_be_answered_is_refused(
         (["--model", "./absent.gguf"], "There is no file 'absent.gguf'"),
         (["--dataset", "world-city"], "Unknown dataset 'world-city'. Did you mean 'world-cities'?"),
         (["--dataset", "absent.csv"], "Cannot read 'absent.csv': No such file or directory"),
-        (["--limit", "0"], "The limit counts examples of each class or category: expected 1 or more, found 0."),
+        (["--limit", "0"], "limit counts the examples of each class or category: expected 1 or more, found 0."),
         (["--template", "no place"], "The template 'no place' has no place for the text"),
         (
             ["--group-by", "village"],

@@ -23,13 +23,12 @@ from polars.testing import assert_frame_equal
 import kdb
 from kdb.errors import KdbError, QueryError, UnknownNameError
 from kdb.ingest.concept.probes import CLASSIFIERS
-from kdb.ingest.models.structure import SITES
 from kdb.queries.catalogue import find_query, load_catalogue, macros
-from kdb.queries.domains import DOMAINS, Names
+from kdb.queries.domains import DEFAULT_CLASSIFIER, DOMAINS, SITES, Names
 from kdb.warehouse.database import Database
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.notes import KdbNote
-from kdb.warehouse.schema import DEFAULT_CLASSIFIER, TABLES
+from kdb.warehouse.schema import TABLES
 from kdb.warehouse.shell_file import write_shell_file
 from kdb.warehouse.store import Warehouse
 from kdb.web import answers
@@ -502,3 +501,7 @@ def test_an_empty_warehouse_can_be_scanned(tmp_path: Path) -> None:
     Warehouse.create(tmp_path / "w")
     assert kdb.open(tmp_path / "w").table("probe_scores").is_empty()
     write_shell_file(tmp_path / "w")
+
+
+def test_sql_and_python_name_the_same_default_classifier(tmp_path: Path) -> None:
+    assert Warehouse.create(tmp_path / "wh").sql("SELECT usual_classifier()").item() == DEFAULT_CLASSIFIER

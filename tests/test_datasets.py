@@ -428,7 +428,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 def test_options_that_cannot_be_used_are_refused() -> None:
     assert message("coinflip-synthetic", limit=0) == (
-        "The limit counts examples of each class or category: expected 1 or more, found 0."
+        "limit counts the examples of each class or category: expected 1 or more, found 0."
     )
     assert message("coinflip-synthetic", template="no place") == (
         "The template 'no place' has no place for the text: add {text} to it."

@@ -595,7 +595,7 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
 def test_rows_that_are_waited_for_leave_torchs_mode_alone(
     job: Callable[..., Job], tiny_loaded: LoadedModel, known: list[tuple[str, str, str]]
 ) -> None:
-    subject = knowledge.prepare(job())[0].on(tiny_loaded, None)
+    subject = knowledge.prepare(job())[0].bind(tiny_loaded, None)
     measured = knowledge._attributed(subject, Shard("part", list(range(len(known)))), lambda _: None)
     assert next(measured).table == "layer_scores"
     assert not torch.is_inference_mode_enabled()

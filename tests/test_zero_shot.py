@@ -127,7 +127,7 @@ def test_asking_changes_no_hidden_state(
 def test_a_token_that_begins_both_answers_counts_for_neither(tiny_loaded: LoadedModel) -> None:
     question = question_of(tiny_loaded.tokenizer, dataset(answers=("false", "far")))
     assert question.first_tokens == ((), ())
-    assert not question.tells
+    assert not question.separates
     assert question.cue == ()
     first = [
         tiny_loaded.tokenizer.decode(tokens) for tokens in question_of(tiny_loaded.tokenizer, dataset()).first_tokens

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdb.errors import QueryError
+from kdb.queries.domains import DEFAULT_CLASSIFIER
 from kdb.warehouse.files import appears_whole
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Probe:
     @property
     def has_probabilities(self) -> bool:
         """Whether decision values are log-odds of label 1; those of ``mean-difference`` are not."""
-        return self.classifier in ("logistic", "logistic-raw", "logistic-paper", "logistic-standardised")
+        return self.classifier.startswith("logistic")
 
     def decision_function(self, vectors: ArrayLike) -> NDArray[np.float64]:
         """Return the decision values (n,) of states (n, hidden): log-odds of label 1 for logistic classifiers.
@@ -113,7 +114,7 @@ def find_probes(
     dataset: str,
     layer: int | None = None,
     site: str | None = None,
-    classifier: str = "logistic",
+    classifier: str = DEFAULT_CLASSIFIER,
     split: str | None = None,
     variant: str = "default",
 ) -> list[Probe]:

@@ -32,9 +32,6 @@ SCHEMA_VERSION = 5
 OLDEST_SCHEMA = 3
 """Oldest schema version that is still read; columns that a run lacks are NULL."""
 
-DEFAULT_CLASSIFIER = "logistic"
-"""The classifier that schema `current` shows, on the split by group where there are groups, else the paper's."""
-
 PARTITIONS = {
     "model": "name of the model, as listed by `kdb models` or given by --name",
     "dataset": "name of the dataset, as listed by `kdb datasets` or given by --dataset-name",

@@ -207,6 +207,14 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
         lambda: importance.attention_and_ffn(wh, **params),
         _ASKED,
     )
+    yield from _layers_and_heads(wh, params)
+    yield from _neurons_and_methods(wh, params)
+    for model, dataset, prompt in _examples(wh, params):
+        named = params | {"model": [model], "dataset": dataset, "prompt": prompt}
+        yield Drawn(f"One prompt in {model}", "", "prompt-story", named)
+
+
+def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Drawn("Every layer", "", "layer-scores", params)
     ranks = (
         "The brackets show the range of the rank in the middle 95 % of resampled prompts: a narrow one means a stable "
@@ -233,6 +241,9 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield _asked(
         wh, "Tokens that the best heads read", "", "position-attention", params | {"k": 1, "tokens": 3}, _ASKED
     )
+
+
+def _neurons_and_methods(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Drawn("Figure 2: layers of the value and query neurons", "", "neurons-by-layer", params)
     yield Tabled(
         "The best neurons",
@@ -253,9 +264,6 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     )
     yield Drawn("Heads shared by categories", "", "head-overlap", params)
     yield Drawn("Neurons shared by categories", "", "neuron-overlap", params)
-    for model, dataset, prompt in _examples(wh, params):
-        named = params | {"model": [model], "dataset": dataset, "prompt": prompt}
-        yield Drawn(f"One prompt in {model}", "", "prompt-story", named)
 
 
 CHAPTERS = {

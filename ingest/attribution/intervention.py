@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.targets import target_token
-from kdb.ingest.execution.local import Here
+from kdb.ingest.execution.local import LocalEngine
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
 from kdb.ingest.rows import Rows, timed
@@ -183,7 +183,7 @@ def ablate(
     planned = PlannedRun(
         identity, source.model, source.dataset, row | changed, prepare, source=source, copied=("models", "datasets")
     )
-    return carry_out(storage, planned, Here(load))
+    return carry_out(storage, planned, LocalEngine(load))
 
 
 def source_options(source: RunFolder) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class Interventions:
     k: int
     positions: str
 
-    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Decomposed:
+    def bind(self, loaded: LoadedModel, batch_tokens: int | None) -> Decomposed:
         """The interventions and the decomposed model."""
         from kdb.ingest.forward.decomposition import decompose
 

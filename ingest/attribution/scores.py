@@ -108,9 +108,9 @@ class Attribution:
         """The residual (l, b, d) that each FFN is added to, at the last position."""
         import torch
 
-        r = self.cache
-        before = r.resid_pre[:, self._rows, r.last]
-        after = before + r.attn[:, self._rows, r.last]
+        cache = self.cache
+        before = cache.resid_pre[:, self._rows, cache.last]
+        after = before + cache.attn[:, self._rows, cache.last]
         parallel = torch.tensor([block.parallel for block in self.decomposition.blocks], device=before.device)
         return torch.where(parallel[:, None, None], before, after)
 
@@ -119,14 +119,14 @@ class Attribution:
         """Token probabilities at every residual (2l · b): first the inputs of attention, then those of the FFNs."""
         import torch
 
-        r, readout = self.cache, self.decomposition.readout
-        points = torch.cat([r.resid_pre[:, self._rows, r.last], self._before_ffn])
+        cache, readout = self.cache, self.decomposition.readout
+        points = torch.cat([cache.resid_pre[:, self._rows, cache.last], self._before_ffn])
         n = len(points)
         return distributions(
             readout.table,
             readout.constant,
             points.flatten(0, 1),
-            r.final_scale.repeat(n),
+            cache.final_scale.repeat(n),
             self.target.repeat(n),
             self._rows.repeat(n),
             self._cap,
@@ -137,10 +137,10 @@ class Attribution:
         """A soft cap's slope at the real logits (b, vocab): frozen like the norm, so that the readout is linear."""
         import torch
 
-        r, readout = self.cache, self.decomposition.readout
+        cache, readout = self.cache, self.decomposition.readout
         if readout.softcap is None:
             return None
-        logits = (r.resid_post * r.final_scale[:, None]) @ readout.table.T + readout.constant
+        logits = (cache.resid_post * cache.final_scale[:, None]) @ readout.table.T + readout.constant
         slope = readout.softcap * (logits / readout.softcap).tanh() / logits
         return torch.where(logits == 0, 1.0, slope)
 
@@ -155,8 +155,8 @@ class Attribution:
         """Log-probability increase of each layer's output, (b, l) for 'attn' and 'ffn'."""
         import torch
 
-        r, n = self.cache, self.n_layers * self.n_prompts
-        added = torch.cat([x[:, self._rows, r.last].flatten(0, 1) for x in (r.attn, r.ffn)])
+        cache, n = self.cache, self.n_layers * self.n_prompts
+        added = torch.cat([x[:, self._rows, cache.last].flatten(0, 1) for x in (cache.attn, cache.ffn)])
         every = torch.arange(2 * n, device=added.device)
         scores = self.at.scores(every, added, every, torch.ones(2 * n, device=added.device))
         attn, ffn = scores.view(2, self.n_layers, self.n_prompts).transpose(1, 2)
@@ -179,20 +179,22 @@ class Attribution:
         """Scores of the best heads' positions: layer and head (b, n), attention and score (b, n, t); 0 at padding."""
         import torch
 
-        r, n_heads = self.cache, self.head_scores.shape[2]
+        cache, n_heads = self.cache, self.head_scores.shape[2]
         best = self.head_scores.flatten(1).topk(min(n_best, self.n_layers * n_heads), dim=1).indices
         layer, head = best // n_heads, best % n_heads
         prompt = self._rows[:, None].expand_as(layer)
-        weights = r.attention[layer, prompt, head]
-        groups = n_heads // r.values.shape[2]
-        coefficients = weights[..., None] * r.values[layer, prompt, head // groups]
-        vectors = torch.empty(*weights.shape, r.resid_post.shape[1], device=weights.device)
+        weights = cache.attention[layer, prompt, head]
+        groups = n_heads // cache.values.shape[2]
+        coefficients = weights[..., None] * cache.values[layer, prompt, head // groups]
+        vectors = torch.empty(*weights.shape, cache.resid_post.shape[1], device=weights.device)
         for i in layer.unique().tolist():
             columns = self.decomposition.attn_columns(i).view(n_heads, coefficients.shape[-1], -1)
             here = layer == i
             vectors[here] = coefficients[here] @ columns[head[here]]
-        vectors *= r.attn_scale[layer, prompt, r.last[:, None]][..., None, None]
-        real = (torch.arange(weights.shape[2], device=weights.device) <= r.last[:, None])[:, None].expand_as(weights)
+        vectors *= cache.attn_scale[layer, prompt, cache.last[:, None]][..., None, None]
+        real = (torch.arange(weights.shape[2], device=weights.device) <= cache.last[:, None])[:, None].expand_as(
+            weights
+        )
         base = self._base("attn", layer, prompt)[..., None].expand_as(weights)[real]
         every = torch.arange(len(base), device=base.device)
         score = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
@@ -204,14 +206,14 @@ class Attribution:
     @cached_property
     def ffn_coefficients(self) -> torch.Tensor:
         """Coefficients (b, l, n) at the last position."""
-        r = self.cache
-        return r.coefficients[:, self._rows, r.last].transpose(0, 1)
+        cache = self.cache
+        return cache.coefficients[:, self._rows, cache.last].transpose(0, 1)
 
     @cached_property
     def _ffn_factor(self) -> torch.Tensor:
         """Factors (b, l, n) of the FFN columns: the coefficient times the scale of a norm after the FFN."""
-        r = self.cache
-        return self.ffn_coefficients * r.ffn_scale[:, self._rows, r.last].T[..., None]
+        cache = self.cache
+        return self.ffn_coefficients * cache.ffn_scale[:, self._rows, cache.last].T[..., None]
 
     @cached_property
     def ffn_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,13 +280,15 @@ class Attribution:
         """Upper bound of every attention neuron's score, and its slack: (b, l · h · t · e); −inf at padding."""
         import torch
 
-        r, upper, slack = self.cache, [], []
+        cache, upper, slack = self.cache, [], []
         slope = self.at.slope[: self.n_layers * self.n_prompts].view(self.n_layers, self.n_prompts, -1)
         reach = self.at.reach[: self.n_layers * self.n_prompts].view(self.n_layers, self.n_prompts)
-        n_tokens = r.attention.shape[-1]
-        real = torch.arange(n_tokens, device=r.last.device) <= r.last[:, None]
+        n_tokens = cache.attention.shape[-1]
+        real = torch.arange(n_tokens, device=cache.last.device) <= cache.last[:, None]
         for layer in range(self.n_layers):
-            factor = self._attn_coefficients[:, layer] * r.attn_scale[layer, self._rows, r.last, None, None, None]
+            factor = (
+                self._attn_coefficients[:, layer] * cache.attn_scale[layer, self._rows, cache.last, None, None, None]
+            )
             b, h, _t, e = factor.shape
             columns = self.decomposition.attn_columns(layer)
             gain = (slope[layer] @ columns.T).view(b, h, 1, e)
@@ -321,16 +325,16 @@ class Attribution:
 
     def attn_every(self, top: Neurons) -> Neurons:
         """Every attention neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
-        r = self.cache
+        cache = self.cache
         _b, _l, h, t, e = self._attn_coefficients.shape
         assert top.head is not None and top.position is not None
         known = ((top.layer * h + top.head) * t + top.position) * e + top.neuron
-        scale = r.attn_scale[:, self._rows, r.last].T[:, :, None, None, None]
+        scale = cache.attn_scale[:, self._rows, cache.last].T[:, :, None, None, None]
         factor = (self._attn_coefficients * scale).flatten(2)
         known = known.masked_fill(top.layer < 0, -1)
         best, bounds = self._every("attn", factor, self.attn_bounds, top, known, self.attn_exact)
         coefficient = self._attn_coefficients.flatten(1).gather(1, best)
-        padding = best // e % t > r.last[:, None]
+        padding = best // e % t > cache.last[:, None]
         layer = (best // (h * t * e)).masked_fill(padding, -1)
         return Neurons(layer, best // (t * e) % h, best % e, best // e % t, coefficient, *bounds, top.n_scored)
 
@@ -383,13 +387,13 @@ class Attribution:
 
     def attn_queries(self, values: Neurons) -> QueryScores:
         """Score the sources that activate attention value neurons: earlier layers, at the positions that they read."""
-        r = self.cache
+        cache = self.cache
         prompt = self._rows[:, None].expand_as(values.layer)
         assert values.head is not None and values.position is not None
         width = self._attn_coefficients.shape[-1]
         keys = self._keys(values.layer, values.head * width + values.neuron, self.decomposition.value_keys)
         layer = values.layer.clamp_min(0)
-        total = (keys * r.resid_pre[layer, prompt, values.position]).sum(-1)
+        total = (keys * cache.resid_pre[layer, prompt, values.position]).sum(-1)
         return self._queries(values, keys, total, values.position, own_attention=False)
 
     def ffn_queries(self, values: Neurons) -> QueryScores:
@@ -419,22 +423,22 @@ class Attribution:
         """
         import torch
 
-        r = self.cache
+        cache = self.cache
         prompt = self._rows[:, None].expand_as(values.layer)
         share = torch.where(values.layer >= 0, values.score / total.double(), 0.0)
-        embed = share * (keys * r.resid_pre[0, prompt, position]).sum(-1)
+        embed = share * (keys * cache.resid_pre[0, prompt, position]).sum(-1)
         neurons, attn, ffn = [], [], []
         for i, block in enumerate(self.decomposition.blocks):
             earlier = share * (values.layer > i)
             seen = share * (values.layer >= i) if own_attention and not block.parallel else earlier
-            attn.append((seen * (keys * r.attn[i, prompt, position]).sum(-1)).sum(1))
-            ffn.append((earlier * (keys * r.ffn[i, prompt, position]).sum(-1)).sum(1))
+            attn.append((seen * (keys * cache.attn[i, prompt, position]).sum(-1)).sum(1))
+            ffn.append((earlier * (keys * cache.ffn[i, prompt, position]).sum(-1)).sum(1))
             columns = self.decomposition.ffn_columns(i)
             used = earlier.any(0).nonzero()[:, 0]
             if not len(used):
                 neurons.append(torch.zeros(self.n_prompts, len(columns), device=share.device))
                 continue
-            fired = r.coefficients[i, prompt[:, used], position[:, used]]
-            weight = earlier[:, used] * r.ffn_scale[i, prompt[:, used], position[:, used]]
+            fired = cache.coefficients[i, prompt[:, used], position[:, used]]
+            weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
             neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
         return QueryScores(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))

@@ -88,7 +88,7 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
 class PosedFacts(Posed):
     """The prompts of a job, and their targets."""
 
-    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Attributed:
+    def bind(self, loaded: LoadedModel, batch_tokens: int | None) -> Attributed:
         """Combine the prompts with the decomposed model. Raises ModelError if parts of the model are not found."""
         from kdb.ingest.forward.decomposition import decompose
 

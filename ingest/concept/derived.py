@@ -80,7 +80,7 @@ def derive(
     ``stages`` is called only if the run is not stored yet. Raises WarehouseError if the source run lacks vectors.
     """
     storage.inspect([source], vectors=True)
-    with _told_of(source):
+    with _reading(source):
         _check_vectors(source, table_files(source.path, "activations"))
         row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
         changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
@@ -98,7 +98,7 @@ def derive(
 
 
 @contextlib.contextmanager
-def _told_of(source: RunFolder) -> Iterator[None]:
+def _reading(source: RunFolder) -> Iterator[None]:
     """Raise WarehouseError for tables that kdb did not write, since a run may come from elsewhere."""
     try:
         yield

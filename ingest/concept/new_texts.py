@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kdb.ingest.concept.metrics import accuracy_interval, auc_interval
-from kdb.ingest.concept.transfer import measured_run, rows_in, test_parts, unseen
+from kdb.ingest.concept.transfer import measured_run, rows_in, tested_prompts, unseen
 from kdb.ingest.datasets import Dataset, Example
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.forward.checks import check_capture, chosen_prompts
@@ -27,11 +27,11 @@ from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_model, load_tokenizer, pick_device
-from kdb.ingest.models.structure import SITES
 from kdb.ingest.models.tokens import count_spelled
 from kdb.ingest.progress import progress
 from kdb.ingest.prompts import check_length, pose
-from kdb.ingest.settings import Measuring, Probing, chosen
+from kdb.ingest.settings import Measuring, Probing, settings_from
+from kdb.queries.domains import SITES
 from kdb.warehouse.manifest import RunFolder
 from kdb.warehouse.probes import Probe
 from kdb.warehouse.storage import Storage
@@ -79,14 +79,14 @@ def score_texts(
 def _job(measured: RunFolder, model: ModelSource, dataset: Dataset) -> Job:
     """Return the job that measures a dataset as a run was measured."""
     settings = json.loads(rows_in(measured, "runs")[0]["settings"])
-    return Job(model, dataset, chosen(Measuring, settings), Probing())
+    return Job(model, dataset, settings_from(Measuring, settings), Probing())
 
 
 def _tokens(job: Job) -> list[list[int]]:
     tokenizer = load_tokenizer(job.source)
     token_ids = [prompt.token_ids for prompt in pose(job, tokenizer)]
     check_length(job, token_ids, load_config(job.source))
-    count_spelled(tokenizer, token_ids).tell(job.dataset.name)
+    count_spelled(tokenizer, token_ids).warn(job.dataset.name)
     return token_ids
 
 
@@ -114,7 +114,7 @@ def _fresh(job: Job, probed: RunFolder, source: list[dict[str, Any]], split: str
     pairs = zip(job.texts, job.dataset.examples, strict=True)
     prompts = [{"text": text, "group_id": example.group} for text, example in pairs]
     fresh = np.zeros(len(prompts), dtype=np.bool_)
-    fresh[unseen(prompts, source, test_parts(probed, {split})[split])] = True
+    fresh[unseen(prompts, source, tested_prompts(probed, {split})[split])] = True
     return fresh
 
 

@@ -19,11 +19,10 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from kdb.ingest.datasets.paper import PAPER_DATASETS
-from kdb.ingest.models.structure import SITES
 from kdb.ingest.rows import Rows, arrow_rows, rows_of
 from kdb.ingest.settings import Probing
 from kdb.ingest.stages import RunInProgress, Shard, StoredStage, single
-from kdb.warehouse.schema import DEFAULT_CLASSIFIER
+from kdb.queries.domains import DEFAULT_CLASSIFIER, SITES
 from kdb.warehouse.vectors import read_vectors
 
 if TYPE_CHECKING:

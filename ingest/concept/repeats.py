@@ -29,7 +29,7 @@ class Repeats:
     repeated: int
     both_sides: Mapping[str, int]
 
-    def tell(self, dataset: str) -> None:
+    def warn(self, dataset: str) -> None:
         """Warn of repeated texts, which a probe may know by heart."""
         if not self.repeated:
             return

@@ -27,10 +27,10 @@ from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
-from kdb.ingest.models.structure import SITES
 from kdb.ingest.prompts import Posed, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
+from kdb.queries.domains import SITES
 from kdb.warehouse.vectors import (
     GPU_PART_BYTES,
     PART_BYTES,
@@ -63,7 +63,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         StoredStage(("prompts",), single(), functools.partial(_prompt_rows, posed)),
         StoredStage(("checks",), single("repeats"), functools.partial(_repeats, posed, task.splits)),
         ModelStage(
-            (*(["zero_shot"] if posed.question.tells else []), "activations"),
+            (*(["zero_shot"] if posed.question.separates else []), "activations"),
             functools.partial(_capture_shards, posed),
             _captured,
             shown=("activations", "tokens"),
@@ -83,7 +83,7 @@ class PosedQuestion(Posed):
 
     question: Question
 
-    def on(self, loaded: LoadedModel, batch_tokens: int | None) -> Captured:
+    def bind(self, loaded: LoadedModel, batch_tokens: int | None) -> Captured:
         """Combine the prompts with the model that reads them."""
         with model_errors(f"{loaded.source.name} cannot be run"):
             return Captured(self, Capture(loaded, batch_tokens=batch_tokens))
@@ -108,7 +108,7 @@ def _prompt_rows(posed: Posed, _inputs: RunInProgress, _shard: Shard) -> list[Ro
 
 def _repeats(posed: Posed, splits: Sequence[Split], _inputs: RunInProgress, _shard: Shard) -> list[Rows]:
     repeats = count_repeats([example.text for example in posed.job.dataset.examples], splits)
-    repeats.tell(posed.job.dataset.name)
+    repeats.warn(posed.job.dataset.name)
     return [rows_of("checks", repeats.rows)]
 
 
@@ -171,7 +171,7 @@ def _announce(posed: PosedQuestion, run: RunInProgress) -> None:
         log.info(
             "No zero-shot answers: nothing is asked of %r. --ask and --answers ask a question.", posed.job.dataset.name
         )
-    elif not posed.question.tells:
+    elif not posed.question.separates:
         log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *posed.question.answers)
     log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, Shard("cost")))
 
@@ -181,7 +181,7 @@ def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Row
     begun, question, prompts = time.monotonic(), subject.question, shard.work
     texts = [subject.token_ids[i] for i in prompts]
     vectors, ends = subject.capture.vectors_and_ends(texts, subject.prefix, question.cue, on_batch=advance)
-    if question.tells:
+    if question.separates:
         labels = np.array([subject.job.dataset.examples[i].label for i in prompts])
         yield Rows(
             "zero_shot",
@@ -200,7 +200,7 @@ def _stored_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
         if not set(chosen).isdisjoint(shard.work)
     ]
     answers = None
-    if posed.question.tells:
+    if posed.question.separates:
         rows = {row["prompt_id"]: row for row in run.table("zero_shot").to_pylist()}
         answers = np.array([[rows[i]["prob_negative"], rows[i]["prob_positive"]] for i in chosen])
     return [Shard("stored", (read_states(parts, chosen, SITES[0]), answers))]

@@ -88,7 +88,7 @@ def _inputs(storage: Storage, probed: RunFolder, measured: RunFolder, run: RunIn
     prompts = run.table("prompts").sort_by("prompt_id").to_pylist()
     groups = [row["group_id"] for row in prompts]
     weights = _default_weights(probed)
-    tests = test_parts(probed, {row["split"] for row in weights})
+    tests = tested_prompts(probed, {row["split"] for row in weights})
     own, source = probed.dataset == measured.dataset, rows_in(measured_run(storage, probed), "prompts")
     tested = {split: test if own else unseen(prompts, source, test) for split, test in tests.items()}
     whole = {split: len(test) if own else len(prompts) for split, test in tests.items()}
@@ -119,7 +119,7 @@ def _name(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["layer"], row["site"], row["classifier"]
 
 
-def test_parts(folder: RunFolder, splits: set[str]) -> dict[str, NDArray[np.int64]]:
+def tested_prompts(folder: RunFolder, splits: set[str]) -> dict[str, NDArray[np.int64]]:
     """Return the prompt numbers in the test part of each split."""
     table = read_parts(table_files(folder.path, "probe_predictions")).select(["prompt_id", "split"])
     frame = pl.DataFrame(table).filter(pl.col("split").is_in(splits)).unique()

@@ -43,7 +43,7 @@ class Question:
     first_tokens: tuple[tuple[int, ...], tuple[int, ...]]
 
     @property
-    def tells(self) -> bool:
+    def separates(self) -> bool:
         """Whether the first token distinguishes the answers."""
         return all(self.first_tokens)
 

@@ -91,7 +91,7 @@ def _check_options(template: str | None, limit: int | None) -> None:
     if template is not None and "{text}" not in template:
         raise DatasetError(f"The template {template!r} has no place for the text: add {{text}} to it.")
     if limit is not None and limit < 1:
-        raise DatasetError(f"The limit counts examples of each class or category: expected 1 or more, found {limit}.")
+        raise DatasetError(f"limit counts the examples of each class or category: expected 1 or more, found {limit}.")
 
 
 def _check(dataset: Dataset) -> None:

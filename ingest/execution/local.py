@@ -12,7 +12,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Here:
+class LocalEngine:
     """The engine of this process (`kdb.ingest.stages.Engine`); the model is loaded when it is first needed."""
 
     def __init__(self, load: Callable[[], LoadedModel], batch_tokens: int | None = None) -> None:
@@ -25,7 +25,7 @@ class Here:
         """Yield the results of the shards in turn."""
         if self._held is None or self._held[0] is not subject:
             self._held = None  # freed before the next subject is made, since both may not fit into memory
-            self._held = subject, subject.on(self._load(), self._batch_tokens)
+            self._held = subject, subject.bind(self._load(), self._batch_tokens)
         for shard in shards:
             for result in work(self._held[1], shard, advance):
                 yield shard, result

@@ -263,7 +263,7 @@ class Holder:
         key, subject = sent
         try:
             if self._held[0] != key:
-                self._held = key, subject.on(self._loaded, self._batch_tokens)
+                self._held = key, subject.bind(self._loaded, self._batch_tokens)
             return "done", list(work(self._held[1], shard, lambda _n: None))
         except Exception as error:
             return "refused", _message_of(error)

@@ -22,7 +22,8 @@ from kdb.errors import ModelError
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
 from kdb.ingest.models.find import LoadedModel
-from kdb.ingest.models.structure import SITES, ModelStructure, find_structure
+from kdb.ingest.models.structure import ModelStructure, find_structure
+from kdb.queries.domains import SITES
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +212,7 @@ class Capture:
 
         with contextlib.ExitStack() as hooks:
             for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
-                resid, normed = states[:, layer, 0], states[:, layer, 1]
+                resid, normed = (states[:, layer, SITES.index(site)] for site in ("resid_post", "ffn_norm"))
                 hooks.enter_context(block.register_forward_hook(output(resid, last)))
                 hooks.enter_context(
                     ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last))

@@ -140,10 +140,10 @@ class Contents:
 
 
 def _unpack(files: Sequence[Path], folder: Path) -> None:
-    log.info("Unpacking %s into the cache; this happens once.", files[0].name)
     with model_errors(f"Cannot read the GGUF file {files[0].name!r}"), _one_file(files, folder) as file:
         says = _contents(file)
         _refuse_kind(says, file.name)
+        log.info("Unpacking %s into the cache; this happens once.", files[0].name)
         config = _config(says, file)
         model, tokenizer, info = _load(file, config)
         _refuse_left_over(says, model, info, file.name)

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SITES = ("resid_post", "ffn_norm")
-"""Sites at which a hidden state is read: the block's output, and the input of the FFN."""
-
 _FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
 
 

@@ -58,7 +58,7 @@ class Spelled:
     special: int
     tokens: tuple[str, ...]
 
-    def tell(self, dataset: str) -> None:
+    def warn(self, dataset: str) -> None:
         """Warn of special tokens that a user may not have intended."""
         named = ", ".join(map(repr, self.tokens[:3]))
         if self.doubled:

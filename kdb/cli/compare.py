@@ -11,7 +11,7 @@ import click
 import kdb
 from kdb.analysis.captions import CAVEAT
 from kdb.cli.options import output_options, say, show, warehouse_option
-from kdb.queries.domains import CLASSIFIERS
+from kdb.queries.domains import CLASSIFIERS, SITES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--site",
-    type=click.Choice(["resid_post", "ffn_norm"]),
+    type=click.Choice(SITES),
     default="resid_post",
     show_default=True,
     help="Place where the hidden state is read.",

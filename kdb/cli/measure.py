@@ -22,7 +22,7 @@ from kdb.cli.settings import (
     stored_options,
 )
 from kdb.errors import PlanError, QueryError, UnknownNameError
-from kdb.ingest.settings import ALWAYS_FITTED, Ablating, Attributing, Measuring, Probing, chosen
+from kdb.ingest.settings import ALWAYS_FITTED, Ablating, Attributing, Measuring, Probing, settings_from
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -96,18 +96,18 @@ def ingest(
 @contextlib.contextmanager
 def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | None) -> Iterator[Callable[..., Any]]:
     """Yield a function that makes the engine for a model: this process, or workers of a Ray cluster."""
-    from kdb.ingest.execution.local import Here
+    from kdb.ingest.execution.local import LocalEngine
     from kdb.ingest.models import load as loading
 
     def settings(one: Any) -> dict[str, Any]:
         return {"dtype": one.options["dtype"], "quantize": one.options["quantize"]}
 
-    def here(one: Any, source: Any) -> Here:
+    def here(one: Any, source: Any) -> LocalEngine:
         @functools.cache
         def load() -> LoadedModel:
             return loading.load_model(source, device=loading.pick_device(one.options["device"]), **settings(one))
 
-        return Here(load, one.options["batch_tokens"])
+        return LocalEngine(load, one.options["batch_tokens"])
 
     if engine == "local":
         if address or cpus or gpus is not None:
@@ -208,7 +208,7 @@ def _jobs(asked: Any) -> list[Any]:
     texts = [_dataset(name, options) for name in asked.datasets]
     source = find_model(asked.model, name=options["name"], revision=asked.revision)
     custom = options["template"] is not None
-    measuring, attributing = chosen(Measuring, options), chosen(Attributing, options)
+    measuring, attributing = settings_from(Measuring, options), settings_from(Attributing, options)
     return [Job(source, dataset, measuring, _probing(options), custom, attributing) for dataset in texts]
 
 

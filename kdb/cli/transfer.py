@@ -11,13 +11,13 @@ import click
 import kdb
 from kdb.cli.options import check_output, say, show, warehouse_option
 from kdb.errors import QueryError
-from kdb.queries.domains import CLASSIFIERS
+from kdb.queries.domains import CLASSIFIERS, DEFAULT_CLASSIFIER, SITES
 
 _STORED = """
 SELECT dataset FROM current_runs WHERE table_name = 'activations' AND model = ? AND variant = ? ORDER BY dataset
 """
 
-_SITES = click.Choice(["resid_post", "ffn_norm"])
+_SITES = click.Choice(SITES)
 
 _SHOWN = 20
 """Maximum number of texts without labels whose scores the terminal shows."""
@@ -129,7 +129,7 @@ def _score(
     examples, opened = load_texts(file, group_by), kdb.open(warehouse)
     revision = re.search(r"\brevision=(\S+)", variant)
     source = find_model(model, name=name, revision=revision and revision[1])
-    chosen |= {"classifier": classifier or "logistic", "variant": variant}
+    chosen |= {"classifier": classifier or DEFAULT_CLASSIFIER, "variant": variant}
     probes = find_probes(opened, model=source.name, dataset=dataset, **chosen)
 
     from kdb.ingest.concept.new_texts import score_texts
@@ -166,7 +166,11 @@ def _print(scores: Any, output: Path | None) -> None:
 @click.option("--layer", type=click.IntRange(0), required=True, help="Layer, numbered from 0.")
 @click.option("--site", type=_SITES, default="resid_post", show_default=True, help="Where the hidden state is read.")
 @click.option(
-    "--classifier", type=click.Choice(CLASSIFIERS), default="logistic", show_default=True, help="Kind of the probe."
+    "--classifier",
+    type=click.Choice(CLASSIFIERS),
+    default=DEFAULT_CLASSIFIER,
+    show_default=True,
+    help="Kind of the probe.",
 )
 @click.option("--split", help="Split on whose training part the probe was fitted; defaults to the run's default split.")
 @click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")

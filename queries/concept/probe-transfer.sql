@@ -31,6 +31,6 @@ JOIN chosen_runs('probe_transfer', getvariable('variant'), getvariable('run')) U
 JOIN models USING (model, dataset, run)
 WHERE among(model, getvariable('model')) AND among(dataset, getvariable('dataset'))
     AND site = getvariable('site')
-    AND classifier = CASE getvariable('classifier') WHEN 'default' THEN 'logistic' ELSE getvariable('classifier') END
+    AND classifier = CASE getvariable('classifier') WHEN 'default' THEN usual_classifier() ELSE getvariable('classifier') END
     AND (getvariable('layer') IS NULL OR layer = getvariable('layer'))
 ORDER BY model, source_dataset, dataset, layer;
