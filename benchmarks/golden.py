@@ -41,7 +41,7 @@ PAPER_NOISE = 0.075
 
 @dataclass(frozen=True)
 class Difference:
-    """How far kdb is from the golden values of one model, dataset and site; ``problems`` is empty if near enough."""
+    """Differences from the golden values of one model, dataset and site; ``problems`` is empty if they are small."""
 
     model: str
     dataset: str
@@ -78,7 +78,7 @@ def compare(warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, 
 
 
 def compare_published(warehouse: Warehouse, run: str, golden: dict[str, Any], dataset: str, site: str) -> list[str]:
-    """Return what is too far off on the published split: of ``logistic-raw``, at every layer of a site."""
+    """Return a text for each score of ``logistic-raw`` on the published split that is too far off at some layer."""
     whole = golden["datasets"][dataset]
     expected = whole["sites"][site]
     scores = warehouse.table("probe_scores", everything=True).filter(
