@@ -124,7 +124,7 @@ def _load(model: str) -> LoadedModel:
 
 
 def concept(model: str, golden_dir: Path, data: Path) -> bool:
-    """Measure concept depth and print a row per dataset and site; tells whether all agree."""
+    """Measure concept depth and print a row per dataset and site; return whether all agree."""
     golden = json.loads((golden_dir / f"concept_depth_{model}.json").read_text())
     agreed = True
     print(f"\n{model:8} {'dataset':9} {'site':11} {'test prompts':>12} {'AUC':>8} {'paper':>7}  J and C")
@@ -143,7 +143,7 @@ def concept(model: str, golden_dir: Path, data: Path) -> bool:
 
 
 def _published(warehouse: Warehouse, golden_dir: Path, data: Path) -> bool:
-    """Measure SmolLM2 on the published split and print a row per dataset and site; tells whether all agree."""
+    """Measure SmolLM2 on the published split and print a row per dataset and site; return whether all agree."""
     golden, agreed = json.loads((golden_dir / "published_split_smollm2.json").read_text()), True
     for dataset in golden["datasets"]:
         run = measure(warehouse, "smollm2", dataset, golden_dir, data, published=True)
@@ -155,7 +155,7 @@ def _published(warehouse: Warehouse, golden_dir: Path, data: Path) -> bool:
 
 
 def knowledge(model: str, golden_dir: Path, n: int | None, n_sums: int) -> bool:
-    """Attribute the prompts and print a row per quantity; tells whether all agree."""
+    """Attribute the prompts and print a row per quantity; return whether all agree."""
     golden = json.loads((golden_dir / f"attribution_{model}.json").read_text())
     decomposition = decompose(_load(model))
     comparisons = compare_attribution(decomposition, golden, n)
