@@ -1,10 +1,10 @@
-"""How long figures and the report take on a warehouse of nine models and nine datasets, as whole processes.
+"""Time figures and the report on a warehouse of nine models and nine datasets, each as a whole process.
 
     python benchmarks/analysis.py
 
-The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic. Prints the median of three for each
-figure over all nine models, after one to warm up, and time and peak memory of the report; beside them a Python that
-only imports Altair, since that is a part of each.
+The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic. Prints for each figure the median time
+of three runs after one to warm up, and for the report its time and peak memory. For comparison it times a Python that
+only imports Altair, because every command does that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ONE = {
     "hidden-states": ["--model", "llama-13b", "--dataset", "cities"],
     "prompt-story": ["--model", "llama-13b", "--prompt", "0"],
 }
-"""What the figures of one model are told; the others show all nine."""
+"""Options of the figures that show one model; the other figures show all nine."""
 
 PEAK = """
 import sys

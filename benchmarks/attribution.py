@@ -149,7 +149,7 @@ class Direct:
 
     @property
     def n_vectors(self) -> int:
-        """How many vectors were scored."""
+        """Number of vectors that were scored."""
         return sum(score.numel() for score in self.scores.values())
 
 
@@ -276,7 +276,7 @@ class Cost:
 
 
 def measure(decomposition: Decomposition, chosen: Prompts) -> tuple[Cost, Ours]:
-    """What kdb's part costs, and the batch in the middle. Forward passes are timed before and after it."""
+    """Return kdb's cost, and its results for the middle batch. Forward passes are timed before and after its stages."""
     groups, kept = batches(decomposition, chosen), None
     totals, n_scored = dict.fromkeys(STAGES, 0.0), len(chosen) * len(decomposition.blocks) * (2 + decomposition.n_heads)
 
@@ -298,7 +298,7 @@ def measure(decomposition: Decomposition, chosen: Prompts) -> tuple[Cost, Ours]:
 
 
 def report(options: argparse.Namespace, name: str) -> bool:
-    """Print kdb's cost for one model, and the direct way's; tells whether both gave the same scores."""
+    """Print the cost of kdb and of the direct way for one model; return whether both gave the same scores."""
     decomposition, chosen = load(options, name)
     cost, ours = measure(decomposition, chosen)
     lengths = [len(ids) for ids, _target in chosen]

@@ -1,4 +1,4 @@
-"""How often tests reject what is true, and how often intervals hold the truth: simulations of known truth.
+"""Simulate known curves, and count how often tests reject a true hypothesis and intervals contain the true value.
 
     python benchmarks/calibration.py                 # 2,000 draws of each, about ten minutes on one core
     python benchmarks/calibration.py --draws 200

@@ -52,7 +52,7 @@ def loop(capture: Capture, token_ids: Sequence[Sequence[int]]) -> float:
 
 
 def now(device: torch.device) -> float:
-    """The time at which the device has done what it was told."""
+    """Return the time after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

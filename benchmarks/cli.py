@@ -1,8 +1,8 @@
-"""How long a command takes on a warehouse of many runs, as a whole process.
+"""Time commands on a warehouse of many runs, each as a whole process.
 
     python benchmarks/cli.py [--runs 100]
 
-Prints the median of seven for each command and, to compare with, for a Python that does nothing. A query is measured
+Prints the median of seven for each command and, for comparison, for a Python that does nothing. A query is measured
 with files that this machine has verified, and with files that it has not: those are hashed before they are read.
 """
 

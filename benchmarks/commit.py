@@ -1,15 +1,15 @@
-"""How a run becomes visible in an object store, three ways: kdb's commit object, Delta Lake and DuckLake.
+"""Compare three ways to commit a run to an object store: kdb's commit object, Delta Lake and DuckLake.
 
     python benchmarks/commit.py
 
-Ten small runs go to an S3 server on loopback that holds every answer back by 30 ms, as one in a cloud does. For each
-way: seconds and requests to write one run, to ask a question in a new process, and to ask it again there. The files
-and the question are the same, and the answers are compared. kdb is asked a third way, too: through DuckDB's own reader
-(httpfs) and the views that `kdb rebuild` writes, without the local mirror.
+Ten small runs are written to an S3 server on loopback that delays every answer by 30 ms, as a cloud does. Prints for
+each way the seconds and requests to write one run, to ask a question in a new process, and to ask it again there. The
+files and the question are the same, and the answers are compared. kdb is also measured without its local mirror:
+through DuckDB's own reader (httpfs) and the views that `kdb rebuild` writes.
 
-What the figures do not say: Delta Lake commits table by table, so a reader can see a run in one table and not in the
-next. DuckLake commits all tables at once, in a catalog that no bucket can hold: here a DuckDB file on the local disk,
-in which one process at a time writes; elsewhere a database server.
+Two differences that the figures do not show: Delta Lake commits table by table, so a reader can see a run in one table
+and not yet in the next. DuckLake commits all tables at once, in a catalog that no bucket can hold: here a DuckDB file
+on the local disk, which one process at a time can write; elsewhere a database server.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WHERE model = 'smollm2-135m' GROUP BY ALL ORDER BY score DESC, layer, head LIMIT
 TABLES = ("head_scores", "prompts")
 
 Way = tuple[Callable[[RunFolder], object], Callable[[], Iterator[Callable[[], pl.DataFrame]]]]
-"""How a run is written; and how the question is asked, each time in a new process's stead."""
+"""A function that writes a run, and one that yields two queries: the first as in a new process, then a repetition."""
 
 
 def marker(store: ObjectStore, folder: Path) -> Way:
@@ -148,7 +148,7 @@ def connect(store: ObjectStore, path: str = ":memory:", *, read_only: bool = Fal
 
 
 def measured(store: ObjectStore, work: Callable[[], object]) -> tuple[object, str]:
-    """What the work gives, and its seconds and requests."""
+    """Return the result of the work, and a text with its seconds and number of requests."""
     with store.counted() as seen:
         begun = time.perf_counter()
         result = work()

@@ -41,7 +41,7 @@ PAPER_NOISE = 0.075
 
 @dataclass(frozen=True)
 class Difference:
-    """How far kdb is from the golden values of one model, dataset and site; ``problems`` is empty if near enough."""
+    """Differences from the golden values of one model, dataset and site; ``problems`` is empty if they are small."""
 
     model: str
     dataset: str
@@ -78,7 +78,7 @@ def compare(warehouse: Warehouse, run: str, golden: dict[str, Any], model: str, 
 
 
 def compare_published(warehouse: Warehouse, run: str, golden: dict[str, Any], dataset: str, site: str) -> list[str]:
-    """Return what is too far off on the published split: of ``logistic-raw``, at every layer of a site."""
+    """Return a text for each score of ``logistic-raw`` on the published split that is too far off at some layer."""
     whole = golden["datasets"][dataset]
     expected = whole["sites"][site]
     scores = warehouse.table("probe_scores", everything=True).filter(
@@ -124,7 +124,7 @@ def _load(model: str) -> LoadedModel:
 
 
 def concept(model: str, golden_dir: Path, data: Path) -> bool:
-    """Measure concept depth and print a row per dataset and site; tells whether all agree."""
+    """Measure concept depth and print a row per dataset and site; return whether all agree."""
     golden = json.loads((golden_dir / f"concept_depth_{model}.json").read_text())
     agreed = True
     print(f"\n{model:8} {'dataset':9} {'site':11} {'test prompts':>12} {'AUC':>8} {'paper':>7}  J and C")
@@ -143,7 +143,7 @@ def concept(model: str, golden_dir: Path, data: Path) -> bool:
 
 
 def _published(warehouse: Warehouse, golden_dir: Path, data: Path) -> bool:
-    """Measure SmolLM2 on the published split and print a row per dataset and site; tells whether all agree."""
+    """Measure SmolLM2 on the published split and print a row per dataset and site; return whether all agree."""
     golden, agreed = json.loads((golden_dir / "published_split_smollm2.json").read_text()), True
     for dataset in golden["datasets"]:
         run = measure(warehouse, "smollm2", dataset, golden_dir, data, published=True)
@@ -155,7 +155,7 @@ def _published(warehouse: Warehouse, golden_dir: Path, data: Path) -> bool:
 
 
 def knowledge(model: str, golden_dir: Path, n: int | None, n_sums: int) -> bool:
-    """Attribute the prompts and print a row per quantity; tells whether all agree."""
+    """Attribute the prompts and print a row per quantity; return whether all agree."""
     golden = json.loads((golden_dir / f"attribution_{model}.json").read_text())
     decomposition = decompose(_load(model))
     comparisons = compare_attribution(decomposition, golden, n)

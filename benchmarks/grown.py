@@ -99,7 +99,7 @@ def _runs(folder: Path) -> Iterator[tuple[Model, Concept, StagedRun]]:
 
 
 def _tables(model: Model, concept: Concept, n_prompts: int, k: int) -> Iterator[tuple[str, pa.Table]]:
-    """What a run of the knowledge study stores, and a concept run's probe scores."""
+    """Yield the tables of a run of the knowledge study, and the probe scores of a concept run."""
     rng = rng_of(model.name, concept.name, "scale")
     ids = np.arange(n_prompts)
     texts = np.array([f"Fact {i} of {concept.name} is" for i in ids], dtype=object)

@@ -44,7 +44,7 @@ def forks() -> ForkServerContext:
 
 @contextlib.contextmanager
 def writers(folder: Path, *, bucket: bool) -> Iterator[Writers]:
-    """What starts writers, into folders or into a bucket."""
+    """Yield an object that starts writing processes, whose warehouses are folders or in a bucket."""
     context = forks()
     model = make_tiny_model(folder / "tiny")
     dataset = folder / "weather.csv"

@@ -1,13 +1,13 @@
-"""What questions cost as a warehouse grows: 1, 10 and 100 million neuron scores in 81 runs of nine models.
+"""Measure queries as a warehouse grows: 1, 10 and 100 million neuron scores in 81 runs of nine models.
 
     python benchmarks/scale.py --rows 1000000 --rows 10000000 --rows 100000000 --keep DIR
 
-The numbers are invented (benchmarks/grown.py). ``--keep`` leaves the warehouses in DIR (12 GB), and uses those that are
-there. Each question is asked four times in a process of its own: printed are the first time, the median of the other
-three, the processor's seconds of that one, and the process's peak memory. Beside kdb's answers to the ten best neurons
-stand the same SQL over the same files without kdb's views and snapshot; and the same answers without the stored sums:
-in DuckDB from all the scores or from one unpartitioned file, and in Polars. ``--vectors`` and ``--runs`` measure
-activations and many tiny runs. At the end, the bytes of a row are carried on to 80 models of 100 checkpoints each.
+The numbers are invented (benchmarks/grown.py). ``--keep`` keeps the warehouses in DIR (12 GB) and reuses those that
+exist. Each query runs four times in a process of its own. Printed are the time of the first run, the median time of the
+other three with its CPU seconds, and the peak memory of the process. For the ten best neurons, kdb is compared with the
+same SQL over the same files without kdb's views and snapshot, and with three ways that do not use the stored sums:
+DuckDB over all scores, DuckDB over one unpartitioned file, and Polars. ``--vectors`` and ``--runs`` measure activations
+and many tiny runs. At the end, sizes for 80 models of 100 checkpoints each are estimated from the bytes of a row.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What `kdb serve` takes on a warehouse of 20 million neuron scores, asked by 1, 8 and 64 clients at once.
+"""Time `kdb serve` on a warehouse of 20 million neuron scores, with 1, 8 and 64 clients at once.
 
     python benchmarks/serve.py
 
-The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic: nine models, 2,430 prompts that count.
-For a saved query, a page and a page of a table, p50 and p99 of the seconds until the last byte: of questions that were
-never asked before, and of questions that were, whose answers are kept. Then a run is ingested beside 8 clients, a table
-is downloaded whole, and the peak memory of all processes is printed; a request that fails ends the benchmark.
+The numbers are invented (tests/helpers/synthetic.py), their sizes are realistic: nine models, 2,430 kept prompts. For a
+saved query, a web page and a page of a table, prints the median and the 99th percentile of the time until the last
+byte: for new requests, and for repeated ones, whose answers are cached. Then it downloads a whole table, prints the
+peak memory of all processes, and ingests a run while 8 clients send requests. A failed request ends the benchmark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What several test modules share: a tiny model and dataset, the command line, a measured warehouse, two real models.
+"""Fixtures that test modules share: a tiny model and dataset, the command line, a measured warehouse, two real models.
 
 The tiny model is a real Llama of two layers with random weights; it reads any text, a token a byte. Its 40
 prompts end in a full stop or an exclamation mark, and that is their label: every probe can learn it.
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_waiting_for_disks() -> Iterator[None]:
-    """No test cuts the power. Kills, which tests do, lose nothing that the kernel was given."""
+    """Skip fsync. It protects from power loss, which no test causes; a killed process keeps what it has written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _handle: None)
         yield
@@ -48,7 +48,7 @@ def _no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No warehouse and no data folder from the environment of whoever runs the tests."""
+    """Remove the user's own warehouse and data folder from the environment of the tests."""
     monkeypatch.delenv("KDB_WAREHOUSE", raising=False)
     monkeypatch.delenv("KDB_DATA_DIR", raising=False)
 
@@ -202,7 +202,7 @@ class SmallDisk:
         self._filler.unlink(missing_ok=True)
 
     def make_read_only(self) -> None:
-        """Not by permissions, which do not bind root."""
+        """Mount the disk read-only, since root may ignore file permissions."""
         assert _mount("-o", "remount,ro", str(self.path))
 
 

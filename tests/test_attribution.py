@@ -77,7 +77,7 @@ class BruteForce:
         return x[t]
 
     def _linear(self, x: torch.Tensor, prompt: int) -> torch.Tensor:
-        """What the frozen readout adds to the logits for a part x of the residual."""
+        """Return the logits that the frozen readout gives to a part x of the residual."""
         z = x.double() @ self.table.T * self.r.final_scale[prompt].double()
         softcap = self.decomposition.readout.softcap
         if softcap is None:
@@ -162,7 +162,7 @@ def every_attn(a: Attribution) -> torch.Tensor:
 
 
 def by_prompt(a: Attribution, attn: torch.Tensor) -> list[torch.Tensor]:
-    """What stands at attention neurons (b, l · h · t · e), as (l, h, t, e) by prompt and without padding."""
+    """Values of attention neurons (b, l · h · t · e), as one array (l, h, t, e) for each prompt, without padding."""
     t = a.cache.attention.shape[-1]
     shaped = attn.view(len(attn), LAYERS, HEADS, t, -1)
     return [x[:, :, : last + 1] for x, last in zip(shaped, a.cache.last.tolist(), strict=True)]
@@ -403,7 +403,7 @@ def test_nothing_comes_before_the_first_layer() -> None:
 
 
 def slow_rankings(a: Attribution, brute: BruteForce, prompt: int) -> dict[str, torch.Tensor]:
-    """What each method sorts FFN neurons by, (l · n)."""
+    """The values by which each method ranks FFN neurons, (l · n)."""
     m = a.ffn_coefficients[prompt].flatten().abs().double()
     scale = a.cache.ffn_scale[:, prompt, brute.last[prompt]].double()
     columns = (brute.ffn_columns * scale[:, None, None]).flatten(0, 1)  # v without its coefficient

@@ -1,4 +1,4 @@
-"""What can be predicted without the model: by the majority, the words, and the number of tokens."""
+"""Baselines predict labels without the model: from the majority, the words, and the number of tokens."""
 
 from __future__ import annotations
 

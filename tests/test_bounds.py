@@ -280,7 +280,7 @@ def test_the_top_k_is_complete_whatever_the_bounds_and_their_rounding(
 @pytest.mark.parametrize("tightened", [False, True])
 @pytest.mark.parametrize("step", [1, 3])
 def test_no_candidate_left_unscored_is_truly_above_the_kth_best(step: int, tightened: bool) -> None:
-    """Whatever rounding does within the slack: here it hides what is good and flatters what is not."""
+    """Errors are as large as the slack allows: scores are too low or too high by it, upper bounds too low by it."""
     random = torch.Generator().manual_seed(0)
     n_rows, n, k = 3000, 12, 3
     true = torch.randint(0, 12, (n_rows, n), generator=random).double() / 4

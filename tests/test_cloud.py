@@ -80,7 +80,7 @@ def objects() -> list[str]:
 
 
 def read(seen: list[str]) -> list[str]:
-    """Of requests, those that read files of runs."""
+    """Those of the requests that read files of runs."""
     return [request for request in seen if request.startswith("GET") and "/lake/" in request]
 
 

@@ -82,7 +82,7 @@ def test_a_reader_notices_nothing_of_compactions(scattered: Path, tmp_path: Path
 
 
 def compact_all(folder: str) -> None:
-    """What is killed: the same run is written anew over and over."""
+    """Rewrite the same run again and again, until the process is killed."""
     lake = FolderStorage(Path(folder))
     while True:
         with compaction.rewriting(lake, lake.run_folders()[0]) as files:

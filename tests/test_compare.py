@@ -62,17 +62,15 @@ def neuron(head: int | None, value: float, prompt: int = 0) -> dict[str, object]
     return place | {"position": None, "score": value, "exact": True}
 
 
-@pytest.fixture(scope="module")
-def wh(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
-    folder = tmp_path_factory.mktemp("compare")
-    lake = create_lake(folder)
-    models: Rows = [{"n_layers": 2, "family": "f", "dtype": "float32"}]
+MODELS: Rows = [{"n_layers": 2, "family": "f", "dtype": "float32"}]
+
+
+def add_two_settings(lake: Path) -> None:
+    """Add runs A and B of one dataset, which differ in seed, template and noise, and in their scores."""
     add_run(
         lake,
-        "m",
-        "d",
-        A,
-        models=models,
+        *("m", "d", A),
+        models=MODELS,
         datasets=[{"fingerprint": "x"}],
         runs=[{"settings": '{"seed": 1, "store": "float32"}', "kdb_version": "1"}],
         prompts=texts(TEXTS),
@@ -82,10 +80,8 @@ def wh(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     )
     add_run(
         lake,
-        "m",
-        "d",
-        B,
-        models=models,
+        *("m", "d", B),
+        models=MODELS,
         datasets=[{"fingerprint": "x", "template": "True? {text}"}],
         runs=[{"settings": '{"seed": 2, "store": "float32"}', "kdb_version": "1", "noise": "aaa or bbb"}],
         prompts=texts([f"True? {'aaa' if i % 2 else 'bbb'} {text}" for i, text in enumerate(TEXTS)]),
@@ -93,63 +89,59 @@ def wh(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
         probe_predictions=predictions(2, lambda i, layer: i >= 2 + 2 * layer),
         neuron_scores=[neuron(None, 1.5), neuron(3, 2.0)],
     )
+
+
+def add_deeper_model(lake: Path) -> None:
+    """Add a run of a model of five layers, with some texts of A in another order."""
     add_run(
         lake,
-        "m",
-        "other",
-        OTHER,
-        models=models,
-        datasets=[{"fingerprint": "y"}],
-        prompts=texts(["Another claim.", "Claim 7.", "One more."]),
-        checks=[{"check": "c"}],
-    )
-    add_run(
-        lake,
-        "deep",
-        "d",
-        DEEP,
-        models=[{"n_layers": 5, "family": "f", "dtype": "float32"}],
+        *("deep", "d", DEEP),
+        models=[{**MODELS[0], "n_layers": 5}],
         datasets=[{"fingerprint": "z"}],
         prompts=texts(["New claim.", *TEXTS[4:], "Claim 1."]),
         probe_scores=[score(layer, 0.75) for layer in range(5)],
         probe_predictions=predictions(5, lambda i, layer: i < 4 or layer == 3, [1, 2, 3, 5]),
     )
-    known: Rows = [{"study": "knowledge"}]
-    add_run(
-        lake,
-        "m",
-        "facts",
-        FACTS,
-        models=models,
-        datasets=[{"study": "knowledge"}],
-        runs=known,
-        prompts=texts(["The sky is", "Grass is"], None, answer="blue"),
-        neuron_scores=[neuron(None, 1.0), neuron(None, 3.0, prompt=1)],
+
+
+def add_other_texts(lake: Path) -> None:
+    """Add runs whose texts are not those of A: of another dataset, of a renamed one, and of a replaced file."""
+    other = texts(["Another claim.", "Claim 7.", "One more."])
+    renamed = texts([*TEXTS[:5], "Claim 0."])
+    checks: Rows = [{"check": "c"}]
+    add_run(lake, "m", "other", OTHER, models=MODELS, datasets=[{"fingerprint": "y"}], prompts=other, checks=checks)
+    add_run(lake, "m", "renamed", RENAMED, models=MODELS, datasets=[{}], prompts=renamed, checks=checks)
+    add_run(lake, "m", "d", REPLACED, models=MODELS, datasets=[{}], prompts=texts(["Changed.", "Anew."]), checks=[])
+
+
+def add_refit(lake: Path) -> None:
+    """Add a run that was computed from B, and has no prompts of its own."""
+    runs: Rows = [{"source_run": B}]
+    add_run(lake, "m", "d", REFITTED, models=MODELS, datasets=[{}], runs=runs, checks=[{"check": "c"}])
+
+
+def add_facts(lake: Path) -> None:
+    """Add two runs of the knowledge study; the later one has one more prompt, and the others under other numbers."""
+    earlier = (["The sky is", "Grass is"], [neuron(None, 1.0), neuron(None, 3.0, prompt=1)])
+    later = (
+        ["Snow is", "The sky is", "Grass is"],
+        [neuron(None, 7.0), neuron(None, 1.0, prompt=1), neuron(None, 3.5, prompt=2)],
     )
-    add_run(
-        lake,
-        "m",
-        "facts",
-        LATER,
-        models=models,
-        datasets=[{"study": "knowledge"}],
-        runs=known,
-        prompts=texts(["Snow is", "The sky is", "Grass is"], None, answer="blue"),
-        neuron_scores=[neuron(None, 7.0), neuron(None, 1.0, prompt=1), neuron(None, 3.5, prompt=2)],
-    )
-    add_run(
-        lake,
-        "m",
-        "renamed",
-        RENAMED,
-        models=models,
-        datasets=[{}],
-        prompts=texts([*TEXTS[:5], "Claim 0."]),
-        checks=[{"check": "c"}],
-    )
-    refitted: Rows = [{"source_run": B}]
-    add_run(lake, "m", "d", REFITTED, models=models, datasets=[{}], runs=refitted, checks=[{"check": "c"}])
-    add_run(lake, "m", "d", REPLACED, models=models, datasets=[{}], prompts=texts(["Changed.", "Anew."]), checks=[])
+    study: Rows = [{"study": "knowledge"}]
+    for run, (names, scores) in {FACTS: earlier, LATER: later}.items():
+        prompts = texts(names, None, answer="blue")
+        add_run(
+            lake, "m", "facts", run, models=MODELS, datasets=study, runs=study, prompts=prompts, neuron_scores=scores
+        )
+
+
+@pytest.fixture(scope="module")
+def wh(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    """A warehouse of nine runs made by hand."""
+    folder = tmp_path_factory.mktemp("compare")
+    lake = create_lake(folder)
+    for add in (add_two_settings, add_deeper_model, add_other_texts, add_refit, add_facts):
+        add(lake)
     (folder / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
     write_manifests(folder)
     return Warehouse(folder)

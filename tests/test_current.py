@@ -1,4 +1,4 @@
-"""What is current, in SQL, in Polars and in saved queries; values that are checked; notes on what is left out."""
+"""Current rows in SQL, Polars and saved queries; checks of parameter values; notes about runs that are left out."""
 
 from __future__ import annotations
 

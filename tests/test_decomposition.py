@@ -268,7 +268,7 @@ def test_a_step_along_its_key_moves_a_gated_neuron_most() -> None:
 
 
 def refusal(model: Any, dtype: str = "float32") -> str:
-    """What the model is refused with. Nothing but a ModelError will do, and nothing stays attached."""
+    """Return the message of the ModelError that refuses the model; check that no hook stays attached."""
     before = model.config._attn_implementation
     with pytest.raises(ModelError) as refused:
         check_decomposition(decompose(loaded(model, dtype)), IDS)
@@ -421,7 +421,7 @@ def documented(model: str, dtype: str) -> dict[str, float]:
 
 
 def assert_documented(model: str, dtype: str, found: dict[str, float]) -> None:
-    """Each bound holds, and is within a hundredfold of the value: nearer than that, machines differ."""
+    """Each bound holds, and is at most 100 times the value; closer bounds would depend on the machine."""
     for name, bound in documented(model, dtype).items():
         told = f"{model} in {dtype}: {name} is {found[name]:.1e} and {PAGE.name} says < {bound:.0e}: run `make docs`"
         assert found[name] < bound <= max(100 * found[name], 10 * rounding(dtype)), told

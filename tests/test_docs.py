@@ -48,7 +48,7 @@ The capital of Spain is the city of,Madrid,capital
 "When we count, we say one, two, three,",four,number
 "When we count, we say two, three, four,",five,number
 """
-"""Stand in for the facts of ``knowledge``, which take long."""
+"""Facts used instead of those of ``knowledge``, which take long."""
 FEW = 48
 """Number of prompts of each built-in dataset that the commands measure."""
 IN_A_SHELL = re.compile(r"\||\$\(|^(?!kdb )|--engine ray|^kdb serve")

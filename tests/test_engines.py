@@ -35,7 +35,7 @@ TYPES = {
     "Spark": "dict(table(name).dtypes)",
     "Ray Data": "{column: str(kind) for column, kind in zip(table(name).schema().names, table(name).schema().types)}",
 }
-"""How each engine tells the types of a table that it reads."""
+"""For each engine, the expression that gives the column types of a table that it reads."""
 
 SHOW_TYPES = """
 import json

@@ -1,4 +1,4 @@
-"""No traceback, whatever comes: an error that nobody raised on purpose is one line, and its details are in a file."""
+"""Unexpected errors end with one line and no traceback; their details are in a file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(
 
 
 class OutOfMemoryException(Exception):  # noqa: N818
-    """As DuckDB's is called."""
+    """An error with the name of DuckDB's own."""
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
 
 
 def given_for(name: str) -> dict[str, Any]:
-    """What a figure needs to be told."""
+    """Return the parameters that a figure requires."""
     needs = {
         "hidden-states": {"model": "tiny-a", "dataset": "cities"},
         "prompt-story": {"model": "tiny-a", "prompt": 0},

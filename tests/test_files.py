@@ -1,4 +1,4 @@
-"""What tells two models apart is everything that determines what they compute; and nothing else is loaded."""
+"""The fingerprint of a model covers every file and setting that determines its results; no other file is loaded."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def refusal(path: Path) -> str:
 
 
 def divisors(model: Any) -> NDArray[np.float32]:
-    """What llama.cpp's converter writes as rope_freqs.weight of a model with Llama 3's RoPE."""
+    """The tensor rope_freqs.weight that llama.cpp's converter writes for a model with Llama 3's RoPE."""
     plain = 1.0 / 10000.0 ** (torch.arange(0, HIDDEN // HEADS, 2).float() / (HIDDEN // HEADS))
     return np.asarray((plain / model.model.rotary_emb.inv_freq).numpy(), dtype=np.float32)
 

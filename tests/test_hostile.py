@@ -425,7 +425,7 @@ ORDINARY = [
     "SHOW ALL TABLES",
     "SELECT run FROM runs WHERE among(model, ['tiny'])",
 ]
-"""What people ask: the list of functions must not be too short for them."""
+"""Ordinary statements of users: the list of allowed functions must be long enough for them."""
 
 
 @pytest.mark.parametrize("statement", ORDINARY)

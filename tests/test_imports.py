@@ -1,4 +1,4 @@
-"""Which way the arrows point (CONTRIBUTING.md), and what a command does not wait for."""
+"""Imports go in the directions that CONTRIBUTING.md draws, and commands import no library that they do not need."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are hashed at a first look."""
+    """The files that are hashed when they are first read."""
     found: list[str] = []
 
     def problem_of(path: Path, record: FileRecord) -> str:

@@ -36,7 +36,7 @@ COMMANDS = ("compact", "none", "migrate", "remove", "import")
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was verified is remembered for one test only."""
+    """Give each test a cache of its own, so that no test knows which files another one has verified."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -207,13 +207,13 @@ def test_a_question_of_a_vanishing_folder_is_about_what_is_left(
 # Interrupted -----------------------------------------------------------------------------------------------------
 
 STRIDE = 43
-"""Of the steps of a command, one in so many is tried: most are alike. 1 tries all, in an hour."""
+"""One in this many steps of a command is tried, since most are alike. 1 tries all steps, in an hour."""
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree"}
 
 
 def interrupted_at(step: int, number: int, folder: str, given: list[str], cache: str) -> None:
-    """Give a command, and send a signal to its process just before its step-th change to the folder."""
+    """Run a command, and send a signal to its process just before its step-th change to the folder."""
     steps = count(1)
 
     def watch(event: str, args: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Ingest, and commands that change committed runs, killed (SIGKILL) at random moments, with readers asking meanwhile.
+"""Ingest, and commands that change committed runs, killed (SIGKILL) at random moments while readers query.
 
 The processes are forked from one that has imported torch already, so that the moments fall into an ingest's work
 and not into its imports. Which steps of a commit a kill can hit is enumerated in test_lake.py; here it is chance.

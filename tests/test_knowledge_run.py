@@ -163,7 +163,7 @@ def everything(warehouse: Warehouse) -> dict[str, Rows]:
 
 
 def scores(warehouse: Warehouse, table: str) -> dict[tuple[Any, ...], tuple[float, ...]]:
-    """What a table says, by the prompt's text and what each row is about."""
+    """The values of a table's rows, by the text of the prompt and the other key columns."""
     about, said = (columns.split(", ") for columns in SCORES[table])
     n = 1 + len(about)
     rows, prompts = (warehouse.scan(name, everything=True) for name in (table, "prompts"))
@@ -530,7 +530,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each recorded pass of the model was given."""
+    """The number of prompts of each recorded forward pass."""
     calls: list[int] = []
     real = cache.run_with_cache
 
@@ -557,7 +557,7 @@ def test_the_same_ingest_again_loads_no_model_and_changes_nothing(
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, job: Callable[..., Job], tiny_loaded: LoadedModel
 ) -> dict[str, Rows]:
-    """What a run of four chunks stores in one go."""
+    """The tables of a run of four chunks without interruption."""
     plain = Warehouse.create(tmp_path_factory.mktemp("uninterrupted") / "warehouse")
     with pytest.MonkeyPatch.context() as patch:
         make_chunks_small(patch)

@@ -40,7 +40,7 @@ PARTS = {"part-00000": [0, 3], "part-00001": [1, 2], "part-00002": [4]}
 
 
 def measure(lake: FolderStorage, run: str = RUN, model: str = "tiny", dataset: str = "weather") -> list[str]:
-    """What an ingest does with its folders, with numbers for what a model says; returns the parts it wrote."""
+    """Stage and commit a run as an ingest does, with invented numbers; return the names of the parts written."""
     written = []
     with lake.stage(run, model, dataset) as staged:
         if not staged.committed:
@@ -101,7 +101,7 @@ def test_a_part_that_fails_while_it_is_written_leaves_nothing(lake: FolderStorag
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a machine that loses power may leave the name of a file, and nothing in it."""
+    """Without a sync, a machine that loses power may keep the name of a file, but not its content."""
     events, replace = [], Path.replace
     monkeypatch.setattr(os, "fsync", lambda handle: events.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
     monkeypatch.setattr(Path, "replace", lambda self, to: events.append(f"{self} is {to}") or replace(self, to))
@@ -140,7 +140,7 @@ def test_a_run_that_stored_nothing_leaves_no_trace(lake: FolderStorage) -> None:
 
 FILES = [*(f"activations/part-0000{i}.parquet" for i in range(3)), "manifest.json"]
 FILES += ["probe_scores/all.parquet", "runs/all.parquet"]
-"""What a committed run has on disk."""
+"""The files of a committed run."""
 
 
 def test_a_resumed_run_writes_only_the_parts_that_are_missing(lake: FolderStorage) -> None:
@@ -218,7 +218,7 @@ def measure_and_die(folder: str, step: int) -> None:
 
 
 def killed_at(processes: ForkServerContext, target: Callable[..., None], folder: Path, step: int) -> bool:
-    """Whether the target got as far as that step and died there; else it must have ended well."""
+    """Return whether the target reached that step and died there; if not, it must have ended without an error."""
     process = processes.Process(target=target, args=(str(folder), step))
     process.start()
     process.join()
@@ -462,7 +462,7 @@ def test_a_warehouse_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: str) 
 
 
 def shell_rows(path: Path) -> int:
-    """What a DuckDB shell counts in ``activations``."""
+    """Number of rows that a DuckDB shell counts in ``activations``."""
     with duckdb.connect(path / "kdb.duckdb", read_only=True) as connection:
         return connection.sql("SELECT count(*) FROM activations").fetchone()[0]
 

@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 every_model = pytest.mark.parametrize("kind", MODELS)
 
 LENGTHS = [5, LIMIT, LIMIT + 1, 3, 30, LIMIT - 1, 30, LIMIT + 1, 7]
-"""Of prompts on both sides of the limit, at it, and next to it."""
+"""Lengths of prompts on both sides of the limit, at it, and next to it."""
 
 
 @cache
@@ -75,7 +75,7 @@ def off(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
 
 @every_model
 def test_a_long_row_in_a_batch_would_change_the_short_ones(kind: str) -> None:
-    """What the other tests protect from is there: else they would pass for nothing."""
+    """The fault that the other tests look for exists: without it they would pass with any code."""
     short, long = prompts([5, 30])
     padded = torch.tensor([short + [0] * 25, long])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What is installed without extras asks, keeps and shares a warehouse; other commands name the extra that they need."""
+"""An installation without extras queries, maintains and shares a warehouse; other commands name the extra they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much is computed at once, where memory is what bounds it."""
+"""Batch sizes: from the free memory on a GPU, constant on a CPU; a batch that does not fit is halved."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
-    """What the one line says that a user is shown."""
+    """Return the message of the ModelError that the call raises; check that it is one line."""
     with pytest.raises(ModelError) as refused:
         call(*args, **options)
     message = str(refused.value)

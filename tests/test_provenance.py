@@ -1,4 +1,4 @@
-"""What is stored about a model is read from its files, and not from what was asked for."""
+"""The stored facts about a model are read from its files, not from the options of the command."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_every_file_tells_where_it_is_from(shared_folder: Path) -> None:
 
 
 def test_files_that_do_not_tell_are_read_beside_those_that_do(shared_folder: Path, tmp_path: Path) -> None:
-    """As kdb wrote them before."""
+    """Older files do not hold the names of their model, dataset and run as columns."""
     copy = Path(shutil.copytree(shared_folder, tmp_path / "mixed"))
     for file in copy.glob("lake/model=007/*/*/*/*.parquet"):
         pq.write_table(pq.ParquetFile(file).read().drop_columns(list(PARTITIONS)), file)

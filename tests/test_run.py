@@ -47,7 +47,7 @@ def opened(tmp_path: Path) -> Warehouse:
 def uninterrupted(
     tmp_path: Path, tiny_job: MakeJob, tiny_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[tuple[Any, ...]]]:
-    """What a run stores in one go. It and every other has four parts of activations in this test, not one."""
+    """The results of a run without interruption. Every run of these tests has four parts of activations, not one."""
     monkeypatch.setattr(run, "prompts_per_part", lambda *_: 10)
     plain = Warehouse.create(tmp_path / "uninterrupted")
     ingest(plain.storage, tiny_job(), lambda: tiny_loaded)
@@ -56,7 +56,7 @@ def uninterrupted(
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each call of the model was given, the checks' included."""
+    """The number of prompts of each call of the model, including the calls of the checks."""
     calls: list[int] = []
     real = Capture.vectors_and_ends
 

@@ -39,10 +39,10 @@ UNKNOWN_THEN = {
     *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),
     *(f"{kind}{table}" for kind in ("table ", "current ", "scan ") for table in NEW_TABLES),
 }
-"""Questions that an older warehouse has no rows for."""
+"""Questions for which an older warehouse has no rows."""
 
 OLDER_NAMES = {("logistic-raw", "label-0-first"), ("logistic-paper", "label-0-first")}
-"""What the classifiers and the split `paper` of older runs are called today."""
+"""Current names of the classifiers and of the split `paper` of older runs."""
 
 
 def unpacked(version: int, folder: Path) -> Path:

@@ -353,7 +353,7 @@ def test_equal_questions_are_answered_once() -> None:
 
 
 def test_a_question_ends_when_its_client_leaves() -> None:
-    """Else the one worker would be busy for an hour, and the next question would wait longer than its client does."""
+    """Without this, the one worker would be busy for an hour, and the next client would give up."""
     with served("--demo", "--workers", "1", "--seconds", "3600") as running, running.client() as asking:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{running.url}/api/sql", json={"sql": SLOW}, timeout=1)

@@ -1,4 +1,4 @@
-"""Both studies read a text as the same tokens: with what the tokenizer puts before it, and nothing behind it."""
+"""Both studies read a text as the same tokens: with the special tokens before it, without those after it."""
 
 from __future__ import annotations
 

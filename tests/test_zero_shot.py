@@ -1,4 +1,4 @@
-"""What the model itself answers is what the untouched model says, one prompt at a time."""
+"""The stored answers of the model are those of the untouched model, run one prompt at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a connection may do: it reads one lake and nothing else, within limits of memory and threads."""
+"""Restrictions of a connection: it reads one lake and nothing else, within limits of memory and threads."""
 
 from __future__ import annotations
 

@@ -574,7 +574,7 @@ OLDER_ROWS: dict[str, dict[str, str]] = {
     },
     "probe_predictions": {name: sql.format(older="is_default IS NULL") for name, sql in _NAMES_OF_OLDER.items()},
 }
-"""How columns are read in rows of schema 4 and older, whose names meant something else: SQL of DuckDB and of Polars.
+"""SQL, for DuckDB and Polars, of columns in rows of schema 4 and older, in which names had another meaning.
 
 Rows that were read like this once, and those of today, stay as they are.
 """

@@ -1,4 +1,4 @@
-"""What a folder and a bucket have in common: the runs of one warehouse are listed, read, committed and replaced.
+"""The base class of both kinds of storage, folder and bucket: list, read, commit and replace the runs of a warehouse.
 
 `FolderStorage` and `BucketStorage` are the two kinds; `kdb.warehouse.store.storage_at` opens the one for a location.
 Both have a folder on this machine (`LocalFolder`), in which runs are staged.

@@ -1,1 +1,1 @@
-"""What several test modules and benchmarks share: tiny models, stored rows, servers, writers that are killed."""
+"""Helpers that tests and benchmarks share: tiny models, stored rows, servers, writers that are killed."""

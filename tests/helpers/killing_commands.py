@@ -62,7 +62,7 @@ FULL JOIN m USING (run)
 COUNTS = "SELECT run, count(*) AS n FROM {} GROUP BY run ORDER BY run"
 
 Rows = dict[str, str]
-"""What an answer says of each run that it shows."""
+"""The answer to `WHOLE`: a text for each run that it shows."""
 
 States = dict[str, frozenset[str]]
 """The names of the states in which each run may be: absent, full, sampled, none."""
@@ -148,7 +148,7 @@ def ask_in_snapshot(warehouse: Warehouse) -> Rows | str:
 
 @dataclass
 class Expected:
-    """What each run looks like in each state, of which model it is, and which runs an import brings."""
+    """The expected answer for each run in each state, the model of each run, and the runs that an import adds."""
 
     rows: dict[str, dict[str, str]]
     models: dict[str, str]
@@ -185,7 +185,7 @@ def _count(row: str | None) -> int:
 
 @dataclass
 class History:
-    """Which states were possible, and since when."""
+    """The possible states of the runs, each with the time since when they are possible."""
 
     entries: list[tuple[float, States]] = field(default_factory=list)
 
@@ -195,7 +195,7 @@ class History:
 
     @property
     def last(self) -> States:
-        """What is possible now."""
+        """The states that are possible now."""
         return self.entries[-1][1]
 
     def between(self, begun: float, ended: float) -> States:
@@ -295,7 +295,7 @@ class Commands:
         shutil.rmtree(place)
 
     def _attempt(self, place: Path, history: History) -> None:
-        """Give a command, kill it at some moment, look at what is left, and half the time give it again."""
+        """Start a command, kill it at a random moment, check what is left, and half the time run the command again."""
         kind = self.random.choice(KINDS)
         target = self._target(kind, history.last)
         process, before = self._begin(place, history, kind, target)

@@ -21,8 +21,8 @@ KEY, SECRET = "AKIATESTKEYOFTHETESTS", "secret-of-the-tests"
 CUT, LOSE = b"cut", b"lose"
 
 Fault = Callable[[str, str], bytes | None]
-"""Of a request, by method and path: None lets it through, CUT cuts the connection, LOSE does it first and then cuts,
-anything else is the body of a 403."""
+"""The fault of a request, by method and path: None is no fault, CUT cuts the connection before the request is carried
+out, LOSE after it, and anything else is the body of a 403."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ObjectStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user of this server has in the environment."""
+        """Environment variables of a process that uses this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY,

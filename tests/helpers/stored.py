@@ -40,7 +40,7 @@ OF_TODAY: dict[str, Any] = {
     "probe_scores": lambda row: {"f1_paper": 0.5, **_is_default(row)},
     "probe_predictions": _is_default,
 }
-"""Columns by which rows of probes are told from those of an older kdb, whose names meant something else."""
+"""Columns that distinguish rows of probes from those of an older kdb, whose names had another meaning."""
 
 
 def of_today(table: str, rows: Rows) -> Rows:

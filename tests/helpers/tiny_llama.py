@@ -51,7 +51,7 @@ def weather(n: int) -> str:
 
 
 def preload() -> list[str]:
-    """What a process imports that ingests, and what the modules of the tests import."""
+    """Names of the modules that an ingesting process imports, and of those that test modules import."""
     return [
         *("pytest", "hypothesis"),
         *(
