@@ -12,6 +12,7 @@ from typing import Any
 
 from kdb.errors import DatasetError, ModelError
 from kdb.ingest.attribution.targets import check_candidates, target_token
+from kdb.ingest.datasets.rows import excerpt
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
 from kdb.ingest.models.guard import model_errors
@@ -96,11 +97,16 @@ def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n
         if limit is not None and len(ids) + n_cue > limit:
             cue = f" and {n_cue} of its cue" if n_cue else ""
             raise DatasetError(
-                f"Prompt {number} of {job.dataset.name!r} has {len(ids):,} tokens{cue}, and {job.source.name} reads "
-                f"at most {limit:,}: shorten the text, or use a model with a longer context."
+                f"{_named(job, number)} has {len(ids):,} tokens{cue}, and {job.source.name} reads at most {limit:,}: "
+                "shorten the text, or use a model with a longer context."
             )
         if not ids:
-            raise DatasetError(f"Prompt {number} of {job.dataset.name!r} has no tokens in {job.source.name}: drop it.")
+            raise DatasetError(f"{_named(job, number)} has no tokens in {job.source.name}: drop it.")
+
+
+def _named(job: Job, number: int) -> str:
+    """Name a prompt by its number, as ``prompt_id`` counts, and by the beginning of its text."""
+    return f"Prompt {number} of {job.dataset.name!r}, {excerpt(job.dataset.examples[number].text)},"
 
 
 def description(posed: Posed, tokenizer: Any, config: Any) -> StoredStage:

@@ -178,6 +178,11 @@ def two_rows(run_kdb: RunKdb, measured: Path) -> Callable[..., str]:
     return lambda *options: answer(run_kdb("sql", f"{TWO_ROWS} ORDER BY site", "--warehouse", measured, *options))
 
 
+@pytest.fixture(scope="module")
+def write_two_rows(run_kdb: RunKdb, measured: Path) -> Callable[[Path], Result]:
+    return lambda file: run_kdb("sql", f"{TWO_ROWS} ORDER BY site", "--warehouse", measured, "-o", file)
+
+
 @pytest.mark.parametrize(("format_", "text"), [("table", AS_TABLE), ("csv", AS_CSV), ("markdown", AS_MARKDOWN)])
 def test_an_answer_is_printed_in_the_format_asked_for(two_rows: Callable[..., str], format_: str, text: str) -> None:
     assert two_rows("--format", format_) == text
@@ -195,14 +200,16 @@ def test_an_answer_is_a_table_unless_another_format_is_asked_for(two_rows: Calla
     ("name", "text"), [("a.csv", AS_CSV), ("a.md", AS_MARKDOWN), ("a.txt", AS_TABLE), ("a", AS_TABLE)]
 )
 def test_a_file_is_written_in_the_format_of_its_ending(
-    two_rows: Callable[..., str], tmp_path: Path, name: str, text: str
+    write_two_rows: Callable[[Path], Result], tmp_path: Path, name: str, text: str
 ) -> None:
-    assert two_rows("-o", tmp_path / name) == ""
+    result = write_two_rows(tmp_path / name)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Wrote 2 rows to {tmp_path / name}.\n"
     assert (tmp_path / name).read_text() == text
 
 
-def test_a_parquet_file_keeps_the_types(two_rows: Callable[..., str], tmp_path: Path) -> None:
-    two_rows("-o", tmp_path / "a.parquet")
+def test_a_parquet_file_keeps_the_types(write_two_rows: Callable[[Path], Result], tmp_path: Path) -> None:
+    write_two_rows(tmp_path / "a.parquet")
     frame = pl.read_parquet(tmp_path / "a.parquet")
     assert frame.rows(named=True) == AS_JSON
     assert frame.schema["layer"] == pl.Int16
@@ -218,7 +225,7 @@ def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb
     result = run_kdb("query", "top-heads", "--warehouse", measured, "--format", "csv")
     assert result.exit_code == 0
     assert result.stdout.startswith("model,category,rank,")
-    assert result.stderr == "No rows. `kdb runs` lists what was measured.\n"
+    assert result.stderr == "No rows. `kdb runs` lists what was measured; with --help, a query says what it needs.\n"
 
 
 # Keeping ---------------------------------------------------------------------------------------------------------
@@ -372,7 +379,7 @@ FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
         (
             "d.csv",
             f"{FOUR_ROWS}{'x' * 129},1\n",
-            "Prompt 4 of 'd' has 129 tokens, and tiny reads at most",
+            f"Prompt 4 of 'd', '{'x' * 56}..., has 129 tokens, and tiny reads at most",
         ),
         (
             "d.csv",

@@ -465,7 +465,10 @@ def test_without_ablations_the_rest_is_the_same(
     assert found == expected
     assert rows(none, "SELECT variant, list_contains(tables, 'ablations') FROM runs") == [("ablate-k=0", False)]
     query = run_kdb("query", "attribution-methods", "--variant", "ablate-k=0", "--warehouse", none.storage.local.path)
-    assert (query.exit_code, query.stderr) == (0, "No rows. `kdb runs` lists what was measured.\n")
+    assert (query.exit_code, query.stderr) == (
+        0,
+        "No rows. `kdb runs` lists what was measured; with --help, a query says what it needs.\n",
+    )
 
 
 def test_ablate_k_is_how_many_neurons_are_zeroed(measure: Callable[..., Warehouse]) -> None:

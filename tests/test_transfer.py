@@ -203,9 +203,9 @@ def scored(run_kdb: RunKdb, warehouse: Path, output: Path, *args: str | Path) ->
 def test_new_texts_have_the_decision_values_of_their_hidden_states_and_keep_what_was_trained_on_apart(
     two: Path, opened: Warehouse, tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb, site: str
 ) -> None:
-    args = ("--model", tiny_model, "--to", user_dataset)
+    args = ("--model", tiny_model, "--to", user_dataset, "--site", site)
     result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
-    assert texts["text_id"].n_unique() * 4 == len(texts) == 160
+    assert texts["text_id"].n_unique() * 2 == len(texts) == 80
     rows = texts.filter(layer=1, site=site)
     probe = opened.probe(model="tiny", dataset="weather", layer=1, site=site)
     decision = probe.decision_function(vectors(opened, "weather", 1, site))

@@ -60,6 +60,11 @@ def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompt
     """
     value = float(np.max(values, initial=0))  # unlike Python's max, NumPy's keeps a NaN
     tolerance = (STATES_TOLERANCE if check in ("resid_post", "stored_states") else TOLERANCE)[loaded.dtype]
+    if not np.isfinite(value):
+        raise ModelError(
+            f"{loaded.source.name} cannot be measured: it computes values that are not finite numbers (found by the "
+            f"check {check}). Its weights may be damaged or empty; {loaded.dtype} may be too small for its values."
+        )
     if not value <= tolerance:
         raise ModelError(
             f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "

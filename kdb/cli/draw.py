@@ -62,6 +62,7 @@ def _command(name: str) -> click.Command:
                 show(figures.frame(opened, name, **values), None, output)
             else:
                 save.save(figures.chart(opened, name, **values), output)
+                say(f"Wrote {output}.", err=True)
 
     command = click.Command(
         name,
@@ -102,5 +103,6 @@ def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, 
     with notes_shown():
         built = build(kdb.open(warehouse), models, pictures=not markdown)
     write_whole(output, (built.markdown() if markdown else built.html()).encode())
+    say(f"Wrote {output}.", err=True)
     for line in built.missing:
         say(f"Missing: {line}", err=True)

@@ -145,13 +145,14 @@ def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
         from kdb.analysis.save import write_whole
 
         write_whole(output, _content(frame, format_))
+        say(f"Wrote {len(frame):,} rows to {output}.", err=True)
     elif format_ == "parquet":
         raise click.UsageError("--format parquet needs a file. Name it with -o FILE.")
     else:
         text = _text(frame, format_)
         say(text) if format_ == "table" or sys.stdout.isatty() else click.echo(text, color=True)
     if frame.is_empty():
-        click.echo("No rows. `kdb runs` lists what was measured.", err=True)
+        click.echo("No rows. `kdb runs` lists what was measured; with --help, a query says what it needs.", err=True)
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -44,7 +44,11 @@ _SHOWN = 20
 @click.option("--classifier", type=click.Choice(CLASSIFIERS), help="With --to: kind of the probe.  [default: logistic]")
 @click.option("--split", help="With --to: split of the probe.  [default: the one that `current` shows]")
 @click.option("--layer", type=click.IntRange(0), help="With --to: layer, numbered from 0.  [default: all]")
-@click.option("--site", type=_SITES, help="With --to: where the hidden state is read.  [default: both]")
+@click.option(
+    "--site",
+    type=_SITES,
+    help="With --to: where the hidden state is read.  [default: both]",
+)
 @click.option("--group-by", help="With --to: column of groups, which share a subject. Intervals respect them.")
 @click.option("--name", help="With --to: name under which the model is stored; defaults to its own name.")
 @click.option("--device", help="With --to: device, such as cpu or cuda:1.  [default: cuda if available, else cpu]")
@@ -62,9 +66,9 @@ def transfer(
 
     The scores are stored in the table probe_transfer, one run for each dataset. `kdb query probe-transfer` shows them.
 
-    With --to, the model runs on new texts, in the template of the dataset that the probes were fitted to. The terminal
-    shows AUC and accuracy by layer if the texts have labels, else the scores at the best layer; -o writes the scores of
-    each text. Nothing is stored.
+    With --to, the model runs on new texts, in the template of the dataset that the probes were fitted to. If the texts
+    have labels, the terminal shows AUC and accuracy by layer, at the better site; else the scores at the best layer.
+    -o writes the scores of each text. Nothing is stored.
 
     \b
     kdb transfer --model smollm2-135m
@@ -149,7 +153,7 @@ def _print(scores: Any, output: Path | None) -> None:
     where = {"layer": best["layer"], "site": best["site"]}
     n = texts["text_id"].n_unique()
     if "auc" in layers.columns:
-        show(layers, None, None)
+        show(layers.filter(site=where["site"]), None, None)
     else:
         columns = ("text_id", "text", "in_training", "layer", "site", "decision", "probability", "predicted")
         show(

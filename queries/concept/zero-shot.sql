@@ -7,6 +7,8 @@
 -- of both probabilities: it needs no threshold, so it also serves a model that prefers one answer. best_probe_accuracy
 -- is that of the best layer.
 --
+-- A dataset of your own has rows only if it was measured with `kdb ingest --ask QUESTION --answers NO,YES`.
+--
 -- Parameters:
 --   model
 --   dataset texts
