@@ -5,7 +5,7 @@
 Concept depth, for every layer of both sites: accuracy of `logistic` within two test prompts, AUC within 0.003; J and C
 equal where no ratio that decides them is within 0.005 of its threshold; `logistic-paper` within the noise that
 unconverged fits show (0.075). Knowledge attribution: every quantity of every prompt, see golden_attribution.py; the
-sums over all neurons only where `--sums` asks for them. Exits with 1 where a comparison fails. Takes about six minutes
+sums over all neurons only where `--sums` asks for them. Exits with 1 where a comparison fails. Takes about ten minutes
 on two cores.
 """
 

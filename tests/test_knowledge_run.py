@@ -826,7 +826,7 @@ BAD_ROWS = {
     ),
     "a prompt that is too long": (
         [("x" * 128, "blue", "sky"), ("The sea is", "red", "sky")],
-        "Prompt 0 of 'bad' has 129 tokens, and tiny reads at most 128",
+        f"Prompt 0 of 'bad', '{'x' * 56}..., has 129 tokens, and tiny reads at most 128",
     ),
 }
 

@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Increased when a table or column is added or changed. Run ids do not depend on it."""
 
 OLDEST_SCHEMA = 3
@@ -48,6 +48,12 @@ class Vector(UserDefinedType[Any]):
 
 class FloatList(UserDefinedType[Any]):
     """A list of float32 numbers, of which a run has few: not the hidden states."""
+
+    cache_ok = True
+
+
+class IntList(UserDefinedType[Any]):
+    """A short list of whole numbers, such as token ids."""
 
     cache_ok = True
 
@@ -229,6 +235,15 @@ prompts = _table(
         "whether the prompt passes the filter: the target is among the ten most probable tokens, and more probable "
         "than the other answers of its category",
     ),
+    _column("token_ids", IntList(), "token ids of the prompt, special tokens included", since=6),
+    _column(
+        "rival_token_id",
+        Integer(),
+        "token id of the rival: the category's other answer with the largest logit; NULL without one",
+        since=6,
+    ),
+    _column("rival_token", Text(), "text of the rival's token", since=6),
+    _column("rival_logp", Double(), "the model's log-probability of the rival", unit="nat", since=6),
     key=("prompt_id",),
 )
 
@@ -552,8 +567,106 @@ neuron_tokens = _table(
     _column("sign", Text(), "top or bottom end of the neuron's logits"),
     _rank("rank from that end"),
     _column("token", Text(), "text of the token"),
+    _column("token_id", Integer(), "id of the token", since=6),
     _column("logit", Double(), "the neuron's logit of that token", unit="logit"),
     key=("component", "layer", "head", "neuron", "sign", "rank"),
+)
+
+effects = _table(
+    "effects",
+    "prompt × component × role × replacement × method",
+    _prompt_id(),
+    _column(
+        "component",
+        Text(),
+        "what is replaced: head, attn (a whole attention layer), ffn (a whole FFN layer), "
+        "ffn_neuron, or resid (the residual stream after the block)",
+        since=6,
+    ),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _column("head", SmallInteger(), "attention head, numbered from 0; NULL for other components", since=6),
+    _column("neuron", Integer(), "FFN neuron, numbered from 0; NULL for other components", since=6),
+    _column(
+        "role",
+        Text(),
+        "where it is replaced: last (the last token), subject (the last token of the subject) or all (every token)",
+        since=6,
+    ),
+    _column(
+        "replacement",
+        Text(),
+        "by what: zero; mean (over the other kept prompts of the category); resample (the "
+        "next kept prompt of the category); pair (a prompt with another answer)",
+        since=6,
+    ),
+    _column(
+        "method",
+        Text(),
+        "exact (the model is run with the replacement), atp (attribution patching: gradient "
+        "times difference) or relp (the same with the rules of layer-wise relevance propagation)",
+        since=6,
+    ),
+    _column(
+        "direction",
+        Text(),
+        "noising (this prompt, with a part replaced) or denoising (the pair's prompt, with a part of this one)",
+        since=6,
+    ),
+    _column(
+        "logp",
+        Double(),
+        "change of the target's log-probability, with the replacement minus without",
+        unit="nat",
+        since=6,
+    ),
+    _column(
+        "logit_diff",
+        Double(),
+        "change of the target's logit minus the rival's; NULL without a rival",
+        unit="logit",
+        since=6,
+    ),
+    _column(
+        "kl",
+        Double(),
+        "KL divergence of the output with the replacement from that without; NULL unless exact",
+        unit="nat",
+        since=6,
+    ),
+    key=("prompt_id", "component", "layer", "head", "neuron", "role", "replacement", "method", "direction"),
+)
+
+lens_readouts = _table(
+    "lens_readouts",
+    "prompt × layer × place × position × lens",
+    _prompt_id(),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _column(
+        "place",
+        Text(),
+        "resid_pre (before the block, of layer 0 only), resid_mid (between attention and FFN) or "
+        "resid_post (after the block)",
+        since=6,
+    ),
+    _column("position", SmallInteger(), "token position, numbered from 0", unit="tokens", since=6),
+    _column(
+        "lens", Text(), "logit (final norm and unembedding) or tuned (after an affine map fitted to the layer)", since=6
+    ),
+    _column("target_rank", Integer(), "rank of the target among all tokens, from 1", since=6),
+    _column("target_logp", Double(), "log-probability of the target", unit="nat", since=6),
+    _column("rival_rank", Integer(), "rank of the rival, from 1; NULL without a rival", since=6),
+    _column("rival_logp", Double(), "log-probability of the rival; NULL without one", unit="nat", since=6),
+    _column("entropy", Double(), "entropy of the distribution over tokens", unit="nat", since=6),
+    _column(
+        "kl",
+        Double(),
+        "KL divergence of this distribution from the model's output at the same position",
+        unit="nat",
+        since=6,
+    ),
+    _column("tokens", TextList(), "texts of the five most probable tokens, the best first", since=6),
+    _column("logps", FloatList(), "log-probabilities of these tokens", unit="nat", since=6),
+    key=("prompt_id", "layer", "place", "position", "lens"),
 )
 
 TABLES: dict[str, Table] = dict(metadata.tables)
@@ -584,6 +697,7 @@ _TYPES: dict[type[TypeEngine[Any]], tuple[pa.DataType, str]] = {
     Boolean: (pa.bool_(), "BOOLEAN"),
     DateTime: (pa.timestamp("us", tz="UTC"), "TIMESTAMPTZ"),
     Double: (pa.float64(), "DOUBLE"),
+    IntList: (pa.list_(pa.int32()), "INTEGER[]"),
     FloatList: (pa.list_(pa.float32()), "FLOAT[]"),
     Integer: (pa.int32(), "INTEGER"),
     SmallInteger: (pa.int16(), "SMALLINT"),

@@ -169,7 +169,14 @@ def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callab
             for sign, end in zip(("top", "bottom"), ends, strict=True):
                 yield pa.Table.from_pylist(
                     [
-                        {**row, "sign": sign, "rank": j + 1, "token": text(end_tokens[j]), "logit": end_logits[j]}
+                        {
+                            **row,
+                            "sign": sign,
+                            "rank": j + 1,
+                            "token": text(end_tokens[j]),
+                            "token_id": end_tokens[j],
+                            "logit": end_logits[j],
+                        }
                         for row, end_tokens, end_logits in zip(
                             some, end.indices.tolist(), end.values.tolist(), strict=True
                         )

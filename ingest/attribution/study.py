@@ -157,9 +157,13 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
             "target_token_id": prompt.target,
             "target_token": tokenizer.decode([prompt.target]),
             "n_tokens": len(prompt.token_ids),
+            "token_ids": prompt.token_ids,
             "target_prob": float(effects.prob[i]),
             "target_rank": int(effects.rank[i]),
             "kept": bool(effects.rank[i] <= KEPT_RANK and effects.ahead[i]),
+            "rival_token_id": int(effects.rival[i]) if prompt.rivals else None,
+            "rival_token": tokenizer.decode([effects.rival[i]]) if prompt.rivals else None,
+            "rival_logp": float(effects.rival_logp[i]) if prompt.rivals else None,
         }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,12 +56,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Effects:
-    """The target's rank (from 1), probability and log-probability in each trial, and whether no rival beats it, (m)."""
+    """The target's rank (from 1), probability and log-probability in each trial, and whether no rival beats it, (m).
+
+    ``rival`` (m) is the token with the largest logit among the trial's rivals, −1 without any, and ``rival_logp`` its
+    log-probability.
+    """
 
     rank: NDArray[np.int64]
     prob: NDArray[np.float64]
     logp: NDArray[np.float64]
     ahead: NDArray[np.bool_]
+    rival: NDArray[np.int64]
+    rival_logp: NDArray[np.float64]
 
 
 def run_trials(
@@ -79,8 +85,8 @@ def run_trials(
 
     budget = batch_tokens or tokens_at_once(decomposition.loaded)
     at_most = max(1, LOGITS_BYTES // (8 * decomposition.readout.table.shape[0]))
-    n = len(trials)
-    out = Effects(np.empty(n, dtype=np.int64), np.empty(n), np.empty(n), np.empty(n, dtype=np.bool_))
+    types = (np.int64, np.float64, np.float64, np.bool_, np.int64, np.float64)  # of the fields, in their order
+    out = Effects(*(np.empty(len(trials), dtype=type_) for type_ in types))  # type: ignore[arg-type]
     order = sorted(range(len(trials)), key=lambda i: -len(trials[i].token_ids))
     lengths = [len(trials[i].token_ids) for i in order]
     with torch.inference_mode():
@@ -88,7 +94,8 @@ def run_trials(
             for start in range(0, len(batch), at_most):
                 rows = [order[i] for i in batch[start : start + at_most]]
                 results = _run(decomposition, [trials[i] for i in rows])
-                out.rank[rows], out.prob[rows], out.logp[rows], out.ahead[rows] = results
+                for field, values in zip(fields(out), results, strict=True):
+                    getattr(out, field.name)[rows] = values
                 if on_batch is not None:
                     on_batch(len(rows))
     return out
@@ -106,10 +113,15 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
     # The decoder has applied the final norm. The rest of the readout is linear, except for the soft cap.
     logits = decomposition.structure.unembed_normed(hidden[rows, last]).float()
     own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
-    logp = (own.double() - logits.double().logsumexp(1, keepdim=True))[:, 0]
+    total = logits.double().logsumexp(1)
+    logp = own[:, 0].double() - total
     rank = 1 + (logits > own).sum(1)
-    ahead = [bool((logits[i, list(t.rivals)] < own[i]).all()) for i, t in enumerate(trials)]
-    return rank.cpu().numpy(), logp.exp().cpu().numpy(), logp.cpu().numpy(), ahead
+    others = [list(t.rivals) for t in trials]
+    rival = torch.tensor([ids[int(logits[i, ids].argmax())] if ids else -1 for i, ids in enumerate(others)])
+    beside = logits[rows, rival.clamp_min(0)].double()
+    rival_logp = (beside - total).masked_fill(rival < 0, torch.nan)
+    ahead = (own[:, 0] > beside) | (rival < 0)
+    return tuple(x.cpu().numpy() for x in (rank, logp.exp(), logp, ahead, rival, rival_logp))
 
 
 @contextlib.contextmanager
