@@ -171,11 +171,11 @@ def test_what_is_measured_into_an_older_warehouse_stands_beside_its_runs(
     assert run_kdb("ingest", *arguments).exit_code == 0
     opened = kdb.open(old)
     assert json.loads((old / "warehouse.json").read_text())["schema_version"] == SCHEMA_VERSION
-    told = set(opened.sql("SELECT model, count(*) > 0 FROM probe_weights GROUP BY model").rows())
-    assert told >= {("another", True)}
+    told = dict(opened.sql("SELECT model, count(token_ids) FROM prompts GROUP BY model").rows())
+    assert told == {"another": 40, "tiny": 0}
     assert set(before) < set(opened.sql("SELECT run FROM runs")["run"])
     with duckdb.connect(old / "kdb.duckdb", read_only=True) as shell:
-        assert dict(shell.sql("SELECT model, count(first_label) FROM datasets GROUP BY model").fetchall()) == told
+        assert dict(shell.sql("SELECT model, count(token_ids) FROM prompts GROUP BY model").fetchall()) == told
 
 
 def test_a_warehouse_that_cannot_be_written_is_read_as_it_is(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

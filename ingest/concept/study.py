@@ -100,6 +100,7 @@ def _prompt_rows(posed: Posed, _inputs: RunInProgress, _shard: Shard) -> list[Ro
             "relation": example.relation,
             "subject": example.subject,
             "n_tokens": len(prompt.token_ids),
+            "token_ids": prompt.token_ids,
         }
         for prompt, example, text in zip(posed.prompts, posed.job.dataset.examples, posed.job.texts, strict=True)
     ]
