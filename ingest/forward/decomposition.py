@@ -65,8 +65,9 @@ class Block:
     """The parts of one block. A norm is None if the architecture has no norm there.
 
     ``attention`` is the module that calls the attention function. ``key`` is the projection whose rows activate the FFN
-    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection.
-    ``parallel``: attention and FFN both read the block's input.
+    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection. ``activation`` is
+    the module that computes the activation function, None if there is no such module. ``parallel``: attention and FFN
+    both read the block's input.
     """
 
     module: nn.Module
@@ -75,6 +76,8 @@ class Block:
     ffn_out: nn.Module
     key: nn.Module
     key_rows: slice
+    activation: nn.Module | None
+    gated: bool
     attn_norm: Norm | None
     ffn_norm: Norm | None
     attn_post: Norm | None
@@ -227,8 +230,10 @@ _watching: list[Watcher] = []
 
 
 @contextlib.contextmanager
-def watched_attention(model: Any, watcher: Watcher) -> Iterator[None]:
+def watched_attention(model: Any, watcher: Watcher, *, frozen: bool = False) -> Iterator[None]:
     """Run ``model`` with our attention function, which calls ``watcher(module, query, value, weights)``.
+
+    ``frozen`` attention lets no gradient through its weights.
 
     query and value (batch, heads or key-value heads, position, entry) are as the attention used them, after any
     rotation; weights (batch, heads, position, position) are after softmax.
@@ -236,7 +241,7 @@ def watched_attention(model: Any, watcher: Watcher) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, functools.partial(_attention, frozen=frozen))
     AttentionMaskInterface.register(ATTENTION, eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -256,6 +261,8 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    *,
+    frozen: bool,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute softmax attention in plain steps, since a fused kernel would not return the weights that it used."""
@@ -267,6 +274,7 @@ def _attention(
     if attention_mask is not None:
         scores = scores + attention_mask[..., : keys.shape[-2]]
     weights = scores.float().softmax(-1).to(query.dtype)
+    weights = weights.detach() if frozen else weights
     for watcher in _watching:
         watcher(module, query, value, weights)
     return (weights @ values).transpose(1, 2).contiguous(), None
@@ -367,7 +375,8 @@ def _block(
     ffn_read = by_module[ffn].read
     ffn_norm = find(written=ffn_read)
     ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
-    key, rows = _key(where, of_ffn[:-1], [c for c in calls if c.module not in of_attention], of_ffn[-1].read)
+    outside = [c for c in calls if c.module not in of_attention]
+    key, rows, activation, gated = _key(where, of_ffn[:-1], outside, of_ffn[-1].read)
     return Block(
         module=module,
         attention=attention,
@@ -375,6 +384,8 @@ def _block(
         ffn_out=of_ffn[-1].module,
         key=key,
         key_rows=rows,
+        activation=activation,
+        gated=gated,
         attn_norm=find(written=by_module[attention].read),
         ffn_norm=ffn_norm,
         attn_post=find(read=attn_out.written),
@@ -383,8 +394,12 @@ def _block(
     )
 
 
-def _key(where: str, first: list[_Call], calls: list[_Call], coefficient: torch.Tensor) -> tuple[nn.Module, slice]:
+def _key(
+    where: str, first: list[_Call], calls: list[_Call], coefficient: torch.Tensor
+) -> tuple[nn.Module, slice, nn.Module | None, bool]:
     """Find the projection whose output gives the neurons' coefficients, by multiplication with a gate or by activation.
+
+    Return it, its rows, the module of the activation, and whether there is a gate.
 
     The outputs of the first projections are split into pieces with one entry per neuron. The gate is the piece that the
     activation reads; the other is the up projection. Without a gate, the only piece is the key.
@@ -398,14 +413,20 @@ def _key(where: str, first: list[_Call], calls: list[_Call], coefficient: torch.
         for i in range(0, c.written.shape[-1], n)
         if c.written.shape[-1] % n == 0
     ]
+    functions = [c for c in calls if c.written.shape == coefficient.shape and _is_function(c.module)]
     if len(pieces) == 1:
-        return pieces[0][:2]
-    for call in calls:
-        if call.written.shape == coefficient.shape and not any(True for _ in call.module.parameters()):
-            for module, rows, piece in pieces:
-                if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
-                    return module, rows
+        # A dropout, which changes nothing here, has the same output as the activation.
+        activation = next((c.module for c in functions if not _same(c.read, c.written)), None)
+        return *pieces[0][:2], activation, False
+    for call in functions:
+        for module, rows, piece in pieces:
+            if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
+                return module, rows, call.module, True
     raise ModelError(f"{where} has an FFN whose neurons are not an activation times a linear map of its input.")
+
+
+def _is_function(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None
 
 
 def _is_linear(module: nn.Module) -> bool:

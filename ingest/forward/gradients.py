@@ -1,0 +1,166 @@
+"""Gradients of a target's log-probability by what each part of the model writes: attribution patching.
+
+One forward and one backward pass estimate the effect of every replacement at once: the gradient times the difference
+between the replacement and the value (AtP: Nanda 2023; Syed et al. 2023, arXiv 2310.10348). RelP replaces the gradient
+by the coefficients of layer-wise relevance propagation (Jafari et al. 2025, arXiv 2508.21258): norms keep their scale
+(LN rule), attention keeps its weights (AH rule), an activation is a fixed factor (identity rule), and the product of a
+gate and its projection is divided in equal halves (half rule). In code, all four are gradients of a pass in which a
+factor is detached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kdb.errors import ModelError
+from kdb.ingest.forward.decomposition import Block, Decomposition, Norm, watched_attention
+from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.forward.memory import tokens_at_once
+from kdb.ingest.forward.patching import Pass, same_length, touched
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+METHODS = ("atp", "relp")
+"""Ways to estimate effects by a gradient."""
+
+_SHARE = 4
+"""A pass with gradients keeps about so many times the states of one without."""
+
+
+def gradients(
+    decomposition: Decomposition,
+    passes: Sequence[Pass],
+    components: Sequence[str],
+    method: str = "atp",
+    on_batch: Callable[[int], None] | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """Return for each pass the gradients of the target's log-probability, and of its logit minus the rival's.
+
+    Each is (2, layer, position, width) by component, float32 on the CPU; the second is NaN without a rival. Raises
+    ModelError for a model whose gradients cannot be had. ``on_batch`` is called with the number of passes of a batch.
+    """
+    import torch
+
+    found: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+    most = max(1, tokens_at_once(decomposition.loaded) // _SHARE)
+    for rows in same_length([p.token_ids for p in passes], most):
+        some = [passes[i] for i in rows]
+        with torch.enable_grad(), _linear(decomposition, method):
+            by_component = _batch(decomposition, some, components)
+        for row, (i, one) in enumerate(zip(rows, some, strict=True)):
+            at = list(one.positions)
+            found[i] = {c: torch.stack([g[:, row, at] for g in pair]) for c, pair in by_component.items()}
+            if one.rival < 0:
+                for values in found[i].values():
+                    values[1] = torch.nan
+        if on_batch is not None:
+            on_batch(len(rows))
+    return found
+
+
+def _batch(
+    decomposition: Decomposition, passes: Sequence[Pass], components: Sequence[str]
+) -> dict[str, list[torch.Tensor]]:
+    """Gradients (layer, row, position, width) of both measures, by component."""
+    import torch
+
+    device, structure = decomposition.loaded.device, decomposition.structure
+    ids = torch.tensor([list(p.token_ids) for p in passes], device=device)
+    shape, kept = (ids.shape[0], ids.shape[1]), dict[str, list[torch.Tensor]]((c, []) for c in components)
+
+    def keep(component: str, _layer: int, states: torch.Tensor) -> torch.Tensor:
+        # Reshaped, so that what the model goes on with comes from the very tensor whose gradient is taken.
+        kept[component].append(states)
+        return states
+
+    forget_longest(decomposition.loaded)
+    with (
+        structure.blocks[0].register_forward_pre_hook(_as_input, with_kwargs=True),
+        touched(decomposition, components, shape, keep),
+    ):
+        hidden = structure.decoder(ids, use_cache=False)[0][:, -1]
+    log_p = structure.unembed_normed(hidden).float().log_softmax(-1)
+    every = torch.arange(len(passes), device=device)
+    own = log_p[every, torch.tensor([p.target for p in passes], device=device)]
+    rival = log_p[every, torch.tensor([max(p.rival, 0) for p in passes], device=device)]
+    flat = [states for c in components for states in kept[c]]
+    try:
+        both = [torch.autograd.grad(m.sum(), flat, retain_graph=m is own) for m in (own, own - rival)]
+    except RuntimeError as error:
+        raise ModelError(
+            f"{decomposition.loaded.source.name}: gradients of this model cannot be had ({error}). Use --method exact, "
+            "or measure it without --quantize."
+        ) from error
+    n = len(decomposition.blocks)
+    return {
+        c: [torch.stack(grads[i * n : (i + 1) * n]).float().cpu() for grads in both] for i, c in enumerate(components)
+    }
+
+
+def _as_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let gradients be recorded from the first block's input on."""
+    if "hidden_states" in kwargs:
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+    return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+
+
+# Rules of RelP ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _linear(decomposition: Decomposition, method: str) -> Iterator[None]:
+    """Let gradients follow the rules of RelP; with ``atp`` they are those of the model."""
+    if method == "atp":
+        yield
+        return
+    with contextlib.ExitStack() as hooks:
+        for block in decomposition.blocks:
+            for norm in (block.attn_norm, block.ffn_norm, block.attn_post, block.ffn_post):
+                if norm is not None:
+                    hooks.enter_context(norm.module.register_forward_hook(_frozen_scale(norm)))
+            if block.gated:
+                hooks.enter_context(block.ffn_out.register_forward_pre_hook(_halved))
+            hooks.enter_context(_activation(decomposition, block).register_forward_hook(_fixed_factor))
+        final = decomposition.final_norm
+        hooks.enter_context(final.module.register_forward_hook(_frozen_scale(final)))
+        hooks.enter_context(watched_attention(decomposition.loaded.model, lambda *_: None, frozen=True))
+        yield
+
+
+def _activation(decomposition: Decomposition, block: Block) -> nn.Module:
+    if block.activation is None:
+        raise ModelError(
+            f"{decomposition.loaded.source.name}: RelP needs the activation function of the FFN as a module, and this "
+            "model has none. Use --method atp or exact."
+        )
+    return block.activation
+
+
+def _frozen_scale(norm: Norm) -> Callable[..., torch.Tensor]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        scale = norm.scale(args[0].detach().float(), output.detach().float())
+        linear = norm.after(args[0].float()) * scale[..., None]
+        return _with_gradient_of(linear.to(output.dtype), output)
+
+    return hook
+
+
+def _fixed_factor(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """Identity rule: f(x) = x · (f(x) / x), with the fraction fixed."""
+    x = args[0]
+    safe = x.detach().where(x.detach().abs() > 1e-6, x.new_tensor(1e-6))
+    return _with_gradient_of(x * (output.detach() / safe), output)
+
+
+def _halved(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Half rule: both factors of a product get half of its relevance."""
+    return (args[0] / 2 + args[0].detach() / 2, *args[1:])
+
+
+def _with_gradient_of(linear: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Return the values of ``output`` with the gradient of ``linear``."""
+    return linear + (output - linear).detach()

@@ -1,0 +1,344 @@
+"""Replace parts of a forward pass by other values, and measure what changes in the output.
+
+A part is what a head, an attention layer, an FFN layer or one FFN neuron adds to the residual stream, or the stream
+itself after a block. Exact patching (Vig et al. 2020, arXiv 2004.12265; Zhang and Nanda 2023, arXiv 2309.16042) runs
+the model with the replacement: the tokens before the first patched one are cached, the blocks before the patched one
+are skipped, and everything behind is computed anew, norms included. Attribution patching estimates the same from one
+backward pass: :mod:`kdb.ingest.forward.gradients`.
+
+Only prompts of one length share a batch, so no row has padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdb.ingest.forward.decomposition import Block, Decomposition
+from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.forward.memory import tokens_at_once
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+COMPONENTS = ("head", "attn", "ffn", "ffn_neuron", "resid")
+"""Parts that can be replaced."""
+
+LOGITS_BYTES = 256 * 2**20
+"""Memory for the logits of one batch, and for what is computed from them."""
+
+CACHE_BYTES = 512 * 2**20
+"""Memory for the cached keys and values of one batch."""
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """A part of a model. ``head`` is −1 unless the component is 'head', ``neuron`` unless it is 'ffn_neuron'."""
+
+    component: str
+    layer: int
+    head: int = -1
+    neuron: int = -1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A prompt that is run with replacements at ``positions``; ``rival`` is −1 if it has none."""
+
+    token_ids: Sequence[int]
+    positions: tuple[int, ...]
+    target: int
+    rival: int = -1
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replacement in the pass with this index: ``values`` (position, width) are put where the part writes."""
+
+    of: int
+    part: Part
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes (patch) by each replacement, with it minus without.
+
+    ``logp`` is that of the target's log-probability, ``logit_diff`` that of its logit minus the rival's (NaN without
+    one), ``kl`` the KL divergence, in nats, of the output with it from that without.
+    """
+
+    logp: NDArray[np.float64]
+    logit_diff: NDArray[np.float64]
+    kl: NDArray[np.float64]
+
+
+def width(decomposition: Decomposition, component: str) -> int:
+    """Number of entries that all parts of one component write in a layer."""
+    heads, neurons = decomposition.attn_columns(0).shape[0], decomposition.ffn_columns(0).shape[0]
+    return {"head": heads, "ffn_neuron": neurons}.get(component, decomposition.hidden_size)
+
+
+def entries(decomposition: Decomposition, part: Part) -> slice:
+    """The entries of a layer that one part writes."""
+    if part.component == "head":
+        size = width(decomposition, "head") // decomposition.n_heads
+        return slice(part.head * size, (part.head + 1) * size)
+    return slice(part.neuron, part.neuron + 1) if part.component == "ffn_neuron" else slice(None)
+
+
+def place(block: Block, component: str) -> tuple[nn.Module, bool]:
+    """The module at which a component is read and replaced, and whether it is there the module's input."""
+    if component == "head":
+        return block.attn_out, True
+    if component == "ffn_neuron":
+        return block.ffn_out, True
+    if component == "resid":
+        return block.module, False
+    # A norm behind attention or FFN (Gemma 2 and 3) is part of what is added.
+    post, out = (block.attn_post, block.attn_out) if component == "attn" else (block.ffn_post, block.ffn_out)
+    return (out if post is None else post.module), False
+
+
+@contextlib.contextmanager
+def touched(
+    decomposition: Decomposition,
+    components: Sequence[str],
+    shape: tuple[int, int],
+    touch: Callable[[str, int, torch.Tensor], torch.Tensor | None],
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Call ``touch(component, layer, states)`` with the states (row, position, width) of each component in a pass.
+
+    ``shape`` is the shape (row, position) of the input. What ``touch`` returns, if not None, takes the states' place.
+    """
+    with contextlib.ExitStack() as hooks:
+        for layer in range(len(decomposition.blocks)) if layers is None else layers:
+            for component in components:
+                module, is_input = place(decomposition.blocks[layer], component)
+                hooks.enter_context(_touching(module, is_input, component, layer, shape, touch))
+        yield
+
+
+def _touching(module: nn.Module, is_input: bool, component: str, layer: int, shape: tuple[int, int], touch: Any) -> Any:
+    def changed(states: torch.Tensor) -> torch.Tensor | None:
+        new = touch(component, layer, states.reshape(*shape, states.shape[-1]))
+        return None if new is None else new.reshape(states.shape).to(states.dtype)
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = changed(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        new = changed(output[0] if isinstance(output, tuple) else output)
+        return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
+
+
+def recorded(
+    decomposition: Decomposition,
+    token_ids: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    components: Sequence[str],
+) -> list[dict[str, torch.Tensor]]:
+    """Run prompts, and return for each what every component writes at its positions: (layer, position, width).
+
+    The values are float32, on the CPU. ``components`` are some of COMPONENTS.
+    """
+    import torch
+
+    found: list[dict[str, list[torch.Tensor]]] = [{c: [] for c in components} for _ in token_ids]
+    device = decomposition.loaded.device
+    most = tokens_at_once(decomposition.loaded)
+    for rows in same_length(token_ids, most):
+        ids = torch.tensor([token_ids[i] for i in rows], device=device)
+
+        def keep(component: str, _layer: int, states: torch.Tensor, rows: list[int] = rows) -> None:
+            values = states.float().cpu()
+            for row, i in enumerate(rows):
+                found[i][component].append(values[row, list(positions[i])])
+
+        forget_longest(decomposition.loaded)
+        with torch.inference_mode(), touched(decomposition, components, (ids.shape[0], ids.shape[1]), keep):
+            decomposition.structure.decoder(ids, use_cache=False)
+    return [{c: torch.stack(values) for c, values in one.items()} for one in found]
+
+
+def same_length(token_ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Yield the numbers of prompts of one length, at most ``most`` tokens (but one prompt) at a time."""
+    by_length: dict[int, list[int]] = {}
+    for i, ids in enumerate(token_ids):
+        by_length.setdefault(len(ids), []).append(i)
+    for length, rows in sorted(by_length.items()):
+        size = max(1, most // length)
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def patched(
+    decomposition: Decomposition,
+    passes: Sequence[Pass],
+    patches: Sequence[Patch],
+    on_batch: Callable[[int], None] | None = None,
+) -> Changes:
+    """Run the model once for each patch, and return what changes, in the order of ``patches``.
+
+    ``on_batch`` is called after each batch with its number of patches.
+    """
+    out = Changes(*(np.empty(len(patches)) for _ in range(3)))
+    by_pass: dict[int, list[int]] = {}
+    for number, patch in enumerate(patches):
+        by_pass.setdefault(patch.of, []).append(number)
+    for some in _alike([passes[i] for i in by_pass], tokens_at_once(decomposition.loaded)):
+        these = [list(by_pass)[i] for i in some]
+        prompts = _Prompts(decomposition, [passes[i] for i in these])
+        row_of = {i: row for row, i in enumerate(these)}
+        numbers = sorted((n for i in these for n in by_pass[i]), key=lambda n: patches[n].part.layer)
+        for batch in prompts.batches(numbers, [patches[n].part.layer for n in numbers]):
+            rows = [row_of[patches[n].of] for n in batch]
+            out.logp[batch], out.logit_diff[batch], out.kl[batch] = prompts.changes(rows, [patches[n] for n in batch])
+            if on_batch is not None:
+                on_batch(len(batch))
+    return out
+
+
+def _alike(passes: Sequence[Pass], most: int) -> Iterator[list[int]]:
+    """Yield the numbers of passes that share their length and first patched position, ``most`` tokens at a time."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, one in enumerate(passes):
+        groups.setdefault((len(one.token_ids), min(one.positions)), []).append(i)
+    for (length, _start), rows in sorted(groups.items()):
+        size = max(1, most // length)
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+class _Prompts:
+    """Prompts of one length, run once without replacements from their first patched position on."""
+
+    def __init__(self, decomposition: Decomposition, passes: Sequence[Pass]) -> None:
+        import torch
+
+        self.decomposition, self.passes, device = decomposition, passes, decomposition.loaded.device
+        self.start = min(passes[0].positions)
+        ids = torch.tensor([list(p.token_ids) for p in passes], device=device)
+        self.ids, self.target = ids[:, self.start :], torch.tensor([p.target for p in passes], device=device)
+        self.rival = torch.tensor([p.rival for p in passes], device=device)
+        self.blocks = [block.module for block in decomposition.blocks]
+        self.before: list[torch.Tensor] = []  # block inputs (row, position, hidden)
+        self.tuples: list[int] = []  # the number of a block's outputs, 0 if it is not a tuple
+        forget_longest(decomposition.loaded)
+        with torch.inference_mode():
+            self.cache = self._cached(ids[:, : self.start])
+            with contextlib.ExitStack() as hooks:
+                for block in self.blocks:
+                    hooks.enter_context(block.register_forward_hook(self._keep, with_kwargs=True))
+                self.logits = self._last_logits(self.ids, self._rows(list(range(len(passes)))))
+            self.log_p = self.logits.log_softmax(-1)
+            self.p = self.log_p.exp()
+
+    def _keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.before.append(args[0] if args else kwargs["hidden_states"])
+        self.tuples.append(len(output) if isinstance(output, tuple) else 0)
+
+    def _cached(self, ids: torch.Tensor) -> Any:
+        if not ids.shape[1]:
+            return None
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.decomposition.loaded.model.config)
+        self.decomposition.structure.decoder(ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _rows(self, rows: Sequence[int]) -> Any:
+        """Copy the cache of some prompts; a prompt may stand in several rows."""
+        import torch
+
+        if self.cache is None:
+            return None
+        fresh = copy.copy(self.cache)
+        fresh.layers = [copy.copy(layer) for layer in self.cache.layers]
+        fresh.batch_select_indices(torch.tensor(rows, device=self.ids.device))
+        return fresh
+
+    def _last_logits(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        structure = self.decomposition.structure
+        hidden = structure.decoder(ids, past_key_values=cache, use_cache=cache is not None)[0]
+        return structure.unembed_normed(hidden[:, -1]).float()
+
+    def batches(self, numbers: Sequence[int], layers: Sequence[int]) -> Iterator[list[int]]:
+        """Divide patches, by rising layer, into batches of one layer that fit into memory."""
+        most = max(1, tokens_at_once(self.decomposition.loaded) // self.ids.shape[1])
+        most = min(most, max(1, LOGITS_BYTES // (16 * self.logits.shape[1])))
+        if self.cache is not None:
+            kept = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in self.cache.layers)
+            most = min(most, max(1, CACHE_BYTES // max(1, kept)))
+        start = 0
+        while start < len(numbers):
+            stop = next((i for i in range(start, len(numbers)) if layers[i] != layers[start]), len(numbers))
+            stop = min(stop, start + most)
+            yield list(numbers[start:stop])
+            start = stop
+
+    def changes(self, rows: Sequence[int], patches: Sequence[Patch]) -> tuple[Any, Any, Any]:
+        """Run some prompts with one patch each, all of one layer; return the changes (patch) of ``Changes``."""
+        import torch
+
+        layer, components = patches[0].part.layer, sorted({patch.part.component for patch in patches})
+        at = [[p - self.start for p in self.passes[row].positions] for row in rows]
+
+        def replace(component: str, _layer: int, states: torch.Tensor) -> torch.Tensor:
+            new = states.clone()
+            for row, patch in enumerate(patches):
+                if patch.part.component == component:
+                    new[row, at[row], entries(self.decomposition, patch.part)] = patch.values.to(new)
+            return new
+
+        with (
+            torch.inference_mode(),
+            self._from(layer, rows),
+            touched(self.decomposition, components, (len(rows), self.ids.shape[1]), replace, [layer]),
+        ):
+            logits = self._last_logits(self.ids[list(rows)], self._rows(rows))
+            return self._compared(torch.tensor(rows, device=logits.device), logits)
+
+    def _compared(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[Any, Any, Any]:
+        import torch
+
+        log_q, log_p = logits.log_softmax(-1), self.log_p[rows]
+        every, target, rival = torch.arange(len(rows), device=rows.device), self.target[rows], self.rival[rows]
+        logp = log_q[every, target].double() - log_p[every, target]
+        # A difference of two logits is one of log-probabilities, too.
+        beside = log_q[every, rival.clamp_min(0)].double() - log_p[every, rival.clamp_min(0)]
+        kl = (log_p.sub_(log_q) * self.p[rows]).sum(-1, dtype=torch.float64).clamp_min(0)
+        diff = (logp - beside).masked_fill(rival < 0, torch.nan)
+        return logp.cpu().numpy(), diff.cpu().numpy(), kl.cpu().numpy()
+
+    @contextlib.contextmanager
+    def _from(self, layer: int, rows: Sequence[int]) -> Iterator[None]:
+        """Let a pass begin at a block, with its recorded input; the blocks before it return what they are given."""
+
+        def skipped(n_outputs: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+                return (hidden_states, *[None] * (n_outputs - 1)) if n_outputs else hidden_states
+
+            return forward
+
+        def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            states = self.before[layer][list(rows)]
+            if "hidden_states" in kwargs:
+                return args, kwargs | {"hidden_states": states}
+            return (states, *args[1:]), kwargs
+
+        with contextlib.ExitStack() as stack:
+            for block, n_outputs in zip(self.blocks[:layer], self.tuples, strict=False):
+                block.forward = skipped(n_outputs)
+                stack.callback(delattr, block, "forward")
+            stack.enter_context(self.blocks[layer].register_forward_pre_hook(begin, with_kwargs=True))
+            yield
