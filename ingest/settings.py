@@ -56,13 +56,15 @@ class Attributing:
 
     For each prompt, the best ``top_k`` neurons of each component are stored, or ``all_neurons``. The best
     ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are zeroed to compare the methods;
-    0 skips the comparison.
+    0 skips the comparison. With ``effects``, the causal effects of heads and layers are stored beside
+    their scores.
     """
 
     top_k: int = 300
     all_neurons: bool = False
     query_values: int = 30
     ablate_k: int = 10
+    effects: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ class Ablating:
     positions: str = "last"
     n_controls: int = 3
     seed: int = 42
+
+
+@dataclass(frozen=True)
+class Patching:
+    """Settings of ``kdb patch``: every combination of these is measured.
+
+    ``components`` are kinds of parts to replace (head, attn, ffn, ffn_neuron, resid), ``replacements`` what takes their
+    place, ``methods`` how the effect is found, ``roles`` where in the prompt, and ``directions`` in which prompt.
+    """
+
+    components: tuple[str, ...] = ("head",)
+    replacements: tuple[str, ...] = ("mean",)
+    methods: tuple[str, ...] = ("exact",)
+    roles: tuple[str, ...] = ("last",)
+    directions: tuple[str, ...] = ("noising",)
 
 
 def settings_from(settings: type[T], options: Mapping[str, Any]) -> T:

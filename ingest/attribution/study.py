@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kdb.ingest.attribution.patch import Patched, default_shards
+from kdb.ingest.attribution.patch import rows as patch_rows
 from kdb.ingest.attribution.score_rows import (
     head_position_rows,
     head_rows,
@@ -59,7 +61,7 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
     config, tokenizer = load_config(job.source), load_tokenizer(job.source)
     posed = PosedFacts(job, pose(job, tokenizer))
     check_length(job, posed.token_ids, config)
-    scores = ("layer_scores", "head_scores", "head_position_scores", "neuron_scores")
+    scores = ("layer_scores", "head_scores", "head_position_scores", "lens_readouts", "neuron_scores")
     methods = ("ablations",) if job.attributing.ablate_k else ()
     return posed, [
         ModelStage(("checks",), single("model"), _check),
@@ -73,6 +75,11 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
             functools.partial(_chunks, posed, LengthClasses(config)),
             _attributed,
             shown=("attribution", "prompts"),
+        ),
+        *(
+            [ModelStage(("effects",), default_shards, _effects, shown=("effects", "prompts"))]
+            if job.attributing.effects
+            else []
         ),
         StoredStage(("neuron_sums",), _if_any_is_kept, _sums),
         ModelStage(
@@ -103,6 +110,11 @@ class Attributed:
         self.job, self.prompts, self.chosen = posed.job, posed.prompts, chosen_prompts(posed.token_ids)
         self.decomposition, self.batch_tokens = decomposition, batch_tokens
         self.loaded = decomposition.loaded
+
+    @functools.cached_property
+    def patched(self) -> Patched:
+        """The model, and what it writes in the prompts of one category."""
+        return Patched(self.decomposition)
 
     @functools.cached_property
     def alone(self) -> dict[int, torch.Tensor]:
@@ -230,6 +242,7 @@ def _scores(
     """
     import torch
 
+    from kdb.ingest.attribution.lens import lens_rows
     from kdb.ingest.attribution.scores import Attribution
     from kdb.ingest.forward.activation_cache import check_logits, run_with_cache
 
@@ -244,6 +257,7 @@ def _scores(
     yield "layer_scores", layer_rows(ids, a)
     yield "head_scores", head_rows(ids, a)
     yield "head_position_scores", head_position_rows(ids, a, subject.loaded.tokenizer, chunk)
+    yield "lens_readouts", lens_rows(ids, decomposition, cache, chunk)
     k = max(wanted.top_k, wanted.query_values, wanted.ablate_k)
     ffn, attn = a.ffn_top(k), a.attn_top(k)
     if wanted.all_neurons:
@@ -259,6 +273,11 @@ def _scores(
     }
     yield "query_neuron_scores", pa.concat_tables(query_neuron_rows(ids, k, q) for k, q in queries.items())
     yield "query_layer_scores", pa.concat_tables(query_layer_rows(ids, k, q) for k, q in queries.items())
+
+
+def _effects(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
+    """The rows of ``effects``: estimates for all heads and layers, and the measured effects of the best heads."""
+    return patch_rows(subject.patched, shard, advance)
 
 
 # After attribution -----------------------------------------------------------------------------------------------

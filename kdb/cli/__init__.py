@@ -15,6 +15,7 @@ from kdb.cli.compare import compare
 from kdb.cli.draw import plot, report
 from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
+from kdb.cli.patch import patch
 from kdb.cli.serve import serve
 from kdb.cli.share import export, import_, pull, push
 from kdb.cli.transfer import direction, transfer
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 for command in (
-    *(ingest, probe, project, transfer, ablate),
+    *(ingest, probe, project, transfer, ablate, patch),
     *(query, queries, sql, plot, report, compare, direction, serve),
     *(schema, runs, verify, clean, compact, migrate, rebuild, export, import_, push, pull, models, datasets),
 ):

@@ -107,6 +107,12 @@ def attribution_options(command: Command) -> Command:
                 show_default=True,
                 help="Knowledge: number of best neurons of each method to set to zero; 0 skips the comparison.",
             ),
+            click.option(
+                "--effects/--no-effects",
+                default=Attributing.effects,
+                show_default=True,
+                help="Knowledge: store causal effects of heads and layers beside their scores.",
+            ),
         )
     ):
         command = option(command)

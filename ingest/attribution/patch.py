@@ -1,0 +1,293 @@
+"""Replace parts of the model in the kept prompts of a run, and store the effects.
+
+Every knowledge run estimates the effect of all heads and layers, and measures that of the best heads of each category
+(`default_stage`); `patch` measures more of a stored run, as a derived run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from kdb.errors import QueryError, WarehouseError
+from kdb.ingest.attribution.effects import Category, Known, Parts, effect_rows, every_part
+from kdb.ingest.attribution.targets import target_token
+from kdb.ingest.execution.local import LocalEngine
+from kdb.ingest.forward.memory import most_per_shard
+from kdb.ingest.forward.patching import Part
+from kdb.ingest.job import derived_identity
+from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
+from kdb.ingest.models.guard import model_errors
+from kdb.ingest.models.tokens import read_texts
+from kdb.ingest.rows import Rows, timed
+from kdb.ingest.settings import Patching
+from kdb.ingest.stages import Advance, ModelStage, Outcome, PlannedRun, RunInProgress, Shard, Stage, Subject, carry_out
+from kdb.warehouse.manifest import RunFolder
+from kdb.warehouse.parquet import read_parts
+from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.storage import Storage
+
+if TYPE_CHECKING:
+    from kdb.ingest.forward.decomposition import Decomposition
+
+BEST_HEADS = 10
+"""Number of heads of each category whose effect every knowledge run measures exactly."""
+
+ESTIMATED = Patching(components=("head", "attn", "ffn"), methods=("atp",))
+MEASURED = Patching(components=("head",))
+"""What every knowledge run stores of all heads and layers, and of the best heads."""
+
+_PASSES = 8
+"""About as many forward passes a prompt as a run's default effects cost."""
+
+
+@dataclass(frozen=True)
+class Some:
+    """The work of a shard: the kept prompts of a category, the indices of those to patch, and what to measure."""
+
+    prompts: tuple[Known, ...]
+    indices: range
+    wanted: tuple[tuple[Patching, tuple[Part, ...] | None], ...]
+    """Settings, and the parts to replace; None: all."""
+
+
+class Patched:
+    """A decomposed model, and what it writes in the prompts of one category."""
+
+    def __init__(self, decomposition: Decomposition) -> None:
+        self.decomposition = decomposition
+        self._category: Category | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return self.decomposition.loaded
+
+    def category(self, prompts: tuple[Known, ...]) -> Category:
+        """The category of these prompts; that of the last call stays in memory."""
+        if self._category is None or self._category.prompts != prompts:
+            self._category = Category(self.decomposition, prompts)
+        return self._category
+
+
+def rows(subject: Patched, shard: Shard, advance: Advance) -> Iterator[Rows]:
+    """The rows of ``effects`` for one shard; advances by prompts."""
+    begun, some = time.monotonic(), shard.work
+    category = subject.category(some.prompts)
+    with model_errors(f"{subject.loaded.source.name} cannot be patched"):
+        tables = [
+            effect_rows(category, some.indices, wanted, _parts(subject.decomposition, wanted, parts))
+            for wanted, parts in some.wanted
+        ]
+    yield timed("effects", [pa.concat_tables(tables)], begun)
+    advance(len(some.indices))
+
+
+def _parts(decomposition: Decomposition, wanted: Patching, parts: Sequence[Part] | None) -> Parts:
+    if parts is None:
+        return {component: every_part(decomposition, component) for component in wanted.components}
+    return {component: [p for p in parts if p.component == component] for component in wanted.components}
+
+
+def default_shards(run: RunInProgress) -> list[Shard]:
+    """The shards of a knowledge run's own effects: the kept prompts, by category."""
+    kept = [row for row in run.table("prompts").to_pylist() if row["kept"]]
+    if not kept:
+        return []
+    best = _best_heads(run.table("head_scores"), {row["prompt_id"]: row["category"] for row in kept})
+    n_params = run.table("models").to_pylist()[0]["n_params"]
+    flops = _PASSES * 2 * n_params * max(row["n_tokens"] for row in kept)
+    prompts = [known(row) for row in kept]
+    size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
+    return _shards(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best[category])))
+
+
+def _shards(prompts: Sequence[Known], size: int, wanted: Callable[[str], Any]) -> list[Shard]:
+    """Divide prompts into shards of one category and at most ``size`` prompts."""
+    by_category: dict[str, list[Known]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    work = [
+        Some(tuple(some), range(start, min(start + size, len(some))), wanted(category))
+        for category, some in sorted(by_category.items())
+        for start in range(0, len(some), size)
+    ]
+    return [Shard(f"part-{i:05}", one, len(one.indices)) for i, one in enumerate(work)]
+
+
+def _best_heads(scores: pa.Table, category_of: Mapping[int, str]) -> dict[str, tuple[Part, ...]]:
+    """The heads with the largest mean scores of each category, the best first."""
+    import polars as pl
+
+    categories = pl.DataFrame({"prompt_id": list(category_of), "category": list(category_of.values())})
+    frame = pl.DataFrame(scores.select(["prompt_id", "layer", "head", "score"]))
+    means = (
+        frame.join(categories.with_columns(pl.col("prompt_id").cast(frame["prompt_id"].dtype)), on="prompt_id")
+        .group_by("category", "layer", "head")
+        .agg(pl.col("score").mean())
+        .sort("category", -pl.col("score"), "layer", "head")
+    )
+    best: dict[str, tuple[Part, ...]] = {}
+    for (category,), some in means.group_by("category", maintain_order=True):
+        best[str(category)] = tuple(Part("head", layer, head) for _c, layer, head, _s in some.head(BEST_HEADS).rows())
+    return best
+
+
+def known(row: Mapping[str, Any], tokenizer: Any = None) -> Known:
+    """Build a kept prompt from its row of ``prompts``; a tokenizer finds the subject's end, and ids not stored."""
+    ids, rival = row.get("token_ids"), row.get("rival_token_id")
+    if ids is None:  # a run of schema 5 or older
+        ids = target_token(tokenizer, row["text"], row["answer"])[0]
+    end = None if tokenizer is None else _subject_end(tokenizer, row["text"], row["subject"], ids)
+    return Known(
+        row["prompt_id"],
+        tuple(ids),
+        row["target_token_id"],
+        row["category"],
+        -1 if rival is None else rival,
+        row["relation"],
+        row["answer"],
+        end,
+    )
+
+
+def _subject_end(tokenizer: Any, text: str, subject: str | None, ids: Sequence[int]) -> int | None:
+    """The position of the token in which the subject's last character is; None if the prompt does not name it."""
+    start = text.find(subject) if subject else -1
+    if start < 0:
+        return None
+    [until] = read_texts(tokenizer, [text[: start + len(subject or "")]])
+    return len(until) - 1 if list(until[:-1]) == list(ids[: len(until) - 1]) else None
+
+
+# Derived runs ----------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"(?:a(?P<attn>\d+)(?:\.(?P<head>\d+))?|f(?P<ffn>\d+)(?:_(?P<neuron>\d+))?|r(?P<resid>\d+))")
+
+
+def read_part(name: str, model: Mapping[str, Any]) -> Part:
+    """Read a part's name: a5.2 (head), a5 (attention layer), f5 (FFN layer), f5_123 (FFN neuron) or r5 (residual).
+
+    ``model`` is the run's row of ``models``. Raises QueryError for other names, and for parts that do not exist.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise QueryError(
+            f"Unknown part {name!r}: write a5.2 for a head, a5 or f5 for an attention or FFN layer, f5_123 for an FFN "
+            "neuron, r5 for the residual stream after block 5."
+        )
+    number = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+    layer = next(number[key] for key in ("attn", "ffn", "resid") if key in number)
+    component = next(c for c, key in _KEY_OF.items() if key in number)
+    for what, key, size in (("head", "head", "n_heads"), ("FFN neuron", "neuron", "intermediate_size")):
+        if key in number and number[key] >= model[size]:
+            raise QueryError(f"{name} does not exist: {what}s 0 to {model[size] - 1} do.")
+    if layer >= model["n_layers"]:
+        raise QueryError(f"{name} does not exist: layers 0 to {model['n_layers'] - 1} do.")
+    return Part(component, layer, number.get("head", -1), number.get("neuron", -1))
+
+
+_KEY_OF = {"head": "head", "ffn_neuron": "neuron", "attn": "attn", "ffn": "ffn", "resid": "resid"}
+"""The group of ``_NAME`` that tells each component, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True)
+class ToPatch:
+    """The model of a run whose prompts are patched, before it is loaded."""
+
+    source: ModelSource
+
+    def bind(self, loaded: LoadedModel, batch_tokens: int | None) -> Patched:
+        """Decompose the model. Raises ModelError if parts of it are not found."""
+        from kdb.ingest.forward.decomposition import decompose
+
+        with model_errors(f"{loaded.source.name} cannot be run"):
+            return Patched(decompose(loaded))
+
+
+def patch(
+    storage: Storage,
+    source: RunFolder,
+    wanted: Patching,
+    model: ModelSource,
+    load: Callable[[], LoadedModel],
+    *,
+    only: Sequence[str] = (),
+    tokenizer: Any = None,
+) -> Outcome:
+    """Measure effects in every kept prompt of a run, and commit them as a derived run.
+
+    ``only`` names the parts to replace; all of each component otherwise. Raises QueryError for parts that do not exist
+    and for settings that fit no prompt; WarehouseError if the run's model is not ``model``, or no prompt is kept.
+    """
+    storage.inspect([source], vectors=False)
+    [row], [stored] = (read_parts(table_files(source.path, name)).to_pylist() for name in ("runs", "models"))
+    kept = [r for r in read_parts(table_files(source.path, "prompts")).to_pylist() if r["kept"]]
+    if not kept:
+        raise WarehouseError(f"Run {source.run} has no kept prompt, so there is nothing to patch.")
+    check_revision(model, source.run, stored["revision"])
+    parts = tuple(sorted({read_part(name, stored) for name in only})) or None
+    _check(wanted, parts)
+    prompts = [known(r, tokenizer) for r in kept]
+    _check_prompts(wanted, prompts)
+    settings = {"source_run": source.run, "only": list(only), **asdict(wanted)}
+    flops = 2 * stored["n_params"] * max(len(p.token_ids) for p in prompts)
+
+    def prepare() -> tuple[Subject[Any], list[Stage]]:
+        def shards(run: RunInProgress) -> list[Shard]:
+            size = run.remembered("effects", lambda: most_per_shard(run.device, _PASSES * flops))
+            return _shards(prompts, size, lambda _category: ((wanted, parts),))
+
+        return ToPatch(model), [ModelStage(("effects",), shards, rows, shown=("effects", "prompts"))]
+
+    changed = {"source_run": source.run, "settings": json.dumps(settings)}
+    identity = derived_identity("patch", "knowledge", source, settings)
+    planned = PlannedRun(
+        identity, source.model, source.dataset, row | changed, prepare, source=source, copied=("models", "datasets")
+    )
+    return carry_out(storage, planned, LocalEngine(load))
+
+
+def _check(wanted: Patching, parts: Sequence[Part] | None) -> None:
+    """Raise QueryError for settings that contradict each other."""
+    if parts is None and "ffn_neuron" in wanted.components:
+        raise QueryError("There are too many FFN neurons to replace each: name some with --only, such as f5_123.")
+    without = set(wanted.components) - {part.component for part in parts or ()} if parts is not None else set()
+    if without:
+        raise QueryError(
+            f"--only names no part of the component {min(without)!r}. Name one, or leave the component out."
+        )
+    for role, replacement in itertools.product(wanted.roles, wanted.replacements):
+        if role == "all" and replacement in ("mean", "resample"):
+            raise QueryError(
+                f"--role all needs --replacement zero or pair: prompts of different lengths have no {replacement}."
+            )
+    if "denoising" in wanted.directions and wanted.replacements != ("pair",):
+        raise QueryError("--direction denoising needs --replacement pair, and no other replacement.")
+
+
+def _check_prompts(wanted: Patching, prompts: Sequence[Known]) -> None:
+    """Raise QueryError if no prompt has what the settings ask for."""
+    from kdb.ingest.attribution.effects import pairs
+
+    if wanted.roles == ("subject",) and all(p.subject_end is None for p in prompts):
+        raise QueryError("No kept prompt has a subject that its text contains, so --role subject has no place.")
+    counts: dict[str, list[Known]] = {}
+    for prompt in prompts:
+        counts.setdefault(prompt.category, []).append(prompt)
+    if wanted.replacements == ("pair",) and not any(pairs(some) for some in counts.values()):
+        raise QueryError(
+            "No two kept prompts make a pair: the same relation, the same number of tokens, and different answers. "
+            "Use --replacement mean or resample."
+        )
+    if not {"zero", "pair"} & set(wanted.replacements) and all(len(some) == 1 for some in counts.values()):
+        raise QueryError(
+            "Each category has one kept prompt, and a mean or resample needs another. Use --replacement zero."
+        )
