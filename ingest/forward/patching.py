@@ -38,6 +38,10 @@ CACHE_BYTES = 512 * 2**20
 """Memory for the cached keys and values of one batch."""
 
 
+SMALL_ROWS = 64
+"""Rows of a batch below which patches of several layers share it."""
+
+
 @dataclass(frozen=True, order=True)
 class Part:
     """A part of a model. ``head`` is −1 unless the component is 'head', ``neuron`` unless it is 'ffn_neuron'."""
@@ -273,7 +277,11 @@ class _Prompts:
         return structure.unembed_normed(hidden[:, -1]).float()
 
     def batches(self, numbers: Sequence[int], layers: Sequence[int]) -> Iterator[list[int]]:
-        """Divide patches, by rising layer, into batches of one layer that fit into memory."""
+        """Divide patches, by rising layer, into batches that fit into memory.
+
+        A batch begins at its first patched block. It is of one layer, or so small that reading the weights takes
+        longer than the blocks that some of its rows could have skipped.
+        """
         most = max(1, tokens_at_once(self.decomposition.loaded) // self.ids.shape[1])
         most = min(most, max(1, LOGITS_BYTES // (16 * self.logits.shape[1])))
         if self.cache is not None:
@@ -282,28 +290,32 @@ class _Prompts:
         start = 0
         while start < len(numbers):
             stop = next((i for i in range(start, len(numbers)) if layers[i] != layers[start]), len(numbers))
-            stop = min(stop, start + most)
+            stop = min(max(stop, start + SMALL_ROWS), start + most, len(numbers))
             yield list(numbers[start:stop])
             start = stop
 
     def changes(self, rows: Sequence[int], patches: Sequence[Patch]) -> tuple[Any, Any, Any]:
-        """Run some prompts with one patch each, all of one layer; return the changes (patch) of ``Changes``."""
+        """Run some prompts with one patch each, by rising layer; return the changes (patch) of ``Changes``."""
         import torch
 
-        layer, components = patches[0].part.layer, sorted({patch.part.component for patch in patches})
         at = [[p - self.start for p in self.passes[row].positions] for row in rows]
+        by_place: dict[tuple[str, int], list[int]] = {}
+        for row, patch in enumerate(patches):
+            by_place.setdefault((patch.part.component, patch.part.layer), []).append(row)
 
-        def replace(component: str, _layer: int, states: torch.Tensor) -> torch.Tensor:
+        def replace(component: str, layer: int, states: torch.Tensor) -> torch.Tensor | None:
+            if (component, layer) not in by_place:
+                return None
             new = states.clone()
-            for row, patch in enumerate(patches):
-                if patch.part.component == component:
-                    new[row, at[row], entries(self.decomposition, patch.part)] = patch.values.to(new)
+            for row in by_place[component, layer]:
+                new[row, at[row], entries(self.decomposition, patches[row].part)] = patches[row].values.to(new)
             return new
 
+        components, layers = sorted({c for c, _layer in by_place}), sorted({layer for _c, layer in by_place})
         with (
             torch.inference_mode(),
-            self._from(layer, rows),
-            touched(self.decomposition, components, (len(rows), self.ids.shape[1]), replace, [layer]),
+            self._from(layers[0], rows),
+            touched(self.decomposition, components, (len(rows), self.ids.shape[1]), replace, layers),
         ):
             logits = self._last_logits(self.ids[list(rows)], self._rows(rows))
             return self._compared(torch.tensor(rows, device=logits.device), logits)
