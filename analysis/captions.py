@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import polars as pl
+
 CAVEAT = (
     "J and C are the paper's, of its probe and split (logistic-raw, paper) unless others are asked for. By chance "
     "alone, most flat curves of 100 test prompts have a J, and on real ones C is nearly always one of the last two "
@@ -11,3 +17,24 @@ CAVEAT = (
 
 FEW = "no interval below five prompts, or where all but a few prompts have the same score"
 """Reason for which the interval of a mean over prompts is NULL."""
+
+_COUNTS = ("n_prompts", "n_prompts_a", "n_prompts_b")
+_CHANCE = {"shared_by_chance": "shared", "jaccard_by_chance": "Jaccard index"}
+
+
+def sample(numbers: pl.DataFrame) -> list[str]:
+    """Return lines that name the datasets of a figure, its numbers of prompts, and the level of overlaps by chance."""
+    names = numbers["dataset"].unique(maintain_order=True).to_list()
+    lines = textwrap.wrap(f"dataset{'s' * (len(names) > 1)}: {', '.join(names)}", 100)
+    counts = [numbers[name] for name in _COUNTS if name in numbers.columns]
+    if counts:
+        low, high = min(c.min() for c in counts), max(c.max() for c in counts)  # type: ignore[type-var]  # numbers
+        lines[-1] += f"; n = {low}" + (f" to {high}" if high != low else "") + " prompts"
+    chance = [f"{label} {_span(numbers[name])}" for name, label in _CHANCE.items() if name in numbers.columns]
+    return lines + [f"by chance: {', '.join(chance)}"] * bool(chance)
+
+
+def _span(values: pl.Series) -> str:
+    """Return the range of some numbers; a question mark if none is known."""
+    ends = dict.fromkeys(f"{end:.2g}" for end in (values.min(), values.max()) if end is not None)
+    return " to ".join(ends) or "?"

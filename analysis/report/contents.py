@@ -295,12 +295,12 @@ def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, A
 
 
 def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
-    """Return a row for each model and category as in the paper: names in order, each with the interval of its rank."""
+    """Return a row for each model, dataset and category as in the paper: names in order, each with the interval of its rank."""
     if ranking.is_empty():
         return ranking
     entry = pl.concat_str(item, _ranks())
-    return ranking.group_by("model", "category", maintain_order=True).agg(
-        entry.str.join(", ").alias("best first"), prompts=pl.col("n_prompts").first()
+    return ranking.group_by("model", "dataset", "category", maintain_order=True).agg(
+        entry.str.join(", ").alias("best first"), n_prompts=pl.col("n_prompts").first()
     )
 
 
@@ -318,8 +318,8 @@ def _with_ends(value: str, prefix: str = "") -> pl.Expr:
 
 
 def _methods(effects: pl.DataFrame) -> pl.DataFrame:
-    """Return a row for each model and method, with a column for each effect."""
-    keys = ["model", "letter", "method", "k", "n_prompts"]
+    """Return a row for each model, dataset and method, with a column for each effect."""
+    keys = ["model", "dataset", "letter", "method", "k", "n_prompts"]
     cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), _ranks()))
     return cells.pivot("effect", index=keys, values="cell") if len(cells) else cells
 
@@ -328,8 +328,8 @@ def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
     ranking = importance.neuron_ranking(wh, **params)
     if ranking.is_empty():
         return ranking
-    named = ("model", "category", "component", "rank", "neuron_name")
-    return ranking.select(*named, score=_with_ends("score"), prompts="n_prompts", tokens="top_tokens")
+    named = ("model", "dataset", "category", "component", "rank", "neuron_name")
+    return ranking.select(*named, score=_with_ends("score"), n_prompts="n_kept", tokens="top_tokens")
 
 
 def _examples(wh: Warehouse, params: dict[str, Any]) -> list[tuple[str, str, int]]:
