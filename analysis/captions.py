@@ -18,6 +18,13 @@ CAVEAT = (
 FEW = "no interval below five prompts, or where all but a few prompts have the same score"
 """Reason for which the interval of a mean over prompts is NULL."""
 
+
+MEANS = (
+    "Scores are means over the n_prompts kept prompts of a dataset, or over all n_kept where that column stands; each "
+    "dataset has its own ranking, unless the parameter pool adds them up."
+)
+"""Note beside every table of means over prompts."""
+
 _COUNTS = ("n_prompts", "n_prompts_a", "n_prompts_b")
 _CHANCE = {"shared_by_chance": "shared", "jaccard_by_chance": "Jaccard index"}
 
