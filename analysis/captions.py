@@ -6,6 +6,8 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import polars as pl
 
 CAVEAT = (
@@ -33,15 +35,15 @@ def sample(numbers: pl.DataFrame) -> list[str]:
     """Return lines that name the datasets of a figure, its numbers of prompts, and the level of overlaps by chance."""
     names = numbers["dataset"].unique(maintain_order=True).to_list()
     lines = textwrap.wrap(f"dataset{'s' * (len(names) > 1)}: {', '.join(names)}", 100)
-    counts = [numbers[name] for name in _COUNTS if name in numbers.columns]
+    counts = [n for name in _COUNTS if name in numbers.columns for n in numbers[name].to_list()]
     if counts:
-        low, high = min(c.min() for c in counts), max(c.max() for c in counts)  # type: ignore[type-var]  # numbers
-        lines[-1] += f"; n = {low}" + (f" to {high}" if high != low else "") + " prompts"
-    chance = [f"{label} {_span(numbers[name])}" for name, label in _CHANCE.items() if name in numbers.columns]
+        lines[-1] += f"; n = {_span(counts, '')} prompts"
+    shown = {label: numbers[name].drop_nulls().to_list() for name, label in _CHANCE.items() if name in numbers.columns}
+    chance = [f"{label} {_span(values, '.2g')}" for label, values in shown.items()]
     return lines + [f"by chance: {', '.join(chance)}"] * bool(chance)
 
 
-def _span(values: pl.Series) -> str:
+def _span(values: Sequence[float], form: str) -> str:
     """Return the range of some numbers; a question mark if none is known."""
-    ends = dict.fromkeys(f"{end:.2g}" for end in (values.min(), values.max()) if end is not None)
-    return " to ".join(ends) or "?"
+    ends = dict.fromkeys(format(end(values), form) for end in (min, max)) if values else {"?": None}
+    return " to ".join(ends)

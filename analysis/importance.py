@@ -16,8 +16,6 @@ from kdb.analysis.style import ATTN, FFN, Chart, Look, component_points, compone
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kdb.warehouse.store import Warehouse
 
 EVERY = 1_000_000
@@ -55,7 +53,10 @@ def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """
     ranking = wh.query("top-neurons", **params)
     keys = _keys(params, "category", "component")
-    scores, prompts = wh.query("neuron-scores", **_of_prompts(params)), list(dict.fromkeys((*keys, "dataset", "prompt_id")))
+    scores, prompts = (
+        wh.query("neuron-scores", **_of_prompts(params)),
+        list(dict.fromkeys((*keys, "dataset", "prompt_id"))),
+    )
     listed = scores.join(ranking, on=[*keys, "neuron_name"], how="semi")
     # A prompt without any of them is also counted.
     others = scores.select(prompts).unique().join(ranking.select(*keys, "neuron_name").unique(keys), on=keys)
@@ -117,7 +118,7 @@ def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
 
 def head_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Return rows of ``top-heads`` with the 95 % interval of each score over the kept prompts, without those of ranks."""
+    """Return rows of ``top-heads`` with the 95 % interval of each score over the kept prompts; ranks have none."""
     return _ranking(wh, "top-heads", "head-scores", "head_name", params, ranks=False)
 
 
@@ -161,7 +162,9 @@ def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
     encodings = components()
     band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), encodings["color"])
     line = base.mark_line(strokeWidth=1.6).encode(
-        alt.Y("score:Q", title=title), tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f"), "n_prompts"], **encodings
+        alt.Y("score:Q", title=title),
+        tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f"), "n_prompts"],
+        **encodings,
     )
     return _grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
 

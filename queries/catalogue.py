@@ -14,9 +14,9 @@ A query is named after its file. Its header reads::
 
 A name alone is a parameter that queries share, declared in ``parameters.sql``. If two there have the same name, its
 type follows it (``dataset texts``). Types are text, texts (one or several), integer, number and boolean (yes or no).
-``= all`` means no restriction; the parameter is then NULL. ``= default|all`` has the default ``default``, and also accepts the word
-``all``. The allowed values of a parameter depend on its name (``domains.py``). The body reads each parameter with
-``getvariable('name')``; defaults are only in the header. Nothing here opens a database.
+``= all`` means no restriction; the parameter is then NULL. ``= default|all`` has the default ``default``, and also
+accepts the word ``all``. The allowed values of a parameter depend on its name (``domains.py``). The body reads each
+parameter with ``getvariable('name')``; defaults are only in the header. Nothing here opens a database.
 
 Print it: ``kdb queries``, ``kdb queries concept-depth``.
 """

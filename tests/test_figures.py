@@ -256,7 +256,8 @@ def test_methods_and_overlaps_have_a_panel_for_each_dataset(two_facts: Warehouse
 def test_overlaps_say_how_much_is_shared_by_chance(two_facts: Warehouse) -> None:
     drawn = spec(figures.chart(two_facts, "head-overlap", k=2))
     expected = 2 * 2 / (4 * 2)
-    assert any(line.startswith(f"by chance: shared {expected}, Jaccard index 0.") for line in drawn["title"]["subtitle"])
+    begins = f"by chance: shared {expected}, Jaccard index 0."
+    assert any(line.startswith(begins) for line in drawn["title"]["subtitle"])
     assert "jaccard_by_chance" in json.dumps(drawn["spec"])
 
 

@@ -239,7 +239,12 @@ def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
     )
     yield Drawn("Every head", "", "head-map", params)
     yield _asked(
-        wh, "Tokens that the best heads read", _WITHOUT_INTERVALS, "position-attention", params | {"k": 1, "tokens": 3}, _ASKED
+        wh,
+        "Tokens that the best heads read",
+        _WITHOUT_INTERVALS,
+        "position-attention",
+        params | {"k": 1, "tokens": 3},
+        _ASKED,
     )
 
 
@@ -269,8 +274,8 @@ def _neurons_and_methods(wh: Warehouse, params: dict[str, Any]) -> Contents:
 
 
 _WITHOUT_INTERVALS = (
-    "Means over the n_prompts kept prompts that contain the token, without intervals, because most tokens occur in only "
-    "a few prompts."
+    "Means over the n_prompts kept prompts that contain the token, without intervals, because most tokens occur in "
+    "only a few prompts."
 )
 
 _BY_CHANCE = (
@@ -308,7 +313,7 @@ def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, A
 
 
 def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
-    """Return a row for each model, dataset and category as in the paper: names in order, each with the interval of its rank."""
+    """Return a row for each model, dataset and category: names in order, each with the interval of its rank."""
     if ranking.is_empty():
         return ranking
     entry = pl.concat_str(item, _ranks())
