@@ -275,6 +275,15 @@ def test_pages_show_datasets_apart_with_the_number_of_prompts(two_facts: httpx.C
     assert FEW in told, "some rows have no interval"
 
 
+def test_prompts_of_one_number_in_two_datasets_are_not_one_page(two_facts: httpx.Client) -> None:
+    refused = two_facts.get("/prompt?model=tiny-a&prompt=0", headers={"accept": "text/html"})
+    assert refused.status_code == 400
+    assert "Prompt 0 exists in several datasets: knowledge, relations." in html.unescape(refused.text)
+    shown = two_facts.get("/prompt?model=tiny-a&prompt=0&dataset=relations")
+    assert shown.status_code == 200
+    assert "Prompt of relations." in shown.text
+
+
 def test_a_page_that_compares_has_each_datasets_five_best(two_facts: httpx.Client) -> None:
     page = two_facts.get("/compare", params={"model": "tiny-a", "category": "capital"}).text
     for dataset in ("knowledge", "relations"):

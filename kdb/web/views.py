@@ -305,6 +305,12 @@ def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
             "No such prompt, or it does not pass the filter: the model does not predict its answer. /prompt lists the "
             "prompts."
         )
+    datasets = sorted({row["dataset"] for row in story})
+    if len(datasets) > 1:
+        raise QueryError(
+            f"Prompt {number} exists in several datasets: {', '.join(datasets)}. Add one to the address, as in "
+            f"&dataset={datasets[0]}"
+        )
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in story:
         parts.setdefault(f"{row['part']}, {row['model']}", []).append(row)
