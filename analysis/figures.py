@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdb.analysis.captions import CAVEAT, FEW
+from kdb.analysis.captions import CAVEAT, FEW, sample
 from kdb.errors import NothingFoundError, UnknownNameError
-from kdb.queries.catalogue import Param, Value, bind, find_query
+from kdb.queries.catalogue import Param, Value, bind, find_query, shared_param
 
 if TYPE_CHECKING:
     import polars as pl
@@ -70,6 +70,8 @@ _WITHIN = Param("within", "number", 1.5, False, "factor by which a model may be 
 _BEST_LAYER = Param(
     "layer", "integer", None, False, "layer, from 0; defaults to the best one on each probe's own test part"
 )
+
+_POOL = shared_param("pool")
 
 _J_AND_C = "\n".join(textwrap.wrap(CAVEAT, 100))
 
@@ -168,6 +170,7 @@ _ALL = (
         query="layer-scores",
         numbers="importance.scores_by_layer",
         draw="importance.layer_scores",
+        counting=(_POOL,),
     ),
     Figure(
         "top-layers",
@@ -190,8 +193,9 @@ _ALL = (
     Figure(
         "head-map",
         "Contribution of every head",
-        "mean over the kept prompts",
+        f"mean over the kept prompts; its 95 % interval over prompts is in the tooltip and in the numbers\n{FEW}",
         query="top-heads",
+        numbers="importance.head_means",
         draw="importance.head_map",
         defaults={"k": 1_000_000},
     ),
@@ -202,6 +206,7 @@ _ALL = (
         query="layer-scores",
         numbers="importance.neurons_by_layer",
         draw="importance.neuron_layers",
+        counting=(_POOL,),
     ),
     Figure(
         "attribution-methods",
@@ -222,14 +227,14 @@ _ALL = (
     Figure(
         "head-overlap",
         "Heads shared by kinds of knowledge",
-        "number: shared among each one's best",
+        "number: shared among each one's best; by chance: among as many that are drawn at random",
         query="head-overlap",
         draw="importance.overlap",
     ),
     Figure(
         "neuron-overlap",
         "Neurons shared by kinds of knowledge",
-        "number: shared among each one's best",
+        "number: shared among each one's best; by chance: among as many that are drawn at random",
         query="neuron-overlap",
         draw="importance.overlap",
     ),
@@ -278,6 +283,8 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     own = {param.name: values[param.name] for param in figure.drawing} | dict(figure.fixed or {})
     prompt = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{prompt}” → “{numbers['target_token'][0]}”" if prompt else "")
+    if find_query(figure.query).group == "knowledge":
+        marks += "".join(f"\n{line}" for line in sample(numbers))
     drawn = _function(figure.draw)(numbers, look, **own)
     return finished(drawn, figure.title, marks)
 

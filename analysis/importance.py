@@ -16,8 +16,6 @@ from kdb.analysis.style import ATTN, FFN, Chart, Look, component_points, compone
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kdb.warehouse.store import Warehouse
 
 EVERY = 1_000_000
@@ -25,6 +23,12 @@ EVERY = 1_000_000
 
 INCREASE = "Δ log p (nat)"
 """Label of the log-probability increase, short enough for the side of a panel."""
+
+_ENDS = ("score", "low", "high")
+_OVERLAP = [
+    *("category_a", "n_prompts_a", "category_b", "n_prompts_b", "shared"),
+    *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("shared_by_chance", "jaccard", "jaccard_by_chance")),
+]
 
 EFFECTS = {"mrr": "mean reciprocal rank", "prob_percent": "probability (%)", "logp": "log-probability (nat)"}
 
@@ -34,12 +38,12 @@ EFFECTS = {"mrr": "mean reciprocal rank", "prob_percent": "probability (%)", "lo
 
 def layer_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return rows of ``top-layers`` with the 95 % intervals of each score and rank over the kept prompts."""
-    return _ranking(wh, "top-layers", "layer-scores", ("model", "category"), "layer_name", params)
+    return _ranking(wh, "top-layers", "layer-scores", "layer_name", params)
 
 
 def head_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return rows of ``top-heads`` with the 95 % intervals of each score and rank over the kept prompts."""
-    return _ranking(wh, "top-heads", "head-scores", ("model", "category"), "head_name", params)
+    return _ranking(wh, "top-heads", "head-scores", "head_name", params)
 
 
 def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
@@ -48,63 +52,81 @@ def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     Ranks have no interval: it would need every neuron's score in every prompt, but only the best are stored.
     """
     ranking = wh.query("top-neurons", **params)
-    shared = {name: value for name, value in params.items() if name != "k"}
-    keys = ["model", "category", "component"]
-    scores, prompts = wh.query("neuron-scores", **shared), [*keys, "dataset", "prompt_id"]
+    keys = _keys(params, "category", "component")
+    scores, prompts = (
+        wh.query("neuron-scores", **_of_prompts(params)),
+        list(dict.fromkeys((*keys, "dataset", "prompt_id"))),
+    )
     listed = scores.join(ranking, on=[*keys, "neuron_name"], how="semi")
     # A prompt without any of them is also counted.
     others = scores.select(prompts).unique().join(ranking.select(*keys, "neuron_name").unique(keys), on=keys)
     others = others.with_columns(score=pl.lit(0.0))
     both = pl.concat([listed.select(others.columns), others])
-    return with_intervals(ranking, both, keys, "neuron_name").drop("rank_low", "rank_high")
+    return with_intervals(ranking, both, keys, "neuron_name", ranks=False)
 
 
 def _ranking(
-    wh: Warehouse, ranking: str, scores: str, by: Sequence[str], item: str, params: dict[str, Any]
+    wh: Warehouse, ranking: str, scores: str, item: str, params: dict[str, Any], *, ranks: bool = True
 ) -> pl.DataFrame:
-    shared = {name: value for name, value in params.items() if name != "k"}
-    return with_intervals(wh.query(ranking, **params), wh.query(scores, **shared), by, item)
+    listed, by_prompt = wh.query(ranking, **params), wh.query(scores, **_of_prompts(params))
+    return with_intervals(listed, by_prompt, _keys(params, "category"), item, ranks=ranks)
+
+
+def _keys(params: dict[str, Any], *columns: str) -> list[str]:
+    """Return the columns that define separate rankings: datasets are kept apart unless they are pooled."""
+    return ["model", *([] if params.get("pool") else ["dataset"]), *columns]
+
+
+def _of_prompts(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters that a query of single prompts has in common with one of their means."""
+    return {name: value for name, value in params.items() if name not in ("k", "pool")}
 
 
 def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return the means of ``attribution-methods`` in long form with their 95 % intervals over the kept prompts.
 
-    One row per model, method, k and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low and rank_high
-    (1 for the method with the lowest value), n_prompts.
+    One row per model, dataset, method, k and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low and
+    rank_high (1 for the method with the lowest value), n_prompts.
     """
-    means, effects = wh.query("attribution-methods", **params), wh.query("ablation-effects", **params)
+    means = wh.query("attribution-methods", **params)
+    effects = wh.query("ablation-effects", **{name: value for name, value in params.items() if name != "pool"})
     item = pl.format("{} {}", "method", "k").alias("item")
     # Lower is better: the loss is ranked.
     losses = effects.unpivot(
         list(EFFECTS), index=["model", "dataset", "prompt_id", "method", "k"], variable_name="effect"
     ).select("model", "dataset", "prompt_id", "effect", item, score=-pl.col("value"))
     long = means.unpivot(
-        list(EFFECTS), index=["model", "letter", "method", "k", "n_prompts"], variable_name="effect"
+        list(EFFECTS), index=["model", "dataset", "letter", "method", "k", "n_prompts"], variable_name="effect"
     ).with_columns(item)
-    intervals = with_intervals(long, losses, ["model", "effect"], "item").drop("item")
+    intervals = with_intervals(long, losses, _keys(params, "effect"), "item").drop("item")
     return intervals.with_columns(low=-pl.col("high"), high=-pl.col("low"))
 
 
 def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return the sums of ``attention-vs-ffn`` in long form, with their 95 % intervals over the kept prompts.
 
-    One row per model, category and component: score, percent, low, high, n_prompts.
+    One row per model, dataset, category and component: score, percent, low, high, n_prompts.
     """
-    sums, scores = wh.query("attention-vs-ffn", **params), wh.query("layer-scores", **params)
-    keys = ["model", "category"]
+    sums, scores = wh.query("attention-vs-ffn", **params), wh.query("layer-scores", **_of_prompts(params))
+    panel = ["model", "dataset", "category"]
     long = pl.concat(
-        sums.select(*keys, "n_prompts", component=pl.lit(c), score=f"{c}_score", percent=f"{c}_percent")
+        sums.select(*panel, "n_prompts", component=pl.lit(c), score=f"{c}_score", percent=f"{c}_percent")
         for c in ("attn", "ffn")
     )
-    by_prompt = scores.group_by(*keys, "dataset", "prompt_id", "component").agg(pl.col("score").sum())
-    return with_intervals(long, by_prompt, keys, "component").drop("rank_low", "rank_high")
+    by_prompt = scores.group_by(*panel, "prompt_id", "component").agg(pl.col("score").sum())
+    return with_intervals(long, by_prompt, _keys(params, "category"), "component", ranks=False)
+
+
+def head_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return rows of ``top-heads`` with the 95 % interval of each score over the kept prompts; ranks have none."""
+    return _ranking(wh, "top-heads", "head-scores", "head_name", params, ranks=False)
 
 
 def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return ``value-neurons-by-layer`` and ``query-neurons-by-layer`` together, distinguished by the column kind."""
     values = wh.query("value-neurons-by-layer", **params)
     queries = wh.query("query-neurons-by-layer", **params)
-    columns = ["model", "category", "layer", "neurons", "share_percent"]
+    columns = ["model", "dataset", "category", "layer", "neurons", "share_percent", "n_prompts"]
     both = pl.concat(
         [
             values.select(*columns, kind=pl.format("{} value", "component")),
@@ -134,19 +156,21 @@ def _with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str
 
 
 def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw the log-probability increase by layer: a panel for each category, attention and FFN side by side."""
+    """Draw the log-probability increase by layer: a panel for each dataset and category."""
     base = alt.Chart().encode(x=depth_axis(frame))
     title = INCREASE
     encodings = components()
     band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), encodings["color"])
     line = base.mark_line(strokeWidth=1.6).encode(
-        alt.Y("score:Q", title=title), tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f")], **encodings
+        alt.Y("score:Q", title=title),
+        tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f"), "n_prompts"],
+        **encodings,
     )
     return _grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
 
 
 def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
-    """Draw the best items of each category with their intervals: a panel for each, the best on top."""
+    """Draw the best items with their intervals, the best on top: a panel for each dataset and category."""
     rule, dot = alt.Chart().mark_rule(strokeWidth=2.5, opacity=0.45), alt.Chart().mark_point(filled=True, size=45)
     if "component" in frame.columns:
         color, shape = component_points()
@@ -167,7 +191,7 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
 
 
 def head_map(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw every head of every layer, coloured by its mean score: a panel for each category."""
+    """Draw every head of every layer, coloured by its mean score: a panel for each dataset and category."""
     n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]  # numbers
     side = max(3, min(14, 260 // max(n_layers, n_heads)))
     axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
@@ -180,7 +204,7 @@ def head_map(frame: pl.DataFrame, look: Look) -> Chart:
             alt.Y("head:O", title="head", axis=alt.Axis(values=list(range(0, n_heads, 4)), grid=False)),
             # The positive end is darker than the negative one, so that both differ in a grey print.
             alt.Color("score:Q", scale=alt.Scale(domainMid=0, range=["#e69f00", "#f7f7f7", "#08306b"]), legend=legend),
-            tooltip=["head_name", alt.Tooltip("score:Q", format=".3f"), "rank"],
+            tooltip=["head_name", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in _ENDS), "rank", "n_prompts"],
         )
         .properties(width=side * n_layers, height=max(side * n_heads, 40))
     )
@@ -188,17 +212,17 @@ def head_map(frame: pl.DataFrame, look: Look) -> Chart:
 
 
 def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw the layers of the best value and query neurons: a panel for each category."""
+    """Draw the layers of the best value and query neurons: a panel for each dataset and category."""
     names = ["attn value", "ffn value", "query of attn", "query of ffn"]
     line = alt.Chart(frame).mark_line(strokeWidth=1.6)
     y = alt.Y("share_percent:Q", title="share (%)")
-    tooltip = ["kind", "layer", alt.Tooltip("share_percent:Q", format=".1f")]
+    tooltip = ["kind", "layer", alt.Tooltip("share_percent:Q", format=".1f"), "n_prompts"]
     drawn = line.encode(depth_axis(frame), y, tooltip=tooltip, **components("kind", names))
     return _grid(drawn.properties(width=210, height=130), frame, look)
 
 
 def methods(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw table 2: the right answer when each method's best neurons are set to 0, with intervals."""
+    """Draw table 2, a row for each dataset: the right answer when each method's best neurons are set to 0."""
     frame = frame.with_columns(
         row=pl.when(pl.col("letter").str.len_chars() > 0)
         .then(pl.format("{}  {}", "letter", "method"))
@@ -215,16 +239,17 @@ def methods(frame: pl.DataFrame, look: Look) -> Chart:
     drawn = alt.layer(
         base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(alt.X("low:Q", title=None), alt.X2("high:Q")),
         base.mark_point(filled=True, size=45, opacity=1).encode(
-            alt.X("value:Q", title=None), tooltip=["model", "method", "value", "low", "high", "n_prompts"]
+            alt.X("value:Q", title=None), tooltip=["model", "dataset", "method", "value", "low", "high", "n_prompts"]
         ),
         data=frame,
     ).properties(width=200, height=max(20, 9 * len(models)) * len(rows))
-    facet = alt.Column("title:N", title=None, sort=list(EFFECTS.values()))
-    return drawn.facet(column=facet).resolve_scale(x="independent")
+    column = alt.Column("title:N", title=None, sort=list(EFFECTS.values()))
+    row = alt.Row("dataset:N", title=None, sort=look.order("dataset", frame["dataset"]))
+    return drawn.facet(row=row, column=column).resolve_scale(x="independent")
 
 
 def overlap(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw the overlap of categories: a square for each pair, a panel for each model."""
+    """Draw the overlap of categories: a square for each pair, a panel for each model and dataset."""
     names = look.order("category", [*frame["category_a"], *frame["category_b"]])
     x = alt.X("category_a:N", sort=names, title=None, scale=alt.Scale(domain=names[:-1]), axis=alt.Axis(labelAngle=-40))
     y = alt.Y("category_b:N", sort=names, title=None, scale=alt.Scale(domain=names[1:]))
@@ -233,30 +258,29 @@ def overlap(frame: pl.DataFrame, look: Look) -> Chart:
     base = alt.Chart().encode(x, y)
     ink = alt.when(f"datum.jaccard > {0.6 * top}").then(alt.value("black")).otherwise(alt.value("white"))
     drawn = alt.layer(
-        base.mark_rect().encode(alt.Color("jaccard:Q", scale=scale, legend=alt.Legend(title="Jaccard index"))),
-        base.mark_text(fontSize=10).encode(text="shared:Q", color=ink),
-        data=frame,
+        base.mark_rect().encode(
+            alt.Color("jaccard:Q", scale=scale, legend=alt.Legend(title="Jaccard index")), tooltip=_OVERLAP
+        ),
+        base.mark_text(fontSize=10).encode(text="shared:Q", color=ink, tooltip=_OVERLAP),
     ).properties(width=180, height=160)
-    models = look.order("model", frame["model"])
-    return drawn.facet(alt.Facet("model:N", title=None, sort=models), columns=min(3, len(models)))
+    return _by_model(drawn, frame, look)
 
 
 def shares(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw the total contributions of attention and FFN layers with intervals: a panel for each model."""
+    """Draw the total contributions of attention and FFN layers: a panel for each model and dataset."""
     names = look.order("category", frame["category"])
     color = components()["color"]
     color.legend = alt.Legend(title=None, symbolType="square")
-    base = alt.Chart().encode(
-        x=alt.X("category:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40)), xOffset="component:N"
-    )
+    x = alt.X("category:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40))
+    base = alt.Chart().encode(x=x, xOffset="component:N")
+    n = alt.Chart().mark_text(fontSize=9, color="#444444").transform_filter("datum.component === 'attn'")
     y = alt.Y("score:Q", title=INCREASE)
     drawn = alt.layer(
-        base.mark_bar().encode(y, color, tooltip=["category", "component", "score", "percent", "n_prompts"]),
+        base.mark_bar().encode(y, color, tooltip=["dataset", "category", "component", "score", "percent", "n_prompts"]),
         base.mark_rule().encode(alt.Y("low:Q", title=INCREASE), alt.Y2("high:Q")),
-        data=frame,
+        n.encode(x, y=alt.value(-6), text="n:N"),
     ).properties(width=220, height=160)
-    models = look.order("model", frame["model"])
-    return drawn.facet(alt.Facet("model:N", title=None, sort=models), columns=min(3, len(models)))
+    return _by_model(drawn, frame.with_columns(n=pl.format("n={}", "n_prompts")), look)
 
 
 def prompt_story(frame: pl.DataFrame, look: Look) -> Chart:
@@ -305,11 +329,32 @@ def _bars(part: pl.DataFrame) -> Any:
 
 
 def _grid(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:
-    """Draw a panel for each category; if there are several models, a row of panels for each."""
-    categories, models = look.order("category", frame["category"]), look.order("model", frame["model"])
-    drawn = drawn.properties(data=frame)
-    if len(models) == 1:
-        facet = alt.Facet("category:N", title=None, sort=categories)
-        return drawn.facet(facet, columns=min(3, len(categories)))
-    row = alt.Row("model:N", title=None, sort=models)
-    return drawn.facet(row=row, column=alt.Column("category:N", title=None, sort=categories))
+    """Draw a panel for each category with its number of prompts; models and datasets begin a row if there are several.
+
+    A panel is named after whichever of them there are several of.
+    """
+    several = [name for name in ("model", "dataset") if frame[name].n_unique() > 1]
+    n_categories = frame["category"].n_unique()
+    n = pl.max("n_prompts").over("model", "dataset", "category")
+    names = [*(pl.format("{}\n", name) for name in several), pl.format("{} (n = {})", "category", n)]
+    return _faceted(drawn, frame, look, pl.concat_str(names), n_categories if several else min(3, n_categories))
+
+
+def _by_model(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:
+    """Draw a panel for each model, and for each of its datasets if there are several."""
+    several = frame["dataset"].n_unique() > 1
+    name = pl.format("{}\n{}", "model", "dataset") if several else pl.col("model")
+    return _faceted(drawn, frame, look, name, 3)
+
+
+def _faceted(drawn: Any, frame: pl.DataFrame, look: Look, name: pl.Expr, columns: int) -> Any:
+    """Draw a panel for each name, in the fixed order of models, datasets and categories."""
+    frame = frame.with_columns(panel=name)
+    fields = [field for field in ("model", "dataset", "category") if field in frame.columns]
+    orders = {field: look.order(field, frame[field]) for field in fields}
+    rows = frame.select(*fields, "panel").unique(maintain_order=True).rows()
+    rows.sort(key=lambda row: [orders[field].index(value) for field, value in zip(fields, row[:-1], strict=True)])
+    panels = list(dict.fromkeys(row[-1] for row in rows))
+    header = alt.Header(labelExpr="split(datum.label, '\\n')")
+    facet = alt.Facet("panel:N", title=None, sort=panels, header=header)
+    return drawn.properties(data=frame).facet(facet, columns=min(columns, len(panels)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,23 @@ from kdb.analysis.uncertainty import MIN_PROMPTS, mean_intervals, rank_intervals
 _ADDED = {"low": pl.Float64, "high": pl.Float64, "rank_low": pl.Int64, "rank_high": pl.Int64}
 
 
-def with_intervals(ranking: pl.DataFrame, scores: pl.DataFrame, by: Sequence[str], item: str) -> pl.DataFrame:
+def with_intervals(
+    ranking: pl.DataFrame, scores: pl.DataFrame, by: Sequence[str], item: str, *, ranks: bool = True
+) -> pl.DataFrame:
     """Add the columns low, high, rank_low and rank_high to a ranking, from the prompts behind its means.
 
     ``scores`` has one row per prompt and item, with the columns ``by`` (which define separate rankings), dataset,
     prompt_id, ``item`` and score; an item missing in a prompt counts as 0 there, as in the ranking itself. All four
-    are NULL below MIN_PROMPTS prompts; low and high also where nearly all prompts have the same score.
+    are NULL below MIN_PROMPTS prompts; low and high also where nearly all prompts have the same score. Without
+    ``ranks``, only low and high are added: ranks of many items take time.
     """
+    added = dict(list(_ADDED.items())[: 4 if ranks else 2])
     of_key = dict(groups_of(scores, by))
     parts = [
-        listed.with_columns(*_ends(*_matrix(of_key[key], item), listed[item].to_list()))
+        listed.with_columns(*_ends(*_matrix(of_key[key], item), listed[item].to_list(), added))
         for key, listed in groups_of(ranking, by)
     ]
-    none = ranking.clear().with_columns(pl.lit(None, dtype=kind).alias(name) for name, kind in _ADDED.items())
+    none = ranking.clear().with_columns(pl.lit(None, dtype=kind).alias(name) for name, kind in added.items())
     return pl.concat([none, *parts], how="vertical_relaxed")
 
 
@@ -35,11 +39,14 @@ def groups_of(frame: pl.DataFrame, by: Sequence[str]) -> Iterator[tuple[tuple[An
     return iter(frame.partition_by(*by, as_dict=True, maintain_order=True).items())
 
 
-def _ends(names: list[str], values: NDArray[np.float32], listed: list[str]) -> Iterator[pl.Series]:
+def _ends(
+    names: list[str], values: NDArray[np.float32], listed: list[str], added: Mapping[str, Any]
+) -> Iterator[pl.Series]:
     """Yield the columns of ends for the listed items, from the scores (prompt, item) of all."""
-    rows = [names.index(name) for name in listed]
-    ends = (*mean_intervals(values[:, rows]), *_rank_ends(values, rows))
-    for (name, kind), end in zip(_ADDED.items(), ends, strict=True):
+    place = {name: index for index, name in enumerate(names)}
+    rows = [place[name] for name in listed]
+    ends = (*mean_intervals(values[:, rows]), *(_rank_ends(values, rows) if len(added) > 2 else ()))
+    for (name, kind), end in zip(added.items(), ends, strict=True):
         yield pl.Series(name, end, dtype=pl.Float64).fill_nan(None).cast(kind)
 
 

@@ -13,10 +13,10 @@ A query is named after its file. Its header reads::
     --   prompt   integer required  prompt to show
 
 A name alone is a parameter that queries share, declared in ``parameters.sql``. If two there have the same name, its
-type follows it (``dataset texts``). Types are text, texts (one or several), integer and number. ``= all`` means no
-restriction; the parameter is then NULL. ``= default|all`` has the default ``default``, and also accepts the word
-``all``. The allowed values of a parameter depend on its name (``domains.py``). The body reads each parameter with
-``getvariable('name')``; defaults are only in the header. Nothing here opens a database.
+type follows it (``dataset texts``). Types are text, texts (one or several), integer, number and boolean (yes or no).
+``= all`` means no restriction; the parameter is then NULL. ``= default|all`` has the default ``default``, and also
+accepts the word ``all``. The allowed values of a parameter depend on its name (``domains.py``). The body reads each
+parameter with ``getvariable('name')``; defaults are only in the header. Nothing here opens a database.
 
 Print it: ``kdb queries``, ``kdb queries concept-depth``.
 """
@@ -34,14 +34,14 @@ from pathlib import Path
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.domains import DOMAINS, LARGEST, Numbers, Spelled
 
-Value = str | int | float | tuple[str, ...] | None
+Value = str | int | float | bool | tuple[str, ...] | None
 """Type of a parameter's value; None is SQL's NULL, a tuple is a list."""
 
 FOLDER = Path(__file__).parent
 ALL = "all"
 
 _PARAM = re.compile(
-    r"(?P<name>[a-z]\w*)\s+(?P<type>texts?|integer|number)\s+(?:=\s*(?P<default>\S+)|required)\s+(?P<meaning>\S.*)"
+    r"(?P<name>[a-z]\w*)\s+(?P<type>texts?|integer|number|boolean)\s+(?:=\s*(?P<default>\S+)|required)\s+(?P<meaning>\S.*)"
 )
 _VARIABLE = re.compile(r"getvariable\('(\w+)'\)")
 _TABLE_MACRO = re.compile(r"^CREATE MACRO (?P<name>\w+)\([^;]*?\) AS TABLE\b.*?;\n", re.MULTILINE | re.DOTALL)
@@ -54,6 +54,8 @@ def literal(value: Value) -> str:
         return "NULL"
     if isinstance(value, tuple):
         return f"[{', '.join(map(literal, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
 
 
@@ -71,6 +73,13 @@ class Param:
     meaning: str
     also: tuple[str, ...] = ()
 
+    @property
+    def shown_default(self) -> str:
+        """Return the default in words."""
+        if isinstance(self.default, bool):
+            return _WORDS[self.default]
+        return ALL if self.default is None else str(self.default)
+
     def parse(self, raw: object) -> Value:
         """Return the given value, from Python or as text from a command line. Raises QueryError for an invalid one.
 
@@ -83,7 +92,7 @@ class Param:
         expected, convert = _TYPES[self.type]
         try:
             value = convert(raw)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, KeyError):
             raise QueryError(f"parameter {self.name}: expected {expected}, found {raw!r}") from None
         self._check(value, expected)
         return value
@@ -127,11 +136,20 @@ def _number(raw: object) -> float:
     return number
 
 
+def _boolean(raw: object) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    return _YES_OR_NO[_text(raw).lower()]
+
+
+_WORDS = {True: "yes", False: "no"}
+_YES_OR_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 _TYPES: dict[str, tuple[str, Callable[[object], Value]]] = {
     "text": ("a text", _text),
     "texts": ("one or several texts", _texts),
     "integer": ("an integer", _integer),
     "number": ("a number", _number),
+    "boolean": ("yes or no", _boolean),
 }
 """Each type of parameter, with its name in messages, and the function that converts a value."""
 
@@ -250,6 +268,11 @@ def _param(path: Path, number: int, line: str) -> Param:
     return _read_param(path, number, line)
 
 
+def shared_param(name: str) -> Param:
+    """Return the parameter of that name that queries share."""
+    return next(param for param in _shared_params() if param.name == name)
+
+
 @cache
 def _shared_params() -> tuple[Param, ...]:
     """The parameters that are declared once, in ``parameters.sql``."""
@@ -264,8 +287,8 @@ def _read_param(path: Path, number: int, line: str) -> Param:
     match = _PARAM.fullmatch(line)
     if match is None:
         expected = (
-            "expected the name of a parameter in parameters.sql, or 'name text|texts|integer|number = default meaning' "
-            "or '… required meaning'"
+            "expected the name of a parameter in parameters.sql, or 'name text|texts|integer|number|boolean = default "
+            "meaning' or '… required meaning'"
         )
         raise QueryError(f"{path}, line {number + 1}: {expected}, found {line!r}")
     name, type_, default, meaning = match.group("name", "type", "default", "meaning")

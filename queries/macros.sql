@@ -407,10 +407,30 @@ CREATE MACRO n_shared(a, b) AS len(list_intersect(a, b));
 
 CREATE MACRO jaccard(a, b) AS n_shared(a, b) / (len(a) + len(b) - n_shared(a, b))::DOUBLE;
 
--- The kept prompts of the given categories, from the chosen runs that have a table. n_kept is their number in the
--- model's category, over all chosen datasets. For a derived run without prompts, those of its source run are used.
+-- How many members two lists of a and of b drawn at random from n share on average: k * k / n for two lists of k.
+CREATE MACRO shared_by_chance(a, b, n) AS a * b / nullif(n, 0)::DOUBLE;
+
+-- Logarithm of the number of ways to choose k of n.
+CREATE MACRO _log_choose(n, k) AS lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1);
+
+-- Mean Jaccard index of two such lists; the number that they share has a hypergeometric distribution.
+CREATE MACRO jaccard_by_chance(a, b, n) AS
+    CASE WHEN n >= greatest(a, b) THEN steady(list_sum(list_transform(
+        range(greatest(0, a + b - n), least(a, b) + 1),
+        lambda x: x / (a + b - x) * exp(_log_choose(a, x) + _log_choose(n - a, b - x) - _log_choose(n, b))
+    ))) END;
+
+-- The name under which the prompts of a dataset are shown and ranked: its own. With pool, the prompts of all datasets
+-- of a model are added up, and the name lists them, such as 'knowledge + relations'. Whether datasets are added up is
+-- decided only here and in _kept_prompts.
+CREATE MACRO shown_dataset(pool, model, dataset) AS
+    CASE WHEN pool THEN string_agg(DISTINCT dataset, ' + ' ORDER BY dataset) OVER (PARTITION BY model)
+        ELSE dataset END;
+
+-- The kept prompts of the given categories, from the chosen runs that have a table. n_kept is the number of those of
+-- the model and category that are shown together. For a derived run without prompts, those of its source run are used.
 CREATE MACRO _kept_prompts(
-    wanted_table, wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    wanted_table, wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_pool := false
 ) AS TABLE
 WITH chosen AS (
     SELECT model, dataset, run, CASE WHEN list_contains(tables, 'prompts') THEN run ELSE source_run END AS prompts_run
@@ -420,57 +440,71 @@ WITH chosen AS (
 )
 SELECT
     chosen.model, chosen.dataset, chosen.run, prompt_id, category,
-    count(*) OVER (PARTITION BY chosen.model, category) AS n_kept
+    shown_dataset(wanted_pool, chosen.model, chosen.dataset) AS shown_dataset,
+    count(*) OVER (
+        PARTITION BY chosen.model, CASE WHEN wanted_pool THEN NULL ELSE chosen.dataset END, category
+    ) AS n_kept
 FROM prompts
 JOIN chosen ON prompts.model = chosen.model AND prompts.dataset = chosen.dataset AND prompts.run = prompts_run
 WHERE kept AND among(category, wanted_categories);
 
 -- Mean score of every layer output over the kept prompts (Yu and Ananiadou, arXiv 2312.12141, table 4).
 CREATE MACRO mean_layer_scores(
-    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_pool := false
 ) AS TABLE
-SELECT model, category, component, layer, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
+SELECT
+    model, shown_dataset AS dataset, category, component, layer,
+    mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
 FROM layer_scores
 JOIN _kept_prompts(
-    'layer_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    'layer_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run,
+    wanted_pool := wanted_pool
 ) USING (model, dataset, run, prompt_id)
 WHERE among(model, wanted_models)
-GROUP BY ALL;
+GROUP BY model, shown_dataset, category, component, layer;
 
 -- Heads by mean score over the kept prompts (ibid., table 10).
 CREATE MACRO ranked_heads(
-    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_pool := false
 ) AS TABLE
-SELECT *, row_number() OVER (PARTITION BY model, category ORDER BY score DESC, layer, head) AS rank
+SELECT *, row_number() OVER (PARTITION BY model, dataset, category ORDER BY score DESC, layer, head) AS rank
 FROM (
-    SELECT model, category, layer, head, mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
+    SELECT
+        model, shown_dataset AS dataset, category, layer, head,
+        mean_over(sum(score), count(*)) AS score, count(*) AS n_prompts
     FROM head_scores
     JOIN _kept_prompts(
-        'head_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+        'head_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run,
+        wanted_pool := wanted_pool
     ) USING (model, dataset, run, prompt_id)
     WHERE among(model, wanted_models)
-    GROUP BY ALL
+    GROUP BY model, shown_dataset, category, layer, head
 );
 
 -- The best k value neurons of each component, by mean score over the kept prompts. A run stores each prompt's best
 -- neurons, and their sums in neuron_sums; a neuron that is not stored with a prompt counts as 0 there. The scores of an
--- attention neuron are summed over its positions. n_prompts: the number of prompts with which it is stored. run: among
--- the runs that store it, the one with the most prompts of the category. Rows are grouped by numbers, because texts as
--- keys are slower.
+-- attention neuron are summed over its positions. n_prompts: the number of prompts with which it is stored, of the
+-- n_kept kept ones. run and dataset_of_run: among the runs that store it, the one with the most prompts of the category.
+-- Rows are grouped by numbers, because texts as keys are slower.
 CREATE MACRO ranked_neurons(
-    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k, wanted_pool := false
 ) AS TABLE
 WITH kept AS MATERIALIZED (
     SELECT
-        model, dataset, run, category, n_kept, dense_rank() OVER (ORDER BY model, category)::INTEGER AS kind,
+        model, dataset, run, category, shown_dataset, n_kept,
+        dense_rank() OVER (ORDER BY model, shown_dataset, category)::INTEGER AS kind,
         row_number() OVER (ORDER BY count(*) DESC, run, dataset, category)::INTEGER AS number
-    FROM _kept_prompts('neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run)
-    GROUP BY model, dataset, run, category, n_kept
+    FROM _kept_prompts(
+        'neuron_sums', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run,
+        wanted_pool := wanted_pool
+    )
+    GROUP BY model, dataset, run, category, shown_dataset, n_kept
 ),
 
 sums AS (
     SELECT
-        kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts) AS n_prompts, min(number) AS number
+        kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::BIGINT AS n_prompts,
+        min(number) AS number
     FROM neuron_sums
     JOIN kept USING (model, dataset, run, category)
     WHERE among(neuron_sums.model, wanted_models)
@@ -486,11 +520,24 @@ best AS (
 )
 
 SELECT
-    model, category, component, layer, head, neuron, score, n_prompts, dataset, run,
-    neuron_name(component, layer, head, neuron) AS neuron_name,
-    row_number() OVER (PARTITION BY model, category, component ORDER BY score DESC, layer, head, neuron) AS rank
+    model, shown_dataset AS dataset, category, component, layer, head, neuron, score, n_prompts, n_kept,
+    kept.dataset AS dataset_of_run, run, neuron_name(component, layer, head, neuron) AS neuron_name,
+    row_number() OVER (
+        PARTITION BY model, shown_dataset, category, component ORDER BY score DESC, layer, head, neuron
+    ) AS rank
 FROM best
 JOIN kept USING (number);
+
+-- The numbers of heads and of neurons of each component that a model has, from the chosen runs.
+CREATE MACRO sizes_of_models(wanted_table, wanted_variant, wanted_run) AS TABLE
+SELECT
+    model,
+    max(n_layers::BIGINT * n_heads) AS n_heads,
+    max(n_layers::BIGINT * n_heads * head_dim) AS n_attn_neurons,
+    max(n_layers::BIGINT * intermediate_size) AS n_ffn_neurons
+FROM models
+JOIN chosen_runs(wanted_table, wanted_variant, wanted_run) USING (model, dataset, run)
+GROUP BY model;
 
 -- The ten tokens with the largest and smallest logits of some neurons, a list of {model, dataset, run, component,
 -- layer, head, neuron}. Tokens are JSON strings, so that spaces are visible and line ends are escaped. No other runs'
@@ -515,23 +562,28 @@ GROUP BY model, dataset, run, component, layer, head, neuron;
 -- Rank and probability of the right token in each kept prompt when a method's k best neurons are set to 0 (ibid., table
 -- 2); the unmodified model is the method none, with k = 0.
 CREATE MACRO _ablated(
-    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k,
+    wanted_pool := false
 ) AS TABLE
 WITH ablated AS (
     SELECT *
     FROM ablations
     JOIN _kept_prompts(
-        'ablations', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run
+        'ablations', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run,
+        wanted_pool := wanted_pool
     ) USING (model, dataset, run, prompt_id)
     WHERE positions = wanted_positions AND (wanted_k IS NULL OR k = wanted_k)
 )
-SELECT model, category, dataset, run, prompt_id, method, k, rank_after AS rank, prob_after AS prob, logp_after AS logp
+SELECT
+    model, category, dataset, shown_dataset, run, prompt_id, method, k,
+    rank_after AS rank, prob_after AS prob, logp_after AS logp
 FROM ablated
 UNION ALL
 SELECT
-    model, category, dataset, run, prompt_id, 'none', 0, min(rank_before), min(prob_before), min(logp_before)
+    model, category, dataset, shown_dataset, run, prompt_id, 'none', 0,
+    min(rank_before), min(prob_before), min(logp_before)
 FROM ablated
-GROUP BY model, category, dataset, run, prompt_id;
+GROUP BY model, category, dataset, shown_dataset, run, prompt_id;
 
 CREATE MACRO ablation_effects(
     wanted_model := NULL, wanted_category := NULL, wanted_dataset := NULL, wanted_variant := 'default',

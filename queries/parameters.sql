@@ -16,6 +16,7 @@
 --   neuron     text    required           name of the neuron, such as f29_1234, or a23.12_45 in an attention head
 --   layer      integer required           layer of the head, from 0
 --   head       integer required           number of the head within its layer, from 0
+--   pool       boolean = no               add up the prompts of several datasets, which `dataset` then lists
 --   positions  text    = last             token positions at which neurons were set to 0: last or all
 --   study      text    = all              study: concept or knowledge
 --   k          integer = all              number of neurons set to 0

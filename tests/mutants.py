@@ -194,6 +194,25 @@ MUTANTS = [
         MACROS, "CASE WHEN lag(layer) OVER by_layer = layer - 1 THEN", "CASE WHEN true THEN", "tests/test_queries.py"
     ),
     Mutant(MACROS, "WHERE kept AND among(category", "WHERE among(category", "tests/test_knowledge_queries.py"),
+    Mutant(MACROS, "        ELSE dataset END;", "        ELSE 'all' END;", "tests/test_knowledge_queries.py"),
+    Mutant(
+        MACROS,
+        "CASE WHEN wanted_pool THEN NULL ELSE chosen.dataset END, category",
+        "category",
+        "tests/test_knowledge_queries.py",
+    ),
+    Mutant(
+        MACROS,
+        "dense_rank() OVER (ORDER BY model, shown_dataset, category)",
+        "dense_rank() OVER (ORDER BY model, category)",
+        "tests/test_knowledge_queries.py",
+    ),
+    Mutant(
+        MACROS, "AS a * b / nullif(n, 0)::DOUBLE;", "AS a / nullif(n, 0)::DOUBLE;", "tests/test_knowledge_queries.py"
+    ),
+    Mutant(
+        MACROS, "range(greatest(0, a + b - n), least(a, b) + 1),", "range(0, a),", "tests/test_knowledge_queries.py"
+    ),
     Mutant(MACROS, "len(a) + len(b) - n_shared(a, b))", "len(a) + len(b))", "tests/test_knowledge_queries.py"),
     Mutant(MACROS, "WHEN preferred THEN 1 ELSE 3 END", "WHEN preferred THEN 3 ELSE 1 END", "tests/test_current.py"),
     Mutant(MACROS, "least(finished_at, imported_at) AS since", "finished_at AS since", "tests/test_current.py"),

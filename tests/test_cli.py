@@ -28,6 +28,7 @@ from kdb.ingest.concept import probing
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job
 from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.schema import SCHEMA_VERSION
 
 RunKdb = Callable[..., Result]
 
@@ -224,7 +225,7 @@ def test_a_saved_query_takes_its_parameters_and_formats(measured: Path, run_kdb:
 def test_no_rows_is_said_beside_the_empty_answer(measured: Path, run_kdb: RunKdb) -> None:
     result = run_kdb("query", "top-heads", "--warehouse", measured, "--format", "csv")
     assert result.exit_code == 0
-    assert result.stdout.startswith("model,category,rank,")
+    assert result.stdout.startswith("model,dataset,category,rank,")
     assert result.stderr == "No rows. `kdb runs` lists what was measured; with --help, a query says what it needs.\n"
 
 
@@ -467,7 +468,8 @@ def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_as_it_is(
     (warehouse / "warehouse.json").write_text('{"schema_version": 99}')
     before = tree(warehouse)
     result = ingest_tiny(warehouse) if command == "ingest" else run_kdb(command, "--warehouse", warehouse)
-    assert "was written by a newer kdb (schema 99, this one knows 5). Upgrade kdb" in refusal(result)
+    newer = f"was written by a newer kdb (schema 99, this one knows {SCHEMA_VERSION}). Upgrade kdb"
+    assert newer in refusal(result)
     assert tree(warehouse) == before
 
 

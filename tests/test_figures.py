@@ -24,6 +24,7 @@ from kdb.analysis.figures import FIGURES
 from kdb.analysis.save import save
 from kdb.analysis.style import Look, look_of
 from kdb.analysis.transfer import pair_map
+from kdb.analysis.uncertainty import mean_intervals
 from kdb.errors import QueryError, UnknownNameError
 from kdb.ingest.concept.metrics import wilson_interval
 from kdb.queries.catalogue import find_query
@@ -43,6 +44,13 @@ CONCEPTS = (Concept("cities", 40, 0.9), Concept("own", 40, 0.8))
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     return build(tmp_path_factory.mktemp("small") / "w", TINY, CONCEPTS, prompts_per_category=7, top_k=10)
+
+
+@pytest.fixture(scope="module")
+def two_facts(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    """Two datasets of facts with the same categories, and different numbers of prompts."""
+    folder = tmp_path_factory.mktemp("two") / "w"
+    return build(folder, TINY[:1], [], prompts_per_category=7, top_k=10, more_facts={"relations": 12})
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +126,8 @@ def test_the_axis_of_curves_begins_just_below_what_is_drawn(small: Warehouse) ->
 def test_every_figure_holds_nine_models_and_nine_datasets(large: Warehouse, name: str) -> None:
     numbers = figures.frame(large, name)
     if "dataset" in numbers.columns and name != "depth-by-family":
-        assert numbers["dataset"].n_unique() == 9
+        of_facts = find_query(FIGURES[name].query).group == "knowledge"
+        assert numbers["dataset"].n_unique() == (1 if of_facts else 9)
     assert numbers["model"].n_unique() == (9 if name != "depth-by-family" else 3)
     spec(figures.chart(large, name))
 
@@ -186,6 +195,73 @@ def test_shares_of_neurons_add_up_to_100_percent_in_every_panel(small: Warehouse
     frame = figures.frame(small, "neurons-by-layer")
     totals = frame.group_by("model", "category", "kind").agg(pl.col("share_percent").sum())["share_percent"]
     assert totals.to_list() == pytest.approx([100.0] * len(totals))
+
+
+# Several datasets ------------------------------------------------------------------------------------------------
+
+OF_FACTS = [
+    name for name, figure in FIGURES.items() if find_query(figure.query).group == "knowledge" and name != "prompt-story"
+]
+
+
+@pytest.mark.parametrize("name", OF_FACTS)
+def test_a_figure_of_two_datasets_shows_each_as_it_is_alone(two_facts: Warehouse, name: str) -> None:
+    both = figures.frame(two_facts, name)
+    for dataset in ("knowledge", "relations"):
+        alone = figures.frame(two_facts, name, dataset=dataset)
+        assert not alone.is_empty()
+        assert both.filter(dataset=dataset).sort(both.columns).equals(alone.sort(both.columns))
+
+
+@pytest.mark.parametrize("name", OF_FACTS)
+def test_a_figure_of_pooled_datasets_names_them_and_counts_all_their_prompts(two_facts: Warehouse, name: str) -> None:
+    apart, pooled = figures.frame(two_facts, name), figures.frame(two_facts, name, pool=True)
+    assert set(pooled["dataset"]) == {"knowledge + relations"}
+    counted = "n_prompts" if "n_prompts" in pooled.columns else "n_prompts_a"
+    most = apart.group_by("dataset").agg(pl.col(counted).max())[counted]
+    assert pooled[counted].max() == most.sum()
+    assert len(pooled) < len(apart)
+    drawn = spec(figures.chart(two_facts, name, pool=True))
+    assert any(line.startswith("dataset: knowledge + relations; n = ") for line in drawn["title"]["subtitle"])
+
+
+def test_pooled_intervals_are_those_of_all_prompts(two_facts: Warehouse) -> None:
+    scores = two_facts.query("layer-scores", category="capital").filter(layer_name="f3")["score"].to_numpy()
+    low, high = mean_intervals(scores[:, None])
+    row = figures.frame(two_facts, "top-layers", category="capital", pool=True).filter(layer_name="f3")
+    assert row["n_prompts"].item() == len(scores)
+    assert row.select("low", "high").row(0) == pytest.approx((low[0], high[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer"])
+def test_every_panel_is_named_after_its_dataset_category_and_number_of_prompts(two_facts: Warehouse, name: str) -> None:
+    frame = figures.frame(two_facts, name)
+    drawn = spec(figures.chart(two_facts, name))
+    named = {
+        f"{dataset}\n{category} (n = {n})"
+        for dataset, category, n in frame.select("dataset", "category", "n_prompts").rows()
+    }
+    panels = drawn["facet"]["sort"]
+    assert set(panels) == named
+    assert [panel.split("\n")[0] for panel in panels] == ["knowledge"] * 6 + ["relations"] * 6
+    assert "datasets: knowledge, relations; n = " in "".join(drawn["title"]["subtitle"])
+
+
+def test_methods_and_overlaps_have_a_panel_for_each_dataset(two_facts: Warehouse) -> None:
+    assert spec(figures.chart(two_facts, "attribution-methods"))["facet"]["row"]["sort"] == ["knowledge", "relations"]
+    for name in ("head-overlap", "neuron-overlap", "attention-vs-ffn"):
+        assert spec(figures.chart(two_facts, name))["facet"]["sort"] == ["tiny-a\nknowledge", "tiny-a\nrelations"]
+
+
+def test_overlaps_say_how_much_is_shared_by_chance(two_facts: Warehouse) -> None:
+    drawn = spec(figures.chart(two_facts, "head-overlap", k=2))
+    expected = 2 * 2 / (4 * 2)
+    begins = f"by chance: shared {expected}, Jaccard index 0."
+    assert any(line.startswith(begins) for line in drawn["title"]["subtitle"])
+    assert "jaccard_by_chance" in json.dumps(drawn["spec"])
+
+
+# Answers and transfers -------------------------------------------------------------------------------------------
 
 
 def test_the_zero_shot_accuracy_stands_beside_every_layer(small: Warehouse) -> None:

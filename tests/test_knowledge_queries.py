@@ -27,6 +27,7 @@ from helpers.knowledge_rows import (
     token_rows,
 )
 from helpers.stored import NOON, Rows, add_run, assert_same_in_the_shell, create_lake, needs_shell
+from scipy.stats import hypergeom
 
 import kdb
 from kdb.errors import QueryError, UnknownNameError
@@ -78,7 +79,7 @@ def database(lake: Path) -> Database:
 
 def test_top_layers(database: Database) -> None:
     rows = database.query("top-layers", model="alpha")
-    assert rows.columns[:5] == ["model", "category", "rank", "layer_name", "component"]
+    assert rows.columns[:6] == ["model", "dataset", "category", "rank", "layer_name", "component"]
     assert rows.select("category", "rank", "layer_name", "score", "n_prompts").rows() == [
         ("language", 1, "a0", 2.0, 2),
         ("language", 2, "f1", 1.5, 2),
@@ -110,10 +111,10 @@ def test_top_heads(database: Database) -> None:
 def test_attribution_methods(database: Database) -> None:
     rows = database.query("attribution-methods")
     assert rows.rows() == [
-        ("alpha", "o", "none", 0, 0.5, pytest.approx(30), -2.0, 3),
-        ("alpha", "a", "log_prob_increase", 5, 0.5, pytest.approx(30), -2.0, 3),
-        ("alpha", "a", "log_prob_increase", 10, pytest.approx(1 / 3), pytest.approx(10), -4.0, 3),
-        ("alpha", "d", "norm", 10, 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "facts", "o", "none", 0, 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "facts", "a", "log_prob_increase", 5, 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "facts", "a", "log_prob_increase", 10, pytest.approx(1 / 3), pytest.approx(10), -4.0, 3),
+        ("alpha", "facts", "d", "norm", 10, 0.5, pytest.approx(30), -2.0, 3),
     ]
     assert database.query("attribution-methods", k=5)["method"].to_list() == ["none", "log_prob_increase"]
     language = database.query("attribution-methods", positions="all", category="language")
@@ -137,7 +138,8 @@ def test_methods_beyond_the_papers_come_last(lake: Path, tmp_path: Path) -> None
 
 def test_value_neurons_by_layer(database: Database) -> None:
     rows = database.query("value-neurons-by-layer", model="alpha")
-    assert rows.drop("model").rows() == [
+    assert set(rows.filter(category="language")["n_prompts"]) == {2}
+    assert rows.drop("model", "dataset", "n_prompts").rows() == [
         ("language", "attn", 0, 1.0, 50.0, 1.2),
         ("language", "attn", 1, 1.0, 50.0, 0.75),
         ("language", "attn", 2, 0.0, 0.0, 0.0),
@@ -155,14 +157,14 @@ def test_value_neurons_by_layer(database: Database) -> None:
 
 def test_top_neurons(database: Database) -> None:
     rows = database.query("top-neurons", model="alpha")
-    assert rows.select("category", "component", "rank", "neuron_name", "score", "n_prompts").rows() == [
-        ("language", "attn", 1, "a0.0_4", 1.2, 2),
-        ("language", "attn", 2, "a1.1_5", 0.75, 1),
-        ("language", "ffn", 1, "f0_3", 3.0, 2),
-        ("language", "ffn", 2, "f1_7", 2.0, 1),
-        ("language", "ffn", 3, "f1_9", 0.5, 1),
-        ("capital", "ffn", 1, "f0_3", 1.0, 1),
-        ("capital", "ffn", 2, "f1_9", 1.0, 1),
+    assert rows.select("category", "component", "rank", "neuron_name", "score", "n_prompts", "n_kept").rows() == [
+        ("language", "attn", 1, "a0.0_4", 1.2, 2, 2),
+        ("language", "attn", 2, "a1.1_5", 0.75, 1, 2),
+        ("language", "ffn", 1, "f0_3", 3.0, 2, 2),
+        ("language", "ffn", 2, "f1_7", 2.0, 1, 2),
+        ("language", "ffn", 3, "f1_9", 0.5, 1, 2),
+        ("capital", "ffn", 1, "f0_3", 1.0, 1, 1),
+        ("capital", "ffn", 2, "f1_9", 1.0, 1, 1),
     ]
     best = database.query("top-neurons", model="alpha", component="ffn", k=1)
     assert best["neuron_name"].to_list() == ["f0_3", "f0_3"]
@@ -179,10 +181,10 @@ def test_tokens_of_a_neuron_are_one_text(database: Database) -> None:
 
 def test_query_neurons(database: Database) -> None:
     rows = database.query("query-neurons")
-    assert rows.select("category", "activates", "rank", "neuron_name", "score", "n_prompts").rows() == [
-        ("language", "attn", 1, "f0_8", 0.375, 2),
-        ("language", "attn", 2, "f0_3", 0.25, 1),
-        ("language", "ffn", 1, "f1_2", 0.25, 1),
+    assert rows.select("category", "activates", "rank", "neuron_name", "score", "n_prompts", "n_kept").rows() == [
+        ("language", "attn", 1, "f0_8", 0.375, 2, 2),
+        ("language", "attn", 2, "f0_3", 0.25, 1, 2),
+        ("language", "ffn", 1, "f1_2", 0.25, 1, 2),
     ]
     assert rows["bottom_tokens"].to_list() == [None, '"it\'s", " ü"', None]
     assert database.query("query-neurons", activates="ffn")["neuron"].to_list() == [2]
@@ -233,6 +235,7 @@ def test_one_head_by_category_and_prompt(database: Database) -> None:
     ]
     rows = database.query("head-in-prompts", layer=1, head=0, model="alpha", k=3)
     assert rows.select("prompt_id", "score", "reads").rows() == [(3, 5.0, None), (1, 4.0, '" Spain"'), (6, 4.0, None)]
+    assert set(rows["n_prompts"]) == {4}, "three of the four kept prompts"
 
 
 def test_query_layers(database: Database) -> None:
@@ -246,18 +249,21 @@ def test_query_layers(database: Database) -> None:
 
 
 def test_head_overlap(database: Database) -> None:
-    assert database.query("head-overlap", k=2).rows() == [
-        ("alpha", "language", "capital", 1, pytest.approx(1 / 3)),
-        ("alpha", "language", "zoo", 2, 1.0),
-        ("alpha", "capital", "zoo", 1, pytest.approx(1 / 3)),
+    rows = database.query("head-overlap", k=2)
+    assert rows.select("model", "dataset", "category_a", "category_b", "shared", "jaccard").rows() == [
+        ("alpha", "facts", "language", "capital", 1, pytest.approx(1 / 3)),
+        ("alpha", "facts", "language", "zoo", 2, 1.0),
+        ("alpha", "facts", "capital", "zoo", 1, pytest.approx(1 / 3)),
     ]
+    assert rows.select("n_prompts_a", "n_prompts_b").rows() == [(2, 1), (2, 1), (1, 1)]
     assert database.query("head-overlap", k=1)["shared"].to_list() == [1, 0, 0]
     assert database.query("head-overlap")["jaccard"].to_list() == [1.0, 1.0, 1.0]  # all four heads
 
 
 def test_neuron_overlap(database: Database) -> None:
-    assert database.query("neuron-overlap").rows() == [
-        ("alpha", "language", "capital", 2, pytest.approx(2 / 3)),
+    rows = database.query("neuron-overlap")
+    assert rows.select("category_a", "category_b", "shared", "jaccard", "n_prompts_a", "n_prompts_b").rows() == [
+        ("language", "capital", 2, pytest.approx(2 / 3), 2, 1),
     ]
     assert database.query("neuron-overlap", k=1).select("shared", "jaccard").rows() == [(1, 1.0)]
     assert database.query("neuron-overlap", component="attn").is_empty()
@@ -265,10 +271,10 @@ def test_neuron_overlap(database: Database) -> None:
 
 def test_attention_vs_ffn(database: Database) -> None:
     assert database.query("attention-vs-ffn").rows() == [
-        ("alpha", "language", 3.0, 2.0, 60.0, 40.0, 2),
-        ("alpha", "capital", 2.0, 2.0, 50.0, 50.0, 1),
-        ("alpha", "zoo", 1.0, -1.0, None, None, 1),
-        ("beta", "language", 2.0, 3.0, 40.0, 60.0, 1),
+        ("alpha", "facts", "language", 3.0, 2.0, 60.0, 40.0, 2),
+        ("alpha", "facts", "capital", 2.0, 2.0, 50.0, 50.0, 1),
+        ("alpha", "facts", "zoo", 1.0, -1.0, None, None, 1),
+        ("beta", "facts", "language", 2.0, 3.0, 40.0, 60.0, 1),
     ]
 
 
@@ -283,7 +289,7 @@ def test_kept_prompts(database: Database) -> None:
 
 def test_position_attention(database: Database) -> None:
     rows = database.query("position-attention")
-    assert rows.drop("model", "category").rows() == [
+    assert rows.drop("model", "dataset", "category").rows() == [
         (1, "a1.0", " Spain", 1, 0.25, 3.0),
         (1, "a1.0", " France", 1, 0.5, 2.0),
         (1, "a1.0", " of", 1, 0.25, 0.5),  # as much as the next: by token
@@ -394,21 +400,158 @@ def test_every_answer_is_in_the_papers_order_of_categories(tmp_path: Path, name:
         assert found["n_prompts"].to_list() == [8, 8]
 
 
-def test_prompts_of_several_datasets_are_pooled(tmp_path: Path) -> None:
+# Several datasets ------------------------------------------------------------------------------------------------
+
+
+MORE: dict[str, Rows] = {
+    "models": [{"n_layers": 1}],
+    "prompts": [prompt(0, "language"), prompt(1, "language")],
+    "layer_scores": [*layer_rows(0, attn=[5.0], ffn=[0.0]), *layer_rows(1, attn=[5.0], ffn=[0.0])],
+}
+
+
+def test_datasets_with_the_same_category_are_added_up_only_with_pool(tmp_path: Path) -> None:
     lake = create_lake(tmp_path)
-    more: dict[str, Rows] = {
-        "prompts": [prompt(0, "language"), prompt(1, "language")],
-        "layer_scores": [*layer_rows(0, attn=[5.0], ffn=[0.0]), *layer_rows(1, attn=[5.0], ffn=[0.0])],
-    }
     add_knowledge(lake, "beta", "facts", "b" * 16, BETA)
-    add_knowledge(lake, "beta", "more", "c" * 16, more)
+    add_knowledge(lake, "beta", "more", "c" * 16, MORE)
     with Database(lake) as database:
-        rows = database.query("top-layers").select("layer_name", "score", "n_prompts").rows()
-        assert rows == [("a0", 4.0, 3), ("f0", 1.0, 3)]
-        assert database.query("top-layers", dataset="facts")["score"].to_list() == [3.0, 2.0]
+        assert database.query("top-layers").select("dataset", "rank", "layer_name", "score", "n_prompts").rows() == [
+            *(("facts", 1, "f0", 3.0, 1), ("facts", 2, "a0", 2.0, 1)),
+            *(("more", 1, "a0", 5.0, 2), ("more", 2, "f0", 0.0, 2)),
+        ]
+        pooled = database.query("top-layers", pool=True)
+        assert pooled.select("dataset", "rank", "layer_name", "score", "n_prompts").rows() == [
+            ("facts + more", 1, "a0", 4.0, 3),
+            ("facts + more", 2, "f0", 1.0, 3),
+        ]
+        assert database.query("top-layers", pool=True, dataset="facts")["dataset"].unique().to_list() == ["facts"]
         # The other dataset has no neuron_scores: its prompts do not count as ones that lack the neuron.
-        assert database.query("top-neurons")["score"].to_list() == [1.0]
-        assert database.query("value-neurons-by-layer")["neurons"].to_list() == [1.0]
+        assert database.query("top-neurons", pool=True).select("dataset", "score", "n_kept").rows() == [
+            ("facts", 1.0, 1)
+        ]
+        assert database.query("value-neurons-by-layer", pool=True)["neurons"].to_list() == [1.0]
+
+
+POOLING = [name for name in KNOWLEDGE if "pool" in [param.name for param in load_catalogue()[name].params]]
+OF_SINGLE_PROMPTS = {"ablation-effects", "head-scores", "layer-scores", "neuron-scores", "prompts", "prompt-story"}
+HALVES = {"one": (0, 2, 4, 5), "two": (1, 3, 6)}
+
+
+def part_of(tables: dict[str, Rows], prompts: tuple[int, ...]) -> dict[str, Rows]:
+    """Return the rows of some prompts, and those of no prompt."""
+    return {name: [row for row in rows if row.get("prompt_id", prompts[0]) in prompts] for name, rows in tables.items()}
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prompts of alpha as two datasets; both have kept prompts of language."""
+    lake = create_lake(tmp_path_factory.mktemp("halved"))
+    for number, (dataset, prompts) in enumerate(HALVES.items()):
+        add_knowledge(lake, "alpha", dataset, f"{number}" * 16, part_of(ALPHA, prompts))
+    return lake
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lake = create_lake(tmp_path_factory.mktemp("whole"))
+    add_knowledge(lake, "alpha", "one + two", "f" * 16, ALPHA)
+    return lake
+
+
+def test_every_query_of_means_over_prompts_can_pool() -> None:
+    assert set(KNOWLEDGE) - set(POOLING) == OF_SINGLE_PROMPTS | {"kept-prompts", "neuron-tokens"}
+    assert "pool" in [param.name for param in load_catalogue()["scores-by-step"].params]
+
+
+@pytest.mark.parametrize("name", POOLING)
+def test_pooled_datasets_answer_as_one_dataset_of_all_their_prompts(halved: Path, whole: Path, name: str) -> None:
+    given = REQUIRED.get(name, {})
+    with Database(halved) as parts, Database(whole) as union:
+        pooled, expected = parts.query(name, pool=True, **given), union.query(name, **given)
+        if "prompt_id" in expected.columns:  # a single prompt keeps the name of its dataset
+            pooled, expected = pooled.drop("dataset"), expected.drop("dataset")
+        assert not expected.is_empty()
+        assert pooled.equals(expected)
+        assert not parts.query(name, **given).drop("dataset").equals(expected.drop("dataset", strict=False))
+
+
+@pytest.mark.parametrize("name", POOLING)
+def test_the_answer_about_a_dataset_does_not_depend_on_the_others(halved: Path, name: str) -> None:
+    given = REQUIRED.get(name, {})
+    with Database(halved) as database:
+        found = database.query(name, **given)
+        for dataset in HALVES:
+            assert found.filter(dataset=dataset).equals(database.query(name, dataset=dataset, **given))
+
+
+@needs_shell
+@pytest.mark.parametrize("name", POOLING)
+def test_the_shell_pools_as_kdb_does(halved: Path, name: str) -> None:
+    with Database(halved) as database:
+        assert_same_in_the_shell(halved, database, name, pool=True, **REQUIRED.get(name, {}))
+
+
+def test_every_answer_of_means_shows_dataset_and_number_of_prompts(halved: Path) -> None:
+    with Database(halved) as database:
+        for name in POOLING:
+            columns = database.query(name, **REQUIRED.get(name, {})).columns
+            assert "dataset" in columns, name
+            assert {"n_prompts", "n_prompts_a"} & set(columns), name
+
+
+@pytest.mark.parametrize("given", ["perhaps", 1, 0.5, ["yes"]])
+def test_pool_is_yes_or_no(database: Database, given: object) -> None:
+    with pytest.raises(QueryError, match="parameter pool: expected yes or no, found"):
+        database.query("top-heads", pool=given)
+
+
+def test_pool_is_a_flag_on_the_command_line(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
+    for number, (dataset, tables) in enumerate((("facts", BETA), ("more", MORE))):
+        with FolderStorage.create(tmp_path / "w").stage(f"{number:016x}", "beta", dataset) as staged:
+            for table, rows in tables.items():
+                staged.write_rows(table, "part", rows)
+            staged.commit({"study": "knowledge", "variant": "default"})
+
+    def datasets(*options: str) -> list[str]:
+        result = run_kdb("query", "top-layers", *options, "--warehouse", tmp_path / "w", "--format", "json")
+        assert result.exit_code == 0, result.output
+        return [row["dataset"] for row in json.loads(result.stdout)]
+
+    assert datasets() == ["facts", "facts", "more", "more"]
+    assert datasets("--pool") == ["facts + more", "facts + more"]
+    helped = run_kdb("query", "top-layers", "--help")
+    assert "--pool" in helped.stdout
+
+
+# Chance ----------------------------------------------------------------------------------------------------------
+
+
+def test_overlaps_have_their_level_by_chance(database: Database) -> None:
+    heads = database.query("head-overlap", k=2)  # two of the six heads of three layers
+    assert heads["shared_by_chance"].to_list() == pytest.approx([2 * 2 / 6] * 3)
+    # 0, 1 or 2 shared in 6, 8 and 1 of the 15 pairs.
+    assert heads["jaccard_by_chance"].to_list() == pytest.approx([(8 * 1 / 3 + 1 * 1) / 15] * 3)
+    neurons = database.query("neuron-overlap")  # 3 and 2 of the 3 × 16 FFN neurons
+    assert neurons["shared_by_chance"].to_list() == pytest.approx([3 * 2 / 48])
+    attn = database.query("neuron-overlap", component="attn", category="language")
+    assert attn.is_empty()
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(1, 1, 1), (10, 10, 270), (4, 7, 9), (300, 300, 46080), (5, 5, 5)])
+def test_the_level_by_chance_is_the_mean_over_random_draws(database: Database, a: int, b: int, n: int) -> None:
+    shared, jaccard = database.sql(f"SELECT shared_by_chance({a}, {b}, {n}), jaccard_by_chance({a}, {b}, {n})").row(0)
+    chances = {x: hypergeom.pmf(x, n, a, b) for x in range(max(0, a + b - n), min(a, b) + 1)}
+    assert shared == pytest.approx(sum(x * p for x, p in chances.items()))
+    assert jaccard == pytest.approx(sum(x / (a + b - x) * p for x, p in chances.items()), rel=1e-6)
+
+
+def test_there_is_no_level_by_chance_where_the_size_of_the_model_is_not_stored(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    add_knowledge(lake, "alpha", "facts", "a" * 16, ALPHA | {"models": [{"n_layers": 3}]})
+    with Database(lake) as database:
+        for name in ("head-overlap", "neuron-overlap"):
+            rows = database.query(name)
+            assert set(rows["shared_by_chance"]) == set(rows["jaccard_by_chance"]) == {None}
 
 
 def test_a_neuron_stored_with_two_datasets_has_its_tokens_once(tmp_path: Path) -> None:
@@ -417,8 +560,10 @@ def test_a_neuron_stored_with_two_datasets_has_its_tokens_once(tmp_path: Path) -
     for dataset, run in (("facts", "a" * 16), ("more", "b" * 16)):
         add_knowledge(lake, "beta", dataset, run, BETA | {"neuron_tokens": tokens})
     with Database(lake) as database:
-        rows = database.query("top-neurons").select("neuron_name", "n_prompts", "top_tokens").rows()
+        rows = database.query("top-neurons", pool=True).select("neuron_name", "n_prompts", "top_tokens").rows()
         assert rows == [("f0_1", 2, '" a", " b"')]
+        rows = database.query("top-neurons").select("dataset", "neuron_name", "n_prompts", "top_tokens").rows()
+        assert rows == [("facts", "f0_1", 1, '" a", " b"'), ("more", "f0_1", 1, '" a", " b"')]
 
 
 def test_a_derived_run_has_the_prompts_of_its_source(tmp_path: Path) -> None:

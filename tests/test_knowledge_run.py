@@ -743,7 +743,7 @@ def test_where_no_prompt_counts_the_run_says_so(
         *("prompts", "checks", "models", "datasets")
     }
     empty = run_kdb("query", "top-heads", "--warehouse", tmp_path / "new", "--format", "csv")
-    assert (empty.exit_code, empty.stdout) == (0, "model,category,rank,head_name,layer,head,score,n_prompts\n")
+    assert (empty.exit_code, empty.stdout) == (0, "model,dataset,category,rank,head_name,layer,head,score,n_prompts\n")
     (told,) = asked(run_kdb, tmp_path / "new", "kept-prompts")
     assert (told["n_prompts"], told["kept"], told["not_in_top_ten"]) == (4, 0, 4)
     again = answer(ingest(tmp_path / "new", dataset=tmp_path / "unknown.csv"))

@@ -364,6 +364,21 @@ def test_header_becomes_a_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "value"), [(True, True), (False, False), ("yes", True), ("No", False), ("true", True), ("0", False)]
+)
+def test_a_boolean_is_yes_or_no(tmp_path: Path, given: object, value: bool) -> None:
+    header = HEADER.replace("--   kinds  texts = all", "--   kinds  boolean = no")
+    query = load_catalogue(write_query(tmp_path, header + BODY))["rows"]
+    assert query.params[-1].default is False
+    assert query.params[-1].shown_default == "no"
+    assert query.bind({"share": 1})["kinds"] is False
+    assert query.bind({"share": 1, "kinds": given})["kinds"] is value
+    assert "SET VARIABLE kinds = false;" in query.shell_script()
+    with pytest.raises(QueryError, match="parameter kinds: expected yes or no, found 'perhaps'"):
+        query.bind({"share": 1, "kinds": "perhaps"})
+
+
+@pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
         ("getvariable('model'), ", "", "'model' is declared but not used"),

@@ -90,6 +90,23 @@ def test_tables_of_j_and_c_say_what_they_are_worth_and_where_probes_disagree(rep
     assert {"logistic", "logistic-raw", "logistic-paper", "agree"} <= set(points.columns)
 
 
+def test_tables_of_means_keep_datasets_apart_and_print_the_number_of_prompts(tmp_path: Path) -> None:
+    wh = build(tmp_path / "w", TINY[:1], [], prompts_per_category=12, top_k=10, more_facts={"relations": 4})
+    report = build_report(wh)
+    items = [item for item in report.chapters["Knowledge attribution"] if item.frame is not None]
+    assert len(items) >= 8
+    for item in items:
+        assert item.frame is not None
+        assert set(item.frame["dataset"]) == {"knowledge", "relations"}, item.title
+        assert {"n_prompts", "n_prompts_a"} & set(item.frame.columns), item.title
+    titles = [item.title for item in items]
+    assert {"Heads shared by categories", "Neurons shared by categories"} <= set(titles)
+    best = next(item for item in items if item.title.startswith("Table 10"))
+    for dataset, text in best.frame.select("dataset", "best first").rows():  # type: ignore[union-attr]
+        assert ("–" in text) == (dataset == "knowledge"), "ranks have no range below five prompts"
+    assert "below five prompts" in best.note
+
+
 def test_markdown_holds_the_tables_alone_and_each_row_has_all_cells(small: Warehouse) -> None:
     text = build_report(small, pictures=False).markdown()
     assert "data:image" not in text

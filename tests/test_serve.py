@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,12 +24,14 @@ import pytest
 import schemathesis
 from click.testing import Result
 from helpers.served import Served, served
+from helpers.synthetic import Model, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
 import kdb
+from kdb.analysis.captions import FEW, MEANS
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.limits import Limits
@@ -245,6 +249,64 @@ def test_a_forged_cursor_or_filter_is_refused_or_asks_for_nothing_else(text: str
         # What was given stands in the parameters and never in the SQL.
         assert page.sql.count("?") == len(page.params)
         assert "'" not in page.sql
+
+
+# Several datasets of facts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_facts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A server of two datasets with the same categories, one of them with too few prompts for intervals."""
+    folder = tmp_path_factory.mktemp("two") / "w"
+    models = [Model("tiny-a", "tiny", 10**8, 4, 2)]
+    build(folder, models, [], prompts_per_category=12, top_k=10, more_facts={"relations": 4})
+    with served("--warehouse", folder) as running, running.client() as opened:
+        yield opened
+
+
+def test_pages_show_datasets_apart_with_the_number_of_prompts(two_facts: httpx.Client) -> None:
+    for path in ("/model?model=tiny-a", "/compare?model=tiny-a", "/head?layer=3&head=1"):
+        page = two_facts.get(path).text
+        assert "<td>knowledge</td>" in page
+        assert "<td>relations</td>" in page
+    assert "(n = " in two_facts.get("/compare?model=tiny-a").text
+    told = html.unescape(two_facts.get("/model?model=tiny-a").text)
+    assert MEANS in told
+    assert FEW in told, "some rows have no interval"
+
+
+def test_prompts_of_one_number_in_two_datasets_are_not_one_page(two_facts: httpx.Client) -> None:
+    refused = two_facts.get("/prompt?model=tiny-a&prompt=0", headers={"accept": "text/html"})
+    assert refused.status_code == 400
+    assert "Prompt 0 exists in several datasets: knowledge, relations." in html.unescape(refused.text)
+    shown = two_facts.get("/prompt?model=tiny-a&prompt=0&dataset=relations")
+    assert shown.status_code == 200
+    assert "Prompt of relations." in shown.text
+
+
+def test_a_page_that_compares_has_each_datasets_five_best(two_facts: httpx.Client) -> None:
+    page = two_facts.get("/compare", params={"model": "tiny-a", "category": "capital"}).text
+    for dataset in ("knowledge", "relations"):
+        given = {"dataset": dataset, "category": "capital", "k": 1}
+        (best,) = two_facts.get("/api/queries/top-heads", params=given).json()
+        row = re.search(rf"<td>{dataset}</td><td>capital</td><td class=\"number\">1</td>.*a\d", page)
+        assert row is not None
+        assert f"(n = {best['n_prompts']})" in page
+
+
+def test_datasets_are_pooled_by_a_check_box_and_over_http(two_facts: httpx.Client) -> None:
+    form = two_facts.get("/queries/top-heads").text
+    assert re.search('<input type="checkbox" id="p-pool" name="pool" value="yes" ', form)
+    assert "knowledge + relations" not in form
+    pooled = two_facts.get("/queries/top-heads?pool=yes").text
+    assert "knowledge + relations" in pooled
+    assert re.search('name="pool" value="yes" checked', pooled)
+    for value, expected in (("yes", {"knowledge + relations"}), ("no", {"knowledge", "relations"})):
+        rows = two_facts.get("/api/queries/top-heads", params={"pool": value}).json()
+        assert {row["dataset"] for row in rows} == expected
+    chart = two_facts.get("/charts/top-heads?pool=yes").json()
+    assert any("knowledge + relations" in line for line in chart["title"]["subtitle"])
+    assert two_facts.get("/api/queries/top-heads?pool=maybe").status_code == 422
 
 
 # Unchanged answers, new runs -------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     yield Drawn("Attention and FFN", "", "attention-vs-ffn", params)
     yield Tabled(
         "Attention and FFN",
-        f"Sums over layers, with 95 % intervals over prompts; {FEW}.",
+        f"Sums over layers, as means over the n_prompts kept prompts of each dataset with 95 % intervals; {FEW}.",
         "attention-vs-ffn",
         params,
         lambda: importance.attention_and_ffn(wh, **params),
@@ -217,8 +217,8 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
 def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Drawn("Every layer", "", "layer-scores", params)
     ranks = (
-        "The brackets show the range of the rank in the middle 95 % of resampled prompts: a narrow one means a stable "
-        "rank. There is none below five prompts."
+        "By the mean over the n_prompts kept prompts of each dataset. The brackets show the range of the rank in the "
+        "middle 95 % of resampled prompts: a narrow one means a stable rank. There is none below five prompts."
     )
     yield Tabled(
         "Table 4: the ten best layers",
@@ -239,7 +239,12 @@ def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
     )
     yield Drawn("Every head", "", "head-map", params)
     yield _asked(
-        wh, "Tokens that the best heads read", "", "position-attention", params | {"k": 1, "tokens": 3}, _ASKED
+        wh,
+        "Tokens that the best heads read",
+        _WITHOUT_INTERVALS,
+        "position-attention",
+        params | {"k": 1, "tokens": 3},
+        _ASKED,
     )
 
 
@@ -247,7 +252,7 @@ def _neurons_and_methods(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Drawn("Figure 2: layers of the value and query neurons", "", "neurons-by-layer", params)
     yield Tabled(
         "The best neurons",
-        f"With 95 % intervals over prompts; {FEW}.",
+        f"By the mean over the n_prompts kept prompts of each dataset, with its 95 % interval; {FEW}.",
         "top-neurons",
         params | {"k": 3},
         lambda: _neurons(wh, params | {"k": 3}),
@@ -264,6 +269,19 @@ def _neurons_and_methods(wh: Warehouse, params: dict[str, Any]) -> Contents:
     )
     yield Drawn("Heads shared by categories", "", "head-overlap", params)
     yield Drawn("Neurons shared by categories", "", "neuron-overlap", params)
+    for kind, query in (("Heads", "head-overlap"), ("Neurons", "neuron-overlap")):
+        yield _asked(wh, f"{kind} shared by categories", _BY_CHANCE, query, params, _ASKED)
+
+
+_WITHOUT_INTERVALS = (
+    "Means over the n_prompts kept prompts that contain the token, without intervals, because most tokens occur in "
+    "only a few prompts."
+)
+
+_BY_CHANCE = (
+    "Among the best of each, beside the level by chance: what as many that are drawn at random share on average. "
+    "n_prompts_a and n_prompts_b are the numbers of prompts behind the two lists."
+)
 
 
 CHAPTERS = {
@@ -295,12 +313,12 @@ def _asked(wh: Warehouse, title: str, note: str, query: str, params: dict[str, A
 
 
 def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
-    """Return a row for each model and category as in the paper: names in order, each with the interval of its rank."""
+    """Return a row for each model, dataset and category: names in order, each with the interval of its rank."""
     if ranking.is_empty():
         return ranking
     entry = pl.concat_str(item, _ranks())
-    return ranking.group_by("model", "category", maintain_order=True).agg(
-        entry.str.join(", ").alias("best first"), prompts=pl.col("n_prompts").first()
+    return ranking.group_by("model", "dataset", "category", maintain_order=True).agg(
+        entry.str.join(", ").alias("best first"), n_prompts=pl.col("n_prompts").first()
     )
 
 
@@ -318,8 +336,8 @@ def _with_ends(value: str, prefix: str = "") -> pl.Expr:
 
 
 def _methods(effects: pl.DataFrame) -> pl.DataFrame:
-    """Return a row for each model and method, with a column for each effect."""
-    keys = ["model", "letter", "method", "k", "n_prompts"]
+    """Return a row for each model, dataset and method, with a column for each effect."""
+    keys = ["model", "dataset", "letter", "method", "k", "n_prompts"]
     cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), _ranks()))
     return cells.pivot("effect", index=keys, values="cell") if len(cells) else cells
 
@@ -328,8 +346,8 @@ def _neurons(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
     ranking = importance.neuron_ranking(wh, **params)
     if ranking.is_empty():
         return ranking
-    named = ("model", "category", "component", "rank", "neuron_name")
-    return ranking.select(*named, score=_with_ends("score"), prompts="n_prompts", tokens="top_tokens")
+    named = ("model", "dataset", "category", "component", "rank", "neuron_name")
+    return ranking.select(*named, score=_with_ends("score"), n_prompts="n_kept", tokens="top_tokens")
 
 
 def _examples(wh: Warehouse, params: dict[str, Any]) -> list[tuple[str, str, int]]:

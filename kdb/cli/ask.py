@@ -85,7 +85,7 @@ def _entry(saved: SavedQuery) -> str:
     """Return the lines that describe a saved query and its parameters."""
     lines = [f"{saved.name}: {saved.title}", f"    {saved.reference}"]
     for param in saved.params:
-        default = "required" if param.required else f"default {'all' if param.default is None else param.default}"
+        default = "required" if param.required else f"default {param.shown_default}"
         lines.append(f"    --{param.name.replace('_', '-')} ({param.type}, {default}): {param.meaning}")
     return "\n".join(lines)
 

@@ -29,6 +29,7 @@ _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
     "texts": click.STRING,
     "integer": click.INT,
     "number": click.FLOAT,
+    "boolean": click.BOOL,
 }
 _SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table", "": "table"}
 _ENTRIES = 4
@@ -102,12 +103,13 @@ def output_path(command: Command) -> Command:
 
 def param_option(param: Param) -> click.Option:
     """Return the option for a parameter of a saved query or a figure."""
-    several = param.type == "texts"
-    default = "" if param.default is None else f"  [default: {param.default}]"
+    several, flag = param.type == "texts", param.type == "boolean"
+    default = "" if param.default is None or flag else f"  [default: {param.shown_default}]"
     return click.Option(
         [f"--{param.name.replace('_', '-')}", param.name],
         type=_CLICK_TYPES[param.type],
         multiple=several,
+        is_flag=flag,
         required=param.required,
         help=param.meaning + "; repeatable" * several + default,
     )

@@ -23,7 +23,7 @@ from kdb.web.answers import catalogue_json
 
 Format = Literal["json", "csv", "arrow", "parquet"]
 
-_TYPES: dict[str, Any] = {"text": str, "texts": list[str], "integer": int, "number": float}
+_TYPES: dict[str, Any] = {"text": str, "texts": list[str], "integer": int, "number": float, "boolean": bool}
 _MAX_SQL = 65_536
 MAX_PAGE = 10_000
 """Maximum rows of a page; without a limit, the whole table is streamed."""
@@ -45,9 +45,9 @@ class Parameter(BaseModel):
     """A parameter of a saved query."""
 
     name: str
-    type: Literal["text", "texts", "integer", "number"]
+    type: Literal["text", "texts", "integer", "number", "boolean"]
     required: bool
-    default: str | int | float | list[str] | None
+    default: bool | int | float | str | list[str] | None
     meaning: str
 
 
@@ -230,7 +230,7 @@ def _refuse_unknown(request: Request, known: Sequence[str], what: str) -> None:
 
 def _declared(param: Param) -> dict[str, Any]:
     """Return the declaration of a parameter for FastAPI: its type, description and default."""
-    default = "" if param.required else f"; default: {'all' if param.default is None else param.default}"
+    default = "" if param.required else f"; default: {param.shown_default}"
     described = Query(description=param.meaning + default)
     annotation = _TYPES[param.type]
     if param.required:

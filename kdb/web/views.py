@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdb.analysis.captions import CAVEAT
+from kdb.analysis.captions import CAVEAT, FEW, MEANS
 from kdb.analysis.figures import FIGURES
+from kdb.analysis.figures import frame as numbers_of_figure
 from kdb.analysis.style import look_of
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.queries.catalogue import bind, find_query, load_catalogue
@@ -20,6 +21,8 @@ from kdb.web.cells import rows_of_page
 from kdb.web.templates import render_template, url
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from kdb.warehouse.store import Warehouse
 
 PAGE_ROWS = 100
@@ -92,11 +95,22 @@ def render(wh: Warehouse, name: str, url_params: dict[str, list[str]]) -> str:
 
 def _asked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequence[str] = (), title: str = "") -> Shown:
     """Return the answer of a saved query as a table, without the columns that the page shows elsewhere."""
+    return _shown(name, _without_empty(params), wh.query(name, **_without_empty(params)), drop, title)
+
+
+def _ranked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequence[str] = ()) -> Shown:
+    """Return the numbers of the figure of that name: the answer of the saved query with its intervals."""
     chosen = _without_empty(params)
-    frame = wh.query(name, **chosen)
-    columns = [column for column in frame.columns if column not in drop]
-    note = CAVEAT if "jump_percent" in columns else ""
-    return Shown(title or find_query(name).title, columns, frame.to_dicts(), url(f"/queries/{name}", chosen), note)
+    return _shown(name, chosen, numbers_of_figure(wh, name, **chosen), drop)
+
+
+def _shown(name: str, chosen: Mapping[str, Any], rows: pl.DataFrame, drop: Sequence[str], title: str = "") -> Shown:
+    columns = [column for column in rows.columns if column not in drop]
+    of_means = {"n_prompts", "score"} <= set(columns) and "prompt_id" not in columns
+    notes = [CAVEAT] * ("jump_percent" in columns) + [MEANS] * of_means
+    notes += [f"low and high: 95 % interval over prompts; {FEW}."] * ("low" in columns)
+    address = url(f"/queries/{name}", chosen)
+    return Shown(title or find_query(name).title, columns, rows.to_dicts(), address, " ".join(notes))
 
 
 def _chart(name: str, params: Mapping[str, Any]) -> Charted:
@@ -205,7 +219,7 @@ def _model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         charts += [
             _chart(name, about) for name in ("layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer")
         ]
-        tables += [_asked(wh, name, {**about, "k": 5}, drop=["model"]) for name in ("top-layers", "top-heads")]
+        tables += [_ranked(wh, name, {**about, "k": 5}, drop=["model"]) for name in ("top-layers", "top-heads")]
         tables.append(_asked(wh, "top-neurons", {**about, "k": 2}, drop=["model", "bottom_tokens"]))
         tables.append(_asked(wh, "prompts", {**about, "k": 3}, drop=["model"]))
     return {
@@ -255,11 +269,12 @@ def _compare(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
 
 
 def _beside(wh: Warehouse, query: str, item: str, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the five best items of each category, with a column for each model."""
-    frame = wh.query(query, k=5, **_without_empty(about)).to_dicts()
-    ranked: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in frame:
-        ranked.setdefault(row["category"], {}).setdefault(row["rank"], {})[row["model"]] = row
+    """Return the five best items of each dataset and category, with a column for each model."""
+    rows = wh.query(query, k=5, **_without_empty(about)).to_dicts()
+    ranked: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        group = ranked.setdefault((row["dataset"], row["category"]), {})
+        group.setdefault(row["rank"], {})[row["model"]] = row
     return {
         "title": find_query(query).title,
         "item": item,
@@ -289,6 +304,12 @@ def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         raise QueryError(
             "No such prompt, or it does not pass the filter: the model does not predict its answer. /prompt lists the "
             "prompts."
+        )
+    datasets = sorted({row["dataset"] for row in story})
+    if len(datasets) > 1:
+        raise QueryError(
+            f"Prompt {number} exists in several datasets: {', '.join(datasets)}. Add one to the address, as in "
+            f"&dataset={datasets[0]}"
         )
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in story:

@@ -1,9 +1,9 @@
 -- Shares of attention and FFN layers in each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4, summed up
 --
--- One row per model and category: the log-probability increases of all attention layers and of all FFN layers, summed
--- per prompt and averaged over the kept prompts, and each in percent of their sum. NULL if the sum is 0; below 0 or
--- above 100 if one of them lowers the probability of the right token.
+-- One row per model, dataset and category: the log-probability increases of all attention layers and of all FFN layers,
+-- summed per prompt and averaged over the n_prompts kept prompts, and each in percent of their sum. NULL if the sum is
+-- 0; below 0 or above 100 if one of them lowers the probability of the right token.
 --
 -- Parameters:
 --   model
@@ -11,23 +11,24 @@
 --   dataset
 --   variant
 --   run
+--   pool
 WITH sums AS (
     SELECT
-        model, category,
+        model, dataset, category,
         steady(sum(score) FILTER (component = 'attn')) AS attn_score,
         steady(sum(score) FILTER (component = 'ffn')) AS ffn_score,
         max(n_prompts) AS n_prompts
     FROM mean_layer_scores(
         getvariable('model'), getvariable('category'), getvariable('dataset'),
-        getvariable('variant'), getvariable('run')
+        getvariable('variant'), getvariable('run'), wanted_pool := getvariable('pool')
     )
     GROUP BY ALL
 )
 
 SELECT
-    model, category, attn_score, ffn_score,
+    model, dataset, category, attn_score, ffn_score,
     100 * attn_score / nullif(attn_score + ffn_score, 0) AS attn_percent,
     100 * ffn_score / nullif(attn_score + ffn_score, 0) AS ffn_percent,
     n_prompts
 FROM sums
-ORDER BY model, category_order(category);
+ORDER BY model, dataset, category_order(category);

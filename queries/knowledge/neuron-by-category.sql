@@ -1,9 +1,9 @@
 -- One neuron: its score for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, by neuron
 --
--- One row per model, category and role: for a value neuron, its mean log-probability increase of the right token; for a
--- query neuron, its mean share of the activation. The mean is over all kept prompts. n_prompts is the number of prompts
--- with which the neuron is stored; in the others, its score counts as 0.
+-- One row per model, dataset, category and role: for a value neuron, its mean log-probability increase of the right
+-- token; for a query neuron, its mean share of the activation. The mean is over all n_kept kept prompts. n_prompts is
+-- the number of prompts with which the neuron is stored; in the others, its score counts as 0.
 --
 -- Parameters:
 --   neuron
@@ -12,13 +12,14 @@
 --   dataset
 --   variant
 --   run
+--   pool
 SELECT
-    model, category, getvariable('neuron') AS neuron_name, role, mean_over(sum(score), n_kept) AS score,
-    count(DISTINCT (dataset, run, prompt_id)) AS n_prompts, n_kept
+    model, shown_dataset AS dataset, category, getvariable('neuron') AS neuron_name, role,
+    mean_over(sum(score), n_kept) AS score, count(DISTINCT (dataset, run, prompt_id)) AS n_prompts, n_kept
 FROM _roles_of_neuron(getvariable('neuron'))
 JOIN _kept_prompts(
     'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
-    getvariable('variant'), getvariable('run')
+    getvariable('variant'), getvariable('run'), wanted_pool := getvariable('pool')
 ) USING (model, dataset, run, prompt_id)
-GROUP BY model, category, role, n_kept
-ORDER BY model, role DESC, category_order(category);
+GROUP BY model, shown_dataset, category, role, n_kept
+ORDER BY model, dataset, role DESC, category_order(category);

@@ -3,7 +3,8 @@
 --
 -- One row per model, dataset, kept prompt and role: for a value neuron, its log-probability increase of the right token
 -- (summed over positions for an attention neuron); for a query neuron, its share of the activation. rank is its best
--- rank among the prompt's neurons of that role. The largest scores come first.
+-- rank among the prompt's neurons of that role. The largest scores of each dataset come first; n_prompts is the
+-- number of kept prompts with which it is stored in that role.
 --
 -- Parameters:
 --   neuron
@@ -12,16 +13,20 @@
 --   dataset
 --   variant
 --   run
---   k         integer = 50     maximum number of prompts per model and role
+--   pool
+--   k         integer = 50     maximum number of prompts per model, dataset and role
 SELECT
-    model, category, dataset, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,
-    min(rank) AS rank, text, target_token
+    model, dataset, category, prompt_id, getvariable('neuron') AS neuron_name, role, sum(score) AS score,
+    min(rank) AS rank, text, target_token,
+    count(*) OVER (PARTITION BY model, shown_dataset, role) AS n_prompts
 FROM _roles_of_neuron(getvariable('neuron'))
 JOIN _kept_prompts(
     'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
-    getvariable('variant'), getvariable('run')
+    getvariable('variant'), getvariable('run'), wanted_pool := getvariable('pool')
 ) USING (model, dataset, run, prompt_id)
 JOIN prompts USING (model, dataset, run, prompt_id, category)
-GROUP BY model, category, dataset, prompt_id, role, text, target_token
-QUALIFY row_number() OVER (PARTITION BY model, role ORDER BY sum(score) DESC, dataset, prompt_id) <= getvariable('k')
-ORDER BY model, role DESC, score DESC, dataset, prompt_id;
+GROUP BY model, dataset, shown_dataset, category, prompt_id, role, text, target_token
+QUALIFY row_number() OVER (
+    PARTITION BY model, shown_dataset, role ORDER BY sum(score) DESC, dataset, prompt_id
+) <= getvariable('k')
+ORDER BY model, shown_dataset, role DESC, score DESC, dataset, prompt_id;

@@ -1,17 +1,20 @@
 -- Training step at which attention and FFN layers acquire each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4, over checkpoints
 --
--- One row per model, category, checkpoint whose revision contains a training step, and component: the sum over layers
--- of the mean log-probability increase in the kept prompts, and the layer with the largest score. Each checkpoint
--- counts the prompts that it knows; n_prompts is their number.
+-- One row per model, dataset, category, checkpoint whose revision contains a training step, and component: the sum over
+-- layers of the mean log-probability increase in the kept prompts, and the layer with the largest score. Each
+-- checkpoint counts the prompts that it knows; n_prompts is their number.
 --
 -- Parameters:
 --   model
 --   category
 --   dataset
 --   variant   text = default  variant of the runs apart from the checkpoint, such as bfloat16
+--   pool
 WITH kept AS (
-    SELECT model, dataset, run, step, revision, prompt_id, category
+    SELECT
+        model, dataset, run, step, revision, prompt_id, category,
+        shown_dataset(getvariable('pool'), model, dataset) AS shown_dataset
     FROM prompts
     JOIN checkpoints('layer_scores', getvariable('variant')) USING (model, dataset, run)
     WHERE kept
@@ -22,17 +25,17 @@ WITH kept AS (
 
 by_layer AS (
     SELECT
-        model, category, step, revision, component, layer, count(DISTINCT (dataset, run, prompt_id)) AS n_prompts,
+        model, shown_dataset AS dataset, category, step, revision, component, layer, count(*) AS n_prompts,
         mean_over(sum(score), count(*)) AS score
     FROM layer_scores
     JOIN kept USING (model, dataset, run, prompt_id)
-    GROUP BY ALL
+    GROUP BY model, shown_dataset, category, step, revision, component, layer
 )
 
 SELECT
-    model, category, step, revision, component, steady(sum(score)) AS score,
+    model, dataset, category, step, revision, component, steady(sum(score)) AS score,
     layer_name(component, arg_max(layer, (score, -layer))) AS best_layer, max(score) AS best_score,
     max(n_prompts) AS n_prompts
 FROM by_layer
-GROUP BY model, category, step, revision, component
-ORDER BY model, category_order(category), step, revision, component;
+GROUP BY model, dataset, category, step, revision, component
+ORDER BY model, dataset, category_order(category), step, revision, component;

@@ -1,10 +1,11 @@
 -- Value neurons that matter most for each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value neurons and their tokens
 --
--- One row per model, category, component and rank: the neurons with the largest mean log-probability increase of the
--- right token over the kept prompts. A prompt counts as 0 for a neuron that is not stored with it; n_prompts is the
--- number of prompts with which it is stored. f29_1234 is neuron 1234 of FFN layer 29; a23.12_45 is dimension 45 of head
--- 12 in layer 23, summed over positions. The tokens are the ten that the neuron raises most, and least.
+-- One row per model, dataset, category, component and rank: the neurons with the largest mean log-probability increase
+-- of the right token over the n_kept kept prompts. A prompt counts as 0 for a neuron that is not stored with it;
+-- n_prompts is the number of prompts with which it is stored. f29_1234 is neuron 1234 of FFN layer 29; a23.12_45 is
+-- dimension 45 of head 12 in layer 23, summed over positions. The tokens are the ten that the neuron raises most, and
+-- least.
 --
 -- Parameters:
 --   model
@@ -12,27 +13,31 @@
 --   dataset
 --   variant
 --   run
+--   pool
 --   component
---   k          integer = 10    number of neurons per category and component
+--   k          integer = 10    number of neurons per category, dataset and component
 WITH best AS MATERIALIZED (
     SELECT *
     FROM ranked_neurons(
         getvariable('model'), getvariable('category'), getvariable('dataset'),
-        getvariable('variant'), getvariable('run'), getvariable('k')
+        getvariable('variant'), getvariable('run'), getvariable('k'), wanted_pool := getvariable('pool')
     )
     WHERE getvariable('component') IS NULL OR component = getvariable('component')
 )
 
 SELECT
-    model, category, component, rank, neuron_name, layer, head, neuron, score, n_prompts, top_tokens, bottom_tokens
+    best.model, best.dataset, category, component, rank, best.neuron_name, layer, head, neuron, score, n_prompts,
+    n_kept, top_tokens, bottom_tokens
 FROM best
 LEFT JOIN tokens_of_neurons(
     (
         SELECT list({
-            model: model, dataset: dataset, run: run, component: component, layer: layer, head: head, neuron: neuron
+            model: model, dataset: dataset_of_run, run: run, component: component, layer: layer, head: head,
+            neuron: neuron
         })
         FROM best
     )
-)
-    USING (model, dataset, run, neuron_name)
-ORDER BY model, category_order(category), component, rank;
+) AS named
+    ON named.model = best.model AND named.dataset = best.dataset_of_run AND named.run = best.run
+    AND named.neuron_name = best.neuron_name
+ORDER BY best.model, best.dataset, category_order(category), component, rank;

@@ -82,7 +82,9 @@ HURT = {0: (2, 0.1, -4.0), 1: (4, 0.1, -4.0), 2: (100, 1.0, -100.0), 3: (4, 0.1,
 
 
 ALPHA: dict[str, Rows] = {
-    "models": [{"n_layers": 3, "dtype": "float32"}],
+    "models": [
+        {"n_layers": 3, "dtype": "float32", "n_heads": 2, "head_dim": 8, "intermediate_size": 16},
+    ],
     "prompts": [
         prompt(0, "language"),
         prompt(1, "language", target_rank=4),

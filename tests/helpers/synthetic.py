@@ -9,7 +9,7 @@ like measured ones: accuracies that rise as a sigmoid, scores that few layers, h
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,19 @@ def build(
     concepts: Sequence[Concept] = NINE_CONCEPTS,
     prompts_per_category: int = 45,
     top_k: int = 300,
+    more_facts: Mapping[str, int] | None = None,
 ) -> Warehouse:
-    """Write the warehouse and open it; ``prompts_per_category`` of 0 leaves the knowledge study out."""
+    """Write the warehouse and open it; ``prompts_per_category`` of 0 leaves the knowledge study out.
+
+    ``more_facts`` are further datasets with the same categories: their prompts per category.
+    """
     lake = FolderStorage.create(folder)
     for model in models:
         for concept in concepts:
             _write(lake, model, concept.name, "concept", _concept_tables(model, concept, concepts))
-        if prompts_per_category:
-            _write(lake, model, "knowledge", "knowledge", _knowledge_tables(model, prompts_per_category, top_k))
+        for dataset, n in {"knowledge": prompts_per_category, **(more_facts or {})}.items():
+            if n:
+                _write(lake, model, dataset, "knowledge", _knowledge_tables(model, n, top_k))
     return Warehouse(folder)
 
 
@@ -117,6 +122,8 @@ def describe(staged: StagedRun, model: Model, study: str) -> None:
         "architecture": "Invented",
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,
+        "head_dim": 64,
+        "intermediate_size": 64,
         "n_params": model.n_params,
         "dtype": "float32",
         "revision": "0",
