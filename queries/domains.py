@@ -30,6 +30,22 @@ SITES = ("resid_post", "ffn_norm")
 """Sites at which a hidden state is read: the block's output, and the input of the FFN."""
 
 
+PARTS = ("head", "attn", "ffn", "ffn_neuron", "resid")
+"""Kinds of parts whose causal effects are measured."""
+
+REPLACEMENTS = ("zero", "mean", "resample", "pair")
+"""What a part is replaced by."""
+
+EFFECT_METHODS = ("exact", "atp", "relp")
+"""How an effect is found: measured, or estimated by a gradient or by relevance propagation."""
+
+ROLES = ("last", "subject", "all")
+"""Where in the prompt a part is replaced."""
+
+DIRECTIONS = ("noising", "denoising")
+"""In which prompt a part is replaced: the prompt itself, or its pair."""
+
+
 @dataclass(frozen=True)
 class Names:
     """Known names: `fixed` ones, and those found by the SQL in `stored`."""
@@ -115,6 +131,10 @@ DOMAINS: Mapping[str, Domain] = {
     "component": _one_of("attn", "ffn"),
     "activates": _one_of("attn", "ffn"),
     "positions": _one_of("last", "all"),
+    "role": _one_of(*ROLES),
+    "replacement": _one_of(*REPLACEMENTS),
+    "effect_method": _one_of(*EFFECT_METHODS),
+    "direction": _one_of(*DIRECTIONS),
     "neuron": Spelled(
         re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 in an attention head"
     ),

@@ -595,6 +595,60 @@ FROM _ablated(
 )
 ORDER BY model, category_order(category), dataset, prompt_id, method, k;
 
+-- Effects of replacing parts of the model, in the kept prompts. Of each part, those of the newest run of the model,
+-- dataset and variant: every knowledge run stores some effects, and each `kdb patch` adds a run.
+CREATE MACRO _effects(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_role, wanted_replacement,
+    wanted_method, wanted_direction, wanted_pool := false
+) AS TABLE
+WITH having_effects AS (
+    SELECT model, dataset, variant, run, coalesce(source_run, run) AS prompts_run, standing, since
+    FROM known_runs
+    WHERE list_contains(tables, 'effects')
+        AND among(model, wanted_models) AND (wanted_dataset IS NULL OR dataset = wanted_dataset)
+        AND CASE WHEN wanted_run IS NULL THEN revision = shown_revision AND (wanted_variant IS NULL OR variant = wanted_variant)
+            ELSE run = wanted_run END
+),
+
+newest AS (
+    SELECT effects.*, variant, prompts_run
+    FROM effects
+    JOIN having_effects USING (model, dataset, run)
+    WHERE role = wanted_role AND replacement = wanted_replacement AND "method" = wanted_method
+        AND direction = wanted_direction
+    QUALIFY row_number() OVER (
+        PARTITION BY model, dataset, variant, prompts_run, prompt_id, component, layer, head, neuron
+        ORDER BY standing, since DESC NULLS LAST, run DESC
+    ) = 1
+)
+
+SELECT
+    newest.model, newest.dataset, shown_dataset(wanted_pool, newest.model, newest.dataset) AS shown_dataset, prompts_run AS run,
+    newest.prompt_id, category, component, layer, head, neuron, logp, logit_diff, kl
+FROM newest
+JOIN prompts
+    ON prompts.model = newest.model AND prompts.dataset = newest.dataset AND prompts.run = prompts_run
+    AND prompts.prompt_id = newest.prompt_id
+WHERE kept AND among(category, wanted_categories);
+
+-- Mean effects by category and part, ranked: first what costs the answer most, or brings it back most in denoising.
+CREATE MACRO mean_effects(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_role, wanted_replacement,
+    wanted_method, wanted_direction, wanted_pool := false
+) AS TABLE
+SELECT
+    model, shown_dataset AS dataset, category, component, layer, head, neuron,
+    mean_over(sum(logp), count(*)) AS logp, mean_over(sum(logit_diff), count(logit_diff)) AS logit_diff,
+    mean_over(sum(kl), count(kl)) AS kl, count(*) AS n_prompts
+FROM _effects(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_role, wanted_replacement,
+    wanted_method, wanted_direction, wanted_pool := wanted_pool
+)
+GROUP BY model, shown_dataset, category, component, layer, head, neuron;
+
+-- Sort key of an effect: what costs the answer most first; in denoising, what brings it back most.
+CREATE MACRO effect_order(logp, direction) AS CASE direction WHEN 'denoising' THEN -logp ELSE logp END;
+
 -- All prompts with which a neuron is stored, with its role and score.
 CREATE MACRO _roles_of_neuron(name) AS TABLE
 SELECT model, dataset, run, prompt_id, 'value neuron' AS role, score, rank

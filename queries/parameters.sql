@@ -17,6 +17,9 @@
 --   layer      integer required           layer of the head, from 0
 --   head       integer required           number of the head within its layer, from 0
 --   pool       boolean = no               add up the prompts of several datasets, which `dataset` then lists
+--   role       text    = last             where a part is replaced: last, subject (its last token) or all tokens
+--   replacement text   = mean             what takes its place: zero, mean, resample or pair
+--   direction  text    = noising          noising, or denoising (the part is put into the pair's prompt)
 --   positions  text    = last             token positions at which neurons were set to 0: last or all
 --   study      text    = all              study: concept or knowledge
 --   k          integer = all              number of neurons set to 0

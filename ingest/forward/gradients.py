@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-METHODS = ("atp", "relp")
-"""Ways to estimate effects by a gradient."""
-
 _SHARE = 4
 """A pass with gradients keeps about so many times the states of one without."""
 

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-COMPONENTS = ("head", "attn", "ffn", "ffn_neuron", "resid")
-"""Parts that can be replaced."""
-
 LOGITS_BYTES = 256 * 2**20
 """Memory for the logits of one batch, and for what is computed from them."""
 
@@ -155,7 +152,7 @@ def recorded(
 ) -> list[dict[str, torch.Tensor]]:
     """Run prompts, and return for each what every component writes at its positions: (layer, position, width).
 
-    The values are float32, on the CPU. ``components`` are some of COMPONENTS.
+    The values are float32, on the CPU. ``components`` are some of `kdb.queries.domains.PARTS`.
     """
     import torch
 

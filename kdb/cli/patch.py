@@ -10,6 +10,7 @@ import click
 import kdb
 from kdb.cli.options import warehouse_option
 from kdb.ingest.settings import Patching
+from kdb.queries import domains
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
@@ -17,30 +18,30 @@ if TYPE_CHECKING:
 _CHOICES = {
     "components": (
         "--component",
-        ("head", "attn", "ffn", "ffn_neuron", "resid"),
+        domains.PARTS,
         "Kind of part to replace: a head, an attention or FFN layer, an FFN neuron, or the residual stream after a "
         "block; repeatable.",
     ),
     "replacements": (
         "--replacement",
-        ("zero", "mean", "resample", "pair"),
+        domains.REPLACEMENTS,
         "By zero, the mean over the category's other kept prompts, the value in the next of them, or the value in a "
         "prompt of the same relation and length with another answer; repeatable.",
     ),
     "methods": (
         "--method",
-        ("exact", "atp", "relp"),
+        domains.EFFECT_METHODS,
         "Run the model with each replacement (exact), or estimate all by one gradient (atp) or by relevance "
         "propagation (relp); repeatable.",
     ),
     "roles": (
         "--role",
-        ("last", "subject", "all"),
+        domains.ROLES,
         "Where to replace: at the last token, at the last token of the subject, or at every token; repeatable.",
     ),
     "directions": (
         "--direction",
-        ("noising", "denoising"),
+        domains.DIRECTIONS,
         "Replace in the prompt (noising), or put the prompt's value into its pair (denoising); repeatable.",
     ),
 }

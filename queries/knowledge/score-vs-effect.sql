@@ -1,0 +1,66 @@
+-- Whether scores rank heads and layers as their effects do
+-- Spearman 1904; the scores are those of Yu and Ananiadou (arXiv 2312.12141), the effects those of head-effects
+--
+-- One row per model, dataset, category and component (head, attn, ffn): spearman is the rank correlation, over all n_parts
+-- parts with an effect, of the mean score and the mean loss of the answer's log-probability when the part is replaced. shared
+-- of the ten best by score are among the ten best by effect; shared_by_chance would be without any relation. An effect is
+-- what the model needs the part for; a score is what the part adds directly. With `--effect-method exact`, only parts that
+-- were measured count: after `kdb patch --component head`, all heads.
+--
+-- Parameters:
+--   model
+--   category
+--   dataset
+--   variant
+--   run
+--   pool
+--   role
+--   replacement
+--   effect_method text = atp   how the effect was found: exact, atp or relp
+--   direction
+WITH scored AS (
+    SELECT model, dataset, category, 'head' AS component, layer, head, score
+    FROM ranked_heads(
+        getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run'), wanted_pool := getvariable('pool')
+    )
+    UNION ALL
+    SELECT model, dataset, category, component, layer, NULL, score
+    FROM mean_layer_scores(
+        getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run'), wanted_pool := getvariable('pool')
+    )
+),
+
+ranked AS (
+    SELECT
+        effect.model, effect.dataset, effect.category, effect.component, effect.n_prompts,
+        rank() OVER by_score + (count(*) OVER (PARTITION BY effect.model, effect.dataset, effect.category, effect.component, score) - 1) / 2
+            AS score_rank,
+        rank() OVER by_effect + (count(*) OVER (PARTITION BY effect.model, effect.dataset, effect.category, effect.component, logp) - 1) / 2
+            AS effect_rank
+    FROM mean_effects(
+        getvariable('model'), getvariable('category'), getvariable('dataset'),
+        getvariable('variant'), getvariable('run'), getvariable('role'), getvariable('replacement'),
+        getvariable('effect_method'), getvariable('direction'), wanted_pool := getvariable('pool')
+    ) AS effect
+    JOIN scored
+        ON scored.model = effect.model AND scored.dataset = effect.dataset AND scored.category = effect.category
+        AND scored.component = effect.component AND scored.layer = effect.layer
+        AND scored.head IS NOT DISTINCT FROM effect.head
+    WINDOW
+        by_score AS (PARTITION BY effect.model, effect.dataset, effect.category, effect.component ORDER BY score DESC),
+        by_effect AS (
+            PARTITION BY effect.model, effect.dataset, effect.category, effect.component
+            ORDER BY effect_order(logp, getvariable('direction'))
+        )
+)
+
+SELECT
+    model, dataset, category, component, corr(score_rank, effect_rank) AS spearman,
+    count(*) FILTER (score_rank <= 10 AND effect_rank <= 10) AS shared,
+    shared_by_chance(least(10, count(*)), least(10, count(*)), count(*)) AS shared_by_chance,
+    count(*) AS n_parts, max(n_prompts) AS n_prompts
+FROM ranked
+GROUP BY model, dataset, category, component
+ORDER BY model, dataset, category_order(category), component DESC;
