@@ -19,7 +19,7 @@ Raise it by hand when a change of kdb changes stored numbers by more than roundi
 settings. A new column or table, a faster algorithm or another message does not raise it.
 """
 
-KNOWLEDGE_VERSION = 1
+KNOWLEDGE_VERSION = 2
 """Numeric version of the knowledge study."""
 
 KDB_VERSIONS = {"concept": CONCEPT_VERSION, "knowledge": KNOWLEDGE_VERSION}
@@ -92,7 +92,7 @@ class Job:
             f"store={m.store}" if self.study == "concept" and m.store != Measuring.store else "",
             *(
                 setting.name.replace("_", "-")
-                + ("" if setting.default is False else f"={getattr(self.attributing, setting.name)}")
+                + ("" if setting.default is False else f"={_shown(getattr(self.attributing, setting.name))}")
                 for setting in fields(Attributing)
                 if self.study == "knowledge" and getattr(self.attributing, setting.name) != setting.default
             ),
@@ -103,6 +103,11 @@ class Job:
     def texts(self) -> list[str]:
         """The prompts as the model reads them."""
         return prompts(self.dataset, noise=self.measuring.noise, seed=self.measuring.seed)
+
+
+def _shown(value: object) -> str:
+    """A setting's value, in quotes where spaces or nothing would be hard to see."""
+    return str(value) if str(value).isalnum() else repr(value)
 
 
 def derived_identity(kind: str, study: str, source: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -224,18 +224,53 @@ prompts = _table(
     _column("relation", Text(), "relation between subject and answer"),
     _column("subject", Text(), "subject of the prompt"),
     _column("answer", Text(), "correct continuation of the prompt"),
+    _column(
+        "answer_prefix", Text(), "text between prompt and answer; NULL in older runs, which have one space", since=6
+    ),
+    _column(
+        "answer_token_ids",
+        IntList(),
+        "token ids of the answer as it follows prompt and prefix; the first one is the target",
+        since=6,
+    ),
+    _column(
+        "shares_first_token",
+        Boolean(),
+        "whether another answer of the category begins with the target, so that scores, which explain the first token "
+        "only, do not tell them apart",
+        since=6,
+    ),
     _column("target_token_id", Integer(), "token id of the answer's first token, the target", symbol="w"),
     _column("target_token", Text(), "text of the target token"),
     _column("n_tokens", Integer(), "number of tokens of the prompt, including special tokens", unit="tokens"),
-    _column("target_prob", Double(), "the model's probability of the target", symbol="p(w)"),
+    _column(
+        "target_prob",
+        Double(),
+        "the model's probability of the target; of the whole answer in runs with --answer-tokens all",
+        symbol="p(w)",
+    ),
     _column("target_rank", Integer(), "rank of the target among all tokens, from 1"),
     _column(
         "kept",
         Boolean(),
-        "whether the prompt passes the filter: the target is among the ten most probable tokens, and more probable "
-        "than the other answers of its category",
+        "whether the prompt passes the filter: the target is among the ten most probable tokens, no other answer of "
+        "its category begins with it, and it is more probable than they are; with --answer-tokens all, the whole "
+        "answer is more probable than each of them",
     ),
-    _column("token_ids", IntList(), "token ids of the prompt, special tokens included", since=6),
+    _column(
+        "not_kept_because",
+        Text(),
+        "first condition of the filter that is not met: not_in_top_ten, shares_first_token or "
+        "beaten_by_another_answer; NULL if kept",
+        since=6,
+    ),
+    _column(
+        "token_ids",
+        IntList(),
+        "token ids of the prompt, special tokens included; where the tokenizer makes the space before an answer, such "
+        "as 1984, a token of its own, it is the last one, as is a prefix that is not white space",
+        since=6,
+    ),
     _column(
         "rival_token_id",
         Integer(),

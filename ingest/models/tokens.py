@@ -32,6 +32,12 @@ def bare(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def following(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that follows another: without the space that some tokenizers put before texts."""
+    line, both = bare(tokenizer, "\n"), bare(tokenizer, f"\n{text}")
+    return both[len(line) :] if line and both[: len(line)] == line else bare(tokenizer, text)
+
+
 def _around(tokenizer: Any) -> tuple[int, int]:
     """Count the tokens that the tokenizer puts before each text, and those that it appends."""
     for probe in _PROBES:
