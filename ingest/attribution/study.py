@@ -33,7 +33,7 @@ from kdb.ingest.attribution.score_rows import (
 from kdb.ingest.attribution.targets import Target
 from kdb.ingest.attribution.whole_answers import whole_answers
 from kdb.ingest.forward.capture import batches
-from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched
+from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched_logits
 from kdb.ingest.forward.length_classes import LengthClasses
 from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job
@@ -123,7 +123,7 @@ class Attributed:
     @functools.cached_property
     def alone(self) -> dict[int, torch.Tensor]:
         """The logits of the chosen prompts, each run alone through the untouched model."""
-        return {i: untouched(self.loaded, self.prompts[i].token_ids)[1] for i in self.chosen}
+        return {i: self._untouched(self.prompts[i].token_ids) for i in self.chosen}
 
     @property
     def whole(self) -> bool:
@@ -138,7 +138,10 @@ class Attributed:
         return math.prod([first, *(self._after([*prompt.token_ids, *answer[:n]], answer[n]) for n in rest)])
 
     def _after(self, token_ids: Sequence[int], token: int) -> float:
-        return untouched(self.loaded, token_ids)[1].double().softmax(-1)[token].item()
+        return self._untouched(token_ids).double().softmax(-1)[token].item()
+
+    def _untouched(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return untouched_logits(self.loaded, self.decomposition.structure, token_ids)
 
 
 # Before attribution ----------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class _Recorder:
         resid_post = recorded["out"][-1][rows, self.last]
         dtype = getattr(torch, decomposition.loaded.dtype)
         normed = decomposition.structure.final_norm(resid_post.to(dtype))
-        logits = decomposition.structure.readout(resid_post.to(dtype)).float()
+        logits = decomposition.structure.readout(resid_post.to(dtype))
         return ActivationCache(
             last=self.last,
             resid_pre=torch.stack(recorded["resid"]),
@@ -216,15 +216,18 @@ def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> di
     with torch.inference_mode():
         r = run_with_cache(decomposition, token_ids)
         own = torch.stack([untouched(decomposition.loaded, ids)[1] for ids in token_ids])
+        recorded = r.logits.to(getattr(torch, decomposition.loaded.dtype)).float()  # rounded as the model's own are
+        linear = _linear_logits(decomposition, r)
         return {
             "residual_sum": _residual_sum(r),
             "head_sum": _head_sum(decomposition, r),
             "ffn_sum": _ffn_sum(decomposition, r),
             "value_keys": _value_keys(decomposition, r),
             "ffn_keys": _ffn_keys(decomposition, r),
-            "frozen_readout": _frozen_readout(decomposition, r),
-            "logits": float(((r.logits - own).abs().amax(-1) / _spread(own)).max()),
-            "logits_kl": kl_divergence(own, r.logits),
+            "frozen_readout": float(((linear - r.logits).abs().amax(-1) / _spread(r.logits)).max()),
+            "frozen_readout_kl": kl_divergence(r.logits, linear),
+            "logits": float(((recorded - own).abs().amax(-1) / _spread(own)).max()),
+            "logits_kl": kl_divergence(own, recorded),
         }
 
 
@@ -321,12 +324,13 @@ def _off_its_keys(
     return off
 
 
-def _frozen_readout(decomposition: Decomposition, r: ActivationCache) -> float:
+def _linear_logits(decomposition: Decomposition, r: ActivationCache) -> torch.Tensor:
+    """Logits (b, vocab) of the frozen, linear readout, after the soft cap."""
     readout = decomposition.readout
     linear = (r.resid_post * r.final_scale[:, None]) @ readout.table.T + readout.constant
     if readout.softcap is not None:
         linear = readout.softcap * (linear / readout.softcap).tanh()
-    return float(((linear - r.logits).abs().amax(-1) / _spread(r.logits)).max())
+    return linear
 
 
 def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kdb.ingest.forward.capture import Capture
     from kdb.ingest.models.find import LoadedModel
+    from kdb.ingest.models.structure import ModelStructure
 
 CHECK_PROMPTS = 8
 """Prompts on which each run is compared with the untouched model."""
@@ -49,6 +50,7 @@ DETAIL = {
     "value_keys": "the same for a head's values, read through the value projection found",
     "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
     "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
+    "frozen_readout_kl": "KL divergence, in nats, of the frozen, linear readout from the recorded logits",
 }
 """Definition of each check, as it is stored."""
 
@@ -97,6 +99,15 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
     return states, output.logits[0, -1].float()
 
 
+def untouched_logits(loaded: LoadedModel, structure: ModelStructure, token_ids: Sequence[int]) -> torch.Tensor:
+    """Run one prompt alone and without hooks; return the logits (vocab) of its last state, read out in float32."""
+    import torch
+
+    states, _own = untouched(loaded, token_ids)
+    with torch.inference_mode():
+        return structure.unembed_normed(states[-1].to(getattr(torch, loaded.dtype)))
+
+
 def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
     """Choose the prompts on which a run is checked: the shortest, the longest, the last, one with the rarest token.
 
@@ -127,7 +138,7 @@ def check_capture(
         states, logits = untouched(loaded, ids)
         off = _off(capture, resid, states)
         with torch.inference_mode():
-            read = capture.structure.readout(resid[-1].to(dtype)).float()
+            read = capture.structure.readout(resid[-1].to(dtype)).to(dtype).float()  # rounded as the model's own are
         errors["resid_post"].extend(off[:-1])
         errors["final_norm"].append(off[-1])
         errors["readout"].append(_relative(read, logits))
