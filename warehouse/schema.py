@@ -109,6 +109,25 @@ def _neuron() -> Column[Any]:
     )
 
 
+def _expert() -> Column[Any]:
+    return _column(
+        "expert",
+        SmallInteger(),
+        "expert to which the FFN neuron belongs, numbered from 0; NULL in a dense FFN",
+        since=6,
+    )
+
+
+def _total_share() -> Column[Any]:
+    return _column(
+        "total_share",
+        Double(),
+        "least share, over the value neurons, of |total| in the sum of the absolute products of embedding and layers "
+        "with their keys; near 0, these cancel and scores, which are divided by the total, are inflated",
+        since=6,
+    )
+
+
 def _position() -> Column[Any]:
     return _column("position", SmallInteger(), "token position, numbered from 0", unit="tokens")
 
@@ -537,6 +556,7 @@ neuron_scores = _table(
         "whether score was computed over the whole vocabulary; otherwise it lies between lower and upper",
     ),
     _rank("rank among the prompt's neurons of this component"),
+    _expert(),
     key=("prompt_id", "component", "layer", "head", "neuron", "position"),
 )
 
@@ -550,6 +570,7 @@ neuron_sums = _table(
     _neuron(),
     _column("total", Double(), "sum of score over the category's kept prompts and all positions", unit="nat"),
     _column("n_prompts", Integer(), "number of kept prompts with which the neuron is stored"),
+    _expert(),
     key=("category", "component", "layer", "head", "neuron"),
 )
 
@@ -562,6 +583,8 @@ query_neuron_scores = _table(
     _neuron(),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
     _rank("rank among the prompt's query neurons"),
+    _total_share(),
+    _expert(),
     key=("prompt_id", "activates", "layer", "neuron"),
 )
 
@@ -573,6 +596,7 @@ query_layer_scores = _table(
     _column("layer", SmallInteger(), "transformer block, numbered from 0; NULL for embed", symbol="i, l"),
     _column("component", Text(), "embed, attn or ffn"),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
+    _total_share(),
     key=("prompt_id", "activates", "layer", "component"),
 )
 
@@ -604,6 +628,7 @@ neuron_tokens = _table(
     _column("token", Text(), "text of the token"),
     _column("token_id", Integer(), "id of the token", since=6),
     _column("logit", Double(), "the neuron's logit of that token", unit="logit"),
+    _expert(),
     key=("component", "layer", "head", "neuron", "sign", "rank"),
 )
 

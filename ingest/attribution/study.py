@@ -48,6 +48,7 @@ from kdb.warehouse.sums import sum_neurons
 if TYPE_CHECKING:
     import torch
 
+    from kdb.ingest.forward.activation_cache import ActivationCache
     from kdb.ingest.forward.decomposition import Decomposition
 
 KEPT_RANK = 10
@@ -149,12 +150,30 @@ class Attributed:
 
 def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
     """Check that the contributions to the residual stream add up on the chosen prompts. Raises ModelError if not."""
+    from kdb.ingest.attribution.scores import prompts_at_once
     from kdb.ingest.forward.activation_cache import check_decomposition
 
     begun = time.monotonic()
     with model_errors(f"{subject.loaded.source.name} cannot be run"):
-        rows = check_decomposition(subject.decomposition, [subject.prompts[i].token_ids for i in subject.chosen])
+        rows = check_decomposition(
+            subject.decomposition,
+            [subject.prompts[i].token_ids for i in subject.chosen],
+            functools.partial(_unexplained, subject),
+            prompts_at_once(subject.decomposition),
+        )
     yield rows_of("checks", rows, begun)
+
+
+def _unexplained(subject: Attributed, cache: ActivationCache, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """What layer scores leave unexplained of the targets of some chosen prompts; empty where it is not checked."""
+    import torch
+
+    from kdb.ingest.attribution.scores import Attribution
+
+    targets = {tuple(subject.prompts[i].token_ids): subject.prompts[i].target for i in subject.chosen}
+    target = torch.tensor([targets[tuple(ids)] for ids in token_ids], device=subject.loaded.device)
+    left = Attribution(subject.decomposition, cache, target).unexplained
+    return {} if left is None else {"layer_score_sum": float(left.abs().max())}
 
 
 def _prompt_shards(token_ids: Sequence[Sequence[int]], run: RunInProgress) -> list[Shard]:

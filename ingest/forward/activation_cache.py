@@ -7,7 +7,7 @@ positions before it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -183,13 +183,23 @@ class _Recorder:
 # Checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+Further = Callable[[ActivationCache, Sequence[Sequence[int]]], dict[str, float]]
+"""Further values to check, by their name, of a cache and the prompts in it."""
+
+
+def check_decomposition(
+    decomposition: Decomposition,
+    token_ids: Sequence[Sequence[int]],
+    further: Further | None = None,
+    at_most: int | None = None,
+) -> list[dict[str, Any]]:
     """Check on some prompts that all sums add up and match the untouched model; return rows of ``checks``.
 
+    ``further`` takes at most ``at_most`` prompts.
     Raises ModelError, naming the sum, if a difference is larger than the rounding of the weights' dtype explains.
     """
     loaded = decomposition.loaded
-    errors = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
+    errors = [_off(decomposition, group, further) for group in _together(decomposition, token_ids, at_most)]
     return [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
 
 
@@ -201,15 +211,18 @@ def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor)
     check_row("logits", [float((recorded - own).abs().max() / _spread(own))], loaded, 1)
 
 
-def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def _together(
+    decomposition: Decomposition, token_ids: Sequence[Sequence[int]], at_most: int | None
+) -> Iterator[list[Sequence[int]]]:
     """Batches of prompts to cache together: of one length class, and small enough for memory with padding."""
     order = sorted(token_ids, key=len, reverse=True)
     budget = max(1, CHECK_BYTES // bytes_per_token(decomposition))
-    for batch in batches(list(map(len, order)), budget, LengthClasses(decomposition.loaded.model.config)):
+    length_class = LengthClasses(decomposition.loaded.model.config)
+    for batch in batches(list(map(len, order)), budget, length_class, at_most):
         yield [order[i] for i in batch]
 
 
-def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]], further: Further | None) -> dict[str, float]:
     """Error of every sum, and difference of the logits from the untouched model's, in one batch of prompts."""
     import torch
 
@@ -228,6 +241,7 @@ def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> di
             "frozen_readout_kl": kl_divergence(r.logits, linear),
             "logits": float(((recorded - own).abs().amax(-1) / _spread(own)).max()),
             "logits_kl": kl_divergence(own, recorded),
+            **(further(r, token_ids) if further else {}),
         }
 
 
