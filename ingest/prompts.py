@@ -120,7 +120,7 @@ def check_length(
         )
     for number, ids in enumerate(token_ids):
         if limit is not None and len(ids) + n_cue + n_answer > limit:
-            cue = f" and {n_cue} of its cue" if n_cue else f" and up to {n_answer} of an answer" if n_answer else ""
+            cue = f" and {n_cue} of its cue" if n_cue else f" and up to {n_answer:,} of an answer" if n_answer else ""
             raise DatasetError(
                 f"{_named(job, number)} has {len(ids):,} tokens{cue}, and {job.source.name} reads at most {limit:,}: "
                 "shorten the text, or use a model with a longer context."

@@ -14,7 +14,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _PROBES = ("a", "0", ".", "the", "é", "的")
-"""Texts that reveal the special tokens around a text; the first one that has tokens is used."""
+"""Texts that reveal what a tokenizer puts around a text, or before it; the first one that has tokens is used."""
 
 
 def read_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -34,8 +34,11 @@ def bare(tokenizer: Any, text: str) -> list[int]:
 
 def following(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text that follows another: without the space that some tokenizers put before texts."""
-    line, both = bare(tokenizer, "\n"), bare(tokenizer, f"\n{text}")
-    return both[len(line) :] if line and both[: len(line)] == line else bare(tokenizer, text)
+    for before in ("\n", *_PROBES):
+        first, both = bare(tokenizer, before), bare(tokenizer, before + text)
+        if first and both[: len(first)] == first and len(both) > len(first):
+            return both[len(first) :]
+    return bare(tokenizer, text)
 
 
 def _around(tokenizer: Any) -> tuple[int, int]:
