@@ -103,10 +103,10 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Any:
     ],
 )
 def test_an_answer_joined_as_written_is_scored_without_a_space(real_tokenizer: Any, prompt: str, answer: str) -> None:
-    ids, target = target_token(real_tokenizer, prompt, answer)
+    ids, tokens = answer_tokens(real_tokenizer, prompt, answer)
     assert ids == real_tokenizer(prompt)["input_ids"]
-    piece = real_tokenizer.decode([target])
-    assert piece and answer.startswith(piece)
+    assert real_tokenizer.decode(tokens) == answer
+    assert target_token(real_tokenizer, prompt, answer) == (ids, tokens[0])
 
 
 def test_a_word_after_words_keeps_its_space(real_tokenizer: Any) -> None:
