@@ -72,7 +72,7 @@ def test_answers_with_the_same_first_token_are_not_kept_and_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(knowledge, "KEPT_RANK", 256)
-    answer(ingest())
+    assert ingest().exit_code == 0
     assert "The answers to 7 of 8 prompts of facts begin with the same token as another answer" in caplog.text
     found = opened("SELECT answer, kept, not_kept_because, shares_first_token FROM prompts ORDER BY prompt_id")
     assert found[:-1] == [(a, False, "shares_first_token", True) for a in ANSWERS[:-1]]
