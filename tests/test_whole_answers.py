@@ -77,7 +77,9 @@ def test_answers_with_the_same_first_token_are_not_kept_and_counted(
     found = opened("SELECT answer, kept, not_kept_because, shares_first_token FROM prompts ORDER BY prompt_id")
     assert found[:-1] == [(a, False, "shares_first_token", True) for a in ANSWERS[:-1]]
     assert found[-1][3] is False and found[-1][1] == (found[-1][2] is None)
-    asked = answer(run_kdb("query", "kept-prompts", "--format", "csv", "--warehouse", tmp_path / "w")).splitlines()
+    variant = ("--variant", "top-k=3 query-values=1 ablate-k=0")
+    query = answer(run_kdb("query", "kept-prompts", *variant, "--format", "csv", "--warehouse", tmp_path / "w"))
+    asked = query.splitlines()
     counted = dict(zip(asked[0].split(","), asked[1].split(","), strict=True))
     assert counted["shares_first_token"] == "7"
     assert opened("SELECT count(DISTINCT prompt_id) <= 1 FROM layer_scores") == [(True,)]

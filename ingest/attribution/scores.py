@@ -463,5 +463,5 @@ class Attribution:
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
             neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
         left = torch.where(values.layer >= 0, total.abs() / size, 1.0).amin(1)
-        by_layer = (torch.stack(parts, dim=1) for parts in (attn, ffn))
-        return QueryScores(torch.stack(neurons, dim=1), (share * embed).sum(1), *by_layer, left)
+        of_neurons, of_attn, of_ffn = (torch.stack(parts, dim=1) for parts in (neurons, attn, ffn))
+        return QueryScores(of_neurons, (share * embed).sum(1), of_attn, of_ffn, left)

@@ -55,14 +55,21 @@ def _unembedded(unembed: nn.Module, normed: torch.Tensor) -> torch.Tensor:
     """Apply an unembedding to states (…, hidden), in float32; a matrix in half precision is converted in parts."""
     import torch
 
-    weight = unembed.weight
-    plain = type(unembed) is torch.nn.Linear and type(weight) is torch.nn.Parameter and weight.is_floating_point()
-    if not plain or weight.is_meta or weight.dtype == normed.dtype == torch.float32:
-        whole: torch.Tensor = unembed(normed)
-        return whole.float()
-    states = normed.to(weight.device).float()
-    logits = torch.cat([states @ rows.float().T for rows in weight.split(_ROWS)], dim=-1)
-    return (logits if unembed.bias is None else logits + unembed.bias.float()).to(normed.device)
+    if type(unembed) is torch.nn.Linear and _is_half(unembed.weight, normed):
+        weight, bias = unembed.weight, unembed.bias
+        states = normed.to(weight.device).float()
+        logits = torch.cat([states @ rows.float().T for rows in weight.split(_ROWS)], dim=-1)
+        return (logits if bias is None else logits + bias.float()).to(normed.device)
+    whole: torch.Tensor = unembed(normed)
+    return whole.float()
+
+
+def _is_half(weight: torch.Tensor, normed: torch.Tensor) -> bool:
+    """Whether a plain, loaded matrix or the states are in half precision; a quantized one has its own class."""
+    import torch
+
+    plain = type(weight) is torch.nn.Parameter and weight.is_floating_point() and not weight.is_meta
+    return plain and not weight.dtype == normed.dtype == torch.float32
 
 
 def find_structure(model: Any) -> ModelStructure:
