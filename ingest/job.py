@@ -91,8 +91,7 @@ class Job:
             m.quantize or "",
             f"store={m.store}" if self.study == "concept" and m.store != Measuring.store else "",
             *(
-                setting.name.replace("_", "-")
-                + ("" if setting.default is False else f"={_shown(getattr(self.attributing, setting.name))}")
+                _mark(setting.name.replace("_", "-"), getattr(self.attributing, setting.name))
                 for setting in fields(Attributing)
                 if self.study == "knowledge" and getattr(self.attributing, setting.name) != setting.default
             ),
@@ -105,9 +104,14 @@ class Job:
         return prompts(self.dataset, noise=self.measuring.noise, seed=self.measuring.seed)
 
 
-def _shown(value: object) -> str:
-    """A setting's value, in quotes where spaces or nothing would be hard to see."""
-    return str(value) if str(value).isalnum() else repr(value)
+def _mark(name: str, value: Any) -> str:
+    """Name a setting that is not the default: a switch by its option, another one with its value.
+
+    Quotes show a value of white space, or none.
+    """
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    return f"{name}={value if str(value).isalnum() else repr(value)}"
 
 
 def derived_identity(kind: str, study: str, source: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,18 +57,20 @@ class Probing:
 class Attributing:
     """Settings that determine the scores of a knowledge run, beside model and prompts.
 
+    ``answer_prefix`` is the text between prompt and answer, if it is the same for all prompts. ``answer_tokens``, one
+    of ``ANSWER_TOKENS``, are those of the answer that decide whether a prompt is kept.
+
     For each prompt, the best ``top_k`` neurons of each component are stored, or ``all_neurons``. The best
     ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are zeroed to compare the methods;
-    0 skips the comparison. ``answer_prefix`` is the text between prompt and answer, if it is the same for all prompts;
-    ``answer_tokens`` are those of the answer that decide whether a prompt is kept, one of ``ANSWER_TOKENS``.
+    0 skips the comparison.
     """
 
+    answer_prefix: str | None = None
+    answer_tokens: str = "first"
     top_k: int = 300
     all_neurons: bool = False
     query_values: int = 30
     ablate_k: int = 10
-    answer_prefix: str | None = None
-    answer_tokens: str = "first"
 
 
 @dataclass(frozen=True)

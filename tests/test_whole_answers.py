@@ -100,7 +100,7 @@ def test_whole_answers_are_kept_if_they_are_more_probable_than_every_other(
         assert why == (None if is_kept else "beaten_by_another_answer")
         assert shared == (own != "d")
         kept += is_kept
-    assert opened("SELECT variant FROM runs") == [("top-k=3 query-values=1 ablate-k=0 answer-tokens=all",)]
+    assert opened("SELECT variant FROM runs") == [("answer-tokens=all top-k=3 query-values=1 ablate-k=0",)]
     assert opened("SELECT count(DISTINCT prompt_id) FROM layer_scores") == [(kept,)]
     assert opened("SELECT passed FROM checks WHERE \"check\" = 'stored_probs'") == [(True,)]
 
@@ -143,7 +143,7 @@ def test_answer_prefix_wins_over_the_file_and_makes_a_variant(ingest: Ingest, op
     path = write(tmp_path / "tags.csv", [("The tag is <", " h", "c"), ("The sky is", "b", "c")])
     answer(ingest("--answer-prefix", "", dataset=path))
     assert opened("SELECT DISTINCT answer_prefix, variant FROM prompts JOIN runs USING (run)") == [
-        ("", "top-k=3 query-values=1 ablate-k=0 answer-prefix=''")
+        ("", "answer-prefix='' top-k=3 query-values=1 ablate-k=0")
     ]
 
 

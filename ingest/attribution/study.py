@@ -74,10 +74,12 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
     """
     config, tokenizer = load_config(job.source), load_tokenizer(job.source)
     posed = PosedFacts(job, pose(job, tokenizer))
-    longest = max(len(_target(p).answer) for p in posed.prompts) - 1 if job.attributing.answer_tokens == "all" else 0
-    check_length(job, posed.token_ids, config, n_answer=longest)
+    check_length(job, posed.token_ids, config)
     scores = ("layer_scores", "head_scores", "head_position_scores", "neuron_scores")
     methods = ("ablations",) if job.attributing.ablate_k else ()
+    if job.attributing.answer_tokens == "all":
+        longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
+        check_length(job, posed.token_ids, config, n_answer=longest - 1)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),

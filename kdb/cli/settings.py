@@ -91,6 +91,20 @@ def attribution_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option(
+                "--answer-prefix",
+                metavar="TEXT",
+                help="Knowledge: text between prompt and answer, such as ''; defaults to the white space before the "
+                "answer in the file, then to a space after a letter, digit or closing mark.",
+            ),
+            click.option(
+                "--answer-tokens",
+                type=click.Choice(ANSWER_TOKENS),
+                default=Attributing.answer_tokens,
+                show_default=True,
+                help="Knowledge: tokens of the answer to compare with other answers. Scores explain the first one "
+                "always.",
+            ),
+            click.option(
                 "--top-k",
                 type=click.IntRange(1),
                 default=Attributing.top_k,
@@ -115,20 +129,6 @@ def attribution_options(command: Command) -> Command:
                 default=Attributing.ablate_k,
                 show_default=True,
                 help="Knowledge: number of best neurons of each method to set to zero; 0 skips the comparison.",
-            ),
-            click.option(
-                "--answer-prefix",
-                metavar="TEXT",
-                help="Knowledge: text between prompt and answer, such as ''; defaults to the white space before the "
-                "answer in the file, then to a space after a letter, digit or closing mark.",
-            ),
-            click.option(
-                "--answer-tokens",
-                type=click.Choice(ANSWER_TOKENS),
-                default=Attributing.answer_tokens,
-                show_default=True,
-                help="Knowledge: tokens of the answer to compare with other answers. Scores explain the first one "
-                "always.",
             ),
         )
     ):
