@@ -19,7 +19,7 @@ Raise it by hand when a change of kdb changes stored numbers by more than roundi
 settings. A new column or table, a faster algorithm or another message does not raise it.
 """
 
-KNOWLEDGE_VERSION = 1
+KNOWLEDGE_VERSION = 2
 """Numeric version of the knowledge study."""
 
 KDB_VERSIONS = {"concept": CONCEPT_VERSION, "knowledge": KNOWLEDGE_VERSION}
@@ -105,10 +105,13 @@ class Job:
 
 
 def _mark(name: str, value: Any) -> str:
-    """Name a setting that is not the default: a switch by its option, another one with its value."""
+    """Name a setting that is not the default: a switch by its option, another one with its value.
+
+    Quotes show a value of white space, or none.
+    """
     if isinstance(value, bool):
         return name if value else f"no-{name}"
-    return f"{name}={value}"
+    return f"{name}={value if str(value).isalnum() else repr(value)}"
 
 
 def derived_identity(kind: str, study: str, source: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:

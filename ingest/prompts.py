@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdb.errors import DatasetError, ModelError
-from kdb.ingest.attribution.targets import check_candidates, target_token
+from kdb.ingest.attribution.targets import Target, check_candidates, find_targets
 from kdb.ingest.datasets.rows import excerpt
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
@@ -29,14 +29,22 @@ log = logging.getLogger(__name__)
 class Prompt:
     """A prompt in the model's tokens.
 
-    In the knowledge study, ``target`` is the first token of its answer, and ``rivals`` are the first tokens of the
-    other answers in its category.
+    In the knowledge study, ``answer`` are its answer, the text before it, and the other answers of its category.
     """
 
     number: int
     token_ids: list[int]
-    target: int = -1
-    rivals: tuple[int, ...] = ()
+    answer: Target | None = None
+
+    @property
+    def target(self) -> int:
+        """The first token of the answer; −1 without one."""
+        return self.answer.first if self.answer else -1
+
+    @property
+    def rivals(self) -> tuple[int, ...]:
+        """The first tokens of the other answers in the category."""
+        return self.answer.rivals if self.answer else ()
 
 
 @dataclass(frozen=True)
@@ -69,19 +77,36 @@ def pose(job: Job, tokenizer: Any) -> tuple[Prompt, ...]:
 
 
 def _with_targets(job: Job, tokenizer: Any) -> Iterator[Prompt]:
-    examples = job.dataset.examples
-    tokenized = [target_token(tokenizer, t, e.answer or "") for t, e in zip(job.texts, examples, strict=True)]
-    targets, categories = [target for _ids, target in tokenized], [e.category or "" for e in examples]
-    check_candidates(targets, categories)
-    of_category: dict[str, set[int]] = {}
-    for target, category in zip(targets, categories, strict=True):
-        of_category.setdefault(category, set()).add(target)
-    for i, ((ids, target), category) in enumerate(zip(tokenized, categories, strict=True)):
-        yield Prompt(i, ids, target, tuple(sorted(of_category[category] - {target})))
+    examples, wanted = job.dataset.examples, job.attributing
+    asked = [(text, e.answer or "", e.category or "") for text, e in zip(job.texts, examples, strict=True)]
+    prefixes = [e.answer_prefix if wanted.answer_prefix is None else wanted.answer_prefix for e in examples]
+    targets = list(find_targets(tokenizer, asked, prefixes))
+    if wanted.answer_tokens == "first":
+        check_candidates([target.first for target in targets], [category for _text, _answer, category in asked])
+    _warn_of_shared(job, sum(target.is_shared for target in targets))
+    for number, target in enumerate(targets):
+        yield Prompt(number, target.token_ids, target)
 
 
-def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n_cue: int = 0) -> None:
-    """Raise DatasetError for a prompt with no tokens, or with too many for the model; the cue's tokens count too.
+def _warn_of_shared(job: Job, n_shared: int) -> None:
+    """Warn of answers that begin with the same token as another answer of their category."""
+    if not n_shared:
+        return
+    what = f"The answers to {n_shared} of {len(job.texts)} prompts of {job.dataset.name} begin with the same token as"
+    if job.attributing.answer_tokens == "first":
+        log.warning(
+            "%s another answer of their category. One token cannot tell these apart, so the prompts are not kept. Use "
+            "--answer-tokens all to compare whole answers.",
+            what,
+        )
+    else:
+        log.warning("%s another answer of their category. Scores explain this token, not the whole answer.", what)
+
+
+def check_length(
+    job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n_cue: int = 0, n_answer: int = 0
+) -> None:
+    """Raise DatasetError for a prompt with no tokens, or with too many for the model; cue and answer count too.
 
     Raise ModelError for a tokenizer of another model, which gives tokens that this model does not have.
     """
@@ -94,8 +119,8 @@ def check_length(job: Job, token_ids: Sequence[Sequence[int]], config: Any, *, n
             f"model has {text.vocab_size:,} tokens, numbered from 0. Use the tokenizer files of this model."
         )
     for number, ids in enumerate(token_ids):
-        if limit is not None and len(ids) + n_cue > limit:
-            cue = f" and {n_cue} of its cue" if n_cue else ""
+        if limit is not None and len(ids) + n_cue + n_answer > limit:
+            cue = f" and {n_cue} of its cue" if n_cue else f" and up to {n_answer:,} of an answer" if n_answer else ""
             raise DatasetError(
                 f"{_named(job, number)} has {len(ids):,} tokens{cue}, and {job.source.name} reads at most {limit:,}: "
                 "shorten the text, or use a model with a longer context."

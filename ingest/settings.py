@@ -20,6 +20,9 @@ STORED_DTYPES = ("float32", "float16")
 QUANTIZATIONS = ("int8",)
 """Quantizations of the weights by kdb."""
 
+ANSWER_TOKENS = ("first", "all")
+"""Tokens of an answer whose probability is stored, and compared with that of other answers."""
+
 ALWAYS_FITTED = ("logistic", "logistic-raw", "logistic-paper", "mean-difference")
 """Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
 
@@ -54,12 +57,17 @@ class Probing:
 class Attributing:
     """Settings that determine the scores of a knowledge run, beside model and prompts.
 
+    ``answer_prefix`` is the text between prompt and answer, if it is the same for all prompts. ``answer_tokens``, one
+    of ``ANSWER_TOKENS``, are those of the answer that decide whether a prompt is kept.
+
     For each prompt, the best ``top_k`` neurons of each component are stored, or ``all_neurons``. The best
     ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are zeroed to compare the methods;
     0 skips the comparison. With ``effects``, the causal effects of heads and layers are stored beside
     their scores.
     """
 
+    answer_prefix: str | None = None
+    answer_tokens: str = "first"
     top_k: int = 300
     all_neurons: bool = False
     query_values: int = 30

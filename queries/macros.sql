@@ -368,11 +368,12 @@ CREATE MACRO check_order("check") AS (
         list_position(
             [
                 'resid_post', 'final_norm', 'readout', 'readout_kl', 'stored_states', 'stored_answers', 'stored_probs',
-                'logits', 'logits_kl', 'residual_sum', 'head_sum', 'ffn_sum', 'value_keys', 'ffn_keys', 'frozen_readout'
+                'logits', 'logits_kl', 'residual_sum', 'head_sum', 'ffn_sum', 'value_keys', 'ffn_keys',
+                'frozen_readout', 'frozen_readout_kl', 'layer_score_sum'
             ],
             "check"
         ),
-        16
+        18
     ),
     "check"
 );

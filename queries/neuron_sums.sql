@@ -1,8 +1,10 @@
 -- The rows of neuron_sums after adding one part of neuron_scores: $scores is its file, $prompts are the files of the
 -- run's prompts, and summed holds the previous rows. No prompt is in two parts, so prompts are counted within the part.
-SELECT category, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::INTEGER AS n_prompts
+SELECT
+    category, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::INTEGER AS n_prompts,
+    NULL::SMALLINT AS expert -- of a dense FFN
 FROM (
-    FROM summed
+    SELECT category, component, layer, head, neuron, total, n_prompts FROM summed
     UNION ALL
     SELECT category, component, layer, head, neuron, sum(score) AS total, count(DISTINCT prompt_id) AS n_prompts
     FROM read_parquet($scores) AS scores

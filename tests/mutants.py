@@ -113,7 +113,12 @@ MUTANTS = [
     Mutant(RANKINGS, "return (1 + torch.cat(counts", "return (2 + torch.cat(counts", "tests/test_attribution.py"),
     # The knowledge study
     Mutant(KNOWLEDGE, "KEPT_RANK = 10", "KEPT_RANK = 11", "tests/test_stages.py"),
-    Mutant(KNOWLEDGE, "<= KEPT_RANK and effects.ahead[i])", "<= KEPT_RANK)", "tests/test_stages.py"),
+    Mutant(
+        KNOWLEDGE,
+        'return None if ahead else "beaten_by_another_answer"',
+        "return None",
+        "tests/test_stages.py",
+    ),
     Mutant(
         KNOWLEDGE,
         "k = max(wanted.top_k, wanted.query_values",
@@ -121,9 +126,9 @@ MUTANTS = [
         "tests/test_knowledge_run.py",
     ),
     Mutant(
-        "ingest/prompts.py",
-        "sorted(of_category[category] - {target})",
-        "sorted(of_category[category])",
+        "ingest/attribution/targets.py",
+        "for ids in self.others} - {self.first}",
+        "for ids in self.others}",
         "tests/test_knowledge_run.py",
     ),
     Mutant("ingest/forward/ablation.py", "rank = 1 + (logits > own).sum(1)", "rank = (logits > own).sum(1)", PROVED),

@@ -173,7 +173,7 @@ def test_a_model_that_looks_ahead_is_refused_because_padding_changes_it() -> Non
 def test_one_prompt_that_overflows_is_enough_to_be_refused() -> None:
     model = tiny_model("llama")
     model.get_input_embeddings().weight[7] = torch.inf
-    with pytest.raises(ModelError, match="resid_post is off by nan"):
+    with pytest.raises(ModelError, match=r"values that are not finite numbers \(found by the check resid_post\)"):
         check_capture(Capture(loaded(model)), [[1, 2, 3], [7]])
 
 

@@ -371,7 +371,7 @@ def test_values_that_are_clipped_are_refused() -> None:
 def test_a_model_that_overflows_is_refused() -> None:
     model = tiny_model("llama")
     model.get_input_embeddings().weight[IDS[1][0]] = torch.inf
-    assert "values that are not finite numbers" in refusal(model)
+    assert "computes values that are not finite numbers" in refusal(model)
 
 
 def test_nothing_stays_attached_to_the_model() -> None:

@@ -222,7 +222,7 @@ def test_a_pull_takes_a_damaged_run_or_a_newer_schema_not_at_all(
             run_kdb("project", "--model", "tiny", "--dataset", "weather", "--warehouse", warehouse)
         result = run_kdb(command, URL, "--warehouse", where)
         assert result.exit_code == 2, result.output
-        assert "was written by a newer kdb (schema 99, this one knows 5). Upgrade kdb" in result.stderr
+        assert "was written by a newer kdb (schema 99, this one knows 6). Upgrade kdb" in result.stderr
 
 
 def test_a_damaged_run_is_not_pushed(hub: Hub, warehouse: Path, run_kdb: Callable[..., Result]) -> None:

@@ -646,5 +646,6 @@ def test_category_with_one_target_token_is_refused() -> None:
     check_candidates([1, 2, 2, 1], ["a", "a", "b", "b"])
     assert message(lambda: check_candidates([1, 2, 3, 3], ["a", "a", "b", "b"])) == (
         "All answers of the category 'b' begin with the same token of this model. A target is compared with the "
-        "other targets of its category: add different answers to it."
+        "other targets of its category: add different answers to it, or compare whole answers with --answer-tokens "
+        "all."
     )

@@ -280,10 +280,10 @@ def test_attention_vs_ffn(database: Database) -> None:
 
 def test_kept_prompts(database: Database) -> None:
     assert database.query("kept-prompts", model="alpha").rows() == [
-        ("alpha", "facts", "language", 3, 2, pytest.approx(200 / 3), 1, 0),
-        ("alpha", "facts", "capital", 2, 1, 50.0, 0, 1),
-        ("alpha", "facts", "month", 1, 0, 0.0, 1, 0),
-        ("alpha", "facts", "zoo", 1, 1, 100.0, 0, 0),
+        ("alpha", "facts", "language", 3, 2, pytest.approx(200 / 3), 1, 0, 0),
+        ("alpha", "facts", "capital", 2, 1, 50.0, 0, 0, 1),
+        ("alpha", "facts", "month", 1, 0, 0.0, 1, 0, 0),
+        ("alpha", "facts", "zoo", 1, 1, 100.0, 0, 0, 0),
     ]
 
 

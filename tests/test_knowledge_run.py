@@ -363,14 +363,17 @@ def test_a_run_carries_how_far_it_can_be_trusted(stored: Warehouse) -> None:
         "ffn_keys",
         "ffn_sum",
         "frozen_readout",
+        "frozen_readout_kl",
         "head_sum",
+        "layer_score_sum",
         "logits",
         "logits_kl",
         "residual_sum",
         "stored_probs",
         "value_keys",
     )
-    assert found == [(name, True, True, 1e-3) for name in names]
+    own = {"frozen_readout_kl": 1e-8, "layer_score_sum": 1e-4}
+    assert found == [(name, True, True, own.get(name, 1e-3)) for name in names]
     counts = rows(stored, 'SELECT "check", value, tolerance FROM checks WHERE passed IS NULL ORDER BY 1')
     assert counts == [("doubled_bos", 0, None), ("special_tokens_in_text", 0, None)]
 
@@ -379,7 +382,8 @@ def test_bfloat16_is_checked_to_its_own_tolerance(tmp_path: Path, ingest: Callab
     answer(ingest(tmp_path / "half", "--dtype", "bfloat16"))
     half = Warehouse(tmp_path / "half")
     found = "SELECT DISTINCT tolerance, passed, value <= tolerance, detail LIKE '%bfloat16' FROM checks WHERE value > 0"
-    assert rows(half, found) == [(0.1, True, True, True)]
+    assert rows(half, f"{found} ORDER BY 1") == [(0.005, True, True, True), (0.1, True, True, True)]
+    assert rows(half, "SELECT count(*) FROM checks WHERE \"check\" = 'layer_score_sum'") == [(0,)]
     assert rows(half, "SELECT variant FROM runs") == [("bfloat16",)]
     assert rows(half, "SELECT dtype FROM models") == [("bfloat16",)]
     kept = rows(half, "SELECT prompt_id FROM prompts WHERE kept ORDER BY 1")
@@ -579,10 +583,10 @@ def test_an_interrupted_attribution_goes_on_from_its_last_finished_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "run_with_cache", interrupt_after(3, cache.run_with_cache))
+        patch.setattr(cache, "run_with_cache", interrupt_after(5, cache.run_with_cache))
         with pytest.raises(KeyboardInterrupt):
             studies.ingest(opened.storage, job(), lambda: tiny_loaded)
-    assert recorded == [8, 3]  # the checks, and one chunk
+    assert recorded == [3, 3, 2, 3]  # the checks, and one chunk
     assert opened.storage.run_folders() == []
     assert everything(opened) == {table: [] for table in TABLES}
     listed = run_kdb("runs", "--warehouse", opened.storage.local.path)
@@ -710,7 +714,7 @@ def asked(run_kdb: RunKdb, warehouse: Path, query: str, *options: str) -> list[d
         ("neuron-overlap", 3),
         ("head-overlap", 3),
         ("kept-prompts", 3),
-        ("checks", 11),
+        ("checks", 13),
         ("runs", 1),
     ],
 )
@@ -763,7 +767,7 @@ def test_both_studies_of_one_model_and_dataset_live_side_by_side(
     assert asked(run_kdb, warehouse, "concept-depth") == depth
     assert len(asked(run_kdb, warehouse, "top-heads")) == 3 * LAYERS * HEADS
     assert len(asked(run_kdb, warehouse, "kept-prompts")) == 3
-    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 10, "knowledge": 11}
+    assert Counter(row["study"] for row in asked(run_kdb, warehouse, "checks")) == {"concept": 10, "knowledge": 13}
     assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 2 runs are as they were committed.\n"
 
 

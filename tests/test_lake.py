@@ -525,7 +525,7 @@ def test_an_empty_folder_becomes_a_warehouse(tmp_path: Path) -> None:
 
 def test_a_warehouse_of_a_newer_kdb_is_refused_and_left_alone(lake: FolderStorage) -> None:
     lake.local.marker.write_text('{"schema_version": 99}')
-    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 5\). Upgrade kdb"):
+    with pytest.raises(WarehouseError, match=r"written by a newer kdb \(schema 99, this one knows 6\). Upgrade kdb"):
         Warehouse.create(lake.local.path)
     assert json.loads(lake.local.marker.read_text()) == {"schema_version": 99}
 

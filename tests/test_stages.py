@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kdb.errors import ModelError
 from kdb.ingest.attribution import study as attribution
+from kdb.ingest.attribution.targets import Target
 from kdb.ingest.concept import study
 from kdb.ingest.datasets import Example
 from kdb.ingest.execution.writer import write_behind
@@ -145,25 +146,34 @@ def test_a_shard_has_at_least_one_thing_and_takes_no_more_than_its_operations(fl
 
 
 @pytest.mark.parametrize(
-    ("rank", "ahead", "kept"), [(1, True, True), (10, True, True), (11, True, False), (1, False, False)]
+    ("rank", "ahead", "shared", "why_not"),
+    [
+        (1, True, False, None),
+        (10, True, False, None),
+        (11, True, True, "not_in_top_ten"),
+        (1, False, False, "beaten_by_another_answer"),
+        (1, True, True, "shares_first_token"),
+    ],
 )
 def test_a_prompt_is_kept_if_its_target_is_among_the_ten_best_and_beats_its_rivals(
-    monkeypatch: pytest.MonkeyPatch, rank: int, ahead: bool, kept: bool
+    monkeypatch: pytest.MonkeyPatch, rank: int, ahead: bool, shared: bool, why_not: str | None
 ) -> None:
-    found = Effects(np.array([rank]), np.array([0.1]), np.array([-2.3]), np.array([ahead]))
+    rival = (np.array([-1]), np.array([np.nan]))
+    found = Effects(np.array([rank]), np.array([0.1]), np.array([-2.3]), np.array([ahead]), *rival)
     monkeypatch.setattr("kdb.ingest.forward.ablation.run_trials", lambda *_, **__: found)
     job = SimpleNamespace(
         dataset=SimpleNamespace(examples=[Example("The sky is", answer="blue")]), texts=["The sky is"]
     )
     subject: Any = SimpleNamespace(
-        prompts=(Prompt(0, [1, 2], 3),),
+        prompts=(Prompt(0, [1, 2], Target([1, 2], " ", (3, 4), ((3, 5),) * shared)),),
+        whole=False,
         decomposition=None,
         batch_tokens=None,
         job=job,
         loaded=SimpleNamespace(tokenizer=SimpleNamespace(decode=str)),
     )
     (row,) = attribution._prompt_rows(subject, [0], lambda _n: None)
-    assert row["kept"] is kept
+    assert (row["kept"], row["not_kept_because"], row["shares_first_token"]) == (why_not is None, why_not, shared)
 
 
 @pytest.mark.parametrize(

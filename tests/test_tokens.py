@@ -217,4 +217,4 @@ def test_a_rare_token_that_overflows_is_found_before_anything_is_stored(
     dataset.write_text("\n".join(["text,label", *texts]))
     result = run_kdb("ingest", "--model", folder, "--dataset", dataset, "--warehouse", tmp_path / "w")
     assert result.exit_code == 2
-    assert "resid_post is off by nan" in result.stderr
+    assert "not finite numbers (found by the check resid_post)" in result.stderr

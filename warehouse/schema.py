@@ -109,6 +109,25 @@ def _neuron() -> Column[Any]:
     )
 
 
+def _expert() -> Column[Any]:
+    return _column(
+        "expert",
+        SmallInteger(),
+        "expert to which the FFN neuron belongs, numbered from 0; NULL in a dense FFN",
+        since=6,
+    )
+
+
+def _total_share() -> Column[Any]:
+    return _column(
+        "total_share",
+        Double(),
+        "least share, over the value neurons, of |total| in the sum of the absolute products of embedding and layers "
+        "with their keys; near 0, these cancel and scores, which are divided by the total, are inflated",
+        since=6,
+    )
+
+
 def _position() -> Column[Any]:
     return _column("position", SmallInteger(), "token position, numbered from 0", unit="tokens")
 
@@ -224,18 +243,53 @@ prompts = _table(
     _column("relation", Text(), "relation between subject and answer"),
     _column("subject", Text(), "subject of the prompt"),
     _column("answer", Text(), "correct continuation of the prompt"),
+    _column(
+        "answer_prefix", Text(), "text between prompt and answer; NULL in older runs, which have one space", since=6
+    ),
+    _column(
+        "answer_token_ids",
+        IntList(),
+        "token ids of the answer as it follows prompt and prefix; the first one is the target",
+        since=6,
+    ),
+    _column(
+        "shares_first_token",
+        Boolean(),
+        "whether another answer of the category begins with the target, so that scores, which explain the first token "
+        "only, do not tell them apart",
+        since=6,
+    ),
     _column("target_token_id", Integer(), "token id of the answer's first token, the target", symbol="w"),
     _column("target_token", Text(), "text of the target token"),
     _column("n_tokens", Integer(), "number of tokens of the prompt, including special tokens", unit="tokens"),
-    _column("target_prob", Double(), "the model's probability of the target", symbol="p(w)"),
+    _column(
+        "target_prob",
+        Double(),
+        "the model's probability of the target; of the whole answer in runs with --answer-tokens all",
+        symbol="p(w)",
+    ),
     _column("target_rank", Integer(), "rank of the target among all tokens, from 1"),
     _column(
         "kept",
         Boolean(),
-        "whether the prompt passes the filter: the target is among the ten most probable tokens, and more probable "
-        "than the other answers of its category",
+        "whether the prompt passes the filter: the target is among the ten most probable tokens, no other answer of "
+        "its category begins with it, and it is more probable than they are; with --answer-tokens all, the whole "
+        "answer is more probable than each of them",
     ),
-    _column("token_ids", IntList(), "token ids of the prompt, special tokens included", since=6),
+    _column(
+        "not_kept_because",
+        Text(),
+        "first condition of the filter that is not met: not_in_top_ten, shares_first_token or "
+        "beaten_by_another_answer; NULL if kept",
+        since=6,
+    ),
+    _column(
+        "token_ids",
+        IntList(),
+        "token ids of the prompt, special tokens included; where the tokenizer makes the space before an answer, such "
+        "as 1984, a token of its own, it is the last one, as is a prefix that is not white space",
+        since=6,
+    ),
     _column(
         "rival_token_id",
         Integer(),
@@ -502,6 +556,7 @@ neuron_scores = _table(
         "whether score was computed over the whole vocabulary; otherwise it lies between lower and upper",
     ),
     _rank("rank among the prompt's neurons of this component"),
+    _expert(),
     key=("prompt_id", "component", "layer", "head", "neuron", "position"),
 )
 
@@ -515,6 +570,7 @@ neuron_sums = _table(
     _neuron(),
     _column("total", Double(), "sum of score over the category's kept prompts and all positions", unit="nat"),
     _column("n_prompts", Integer(), "number of kept prompts with which the neuron is stored"),
+    _expert(),
     key=("category", "component", "layer", "head", "neuron"),
 )
 
@@ -527,6 +583,8 @@ query_neuron_scores = _table(
     _neuron(),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
     _rank("rank among the prompt's query neurons"),
+    _total_share(),
+    _expert(),
     key=("prompt_id", "activates", "layer", "neuron"),
 )
 
@@ -538,6 +596,7 @@ query_layer_scores = _table(
     _column("layer", SmallInteger(), "transformer block, numbered from 0; NULL for embed", symbol="i, l"),
     _column("component", Text(), "embed, attn or ffn"),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
+    _total_share(),
     key=("prompt_id", "activates", "layer", "component"),
 )
 
@@ -569,6 +628,7 @@ neuron_tokens = _table(
     _column("token", Text(), "text of the token"),
     _column("token_id", Integer(), "id of the token", since=6),
     _column("logit", Double(), "the neuron's logit of that token", unit="logit"),
+    _expert(),
     key=("component", "layer", "head", "neuron", "sign", "rank"),
 )
 

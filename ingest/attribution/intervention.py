@@ -234,7 +234,8 @@ def _ablated(subject: Decomposed, _shard: Shard, advance: Advance) -> Iterator[R
     interventions = [
         Intervention(
             row["prompt_id"],
-            target_token(subject.loaded.tokenizer, row["text"], row["answer"])[0],
+            # Runs of schema 5 and older have no token ids, and join every answer by a space.
+            row.get("token_ids") or target_token(subject.loaded.tokenizer, row["text"], row["answer"], " ")[0],
             row["target_token_id"],
             method,
             wanted.positions,

@@ -14,6 +14,8 @@ from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
+    import torch
+
     from kdb.ingest.attribution.scores import Attribution, Neurons, QueryScores
     from kdb.ingest.forward.decomposition import Decomposition
 
@@ -100,13 +102,14 @@ def query_neuron_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
             "neuron": best.indices % n,
             "score": best.values.double(),
             "rank": np.arange(1, best.indices.shape[1] + 1),
+            "total_share": q.total_share.double()[:, None],
         },
     )
 
 
 def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_layer_scores``."""
-    keys = {"prompt_id": ids[:, None], "activates": activates}
+    keys = {"prompt_id": ids[:, None], "activates": activates, "total_share": q.total_share.double()[:, None]}
     rows = [
         arrow_rows("query_layer_scores", keys | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
         for c, score in (("attn", q.attn), ("ffn", q.ffn))
@@ -155,6 +158,8 @@ def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callab
     import torch
 
     table, tokenizer = decomposition.readout.table, decomposition.loaded.tokenizer
+    missing = _missing_tokens(tokenizer, table)
+    most = min(TOKENS_OF_A_NEURON, len(table) - len(missing))
     text = functools.cache(lambda token: tokenizer.decode([token]))
     for (component, layer), group in _by(neurons.to_pylist(), "component", "layer"):
         columns = decomposition.ffn_columns(layer) if component == "ffn" else decomposition.attn_columns(layer)
@@ -164,8 +169,10 @@ def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callab
             rows = [r["neuron"] if component == "ffn" else r["head"] * width + r["neuron"] for r in some]
             with torch.inference_mode():
                 logits = columns[rows] @ table.T
-                ends = [logits.topk(TOKENS_OF_A_NEURON, dim=1, largest=largest) for largest in (True, False)]
-            n = min(TOKENS_OF_A_NEURON, logits.shape[1])
+                ends = []
+                for largest, never in ((True, -torch.inf), (False, torch.inf)):
+                    logits[:, missing] = never
+                    ends.append(logits.topk(most, dim=1, largest=largest))
             for sign, end in zip(("top", "bottom"), ends, strict=True):
                 yield pa.Table.from_pylist(
                     [
@@ -180,11 +187,19 @@ def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callab
                         for row, end_tokens, end_logits in zip(
                             some, end.indices.tolist(), end.values.tolist(), strict=True
                         )
-                        for j in range(n)
+                        for j in range(most)
                     ],
                     arrow_schema("neuron_tokens"),
                 )
             on_batch(len(some))
+
+
+def _missing_tokens(tokenizer: Any, table: torch.Tensor) -> torch.Tensor:
+    """Rows of the unembedding that are no token of the tokenizer: padding to a round number of rows."""
+    import torch
+
+    missing = sorted(set(range(len(table))).difference(tokenizer.get_vocab().values()))
+    return torch.tensor(missing, dtype=torch.long, device=table.device)
 
 
 def _by(rows: Sequence[dict[str, Any]], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[dict[str, Any]]]]:

@@ -64,12 +64,15 @@ class QueryScores:
     """Scores, in nats, of the sources that activate a prompt's value neurons.
 
     Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn`` and ``ffn`` (b, l).
+    ``total_share`` (b) is the least part of the whole outputs' products with a key that is left when they are added:
+    near 0, scores are shares of a total that cancels, so that single ones may be larger than the value neurons' score.
     """
 
     neurons: torch.Tensor
     embed: torch.Tensor
     attn: torch.Tensor
     ffn: torch.Tensor
+    total_share: torch.Tensor
 
 
 def _neurons(
@@ -161,6 +164,21 @@ class Attribution:
         scores = self.at.scores(every, added, every, torch.ones(2 * n, device=added.device))
         attn, ffn = scores.view(2, self.n_layers, self.n_prompts).transpose(1, 2)
         return {"attn": attn, "ffn": ffn}
+
+    @cached_property
+    def unexplained(self) -> torch.Tensor | None:
+        """What layer scores leave of log p(w): it − their sum − log p(w|embedding), (b), which is 0 but for rounding.
+
+        None where it need not be: in half precision, with parallel blocks, which read one residual, and with a soft
+        cap, whose slope is frozen.
+        """
+        exact = self.decomposition.loaded.dtype == "float32" and self._cap is None
+        if not exact or any(block.parallel for block in self.decomposition.blocks):
+            return None
+        whole = self.cache.logits.double().log_softmax(1).gather(1, self.target[:, None])[:, 0]
+        scores = sum(score.sum(1) for score in self.layer_scores.values())
+        left: torch.Tensor = whole - scores - self.at.log_p[: self.n_prompts].double()
+        return left
 
     @cached_property
     def head_scores(self) -> torch.Tensor:
@@ -426,13 +444,16 @@ class Attribution:
         cache = self.cache
         prompt = self._rows[:, None].expand_as(values.layer)
         share = torch.where(values.layer >= 0, values.score / total.double(), 0.0)
-        embed = share * (keys * cache.resid_pre[0, prompt, position]).sum(-1)
+        embed = (keys * cache.resid_pre[0, prompt, position]).sum(-1)
+        size = embed.abs()
         neurons, attn, ffn = [], [], []
         for i, block in enumerate(self.decomposition.blocks):
             earlier = share * (values.layer > i)
             seen = share * (values.layer >= i) if own_attention and not block.parallel else earlier
-            attn.append((seen * (keys * cache.attn[i, prompt, position]).sum(-1)).sum(1))
-            ffn.append((earlier * (keys * cache.ffn[i, prompt, position]).sum(-1)).sum(1))
+            by_attn, by_ffn = ((keys * x[i, prompt, position]).sum(-1) for x in (cache.attn, cache.ffn))
+            size = size + by_attn.abs() * (seen != 0) + by_ffn.abs() * (earlier != 0)
+            attn.append((seen * by_attn).sum(1))
+            ffn.append((earlier * by_ffn).sum(1))
             columns = self.decomposition.ffn_columns(i)
             used = earlier.any(0).nonzero()[:, 0]
             if not len(used):
@@ -441,4 +462,6 @@ class Attribution:
             fired = cache.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
             neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
-        return QueryScores(torch.stack(neurons, dim=1), embed.sum(1), torch.stack(attn, dim=1), torch.stack(ffn, dim=1))
+        left = torch.where(values.layer >= 0, total.abs() / size, 1.0).amin(1)
+        of_neurons, of_attn, of_ffn = (torch.stack(parts, dim=1) for parts in (neurons, attn, ffn))
+        return QueryScores(of_neurons, (share * embed).sum(1), of_attn, of_ffn, left)

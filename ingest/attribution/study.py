@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from kdb.ingest.attribution.score_rows import (
     query_neuron_rows,
     token_rows,
 )
+from kdb.ingest.attribution.targets import Target
+from kdb.ingest.attribution.whole_answers import whole_answers
 from kdb.ingest.forward.capture import batches
-from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched
+from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched_logits
 from kdb.ingest.forward.length_classes import LengthClasses
 from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job
@@ -47,10 +50,23 @@ from kdb.warehouse.sums import sum_neurons
 if TYPE_CHECKING:
     import torch
 
+    from kdb.ingest.forward.activation_cache import ActivationCache
     from kdb.ingest.forward.decomposition import Decomposition
 
 KEPT_RANK = 10
 """A prompt is kept if its target has at most this rank among the model's tokens, and beats every rival."""
+
+
+def _why_not_kept(rank: int, ahead: bool, shared: bool) -> str | None:
+    """Name the first condition of the filter that a prompt does not meet; None if it is kept.
+
+    ``shared``: another answer has the same tokens, as far as they are compared.
+    """
+    if rank > KEPT_RANK:
+        return "not_in_top_ten"
+    if shared:
+        return "shares_first_token"
+    return None if ahead else "beaten_by_another_answer"
 
 
 def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
@@ -63,6 +79,9 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
     check_length(job, posed.token_ids, config)
     scores = ("layer_scores", "head_scores", "head_position_scores", "lens_readouts", "neuron_scores")
     methods = ("ablations",) if job.attributing.ablate_k else ()
+    if job.attributing.answer_tokens == "all":
+        longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
+        check_length(job, posed.token_ids, config, n_answer=longest - 1)
     return posed, [
         ModelStage(("checks",), single("model"), _check),
         description(posed, tokenizer, config),
@@ -119,7 +138,25 @@ class Attributed:
     @functools.cached_property
     def alone(self) -> dict[int, torch.Tensor]:
         """The logits of the chosen prompts, each run alone through the untouched model."""
-        return {i: untouched(self.loaded, self.prompts[i].token_ids)[1] for i in self.chosen}
+        return {i: self._untouched(self.prompts[i].token_ids) for i in self.chosen}
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole answers are compared, rather than their first tokens."""
+        return self.job.attributing.answer_tokens == "all"
+
+    def own_probability(self, number: int) -> float:
+        """The untouched model's probability of a prompt's target, or of its whole answer."""
+        prompt, answer = self.prompts[number], _target(self.prompts[number]).answer
+        first = self.alone[number].double().softmax(-1)[answer[0]].item()
+        rest = range(1, len(answer)) if self.whole else ()
+        return math.prod([first, *(self._after([*prompt.token_ids, *answer[:n]], answer[n]) for n in rest)])
+
+    def _after(self, token_ids: Sequence[int], token: int) -> float:
+        return self._untouched(token_ids).double().softmax(-1)[token].item()
+
+    def _untouched(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return untouched_logits(self.loaded, self.decomposition.structure, token_ids)
 
 
 # Before attribution ----------------------------------------------------------------------------------------------
@@ -127,12 +164,30 @@ class Attributed:
 
 def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
     """Check that the contributions to the residual stream add up on the chosen prompts. Raises ModelError if not."""
+    from kdb.ingest.attribution.scores import prompts_at_once
     from kdb.ingest.forward.activation_cache import check_decomposition
 
     begun = time.monotonic()
     with model_errors(f"{subject.loaded.source.name} cannot be run"):
-        rows = check_decomposition(subject.decomposition, [subject.prompts[i].token_ids for i in subject.chosen])
+        rows = check_decomposition(
+            subject.decomposition,
+            [subject.prompts[i].token_ids for i in subject.chosen],
+            functools.partial(_unexplained, subject),
+            prompts_at_once(subject.decomposition),
+        )
     yield rows_of("checks", rows, begun)
+
+
+def _unexplained(subject: Attributed, cache: ActivationCache, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """What layer scores leave unexplained of the targets of some chosen prompts; empty where it is not checked."""
+    import torch
+
+    from kdb.ingest.attribution.scores import Attribution
+
+    targets = {tuple(subject.prompts[i].token_ids): subject.prompts[i].target for i in subject.chosen}
+    target = torch.tensor([targets[tuple(ids)] for ids in token_ids], device=subject.loaded.device)
+    left = Attribution(subject.decomposition, cache, target).unexplained
+    return {} if left is None else {"layer_score_sum": float(left.abs().max())}
 
 
 def _prompt_shards(token_ids: Sequence[Sequence[int]], run: RunInProgress) -> list[Shard]:
@@ -155,10 +210,17 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
 
     prompts = [subject.prompts[i] for i in numbers]
     trials = [Trial(p.token_ids, p.target, Silenced(), everywhere=False, rivals=p.rivals) for p in prompts]
-    effects = run_trials(subject.decomposition, trials, batch_tokens=subject.batch_tokens, on_batch=advance)
+    run = functools.partial(run_trials, subject.decomposition, batch_tokens=subject.batch_tokens)
+    effects = run(trials, on_batch=advance)
+    prob, ahead, whole = effects.prob, effects.ahead, subject.whole
+    if whole:
+        among = (effects.rank <= KEPT_RANK).nonzero()[0].tolist()
+        logp, ahead = whole_answers(run, [_target(p) for p in prompts], effects, among)
+        prob = np.exp(logp)
     tokenizer, job, texts = subject.loaded.tokenizer, subject.job, subject.job.texts
     for i, prompt in enumerate(prompts):
-        example, text = job.dataset.examples[prompt.number], texts[prompt.number]
+        example, text, target = job.dataset.examples[prompt.number], texts[prompt.number], _target(prompt)
+        why_not = _why_not_kept(int(effects.rank[i]), bool(ahead[i]), target.is_shared and not whole)
         yield {
             "prompt_id": prompt.number,
             "text": text,
@@ -170,13 +232,22 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
             "target_token": tokenizer.decode([prompt.target]),
             "n_tokens": len(prompt.token_ids),
             "token_ids": prompt.token_ids,
-            "target_prob": float(effects.prob[i]),
+            "target_prob": float(prob[i]),
             "target_rank": int(effects.rank[i]),
-            "kept": bool(effects.rank[i] <= KEPT_RANK and effects.ahead[i]),
+            "kept": why_not is None,
+            "not_kept_because": why_not,
+            "shares_first_token": target.is_shared,
+            "answer_prefix": target.prefix,
+            "answer_token_ids": target.answer,
             "rival_token_id": int(effects.rival[i]) if prompt.rivals else None,
             "rival_token": tokenizer.decode([effects.rival[i]]) if prompt.rivals else None,
             "rival_logp": float(effects.rival_logp[i]) if prompt.rivals else None,
         }
+
+
+def _target(prompt: Prompt) -> Target:
+    assert prompt.answer is not None  # every prompt of this study has an answer
+    return prompt.answer
 
 
 def _stored_shards(run: RunInProgress) -> list[Shard]:
@@ -185,8 +256,8 @@ def _stored_shards(run: RunInProgress) -> list[Shard]:
 
 def _check_stored(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[Rows]:
     """Compare the stored target probabilities of the chosen prompts with the untouched model's. Raises ModelError."""
-    begun, prompts = time.monotonic(), subject.prompts
-    own = [subject.alone[i].double().softmax(-1)[prompts[i].target].item() for i in subject.chosen]
+    begun = time.monotonic()
+    own = [subject.own_probability(i) for i in subject.chosen]
     off = [abs(shard.work[i] - prob) for i, prob in zip(subject.chosen, own, strict=True)]
     yield rows_of("checks", [check_row("stored_probs", off, subject.loaded, len(own))], begun)
 

@@ -77,7 +77,7 @@ def answer_probabilities(capture: Capture, ends: NDArray[np.float32], question: 
     probabilities = []
     with torch.inference_mode():
         for states in torch.from_numpy(ends).split(_READOUT_ROWS):
-            probs = capture.structure.readout(states.to(loaded.device, dtype)).float().softmax(-1)
+            probs = capture.structure.readout(states.to(loaded.device, dtype)).softmax(-1)
             probabilities.append(
                 torch.stack([probs[:, list(first)].double().sum(-1) for first in question.first_tokens], -1)
             )
@@ -91,11 +91,12 @@ def check_answers(
 
     Returns a row of ``checks``. Raises ModelError if a difference is larger than the weights' dtype explains.
     """
-    from kdb.ingest.forward.checks import check_row, untouched
+    from kdb.ingest.forward.checks import check_row, untouched_logits
 
     off: list[float] = []
     for ids, probabilities in zip(token_ids, stored, strict=True):
-        probs = untouched(capture.loaded, [*ids, *question.cue])[1].double().softmax(-1)
+        logits = untouched_logits(capture.loaded, capture.structure, [*ids, *question.cue])
+        probs = logits.double().softmax(-1)
         own = [float(probs[list(first)].sum()) for first in question.first_tokens]
         off += [abs(a - b) for a, b in zip(probabilities, own, strict=True)]
     return check_row("stored_answers", off, capture.loaded, len(token_ids))

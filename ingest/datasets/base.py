@@ -17,7 +17,8 @@ from kdb.ingest.settings import Measuring
 class Example:
     """One text of a dataset: with a label to probe for, or with a category and the answer that continues it.
 
-    Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic.
+    Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic. ``answer_prefix`` is the white space
+    that the file has between text and answer; without it, :mod:`kdb.ingest.datasets.joining` chooses it.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Example:
     relation: str | None = None
     subject: str | None = None
     answer: str | None = None
+    answer_prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of the parts of the examples that results depend on.
 
-        These are text, label and group; in the knowledge study text, answer and category.
+        These are text, label and group; in the knowledge study text, answer and category, and an answer's prefix.
         """
         digest = hashlib.sha256()
         for example in self.examples:
@@ -72,7 +74,8 @@ class Dataset:
 
     def _essence(self, example: Example) -> list[str | int | None]:
         if self.study == "knowledge":
-            return [example.text, example.answer, example.category]
+            prefix = [] if example.answer_prefix is None else [example.answer_prefix]
+            return [example.text, example.answer, example.category, *prefix]
         return [example.text, example.label, example.group]
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kdb.errors import DatasetError
 from kdb.ingest.datasets.base import Dataset, Example
+from kdb.ingest.datasets.joining import takes_space
 from kdb.ingest.datasets.layout import Layout, text_of, to_examples
 from kdb.ingest.datasets.rows import Row, column_names, complaint, excerpt, read_csv, read_jsonl, read_parquet
 
@@ -110,7 +111,10 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
         relation, subject = (_optional(row, column) for column in _OPTIONAL)
         if category == _ALL:
             raise complaint(row.location, "a category of another name", "'all', which means all categories: rename it")
-        example = Example(prompt, category=category, relation=relation, subject=subject, answer=answer)
+        example = Example(
+            *(prompt, None, None, category, relation, subject, answer),
+            answer_prefix=_written_prefix(text_of(row, "prompt"), text_of(row, "answer")),
+        )
         if prompt not in first:
             first[prompt] = row, example
             yield example
@@ -123,6 +127,13 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
                     f"the {what} {excerpt(one)} that {earlier_row.location} has for the prompt {excerpt(prompt)}",
                     f"{excerpt(other)}: keep one of the two rows",
                 )
+
+
+def _written_prefix(prompt: str, answer: str) -> str | None:
+    """White space before the answer; else that after a prompt that takes no space of itself, such as "x = "."""
+    before = answer[: len(answer) - len(answer.lstrip())]
+    after = "" if takes_space(prompt, answer) else prompt[len(prompt.rstrip()) :]
+    return before or after or None
 
 
 def _filled(row: Row, column: str) -> str:

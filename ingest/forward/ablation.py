@@ -111,7 +111,7 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
     with _silencing(decomposition, trials, last):
         hidden = decomposition.structure.decoder(ids.to(device), use_cache=False)[0]
     # The decoder has applied the final norm. The rest of the readout is linear, except for the soft cap.
-    logits = decomposition.structure.unembed_normed(hidden[rows, last]).float()
+    logits = decomposition.structure.unembed_normed(hidden[rows, last])
     own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
     total = logits.double().logsumexp(1)
     logp = own[:, 0].double() - total

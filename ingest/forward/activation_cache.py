@@ -7,7 +7,7 @@ positions before it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ class _Recorder:
         resid_post = recorded["out"][-1][rows, self.last]
         dtype = getattr(torch, decomposition.loaded.dtype)
         normed = decomposition.structure.final_norm(resid_post.to(dtype))
-        logits = decomposition.structure.readout(resid_post.to(dtype)).float()
+        logits = decomposition.structure.readout(resid_post.to(dtype))
         return ActivationCache(
             last=self.last,
             resid_pre=torch.stack(recorded["resid"]),
@@ -183,13 +183,23 @@ class _Recorder:
 # Checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_decomposition(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+Further = Callable[[ActivationCache, Sequence[Sequence[int]]], dict[str, float]]
+"""Further values to check, by their name, of a cache and the prompts in it."""
+
+
+def check_decomposition(
+    decomposition: Decomposition,
+    token_ids: Sequence[Sequence[int]],
+    further: Further | None = None,
+    at_most: int | None = None,
+) -> list[dict[str, Any]]:
     """Check on some prompts that all sums add up and match the untouched model; return rows of ``checks``.
 
+    ``further`` takes at most ``at_most`` prompts.
     Raises ModelError, naming the sum, if a difference is larger than the rounding of the weights' dtype explains.
     """
     loaded = decomposition.loaded
-    errors = [_off(decomposition, group) for group in _together(decomposition, token_ids)]
+    errors = [_off(decomposition, group, further) for group in _together(decomposition, token_ids, at_most)]
     return [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
 
 
@@ -201,30 +211,37 @@ def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor)
     check_row("logits", [float((recorded - own).abs().max() / _spread(own))], loaded, 1)
 
 
-def _together(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def _together(
+    decomposition: Decomposition, token_ids: Sequence[Sequence[int]], at_most: int | None
+) -> Iterator[list[Sequence[int]]]:
     """Batches of prompts to cache together: of one length class, and small enough for memory with padding."""
     order = sorted(token_ids, key=len, reverse=True)
     budget = max(1, CHECK_BYTES // bytes_per_token(decomposition))
-    for batch in batches(list(map(len, order)), budget, LengthClasses(decomposition.loaded.model.config)):
+    length_class = LengthClasses(decomposition.loaded.model.config)
+    for batch in batches(list(map(len, order)), budget, length_class, at_most):
         yield [order[i] for i in batch]
 
 
-def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+def _off(decomposition: Decomposition, token_ids: Sequence[Sequence[int]], further: Further | None) -> dict[str, float]:
     """Error of every sum, and difference of the logits from the untouched model's, in one batch of prompts."""
     import torch
 
     with torch.inference_mode():
         r = run_with_cache(decomposition, token_ids)
         own = torch.stack([untouched(decomposition.loaded, ids)[1] for ids in token_ids])
+        recorded = r.logits.to(getattr(torch, decomposition.loaded.dtype)).float()  # rounded as the model's own are
+        linear = _linear_logits(decomposition, r)
         return {
             "residual_sum": _residual_sum(r),
             "head_sum": _head_sum(decomposition, r),
             "ffn_sum": _ffn_sum(decomposition, r),
             "value_keys": _value_keys(decomposition, r),
             "ffn_keys": _ffn_keys(decomposition, r),
-            "frozen_readout": _frozen_readout(decomposition, r),
-            "logits": float(((r.logits - own).abs().amax(-1) / _spread(own)).max()),
-            "logits_kl": kl_divergence(own, r.logits),
+            "frozen_readout": float(((linear - r.logits).abs().amax(-1) / _spread(r.logits)).max()),
+            "frozen_readout_kl": kl_divergence(r.logits, linear),
+            "logits": float(((recorded - own).abs().amax(-1) / _spread(own)).max()),
+            "logits_kl": kl_divergence(own, recorded),
+            **(further(r, token_ids) if further else {}),
         }
 
 
@@ -321,12 +338,13 @@ def _off_its_keys(
     return off
 
 
-def _frozen_readout(decomposition: Decomposition, r: ActivationCache) -> float:
+def _linear_logits(decomposition: Decomposition, r: ActivationCache) -> torch.Tensor:
+    """Logits (b, vocab) of the frozen, linear readout, after the soft cap."""
     readout = decomposition.readout
     linear = (r.resid_post * r.final_scale[:, None]) @ readout.table.T + readout.constant
     if readout.softcap is not None:
         linear = readout.softcap * (linear / readout.softcap).tanh()
-    return float(((linear - r.logits).abs().amax(-1) / _spread(r.logits)).max())
+    return linear
 
 
 def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -> torch.Tensor:

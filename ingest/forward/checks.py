@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from inspect import signature
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from kdb.ingest.forward.capture import Capture
     from kdb.ingest.models.find import LoadedModel
+    from kdb.ingest.models.structure import ModelStructure
+
+log = logging.getLogger(__name__)
 
 CHECK_PROMPTS = 8
 """Prompts on which each run is compared with the untouched model."""
@@ -28,6 +32,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
 
 STATES_TOLERANCE = TOLERANCE | {"bfloat16": 0.3, "float16": 4e-2}
 """Largest relative difference of the states of all layers that rounding explains (``benchmarks/batches.py``)."""
+
+READOUT_KL_TOLERANCE = {"float32": 1e-8, "bfloat16": 5e-3, "float16": 5e-5}
+"""Largest KL divergence, in nats, of the frozen readout: 35 times and more what rounding made of two real models and
+tiny ones of 19 architectures (8e-13, 1.4e-4, 5.5e-7), since larger models have larger logits."""
+
+IDENTITY_TOLERANCE = 1e-4
+"""Largest part of a log-probability, in nats, that layer scores may leave unexplained in float32; two real models leave
+1.2e-5."""
+
+_NEVER_REFUSED = ("layer_score_sum",)
+"""Checks whose failure is stored and reported, but refuses no model: rounding grows with layers and logits."""
 
 DETAIL = {
     "resid_post": "largest ‖captured − untouched‖ / ‖untouched‖ over layers, batched with padding, cue and shared "
@@ -49,6 +64,8 @@ DETAIL = {
     "value_keys": "the same for a head's values, read through the value projection found",
     "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
     "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
+    "frozen_readout_kl": "KL divergence, in nats, of the frozen, linear readout from the recorded logits",
+    "layer_score_sum": "largest |log p(target) − sum of layer scores − log p(target) at the embedding|, in nats",
 }
 """Definition of each check, as it is stored."""
 
@@ -59,19 +76,27 @@ def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompt
     Raises ModelError if it is larger than the rounding of the weights' dtype explains.
     """
     value = float(np.max(values, initial=0))  # unlike Python's max, NumPy's keeps a NaN
-    tolerance = (STATES_TOLERANCE if check in ("resid_post", "stored_states") else TOLERANCE)[loaded.dtype]
+    tolerance = _tolerance(check, loaded.dtype)
     if not np.isfinite(value):
         raise ModelError(
             f"{loaded.source.name} cannot be measured: it computes values that are not finite numbers (found by the "
             f"check {check}). Its weights may be damaged or empty; {loaded.dtype} may be too small for its values."
         )
     if not value <= tolerance:
-        raise ModelError(
-            f"{loaded.source.name} cannot be measured: {check} is off by {value:.2g}, and {loaded.dtype} "
-            f"explains {tolerance:.2g} ({DETAIL[check]})."
-        )
+        off = f"{check} is off by {value:.2g}, and {loaded.dtype} explains {tolerance:.2g} ({DETAIL[check]})."
+        if check not in _NEVER_REFUSED:
+            raise ModelError(f"{loaded.source.name} cannot be measured: {off}")
+        log.warning("%s: %s", loaded.source.name, off)
     detail = f"{DETAIL[check]}; {n_prompts} prompts, {loaded.dtype}"
-    return {"check": check, "value": value, "tolerance": tolerance, "passed": True, "detail": detail}
+    return {"check": check, "value": value, "tolerance": tolerance, "passed": value <= tolerance, "detail": detail}
+
+
+def _tolerance(check: str, dtype: str) -> float:
+    if check == "layer_score_sum":
+        return IDENTITY_TOLERANCE
+    if check == "frozen_readout_kl":
+        return READOUT_KL_TOLERANCE[dtype]
+    return (STATES_TOLERANCE if check in ("resid_post", "stored_states") else TOLERANCE)[dtype]
 
 
 def kl_divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
@@ -95,6 +120,15 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
         output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
     states = torch.stack([state[0, -1].float() for state in output.hidden_states])
     return states, output.logits[0, -1].float()
+
+
+def untouched_logits(loaded: LoadedModel, structure: ModelStructure, token_ids: Sequence[int]) -> torch.Tensor:
+    """Run one prompt alone and without hooks; return the logits (vocab) of its last state, read out in float32."""
+    import torch
+
+    states, _own = untouched(loaded, token_ids)
+    with torch.inference_mode():
+        return structure.unembed_normed(states[-1].to(getattr(torch, loaded.dtype)))
 
 
 def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
@@ -127,7 +161,7 @@ def check_capture(
         states, logits = untouched(loaded, ids)
         off = _off(capture, resid, states)
         with torch.inference_mode():
-            read = capture.structure.readout(resid[-1].to(dtype)).float()
+            read = capture.structure.readout(resid[-1].to(dtype)).to(dtype).float()  # rounded as the model's own are
         errors["resid_post"].extend(off[:-1])
         errors["final_norm"].append(off[-1])
         errors["readout"].append(_relative(read, logits))

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_ROWS = 8192
+"""Rows of the unembedding that are converted at once: few enough for a copy of any width."""
+
 _FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
 
 
@@ -38,11 +41,35 @@ class ModelStructure:
         return self.unembed_normed(self.final_norm(resid_post))
 
     def unembed_normed(self, normed: torch.Tensor) -> torch.Tensor:
-        """Compute logits (…, vocab) from the output (…, hidden) of the final norm."""
-        logits: torch.Tensor = self.unembed(normed) * self.logit_scale
+        """Compute logits (…, vocab), in float32, from the output (…, hidden) of the final norm.
+
+        In half precision, tokens of nearly equal probability would tie, and their ranks would say nothing.
+        """
+        logits = _unembedded(self.unembed, normed) * self.logit_scale
         if self.logit_softcap is not None:
             logits = self.logit_softcap * (logits / self.logit_softcap).tanh()
         return logits
+
+
+def _unembedded(unembed: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+    """Apply an unembedding to states (…, hidden), in float32; a matrix in half precision is converted in parts."""
+    import torch
+
+    if type(unembed) is torch.nn.Linear and _is_half(unembed.weight, normed):
+        weight, bias = unembed.weight, unembed.bias
+        states = normed.to(weight.device).float()
+        logits = torch.cat([states @ rows.float().T for rows in weight.split(_ROWS)], dim=-1)
+        return (logits if bias is None else logits + bias.float()).to(normed.device)
+    whole: torch.Tensor = unembed(normed)
+    return whole.float()
+
+
+def _is_half(weight: torch.Tensor, normed: torch.Tensor) -> bool:
+    """Whether a plain, loaded matrix or the states are in half precision; a quantized one has its own class."""
+    import torch
+
+    plain = type(weight) is torch.nn.Parameter and weight.is_floating_point() and not weight.is_meta
+    return plain and not weight.dtype == normed.dtype == torch.float32
 
 
 def find_structure(model: Any) -> ModelStructure:

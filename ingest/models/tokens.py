@@ -14,7 +14,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _PROBES = ("a", "0", ".", "the", "é", "的")
-"""Texts that reveal the special tokens around a text; the first one that has tokens is used."""
+"""Texts that reveal what a tokenizer puts around a text, or before it; the first one that has tokens is used."""
 
 
 def read_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -30,6 +30,15 @@ def read_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def bare(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def following(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that follows another: without the space that some tokenizers put before texts."""
+    for before in ("\n", *_PROBES):
+        first, both = bare(tokenizer, before), bare(tokenizer, before + text)
+        if first and both[: len(first)] == first and len(both) > len(first):
+            return both[len(first) :]
+    return bare(tokenizer, text)
 
 
 def _around(tokenizer: Any) -> tuple[int, int]:

@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from kdb.cli.options import Command
-from kdb.ingest.settings import ALWAYS_FITTED, DTYPES, QUANTIZATIONS, STORED_DTYPES, Attributing, Measuring, Probing
+from kdb.ingest.settings import (
+    ALWAYS_FITTED,
+    ANSWER_TOKENS,
+    DTYPES,
+    QUANTIZATIONS,
+    STORED_DTYPES,
+    Attributing,
+    Measuring,
+    Probing,
+)
 from kdb.queries.domains import CLASSIFIERS
 
 
@@ -81,6 +90,20 @@ def attribution_options(command: Command) -> Command:
     """Options of knowledge attribution."""
     for option in reversed(
         (
+            click.option(
+                "--answer-prefix",
+                metavar="TEXT",
+                help="Knowledge: text between prompt and answer, such as ''; defaults to the white space before the "
+                "answer in the file, then to a space after a letter, digit or closing mark.",
+            ),
+            click.option(
+                "--answer-tokens",
+                type=click.Choice(ANSWER_TOKENS),
+                default=Attributing.answer_tokens,
+                show_default=True,
+                help="Knowledge: tokens of the answer to compare with other answers. Scores explain the first one "
+                "always.",
+            ),
             click.option(
                 "--top-k",
                 type=click.IntRange(1),
