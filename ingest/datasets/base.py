@@ -101,6 +101,8 @@ class DatasetInfo:
     status: str
     where: str = ""
     study: str = "concept"
+    by_default: bool = True
+    """Whether `kdb ingest` measures it without --dataset, if it is built in."""
 
 
 def prompts(dataset: Dataset, *, noise: bool = Measuring.noise, seed: int = Measuring.seed) -> list[str]:

@@ -11,6 +11,7 @@ from kdb.ingest.datasets.answers import check_answers
 from kdb.ingest.datasets.asking import asking
 from kdb.ingest.datasets.base import Dataset, DatasetInfo, first_of_each_category, first_of_each_class
 from kdb.ingest.datasets.builtin import BUILT_IN, builtin_info, load_builtin
+from kdb.ingest.datasets.ioi import IOI, ioi_info, load_ioi
 from kdb.ingest.datasets.knowledge import KNOWLEDGE, knowledge_info, load_knowledge
 from kdb.ingest.datasets.paper import PAPER_DATASETS, load_paper, paper_info
 from kdb.ingest.datasets.published import PUBLISHED, load_published, published_info
@@ -25,6 +26,7 @@ def available_datasets(data_dir: Path | None = None) -> list[DatasetInfo]:
         *(builtin_info(builtin) for builtin in BUILT_IN.values()),
         *(paper_info(paper, data_dir) for paper in PAPER_DATASETS.values()),
         knowledge_info(),
+        ioi_info(),
         *(published_info(published, data_dir) for published in PUBLISHED.values()),
     ]
 
@@ -62,7 +64,7 @@ def load_dataset(
 
 
 def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | None, download: bool) -> Dataset:
-    known = [*BUILT_IN, *PAPER_DATASETS, KNOWLEDGE, *PUBLISHED]
+    known = [*BUILT_IN, *PAPER_DATASETS, KNOWLEDGE, IOI, *PUBLISHED]
     if is_user_file(name):
         return load_user_file(Path(name), rename, group_by, known)
     if name not in known:
@@ -76,7 +78,7 @@ def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | 
     refuse_groups(name, group_by)
     if name in PUBLISHED:
         return load_published(PUBLISHED[name], data_dir, download)
-    return load_knowledge()
+    return load_ioi() if name == IOI else load_knowledge()
 
 
 def _limited(dataset: Dataset, limit: int) -> Dataset:

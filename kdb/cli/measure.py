@@ -182,7 +182,9 @@ def _kind(param: click.Parameter) -> type:
 def _built_in(options: dict[str, Any]) -> list[str]:
     from kdb.ingest.datasets import available_datasets
 
-    return [info.name for info in available_datasets(options["data_dir"]) if info.status == "built in"]
+    return [
+        info.name for info in available_datasets(options["data_dir"]) if info.status == "built in" and info.by_default
+    ]
 
 
 def _dataset(name: str, options: Any) -> Any:
