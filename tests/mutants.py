@@ -202,8 +202,8 @@ MUTANTS = [
     Mutant(MACROS, "        ELSE dataset END;", "        ELSE 'all' END;", "tests/test_knowledge_queries.py"),
     Mutant(
         MACROS,
-        "CASE WHEN wanted_pool THEN NULL ELSE chosen.dataset END, category",
-        "category",
+        "count(*) OVER (PARTITION BY model, shown_dataset, category) AS n_kept",
+        "count(*) OVER (PARTITION BY model, category) AS n_kept",
         "tests/test_knowledge_queries.py",
     ),
     Mutant(

@@ -484,6 +484,24 @@ def test_the_answer_about_a_dataset_does_not_depend_on_the_others(halved: Path, 
             assert found.filter(dataset=dataset).equals(database.query(name, dataset=dataset, **given))
 
 
+def test_checkpoints_of_two_datasets_are_added_up_only_with_pool(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    of_step = {"variant": "revision=step1", "settings": '{"step": 1}'}
+    for dataset, run, tables in (("facts", "b" * 16, BETA), ("more", "c" * 16, MORE)):
+        revised = {"models": [{"n_layers": 1, "revision": "step1"}]}
+        add_knowledge(lake, "beta", dataset, run, tables | revised, **of_step)
+    with Database(lake) as database:
+        apart, pooled = database.query("scores-by-step"), database.query("scores-by-step", pool=True)
+    assert apart.select("dataset", "step", "component", "score", "n_prompts").rows() == [
+        *(("facts", 1, "attn", 2.0, 1), ("facts", 1, "ffn", 3.0, 1)),
+        *(("more", 1, "attn", 5.0, 2), ("more", 1, "ffn", 0.0, 2)),
+    ]
+    assert pooled.select("dataset", "step", "component", "score", "n_prompts").rows() == [
+        ("facts + more", 1, "attn", 4.0, 3),
+        ("facts + more", 1, "ffn", 1.0, 3),
+    ]
+
+
 @needs_shell
 @pytest.mark.parametrize("name", POOLING)
 def test_the_shell_pools_as_kdb_does(halved: Path, name: str) -> None:

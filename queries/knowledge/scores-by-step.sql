@@ -11,10 +11,8 @@
 --   dataset
 --   variant   text = default  variant of the runs apart from the checkpoint, such as bfloat16
 --   pool
-WITH kept AS (
-    SELECT
-        model, dataset, run, step, revision, prompt_id, category,
-        shown_dataset(getvariable('pool'), model, dataset) AS shown_dataset
+WITH kept AS MATERIALIZED (
+    SELECT model, dataset, run, step, revision, prompt_id, category
     FROM prompts
     JOIN checkpoints('layer_scores', getvariable('variant')) USING (model, dataset, run)
     WHERE kept
@@ -23,12 +21,18 @@ WITH kept AS (
         AND (getvariable('dataset') IS NULL OR dataset = getvariable('dataset'))
 ),
 
+named AS (
+    SELECT model, dataset, shown_dataset(getvariable('pool'), model, dataset) AS shown_dataset
+    FROM (SELECT DISTINCT model, dataset FROM kept)
+),
+
 by_layer AS (
     SELECT
         model, shown_dataset AS dataset, category, step, revision, component, layer, count(*) AS n_prompts,
         mean_over(sum(score), count(*)) AS score
     FROM layer_scores
     JOIN kept USING (model, dataset, run, prompt_id)
+    JOIN named USING (model, dataset)
     GROUP BY model, shown_dataset, category, step, revision, component, layer
 )
 
