@@ -174,7 +174,7 @@ _ALL = (
     ),
     Figure(
         "top-layers",
-        "Layers that matter most",
+        "Layers with the largest direct contribution",
         f"mean over the kept prompts; bar: 95 % interval over prompts\n{FEW}",
         query="top-layers",
         numbers="importance.layer_ranking",
@@ -183,7 +183,7 @@ _ALL = (
     ),
     Figure(
         "top-heads",
-        "Attention heads that matter most",
+        "Attention heads with the largest direct contribution",
         f"mean over the kept prompts; bar: 95 % interval over prompts\n{FEW}",
         query="top-heads",
         numbers="importance.head_ranking",

@@ -81,8 +81,7 @@ def _with_targets(job: Job, tokenizer: Any) -> Iterator[Prompt]:
     asked = [(text, e.answer or "", e.category or "") for text, e in zip(job.texts, examples, strict=True)]
     prefixes = [e.answer_prefix if wanted.answer_prefix is None else wanted.answer_prefix for e in examples]
     targets = list(find_targets(tokenizer, asked, prefixes))
-    if wanted.answer_tokens == "first":
-        check_candidates([target.first for target in targets], [category for _text, _answer, category in asked])
+    check_candidates(targets, [category for *_, category in asked], whole=wanted.answer_tokens == "all")
     _warn_of_shared(job, sum(target.is_shared for target in targets))
     for number, target in enumerate(targets):
         yield Prompt(number, target.token_ids, target)

@@ -45,6 +45,7 @@ MACROS, UNCERTAINTY, STAGED_RUN = "queries/macros.sql", "analysis/uncertainty.py
 CURVES = "analysis/curves.py"
 IMPORTS, INSPECTION = "warehouse/imports.py", "warehouse/inspection.py"
 STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
+JOINING, WHOLE = "ingest/datasets/joining.py", "ingest/attribution/whole_answers.py"
 KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
 PROVED = "tests/test_bounds.py tests/test_attribution.py"
 
@@ -111,7 +112,15 @@ MUTANTS = [
         "tests/test_attribution.py",
     ),
     Mutant(RANKINGS, "return (1 + torch.cat(counts", "return (2 + torch.cat(counts", "tests/test_attribution.py"),
+    Mutant(SCORES, "1.0).clamp(max=1).amin(1)", "1.0).clamp(max=1).amax(1)", "tests/test_attribution.py"),
+    Mutant("ingest/attribution/score_rows.py", "logits[:, missing] = never", "pass", "tests/test_attribution.py"),
+    Mutant("ingest/models/structure.py", "return plain and not", "return False and not", "tests/test_attribution.py"),
     # The knowledge study
+    Mutant(JOINING, 'return " " if takes_space(prompt, answer)', 'return " " if True', "tests/test_joining.py"),
+    Mutant(JOINING, "return _closes(prompt.rstrip())", "return True", "tests/test_joining.py"),
+    Mutant(WHOLE, "if total >= logp[i]}", "if total > 0}", "tests/test_whole_answers.py"),
+    Mutant(WHOLE, "and most >= logp[i]}", "and most >= 0}", "tests/test_whole_answers.py"),
+    Mutant(KNOWLEDGE, "target.is_shared and not whole", "False", "tests/test_whole_answers.py"),
     Mutant(KNOWLEDGE, "KEPT_RANK = 10", "KEPT_RANK = 11", "tests/test_stages.py"),
     Mutant(
         KNOWLEDGE,

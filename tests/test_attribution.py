@@ -6,13 +6,15 @@ sums below are slow, dense and written down a second time; the matrices they use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers.tiny_models import BLOCKS, LAYERS, VOCAB, loaded, prompts, tiny_model
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from kdb.ingest.attribution import bounds
 from kdb.ingest.attribution import rankings as ranking
 from kdb.ingest.attribution.rankings import METHODS, best_neurons
+from kdb.ingest.attribution.score_rows import token_rows
 from kdb.ingest.attribution.scores import WIDEST, Attribution, Neurons
 from kdb.ingest.forward.ablation import Silenced, Trial, run_trials
 from kdb.ingest.forward.activation_cache import run_with_cache
@@ -326,7 +329,10 @@ def chosen(values: Neurons, prompt: int) -> Iterator[dict[str, Any]]:
 
 
 def slow_queries(a: Attribution, brute: BruteForce, values: Neurons) -> list[dict[str, torch.Tensor]]:
-    """Σ of score × (source · key) ÷ (what the key reads · key) over the value neurons, for every source."""
+    """Σ of score × (source · key) ÷ (what the key reads · key) over the value neurons, for every source.
+
+    ``total_share`` is the least of |what the key reads · key| ÷ Σ |source · key|, over embedding and layers.
+    """
     r, found = a.cache, []
     for b in PROMPTS:
         out = {
@@ -334,6 +340,7 @@ def slow_queries(a: Attribution, brute: BruteForce, values: Neurons) -> list[dic
             "attn": torch.zeros(LAYERS, dtype=torch.float64),
             "ffn": torch.zeros(LAYERS, dtype=torch.float64),
             "neurons": torch.zeros(brute.ffn[b].shape, dtype=torch.float64),
+            "total_share": torch.ones((), dtype=torch.float64),
         }
         for v in chosen(values, b):
             layer, t = v["layer"], v.get("position", brute.last[b])
@@ -348,6 +355,9 @@ def slow_queries(a: Attribution, brute: BruteForce, values: Neurons) -> list[dic
             n_attn = layer + ("head" not in v and not a.decomposition.blocks[layer].parallel)
             for i in range(n_attn):
                 out["attn"][i] += share * (key @ r.attn[i, b, t].double())
+            read_from = [r.resid_pre[0, b, t], *r.attn[:n_attn, b, t], *r.ffn[:layer, b, t]]
+            size = sum((key @ source.double()).abs() for source in read_from)
+            out["total_share"] = torch.minimum(out["total_share"], (key @ read).abs() / size)
             for i in range(layer):
                 out["ffn"][i] += share * (key @ r.ffn[i, b, t].double())
                 factor = r.coefficients[i, b, t].double() * r.ffn_scale[i, b, t].double()
@@ -397,6 +407,33 @@ def test_nothing_comes_before_the_first_layer() -> None:
     queries = a.attn_queries(first)
     assert not queries.attn.any() and not queries.ffn.any() and not queries.neurons.any()
     assert torch.allclose(queries.embed, first.score.masked_fill(first.layer < 0, 0).sum(1), rtol=1e-4)
+
+
+# Sums ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "granite", "olmo2", "opt"])
+def test_layer_scores_add_up_from_the_embedding_to_the_model(architecture: str) -> None:
+    a = attribution_of(architecture)
+    left = a.unexplained
+    assert left is not None and left.shape == (len(IDS),) and left.abs().max() < 1e-5
+    logits = torch.stack([loaded_logits(architecture, ids) for ids in IDS])
+    logp = logits.double().log_softmax(1)[PROMPTS, TARGETS]
+    together = sum(score.sum(1) for score in a.layer_scores.values())
+    assert torch.allclose(left, logp - together - a.at.log_p[: len(IDS)].double(), atol=1e-5)
+
+
+def loaded_logits(architecture: str, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        model = decomposition_of(architecture).loaded.model
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("gpt_neox", "float32"), ("gemma2", "float32"), ("llama", "bfloat16")]
+)
+def test_they_need_not_in_parallel_blocks_behind_a_soft_cap_or_in_half_precision(architecture: str, dtype: str) -> None:
+    assert attribution_of(architecture, dtype).unexplained is None
 
 
 # Rankings --------------------------------------------------------------------------------------------------------
@@ -591,6 +628,27 @@ def test_trials_leave_nothing_attached_to_the_model() -> None:
     assert not any(m._forward_pre_hooks for m in decomposition.loaded.model.modules())
 
 
+# Tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [range(3, 40), [5, 9, 63]])
+def test_rows_of_the_unembedding_that_are_no_token_are_no_neurons_tokens(known: Sequence[int]) -> None:
+    decomposition = decompose(loaded(tiny_model("llama", std=0.2)))
+    tokenizer = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in known}, decode=lambda ids: f"t{ids[0]}")
+    decomposition.loaded = replace(decomposition.loaded, tokenizer=tokenizer)
+    neurons = pa.Table.from_pylist([{"component": "ffn", "layer": 1, "head": None, "neuron": i} for i in (3, 8)])
+    found = pa.concat_tables(token_rows(decomposition, neurons, lambda _n: None)).to_pylist()
+    assert {row["token_id"] for row in found} <= set(known)
+    for neuron in (3, 8):
+        logits = decomposition.readout.table @ decomposition.ffn_columns(1)[neuron]
+        for sign, falls in (("top", True), ("bottom", False)):
+            best = sorted(known, key=lambda token: logits[token].item(), reverse=falls)[:10]
+            rows = [row for row in found if (row["neuron"], row["sign"]) == (neuron, sign)]
+            assert [(row["token_id"], row["token"], row["rank"]) for row in rows] == [
+                (token, f"t{token}", rank) for rank, token in enumerate(best, start=1)
+            ]
+
+
 # Ties ------------------------------------------------------------------------------------------------------------
 
 
@@ -598,6 +656,20 @@ def test_equal_values_are_ranked_by_larger_coefficient_and_then_by_place() -> No
     value = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0]]).double()
     coefficient = torch.tensor([[1.0, 3.0, 2.0, 9.0, 3.0]]).double()
     assert ranking._largest(value, coefficient, 4).tolist() == [[1, 4, 2, 0]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_of_nearly_the_same_logit_have_ranks_of_their_own_in_half_precision(dtype: str) -> None:
+    model = tiny_model("llama", std=0.2, tie_word_embeddings=False)
+    with torch.inference_mode():
+        state = model.model(torch.tensor([IDS[2]])).last_hidden_state[0, -1]
+    model.lm_head.weight.mul_(0.3 if dtype == "bfloat16" else 0.03).add_(60 * state / state.norm() ** 2)
+    decomposition = decompose(loaded(model, dtype))
+    trial = [Trial(IDS[2], token, Silenced(), everywhere=False) for token in range(VOCAB)]
+    found = run_trials(decomposition, trial)
+    own = decomposition.loaded.model(torch.tensor([IDS[2]])).logits[0, -1]
+    assert len(own.unique()) < VOCAB  # in the model's own arithmetic, tokens tie
+    assert sorted(found.rank.tolist()) == list(range(1, VOCAB + 1))
 
 
 def test_a_token_with_the_same_logit_does_not_rank_before_the_target() -> None:

@@ -341,6 +341,22 @@ def test_an_unembedding_that_is_not_linear_is_refused() -> None:
     assert "frozen_readout is off by" in refusal(model)
 
 
+class Favoured(torch.nn.Linear):
+    """A map that is linear but for the best token, whose logit it raises by a small part of the spread."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y + 0.08 * (y - y.amin(-1, keepdim=True)) * (y == y.amax(-1, keepdim=True))
+
+
+def test_a_readout_of_near_logits_and_another_distribution_is_refused_in_half_precision() -> None:
+    model = tiny_model("llama", std=0.1, tie_word_embeddings=False)
+    new = Favoured(HIDDEN, VOCAB, bias=False).requires_grad_(False)
+    new.weight = model.lm_head.weight.mul_(8.0)
+    model.lm_head = new
+    assert "frozen_readout_kl is off by" in refusal(model, "bfloat16")
+
+
 def test_an_unembedding_of_several_layers_is_refused() -> None:
     model = tiny_model("llama")
     layers = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, VOCAB)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdb.errors import DatasetError
-from kdb.ingest.attribution.targets import check_candidates, target_token
+from kdb.ingest.attribution.targets import Target, check_candidates, find_targets, target_token
 from kdb.ingest.datasets import Dataset, Example, available_datasets, cloze, fetch, load_dataset, prompts, questions
 from kdb.ingest.datasets.answers import with_one_answer
 from kdb.ingest.datasets.published import PUBLISHED
@@ -633,7 +633,11 @@ def test_targets_of_the_built_in_prompts_are_the_beginnings_of_their_answers(
         piece = real_tokenizer.decode([target])
         assert piece.startswith(" ") and f" {example.answer}".startswith(piece)
         targets.append(target)
-    check_candidates(targets, [example.category or "" for example in built_in.examples])
+    asked = [(example.text, example.answer or "", example.category or "") for example in built_in.examples]
+    found = list(find_targets(real_tokenizer, asked, [None] * len(asked)))
+    assert [target.first for target in found] == targets
+    assert not any(target.is_shared for target in found)
+    check_candidates(found, [category for *_, category in asked])
 
 
 def test_digit_is_the_target_after_a_space_that_the_prompt_takes(real_tokenizer: Any) -> None:
@@ -642,9 +646,17 @@ def test_digit_is_the_target_after_a_space_that_the_prompt_takes(real_tokenizer:
     assert real_tokenizer.decode(ids, skip_special_tokens=True) == "The year was "
 
 
-def test_category_with_one_target_token_is_refused() -> None:
-    check_candidates([1, 2, 2, 1], ["a", "a", "b", "b"])
-    assert message(lambda: check_candidates([1, 2, 3, 3], ["a", "a", "b", "b"])) == (
+def test_answers_that_all_begin_with_one_token_are_refused() -> None:
+    def target(*others: tuple[int, ...]) -> Target:
+        return Target([], " ", (1, 2), others)
+
+    check_candidates([target((2,)), target((1, 3))], ["a", "b"])
+    check_candidates([target((1, 3)), target((1, 4))], ["b", "b"], whole=True)
+    for targets, whole in (([target((2,)), target()], True), ([target((1, 3)), target((1, 4))], False)):
+        assert "All answers of the category 'b' begin" in message(
+            lambda targets=targets, whole=whole: check_candidates(targets, ["b", "b"], whole=whole)
+        )
+    assert message(lambda: check_candidates([target((1, 3))], ["b"])) == (
         "All answers of the category 'b' begin with the same token of this model. A target is compared with the "
         "other targets of its category: add different answers to it, or compare whole answers with --answer-tokens "
         "all."

@@ -205,6 +205,10 @@ def test_a_prompt_leads_to_the_next(watched: Watched) -> None:
 
 def test_models_are_compared_rank_by_rank(watched: Watched) -> None:
     page = watched.open(PAGES["compare"])
-    rows = page.get_by_role("region", name="Layers that matter most").locator("tbody tr").all_inner_texts()
+    rows = (
+        page.get_by_role("region", name="Layers with the largest direct contribution")
+        .locator("tbody tr")
+        .all_inner_texts()
+    )
     assert [row.split("\t")[1] for row in rows] == ["1", "2", "3", "4", "5"]
     assert rows[0].split() == ["capital", "1", "a12", "7.784", "a23", "4.317"]

@@ -187,6 +187,22 @@ def test_a_check_allows_what_the_docs_say_and_no_more(dtype: str, states: float,
             check_row(check, [1.01 * allowed], loaded, 1)
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-8), ("bfloat16", 5e-3), ("float16", 5e-5)])
+def test_the_frozen_readout_is_bounded_by_kl(dtype: str, allowed: float) -> None:
+    loaded: Any = SimpleNamespace(dtype=dtype, source=SimpleNamespace(name="tiny"))
+    assert check_row("frozen_readout_kl", [0.99 * allowed], loaded, 1)["tolerance"] == allowed
+    with pytest.raises(ModelError, match="frozen_readout_kl is off by"):
+        check_row("frozen_readout_kl", [1.01 * allowed], loaded, 1)
+
+
+def test_layer_scores_that_do_not_add_up_are_stored_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    loaded: Any = SimpleNamespace(dtype="float32", source=SimpleNamespace(name="tiny"))
+    assert check_row("layer_score_sum", [1e-4], loaded, 1)["passed"] is True
+    assert caplog.text == ""
+    assert check_row("layer_score_sum", [1.1e-4], loaded, 1)["passed"] is False
+    assert "tiny: layer_score_sum is off by 0.00011" in caplog.text
+
+
 def test_a_batch_takes_two_fifths_of_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (1000, 5000))
     assert room(SimpleNamespace(type="cuda"), 7) == 400

@@ -118,6 +118,15 @@ def test_of_two_answers_that_begin_alike_the_more_probable_one_is_kept(
     assert {kept for *_, kept in found} == {True, False}
 
 
+def test_one_category_whose_answers_all_begin_alike_does_not_stop_the_others(
+    ingest: Ingest, opened: Any, tmp_path: Path
+) -> None:
+    rows = [("The sky is", "ab", "c"), ("The sea is", "ac", "c"), ("The bay is", "x", "d"), ("The bog is", "y", "d")]
+    assert ingest(dataset=write(tmp_path / "alike.csv", rows)).exit_code == 0
+    found = opened("SELECT category, shares_first_token, rival_token_id IS NULL FROM prompts ORDER BY prompt_id")
+    assert found == [("c", True, True)] * 2 + [("d", False, False)] * 2
+
+
 def test_answers_that_all_begin_alike_need_whole_answers(ingest: Ingest, tmp_path: Path) -> None:
     path = write(tmp_path / "alike.csv", [("The sky is", "ab", "c"), ("The sea is", "ac", "c")])
     assert "compare whole answers with --answer-tokens all" in refusal(ingest(dataset=path))

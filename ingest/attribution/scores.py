@@ -462,6 +462,6 @@ class Attribution:
             fired = cache.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
             neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
-        left = torch.where(values.layer >= 0, total.abs() / size, 1.0).amin(1)
+        left = torch.where(values.layer >= 0, total.abs() / size, 1.0).clamp(max=1).amin(1)
         of_neurons, of_attn, of_ffn = (torch.stack(parts, dim=1) for parts in (neurons, attn, ffn))
         return QueryScores(of_neurons, (share * embed).sum(1), of_attn, of_ffn, left)

@@ -109,18 +109,19 @@ def _alone(tokenizer: Any, prefix: str, answer: str) -> Ids:
     return tuple(ids[next((i for i, token in enumerate(ids) if not _is_space(tokenizer, token)), len(ids)) :])
 
 
-def check_candidates(targets: Sequence[int], categories: Sequence[str]) -> None:
-    """Raise DatasetError for a category with only one target token, since the target would have no rival."""
-    by_category: dict[str, set[int]] = {}
-    for target, category in zip(targets, categories, strict=True):
-        by_category.setdefault(category, set()).add(target)
-    for category, tokens in by_category.items():
-        if len(tokens) == 1:
-            raise DatasetError(
-                f"All answers of the category {category!r} begin with the same token of this model. A target is "
-                "compared with the other targets of its category: add different answers to it, or compare whole "
-                "answers with --answer-tokens all."
-            )
+def check_candidates(targets: Sequence[Target], categories: Sequence[str], *, whole: bool = False) -> None:
+    """Raise DatasetError if no prompt could be kept, or if all answers of a category have the same tokens.
+
+    ``whole``: whole answers are compared, not only their first tokens.
+    """
+    without = next((category for t, category in zip(targets, categories, strict=True) if not t.others), None)
+    alike = categories[0] if not whole and all(target.is_shared for target in targets) else None
+    if (category := without or alike) is not None:
+        raise DatasetError(
+            f"All answers of the category {category!r} begin with the same token of this model. A target is "
+            "compared with the other targets of its category: add different answers to it, or compare whole "
+            "answers with --answer-tokens all."
+        )
 
 
 def _is_space(tokenizer: Any, token: int) -> bool:

@@ -1,4 +1,4 @@
--- One head: the prompts in which it matters most
+-- One head: the prompts to which it contributes most directly
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its heads, prompt by prompt
 --
 -- One row per model, dataset and kept prompt: the head's log-probability increase of the right token. If the head is

@@ -1,4 +1,4 @@
--- One neuron: the prompts in which it matters most
+-- One neuron: the prompts to which it contributes most directly
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value and query neurons, prompt by prompt
 --
 -- One row per model, dataset, kept prompt and role: for a value neuron, its log-probability increase of the right token

@@ -1,4 +1,4 @@
--- Attention heads that matter most for each kind of knowledge
+-- Attention heads with the largest direct contribution to each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 10
 --
 -- One row per model, dataset, category and rank: the heads with the largest mean log-probability increase of the right

@@ -1,4 +1,4 @@
--- Layers that matter most for each kind of knowledge
+-- Layers with the largest direct contribution to each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): table 4
 --
 -- One row per model, dataset, category and rank: the attention and FFN layers, ranked together, with the largest mean

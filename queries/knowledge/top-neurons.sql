@@ -1,4 +1,4 @@
--- Value neurons that matter most for each kind of knowledge
+-- Value neurons with the largest direct contribution to each kind of knowledge
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): value neurons and their tokens
 --
 -- One row per model, dataset, category, component and rank: the neurons with the largest mean log-probability increase
