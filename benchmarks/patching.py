@@ -174,9 +174,8 @@ def main() -> None:
         for component, method, r in agreement(Category(decomposition, some), by, each=args.positions == "each"):
             found.setdefault((component, method), []).append(r)
     n_pairs = sum(len(pairs(some)) for some in by_category.values())
-    print(
-        f"{args.model} on {args.dataset}: {sum(map(len, by_category.values()))} kept prompts, {n_pairs} with a pair; by {by}"
-    )
+    n = sum(map(len, by_category.values()))
+    print(f"{args.model} on {args.dataset}: {n} kept prompts, {n_pairs} with a pair; replaced by {by}")
     print(f"{'component':10} {'method':6} {'Pearson':>8} {'± s.e.':>7} {'prompts':>8}")
     for (component, method), values in found.items():
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")

@@ -633,9 +633,13 @@ newest AS (
 )
 
 SELECT
-    newest.model, newest.dataset, shown_dataset(wanted_pool, newest.model, newest.dataset) AS shown_dataset, prompts_run AS run,
+    newest.model, newest.dataset, shown.name AS shown_dataset, prompts_run AS run,
     newest.prompt_id, category, component, layer, head, neuron, logp, logit_diff, kl
 FROM newest
+JOIN (
+    SELECT model, dataset, shown_dataset(wanted_pool, model, dataset) AS name
+    FROM (SELECT DISTINCT model, dataset FROM having_effects)
+) AS shown USING (model, dataset)
 JOIN prompts
     ON prompts.model = newest.model AND prompts.dataset = newest.dataset AND prompts.run = prompts_run
     AND prompts.prompt_id = newest.prompt_id
