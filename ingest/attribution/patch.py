@@ -144,7 +144,7 @@ def known(row: Mapping[str, Any], tokenizer: Any = None) -> Known:
     """Build a kept prompt from its row of ``prompts``; a tokenizer finds the subject's end, and ids not stored."""
     ids, rival = row.get("token_ids"), row.get("rival_token_id")
     if ids is None:  # a run of schema 5 or older
-        ids = target_token(tokenizer, row["text"], row["answer"])[0]
+        ids = target_token(tokenizer, row["text"], row["answer"], " ")[0]
     end = None if tokenizer is None else _subject_end(tokenizer, row["text"], row["subject"], ids)
     return Known(
         row["prompt_id"],
