@@ -249,7 +249,7 @@ def test_an_error_in_a_pass_leaves_no_hook_behind() -> None:
 @every_architecture
 @pytest.mark.parametrize("component", PARTS)
 def test_a_gradient_is_the_slope_of_the_effect(architecture: str, component: str) -> None:
-    run, layer, step = replace(passes("two")[0], positions=(1, 5, 6)), 1, 1e-3
+    run, layer, step = replace(passes("two")[0], positions=(1, 5, 6)), 1, 1e-2  # norms compute in float32
     [found] = gradients(made(architecture), [run], [component])
     part = part_of(component, layer, 2)
     own = written(architecture, run.token_ids, component, layer)[list(run.positions)]
