@@ -207,8 +207,8 @@ class RunInProgress:
 
     @property
     def device(self) -> str:
-        """The device on which the model of the run was first loaded."""
-        return str(self.staged.facts["device"])
+        """The device on which the model of the run was first loaded; loads it if that is still to come."""
+        return str(self.remembered("device", self._load))
 
     def remembered(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a JSON value that is made once per run: a resumed run reads it, even with other memory or device."""
@@ -233,8 +233,7 @@ class RunInProgress:
         if not missing:
             return
         if isinstance(stage, ModelStage):
-            if "device" not in self.staged.facts:
-                self.staged.remember(device=self.once(_device, Shard("loading")))
+            self.remembered("device", self._load)
             stage.announce(self)
         if stage.shown is None:
             self._write(stage, self._measured(stage, missing, lambda _n: None))
@@ -262,6 +261,9 @@ class RunInProgress:
                 yield shard.name, Rows(rows.table, rows.groups, time.monotonic() - begun)
                 begun = time.monotonic()
             advance(shard.size)
+
+    def _load(self) -> str:
+        return self.once(_device, Shard("loading"))
 
     def _with_model(self) -> tuple[Engine, Subject[Any]]:
         if self._engine is None or self._subject is None:

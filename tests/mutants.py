@@ -207,7 +207,12 @@ MUTANTS = [
     Mutant(
         MACROS, "CASE WHEN lag(layer) OVER by_layer = layer - 1 THEN", "CASE WHEN true THEN", "tests/test_queries.py"
     ),
-    Mutant(MACROS, "WHERE kept AND among(category", "WHERE among(category", "tests/test_knowledge_queries.py"),
+    Mutant(
+        MACROS,
+        "prompts.run = prompts_run\nWHERE kept AND",
+        "prompts.run = prompts_run\nWHERE",
+        "tests/test_knowledge_queries.py",
+    ),
     Mutant(MACROS, "        ELSE dataset END;", "        ELSE 'all' END;", "tests/test_knowledge_queries.py"),
     Mutant(
         MACROS,

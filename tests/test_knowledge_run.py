@@ -57,6 +57,8 @@ SCORES = {
     "query_neuron_scores": ("activates, layer, neuron", "score"),
     "query_layer_scores": ("activates, layer, component", "score"),
     "ablations": ("method, positions, k", "logp_before, logp_after, prob_before, prob_after"),
+    "effects": ("component, layer, head, role, replacement, method, direction", "logp, logit_diff"),
+    "lens_readouts": ("layer, place, position", "target_logp, rival_logp, entropy, kl"),
 }
 """The tables of scores: what a row of a prompt is about, and what it says."""
 
@@ -216,6 +218,8 @@ def test_every_table_has_the_rows_that_the_models_sizes_and_the_kept_prompts_mak
         "query_neuron_scores": [2 * LAYERS * NEURONS] * 12,
         "query_layer_scores": [2 * (1 + 2 * LAYERS)] * 12,
         "ablations": [2 * 8] * 12,
+        "effects": [2 * (LAYERS + LAYERS * HEADS)] * 12,  # all four heads are among the ten best, and measured
+        "lens_readouts": [1 + 2 * LAYERS] * 12,
     }
     count = "SELECT count(*) FROM {} GROUP BY prompt_id ORDER BY prompt_id"
     assert {t: [n for (n,) in rows(stored, count.format(t))] for t in SCORES} == expected
@@ -617,8 +621,11 @@ def test_rows_that_are_waited_for_leave_torchs_mode_alone(
     [
         ("prompts", 1, [3, 3, 3, 3]),
         ("neuron_scores", 2, [3, 3, 3]),
+        ("lens_readouts", 2, [3, 3, 3]),
         ("ablations", 3, [3, 3]),
         ("query_layer_scores", 4, [3]),
+        ("effects", 1, []),
+        ("effects", 2, []),
         ("neuron_sums", 1, []),
         ("neuron_tokens", 1, []),
     ],
@@ -713,6 +720,10 @@ def asked(run_kdb: RunKdb, warehouse: Path, query: str, *options: str) -> list[d
         ("value-neurons-by-layer", 3 * 2 * LAYERS),
         ("neuron-overlap", 3),
         ("head-overlap", 3),
+        ("head-effects", 3 * LAYERS * HEADS),
+        ("layer-effects", 3 * 2 * LAYERS),
+        ("score-vs-effect", 3 * 3),
+        ("answer-by-layer", 3),
         ("kept-prompts", 3),
         ("checks", 13),
         ("runs", 1),

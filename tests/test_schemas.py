@@ -37,6 +37,7 @@ REQUIRED: dict[str, Any] = {"model": "tiny", "dataset": "facts", "prompt": 0, "n
 NEW_TABLES = ("baselines", "baseline_predictions", "probe_weights", "probe_transfer", "effects", "lens_readouts")
 UNKNOWN_THEN = {
     *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),
+    *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story"),
     *(f"{kind}{table}" for kind in ("table ", "current ", "scan ") for table in NEW_TABLES),
 }
 """Questions for which an older warehouse has no rows."""

@@ -238,11 +238,11 @@ def patch(
     prompts = [known(r, tokenizer) for r in kept]
     _check_prompts(wanted, prompts)
     settings = {"source_run": source.run, "only": list(only), **asdict(wanted)}
-    flops = 2 * stored["n_params"] * max(len(p.token_ids) for p in prompts)
+    flops = _flops(wanted, parts, stored, max(len(p.token_ids) for p in prompts))
 
     def prepare() -> tuple[Subject[Any], list[Stage]]:
         def shards(run: RunInProgress) -> list[Shard]:
-            size = run.remembered("effects", lambda: most_per_shard(run.device, _PASSES * flops))
+            size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
             return _shards(prompts, size, lambda _category: ((wanted, parts),))
 
         return ToPatch(model), [ModelStage(("effects",), shards, rows, shown=("effects", "prompts"))]
@@ -253,6 +253,16 @@ def patch(
         identity, source.model, source.dataset, row | changed, prepare, source=source, copied=("models", "datasets")
     )
     return carry_out(storage, planned, LocalEngine(load))
+
+
+def _flops(wanted: Patching, parts: Sequence[Part] | None, model: Mapping[str, Any], n_tokens: int) -> float:
+    """Operations for one prompt, roughly: some whole passes, and one of the patched tokens for each exact patch."""
+    layers = model["n_layers"]
+    every = sum(layers * (model["n_heads"] if component == "head" else 1) for component in wanted.components)
+    n_patches = (every if parts is None else len(parts)) * len(wanted.replacements) * len(wanted.directions)
+    behind = sum(1 if role == "last" else n_tokens for role in wanted.roles)
+    exact = n_patches * behind if "exact" in wanted.methods else 0
+    return float(2 * model["n_params"] * (_PASSES * n_tokens + exact))
 
 
 def _check(wanted: Patching, parts: Sequence[Part] | None) -> None:
