@@ -34,10 +34,10 @@ def test_every_layer_agrees_on_the_published_split(smollm2_135m: object, shared:
     del smollm2_135m  # skips if absent
     warehouse = Warehouse.create(tmp_path / "w")
     data = shared / "data/concept_depth"
-    run = golden.measure(warehouse, "smollm2", "cities", shared / "golden", data, published=True)
+    run = golden.measure(warehouse, "smollm2", "coinflip", shared / "golden", data, published=True)
     expected = json.loads((shared / "golden/published_split_smollm2.json").read_text())
     for site in golden.SITES:
-        assert golden.compare_published(warehouse, run, expected, "cities", site) == []
+        assert golden.compare_published(warehouse, run, expected, "coinflip", site) == []
 
 
 @pytest.mark.parametrize(("model", "n"), [("smollm2", 3), ("gemma3", 2)])
