@@ -132,6 +132,24 @@ def test_built_in_dataset_is_the_same_in_another_process(built_in: Dataset) -> N
     assert run.stdout.strip() == built_in.fingerprint
 
 
+def test_indirect_objects_stand_in_pairs_that_differ_in_the_giver_only() -> None:
+    examples = load_dataset("ioi").examples
+    assert len({example.text for example in examples}) == len(examples) == 100
+    for one, other in zip(examples[::2], examples[1::2], strict=True):
+        assert (one.relation, one.subject, one.answer) == (other.relation, other.answer, other.subject)
+        before, after = one.text.rsplit(str(one.subject), 1)
+        assert other.text == f"{before}{other.subject}{after}"
+        assert str(one.answer) in before
+    orders = Counter(
+        example.text.find(str(example.answer)) < example.text.find(str(example.subject)) for example in examples
+    )
+    assert orders == {True: 50, False: 50}
+
+
+def test_indirect_objects_are_measured_only_when_they_are_named() -> None:
+    assert not {info.name: info for info in available_datasets()}["ioi"].by_default
+
+
 def test_built_in_dataset_is_listed_with_its_size(built_in: Dataset) -> None:
     info = next(info for info in available_datasets() if info.name == "knowledge")
     assert (info.study, info.status, info.template) == ("knowledge", "built in", "{text}")
