@@ -160,12 +160,13 @@ def test_the_only_prompt_of_a_category_has_no_mean_and_no_resample(decomposition
 
 def test_indices_choose_prompts_and_change_no_effect(category: Category) -> None:
     wanted = Patching(("head",), ("mean",), ("exact", "atp"))
-    together = {(r["prompt_id"], r["layer"], r["head"], r["method"]): r["logp"] for r in rows(category, range(4), wanted)}
+    together = {
+        (r["prompt_id"], r["layer"], r["head"], r["method"]): r["logp"] for r in rows(category, range(4), wanted)
+    }
     for i in range(4):
         for row in rows(category, [i], wanted):
-            key = (row["prompt_id"], row["layer"], row["head"], row["method"])
-            assert key[0] == i
-            assert row["logp"] == pytest.approx(together[key], abs=1e-5)
+            assert row["prompt_id"] == i
+            assert row["logp"] == pytest.approx(together[tuple(row[k] for k in keys)], abs=1e-5)
 
 
 def test_names_of_parts_are_those_of_the_queries() -> None:
@@ -249,17 +250,12 @@ def test_the_last_readout_is_the_models_output(plain: Path) -> None:
     ]
 
 
-def test_a_readout_is_the_final_norm_and_the_unembedding_of_the_residual(
-    plain: Path, tiny_loaded: LoadedModel
-) -> None:
+def test_a_readout_is_the_final_norm_and_the_unembedding_of_the_residual(plain: Path, tiny_loaded: LoadedModel) -> None:
     opened, model = Warehouse(plain), tiny_loaded.model
-    [row] = (
-        opened.sql(
-            "SELECT text, target_token_id, lens_readouts.* FROM lens_readouts JOIN prompts USING (run, prompt_id) "
-            "WHERE layer = 0 AND place = 'resid_post' ORDER BY prompt_id LIMIT 1"
-        )
-        .to_dicts()
-    )
+    [row] = opened.sql(
+        "SELECT text, target_token_id, lens_readouts.* FROM lens_readouts JOIN prompts USING (run, prompt_id) "
+        "WHERE layer = 0 AND place = 'resid_post' ORDER BY prompt_id LIMIT 1"
+    ).to_dicts()
     ids = torch.tensor([tiny_loaded.tokenizer(f"{row['text']} ")["input_ids"]])
     with torch.inference_mode():
         output = model(ids, output_hidden_states=True)
@@ -278,7 +274,17 @@ def test_a_readout_is_the_final_norm_and_the_unembedding_of_the_residual(
 def test_no_effects_leaves_them_out(
     tmp_path: Path, run_kdb: RunKdb, tiny_model: Path, facts: Path, plain: Path
 ) -> None:
-    asked = ("--model", tiny_model, "--dataset", facts, "--ablate-k", "0", "--no-effects", "--warehouse", tmp_path / "w")
+    asked = (
+        "--model",
+        tiny_model,
+        "--dataset",
+        facts,
+        "--ablate-k",
+        "0",
+        "--no-effects",
+        "--warehouse",
+        tmp_path / "w",
+    )
     answer(run_kdb("ingest", *asked))
     opened = Warehouse(tmp_path / "w")
     assert opened.sql("SELECT variant, list_contains(tables, 'effects') FROM runs").rows() == [
@@ -336,9 +342,7 @@ def test_a_patch_of_every_kind_of_part_and_role_is_stored(
         "SELECT role, component, count(*) FROM effects JOIN runs USING (run) WHERE source_run IS NOT NULL "
         "GROUP BY ALL ORDER BY ALL"
     ).rows()
-    n, with_subject = opened.sql(
-        "SELECT count(*), count(*) FILTER (subject <> '') FROM prompts WHERE kept"
-    ).row(0)
+    n, with_subject = opened.sql("SELECT count(*), count(*) FILTER (subject <> '') FROM prompts WHERE kept").row(0)
     assert found == [
         (role, part, count) for role, count in (("all", n), ("subject", with_subject)) for part in sorted(PARTS)
     ]
@@ -387,7 +391,10 @@ def test_a_dataset_without_subjects_and_relations_has_no_pairs_and_no_role_subje
     (tmp_path / "bare.csv").write_text("\n".join(lines) + "\n")
     given = ("--model", tiny_model, "--dataset", tmp_path / "bare.csv", "--ablate-k", "0", "--no-effects")
     answer(run_kdb("ingest", *given, "--warehouse", tmp_path / "w"))
-    bad = {("--role", "subject"): "No kept prompt has a subject", ("--replacement", "pair"): "No two kept prompts make a"}
+    bad = {
+        ("--role", "subject"): "No kept prompt has a subject",
+        ("--replacement", "pair"): "No two kept prompts make a",
+    }
     for options, message in bad.items():
         result = patch(tmp_path / "w", *options, "--variant", "ablate-k=0 no-effects", dataset="bare")
         assert refusal(result).startswith(message)
@@ -417,9 +424,7 @@ LOGP = -0.5 * SCORES + np.random.default_rng(1).normal(0, 6, 30).round(0)  # wit
 TABLES: dict[str, Rows] = {
     "models": [{"n_layers": 10, "n_heads": 3}],
     "prompts": [prompt(0, "language"), prompt(1, "language"), prompt(2, "language", kept=False), prompt(3, "capital")],
-    "head_scores": [
-        row for i in range(3) for row in head_rows(i, *SCORES.reshape(10, 3).tolist())
-    ],
+    "head_scores": [row for i in range(3) for row in head_rows(i, *SCORES.reshape(10, 3).tolist())],
     "layer_scores": layer_rows(0, attn=[1.0] * 10, ffn=[2.0] * 10),
     "effects": [
         *(effect(0, j // 3, j % 3, float(LOGP[j]), method="atp", kl=None) for j in range(30)),
@@ -468,7 +473,7 @@ def test_the_agreement_of_scores_and_effects_is_spearmans(by_hand: Database) -> 
     [row] = by_hand.query("score-vs-effect").to_dicts()
     assert row["spearman"] == pytest.approx(spearmanr(SCORES, -LOGP).statistic)
     by_effect = sorted(range(30), key=lambda j: LOGP[j])
-    ties = np.array([(LOGP < x).sum() + ((LOGP == x).sum() - 1) / 2 + 1 for x in LOGP])
+    ties = np.array([(x > LOGP).sum() + ((x == LOGP).sum() - 1) / 2 + 1 for x in LOGP])
     best = {j for j in range(30) if ties[j] <= 10}
     assert best <= set(by_effect[:12])
     assert row["shared"] == len(best & set(np.argsort(-SCORES)[:10].tolist()))
