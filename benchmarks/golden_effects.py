@@ -27,7 +27,6 @@ from kdb.ingest.prompts import Prompt
 from kdb.ingest.settings import Patching
 
 NEAR = 1e-3
-MEASURES = ("logp", "logit_diff", "kl")
 REPLACEMENTS = ("zero", "mean", "resample")
 EVERYWHERE = Patching(replacements=("zero",), roles=("all",))
 WANTED = (

@@ -160,6 +160,7 @@ def test_the_only_prompt_of_a_category_has_no_mean_and_no_resample(decomposition
 
 def test_indices_choose_prompts_and_change_no_effect(category: Category) -> None:
     wanted = Patching(("head",), ("mean",), ("exact", "atp"))
+    keys = ("prompt_id", "layer", "head", "method")
     together = {
         (r["prompt_id"], r["layer"], r["head"], r["method"]): r["logp"] for r in rows(category, range(4), wanted)
     }
