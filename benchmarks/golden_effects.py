@@ -74,13 +74,9 @@ def _effects(category: Category, number: int, p: dict[str, Any], to: dict[str, C
             estimate = "_attribution_patching" if method == "atp" else ""
             everywhere = "_all_positions" if wanted is EVERYWHERE else ""
             key, some = f"{component}_{by}{estimate}{everywhere}", some.sort_values(["layer", "head"])
-            if estimate:
-                _values(to, key, some["logp"].tolist(), np.ravel(p["effects"][key]).tolist(), p)
-                continue
-            for measure in MEASURES:
-                _values(
-                    to, f"{key}: {measure}", some[measure].tolist(), np.ravel(p["effects"][key][measure]).tolist(), p
-                )
+            expected = {"logp": p["effects"][key]} if estimate else p["effects"][key]
+            for measure, values in expected.items():
+                _values(to, f"{key}: {measure}", some[measure].tolist(), np.ravel(values).tolist(), p)
 
 
 def _lens(decomposition: Decomposition, prompt: Prompt, p: dict[str, Any], to: dict[str, Comparison]) -> None:
