@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdb.ingest.attribution.patch import BEST_HEADS
 from kdb.ingest.attribution.rankings import METHODS
 from kdb.ingest.attribution.scores import BASES_BYTES
 from kdb.ingest.concept.zero_shot import question_of
@@ -31,6 +32,12 @@ _RANKED = 600
 
 _NEURON_BYTES = 80
 """Bytes on disk of a row of ``neuron_scores``, with its share of the other tables."""
+
+_LENS_BYTES = 120
+"""Bytes on disk of a row of ``lens_readouts``."""
+
+_EFFECT_PASSES = 6
+"""Forward passes whose time a run's own effects take: two without gradients, one with, and two backward ones."""
 
 _PART_MEMORY = 3 * PART_BYTES
 """Bytes of a part in memory, with its copies in Arrow and in Parquet."""
@@ -74,20 +81,24 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
     row = model_row(job.source, config, count_params(config), m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
     trials = 1 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
-    readouts = 6 * layers + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
+    lens = 1 + 2 * layers
+    readouts = 6 * layers + lens + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
+    passes, patches = (_EFFECT_PASSES, BEST_HEADS) if wanted.effects else (0, 0)
     entries = row["n_heads"] * row["head_dim"]
     every = layers * (len(lengths) * row["intermediate_size"] + sum(lengths) * entries)
     stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)
     rate = _CAPTURE_SHARE * gemm_rate(hidden, row["intermediate_size"], m.dtype, device)
-    flops = 2 * (row["n_params"] - vocab * hidden) * sum(lengths) * (1 + trials) + 2 * vocab * hidden * (
-        (readouts + trials) * len(lengths) + 256 / vocab * (every if wanted.all_neurons else 0)
+    # A patch replaces the last token, and the tokens before it are cached.
+    tokens = sum(lengths) * (1 + trials + passes) + patches * len(lengths)
+    flops = 2 * (row["n_params"] - vocab * hidden) * tokens + 2 * vocab * hidden * (
+        (readouts + trials + passes + patches) * len(lengths) + 256 / vocab * (every if wanted.all_neurons else 0)
     )
     weights = row["n_params"] * (1 if m.quantize else _DTYPE_BYTES[m.dtype])
     return Cost(
         n_prompts=len(lengths),
-        n_tokens=sum(lengths) * (1 + trials),
+        n_tokens=tokens,
         n_layers=layers,
-        disk_bytes=_NEURON_BYTES * stored,
+        disk_bytes=_NEURON_BYTES * stored + _LENS_BYTES * lens * len(lengths),
         memory_bytes=weights + 4 * vocab * hidden + 2 * BASES_BYTES + 2 * CHUNK_BYTES,
         seconds=flops / rate,
         what=f"{row['n_heads']} heads and {row['intermediate_size']:,} FFN neurons",

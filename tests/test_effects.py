@@ -6,6 +6,7 @@ import json
 import shutil
 import string
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from scipy.stats import spearmanr
 
 from kdb.errors import QueryError
 from kdb.ingest.attribution.effects import Category, Known, effect_rows, every_part, pairs
+from kdb.ingest.attribution.lens import lens_rows
 from kdb.ingest.attribution.patch import read_part
+from kdb.ingest.attribution.targets import Target
+from kdb.ingest.forward.activation_cache import run_with_cache
 from kdb.ingest.forward.decomposition import Decomposition, decompose
 from kdb.ingest.forward.gradients import gradients
 from kdb.ingest.forward.patching import Part, Pass, Patch, entries, patched, recorded
 from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.prompts import Prompt
 from kdb.ingest.settings import Patching
 from kdb.queries.domains import PARTS
 from kdb.warehouse.database import Database
@@ -160,14 +165,17 @@ def test_the_only_prompt_of_a_category_has_no_mean_and_no_resample(decomposition
 
 def test_indices_choose_prompts_and_change_no_effect(category: Category) -> None:
     wanted = Patching(("head",), ("mean",), ("exact", "atp"))
+<<<<<<< HEAD
+=======
+    keys = ("prompt_id", "layer", "head", "method")
+>>>>>>> tests19
     together = {
         (r["prompt_id"], r["layer"], r["head"], r["method"]): r["logp"] for r in rows(category, range(4), wanted)
     }
     for i in range(4):
         for row in rows(category, [i], wanted):
-            key = (row["prompt_id"], row["layer"], row["head"], row["method"])
-            assert key[0] == i
-            assert row["logp"] == pytest.approx(together[key], abs=1e-5)
+            assert row["prompt_id"] == i
+            assert row["logp"] == pytest.approx(together[tuple(row[k] for k in keys)], abs=1e-5)
 
 
 def test_names_of_parts_are_those_of_the_queries() -> None:
@@ -270,6 +278,36 @@ def test_a_readout_is_the_final_norm_and_the_unembedding_of_the_residual(plain: 
     best = q.topk(5)
     assert row["tokens"] == [tiny_loaded.tokenizer.decode([t]) for t in best.indices.tolist()]
     assert row["logps"] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "places"), [("gpt_neox", 1 + LAYERS), ("gpt2", 1 + 2 * LAYERS)])
+def test_a_parallel_block_has_no_middle_to_read(architecture: str, places: int) -> None:
+    decomposition = decompose(with_words(tiny_model(architecture)))
+    some = [Prompt(i, ids, Target(ids, " ", (3,), ((4,), (5,)))) for i, ids in enumerate(IDS)]
+    made = run_with_cache(decomposition, [p.token_ids for p in some])
+    found = lens_rows(np.arange(4, dtype=np.int32), decomposition, made, some).to_pylist()
+    assert len(found) == 4 * places
+    assert {row["place"] for row in found} == {"resid_pre", "resid_post"} | (
+        set() if architecture == "gpt_neox" else {"resid_mid"}
+    )
+    for i, ids in enumerate(IDS):
+        with torch.inference_mode():
+            p = decomposition.loaded.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        [last] = [r for r in found if (r["prompt_id"], r["layer"], r["place"]) == (i, LAYERS - 1, "resid_post")]
+        rival = max(4, 5, key=lambda token: p[token])
+        assert (last["target_logp"], last["rival_logp"]) == pytest.approx((p[3].item(), p[rival].item()), abs=1e-4)
+        assert (last["target_rank"], last["rival_rank"]) == (1 + int((p > p[3]).sum()), 1 + int((p > p[rival]).sum()))
+        assert last["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def with_words(model: Any) -> LoadedModel:
+    """A loaded model whose tokens are written as numbers."""
+
+    class Words:
+        def decode(self, ids: list[int]) -> str:
+            return str(ids[0])
+
+    return replace(loaded(model), tokenizer=Words())
 
 
 def test_no_effects_leaves_them_out(
@@ -474,7 +512,7 @@ def test_the_agreement_of_scores_and_effects_is_spearmans(by_hand: Database) -> 
     [row] = by_hand.query("score-vs-effect").to_dicts()
     assert row["spearman"] == pytest.approx(spearmanr(SCORES, -LOGP).statistic)
     by_effect = sorted(range(30), key=lambda j: LOGP[j])
-    ties = np.array([(LOGP < x).sum() + ((LOGP == x).sum() - 1) / 2 + 1 for x in LOGP])
+    ties = np.array([(x > LOGP).sum() + ((x == LOGP).sum() - 1) / 2 + 1 for x in LOGP])
     best = {j for j in range(30) if ties[j] <= 10}
     assert best <= set(by_effect[:12])
     assert row["shared"] == len(best & set(np.argsort(-SCORES)[:10].tolist()))

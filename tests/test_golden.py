@@ -12,8 +12,9 @@ from kdb.ingest.forward.decomposition import decompose
 from kdb.warehouse.store import Warehouse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import golden  # what is compared is written there and in golden_attribution.py, once
+import golden  # what is compared is written there and in its siblings, once
 import golden_attribution
+import golden_effects
 
 pytestmark = pytest.mark.slow
 
@@ -51,3 +52,14 @@ def test_attribution_agrees_with_the_golden_values(
     )  # rankings by rank are the expensive part
     assert [c for c in found if c.problems] == []
     assert sum(c.n_values for c in found) > 500 * n
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma3"])
+def test_effects_and_readouts_agree_with_the_golden_values(
+    model: str, shared: Path, request: pytest.FixtureRequest
+) -> None:
+    decomposition = decompose(request.getfixturevalue(FIXTURES[model]))
+    expected = json.loads((shared / f"golden/effects_{model}.json").read_text())
+    found = golden_effects.compare(decomposition, expected, shared / "golden/effects_prompts.csv", n=1)
+    assert [c for c in found if c.problems] == []
+    assert sum(c.n_values for c in found) > 1000

@@ -35,7 +35,7 @@ def lens_rows(
 
     dtype = getattr(torch, decomposition.loaded.dtype)
     text = functools.cache(lambda token: decomposition.loaded.tokenizer.decode([token]))
-    final = cache.logits.float().log_softmax(-1)
+    final = log_probabilities(cache.logits)
     rival = rivals(final, chunk)
     rows = []
     for layer, place, resid in _residuals(decomposition, cache):
@@ -44,6 +44,17 @@ def lens_rows(
         for number, last, row in zip(ids.tolist(), cache.last.tolist(), read, strict=True):
             rows.append({"prompt_id": number, "layer": layer, "place": place, "position": last, "lens": "logit"} | row)
     return pa.Table.from_pylist(rows, arrow_schema("lens_readouts"))
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (prompt, vocab) whose exponentials add up to 1 better than those of ``log_softmax``.
+
+    In float32, these miss 1 by 1e-5 at usual logits, which a divergence of 100 nats makes 1e-3.
+    """
+    import torch
+
+    log_p = logits.float().log_softmax(-1)
+    return log_p - log_p.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(log_p)
 
 
 def rivals(log_p: torch.Tensor, chunk: Sequence[Prompt]) -> list[int]:
