@@ -165,10 +165,7 @@ def test_the_only_prompt_of_a_category_has_no_mean_and_no_resample(decomposition
 
 def test_indices_choose_prompts_and_change_no_effect(category: Category) -> None:
     wanted = Patching(("head",), ("mean",), ("exact", "atp"))
-<<<<<<< HEAD
-=======
     keys = ("prompt_id", "layer", "head", "method")
->>>>>>> tests19
     together = {
         (r["prompt_id"], r["layer"], r["head"], r["method"]): r["logp"] for r in rows(category, range(4), wanted)
     }
