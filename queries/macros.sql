@@ -423,7 +423,7 @@ CREATE MACRO jaccard_by_chance(a, b, n) AS
 
 -- The name under which the prompts of a dataset are shown and ranked: its own. With pool, the prompts of all datasets
 -- of a model are added up, and the name lists them, such as 'knowledge + relations'. Whether datasets are added up is
--- decided only here and in _kept_prompts.
+-- decided only here. It is a window over the rows of a query: few rows, since DuckDB reads what is behind them twice.
 CREATE MACRO shown_dataset(pool, model, dataset) AS
     CASE WHEN pool THEN string_agg(DISTINCT dataset, ' + ' ORDER BY dataset) OVER (PARTITION BY model)
         ELSE dataset END;
@@ -438,16 +438,25 @@ WITH chosen AS (
     FROM known_runs
     JOIN chosen_runs(wanted_table, wanted_variant, wanted_run) USING (model, dataset, run)
     WHERE among(model, wanted_models) AND (wanted_dataset IS NULL OR dataset = wanted_dataset)
+),
+
+found AS MATERIALIZED (
+    SELECT chosen.model, chosen.dataset, chosen.run, prompt_id, category
+    FROM prompts
+    JOIN chosen ON prompts.model = chosen.model AND prompts.dataset = chosen.dataset AND prompts.run = prompts_run
+    WHERE kept AND among(category, wanted_categories)
+),
+
+named AS (
+    SELECT model, dataset, shown_dataset(wanted_pool, model, dataset) AS shown_dataset
+    FROM (SELECT DISTINCT model, dataset FROM found)
 )
+
 SELECT
-    chosen.model, chosen.dataset, chosen.run, prompt_id, category,
-    shown_dataset(wanted_pool, chosen.model, chosen.dataset) AS shown_dataset,
-    count(*) OVER (
-        PARTITION BY chosen.model, CASE WHEN wanted_pool THEN NULL ELSE chosen.dataset END, category
-    ) AS n_kept
-FROM prompts
-JOIN chosen ON prompts.model = chosen.model AND prompts.dataset = chosen.dataset AND prompts.run = prompts_run
-WHERE kept AND among(category, wanted_categories);
+    model, dataset, run, prompt_id, category, shown_dataset,
+    count(*) OVER (PARTITION BY model, shown_dataset, category) AS n_kept
+FROM found
+JOIN named USING (model, dataset);
 
 -- Mean score of every layer output over the kept prompts (Yu and Ananiadou, arXiv 2312.12141, table 4).
 CREATE MACRO mean_layer_scores(
@@ -624,9 +633,13 @@ newest AS (
 )
 
 SELECT
-    newest.model, newest.dataset, shown_dataset(wanted_pool, newest.model, newest.dataset) AS shown_dataset, prompts_run AS run,
+    newest.model, newest.dataset, shown.name AS shown_dataset, prompts_run AS run,
     newest.prompt_id, category, component, layer, head, neuron, logp, logit_diff, kl
 FROM newest
+JOIN (
+    SELECT model, dataset, shown_dataset(wanted_pool, model, dataset) AS name
+    FROM (SELECT DISTINCT model, dataset FROM having_effects)
+) AS shown USING (model, dataset)
 JOIN prompts
     ON prompts.model = newest.model AND prompts.dataset = newest.dataset AND prompts.run = prompts_run
     AND prompts.prompt_id = newest.prompt_id
