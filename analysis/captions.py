@@ -21,6 +21,12 @@ FEW = "no interval below five prompts, or where all but a few prompts have the s
 """Reason for which the interval of a mean over prompts is NULL."""
 
 
+EFFECTS = "Effects are stored by `kdb ingest` and `kdb patch`; runs of older versions have none."
+"""Sentence in place of effects that are not stored."""
+
+READOUTS = "Readouts of every layer are stored by `kdb ingest`; runs of older versions have none."
+"""Sentence in place of readouts that are not stored."""
+
 MEANS = (
     "Scores are means over the n_prompts kept prompts of a dataset, or over all n_kept where that column stands; each "
     "dataset has its own ranking, unless the parameter pool adds them up."

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdb.analysis.captions import CAVEAT, FEW, sample
+from kdb.analysis.captions import CAVEAT, EFFECTS, FEW, READOUTS, sample
 from kdb.errors import NothingFoundError, UnknownNameError
 from kdb.queries.catalogue import Param, Value, bind, find_query, shared_param
 
@@ -34,7 +34,8 @@ class Figure:
 
     ``query`` is the saved query whose rows it draws. ``numbers`` and ``draw`` name functions of modules of this
     package: the first returns the frame if it needs more than these rows, the second the chart. ``defaults`` replaces
-    the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame.
+    the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame. ``hint`` says what to
+    do if there is nothing to draw.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Figure:
     drawing: tuple[Param, ...] = ()
     counting: tuple[Param, ...] = ()
     fixed: Mapping[str, Value] | None = None
+    hint: str = "`kdb runs` lists what was measured."
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -72,6 +74,8 @@ _BEST_LAYER = Param(
 )
 
 _POOL = shared_param("pool")
+
+_PART = Param("part", "text", "head", False, "parts to draw: head, attn or ffn")
 
 _J_AND_C = "\n".join(textwrap.wrap(CAVEAT, 100))
 
@@ -200,6 +204,37 @@ _ALL = (
         defaults={"k": 1_000_000},
     ),
     Figure(
+        "effect-map",
+        "Change of the answer's log-probability when a head is replaced",
+        "blue: the answer loses; orange: it gains; a square root scale shows small changes\n"
+        "mean over the prompts that were measured; its 95 % interval is in the tooltip and in the numbers\n"
+        f"{FEW}",
+        query="head-effects",
+        numbers="effects.effect_means",
+        draw="effects.effect_map",
+        defaults={"k": 1_000_000, "effect_method": "atp"},
+        hint=EFFECTS,
+    ),
+    Figure(
+        "score-vs-effect",
+        "Score of each part, and what the answer loses without it",
+        "mean over the kept prompts; in brackets: 95 % interval of the rank correlation over prompts; none below five",
+        query="score-vs-effect",
+        numbers="effects.score_and_effect",
+        draw="effects.score_vs_effect",
+        counting=(_PART,),
+        hint=EFFECTS,
+    ),
+    Figure(
+        "answer-by-layer",
+        "Prompts whose answer is the first choice, layer by layer",
+        f"readout of the residual stream after each block; band: 95 % interval over prompts\n{FEW}",
+        query="answer-by-layer",
+        numbers="lens.answers_by_layer",
+        draw="lens.answer_by_layer",
+        hint=READOUTS,
+    ),
+    Figure(
         "neurons-by-layer",
         "Layers of the value and query neurons",
         "share of each prompt's best neurons, mean over the kept prompts",
@@ -245,6 +280,14 @@ _ALL = (
         query="prompt-story",
         draw="importance.prompt_story",
     ),
+    Figure(
+        "lens-map",
+        "First choice of every layer in one prompt",
+        "in, mid, out: before the first block, after attention, after the FFN; ␣ is a space",
+        query="lens-story",
+        draw="lens.lens_map",
+        hint=READOUTS,
+    ),
 )
 
 FIGURES: Mapping[str, Figure] = {figure.name: figure for figure in _ALL}
@@ -279,10 +322,13 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     with wh.snapshot() as frozen:
         numbers, look = _frame(frozen, figure, values), look_of(frozen)
     if numbers.is_empty():
-        raise NothingFoundError(f"{name}: there is no data to draw. `kdb runs` lists what was measured.")
+        raise NothingFoundError(f"{name}: there is no data to draw. {figure.hint}")
     own = {param.name: values[param.name] for param in figure.drawing} | dict(figure.fixed or {})
     prompt = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{prompt}” → “{numbers['target_token'][0]}”" if prompt else "")
+    marks += "".join(f"\nanswer: “{token}”" for token in numbers["target_token"][:1]) if name == "lens-map" else ""
+    if "effect_method" in values:
+        marks += "\neffect: {effect_method}; replacement: {replacement}; role: {role}; {direction}".format(**values)
     if find_query(figure.query).group == "knowledge":
         marks += "".join(f"\n{line}" for line in sample(numbers))
     drawn = _function(figure.draw)(numbers, look, **own)

@@ -52,9 +52,9 @@ def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     Ranks have no interval: it would need every neuron's score in every prompt, but only the best are stored.
     """
     ranking = wh.query("top-neurons", **params)
-    keys = _keys(params, "category", "component")
+    keys = keys_of(params, "category", "component")
     scores, prompts = (
-        wh.query("neuron-scores", **_of_prompts(params)),
+        wh.query("neuron-scores", **of_prompts(params)),
         list(dict.fromkeys((*keys, "dataset", "prompt_id"))),
     )
     listed = scores.join(ranking, on=[*keys, "neuron_name"], how="semi")
@@ -68,16 +68,16 @@ def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
 def _ranking(
     wh: Warehouse, ranking: str, scores: str, item: str, params: dict[str, Any], *, ranks: bool = True
 ) -> pl.DataFrame:
-    listed, by_prompt = wh.query(ranking, **params), wh.query(scores, **_of_prompts(params))
-    return with_intervals(listed, by_prompt, _keys(params, "category"), item, ranks=ranks)
+    listed, by_prompt = wh.query(ranking, **params), wh.query(scores, **of_prompts(params))
+    return with_intervals(listed, by_prompt, keys_of(params, "category"), item, ranks=ranks)
 
 
-def _keys(params: dict[str, Any], *columns: str) -> list[str]:
+def keys_of(params: dict[str, Any], *columns: str) -> list[str]:
     """Return the columns that define separate rankings: datasets are kept apart unless they are pooled."""
     return ["model", *([] if params.get("pool") else ["dataset"]), *columns]
 
 
-def _of_prompts(params: dict[str, Any]) -> dict[str, Any]:
+def of_prompts(params: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters that a query of single prompts has in common with one of their means."""
     return {name: value for name, value in params.items() if name not in ("k", "pool")}
 
@@ -98,7 +98,7 @@ def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
     long = means.unpivot(
         list(EFFECTS), index=["model", "dataset", "letter", "method", "k", "n_prompts"], variable_name="effect"
     ).with_columns(item)
-    intervals = with_intervals(long, losses, _keys(params, "effect"), "item").drop("item")
+    intervals = with_intervals(long, losses, keys_of(params, "effect"), "item").drop("item")
     return intervals.with_columns(low=-pl.col("high"), high=-pl.col("low"))
 
 
@@ -107,14 +107,14 @@ def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
 
     One row per model, dataset, category and component: score, percent, low, high, n_prompts.
     """
-    sums, scores = wh.query("attention-vs-ffn", **params), wh.query("layer-scores", **_of_prompts(params))
+    sums, scores = wh.query("attention-vs-ffn", **params), wh.query("layer-scores", **of_prompts(params))
     panel = ["model", "dataset", "category"]
     long = pl.concat(
         sums.select(*panel, "n_prompts", component=pl.lit(c), score=f"{c}_score", percent=f"{c}_percent")
         for c in ("attn", "ffn")
     )
     by_prompt = scores.group_by(*panel, "prompt_id", "component").agg(pl.col("score").sum())
-    return with_intervals(long, by_prompt, _keys(params, "category"), "component", ranks=False)
+    return with_intervals(long, by_prompt, keys_of(params, "category"), "component", ranks=False)
 
 
 def head_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
@@ -133,15 +133,15 @@ def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
             queries.select(*columns, kind=pl.format("query of {}", "activates")),
         ]
     )
-    return _with_depth(wh, "neuron_scores", both, params)
+    return with_depth(wh, "neuron_scores", both, params)
 
 
 def scores_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return all rows of ``top-layers``, with intervals over prompts and each layer's depth in percent."""
-    return _with_depth(wh, "layer_scores", layer_ranking(wh, **params, k=EVERY), params)
+    return with_depth(wh, "layer_scores", layer_ranking(wh, **params, k=EVERY), params)
 
 
-def _with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str, Any]) -> pl.DataFrame:
+def with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str, Any]) -> pl.DataFrame:
     """Add each model's number of layers, from the runs of the rows, and each layer's depth in percent."""
     depths = wh.sql(
         "SELECT model, max(n_layers) AS n_layers FROM known_runs "
@@ -166,7 +166,7 @@ def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
         tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f"), "n_prompts"],
         **encodings,
     )
-    return _grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
+    return grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
 
 
 def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
@@ -187,7 +187,7 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
     )
     shown = int(frame["rank"].max())  # type: ignore[arg-type]  # numbers
     drawn = drawn.properties(width=170, height=14 * shown)
-    return _grid(drawn, frame, look).resolve_scale(y="independent", x="independent")
+    return grid(drawn, frame, look).resolve_scale(y="independent", x="independent")
 
 
 def head_map(frame: pl.DataFrame, look: Look) -> Chart:
@@ -208,7 +208,7 @@ def head_map(frame: pl.DataFrame, look: Look) -> Chart:
         )
         .properties(width=side * n_layers, height=max(side * n_heads, 40))
     )
-    return _grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
+    return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
 
 
 def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
@@ -218,7 +218,7 @@ def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
     y = alt.Y("share_percent:Q", title="share (%)")
     tooltip = ["kind", "layer", alt.Tooltip("share_percent:Q", format=".1f"), "n_prompts"]
     drawn = line.encode(depth_axis(frame), y, tooltip=tooltip, **components("kind", names))
-    return _grid(drawn.properties(width=210, height=130), frame, look)
+    return grid(drawn.properties(width=210, height=130), frame, look)
 
 
 def methods(frame: pl.DataFrame, look: Look) -> Chart:
@@ -328,7 +328,7 @@ def _bars(part: pl.DataFrame) -> Any:
     return alt.hconcat(bars, words.properties(width=width, view=alt.ViewConfig(stroke=None)), spacing=6)
 
 
-def _grid(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:
+def grid(drawn: Any, frame: pl.DataFrame, look: Look) -> Any:
     """Draw a panel for each category with its number of prompts; models and datasets begin a row if there are several.
 
     A panel is named after whichever of them there are several of.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
-from scipy.stats import norm
+from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
@@ -132,6 +132,34 @@ def rank_intervals(resampled: Floats, rows: Sequence[int]) -> tuple[Floats, Floa
     ranks = np.stack([1 + (resampled > resampled[row]).sum(axis=0) for row in rows])
     low, high = np.quantile(ranks, _LEVEL, axis=1, method="closest_observation")
     return low, high
+
+
+# Rank correlation ------------------------------------------------------------------------------------------------
+
+
+def spearman(a: Floats, b: Floats) -> Floats:
+    """Return the rank correlations of the last axis of two arrays (…, m); NaN where all of a row are equal."""
+    ranks = [rankdata(values, axis=-1) for values in (a, b)]
+    x, y = (each - each.mean(axis=-1, keepdims=True) for each in ranks)
+    sizes = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+    with np.errstate(invalid="ignore"):
+        correlations: Floats = (x * y).sum(axis=-1) / sizes
+    return correlations
+
+
+def spearman_interval(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of the rank correlation of the means of ``a`` and ``b`` (n, m) over n rows.
+
+    Both means come from the same resampled rows. Noise pulls a rank correlation towards that of the noise, and
+    resampling does so once more: percentiles of the resamples lie beyond the estimate, and often miss the truth. The
+    interval holds them and their mirror image at the estimate (the basic bootstrap). NaN below MIN_PROMPTS rows.
+    """
+    if len(a) < MIN_PROMPTS or a.shape[1] < 3:
+        return np.nan, np.nan
+    estimate = float(spearman(a.mean(axis=0), b.mean(axis=0)))
+    resampled = spearman(resampled_means(a).T, resampled_means(b).T)[None]
+    low, high = (float(end[0]) for end in intervals(resampled, len(a)))
+    return max(-1.0, min(low, 2 * estimate - high)), min(1.0, max(high, 2 * estimate - low))
 
 
 # Tests -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from kdb.analysis import depth_measures, importance
-from kdb.analysis.captions import CAVEAT, FEW
+from kdb.analysis import depth_measures, effects, importance
+from kdb.analysis.captions import CAVEAT, EFFECTS, FEW, READOUTS
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -231,13 +231,14 @@ def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Drawn("The ten best layers", "", "top-layers", params)
     yield Tabled(
         "Table 10: the ten best heads",
-        ranks,
+        f"{ranks} {_BESIDE}",
         "top-heads",
         params,
-        lambda: _compact(importance.head_ranking(wh, **params), "head_name"),
+        lambda: _heads(wh, params),
         _ASKED,
     )
     yield Drawn("Every head", "", "head-map", params)
+    yield from _effects_and_readouts(wh, params)
     yield _asked(
         wh,
         "Tokens that the best heads read",
@@ -246,6 +247,41 @@ def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
         params | {"k": 1, "tokens": 3},
         _ASKED,
     )
+
+
+_BESIDE = (
+    "Exact and estimated effect are mean changes of the answer's log-probability (nat), in the order of the heads, when a "
+    "head's output at the last token is replaced by its mean over the category's other kept prompts: measured by running "
+    f"the model (exact), or estimated from a gradient (atp, attribution patching). A dash: not stored. {EFFECTS}"
+)
+
+_AGREEMENT = (
+    "spearman is the rank correlation, over all parts of a kind, of the mean score and the mean loss of the answer's "
+    "log-probability (atp) when the part is replaced by its mean; low and high are its 95 % interval over prompts, of which "
+    "there is none below five. A score is what a part adds directly; an effect is what the model needs it for."
+)
+
+
+def _effects_and_readouts(wh: Warehouse, params: dict[str, Any]) -> Contents:
+    yield Drawn("Effect of every head (atp)", "", "effect-map", params)
+    yield Drawn("Score and effect of heads", "", "score-vs-effect", params)
+    yield Tabled(
+        "Agreement of scores and effects",
+        _AGREEMENT,
+        "score-vs-effect",
+        params,
+        lambda: effects.agreement(wh, **params),
+        EFFECTS,
+    )
+    yield Drawn("Prompts whose answer is the first choice after each layer", "", "answer-by-layer", params)
+    yield _asked(
+        wh, "First layer at which the answer is the first choice", _SETTLED, "answer-by-layer", params, READOUTS
+    )
+
+
+_SETTLED = (
+    "Quartiles over the n_settled prompts whose answer is the first choice of the last layer, of n_prompts kept ones."
+)
 
 
 def _neurons_and_methods(wh: Warehouse, params: dict[str, Any]) -> Contents:
@@ -320,6 +356,25 @@ def _compact(ranking: pl.DataFrame, item: str) -> pl.DataFrame:
     return ranking.group_by("model", "dataset", "category", maintain_order=True).agg(
         entry.str.join(", ").alias("best first"), n_prompts=pl.col("n_prompts").first()
     )
+
+
+def _heads(wh: Warehouse, params: dict[str, Any]) -> pl.DataFrame:
+    """Return the best heads of each category in order, and their effects in the same order."""
+    ranking = importance.head_ranking(wh, **params)
+    if ranking.is_empty():
+        return ranking
+    beside = effects.heads_with_effects(wh, ranking, **params)
+    shown = {"exact effect": _signed("logp_exact"), "estimated effect (atp)": _signed("logp_atp")}
+    listed = beside.group_by("model", "dataset", "category", maintain_order=True).agg(
+        *(text.str.join(", ").alias(name) for name, text in shown.items())
+    )
+    named = _compact(ranking, "head_name").join(listed, on=["model", "dataset", "category"], maintain_order="left")
+    return named.select(pl.exclude("n_prompts"), "n_prompts")
+
+
+def _signed(name: str) -> pl.Expr:
+    """Return a number with its sign and two decimals as text; a dash without one."""
+    return pl.col(name).map_elements(lambda value: f"{value:+.2f}", return_dtype=pl.String).fill_null("–")
 
 
 def _ranks() -> pl.Expr:

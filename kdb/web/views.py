@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdb.analysis.captions import CAVEAT, FEW, MEANS
+import polars as pl
+
+from kdb.analysis.captions import CAVEAT, EFFECTS, FEW, MEANS, READOUTS
+from kdb.analysis.effects import effects_by_prompt, heads_with_effects, mean_effects
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.figures import frame as numbers_of_figure
 from kdb.analysis.style import look_of
 from kdb.errors import EngineError, KdbError, QueryError, UnknownNameError
 from kdb.queries.catalogue import bind, find_query, load_catalogue
+from kdb.queries.domains import EFFECT_METHODS
 from kdb.warehouse.notes import noted
 from kdb.warehouse.paging import column_types
 from kdb.warehouse.schema import PARTITIONS, TABLES, sql_type
@@ -21,8 +25,6 @@ from kdb.web.cells import rows_of_page
 from kdb.web.templates import render_template, url
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from kdb.warehouse.store import Warehouse
 
 PAGE_ROWS = 100
@@ -64,13 +66,14 @@ class UrlParams:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table on a page: its title, its rows, the address of the query behind it, and a note beside it."""
+    """A table on a page: its title, its rows, the address of the query behind it, a note beside it, or one without rows."""
 
     title: str
     columns: list[str]
     rows: list[dict[str, Any]]
     address: str | None = None
     note: str = ""
+    empty: str = "Nothing is stored."
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,20 @@ def _ranked(wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequen
     return _shown(name, chosen, numbers_of_figure(wh, name, **chosen), drop)
 
 
-def _shown(name: str, chosen: Mapping[str, Any], rows: pl.DataFrame, drop: Sequence[str], title: str = "") -> Shown:
+def _shown(
+    name: str,
+    chosen: Mapping[str, Any],
+    rows: pl.DataFrame,
+    drop: Sequence[str],
+    title: str = "",
+    empty: str = Shown.empty,
+) -> Shown:
     columns = [column for column in rows.columns if column not in drop]
     of_means = {"n_prompts", "score"} <= set(columns) and "prompt_id" not in columns
     notes = [CAVEAT] * ("jump_percent" in columns) + [MEANS] * of_means
     notes += [f"low and high: 95 % interval over prompts; {FEW}."] * ("low" in columns)
     address = url(f"/queries/{name}", chosen)
-    return Shown(title or find_query(name).title, columns, rows.to_dicts(), address, " ".join(notes))
+    return Shown(title or find_query(name).title, columns, rows.to_dicts(), address, " ".join(notes), empty)
 
 
 def _chart(name: str, params: Mapping[str, Any]) -> Charted:
@@ -311,23 +321,50 @@ def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
             f"Prompt {number} exists in several datasets: {', '.join(datasets)}. Add one to the address, as in "
             f"&dataset={datasets[0]}"
         )
+    measured = _add_effects(wh, story, asked)
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in story:
         parts.setdefault(f"{row['part']}, {row['model']}", []).append(row)
-    columns = ["rank", "name", "position", "attention", "score", "tokens"]
+    columns = ["rank", "name", "position", "attention", "score", *_EFFECT_COLUMNS.values(), "tokens"]
     tables = [
         Shown(title, [c for c in columns if any(row[c] is not None for row in rows)], rows)
         for title, rows in parts.items()
     ]
+    lens = wh.query("lens-story", **_without_empty(asked))
     return {
         "title": f"Prompt {number}",
         "story": story[0],
-        "charts": [_chart("prompt-story", asked)],
+        "charts": [_chart("prompt-story", asked), *([_chart("lens-map", asked)] if len(lens) else [])],
         "tables": tables,
+        "effects": _MEAN_EFFECT if measured else EFFECTS,
+        "lens": _shown("lens-story", _without_empty(asked), lens, ["model", "dataset", "target_token"], empty=READOUTS),
         "address": url("/queries/prompt-story", asked),
         "next": url("/prompt", {**url_params.values, "prompt": [str(number + 1)]}),
         "before": url("/prompt", {**url_params.values, "prompt": [str(number - 1)]}) if number else None,
     }
+
+
+_EFFECT_COLUMNS = {"exact": "effect (exact)", "atp": "effect (atp)"}
+
+_MEAN_EFFECT = (
+    "An effect is the change of the answer's log-probability in nat when a part's output at the last token is replaced by "
+    "its mean over other kept prompts of the category: measured (exact), or estimated from a gradient (atp)."
+)
+
+
+def _add_effects(wh: Warehouse, story: list[dict[str, Any]], asked: Mapping[str, Any]) -> bool:
+    """Add each part's effects in this prompt to its row of the story; return whether there are any."""
+    chosen = {name: value for name, value in _without_empty(asked).items() if name != "prompt"}
+    found: dict[tuple[Any, ...], float] = {}
+    for method in _EFFECT_COLUMNS:
+        rows = effects_by_prompt(wh, **chosen, effect_method=method).filter(prompt_id=asked["prompt"])
+        for row in rows.iter_rows(named=True):
+            found[(method, row["model"], row["component"], row["layer"], row["head"], row["neuron"])] = row["logp"]
+    for row in story:
+        part = {"head": "head", "layer": row["component"], "ffn value neuron": "ffn_neuron"}.get(row["part"])
+        key = (row["model"], part, row["layer"], row["head"], row["neuron"])
+        row |= {column: found.get((method, *key)) for method, column in _EFFECT_COLUMNS.items()}
+    return bool(found)
 
 
 def _hidden(url_params: UrlParams, *columns: str) -> list[str]:
@@ -347,6 +384,7 @@ def _neuron(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     ]
     tokens = {key: value for key, value in asked.items() if key in ("neuron", "model", "variant", "run")}
     tables.insert(1, _asked(wh, "neuron-tokens", tokens, drop=drop))
+    tables += _effects_of_neuron(wh, asked, drop)
     if not any(table.rows for table in tables):
         raise QueryError(
             f"{asked['neuron']}: not stored with any prompt. Names of neurons are like f29_1234 or a23.12_45."
@@ -354,13 +392,46 @@ def _neuron(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     return {"title": f"Neuron {asked['neuron']}", "models": url_params.many("model"), "tables": tables}
 
 
+def _effects_of_neuron(wh: Warehouse, asked: Mapping[str, Any], drop: Sequence[str]) -> list[Shown]:
+    """Return the mean effects of an FFN neuron by category; nothing if it was never replaced."""
+    layer, _, number = asked["neuron"].removeprefix("f").partition("_")
+    if not asked["neuron"].startswith("f"):
+        return []
+    chosen = {name: value for name, value in asked.items() if name != "neuron"}
+    shown = ("model", "dataset", "category", "logp", "logit_diff", "kl", "n_prompts")
+    frames = [
+        mean_effects(wh, **chosen, effect_method=method)
+        .filter(component="ffn_neuron", layer=int(layer), neuron=int(number))
+        .select(*shown, effect_method=pl.lit(method))
+        for method in EFFECT_METHODS
+    ]
+    rows = pl.concat(frames).sort("model", "dataset", "category")
+    columns = [name for name in rows.columns if name not in drop]
+    return [Shown("Effect of replacing the neuron", columns, rows.to_dicts(), note=_MEAN_EFFECT)] if len(rows) else []
+
+
+def _beside_effects(wh: Warehouse, asked: Mapping[str, Any], drop: Sequence[str]) -> Shown:
+    """Return the head's score in each category, with its effects beside."""
+    scores = wh.query("head-by-category", **asked)
+    chosen = {name: value for name, value in asked.items() if name not in ("layer", "head")}
+    both = heads_with_effects(wh, scores, **chosen)
+    stored = [name for name in ("logp_exact", "logp_atp") if both[name].count()]
+    both = both.select(*(name for name in both.columns if not name.startswith("logp_") or name in stored))
+    shown = _shown("head-by-category", asked, both, drop)
+    return replace(shown, note=f"{shown.note} {_LOGP if stored else EFFECTS}")
+
+
+_LOGP = f"logp_exact and logp_atp are mean effects. {_MEAN_EFFECT}"
+
+
 def _head(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     about = url_params.only("model", "category") | {
         k: v[0] for k, v in url_params.only("dataset", "variant", "run").items()
     }
     asked = {"layer": url_params.integer("layer"), "head": url_params.integer("head"), **about}
-    names = ("head-by-category", "position-attention", "head-in-prompts")
-    tables = [_asked(wh, name, asked, drop=_hidden(url_params, "head_name", "layer", "head")) for name in names]
+    drop = _hidden(url_params, "head_name", "layer", "head")
+    tables = [_asked(wh, name, asked, drop=drop) for name in ("position-attention", "head-in-prompts")]
+    tables.insert(0, _beside_effects(wh, asked, drop))
     title = f"a{asked['layer']}.{asked['head']}"
     if not any(table.rows for table in tables):
         raise QueryError(f"{title}: not stored with any prompt. Check the numbers of layer and head, counted from 0.")

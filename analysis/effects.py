@@ -1,0 +1,216 @@
+"""Causal effects of parts of the model: their means with intervals, and beside attribution scores.
+
+    frame = effect_means(wh, model=["smollm2-135m"], effect_method="atp")
+    frame = score_and_effect(wh, model=["smollm2-135m"], part="head")
+
+An effect is the change of the answer's log-probability when a part is replaced; its loss is minus that. In denoising,
+where a part is put back, the gain counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import numpy as np
+import polars as pl
+
+from kdb.analysis.importance import grid
+from kdb.analysis.prompt_means import groups_of, with_intervals
+from kdb.analysis.style import ATTN, FFN, Chart, Look
+from kdb.analysis.uncertainty import Floats, spearman, spearman_interval
+from kdb.errors import QueryError
+from kdb.queries.catalogue import bind, find_query
+
+if TYPE_CHECKING:
+    from kdb.warehouse.store import Warehouse
+
+COMPARED = ("head", "attn", "ffn")
+"""Parts that have both a score and an effect in every prompt."""
+
+_PANEL = ("model", "dataset", "category")
+_SETTINGS = (
+    *("model", "category", "dataset", "variant", "run", "role", "replacement", "effect_method", "direction", "pool"),
+)
+_CHOSEN = "SELECT * FROM {}(?, ?, ?, ?, ?, ?, ?, ?, ?, wanted_pool := ?)"
+
+LOSS = "loss of log p (nat)"
+"""Label of an effect that is counted as a loss."""
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def effects_by_prompt(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return the effects of the kept prompts, one row per prompt and part; ``params`` are those of score-vs-effect."""
+    return _chosen(wh, "_effects", params)
+
+
+def mean_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return the mean effects by category and part; ``params`` are those of score-vs-effect."""
+    return _chosen(wh, "mean_effects", params)
+
+
+def _chosen(wh: Warehouse, macro: str, params: dict[str, Any]) -> pl.DataFrame:
+    query = find_query("score-vs-effect")
+    values = bind(query.name, query.params, {name: params[name] for name in params if name in _SETTINGS})
+    lists = [list(value) if isinstance(value, tuple) else value for value in map(values.get, _SETTINGS)]
+    return wh.sql(_CHOSEN.format(macro), lists)
+
+
+def effect_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return rows of ``head-effects`` with the 95 % interval of each effect (logp) over the prompts that have it."""
+    means = wh.query("head-effects", **params)
+    shown = _shown(effects_by_prompt(wh, **params).filter(component="head"))
+    named = pl.format("a{}.{}", "layer", "head").alias("head_name")
+    by_prompt = shown.rename({"logp": "score"}).with_columns(named)
+    # Heads may be measured in different prompts. Those of the same prompts are resampled together.
+    same = pl.col("prompt_id").hash().sum().over(*_PANEL, "head_name").alias("same")
+    by_prompt = by_prompt.with_columns(same)
+    of_head = by_prompt.select(*_PANEL, "head_name", "same").unique()
+    listed = means.join(of_head, on=[*_PANEL, "head_name"], how="left", maintain_order="left").with_row_index("row")
+    found = with_intervals(listed, by_prompt, [*_PANEL, "same"], "head_name", ranks=False)
+    return found.sort("row").drop("row", "same")
+
+
+def _shown(rows: pl.DataFrame) -> pl.DataFrame:
+    """Name the datasets as they are shown, and number the prompts anew: pooled datasets use the same numbers."""
+    numbers = pl.struct("dataset", "run", "prompt_id").rank("dense").alias("prompt_id")
+    return rows.with_columns(numbers, dataset=pl.col("shown_dataset")).drop("shown_dataset")
+
+
+def score_and_effect(wh: Warehouse, *, part: str = "head", **params: Any) -> pl.DataFrame:
+    """Return the mean score and the mean loss of every part, with their rank correlation by category.
+
+    One row per model, dataset, category and part. spearman is the rank correlation of score and loss over the n_parts
+    parts of the category, spearman_low and spearman_high its 95 % interval over prompts. Both means are over the
+    n_prompts kept prompts with both.
+    """
+    both = _pairs(wh, part, params)
+    parts = [_correlated(rows) for _, rows in groups_of(both, _PANEL)]
+    return pl.concat(parts) if parts else _correlated(both)
+
+
+def agreement(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return rows of ``score-vs-effect`` with the 95 % interval of each rank correlation over prompts."""
+    rows = wh.query("score-vs-effect", **params)
+    ends = {"low": pl.col("spearman_low"), "high": pl.col("spearman_high")}
+    found = [
+        score_and_effect(wh, part=part, **params).select(*_PANEL, component=pl.lit(part), **ends).unique()
+        for part in COMPARED
+    ]
+    return rows.join(pl.concat(found), on=[*_PANEL, "component"], how="left", maintain_order="left")
+
+
+def _pairs(wh: Warehouse, part: str, params: dict[str, Any]) -> pl.DataFrame:
+    """Return score and loss of every part in every prompt that has both."""
+    if part not in COMPARED:
+        raise QueryError(f"parameter part: expected one of {', '.join(COMPARED)}, found {part!r}")
+    effects = effects_by_prompt(wh, **params).filter(component=part)
+    back = params.get("direction") == "denoising"
+    effects = effects.with_columns(loss=pl.col("logp") if back else -pl.col("logp"))
+    asked = {name: params[name] for name in ("model", "category", "dataset", "variant", "run") if name in params}
+    name = "head_name" if part == "head" else "layer_name"
+    scores = wh.query("head-scores" if part == "head" else "layer-scores", **asked)
+    scores = scores if part == "head" else scores.filter(component=part).with_columns(head=pl.lit(None, dtype=pl.Int16))
+    on = ["model", "category", "dataset", "prompt_id", "layer", "head"]
+    both = scores.rename({name: "name"}).join(
+        effects.select(*on, "shown_dataset", "run", "loss"), on=on, nulls_equal=True
+    )
+    return _shown(both)
+
+
+def _correlated(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the means of one category's parts, with the rank correlation and its interval."""
+    means = rows.group_by(*_PANEL, "name", "layer", "head", maintain_order=True).agg(
+        pl.col("score", "loss").mean(), n_prompts=pl.len()
+    )
+    whole = rows.filter(pl.len().over("prompt_id") == len(means))
+    low, high = spearman_interval(_matrix(whole, len(means), "score"), _matrix(whole, len(means), "loss"))
+    estimate = float(spearman(means["score"].to_numpy(), means["loss"].to_numpy())) if len(means) > 1 else np.nan
+    numbers = {"spearman": estimate, "spearman_low": low, "spearman_high": high}
+    added = [pl.lit(value, dtype=pl.Float64).fill_nan(None).alias(name) for name, value in numbers.items()]
+    return means.with_columns(*added, n_parts=pl.len())
+
+
+def _matrix(rows: pl.DataFrame, n_parts: int, column: str) -> Floats:
+    """Return the values of a column (prompt, part)."""
+    values: Floats = rows.sort("prompt_id", "layer", "head")[column].to_numpy().reshape(-1, max(1, n_parts))
+    return values
+
+
+def heads_with_effects(wh: Warehouse, heads: pl.DataFrame, **params: Any) -> pl.DataFrame:
+    """Add the mean effects of heads to rows of a ranking: logp_exact and logp_atp, NULL where there is none."""
+    on = [*_PANEL, "layer", "head"]
+    for method in ("exact", "atp"):
+        found = mean_effects(wh, **params, effect_method=method).filter(component="head")
+        effects = found.select(*on, pl.col("logp").alias(f"logp_{method}"))
+        heads = heads.join(effects, on=on, how="left", maintain_order="left")
+    return heads
+
+
+# Pictures --------------------------------------------------------------------------------------------------------
+
+
+def effect_map(frame: pl.DataFrame, look: Look) -> Chart:
+    """Draw every head of every layer, coloured by its mean effect: a panel for each dataset and category."""
+    n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]  # numbers
+    side = max(3, min(14, 260 // max(n_layers, n_heads)))
+    most = max(1e-6, float(frame["logp"].abs().max()))  # type: ignore[arg-type]  # numbers
+    # The scale is that of the square root: a few large effects would leave the others white.
+    scale = alt.Scale(type="pow", exponent=0.5, domain=[-most, 0, most], range=["#08306b", "#f7f7f7", "#e69f00"])
+    numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("logp", "low", "high", "score")]
+    cells = (
+        alt.Chart(frame)
+        .mark_rect()
+        .encode(
+            alt.X(
+                "layer:O",
+                title="layer",
+                axis=alt.Axis(values=list(range(0, n_layers, 5)), grid=False),
+                scale=_all(n_layers),
+            ),
+            alt.Y(
+                "head:O",
+                title="head",
+                axis=alt.Axis(values=list(range(0, n_heads, 4)), grid=False),
+                scale=_all(n_heads),
+            ),
+            alt.Color("logp:Q", scale=scale, legend=alt.Legend(title="change of log p (nat)", gradientLength=200)),
+            tooltip=["head_name", *numbers, "n_prompts"],
+        )
+    )
+    drawn = cells.properties(width=side * n_layers, height=max(side * n_heads, 40))
+    return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
+
+
+def _all(n: int) -> alt.Scale:
+    """Return a scale with a place for each number, whether it has a cell or not."""
+    return alt.Scale(domain=list(range(n)))
+
+
+def score_vs_effect(frame: pl.DataFrame, look: Look) -> Chart:
+    """Draw each part at its mean score and its mean loss: a panel for each dataset and category."""
+    told = (
+        pl.when(pl.col("spearman_low").is_null())
+        .then(pl.format("Spearman {}", _short("spearman")))
+        .otherwise(pl.format("Spearman {} [{}, {}]", *map(_short, ("spearman", "spearman_low", "spearman_high"))))
+    )
+    first = pl.int_range(pl.len()).over(*_PANEL) == 0
+    frame = frame.with_columns(told=pl.when(first).then(told).fill_null("") if len(frame) else told)
+    ink = FFN if str(frame["name"][0]).startswith("f") else ATTN
+    base = alt.Chart()
+    points = base.mark_point(size=22, opacity=0.6, color=ink).encode(
+        alt.X("score:Q", title="score: " + "Δ log p (nat)", axis=alt.Axis(tickCount=4)),
+        alt.Y("loss:Q", title="effect: " + LOSS, axis=alt.Axis(tickCount=4)),
+        tooltip=["name", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("score", "loss")), "n_prompts"],
+    )
+    words = base.mark_text(align="left", baseline="bottom", fontSize=10, color="#444444").encode(
+        x=alt.value(2), y=alt.value(-3), text="told:N"
+    )
+    drawn = alt.layer(points, words).properties(width=190, height=150)
+    return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
+
+
+def _short(name: str) -> pl.Expr:
+    return pl.col(name).round(2)
