@@ -202,8 +202,8 @@ MUTANTS = [
     ),
     Mutant(
         MACROS,
-        "prompts.run = prompts_run\nWHERE kept AND",
-        "prompts.run = prompts_run\nWHERE",
+        "prompts.run = prompts_run\n    WHERE kept AND",
+        "prompts.run = prompts_run\n    WHERE",
         "tests/test_knowledge_queries.py",
     ),
     Mutant(PATCHING, "new[row, at[row], entries", "new[row, :, entries", "tests/test_patching.py"),
@@ -237,8 +237,8 @@ MUTANTS = [
     Mutant(MACROS, "        ELSE dataset END;", "        ELSE 'all' END;", "tests/test_knowledge_queries.py"),
     Mutant(
         MACROS,
-        "CASE WHEN wanted_pool THEN NULL ELSE chosen.dataset END, category",
-        "category",
+        "PARTITION BY model, shown_dataset, category) AS n_kept",
+        "PARTITION BY model, category) AS n_kept",
         "tests/test_knowledge_queries.py",
     ),
     Mutant(
