@@ -37,6 +37,8 @@ class Mutant:
         return f"{self.file}: {self.old.strip()} → {self.new.strip() or 'nothing'}"
 
 
+PATCHING, GRADIENTS = "ingest/forward/patching.py", "ingest/forward/gradients.py"
+EFFECTS = "ingest/attribution/effects.py"
 PROBES, SPLITS = "ingest/concept/probes.py", "ingest/concept/splits.py"
 BOUNDS = "ingest/attribution/bounds.py"
 LOGISTIC, METRICS = "ingest/concept/logistic.py", "ingest/concept/metrics.py"
@@ -209,15 +211,43 @@ MUTANTS = [
     ),
     Mutant(
         MACROS,
-        "prompts.run = prompts_run\nWHERE kept AND",
-        "prompts.run = prompts_run\nWHERE",
+        "prompts.run = prompts_run\n    WHERE kept AND",
+        "prompts.run = prompts_run\n    WHERE",
         "tests/test_knowledge_queries.py",
+    ),
+    Mutant(PATCHING, "new[row, at[row], entries", "new[row, :, entries", "tests/test_patching.py"),
+    Mutant(
+        GRADIENTS,
+        "hooks.enter_context(block.ffn_out.register_forward_pre_hook(_halved))",
+        "pass",
+        "tests/test_patching.py",
+    ),
+    Mutant(GRADIENTS, "frozen=True", "frozen=False", "tests/test_patching.py"),
+    Mutant(EFFECTS, "if j > i), others[0])", "if j > i), others[-1])", "tests/test_effects.py"),
+    Mutant(EFFECTS, "(own, own - new) if case", "(own, new - own) if case", "tests/test_effects.py"),
+    Mutant(
+        "ingest/attribution/lens.py",
+        'yield layer, "resid_post", after',
+        'yield layer, "resid_post", before',
+        "tests/test_effects.py",
+    ),
+    Mutant(
+        "queries/knowledge/answer-by-layer.sql",
+        "FILTER (target_rank > 1)",
+        "FILTER (target_rank = 1)",
+        "tests/test_effects.py",
+    ),
+    Mutant(
+        MACROS,
+        "ORDER BY standing, since DESC NULLS LAST, run DESC\n    ) = 1\n)\n\nSELECT\n    newest.",
+        "ORDER BY standing, since, run DESC\n    ) = 1\n)\n\nSELECT\n    newest.",
+        "tests/test_effects.py",
     ),
     Mutant(MACROS, "        ELSE dataset END;", "        ELSE 'all' END;", "tests/test_knowledge_queries.py"),
     Mutant(
         MACROS,
-        "count(*) OVER (PARTITION BY model, shown_dataset, category) AS n_kept",
-        "count(*) OVER (PARTITION BY model, category) AS n_kept",
+        "PARTITION BY model, shown_dataset, category) AS n_kept",
+        "PARTITION BY model, category) AS n_kept",
         "tests/test_knowledge_queries.py",
     ),
     Mutant(

@@ -35,6 +35,7 @@ PAGES = (
     ROOT / "docs/probes.md",
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
+    ROOT / "docs/effects.md",
     ROOT / "docs/analysis.md",
     ROOT / "docs/cluster.md",
     ROOT / "docs/object-storage.md",
@@ -42,11 +43,11 @@ PAGES = (
     ROOT / "CONTRIBUTING.md",
 )
 EVERY_BUILT_IN = "kdb ingest --model smollm2-135m"
-FACTS = """prompt,answer,category
-The capital of France is the city of,Paris,capital
-The capital of Spain is the city of,Madrid,capital
-"When we count, we say one, two, three,",four,number
-"When we count, we say two, three, four,",five,number
+FACTS = """prompt,answer,category,relation,subject
+The capital of France is the city of,Paris,capital,capital,France
+The capital of Spain is the city of,Madrid,capital,capital,Spain
+"When we count, we say one, two, three,",four,number,count,
+"When we count, we say two, three, four,",five,number,count,
 """
 """Facts used instead of those of ``knowledge``, which take long."""
 FEW = 48

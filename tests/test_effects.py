@@ -140,14 +140,17 @@ def test_denoising_puts_the_prompts_value_into_its_pair(decomposition: Decomposi
     wanted = Patching(("resid",), ("pair",), ("exact", "atp"), ("last",), ("denoising",))
     found = {(r["prompt_id"], r["layer"], r["method"]): r for r in rows(category, range(4), wanted)}
     assert {key[0] for key in found} == {0, 1, 3}
-    own = category.replacement(3, "last", "resid", "pair")  # the pair of 3 is 0
-    assert own is not None
     run = Pass(IDS[1], (5,), 10, 30)  # of prompt 0, whose pair is 1
     values = recorded(decomposition, [IDS[0]], [(5,)], ["resid"])[0]["resid"]
     expected = patched(decomposition, [run], [Patch(0, Part("resid", 1), values[1])])
     assert measures(found[0, 1, "exact"]) == pytest.approx(
         (*expected.logp, *expected.logit_diff, *expected.kl), abs=1e-5
     )
+    [slope] = gradients(decomposition, [run], ["resid"])
+    [pairs_own] = recorded(decomposition, [IDS[1]], [(5,)], ["resid"])
+    by_gradient = (slope["resid"][:, 1] * (values - pairs_own["resid"])[1]).sum((1, 2)).tolist()
+    estimated = found[0, 1, "atp"]
+    assert (estimated["logp"], estimated["logit_diff"]) == pytest.approx(tuple(by_gradient), abs=1e-4)
     # The last block's output at the last position is all that the answer depends on.
     at_last = found[0, LAYERS - 1, "exact"]
     with torch.inference_mode():
