@@ -115,7 +115,7 @@ def _pairs(wh: Warehouse, part: str, params: dict[str, Any]) -> pl.DataFrame:
     scores = scores if part == "head" else scores.filter(component=part).with_columns(head=pl.lit(None, dtype=pl.Int16))
     on = ["model", "category", "dataset", "prompt_id", "layer", "head"]
     both = scores.rename({name: "name"}).join(
-        effects.select(*on, "shown_dataset", "run", "loss"), on=on, nulls_equal=True
+        effects.select(*on, "shown_dataset", "run", "loss"), on=on, nulls_equal=True, maintain_order="left"
     )
     return _shown(both)
 
