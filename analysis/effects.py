@@ -34,6 +34,9 @@ _SETTINGS = (
 )
 _CHOSEN = "SELECT * FROM {}(?, ?, ?, ?, ?, ?, ?, ?, ?, wanted_pool := ?)"
 
+_DIGITS = 12
+"""Decimals of a mean, as in saved queries (``mean_over``): what differs beyond them is a tie."""
+
 LOSS = "loss of log p (nat)"
 """Label of an effect that is counted as a loss."""
 
@@ -115,7 +118,7 @@ def _pairs(wh: Warehouse, part: str, params: dict[str, Any]) -> pl.DataFrame:
     scores = scores if part == "head" else scores.filter(component=part).with_columns(head=pl.lit(None, dtype=pl.Int16))
     on = ["model", "category", "dataset", "prompt_id", "layer", "head"]
     both = scores.rename({name: "name"}).join(
-        effects.select(*on, "shown_dataset", "run", "loss"), on=on, nulls_equal=True
+        effects.select(*on, "shown_dataset", "run", "loss"), on=on, nulls_equal=True, maintain_order="left"
     )
     return _shown(both)
 
@@ -123,7 +126,7 @@ def _pairs(wh: Warehouse, part: str, params: dict[str, Any]) -> pl.DataFrame:
 def _correlated(rows: pl.DataFrame) -> pl.DataFrame:
     """Return the means of one category's parts, with the rank correlation and its interval."""
     means = rows.group_by(*_PANEL, "name", "layer", "head", maintain_order=True).agg(
-        pl.col("score", "loss").mean(), n_prompts=pl.len()
+        pl.col("score", "loss").mean().round(_DIGITS), n_prompts=pl.len()
     )
     whole = rows.filter(pl.len().over("prompt_id") == len(means))
     low, high = spearman_interval(_matrix(whole, len(means), "score"), _matrix(whole, len(means), "loss"))

@@ -14,13 +14,17 @@ import pytest
 from click.testing import Result
 from helpers.curves import curve_rows, prediction_rows, warehouse_of
 from helpers.stored import assert_same_in_the_shell, needs_shell
-from helpers.synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build
+from helpers.synthetic import NINE_CONCEPTS, NINE_MODELS, Concept, Model, build, write_manifests
+from polars.testing import assert_frame_equal
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from test_queries import BEYOND_PROBES
 
 from kdb.analysis import figures
 from kdb.analysis.captions import CAVEAT
+from kdb.analysis.effects import agreement
 from kdb.analysis.figures import FIGURES
+from kdb.analysis.lens import _best
 from kdb.analysis.save import save
 from kdb.analysis.style import Look, look_of
 from kdb.analysis.transfer import pair_map
@@ -30,6 +34,7 @@ from kdb.ingest.concept.metrics import wilson_interval
 from kdb.queries.catalogue import find_query
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
+from kdb.web.serve import _demo
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +43,7 @@ TINY = (
     Model("tiny-b", "tiny", 3 * 10**8, 6, 3),
     Model("other", "oth", 10**8, 4, 2),
 )
+OF_ONE_PROMPT = {"prompt-story", "lens-map"}
 CONCEPTS = (Concept("cities", 40, 0.9), Concept("own", 40, 0.8))
 
 
@@ -65,6 +71,7 @@ def given_for(name: str) -> dict[str, Any]:
     needs = {
         "hidden-states": {"model": "tiny-a", "dataset": "cities"},
         "prompt-story": {"model": "tiny-a", "prompt": 0},
+        "lens-map": {"model": "tiny-a", "prompt": 0},
     }
     sizes = {"depth-by-family": {"size": 0.2, "within": 3}}
     return needs.get(name, {}) | sizes.get(name, {})
@@ -122,7 +129,7 @@ def test_the_axis_of_curves_begins_just_below_what_is_drawn(small: Warehouse) ->
     assert high <= 1.05
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"hidden-states", "prompt-story"}))
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"hidden-states", *OF_ONE_PROMPT}))
 def test_every_figure_holds_nine_models_and_nine_datasets(large: Warehouse, name: str) -> None:
     numbers = figures.frame(large, name)
     if "dataset" in numbers.columns and name != "depth-by-family":
@@ -132,7 +139,7 @@ def test_every_figure_holds_nine_models_and_nine_datasets(large: Warehouse, name
     spec(figures.chart(large, name))
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"prompt-story"}))
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - OF_ONE_PROMPT))
 def test_a_figure_without_rows_says_so(tmp_path: Path, name: str) -> None:
     empty = Warehouse.create(tmp_path / "w")
     with pytest.raises(QueryError, match="no data to draw"):
@@ -200,7 +207,9 @@ def test_shares_of_neurons_add_up_to_100_percent_in_every_panel(small: Warehouse
 # Several datasets ------------------------------------------------------------------------------------------------
 
 OF_FACTS = [
-    name for name, figure in FIGURES.items() if find_query(figure.query).group == "knowledge" and name != "prompt-story"
+    name
+    for name, figure in FIGURES.items()
+    if find_query(figure.query).group == "knowledge" and name not in OF_ONE_PROMPT
 ]
 
 
@@ -233,7 +242,13 @@ def test_pooled_intervals_are_those_of_all_prompts(two_facts: Warehouse) -> None
     assert row.select("low", "high").row(0) == pytest.approx((low[0], high[0]), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer"),
+        *("effect-map", "score-vs-effect", "answer-by-layer"),
+    ],
+)
 def test_every_panel_is_named_after_its_dataset_category_and_number_of_prompts(two_facts: Warehouse, name: str) -> None:
     frame = figures.frame(two_facts, name)
     drawn = spec(figures.chart(two_facts, name))
@@ -259,6 +274,116 @@ def test_overlaps_say_how_much_is_shared_by_chance(two_facts: Warehouse) -> None
     begins = f"by chance: shared {expected}, Jaccard index 0."
     assert any(line.startswith(begins) for line in drawn["title"]["subtitle"])
     assert "jaccard_by_chance" in json.dumps(drawn["spec"])
+
+
+# Effects and readouts --------------------------------------------------------------------------------------------
+
+
+def test_the_effect_map_holds_every_head_with_the_interval_of_its_effect(two_facts: Warehouse) -> None:
+    frame = figures.frame(two_facts, "effect-map", category="capital")
+    query = two_facts.query("head-effects", category="capital", effect_method="atp", k=1_000_000)
+    assert frame.select(query.columns).equals(query)
+    assert len(frame) == 2 * 4 * 2, "every head, in each dataset"
+    assert frame.select(((pl.col("low") <= pl.col("logp")) & (pl.col("logp") <= pl.col("high"))).all()).item()
+    values = two_facts.scan("effects").filter(dataset="relations", component="head", method="atp", layer=3, head=1)
+    prompts = two_facts.scan("prompts").filter(dataset="relations", category="capital").select("prompt_id").collect()
+    lost = values.collect().join(prompts, on="prompt_id", how="semi")["logp"].to_numpy()
+    low, high = mean_intervals(lost[:, None])
+    row = frame.filter(dataset="relations", head_name="a3.1")
+    assert row.select("logp", "low", "high").row(0) == pytest.approx((lost.mean(), low[0], high[0]), rel=1e-4)
+    drawn = spec(figures.chart(two_facts, "effect-map", effect_method="exact"))
+    assert "effect: exact; replacement: mean; role: last; noising" in drawn["title"]["subtitle"]
+    assert set(figures.frame(two_facts, "effect-map", effect_method="exact")["layer"]) == {3}
+
+
+def test_heads_that_were_measured_in_different_prompts_have_intervals_over_their_own(tmp_path: Path) -> None:
+    wh = build(tmp_path / "w", TINY[:1], [], prompts_per_category=12, top_k=10)
+    whole = figures.frame(wh, "effect-map", category="language")
+    path = next(tmp_path.glob("w/lake/model=tiny-a/*/*/effects/part*.parquet"))
+    rows = pl.read_parquet(path, hive_partitioning=False)
+    rows.filter(pl.col("head").ne_missing(1) | (pl.col("prompt_id") < 40)).write_parquet(path)
+    write_manifests(tmp_path / "w")
+    fewer = figures.frame(Warehouse(tmp_path / "w"), "effect-map", category="language")
+    assert set(fewer.filter(head=1)["n_prompts"]) == {7}, "of prompts 0, 6, 12, 18, 24, 30, 36"
+    columns = ["head_name", "logp", "low", "high"]
+    for head, same in ((0, True), (1, False)):
+        shown = [frame.filter(head=head).select(columns).sort("head_name") for frame in (fewer, whole)]
+        assert shown[0].equals(shown[1]) is same
+    within = (pl.col("low") <= pl.col("logp")) & (pl.col("logp") <= pl.col("high"))
+    assert fewer.select(within.all()).item()
+
+
+@pytest.mark.parametrize("part", ["head", "attn", "ffn"])
+def test_the_rank_correlation_is_that_of_the_query_and_of_scipy(two_facts: Warehouse, part: str) -> None:
+    frame = figures.frame(two_facts, "score-vs-effect", part=part)
+    query = two_facts.query("score-vs-effect").filter(component=part)
+    for model, dataset, category, spearman, n_parts in query.select(
+        "model", "dataset", "category", "spearman", "n_parts"
+    ).rows():
+        points = frame.filter(model=model, dataset=dataset, category=category)
+        assert len(points) == n_parts == points["n_parts"][0]
+        assert points["spearman"][0] == pytest.approx(spearman)
+        assert points["spearman"][0] == pytest.approx(spearmanr(points["score"], points["loss"]).statistic)
+        assert points["spearman_low"][0] <= points["spearman"][0] <= points["spearman_high"][0]
+    beside = agreement(two_facts).filter(component=part)
+    assert_frame_equal(beside.select(query.columns), query)
+    assert beside["low"].null_count() == 0
+
+
+def test_few_prompts_have_a_rank_correlation_without_an_interval(large: Warehouse) -> None:
+    frame = figures.frame(large, "score-vs-effect", model="gemma-2b")
+    assert frame["spearman"].null_count() == 0
+    assert frame["spearman_low"].null_count() == len(frame)
+    drawn = json.dumps(spec(figures.chart(large, "score-vs-effect", model="gemma-2b")))
+    assert re.search(r"Spearman -?\d", drawn)
+    assert "[" not in "".join(re.findall(r"Spearman [^\"]*", drawn))
+
+
+def test_a_part_without_scores_or_effects_is_refused(small: Warehouse) -> None:
+    with pytest.raises(QueryError, match="parameter part: expected one of head, attn, ffn, found 'resid'"):
+        figures.chart(small, "score-vs-effect", part="resid")
+
+
+def test_shares_of_answers_that_are_first_reach_those_of_the_query(two_facts: Warehouse) -> None:
+    frame = figures.frame(two_facts, "answer-by-layer", dataset="relations")
+    assert set(frame.filter(layer=3)["first_percent"]) == {100.0}, "the last readout is the model's own output"
+    for category, median in (
+        two_facts.query("answer-by-layer", dataset="relations").select("category", "median_layer").rows()
+    ):
+        shares = dict(frame.filter(category=category).select("layer", "first_percent").rows())
+        assert shares[median] >= 50 > shares[median - 1] - 1e-9 or shares[median - 1] == 50
+    told = frame.drop_nulls("low")
+    within = (pl.col("low") <= pl.col("first_percent")) & (pl.col("first_percent") <= pl.col("high"))
+    assert told.select(within.all()).item()
+
+
+def test_the_lens_map_has_a_cell_for_each_place_with_the_best_token(small: Warehouse) -> None:
+    drawn = spec(figures.chart(small, "lens-map", model="tiny-a", prompt=0))
+    (cells,) = (rows for rows in drawn["datasets"].values() if len(rows) == 9)
+    assert [cell["place"] for cell in cells[:4]] == ["0 in", "0 mid", "0 out", "1 mid"]
+    assert (cells[0]["best"], cells[-1]["best"]) == (",", "␣right")
+    assert cells[-1]["prob"] == pytest.approx(0.9048, abs=1e-4)
+    assert "answer: “ right”" in drawn["title"]["subtitle"]
+    with pytest.raises(QueryError, match="--model other --dataset knowledge"):
+        figures.chart(small, "lens-map", prompt=0)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"), [('" \\""', '␣"'), ('"\\n"', "\\n"), ('" internationalisation"', "␣internationa…")]
+)
+def test_tokens_are_short_and_their_spaces_are_seen(token: str, shown: str) -> None:
+    assert _best(f'{token}, ","') == shown
+
+
+@pytest.mark.parametrize("name", ["effect-map", "score-vs-effect", "answer-by-layer", "lens-map"])
+def test_a_warehouse_without_effects_says_what_measures_them(name: str) -> None:
+    with _demo() as folder:
+        older = Warehouse(folder)
+        given = {"prompt": 0} if name == "lens-map" else {}
+        if not older.scan("effects", everything=True).collect().is_empty():
+            pytest.skip("the demo has effects")
+        with pytest.raises(QueryError, match=r"there is no data to draw.*stored by `kdb ingest`"):
+            figures.chart(older, name, **given)
 
 
 # Answers and transfers -------------------------------------------------------------------------------------------

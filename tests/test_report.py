@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
-from helpers.synthetic import Concept, Model, build
+from helpers.synthetic import Concept, Model, build, write_manifests
 
 from kdb.analysis.captions import CAVEAT
 from kdb.analysis.report import Report, command
@@ -105,6 +106,44 @@ def test_tables_of_means_keep_datasets_apart_and_print_the_number_of_prompts(tmp
     for dataset, text in best.frame.select("dataset", "best first").rows():  # type: ignore[union-attr]
         assert ("–" in text) == (dataset == "knowledge"), "ranks have no range below five prompts"
     assert "below five prompts" in best.note
+
+
+def test_the_best_heads_stand_beside_their_effects_and_say_which_are_exact(report: Report, small: Warehouse) -> None:
+    items = {item.title: item for item in report.chapters["Knowledge attribution"]}
+    best = items["Table 10: the ten best heads"]
+    assert best.frame is not None
+    row = best.frame.filter(model="tiny-a", category="capital").row(0, named=True)
+    names = [entry.partition(" ")[0] for entry in row["best first"].split(", ")]
+    exact, estimated = (row[name].split(", ") for name in ("exact effect", "estimated effect (atp)"))
+    assert len(names) == len(exact) == len(estimated) == 8
+    effects = small.query("head-effects", model="tiny-a", category="capital", k=1000)
+    stored = dict(effects.select("head_name", "logp").rows())
+    assert exact == [f"{stored[name]:+.2f}" if name in stored else "–" for name in names]
+    assert "–" in exact
+    assert "–" not in estimated
+    assert "measured by running the model (exact), or estimated from a gradient (atp)" in best.note
+    agreement = items["Agreement of scores and effects"].frame
+    assert agreement is not None
+    assert {"spearman", "low", "high", "n_parts", "n_prompts"} <= set(agreement.columns)
+    for title in ("Effect of every head (atp)", "Score and effect of heads"):
+        assert items[title].picture
+
+
+def test_an_older_warehouse_says_what_measures_effects(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    build(folder, TINY[:1], [], prompts_per_category=6, top_k=10)
+    for table in ("effects", "lens_readouts"):
+        shutil.rmtree(next(folder.glob(f"lake/model=tiny-a/*/*/{table}")))
+    write_manifests(folder)
+    report = build_report(Warehouse(folder))
+    missing = "\n".join(report.missing)
+    for title in ("Effect of every head (atp)", "Agreement of scores and effects", "First layer at which"):
+        assert title in missing
+    assert "Effects are stored by `kdb ingest` and `kdb patch`" in missing
+    best = next(item for item in report.chapters["Knowledge attribution"] if item.title.startswith("Table 10"))
+    assert best.frame is not None
+    assert set(best.frame["exact effect"].str.split(", ").explode()) == {"–"}
+    assert "Effects are stored by" in best.note
 
 
 def test_markdown_holds_the_tables_alone_and_each_row_has_all_cells(small: Warehouse) -> None:

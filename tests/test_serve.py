@@ -31,7 +31,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
 import kdb
-from kdb.analysis.captions import FEW, MEANS
+from kdb.analysis.captions import EFFECTS, FEW, MEANS, READOUTS
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.limits import Limits
@@ -282,6 +282,35 @@ def test_prompts_of_one_number_in_two_datasets_are_not_one_page(two_facts: httpx
     shown = two_facts.get("/prompt?model=tiny-a&prompt=0&dataset=relations")
     assert shown.status_code == 200
     assert "Prompt of relations." in shown.text
+
+
+def test_pages_show_score_and_effect_side_by_side(two_facts: httpx.Client) -> None:
+    head = html.unescape(two_facts.get("/head?layer=3&head=1&dataset=knowledge&category=capital").text)
+    given = {"dataset": "knowledge", "category": "capital", "k": 1000}
+    rows = two_facts.get("/api/queries/head-effects", params=given).json()
+    (exact,) = (row["logp"] for row in rows if row["head_name"] == "a3.1")
+    assert "logp_exact</th>" in head
+    assert f'<td class="number">{exact:.4g}</td>' in head
+    assert "measured (exact), or estimated from a gradient (atp)" in head
+    prompt = html.unescape(two_facts.get("/prompt?model=tiny-a&prompt=0&dataset=knowledge").text)
+    for shown in ("effect (exact)</th>", "effect (atp)</th>", "/charts/lens-map?", "resid_mid"):
+        assert shown in prompt
+    assert two_facts.get("/charts/lens-map?model=tiny-a&prompt=0&dataset=knowledge").status_code == 200
+    neuron = re.search(r"f\d+_\d+", prompt)
+    assert neuron is not None
+    assert "Effect of replacing" not in two_facts.get(f"/neuron?neuron={neuron[0]}").text, "none was replaced"
+
+
+def test_pages_of_an_older_warehouse_say_what_measures_effects(client: httpx.Client) -> None:
+    if read(client.get("/api/queries/head-effects?format=csv")).height:
+        pytest.skip("the demo has effects")
+    (first,) = client.get("/api/queries/prompts?k=1").json()[:1]
+    place = {"model": first["model"], "dataset": first["dataset"], "prompt": first["prompt_id"]}
+    page = html.unescape(client.get("/prompt", params=place).text)
+    assert EFFECTS in page
+    assert READOUTS in page
+    assert "/charts/lens-map" not in page
+    assert EFFECTS in html.unescape(client.get("/head?layer=1&head=1").text)
 
 
 def test_a_page_that_compares_has_each_datasets_five_best(two_facts: httpx.Client) -> None:

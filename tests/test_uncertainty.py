@@ -12,7 +12,7 @@ from helpers.curves import baseline_rows, curve_rows, prediction_rows, warehouse
 from helpers.stored import add_run, create_lake
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, spearmanr
 
 from kdb.analysis.curves import converging_layers, indistinguishable, jump_layers, measure, paper_points
 from kdb.analysis.depth_measures import depth_intervals, disagreements, spans, summary, verdicts
@@ -26,6 +26,8 @@ from kdb.analysis.uncertainty import (
     mean_intervals,
     rank_intervals,
     resampled_means,
+    spearman,
+    spearman_interval,
 )
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
@@ -291,3 +293,23 @@ def test_probes_that_disagree_on_j_are_named(tmp_path: Path) -> None:
 def test_consecutive_layers_are_joined() -> None:
     assert spans([]) == ""
     assert spans([3, 7, 8, 9, 11]) == "3, 7–9, 11"
+
+
+def test_the_rank_correlation_of_means_is_that_of_scipy_with_ties_too() -> None:
+    a, b = np.array([1.0, 2, 2, 5, 0]), np.array([3.0, 1, 4, 4, 0])
+    assert float(spearman(a, b)) == pytest.approx(spearmanr(a, b).statistic)
+    assert np.isnan(spearman(np.ones(4), np.arange(4.0)))
+
+
+def test_the_interval_of_a_rank_correlation_holds_the_truth_and_needs_five_prompts() -> None:
+    """Scores and effects of 60 parts, each a true mean plus noise that both share in part, in 8 or 20 prompts."""
+    rng, covered = np.random.default_rng(7), []
+    for n, correlation in [(8, 0.0), (8, 0.5), (20, 0.0), (20, 0.5)] * 50:
+        true = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], 60)
+        noise = rng.multivariate_normal([0, 0], [[1, 0.3], [0.3, 1]], (n, 60))
+        score, effect = np.moveaxis(true + noise, -1, 0)
+        low, high = spearman_interval(score, effect)
+        covered.append(low <= float(spearman(*true.T)) <= high)
+        assert -1 <= low <= high <= 1
+    assert np.mean(covered) >= 0.9
+    assert np.isnan(spearman_interval(score[:4], effect[:4])).all()

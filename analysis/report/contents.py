@@ -250,14 +250,14 @@ def _layers_and_heads(wh: Warehouse, params: dict[str, Any]) -> Contents:
 
 
 _BESIDE = (
-    "Exact and estimated effect are mean changes of the answer's log-probability (nat), in the order of the heads, when a "
-    "head's output at the last token is replaced by its mean over the category's other kept prompts: measured by running "
-    f"the model (exact), or estimated from a gradient (atp, attribution patching). A dash: not stored. {EFFECTS}"
+    "The effects, in the order of the heads, are mean changes of the answer's log-probability (nat) when a head's "
+    "output at the last token is replaced by its mean over the category's other kept prompts: measured by running the "
+    f"model (exact), or estimated from a gradient (atp). A dash: not stored. {EFFECTS}"
 )
 
 _AGREEMENT = (
     "spearman is the rank correlation, over all parts of a kind, of the mean score and the mean loss of the answer's "
-    "log-probability (atp) when the part is replaced by its mean; low and high are its 95 % interval over prompts, of which "
+    "log-probability (atp) when the part is replaced by its mean. low and high are its 95 % interval over prompts; "
     "there is none below five. A score is what a part adds directly; an effect is what the model needs it for."
 )
 

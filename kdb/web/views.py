@@ -66,7 +66,7 @@ class UrlParams:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table on a page: its title, its rows, the address of the query behind it, a note beside it, or one without rows."""
+    """A table on a page: title, rows, the address of its query, a note beside its rows, and a sentence without rows."""
 
     title: str
     columns: list[str]
@@ -347,8 +347,8 @@ def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
 _EFFECT_COLUMNS = {"exact": "effect (exact)", "atp": "effect (atp)"}
 
 _MEAN_EFFECT = (
-    "An effect is the change of the answer's log-probability in nat when a part's output at the last token is replaced by "
-    "its mean over other kept prompts of the category: measured (exact), or estimated from a gradient (atp)."
+    "An effect is the change of the answer's log-probability in nat when a part's output at the last token is replaced "
+    "by its mean over other kept prompts of the category: measured (exact), or estimated from a gradient (atp)."
 )
 
 

@@ -265,6 +265,8 @@ def _knowledge_tables(model: Model, per_category: int, top_k: int) -> Iterator[t
     yield "query_layer_scores", _query_layers(model, ids, rng)
     yield "ablations", _ablations(ids, rng)
     yield "neuron_tokens", _tokens(model)
+    yield "effects", pa.concat_tables(_effects(model, ids))
+    yield "lens_readouts", _readouts(model, ids)
 
 
 def _late(model: Model, rng: np.random.Generator, *shape: int) -> NDArray[np.float64]:
@@ -343,6 +345,47 @@ def _tokens(model: Model) -> pa.Table:
     words = np.array([f" word{rank}" for rank in ranks], dtype=object)
     place = {"component": "ffn", "layer": np.arange(model.n_layers)[:, None], "neuron": 0, "sign": "top"}
     return arrow_rows("neuron_tokens", place | {"rank": ranks, "token": words, "logit": 1.0 / ranks})
+
+
+_REPLACED = {"role": "last", "replacement": "mean", "direction": "noising"}
+
+
+def _effects(model: Model, ids: NDArray[Any]) -> Iterator[pa.Table]:
+    """Yield estimates for all heads and layers, and exact effects of the heads of the layer that carries most."""
+    rng, layers = rng_of(model.name, "effects"), np.arange(model.n_layers)
+    weights = rng_of(model.name, "heads").random((model.n_heads, 1))
+    lost = rng.normal(0, 0.01, (len(ids), model.n_heads, model.n_layers))
+    lost -= _late(model, rng, len(ids), model.n_heads) * weights / model.n_heads
+    place = {"prompt_id": ids[:, None, None], "head": np.arange(model.n_heads)[:, None], "layer": layers}
+    numbers = {"logp": lost, "logit_diff": 2 * lost}
+    yield arrow_rows("effects", place | {"component": "head", "method": "atp"} | _REPLACED | numbers)
+    best = round(0.75 * model.n_layers)
+    place = {"prompt_id": ids[:, None], "head": np.arange(model.n_heads), "layer": best}
+    numbers = {"logp": 1.5 * lost[..., best], "kl": -lost[..., best]}
+    yield arrow_rows("effects", place | {"component": "head", "method": "exact"} | _REPLACED | numbers)
+    place = {"prompt_id": ids[:, None, None], "component": np.array(["attn", "ffn"], dtype=object)[:, None]}
+    place |= {"layer": layers, "method": "atp"}
+    yield arrow_rows("effects", place | _REPLACED | {"logp": -_late(model, rng, len(ids), 2)})
+
+
+def _readouts(model: Model, ids: NDArray[Any]) -> pa.Table:
+    """Readouts in which the answer becomes the first choice in one of the last layers."""
+    first = rng_of(model.name, "readouts").integers(model.n_layers // 2, model.n_layers, len(ids))
+    layers = np.arange(-1, 2 * model.n_layers)  # before the first block, then two places of each block
+    places = np.where(layers < 0, "resid_pre", np.where(layers % 2 == 0, "resid_mid", "resid_post")).astype(object)
+    known = layers // 2 >= first[:, None]
+    logps = np.where(known, -0.1, -5.0)
+    rows = {"prompt_id": ids[:, None], "layer": np.maximum(layers // 2, 0), "place": places, "position": 3}
+    rows |= {"lens": "logit", "target_rank": np.where(known, 1, 40), "target_logp": logps, "entropy": 1.0}
+    rows |= {"kl": -logps, "tokens": _lists(known, [" right", ","], [",", " right"])}
+    return arrow_rows("lens_readouts", rows | {"logps": _lists(known, [-0.1, -5.0], [-0.3, -5.0])})
+
+
+def _lists(known: NDArray[Any], then: list[Any], otherwise: list[Any]) -> NDArray[Any]:
+    chosen = np.empty(known.shape, dtype=object)
+    for place, value in np.ndenumerate(known):
+        chosen[place] = then if value else otherwise
+    return chosen
 
 
 def write_manifests(warehouse: Path) -> None:
