@@ -123,6 +123,7 @@ def describe(staged: StagedRun, model: Model, study: str) -> None:
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,
         "head_dim": 64,
+        "hidden_size": 64,
         "intermediate_size": 64,
         "n_params": model.n_params,
         "dtype": "float32",
