@@ -206,7 +206,7 @@ _ALL = (
     Figure(
         "effect-map",
         "Change of the answer's log-probability when a head is replaced",
-        "blue: the answer loses; orange: it gains; a square root scale shows small changes\n"
+        "blue: the answer loses; orange: it gains (square root scale); no cell: not measured\n"
         "mean over the prompts that were measured; its 95 % interval is in the tooltip and in the numbers\n"
         f"{FEW}",
         query="head-effects",

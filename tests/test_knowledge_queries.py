@@ -40,6 +40,7 @@ pytestmark = pytest.mark.slow
 LATER = NOON + timedelta(hours=1)
 REQUIRED: dict[str, dict[str, Any]] = {
     "prompt-story": {"prompt": 0},
+    "lens-story": {"prompt": 0},
     "head-by-category": {"layer": 1, "head": 0},
     "head-in-prompts": {"layer": 1, "head": 0},
     "neuron-by-category": {"neuron": "f0_3"},
@@ -433,7 +434,15 @@ def test_datasets_with_the_same_category_are_added_up_only_with_pool(tmp_path: P
 
 
 POOLING = [name for name in KNOWLEDGE if "pool" in [param.name for param in load_catalogue()[name].params]]
-OF_SINGLE_PROMPTS = {"ablation-effects", "head-scores", "layer-scores", "neuron-scores", "prompts", "prompt-story"}
+OF_SINGLE_PROMPTS = {
+    "ablation-effects",
+    "head-scores",
+    "layer-scores",
+    "neuron-scores",
+    "prompts",
+    "prompt-story",
+    "lens-story",
+}
 HALVES = {"one": (0, 2, 4, 5), "two": (1, 3, 6)}
 
 

@@ -74,6 +74,34 @@ def ablation_rows(method: str, k: int, after: dict[int, tuple[int, float, float]
     ]
 
 
+def effect_rows(prompt_id: int, *heads: float) -> Rows:
+    """effects of one prompt: what two heads of each layer cost, measured and estimated, and what layers cost."""
+    key = {"prompt_id": prompt_id, "role": "last", "replacement": "mean", "direction": "noising"}
+    measured = [
+        key
+        | {"component": "head", "layer": i // 2, "head": i % 2, "method": "exact"}
+        | {"logp": -cost, "logit_diff": -2 * cost, "kl": cost * cost}
+        for i, cost in enumerate(heads)
+    ]
+    estimated = [row | {"method": "atp", "logp": row["logp"] / 2, "kl": None} for row in measured]
+    layers = [
+        key | {"component": component, "layer": i // 2, "method": "atp", "logp": -cost * sign, "logit_diff": -cost}
+        for component, sign in (("attn", 1.0), ("ffn", -0.5))
+        for i, cost in list(enumerate(heads))[::2]
+    ]
+    return [*measured, *estimated, *layers]
+
+
+def lens_rows(prompt_id: int, *ranks: int) -> Rows:
+    """lens_readouts of one prompt after each block: the answer's rank."""
+    return [
+        {"prompt_id": prompt_id, "layer": layer, "place": "resid_post", "position": 2, "lens": "logit"}
+        | {"target_rank": rank, "target_logp": -float(rank), "entropy": 1.0, "kl": 0.5, "tokens": [" Paris", "\n"]}
+        | {"logps": [-0.5, -1.0]}
+        for layer, rank in enumerate(ranks)
+    ]
+
+
 TEN_TOKENS = [" Paris", "\n", 'say "hi"', "d", "e", "f", "g", "h", "i", "j", "the eleventh is not asked for"]
 
 UNTOUCHED = {0: (1, 0.5, -1.0), 1: (4, 0.2, -2.0), 2: (1, 1.0, 0.0), 3: (4, 0.2, -3.0)}
@@ -113,6 +141,20 @@ ALPHA: dict[str, Rows] = {
         *position_rows(1, 1, 0, (" the", 0.5, 0.25), (" Spain", 0.25, 3.0), (" of", 0.25, 0.5)),
         *position_rows(0, 0, 0, (" the", 1.0, 1.0)),
         *position_rows(2, 1, 0, (" the", 1.0, 100.0)),
+    ],
+    "effects": [
+        *effect_rows(0, 1.0, 0.25, 2.0, 0.0),
+        *effect_rows(1, 0.0, 0.5, 3.0, 1.0),
+        *effect_rows(3, 0.5, 1.0, 0.0, 4.0),
+        *effect_rows(6, 2.0, 0.0, 1.0, 0.25),
+        *(row for i in (2, 4, 5) for row in effect_rows(i, 100.0, 0.0, 0.0, 0.0)),
+    ],
+    "lens_readouts": [
+        *lens_rows(0, 3, 1, 1),
+        *lens_rows(1, 1, 2, 1),
+        *lens_rows(3, 9, 5, 4),
+        *lens_rows(6, 1, 1, 1),
+        *(row for i in (2, 4, 5) for row in lens_rows(i, 7, 7, 7)),
     ],
     "neuron_scores": [
         *ffn_rows(0, (1, 7, 4.0), (0, 3, 2.0)),
