@@ -20,9 +20,11 @@ from helpers.knowledge_rows import (
     HURT,
     ablation_rows,
     add_knowledge,
+    effect_rows,
     ffn_rows,
     head_rows,
     layer_rows,
+    lens_rows,
     prompt,
     token_rows,
 )
@@ -385,6 +387,8 @@ def test_every_answer_is_in_the_papers_order_of_categories(tmp_path: Path, name:
     rows = [score | kinds | after | {"prompt_id": i} for i in ids]
     scored = [table for table in ALPHA if table.endswith("_scores")]
     tables: dict[str, Rows] = dict.fromkeys((*scored, "ablations"), rows)
+    tables["effects"] = [row for i in ids for row in effect_rows(i, 1.0, 2.0)]
+    tables["lens_readouts"] = [row for i in ids for row in lens_rows(i, 1)]
     tables["models"] = [{"n_layers": 1}]
     tables["prompts"] = [prompt(i, category) for i, category in zip(ids, reversed(order), strict=True)]
     lake = create_lake(tmp_path)
