@@ -57,7 +57,7 @@ ranked AS (
 )
 
 SELECT
-    model, dataset, category, component, nullif(corr(score_rank, effect_rank), 'nan'::DOUBLE) AS spearman,
+    model, dataset, category, component, nullif(steady(corr(score_rank, effect_rank)), 'nan'::DOUBLE) AS spearman,
     count(*) FILTER (score_rank <= 10 AND effect_rank <= 10) AS shared,
     shared_by_chance(least(10, count(*)), least(10, count(*)), count(*)) AS shared_by_chance,
     count(*) AS n_parts, max(n_prompts) AS n_prompts
