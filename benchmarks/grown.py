@@ -144,6 +144,7 @@ def _neurons(model: Model, ids: NDArray[Any], k: int, component: str, rng: np.ra
         "component": pa.DictionaryArray.from_arrays(np.zeros(total, np.int8), [component]),
         "layer": layer,
         "head": pa.nulls(total, pa.int16()) if ffn else head,
+        "expert": pa.nulls(total, pa.int16()),
         "neuron": neuron,
         "position": pa.nulls(total, pa.int16()) if ffn else rng.integers(2, 4, total),
         "coefficient": rng.normal(0, 3, total).astype(np.float32),

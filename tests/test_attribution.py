@@ -424,8 +424,10 @@ def test_layer_scores_add_up_from_the_embedding_to_the_model(architecture: str) 
 
 
 def loaded_logits(architecture: str, ids: list[int]) -> torch.Tensor:
+    model = decomposition_of(
+        architecture
+    ).loaded.model  # made outside of inference mode: other tests change its weights
     with torch.inference_mode():
-        model = decomposition_of(architecture).loaded.model
         return model(torch.tensor([ids])).logits[0, -1]
 
 

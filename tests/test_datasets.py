@@ -656,7 +656,7 @@ def test_the_cue_asks_for_an_answer_unless_the_template_ends_by_asking(template:
 def test_list_of_datasets_says_what_is_available(tmp_path: Path) -> None:
     write(tmp_path / "cities.csv", "")
     infos = {info.name: info for info in available_datasets(tmp_path)}
-    ours, published = ["world-cities", "coinflip-synthetic"], ["knowledge", *PUBLISHED]
+    ours, published = ["world-cities", "coinflip-synthetic"], ["knowledge", "ioi", *PUBLISHED]
     assert list(infos) == [*ours, *PAPER_DATASETS, *published]
     assert (infos["cities"].status, infos["cities"].where) == ("available", str(tmp_path))
     assert (infos["cities"].size, infos["stsa"].status) == ("748 true + 748 false", "downloadable")

@@ -115,7 +115,7 @@ def with_few_facts(command: str) -> str:
         return f'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "{pair} GROUP BY dataset LIMIT 2")'
     command = command.replace("--dataset cities", "--dataset cities --limit 12").replace("--limit 100", "--limit 12")
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"
-    command = command.replace("dataset = 'knowledge'", "dataset = 'facts'")
+    command = command.replace("'knowledge'", "'facts'")
     return command.replace("--dataset knowledge", f"--dataset {few}")
 
 

@@ -38,6 +38,7 @@ def made_true_by(part: str) -> str:
         "datasets": "prompts",
         "zero_shot": "activations",
         "probe_predictions": "probe_scores",
+        "baseline_predictions": "baselines",
     }
     table, name = part.split("/")
     return f"{after.get(table, table)}/{name}"

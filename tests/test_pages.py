@@ -210,5 +210,5 @@ def test_models_are_compared_rank_by_rank(watched: Watched) -> None:
         .locator("tbody tr")
         .all_inner_texts()
     )
-    assert [row.split("\t")[1] for row in rows] == ["1", "2", "3", "4", "5"]
-    assert rows[0].split() == ["capital", "1", "a12", "7.784", "a23", "4.317"]
+    assert [row.split()[-5] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert rows[0].split() == ["knowledge", "capital", "1", "a12", "7.784", "a23", "4.317"]

@@ -529,8 +529,8 @@ def csv(path: Path, rows: list[tuple[str, int]]) -> Path:
         ),
         (
             [("Rain.", 0), ("Rain!", 1)] * 3 + [("x" * 121, 1)],
-            "Prompt 6 of 'few' has 121 tokens and 8 of its cue, and tiny reads at most 128: shorten the text, or use "
-            "a model with a longer context.",
+            f"Prompt 6 of 'few', '{'x' * 56}..., has 121 tokens and 8 of its cue, and tiny reads at most 128: "
+            "shorten the text, or use a model with a longer context.",
         ),
     ],
 )

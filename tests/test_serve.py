@@ -117,7 +117,10 @@ def test_sql_answers_by_post_and_by_link(client: httpx.Client) -> None:
     assert float(posted.headers["x-kdb-seconds"]) > 0
 
 
-WITHOUT_ROWS = {"depth-by-step", "scores-by-step", "baselines", "probe-transfer"}
+WITHOUT_ROWS = {
+    *("depth-by-step", "scores-by-step", "baselines", "probe-transfer"),
+    *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story"),
+}
 """Queries that the demonstration, of models without checkpoints and of an older kdb, has no rows for."""
 
 

@@ -109,7 +109,7 @@ def param_option(param: Param) -> click.Option:
         [f"--{param.name.replace('_', '-')}", param.name],
         type=_CLICK_TYPES[param.type],
         multiple=several,
-        is_flag=flag,
+        is_flag=flag or None,  # False would make the next word, such as -1, an option of its own
         required=param.required,
         help=param.meaning + "; repeatable" * several + default,
     )
