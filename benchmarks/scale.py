@@ -72,7 +72,7 @@ def bare(models: list[str] | None) -> Callable[[Path], Question]:
 
     def prepare(folder: Path) -> Question:
         connection, query = _globs(folder), find_query("top-neurons")
-        for variable, value in query.bind({"model": models} if models else {}).items():
+        for variable, value in query.bind({"pool": True} | ({"model": models} if models else {})).items():
             connection.execute(f"SET VARIABLE {variable} = {literal(value)}")
         return lambda: connection.execute(query.sql).pl()
 
@@ -114,12 +114,12 @@ def opening(folder: Path) -> Question:
 
 QUESTIONS: dict[str, Callable[[Path], Question]] = {
     "open, list runs": opening,
-    "top-neurons, one model": saved("top-neurons", model=[MODEL]),
+    "top-neurons, one model": saved("top-neurons", model=[MODEL], pool=True),
     "one model, bare Parquet": bare([MODEL]),
     "one model, from the scores": from_scores([MODEL]),
     "one model, from one file": from_scores([MODEL], single=True),
     "one model, Polars": in_polars([MODEL]),
-    "top-neurons, nine models": saved("top-neurons"),
+    "top-neurons, nine models": saved("top-neurons", pool=True),
     "nine models, bare Parquet": bare(None),
     "nine models, from the scores": from_scores(None),
     "nine models, from one file": from_scores(None, single=True),

@@ -23,6 +23,7 @@ from helpers.killing_commands import OLD, ask, command, write_source
 from kdb.errors import WarehouseError
 from kdb.warehouse import folder_storage, staging
 from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.manifest import MANIFEST
 from kdb.warehouse.staging import Staging
 from kdb.warehouse.store import Warehouse
 
@@ -256,8 +257,10 @@ def test_a_command_that_is_interrupted_at_some_step_leaves_every_run_whole_and_c
         seen = ask(opened)
         assert all(seen.get(run) in (before.get(run), after.get(run)) for run in {*before, *after, *seen})
         assert list(opened.storage.verify()) == []
-        # A killed import leaves copies; migrate leaves probes in progress, which the same command resumes.
-        assert not staged_parquet(folder) or kind == "migrate" or (kind == "import" and number == signal.SIGKILL)
+        # A killed import leaves copies; migrate leaves probes in progress, which the same command resumes. An import
+        # that is stopped between its last two renames leaves a whole run, which the next command commits.
+        whole = kind == "import" and (number == signal.SIGKILL or list((folder / "staging").glob(f"*/{MANIFEST}")))
+        assert not staged_parquet(folder) or kind == "migrate" or whole
         if seen != after or staged_parquet(folder):
             assert run_kdb(*given).exit_code == 0
         assert ask(Warehouse(folder)) == after
