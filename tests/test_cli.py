@@ -479,6 +479,7 @@ def hold(folder: str, run: str, held: Event, release: Event) -> None:
         release.wait()
 
 
+@pytest.mark.slow
 def test_a_second_ingest_of_a_run_in_progress_is_refused(
     tmp_path: Path, ingest_tiny: Callable[..., Result], tiny_job: Callable[..., Job], processes: ForkServerContext
 ) -> None:

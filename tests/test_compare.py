@@ -31,6 +31,8 @@ from kdb.ingest.datasets.base import Dataset, Example, prompts
 from kdb.warehouse.schema import SCHEMA_VERSION
 from kdb.warehouse.store import Warehouse
 
+pytestmark = pytest.mark.slow
+
 A, B, OTHER, DEEP, FACTS, RENAMED, REFITTED, REPLACED, LATER = (
     digits + "0" * 12 for digits in ("aa11", "aa22", "bb33", "cc44", "dd55", "ee66", "ff77", "ab88", "ac99")
 )

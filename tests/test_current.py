@@ -453,6 +453,7 @@ def test_no_sql_in_python_joins_by_run_alone() -> None:
             assert "run" not in names or names >= KEY, f"{file}: {using}"
 
 
+@pytest.mark.slow
 def test_two_models_with_one_run_id_do_not_mix(tmp_path: Path) -> None:
     lake = create_lake(tmp_path / "w")
     add_knowledge(lake, "alpha", "facts", "a" * 16, ALPHA)

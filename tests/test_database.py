@@ -315,6 +315,7 @@ def test_pandas_reads_times_in_utc_beside_all_else(filled: Path) -> None:
     assert str(frame["finished_at"].dtype).endswith("UTC]")
 
 
+@pytest.mark.slow
 def test_reflection_finds_columns_and_no_keys(filled: Path) -> None:
     found = inspect(engine(lambda: connect(filled)))
     for table in TABLES:

@@ -449,6 +449,7 @@ def test_the_page_says_how_well_each_architecture_adds_up(architecture: str, dty
     assert_documented(architecture, dtype, measured(architecture, dtype))
 
 
+@pytest.mark.real_model
 @pytest.mark.parametrize("name", REAL)
 def test_the_page_says_how_well_the_real_models_add_up(name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name.replace("-", "_"))

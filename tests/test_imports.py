@@ -271,12 +271,14 @@ def test_a_stored_probe_predicts_without_a_model_library_and_sklearn(measured: P
     assert set(process.stdout.split()) & MEASURING_LIBRARIES == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["probe", "--splits", "2"], ["project"], ["transfer"]])
 def test_computing_from_stored_activations_loads_no_model_library(warehouse: Path, command: list[str]) -> None:
     args = (*command, "--model", "tiny", "--dataset", "weather", "--warehouse", warehouse)
     assert loaded_by(*args) & MODEL_LIBRARIES == set()
 
 
+@pytest.mark.slow
 def test_drawing_and_comparing_load_no_model_library(measured: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert loaded_by("report", "-o", page, "--warehouse", measured) & (MODEL_LIBRARIES | {"sklearn"}) == set()

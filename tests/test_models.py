@@ -614,6 +614,7 @@ def test_int8_without_its_package_says_what_to_install(
     assert refusal(load_model, find_model(str(folder)), device=device, quantize="int8") == message
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_loading_prints_nothing(folder: Path) -> None:
     """torchao warns of what it does not need when transformers imports it; so this takes a fresh process."""
