@@ -56,7 +56,6 @@ def known(decomposition: Decomposition, dataset: str, n: int) -> dict[str, list[
                 example.category or "",
                 int(answers.rival[i]),
                 example.relation,
-                example.answer,
             )
         )
     return found

@@ -34,7 +34,7 @@ PARTS = ("head", "attn", "ffn", "ffn_neuron", "resid")
 """Kinds of parts whose causal effects are measured."""
 
 REPLACEMENTS = ("zero", "mean", "resample", "pair")
-"""What a part is replaced by."""
+"""Values that can take the place of a part's own."""
 
 EFFECT_METHODS = ("exact", "atp", "relp")
 """How an effect is found: measured, or estimated by a gradient or by relevance propagation."""

@@ -8,7 +8,7 @@ the category, or by its value in a prompt with another answer (a pair). See docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,11 +39,10 @@ class Known:
     category: str
     rival: int = -1
     relation: str | None = None
-    answer: str | None = None
     subject_end: int | None = None
 
     def positions(self, role: str) -> tuple[int, ...] | None:
-        """The positions that a role stands for; None if the prompt has none."""
+        """Return the token positions of a role (last, subject, all); None if the prompt has no subject to find."""
         if role == "all":
             return tuple(range(len(self.token_ids)))
         if role == "subject":
@@ -82,7 +81,7 @@ class Category:
         return pairs(self.prompts)
 
     def values(self, role: str, component: str) -> dict[int, torch.Tensor]:
-        """What a component writes (layer, position, width), by index of the prompts that have the role."""
+        """Return the values (layer, position, width) that a component writes at a role's positions, by prompt index."""
         if (role, component) not in self._values:
             at = {i: p for i, prompt in enumerate(self.prompts) if (p := prompt.positions(role)) is not None}
             ids = [self.prompts[i].token_ids for i in at]
@@ -91,7 +90,7 @@ class Category:
         return self._values[role, component]
 
     def replacement(self, i: int, role: str, component: str, by: str) -> torch.Tensor | None:
-        """What takes the place of a component's values in prompt ``i``; None if there is no such replacement."""
+        """Return the values that replace a component's own in prompt ``i``; None if there are none."""
         import torch
 
         values = self.values(role, component)
@@ -136,18 +135,17 @@ def effect_rows(
     indices: Sequence[int],
     wanted: Patching,
     parts: Parts,
-    on_batch: Callable[[int], None] | None = None,
 ) -> pa.Table:
     """Rows of ``effects`` for some prompts of a category, given by index.
 
     ``parts`` are the parts of each component of ``wanted``. A prompt has no row for a replacement that it lacks: a mean
-    or a resample if it is the only one of its category, a pair, a subject. ``on_batch`` is called with numbers of rows.
+    or a resample if it is the only one of its category, a pair, a subject.
     """
     cases = list(_cases(category, indices, wanted))
     rows = [
         row
         for method in wanted.methods
-        for row in (_exact if method == "exact" else _estimated)(category, cases, wanted, parts, method, on_batch)
+        for row in (_exact if method == "exact" else _estimated)(category, cases, wanted, parts, method)
     ]
     return pa.Table.from_pylist(rows, arrow_schema("effects"))
 
@@ -175,7 +173,7 @@ def _difference(category: Category, case: _Case, component: str, by: str) -> tup
 
 
 def _exact(
-    category: Category, cases: Sequence[_Case], wanted: Patching, parts: Parts, method: str, on_batch: Any
+    category: Category, cases: Sequence[_Case], wanted: Patching, parts: Parts, method: str
 ) -> Iterator[dict[str, Any]]:
     patches, keys = [], []
     for of, case in enumerate(cases):
@@ -188,13 +186,13 @@ def _exact(
                     here = values[0][part.layer][:, entries(category.decomposition, part)]
                     patches.append(Patch(of, part, here))
                     keys.append(_key(category, case, part, by, method))
-    changes = patched(category.decomposition, [case.run for case in cases], patches, on_batch)
+    changes = patched(category.decomposition, [case.run for case in cases], patches)
     for key, logp, diff, kl in zip(keys, changes.logp, changes.logit_diff, changes.kl, strict=True):
         yield key | {"logp": logp, "logit_diff": _or_none(diff), "kl": kl}
 
 
 def _estimated(
-    category: Category, cases: Sequence[_Case], wanted: Patching, parts: Parts, method: str, on_batch: Any
+    category: Category, cases: Sequence[_Case], wanted: Patching, parts: Parts, method: str
 ) -> Iterator[dict[str, Any]]:
     slopes = gradients(category.decomposition, [case.run for case in cases], wanted.components, method)
     for case, slope in zip(cases, slopes, strict=True):
@@ -207,8 +205,6 @@ def _estimated(
                 for part in parts[component]:
                     logp, diff = product[:, part.layer, entries(category.decomposition, part)].sum(1).tolist()
                     yield _key(category, case, part, by, method) | {"logp": logp, "logit_diff": _or_none(diff)}
-                if on_batch is not None:
-                    on_batch(len(parts[component]))
 
 
 def _key(category: Category, case: _Case, part: Part, by: str, method: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Replace parts of the model in the kept prompts of a run, and store the effects.
 
 Every knowledge run estimates the effect of all heads and layers, and measures that of the best heads of each category
-(`default_stage`); `patch` measures more of a stored run, as a derived run.
+(`default_shards`); `patch` measures more of a stored run, as a derived run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BEST_HEADS = 10
 
 ESTIMATED = Patching(components=("head", "attn", "ffn"), methods=("atp",))
 MEASURED = Patching(components=("head",))
-"""What every knowledge run stores of all heads and layers, and of the best heads."""
+"""Settings of every knowledge run's effects: estimates for all heads and layers, exact ones for the best heads."""
 
 _PASSES = 8
 """About as many forward passes a prompt as a run's default effects cost."""
@@ -153,7 +153,6 @@ def known(row: Mapping[str, Any], tokenizer: Any = None) -> Known:
         row["category"],
         -1 if rival is None else rival,
         row["relation"],
-        row["answer"],
         end,
     )
 
@@ -237,7 +236,7 @@ def patch(
     _check(wanted, parts)
     prompts = [known(r, tokenizer) for r in kept]
     _check_prompts(wanted, prompts)
-    settings = {"source_run": source.run, "only": list(only), **asdict(wanted)}
+    settings = {"source_run": source.run, "only": sorted(set(only)), **asdict(wanted)}
     flops = _flops(wanted, parts, stored, max(len(p.token_ids) for p in prompts))
 
     def prepare() -> tuple[Subject[Any], list[Stage]]:

@@ -167,7 +167,9 @@ class Attribution:
 
     @cached_property
     def unexplained(self) -> torch.Tensor | None:
-        """What layer scores leave of log p(w): it − their sum − log p(w|embedding), (b), which is 0 but for rounding.
+        """The part of log p(w) that layer scores do not explain, (b): 0 but for rounding.
+
+        It is log p(w) − their sum − log p(w|embedding).
 
         None where it need not be: in half precision, with parallel blocks, which read one residual, and with a soft
         cap, whose slope is frozen.

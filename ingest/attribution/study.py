@@ -179,7 +179,7 @@ def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Ro
 
 
 def _unexplained(subject: Attributed, cache: ActivationCache, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
-    """What layer scores leave unexplained of the targets of some chosen prompts; empty where it is not checked."""
+    """Return the part of log p that layer scores do not explain, at most; empty if that is not checked."""
     import torch
 
     from kdb.ingest.attribution.scores import Attribution

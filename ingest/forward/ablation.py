@@ -86,7 +86,7 @@ def run_trials(
     budget = batch_tokens or tokens_at_once(decomposition.loaded)
     at_most = max(1, LOGITS_BYTES // (8 * decomposition.readout.table.shape[0]))
     types = (np.int64, np.float64, np.float64, np.bool_, np.int64, np.float64)  # of the fields, in their order
-    out = Effects(*(np.empty(len(trials), dtype=type_) for type_ in types))  # type: ignore[arg-type]
+    out = Effects(*(np.empty(len(trials), dtype=type_) for type_ in types))  # type: ignore[arg-type]  # one array of each type
     order = sorted(range(len(trials)), key=lambda i: -len(trials[i].token_ids))
     lengths = [len(trials[i].token_ids) for i in order]
     with torch.inference_mode():

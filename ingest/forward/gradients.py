@@ -33,12 +33,11 @@ def gradients(
     passes: Sequence[Pass],
     components: Sequence[str],
     method: str = "atp",
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Return for each pass the gradients of the target's log-probability, and of its logit minus the rival's.
 
     Each is (2, layer, position, width) by component, float32 on the CPU; the second is NaN without a rival. Raises
-    ModelError for a model whose gradients cannot be had. ``on_batch`` is called with the number of passes of a batch.
+    ModelError for a model whose gradients cannot be had.
     """
     import torch
 
@@ -54,8 +53,6 @@ def gradients(
             if one.rival < 0:
                 for values in found[i].values():
                     values[1] = torch.nan
-        if on_batch is not None:
-            on_batch(len(rows))
     return found
 
 
@@ -70,7 +67,7 @@ def _batch(
     shape, kept = (ids.shape[0], ids.shape[1]), dict[str, list[torch.Tensor]]((c, []) for c in components)
 
     def keep(component: str, _layer: int, states: torch.Tensor) -> torch.Tensor:
-        # Reshaped, so that what the model goes on with comes from the very tensor whose gradient is taken.
+        # Returned, so that the model continues with this tensor: else it would have no gradient.
         kept[component].append(states)
         return states
 

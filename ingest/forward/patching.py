@@ -187,12 +187,8 @@ def patched(
     decomposition: Decomposition,
     passes: Sequence[Pass],
     patches: Sequence[Patch],
-    on_batch: Callable[[int], None] | None = None,
 ) -> Changes:
-    """Run the model once for each patch, and return what changes, in the order of ``patches``.
-
-    ``on_batch`` is called after each batch with its number of patches.
-    """
+    """Run the model once for each patch, and return what changes, in the order of ``patches``."""
     out = Changes(*(np.empty(len(patches)) for _ in range(3)))
     by_pass: dict[int, list[int]] = {}
     for number, patch in enumerate(patches):
@@ -205,8 +201,6 @@ def patched(
         for batch in prompts.batches(numbers, [patches[n].part.layer for n in numbers]):
             rows = [row_of[patches[n].of] for n in batch]
             out.logp[batch], out.logit_diff[batch], out.kl[batch] = prompts.changes(rows, [patches[n] for n in batch])
-            if on_batch is not None:
-                on_batch(len(batch))
     return out
 
 
