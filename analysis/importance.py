@@ -49,7 +49,8 @@ def head_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
 def neuron_ranking(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return rows of ``top-neurons`` with the 95 % interval of each score over the kept prompts.
 
-    Ranks have no interval: it would need every neuron's score in every prompt, but only the best are stored.
+    Ranks have no interval: it would need every neuron's score in every prompt, but only those of the best and of
+    candidates are stored.
     """
     ranking = wh.query("top-neurons", **params)
     keys = keys_of(params, "category", "component")

@@ -245,6 +245,11 @@ def neuron_sums() -> str:
     return (FOLDER / "neuron_sums.sql").read_text(encoding="utf-8")
 
 
+def exact_sums() -> str:
+    """Return the SQL that puts the sums of candidates in the place of those of a run's lists."""
+    return (FOLDER / "exact_sums.sql").read_text(encoding="utf-8")
+
+
 def _read_query(path: Path) -> SavedQuery:
     sql = path.read_text(encoding="utf-8")
     header = [line[2:].strip() for line in takewhile(lambda line: line.startswith("--"), sql.splitlines())]

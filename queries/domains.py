@@ -13,6 +13,9 @@ from dataclasses import dataclass
 CATEGORIES = ("language", "color", "number", "capital", "country", "month")
 """The paper's categories of knowledge, in its order. The macro ``category_order`` repeats them in SQL."""
 
+PROVED_RANKS = 50
+"""Number of neurons of each category and component that a run proves to have the largest mean scores."""
+
 CLASSIFIERS = (
     "logistic",
     "logistic-raw",

@@ -491,11 +491,11 @@ FROM (
     GROUP BY model, shown_dataset, category, layer, head
 );
 
--- The best k value neurons of each component, by mean score over the kept prompts. A run stores each prompt's best
--- neurons, and their sums in neuron_sums; a neuron that is not stored with a prompt counts as 0 there. The scores of an
--- attention neuron are summed over its positions. n_prompts: the number of prompts with which it is stored, of the
--- n_kept kept ones. run and dataset_of_run: among the runs that store it, the one with the most prompts of the category.
--- Rows are grouped by numbers, because texts as keys are slower.
+-- The best k value neurons of each component, by mean score over the n_kept kept prompts. The scores of an attention
+-- neuron are summed over its positions. exact: all n_kept prompts are counted; otherwise only those n_prompts in whose
+-- lists it is, and it counts as 0 in the others. Neurons that a run proves to be its best come first; pooled runs prove
+-- nothing. run and dataset_of_run: among the runs that store it, the one with the most prompts of the category. Rows are
+-- grouped by numbers, because texts as keys are slower.
 CREATE MACRO ranked_neurons(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_k, wanted_pool := false
 ) AS TABLE
@@ -511,29 +511,35 @@ WITH kept AS MATERIALIZED (
     GROUP BY model, dataset, run, category, shown_dataset, n_kept
 ),
 
+kinds AS (SELECT kind, n_kept, count(*) AS n_runs FROM kept GROUP BY ALL),
+
 sums AS (
     SELECT
         kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::BIGINT AS n_prompts,
-        min(number) AS number
+        min(number) AS number, bool_and(coalesce(exact, false)) AND count(*) = any_value(n_runs) AS exact,
+        CASE WHEN any_value(n_runs) = 1 THEN any_value(rank) END AS proved
     FROM neuron_sums
     JOIN kept USING (model, dataset, run, category)
+    JOIN kinds USING (kind)
     WHERE among(neuron_sums.model, wanted_models)
     GROUP BY ALL
 ),
 
 -- Ordered by one value, so that DuckDB keeps only the best k of each group, and does not sort the others.
 best AS (
-    SELECT component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts, number
+    SELECT
+        component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts, number, exact,
+        coalesce(proved, 1_000_000) AS proved
     FROM sums
-    JOIN (SELECT DISTINCT kind, n_kept FROM kept) USING (kind)
-    QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY (-score, layer, head, neuron)) <= wanted_k
+    JOIN kinds USING (kind)
+    QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY (proved, -score, layer, head, neuron)) <= wanted_k
 )
 
 SELECT
-    model, shown_dataset AS dataset, category, component, layer, head, neuron, score, n_prompts, n_kept,
+    model, shown_dataset AS dataset, category, component, layer, head, neuron, score, exact, n_prompts, n_kept,
     kept.dataset AS dataset_of_run, run, neuron_name(component, layer, head, neuron) AS neuron_name,
     row_number() OVER (
-        PARTITION BY model, shown_dataset, category, component ORDER BY score DESC, layer, head, neuron
+        PARTITION BY model, shown_dataset, category, component ORDER BY proved, score DESC, layer, head, neuron
     ) AS rank
 FROM best
 JOIN kept USING (number);
@@ -663,13 +669,26 @@ GROUP BY model, shown_dataset, category, component, layer, head, neuron;
 -- Sort key of an effect: what costs the answer most first; in denoising, what brings it back most.
 CREATE MACRO effect_order(logp, direction) AS CASE direction WHEN 'denoising' THEN -logp ELSE logp END;
 
--- All prompts with which a neuron is stored, with its role and score.
-CREATE MACRO _roles_of_neuron(name) AS TABLE
-SELECT model, dataset, run, prompt_id, 'value neuron' AS role, score, rank
+-- Scores of value neurons in single prompts: listed is that of one position, from a prompt's list of its best neurons;
+-- candidate is the sum over all positions, of a neuron that is scored in every prompt of its category.
+CREATE MACRO listed_or_candidates() AS TABLE
+SELECT model, dataset, run, prompt_id, component, layer, head, neuron, score AS listed, NULL::DOUBLE AS candidate, rank
 FROM neuron_scores
+UNION ALL
+SELECT model, dataset, run, prompt_id, component, layer, head, neuron, NULL AS listed, score AS candidate, NULL AS rank
+FROM candidate_scores;
+
+-- A neuron's score in one prompt, from all its rows there.
+CREATE MACRO known_score(listed, candidate) AS coalesce(max(candidate), sum(listed));
+
+-- All prompts in which a neuron's score is known, with its role.
+CREATE MACRO _roles_of_neuron(name) AS TABLE
+SELECT model, dataset, run, prompt_id, 'value neuron' AS role, known_score(listed, candidate) AS score, min(rank) AS rank
+FROM listed_or_candidates() AS scores
 JOIN named_neuron(name) AS named
-    ON neuron_scores.component = named.component AND neuron_scores.layer = named.layer
-    AND neuron_scores.head IS NOT DISTINCT FROM named.head AND neuron_scores.neuron = named.neuron
+    ON scores.component = named.component AND scores.layer = named.layer
+    AND scores.head IS NOT DISTINCT FROM named.head AND scores.neuron = named.neuron
+GROUP BY model, dataset, run, prompt_id
 UNION ALL
 SELECT model, dataset, run, prompt_id, 'query neuron of ' || activates, score, rank
 FROM query_neuron_scores

@@ -2,6 +2,7 @@
 -- run's prompts, and summed holds the previous rows. No prompt is in two parts, so prompts are counted within the part.
 SELECT
     category, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::INTEGER AS n_prompts,
+    false AS exact, NULL::INTEGER AS rank,
     NULL::SMALLINT AS expert -- of a dense FFN
 FROM (
     SELECT category, component, layer, head, neuron, total, n_prompts FROM summed

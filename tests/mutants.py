@@ -41,6 +41,7 @@ PATCHING, GRADIENTS = "ingest/forward/patching.py", "ingest/forward/gradients.py
 EFFECTS = "ingest/attribution/effects.py"
 PROBES, SPLITS = "ingest/concept/probes.py", "ingest/concept/splits.py"
 BOUNDS = "ingest/attribution/bounds.py"
+CANDIDATES = "ingest/attribution/candidates.py"
 LOGISTIC, METRICS = "ingest/concept/logistic.py", "ingest/concept/metrics.py"
 RANKINGS, SCORES = "ingest/attribution/rankings.py", "ingest/attribution/scores.py"
 MACROS, UNCERTAINTY, STAGED_RUN = "queries/macros.sql", "analysis/uncertainty.py", "warehouse/staged_run.py"
@@ -49,6 +50,7 @@ IMPORTS, INSPECTION = "warehouse/imports.py", "warehouse/inspection.py"
 STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
 JOINING, WHOLE = "ingest/datasets/joining.py", "ingest/attribution/whole_answers.py"
 KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
+KNOWLEDGE = "tests/test_knowledge_run.py"
 PROVED = "tests/test_bounds.py tests/test_attribution.py"
 
 MUTANTS = [
@@ -100,8 +102,11 @@ MUTANTS = [
     Mutant(BOUNDS, "most = explicit + rest - first + largest", "most = explicit + rest - first + 0 * largest", PROVED),
     Mutant(BOUNDS, "rest_mean = -first / rest", "rest_mean = first / rest", PROVED),
     Mutant(BOUNDS, "index = torch.where(best.values > -torch.inf, best.indices, -1)", "index = best.indices", PROVED),
+    Mutant(BOUNDS, "gap = reach.square() / 8", "gap = reach.square() / 80", PROVED),
+    Mutant(BOUNDS, "torch.where(scored, known + error", "torch.where(scored, known - 2", PROVED),
+    Mutant(CANDIDATES, "~(most <= reached.get(key, -np.inf))", "most > np.inf", KNOWLEDGE),
     # Scores and rankings
-    Mutant(SCORES, "return (layer + (self.n_layers if component", "return (layer + (0 if component", PROVED),
+    Mutant(SCORES, "return (first + place[layer]) * self", "return place[layer] * self", PROVED),
     Mutant(SCORES, "return torch.where(parallel[:, None, None], before, after)", "return after", PROVED),
     Mutant(SCORES, "return torch.where(logits == 0, 1.0, slope)", "return torch.ones_like(slope)", PROVED),
     Mutant(SCORES, "upper.append(factor * (at.slope[rows]", "upper.append(0.9 * factor * (at.slope[rows]", PROVED),

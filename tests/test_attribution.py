@@ -235,6 +235,32 @@ def test_the_best_heads_are_those_whose_positions_are_scored(architecture: str) 
     assert score.shape == (len(IDS), 3, max(map(len, IDS)))
 
 
+@models
+def test_neurons_of_some_layers_are_scored_as_by_definition_summed_over_positions(architecture: str) -> None:
+    brute, layer = brute_of(architecture), LAYERS - 1
+    of = attribution_of(architecture)
+    a = Attribution(of.decomposition, of.cache, of.target, {"attn": [layer], "ffn": [layer]})
+    n, entries = a.ffn_coefficients.shape[2], brute.attn[0].shape[3]
+    for nearly, width, truth in (
+        (a.ffn_nearly, n, [b[layer] for b in brute.ffn]),
+        (a.attn_nearly, HEADS * entries, [b[layer].sum(1).flatten() for b in brute.attn]),
+    ):
+        score, error = nearly(layer * width + torch.arange(width))
+        assert score.shape == (len(IDS), width)
+        assert ((score - torch.stack(truth)).abs() <= error + len(IDS[2]) * PRECISE).all()
+
+
+@models
+def test_no_neurons_score_is_above_the_most_that_it_may_have(architecture: str) -> None:
+    a, brute = attribution_of(architecture), brute_of(architecture)
+    for top, truth in (
+        (a.ffn_top(3), [b.flatten() for b in brute.ffn]),
+        (a.attn_top(3), [b.sum(2).flatten() for b in brute.attn]),
+    ):
+        assert (top.most >= torch.stack(truth) - len(IDS[2]) * PRECISE).all()
+        assert (top.most < torch.stack(truth) + 1).all()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "gemma2"])
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(list(PROMPTS)), min_size=1, max_size=4))

@@ -213,6 +213,23 @@ def test_probabilities_add_up_to_one_wherever_the_logits_lie(shift: float) -> No
 
 @few_examples
 @given(cases)
+def test_nearly_exact_scores_are_off_by_no_more_than_they_say(drawn: Case) -> None:
+    with small_tiles():
+        score, error = drawn.at.nearly(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
+        off = (score - drawn.truth()).abs()
+        assert (off <= error + PRECISE).all()
+        exact, slack = drawn.at.scores_and_slack(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
+        assert ((score - exact).abs() <= bounds._NARROW / 2 + slack + drawn.slack).all()
+
+
+def test_vectors_that_change_little_are_scored_without_a_pass_over_the_tokens() -> None:
+    drawn = case(0, 300, 16, 1e-4, False, torch.float32)
+    with mock.patch.object(Distributions, "scores_and_slack", side_effect=AssertionError):
+        drawn.at.nearly(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
+
+
+@few_examples
+@given(cases)
 def test_intervals_hold_the_score(drawn: Case) -> None:
     with small_tiles():
         lower, upper = drawn.at.intervals(drawn.base, drawn.vectors, drawn.which, drawn.coefficient)
@@ -263,6 +280,7 @@ def test_the_top_k_is_complete_whatever_the_bounds_and_their_rounding(
     tighter = [lambda rows, columns, c=c: (true + c * gap + off)[rows, columns] for c in closeness]
     best = certified_top(true + gap - off, slack, k, score, tighter, step)
     assert len(set(asked)) == len(asked)  # nothing is scored twice
+    assert (best.most >= true - 1e-9).all()  # also of what was not scored
     assert best.index.shape == (len(true), min(k, true.shape[1]))
     for row, (index, found) in enumerate(zip(best.index, best.score, strict=True)):
         real = (true[row] > -torch.inf).nonzero()[:, 0]
@@ -296,7 +314,8 @@ def test_no_candidate_left_unscored_is_truly_above_the_kth_best(step: int, tight
     def closer(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return true[rows, columns] - slack[rows, columns]
 
-    certified_top(true + gap - slack, slack, k, score, [closer] if tightened else [], step)
+    best = certified_top(true + gap - slack, slack, k, score, [closer] if tightened else [], step)
+    assert (best.most >= true - 1e-9).all()
     kth = true.topk(k, dim=1).values[:, -1:]
     assert not (~scored & (true > kth)).any()
     assert not scored.all()

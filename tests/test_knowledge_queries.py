@@ -173,6 +173,32 @@ def test_top_neurons(database: Database) -> None:
     assert best["neuron_name"].to_list() == ["f0_3", "f0_3"]
 
 
+def test_a_candidates_mean_counts_every_prompt_and_its_proved_rank_comes_before_sums_of_lists(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path)
+    candidate = [
+        {"prompt_id": i, "component": "ffn", "layer": 0, "neuron": 3, "score": score}
+        for i, score in ((0, 2.0), (1, -1.0))
+    ]
+    tables: dict[str, Rows] = {
+        "models": [{"n_layers": 2}],
+        "prompts": [prompt(0, "language"), prompt(1, "language")],
+        "neuron_scores": ffn_rows(0, (1, 7, 4.0), (0, 3, 2.0)),
+        "candidate_scores": candidate,
+    }
+    add_knowledge(lake, "alpha", "facts", "a" * 16, tables)
+    with Database(lake) as database:
+        ranked = database.query("top-neurons").select("rank", "neuron_name", "score", "exact", "n_prompts", "n_kept")
+        assert ranked.rows() == [(1, "f0_3", 0.5, True, 2, 2), (2, "f1_7", 2.0, False, 1, 2)]
+        assert database.query("neuron-scores").select("prompt_id", "neuron_name", "score").rows() == [
+            *((0, "f1_7", 4.0), (0, "f0_3", 2.0)),
+            (1, "f0_3", -1.0),
+        ]
+        found = database.query("neuron-by-category", neuron="f0_3").select("score", "n_prompts", "n_kept").rows()
+        assert found == [(0.5, 2, 2)]
+        found = database.query("neuron-in-prompts", neuron="f0_3").select("prompt_id", "score", "rank").rows()
+        assert found == [(0, 2.0, 2), (1, -1.0, None)]
+
+
 def test_tokens_of_a_neuron_are_one_text(database: Database) -> None:
     rows = database.query("top-neurons", model="alpha", category="language")
     tokens = {name: texts for name, *texts in rows.select("neuron_name", "top_tokens", "bottom_tokens").rows()}

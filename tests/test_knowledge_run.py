@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.errors import ModelError
 from kdb.ingest import measure as studies
+from kdb.ingest.attribution import candidates
 from kdb.ingest.attribution import scores as attribution
 from kdb.ingest.attribution import study as knowledge
 from kdb.ingest.datasets import load_dataset
@@ -37,6 +38,7 @@ from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 from kdb.ingest.settings import Attributing, Measuring, Probing
 from kdb.ingest.stages import Outcome, Shard
+from kdb.warehouse import sums
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
 
@@ -54,6 +56,7 @@ SCORES = {
     "head_scores": ("layer, head", "score"),
     "head_position_scores": ("layer, head, position, token", "attention, score"),
     "neuron_scores": ("component, layer, head, neuron, position", "coefficient, score"),
+    "candidate_scores": ("component, layer, head, neuron", "score"),
     "query_neuron_scores": ("activates, layer, neuron", "score"),
     "query_layer_scores": ("activates, layer, component", "score"),
     "ablations": ("method, positions, k", "logp_before, logp_after, prob_before, prob_after"),
@@ -215,6 +218,7 @@ def test_every_table_has_the_rows_that_the_models_sizes_and_the_kept_prompts_mak
         "head_scores": [LAYERS * HEADS] * 12,
         "head_position_scores": [LAYERS * HEADS * n for n in lengths],  # all four heads are among the ten best
         "neuron_scores": [LAYERS * NEURONS + min(300, LAYERS * HEADS * ENTRIES * n) for n in lengths],
+        "candidate_scores": [LAYERS * NEURONS + LAYERS * HEADS * ENTRIES] * 12,  # so few neurons are all candidates
         "query_neuron_scores": [2 * LAYERS * NEURONS] * 12,
         "query_layer_scores": [2 * (1 + 2 * LAYERS)] * 12,
         "ablations": [2 * 8] * 12,
@@ -301,15 +305,68 @@ def test_neurons_are_ranked_by_falling_score_and_certified(stored: Warehouse) ->
     assert rows(stored, heads) == [("attn", False, False), ("ffn", True, True)]
 
 
-def test_sums_are_those_of_the_kept_prompts_scores(stored: Warehouse) -> None:
-    place = "run, category, component, layer, head, neuron"
-    expected = (
-        f"SELECT {place}, sum(score), count(DISTINCT prompt_id) FROM neuron_scores JOIN prompts USING (run, prompt_id)"
-        " WHERE kept GROUP BY ALL ORDER BY ALL"
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory, ingest: Callable[..., Result]) -> dict[tuple[Any, ...], float]:
+    """The sum of every neuron's scores over all kept prompts of each category, from a run that stores all of them."""
+    folder = tmp_path_factory.mktemp("every") / "warehouse"
+    answer(ingest(folder, "--all-neurons", "--no-effects"))
+    totals = f"SELECT {NEURON}, sum(score) FROM neuron_scores JOIN prompts USING (run, prompt_id) GROUP BY ALL"
+    return {tuple(place): total for *place, total in rows(Warehouse(folder), totals)}
+
+
+def test_sums_are_those_of_the_kept_prompts_scores(stored: Warehouse, every: dict[tuple[Any, ...], float]) -> None:
+    assert neuron_totals(stored) == {place: (pytest.approx(total, abs=1e-3), 4) for place, total in every.items()}
+    assert {category for category, *_ in neuron_totals(stored)} == set(CATEGORIES)
+    assert rows(stored, "SELECT DISTINCT exact FROM neuron_sums") == [(True,)]
+
+
+def neuron_totals(stored: Warehouse, where: str = "true") -> dict[tuple[Any, ...], tuple[float, int]]:
+    found = rows(stored, f"SELECT {NEURON}, total, n_prompts FROM neuron_sums WHERE {where}")
+    return {place: (total, n) for *place, total, n in map(list, found) for place in [tuple(place)]}
+
+
+NEURON = "category, component, layer, head, neuron"
+
+
+@pytest.mark.parametrize("n_first", [5, 12])
+def test_the_best_neurons_of_a_category_have_the_largest_means_over_all_its_prompts(
+    n_first: int,
+    every: dict[tuple[Any, ...], float],
+    measure: Callable[..., Warehouse],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each prompt lists two neurons only, and the first candidates are too few, or more than enough."""
+    for module in (candidates, sums):
+        monkeypatch.setattr(module, "PROVED_RANKS", 5)
+    monkeypatch.setattr(candidates, "FIRST", n_first)
+    found = measure(top_k=2, query_values=2, ablate_k=0, effects=False)
+    ranked = rows(found, f"SELECT {NEURON}, total, rank, n_prompts FROM neuron_sums WHERE rank IS NOT NULL")
+    for category in CATEGORIES:
+        for component in ("attn", "ffn"):
+            of = {place: total for place, total in every.items() if place[:2] == (category, component)}
+            best = sorted(of.values(), reverse=True)[:5]
+            mine = sorted((row for row in ranked if row[:2] == (category, component)), key=lambda row: row[6])
+            assert [row[6] for row in mine] == [1, 2, 3, 4, 5]
+            assert [row[5] for row in mine] == [pytest.approx(total, abs=1e-3) for total in best]
+            assert all(of[row[:5]] == pytest.approx(row[5], abs=1e-3) for row in mine)
+            assert {row[7] for row in mine} == {4}  # every kept prompt counts
+    assert neuron_totals(found, "NOT exact")
+    further = rows(
+        found,
+        "SELECT count(DISTINCT (layer, head, neuron)) FROM candidate_scores JOIN prompts "
+        "USING (run, prompt_id) GROUP BY category, component",
     )
-    found = rows(stored, f"SELECT {place}, total, n_prompts FROM neuron_sums ORDER BY ALL")
-    assert [(*place, pytest.approx(total, rel=1e-12), n) for *place, total, n in rows(stored, expected)] == found
-    assert {row[1] for row in found} == set(CATEGORIES)
+    assert (max(further) > (n_first,)) == (n_first == 5)
+
+
+def test_a_run_that_was_stopped_among_the_candidates_ends_as_one_in_one_go(
+    stored: Warehouse, measure: Callable[..., Warehouse], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(knowledge, "candidate_rows", interrupt_after(2, knowledge.candidate_rows))
+        measure()
+    assert_same_scores(measure(), stored)
+    assert not list(tmp_path.rglob("_neuron_bounds"))
 
 
 def assert_ranked(found: Rows) -> None:

@@ -46,7 +46,7 @@ def test_sums_are_those_of_the_kept_prompts_wherever_parts_are_cut(
     category = {prompt: CATEGORIES[prompt % 3] for prompt in range(8)}  # the last one is not kept
     known = [{"prompt_id": i, "category": CATEGORIES[i % 3], "kept": i in category} for i in range(9)]
     prompts = [stored(folder / "prompts.parquet", "prompts", known)]
-    rows = sum_neurons(parts(folder, found, cuts), prompts).to_pylist()
+    rows = sum_neurons(parts(folder, found, cuts), [], prompts).to_pylist()
     expected: dict[tuple[str, int | None, int], tuple[float, set[int]]] = {}
     for prompt, head, neuron, score in found:
         if prompt in category:

@@ -221,12 +221,15 @@ class FolderStorage(Storage):
 
 
 def _delete_unlisted(staged: StagedRun) -> None:
-    """Delete files that the manifest does not list: merged parts, and the facts of the run in progress."""
+    """Delete files that the manifest does not list: merged parts, working tables, and facts of the run in progress."""
     manifest = read_manifest(staged.path, staged.run)
     kept = {staged.path / record.path for record in manifest.files} | {staged.path / MANIFEST}
     for path in staged.path.rglob("*"):
         if path.is_file() and path not in kept:
             path.unlink()
+    for folder in filter(Path.is_dir, list(staged.path.iterdir())):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _link_folder(source: Path, target: Path) -> None:

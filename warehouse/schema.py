@@ -560,16 +560,44 @@ neuron_scores = _table(
     key=("prompt_id", "component", "layer", "head", "neuron", "position"),
 )
 
+candidate_scores = _table(
+    "candidate_scores",
+    "prompt × candidate: a neuron that may be among the best of the prompt's category",
+    _prompt_id(),
+    _component(),
+    _layer(),
+    _head(),
+    _neuron(),
+    _column("score", Double(), "log-probability increase of the target, summed over positions", unit="nat"),
+    _column("lower", Double(), "certified lower bound of score", unit="nat"),
+    _column("upper", Double(), "certified upper bound of score", unit="nat"),
+    _expert(),
+    key=("prompt_id", "component", "layer", "head", "neuron"),
+)
+
 neuron_sums = _table(
     "neuron_sums",
-    "category × neuron, for the neurons in neuron_scores",
+    "category × neuron, for the neurons in neuron_scores and candidate_scores",
     _column("category", Text(), "kind of knowledge, as in prompts"),
     _component(),
     _layer(),
     _head(),
     _neuron(),
     _column("total", Double(), "sum of score over the category's kept prompts and all positions", unit="nat"),
-    _column("n_prompts", Integer(), "number of kept prompts with which the neuron is stored"),
+    _column("n_prompts", Integer(), "number of kept prompts that total counts"),
+    _column(
+        "exact",
+        Boolean(),
+        "whether total counts every kept prompt and position; otherwise only those in whose list the neuron is (also "
+        "if NULL, in runs of schema 5 and older)",
+        since=6,
+    ),
+    _column(
+        "rank",
+        Integer(),
+        "rank by total in the category and component, 1 to 50, with proof that no other neuron's is larger",
+        since=6,
+    ),
     _expert(),
     key=("category", "component", "layer", "head", "neuron"),
 )

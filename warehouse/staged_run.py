@@ -190,7 +190,9 @@ class StagedRun:
 
     def _write_manifest(self, run_row: Mapping[str, Any]) -> None:
         """Write the run's row, merge small parts, and list all files in the manifest."""
-        tables = {folder.name for folder in self.path.iterdir() if folder.is_dir()} | {"runs"}
+        # Tables whose names begin with _ are of use only while the run is in progress.
+        folders = {folder.name for folder in self.path.iterdir() if folder.is_dir()}
+        tables = {name for name in folders if not name.startswith("_")} | {"runs"}
         parts = {table: self.parts(table) for table in sorted(tables - {"runs"})}
         row = {
             **run_row,

@@ -8,7 +8,7 @@ of a head, neuron n, hidden d.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,8 @@ def prompts_at_once(decomposition: Decomposition) -> int:
 class Neurons:
     """The best neurons of one component for each prompt (b, k), best first; layer is −1 if a prompt has fewer.
 
-    ``head`` and ``position`` are None for FFN neurons, which act at the last position.
+    ``head`` and ``position`` are None for FFN neurons, which act at the last position. ``most`` (b, n) is the largest
+    score, summed over positions, that each neuron of the component may have: by layer, then head, then neuron.
     """
 
     layer: torch.Tensor
@@ -51,10 +52,12 @@ class Neurons:
     upper: torch.Tensor
     exact: torch.Tensor
     n_scored: torch.Tensor
+    most: torch.Tensor
 
     def first(self, k: int) -> Neurons:
         """The ``k`` best of each prompt."""
-        names = [f.name for f in fields(self) if f.name != "n_scored" and getattr(self, f.name) is not None]
+        whole = ("n_scored", "most")
+        names = [f.name for f in fields(self) if f.name not in whole and getattr(self, f.name) is not None]
         changed: dict[str, Any] = {name: getattr(self, name)[:, :k] for name in names}
         return replace(self, **changed)
 
@@ -82,23 +85,35 @@ def _neurons(
     neuron: torch.Tensor,
     position: torch.Tensor | None,
     coefficient: torch.Tensor,
+    most: torch.Tensor,
 ) -> Neurons:
     """Build neurons whose scores were computed over the whole vocabulary, so that rounding is their only error."""
     lower, upper = best.score - best.slack, best.score + best.slack
     exact, n_scored = best.index >= 0, best.n_scored
-    return Neurons(layer, head, neuron, position, coefficient, best.score, lower, upper, exact, n_scored)
+    return Neurons(layer, head, neuron, position, coefficient, best.score, lower, upper, exact, n_scored, most)
 
 
 class Attribution:
     """The attribution scores of a batch of prompts. Each is computed when it is first used."""
 
-    def __init__(self, decomposition: Decomposition, cache: ActivationCache, target: torch.Tensor) -> None:
-        """``target`` (b): the token whose probability is explained, for each prompt."""
+    def __init__(
+        self,
+        decomposition: Decomposition,
+        cache: ActivationCache,
+        target: torch.Tensor,
+        layers: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """``target`` (b): the token whose probability is explained, for each prompt.
+
+        ``layers`` are those of 'attn' and 'ffn' whose neurons are scored, if only :meth:`ffn_nearly` and
+        :meth:`attn_nearly` are used.
+        """
         self.decomposition = decomposition
         self.cache = cache
         self.target = target
         self.n_layers = len(decomposition.blocks)
         self.n_prompts = len(target)
+        self._layers = {"attn": range(self.n_layers), "ffn": range(self.n_layers)} if layers is None else layers
 
     @cached_property
     def _rows(self) -> torch.Tensor:
@@ -123,7 +138,8 @@ class Attribution:
         import torch
 
         cache, readout = self.cache, self.decomposition.readout
-        points = torch.cat([cache.resid_pre[:, self._rows, cache.last], self._before_ffn])
+        before_attn = cache.resid_pre[:, self._rows, cache.last]
+        points = torch.cat([before_attn[list(self._layers["attn"])], self._before_ffn[list(self._layers["ffn"])]])
         n = len(points)
         return distributions(
             readout.table,
@@ -149,7 +165,12 @@ class Attribution:
 
     def _base(self, component: str, layer: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Rows of :attr:`at` for the residuals that a component of this layer is added to."""
-        return (layer + (self.n_layers if component == "ffn" else 0)) * self.n_prompts + prompt
+        import torch
+
+        first = len(self._layers["attn"]) if component == "ffn" else 0
+        place = torch.full((self.n_layers,), -1, device=layer.device)
+        place[list(self._layers[component])] = torch.arange(len(self._layers[component]), device=layer.device)
+        return (first + place[layer]) * self.n_prompts + prompt
 
     # Layers and heads
 
@@ -270,13 +291,22 @@ class Attribution:
         layer = flat // self._ffn_factor.shape[2]
         return self.at.scores_and_slack(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
 
+    def ffn_nearly(self, neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (b, m) of FFN neurons, given by index into (l · n), in every prompt, and how far each may be off."""
+        prompt = self._rows.repeat_interleave(len(neurons))
+        flat = neurons.repeat(self.n_prompts)
+        layer = flat // self._ffn_factor.shape[2]
+        scores = self.at.nearly(self._base("ffn", layer, prompt), *self.ffn_vectors(prompt, flat))
+        score, error = (x.view(self.n_prompts, -1) for x in scores)
+        return score, error
+
     def ffn_top(self, k: int) -> Neurons:
         """The k best FFN neurons of each prompt, proved complete."""
         n = self._ffn_factor.shape[2]
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
         layer, neuron, exists = best.index // n, best.index % n, best.index >= 0
         coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
-        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient)
+        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient, best.most)
 
     def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) for ``key`` = layer · per_layer + column, and the index of each key's column."""
@@ -319,21 +349,49 @@ class Attribution:
 
     def attn_exact(self, prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact scores (m) of attention neurons given by prompt and index into (l · h · t · e), and their rounding."""
+        return self.at.scores_and_slack(*self._attn_parts(prompt, flat))
+
+    def _attn_parts(
+        self, prompt: torch.Tensor, flat: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The residuals, columns and factors of attention neurons, given as in :meth:`attn_exact`."""
         _b, _l, h, t, e = self._attn_coefficients.shape
         layer, head, position, entry = flat // (h * t * e), flat // (t * e) % h, flat // e % t, flat % e
         vectors, which = self._columns(layer * h * e + head * e + entry, h * e, "attn")
         scale = self.cache.attn_scale[layer, prompt, self.cache.last[prompt]]
         factor = self._attn_coefficients[prompt, layer, head, position, entry] * scale
-        return self.at.scores_and_slack(self._base("attn", layer, prompt), vectors, which, factor)
+        return self._base("attn", layer, prompt), vectors, which, factor
+
+    def attn_nearly(self, neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (b, m) of attention neurons, summed over positions, and how far each may be off.
+
+        ``neurons`` (m) are indices into (l · h · e).
+        """
+        import torch
+
+        _b, _l, _h, t, e = self._attn_coefficients.shape
+        flat = (neurons // e * t * e + neurons % e)[:, None] + torch.arange(t, device=neurons.device) * e
+        real = torch.arange(t, device=neurons.device) <= self.cache.last[:, None]
+        real = real[:, None].expand(-1, len(neurons), -1)
+        prompt = self._rows[:, None, None].expand_as(real)[real]
+        arguments = self._attn_parts(prompt, flat.expand_as(real)[real])
+        out = torch.zeros(2, *real.shape, dtype=torch.float64, device=neurons.device)
+        out[:, real] = torch.stack(self.at.nearly(*arguments))
+        score, error = out.sum(3)
+        return score, error
 
     def attn_top(self, k: int) -> Neurons:
         """The k best attention neurons of each prompt, proved complete."""
-        _b, _l, h, t, e = self._attn_coefficients.shape
+        import torch
+
+        b, _l, h, t, e = self._attn_coefficients.shape
         best = certified_top(*self.attn_bounds, k, self.attn_exact)
+        # Padding has no score, and the bound −∞.
+        most = best.most.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0.0).view(b, -1, t, e).sum(2).flatten(1)
         flat, exists = best.index.clamp_min(0), best.index >= 0
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
         layer = (flat // (h * t * e)).masked_fill(~exists, -1)
-        return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient)
+        return _neurons(best, layer, flat // (t * e) % h, flat % e, flat // e % t, coefficient, most)
 
     def ffn_every(self, top: Neurons) -> Neurons:
         """Every FFN neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
@@ -341,7 +399,7 @@ class Attribution:
         known = (top.layer * n + top.neuron).masked_fill(top.layer < 0, -1)
         best, bounds = self._every("ffn", self._ffn_factor, self.ffn_bounds, top, known, self.ffn_exact)
         coefficient = self.ffn_coefficients.flatten(1).gather(1, best)
-        return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored)
+        return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored, top.most)
 
     def attn_every(self, top: Neurons) -> Neurons:
         """Every attention neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
@@ -356,7 +414,8 @@ class Attribution:
         coefficient = self._attn_coefficients.flatten(1).gather(1, best)
         padding = best // e % t > cache.last[:, None]
         layer = (best // (h * t * e)).masked_fill(padding, -1)
-        return Neurons(layer, best // (t * e) % h, best % e, best // e % t, coefficient, *bounds, top.n_scored)
+        head, position = best // (t * e) % h, best // e % t
+        return Neurons(layer, head, best % e, position, coefficient, *bounds, top.n_scored, top.most)
 
     def _every(
         self,

@@ -20,6 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kdb.ingest.attribution.candidates import (
+    BOUNDS,
+    bound_rows,
+    by_category,
+    candidate_rows,
+    first_candidates,
+    further_candidates,
+)
 from kdb.ingest.attribution.patch import Patched, default_shards
 from kdb.ingest.attribution.patch import rows as patch_rows
 from kdb.ingest.attribution.score_rows import (
@@ -90,10 +98,19 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
         ),
         ModelStage(("checks",), _stored_shards, _check_stored),
         ModelStage(
-            (*scores, *methods, "query_neuron_scores", "query_layer_scores"),
+            (*scores, BOUNDS, *methods, "query_neuron_scores", "query_layer_scores"),
             functools.partial(_chunks, posed, LengthClasses(config)),
             _attributed,
             shown=("attribution", "prompts"),
+        ),
+        *(
+            ModelStage(
+                ("candidate_scores",),
+                functools.partial(_candidate_shards, posed, LengthClasses(config), which),
+                _candidate_scores,
+                shown=("best neurons", "prompts"),
+            )
+            for which in ("first", "further")
         ),
         *(
             [ModelStage(("effects",), default_shards, _effects, shown=("effects", "prompts"))]
@@ -336,6 +353,8 @@ def _scores(
     else:
         stored = [ffn.first(wanted.top_k), attn.first(wanted.top_k)]
     yield "neuron_scores", pa.concat_tables(neuron_rows(ids, n) for n in stored)
+    categories = [subject.job.dataset.examples[p.number].category or "" for p in chunk]
+    yield BOUNDS, bound_rows(categories, {"ffn": ffn, "attn": attn})
     if wanted.ablate_k:
         yield "ablations", method_rows(a, ffn, chunk, wanted.ablate_k, subject.batch_tokens)
     queries = {
@@ -344,6 +363,30 @@ def _scores(
     }
     yield "query_neuron_scores", pa.concat_tables(query_neuron_rows(ids, k, q) for k, q in queries.items())
     yield "query_layer_scores", pa.concat_tables(query_layer_rows(ids, k, q) for k, q in queries.items())
+
+
+def _candidate_shards(posed: PosedFacts, length_class: LengthClasses, which: str, run: RunInProgress) -> list[Shard]:
+    """Divide the kept prompts of each category that has candidates into chunks that fit into memory."""
+    if not run.files(BOUNDS):
+        return []
+    candidates = dict(by_category((first_candidates if which == "first" else further_candidates)(run)))
+    kept: dict[str, list[Prompt]] = {category: [] for category in candidates}
+    for row in run.table("prompts").to_pylist():
+        if row["kept"] and row["category"] in kept:
+            kept[row["category"]].append(posed.prompts[row["prompt_id"]])
+    chunks = run.remembered(
+        f"{which} candidates", lambda: {c: _chunked(some, length_class, run) for c, some in kept.items()}
+    )
+    work = [(chunk, candidates[category]) for category in sorted(kept) for chunk in chunks[category]]
+    return [Shard(f"{which}-{i:05}", one, len(one[0])) for i, one in enumerate(work)]
+
+
+def _candidate_scores(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
+    """The rows of ``candidate_scores``; advances by prompts."""
+    begun, (numbers, wanted) = time.monotonic(), shard.work
+    chunk = [subject.prompts[i] for i in numbers]
+    yield timed("candidate_scores", [candidate_rows(subject.decomposition, chunk, wanted)], begun)
+    advance(len(chunk))
 
 
 def _effects(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
@@ -359,7 +402,8 @@ def _if_any_is_kept(run: RunInProgress) -> list[Shard]:
 
 
 def _sums(run: RunInProgress, _shard: Shard) -> list[Rows]:
-    return [Rows("neuron_sums", [sum_neurons(run.files("neuron_scores"), run.files("prompts"))])]
+    files = (run.files(table) for table in ("neuron_scores", "candidate_scores", "prompts"))
+    return [Rows("neuron_sums", [sum_neurons(*files)])]
 
 
 def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
@@ -368,7 +412,8 @@ def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
         return []
     scores = run.table("neuron_scores")
     best = scores.filter(pc.less_equal(scores["rank"], top_k))
-    neurons = best.select(["component", "layer", "head", "neuron"])
+    names = ["component", "layer", "head", "neuron"]
+    neurons = pa.concat_tables([best.select(names), run.table("candidate_scores").select(names)])
     queries = run.table("query_neuron_scores").select(["layer", "neuron"])
     queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
     every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])

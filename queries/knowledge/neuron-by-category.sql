@@ -3,7 +3,7 @@
 --
 -- One row per model, dataset, category and role: for a value neuron, its mean log-probability increase of the right
 -- token; for a query neuron, its mean share of the activation. The mean is over all n_kept kept prompts. n_prompts is
--- the number of prompts with which the neuron is stored; in the others, its score counts as 0.
+-- the number of prompts in which its score is known; in the others, it counts as 0.
 --
 -- Parameters:
 --   neuron

@@ -4,7 +4,7 @@
 -- One row per model, dataset, kept prompt and role: for a value neuron, its log-probability increase of the right token
 -- (summed over positions for an attention neuron); for a query neuron, its share of the activation. rank is its best
 -- rank among the prompt's neurons of that role. The largest scores of each dataset come first; n_prompts is the
--- number of kept prompts with which it is stored in that role.
+-- number of kept prompts in which its score in that role is known.
 --
 -- Parameters:
 --   neuron

@@ -1,8 +1,9 @@
 -- Score of every stored value neuron in every kept prompt
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): the values behind the rankings of neurons
 --
--- One row per model, category, prompt, component and neuron; scores of an attention neuron are summed over positions. A
--- neuron without a row counts as 0 for that prompt.
+-- One row per model, category, prompt, component and neuron; scores of an attention neuron are summed over positions. The
+-- candidates of a category have a row for each of its prompts. Other neurons have one only where they are among the
+-- prompt's best, and count as 0 elsewhere.
 --
 -- Parameters:
 --   model
@@ -15,8 +16,8 @@ SELECT *
 FROM (
     SELECT
         model, category, dataset, prompt_id, component, neuron_name(component, layer, head, neuron) AS neuron_name,
-        steady(sum(score)) AS score
-    FROM neuron_scores
+        steady(known_score(listed, candidate)) AS score
+    FROM listed_or_candidates()
     JOIN _kept_prompts(
         'neuron_scores', getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run')

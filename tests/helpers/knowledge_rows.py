@@ -203,5 +203,5 @@ def add_knowledge(lake: Path, model: str, dataset: str, run: str, tables: dict[s
     add_run(lake, model, dataset, run, runs=[{"study": "knowledge", "tables": named, **info}], **tables)
     folder = lake / f"model={encoded(model)}/dataset={encoded(dataset)}/run={run}"
     for table in derived:
-        sums = sum_neurons(table_files(folder, "neuron_scores"), table_files(folder, "prompts"))
+        sums = sum_neurons(*(table_files(folder, table) for table in ("neuron_scores", "candidate_scores", "prompts")))
         write_part(folder / table, sums)
