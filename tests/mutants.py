@@ -50,7 +50,7 @@ IMPORTS, INSPECTION = "warehouse/imports.py", "warehouse/inspection.py"
 STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
 JOINING, WHOLE = "ingest/datasets/joining.py", "ingest/attribution/whole_answers.py"
 KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
-KNOWLEDGE = "tests/test_knowledge_run.py"
+RUNS = "tests/test_knowledge_run.py"
 PROVED = "tests/test_bounds.py tests/test_attribution.py"
 
 MUTANTS = [
@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(BOUNDS, "index = torch.where(best.values > -torch.inf, best.indices, -1)", "index = best.indices", PROVED),
     Mutant(BOUNDS, "gap = reach.square() / 8", "gap = reach.square() / 80", PROVED),
     Mutant(BOUNDS, "torch.where(scored, known + error", "torch.where(scored, known - 2", PROVED),
-    Mutant(CANDIDATES, "~(most <= reached.get(key, -np.inf))", "most > np.inf", KNOWLEDGE),
+    Mutant(CANDIDATES, "~(most <= reached.get(key, -np.inf))", "most > np.inf", RUNS),
     # Scores and rankings
     Mutant(SCORES, "return (first + place[layer]) * self", "return place[layer] * self", PROVED),
     Mutant(SCORES, "return torch.where(parallel[:, None, None], before, after)", "return after", PROVED),
