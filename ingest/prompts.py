@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdb.errors import DatasetError, ModelError
-from kdb.ingest.attribution.targets import Target, check_candidates, find_targets
+from kdb.ingest.attribution.targets import Target, check_candidates, find_targets, with_own
 from kdb.ingest.datasets.rows import excerpt
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
@@ -80,7 +80,12 @@ def _with_targets(job: Job, tokenizer: Any) -> Iterator[Prompt]:
     examples, wanted = job.dataset.examples, job.attributing
     asked = [(text, e.answer or "", e.category or "") for text, e in zip(job.texts, examples, strict=True)]
     prefixes = [e.answer_prefix if wanted.answer_prefix is None else wanted.answer_prefix for e in examples]
-    targets = list(find_targets(tokenizer, asked, prefixes))
+    targets = [
+        with_own(
+            tokenizer, text, e.answer or "", target, e.rival, e.corrupt and text.replace(e.text.strip(), e.corrupt)
+        )
+        for (text, *_), e, target in zip(asked, examples, find_targets(tokenizer, asked, prefixes), strict=True)
+    ]
     check_candidates(targets, [category for *_, category in asked], whole=wanted.answer_tokens == "all")
     _warn_of_shared(job, sum(target.is_shared for target in targets))
     for number, target in enumerate(targets):

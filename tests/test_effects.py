@@ -86,6 +86,18 @@ def test_replacements_are_zero_the_mean_and_the_next_of_the_others_and_the_pair(
                 torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
 
 
+def test_a_corrupt_prompt_takes_the_place_of_the_pair_in_both_directions(decomposition: Decomposition) -> None:
+    other = tuple(IDS[3])
+    own = Category(decomposition, [known(0, corrupt=other, relation=None), known(2)])
+    wanted = Patching(replacements=("pair",), directions=("noising", "denoising"))
+    found = rows(own, range(2), wanted, [Part("head", 1, 2)])
+    paired = Category(decomposition, [known(0), known(3)])
+    expected = rows(paired, [0], wanted, [Part("head", 1, 2)])
+    assert [(row["prompt_id"], row["direction"]) for row in found] == [(0, "noising"), (0, "denoising")]
+    for row, same in zip(found, expected, strict=True):
+        assert measures(row) == pytest.approx(measures(same), abs=1e-6)
+
+
 def test_the_role_subject_is_replaced_at_its_last_token_where_there_is_one(decomposition: Decomposition) -> None:
     some = Category(decomposition, [known(0), known(1, subject_end=None), known(3, subject_end=1)])
     found = rows(some, range(3), Patching(roles=("subject",), replacements=("resample",)), [Part("head", 1, 2)])
@@ -438,6 +450,20 @@ def test_a_dataset_without_subjects_and_relations_has_no_pairs_and_no_role_subje
         result = patch(tmp_path / "w", *options, "--variant", "ablate-k=0 no-effects", dataset="bare")
         assert refusal(result).startswith(message)
     assert len(Warehouse(tmp_path / "w").storage.run_folders()) == 1
+
+
+def test_a_corrupt_text_of_another_length_is_refused_when_prompts_are_paired(
+    tmp_path: Path, run_kdb: RunKdb, tiny_model: Path, facts: Path, patch: Callable[..., Result]
+) -> None:
+    header, *lines = facts.read_text().splitlines()
+    changed = [f"{line},{line.split(',')[0]}!" for line in lines]
+    (tmp_path / "own.csv").write_text("\n".join([f"{header},corrupt", *changed]) + "\n")
+    given = ("--model", tiny_model, "--dataset", tmp_path / "own.csv", "--ablate-k", "0", "--no-effects")
+    answer(run_kdb("ingest", *given, "--warehouse", tmp_path / "w"))
+    named = ("--variant", "ablate-k=0 no-effects", "--replacement", "pair")
+    assert refusal(patch(tmp_path / "w", *named, dataset="own")).startswith(
+        "The corrupt text of prompt 0 has +1 tokens"
+    )
 
 
 # Queries, on rows made by hand -----------------------------------------------------------------------------------

@@ -388,6 +388,27 @@ def test_formats_of_the_same_facts_share_a_fingerprint(tmp_path: Path) -> None:
     assert len({load_dataset(file).fingerprint for file in files}) == 1
 
 
+def test_a_rival_and_a_corrupt_prompt_of_the_file_are_kept_and_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    plain = ["The sky is,blue,color,,", "Snow is,white,color,,"]
+    rows = ["The capital of Peru is,Lima,capital,Rome,The capital of Italy is", *plain]
+    (tmp_path / "f.csv").write_text("\n".join(["prompt,answer,category,rival,corrupt", *rows]))
+    dataset = load_dataset(str(tmp_path / "f.csv"))
+    assert [(e.rival, e.corrupt) for e in dataset.examples] == [
+        ("Rome", "The capital of Italy is"),
+        (None, None),
+        (None, None),
+    ]
+    (tmp_path / "g.csv").write_text((tmp_path / "f.csv").read_text().replace("Italy", "Spain"))
+    assert load_dataset(str(tmp_path / "g.csv")).fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize("row", ["a b,c,d,c,", "a b,c,d,,a b"])
+def test_a_rival_or_corrupt_prompt_that_is_no_other_is_refused_with_its_row(tmp_path: Path, row: str) -> None:
+    (tmp_path / "f.csv").write_text(f"prompt,answer,category,rival,corrupt\n{row}\n")
+    with pytest.raises(DatasetError, match=r"f\.csv, (line|row) .*: .*of another text"):
+        load_dataset(str(tmp_path / "f.csv"))
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_relation_and_subject_are_kept_where_they_are_given(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.{ending}"

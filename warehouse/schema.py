@@ -293,11 +293,13 @@ prompts = _table(
     _column(
         "rival_token_id",
         Integer(),
-        "token id of the rival: the category's other answer with the largest logit; NULL without one",
+        "token id of the rival: the dataset's, or the category's other answer with the largest logit; NULL without one",
         since=6,
     ),
     _column("rival_token", Text(), "text of the rival's token", since=6),
     _column("rival_logp", Double(), "the model's log-probability of the rival", unit="nat", since=6),
+    _column("corrupt", Text(), "prompt of the dataset that patching compares this one with; NULL without", since=6),
+    _column("corrupt_token_ids", IntList(), "token ids of the corrupt prompt", since=6),
     key=("prompt_id",),
 )
 

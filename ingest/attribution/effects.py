@@ -3,13 +3,14 @@
     rows = effect_rows(decomposition, category, [0, 1], Patching(components=("head",)), parts)
 
 A part is replaced by zero, by its mean over the category's other kept prompts, by its value in the next kept prompt of
-the category, or by its value in a prompt with another answer (a pair). See docs/effects.md.
+the category, or by its value in a prompt with another answer (a pair): the dataset's corrupt prompt, if it has one. See
+docs/effects.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,10 @@ Parts = Mapping[str, Sequence[Part]]
 
 @dataclass(frozen=True)
 class Known:
-    """A kept prompt. ``subject_end`` is the position of its subject's last token; rival and subject may be absent."""
+    """A kept prompt. ``subject_end`` is the position of its subject's last token; rival and subject may be absent.
+
+    ``corrupt`` are the token ids of the prompt that the dataset gives as its pair, if it does.
+    """
 
     number: int
     token_ids: tuple[int, ...]
@@ -40,6 +44,7 @@ class Known:
     rival: int = -1
     relation: str | None = None
     subject_end: int | None = None
+    corrupt: tuple[int, ...] | None = None
 
     def positions(self, role: str) -> tuple[int, ...] | None:
         """Return the token positions of a role (last, subject, all); None if the prompt has no subject to find."""
@@ -74,11 +79,19 @@ class Category:
         self.decomposition, self.prompts = decomposition, prompts
         self._values: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
         self._totals: dict[tuple[str, str], torch.Tensor] = {}
+        self._corrupt: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
 
     @cached_property
     def pairs(self) -> dict[int, int]:
-        """The pair of each prompt, by index."""
+        """The pair of each prompt among the others, by index."""
         return pairs(self.prompts)
+
+    def pair(self, i: int) -> Known | None:
+        """The prompt that prompt ``i`` is compared with: its corrupt prompt, or its pair among the others."""
+        prompt = self.prompts[i]
+        if prompt.corrupt is not None:
+            return replace(prompt, token_ids=prompt.corrupt)
+        return self.prompts[self.pairs[i]] if i in self.pairs else None
 
     def values(self, role: str, component: str) -> dict[int, torch.Tensor]:
         """Return the values (layer, position, width) that a component writes at a role's positions, by prompt index."""
@@ -99,6 +112,8 @@ class Category:
         others = sorted(set(values) - {i})
         if by == "zero":
             return torch.zeros_like(values[i])
+        if by == "pair" and self.prompts[i].corrupt:
+            return self._of_corrupt(role, component)[i]
         if by == "pair":
             return values.get(self.pairs.get(i, -1))
         if not others:
@@ -106,6 +121,15 @@ class Category:
         if by == "mean":
             return self._mean(role, component, i)
         return values[next((j for j in others if j > i), others[0])]
+
+    def _of_corrupt(self, role: str, component: str) -> dict[int, torch.Tensor]:
+        """The values that a component writes in the corrupt prompts, at the positions of the prompts' own roles."""
+        if (role, component) not in self._corrupt:
+            at = {i: p for i, prompt in enumerate(self.prompts) if (p := prompt.positions(role)) and prompt.corrupt}
+            ids = [self.prompts[i].corrupt or () for i in at]
+            every = recorded(self.decomposition, ids, list(at.values()), [component])
+            self._corrupt[role, component] = {i: one[component] for i, one in zip(at, every, strict=True)}
+        return self._corrupt[role, component]
 
     def _mean(self, role: str, component: str, i: int) -> torch.Tensor:
         import torch
@@ -155,11 +179,9 @@ def _cases(category: Category, indices: Sequence[int], wanted: Patching) -> Iter
         for role in wanted.roles:
             for i in indices:
                 prompt = category.prompts[i]
-                changed = (
-                    category.prompts[category.pairs[i]] if direction == "denoising" and i in category.pairs else prompt
-                )
-                at = changed.positions(role)
-                if at is not None and (direction == "noising" or changed is not prompt):
+                changed = category.pair(i) if direction == "denoising" else prompt
+                at = None if changed is None else changed.positions(role)
+                if changed is not None and at is not None:
                     yield _Case(i, role, direction, Pass(changed.token_ids, at, prompt.target, prompt.rival))
 
 

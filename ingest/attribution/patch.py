@@ -154,6 +154,7 @@ def known(row: Mapping[str, Any], tokenizer: Any = None) -> Known:
         -1 if rival is None else rival,
         row["relation"],
         end,
+        None if (corrupt := row.get("corrupt_token_ids")) is None else tuple(corrupt),
     )
 
 
@@ -291,7 +292,14 @@ def _check_prompts(wanted: Patching, prompts: Sequence[Known]) -> None:
     counts: dict[str, list[Known]] = {}
     for prompt in prompts:
         counts.setdefault(prompt.category, []).append(prompt)
-    if wanted.replacements == ("pair",) and not any(pairs(some) for some in counts.values()):
+    corrupt = {p.number: len(p.corrupt) - len(p.token_ids) for p in prompts if p.corrupt is not None}
+    longer = [number for number, more in corrupt.items() if more]
+    if "pair" in wanted.replacements and longer:
+        raise QueryError(
+            f"The corrupt text of prompt {longer[0]} has {corrupt[longer[0]]:+} tokens, and must have as many as its "
+            f"prompt, as must {len(longer) - 1} more. Change these texts, and ingest the file again."
+        )
+    if wanted.replacements == ("pair",) and not corrupt and not any(pairs(some) for some in counts.values()):
         raise QueryError(
             "No two kept prompts make a pair: the same relation, the same number of tokens, and different answers. "
             "Use --replacement mean or resample."

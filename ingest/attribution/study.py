@@ -256,6 +256,8 @@ def _prompt_rows(subject: Attributed, numbers: Sequence[int], advance: Advance) 
             "shares_first_token": target.is_shared,
             "answer_prefix": target.prefix,
             "answer_token_ids": target.answer,
+            "corrupt": example.corrupt,
+            "corrupt_token_ids": target.corrupt,
             "rival_token_id": int(effects.rival[i]) if prompt.rivals else None,
             "rival_token": tokenizer.decode([effects.rival[i]]) if prompt.rivals else None,
             "rival_logp": float(effects.rival_logp[i]) if prompt.rivals else None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdb.errors import DatasetError
@@ -51,13 +51,14 @@ def answer_tokens(tokenizer: Any, prompt: str, answer: str, prefix: str | None =
 class Target:
     """A prompt's tokens, the ``prefix`` after its text, its answer's tokens, and those of its category's other answers.
 
-    The other answers are joined to prompts by the same prefix.
+    The other answers are joined to prompts by the same prefix. ``corrupt`` are the tokens of the prompt's corrupt text.
     """
 
     token_ids: list[int]
     prefix: str
     answer: Ids
     others: tuple[Ids, ...]
+    corrupt: list[int] | None = None
 
     @property
     def first(self) -> int:
@@ -101,6 +102,23 @@ def find_targets(
 
     for (_text, _answer, category), prefix, (ids, own) in zip(prompts, used, read, strict=True):
         yield Target(ids, prefix, own, others(category, prefix, own))
+
+
+def with_own(
+    tokenizer: Any, prompt: str, answer: str, target: Target, rival: str | None, corrupt: str | None
+) -> Target:
+    """Give a target the rival of its own, in place of the category's other answers, and its corrupt prompt.
+
+    Raises DatasetError for a rival that has the same tokens as the answer.
+    """
+    others, ids = target.others, None
+    if rival is not None:
+        others = (answer_tokens(tokenizer, prompt, rival, target.prefix)[1],)
+    if corrupt is not None:
+        ids = answer_tokens(tokenizer, corrupt, answer, target.prefix)[0]
+    if target.answer in others:
+        raise DatasetError(f"{_which(prompt, answer)} has the same tokens as its rival {rival!r}: use another rival.")
+    return replace(target, others=others, corrupt=ids)
 
 
 def _alone(tokenizer: Any, prefix: str, answer: str) -> Ids:

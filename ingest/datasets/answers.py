@@ -35,7 +35,7 @@ def check_answers(dataset: Dataset, *, limit: int | None = None) -> None:
 def _answers(examples: Sequence[Example]) -> dict[str | None, set[str | None]]:
     by_category: dict[str | None, set[str | None]] = {}
     for example in examples:
-        by_category.setdefault(example.category, set()).add(example.answer)
+        by_category.setdefault(example.category, set()).update({example.answer, example.rival or example.answer})
     return by_category
 
 

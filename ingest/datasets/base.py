@@ -18,7 +18,9 @@ class Example:
     """One text of a dataset: with a label to probe for, or with a category and the answer that continues it.
 
     Label 1 is the affirmative class: true, yes, positive, hateful, sarcastic. ``answer_prefix`` is the white space
-    that the file has between text and answer; without it, :mod:`kdb.ingest.datasets.joining` chooses it.
+    that the file has between text and answer; without it, :mod:`kdb.ingest.datasets.joining` chooses it. ``rival`` is
+    the answer that this one is compared with, instead of the category's others; ``corrupt`` is the prompt that patching
+    compares this one with.
     """
 
     text: str
@@ -29,6 +31,8 @@ class Example:
     subject: str | None = None
     answer: str | None = None
     answer_prefix: str | None = None
+    rival: str | None = None
+    corrupt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of the parts of the examples that results depend on.
 
-        These are text, label and group; in the knowledge study text, answer and category, and an answer's prefix.
+        These are text, label and group; in the knowledge study text, answer and category, and where there are any, the
+        answer's prefix, rival and corrupt prompt.
         """
         digest = hashlib.sha256()
         for example in self.examples:
@@ -75,7 +80,9 @@ class Dataset:
     def _essence(self, example: Example) -> list[str | int | None]:
         if self.study == "knowledge":
             prefix = [] if example.answer_prefix is None else [example.answer_prefix]
-            return [example.text, example.answer, example.category, *prefix]
+            also = {"rival": example.rival, "corrupt": example.corrupt}
+            named = [f"{name}: {value}" for name, value in also.items() if value is not None]
+            return [example.text, example.answer, example.category, *prefix, *named]
         return [example.text, example.label, example.group]
 
     @property

@@ -1,7 +1,7 @@
 """Read a user's dataset: a .csv, .jsonl or .parquet file, whose columns determine its study.
 
 A concept dataset has the columns `text` and `label`; a knowledge dataset has `prompt`, `answer` and `category`, and
-may have `relation` and `subject`.
+may have `relation`, `subject`, `rival` and `corrupt`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 _LABELS = {"0": 0, "1": 1, "true": 1, "false": 0, "yes": 1, "no": 0, "positive": 1, "negative": 0}
 _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
-_OPTIONAL = ("relation", "subject")
+_OPTIONAL = ("relation", "subject", "rival", "corrupt")
 _ALL = "all"
 """Reserved name: in saved queries it means all categories."""
 
@@ -108,25 +108,38 @@ def _answered(rows: Iterable[Row]) -> Iterator[Example]:
     first: dict[str, tuple[Row, Example]] = {}
     for row in rows:
         prompt, answer, category = (_filled(row, column) for column in _KNOWLEDGE)
-        relation, subject = (_optional(row, column) for column in _OPTIONAL)
+        relation, subject, rival, corrupt = (_optional(row, column) for column in _OPTIONAL)
         if category == _ALL:
             raise complaint(row.location, "a category of another name", "'all', which means all categories: rename it")
         example = Example(
             *(prompt, None, None, category, relation, subject, answer),
             answer_prefix=_written_prefix(text_of(row, "prompt"), text_of(row, "answer")),
+            rival=rival,
+            corrupt=corrupt,
         )
+        for what, value, other in (("rival", rival, answer), ("corrupt prompt", corrupt, prompt)):
+            if value is not None and value == other:
+                raise complaint(
+                    row.location, f"a {what} of another text", f"{excerpt(value)}: change it or leave it out"
+                )
         if prompt not in first:
             first[prompt] = row, example
             yield example
             continue
         earlier_row, earlier = first[prompt]
-        for what, one, other in (("answer", earlier.answer, answer), ("category", earlier.category, category)):
-            if one != other:
+        for what, one, two in _told_apart(earlier, example):
+            if one != two:
                 raise complaint(
                     row.location,
-                    f"the {what} {excerpt(one)} that {earlier_row.location} has for the prompt {excerpt(prompt)}",
-                    f"{excerpt(other)}: keep one of the two rows",
+                    f"the {what} {excerpt(one or '')} that {earlier_row.location} has for the prompt {excerpt(prompt)}",
+                    f"{excerpt(two or '')}: keep one of the two rows",
                 )
+
+
+def _told_apart(one: Example, other: Example) -> Iterator[tuple[str, str | None, str | None]]:
+    """Name and both values of what two examples of one prompt must have in common."""
+    for what in ("answer", "category", "rival", "corrupt"):
+        yield what, getattr(one, what), getattr(other, what)
 
 
 def _written_prefix(prompt: str, answer: str) -> str | None:
