@@ -58,14 +58,16 @@ def read_lens(
     check_revision(model, source.run, stored["revision"])
     work = _texts(source, wanted, tables, tokenizer) if is_concept else _prompts(source, tables, tokenizer)
     text = None if corpus is None else passages(tokenizer, corpus)
-    about = {} if corpus is None else {"corpus": corpus.name, "corpus_sha256": corpus.fingerprint, "seed": wanted.seed}
+    about: dict[str, Any] = (
+        {} if corpus is None else {"corpus": corpus.name, "corpus_sha256": corpus.fingerprint, "seed": wanted.seed}
+    )
     settings = {"source_run": source.run, "lens": wanted.lens, "positions": wanted.positions} | about
 
     def prepare() -> tuple[Subject[Any], list[Stage]]:
         parts = tuple(table_files(source.path, "activations")) if is_concept else None
         return ToRead(model, wanted, parts, text), _stages(wanted, work, stored, text is not None)
 
-    changed = {"source_run": source.run, "settings": json.dumps(settings)}
+    changed: dict[str, Any] = {"source_run": source.run, "settings": json.dumps(settings)}
     changed |= {} if corpus is None else {"seed": wanted.seed}
     identity = derived_identity("lens", row["study"], source, settings)
     planned = PlannedRun(
@@ -75,7 +77,8 @@ def read_lens(
 
 
 def _rows(source: RunFolder, table: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_parts(table_files(source.path, table)).to_pylist()
+    files = table_files(source.path, table)
+    rows: list[dict[str, Any]] = read_parts(files).to_pylist() if files else []
     return rows
 
 
@@ -146,7 +149,8 @@ class Reader:
     @functools.cached_property
     def fits(self) -> Any:
         """The translators of a tuned lens, and how good they are. A resumed run trains them again, to the same."""
-        from kdb.ingest.forward.tuned_lens import STEPS, fit
+        from kdb.ingest.forward.lens_training import STEPS
+        from kdb.ingest.forward.tuned_lens import fit
         from kdb.ingest.progress import progress
 
         assert self.wish.text is not None  # only a tuned lens has fits

@@ -20,14 +20,18 @@ from helpers.stored import NOON, Rows, create_lake
 from helpers.tiny_models import LAYERS, VOCAB, loaded, prompts, tiny_model
 
 from kdb.analysis import figures
+from kdb.ingest import corpus
 from kdb.ingest.attribution.effects import Known
 from kdb.ingest.attribution.lens import lens_rows
 from kdb.ingest.attribution.read_prompts import prompt_rows
 from kdb.ingest.attribution.targets import Target
+from kdb.ingest.forward import lens_training
 from kdb.ingest.forward.activation_cache import run_with_cache
 from kdb.ingest.forward.decomposition import Decomposition, decompose
 from kdb.ingest.forward.readouts import places, residuals
+from kdb.ingest.forward.tuned_lens import Fit, fit
 from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.models.structure import find_structure
 from kdb.ingest.prompts import Prompt
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
@@ -256,6 +260,200 @@ def test_a_run_without_a_kept_prompt_has_nothing_to_read(
     given = ("--model", tiny_model, "--dataset", tmp_path / "facts.csv", "--ablate-k", "0", "--no-effects")
     assert run_kdb("ingest", *given, "--warehouse", tmp_path / "w").exit_code == 0
     assert "has no kept prompt, so there is nothing to read." in refusal(lens(tmp_path / "w"))
+
+
+# Stored vectors --------------------------------------------------------------------------------------------------
+
+
+def test_stored_vectors_are_read_without_running_the_model(
+    copied: Path, lens: Callable[..., Result], tiny_loaded: LoadedModel
+) -> None:
+    assert "stored" in answer(lens(copied, dataset="labelled"))
+    opened = Warehouse(copied)
+    rows = opened.sql(
+        "SELECT r.*, text, n_tokens, label FROM lens_readouts AS r JOIN prompts AS p ON r.prompt_id = p.prompt_id "
+        "AND r.dataset = p.dataset WHERE r.dataset = 'labelled' ORDER BY r.prompt_id, r.layer"
+    ).to_dicts()
+    assert [(row["prompt_id"], row["layer"], row["place"]) for row in rows] == [
+        (i, layer, "resid_post") for i in range(32) for layer in range(2)
+    ]
+    for before, last in zip(rows[::2], rows[1::2], strict=True):
+        with torch.inference_mode():
+            ids = tiny_loaded.tokenizer(last["text"])["input_ids"]
+            output = tiny_loaded.model(torch.tensor([ids]), output_hidden_states=True)
+            p = output.logits[0, -1].log_softmax(-1)
+            q = tiny_loaded.model.lm_head(tiny_loaded.model.model.norm(output.hidden_states[1][0, -1])).log_softmax(-1)
+        assert last["position"] == last["n_tokens"] - 1 == len(ids) - 1
+        assert last["token"] == tiny_loaded.tokenizer.decode(ids[-1:])
+        assert last["kl"] == pytest.approx(0, abs=1e-6)
+        assert last["logps"] == pytest.approx(p.topk(5).values.tolist(), abs=1e-4)
+        assert before["kl"] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-4)
+        assert before["entropy"] == pytest.approx(-(q.exp() * q).sum().item(), abs=1e-4)
+        spelled = [
+            {tiny_loaded.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in words}
+            for words in (("no", "No", " no", " No"), ("yes", "Yes", " yes", " Yes"))
+        ]
+        tokens = [sorted(spelled[i] - spelled[1 - i]) for i in (last["label"], 1 - last["label"])]
+        assert (last["target_logp"], last["rival_logp"]) == pytest.approx(
+            [max(p[t].item() for t in some) for some in tokens], abs=1e-4
+        )
+    assert opened.query("lens-story", prompt=0, dataset="labelled")["layer"].to_list() == [0, 1]
+
+
+def test_texts_of_which_nothing_is_asked_have_no_answer_to_rank(
+    tmp_path: Path, run_kdb: RunKdb, tiny_model: Path, labelled: Path, lens: Callable[..., Result]
+) -> None:
+    given = ("--model", tiny_model, "--dataset", labelled, "--warehouse", tmp_path / "w")
+    assert run_kdb("ingest", *given).exit_code == 0
+    answer(lens(tmp_path / "w", dataset="labelled"))
+    counted = "SELECT count(*), count(target_rank), count(rival_logp), count(entropy) FROM lens_readouts"
+    assert Warehouse(tmp_path / "w").sql(counted).row(0) == (64, 0, 0, 64)
+
+
+# The tuned lens --------------------------------------------------------------------------------------------------
+
+
+def passages_of(n: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, VOCAB, size=(n, 17)).tolist()
+
+
+def fitted(architecture: str, seed: int = 1) -> list[Fit]:
+    model = loaded(tiny_model(architecture))
+    return fit(model, find_structure(model.model), passages_of(64), passages_of(16, seed=1), seed=seed)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox", "granite", "opt"])
+def test_a_tuned_lens_is_closer_to_the_output_on_held_out_text_and_the_identity_at_the_end(architecture: str) -> None:
+    *others, last = fitted(architecture)
+    assert [one.place for one in [*others, last]] == places(LAYERS)
+    for one in others:
+        assert one.is_better
+        assert one.kl_tuned.mean() < 0.9 * one.kl_logit.mean()
+        assert one.kl_tuned.shape == one.passage.shape == (16 * 16,)
+    assert last.is_better
+    assert float(last.translator.weight.abs().max()) == float(last.translator.bias.abs().max()) == 0
+    assert max(last.kl_tuned) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_divergences_of_a_fit_are_those_of_the_translated_states() -> None:
+    model = loaded(tiny_model("llama"))
+    structure = find_structure(model.model)
+    [one] = [f for f in fitted("llama") if f.place == (1, "resid_post")]
+    held = passages_of(16, seed=1)
+    with torch.inference_mode():
+        output = model.model(torch.tensor(held), output_hidden_states=True)
+        p = output.logits.double().log_softmax(-1)
+        for kl, translate in ((one.kl_logit, lambda h: h), (one.kl_tuned, one.translator)):
+            q = structure.readout(translate(output.hidden_states[2])).double().log_softmax(-1)
+            expected = (p.exp() * (p - q)).sum(-1)[:, 1:].flatten()  # but at the first token
+            assert kl == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-5)
+    row = one.row()
+    gain = row["kl_logit"] - row["kl_tuned"]
+    assert row["gain_low"] < gain < row["gain_high"]
+    assert (row["n_tokens"], row["n_passages"]) == (256, 16)
+
+
+def test_a_seed_makes_a_tuned_lens_reproducible() -> None:
+    first, again, other = (fitted("llama", seed)[0].translator.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_tuned_lens_is_stored_with_its_fits_and_shown_when_it_is_asked_for(
+    copied: Path, lens: Callable[..., Result]
+) -> None:
+    before = Warehouse(copied).query("lens-story", prompt=0, variant=VARIANT)
+    assert "stored" in answer(lens(copied, "--lens", "tuned", "--positions", "last"))
+    opened = Warehouse(copied)
+    fits = opened.query("lens-fits", variant=VARIANT).to_dicts()
+    assert [(row["layer"], row["place"]) for row in fits] == [(0, "resid_pre"), (0, "resid_post"), (1, "resid_post")]
+    assert fits[-1]["kl_tuned"] == pytest.approx(0, abs=1e-6)
+    kept = [(row["layer"], row["place"]) for row in fits if row["kept"]]
+    assert len(kept) > 1
+    tuned = opened.query("lens-story", prompt=0, variant=VARIANT, lens="tuned")
+    assert tuned.select("layer", "place").rows() == kept
+    logit = opened.query("lens-story", prompt=0, variant=VARIANT)
+    assert logit.rows() == before.rows()
+    last = {"layer": 1, "place": "resid_post"}
+    assert tuned.filter(**last)["target_logp"].item() == pytest.approx(
+        logit.filter(**last)["target_logp"].item(), abs=1e-5
+    )
+    [settings] = opened.sql("SELECT settings FROM runs WHERE list_contains(tables, 'lens_fits')").to_series()
+    assert {key: json.loads(settings)[key] for key in ("lens", "corpus", "seed")} == {
+        "lens": "tuned",
+        "corpus": "kdb",
+        "seed": 42,
+    }
+    drawn = figures.chart(opened, "lens-map", prompt=0, variant=VARIANT, lens="tuned").to_dict()
+    assert "lens: tuned" in drawn["title"]["subtitle"]
+
+
+def test_a_layer_at_which_the_tuned_lens_is_worse_has_no_readouts(
+    copied: Path, lens: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lens_training, "_RATE", 100.0)
+    answer(lens(copied, "--lens", "tuned"))
+    opened = Warehouse(copied)
+    fits = opened.query("lens-fits", variant=VARIANT).to_dicts()
+    assert [row["kept"] for row in fits[1:]] == [False, True]
+    assert [row["kept"] for row in fits] == [row["kl_tuned"] <= row["kl_logit"] for row in fits]
+    read = opened.query("lens-story", prompt=0, variant=VARIANT, lens="tuned")
+    assert set(read.select("layer", "place").rows()) == {(f["layer"], f["place"]) for f in fits if f["kept"]}
+    n_tokens = opened.sql("SELECT n_tokens FROM prompts WHERE prompt_id = 0 AND kept").item()
+    assert read["position"].unique().to_list() == list(
+        range(1, n_tokens)
+    )  # states at the first position are unlike all others
+
+
+def test_a_corpus_of_ones_own_is_another_run(copied: Path, lens: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "pages.txt").write_text("A page about the sea. " * 400)
+    answer(lens(copied, "--lens", "tuned", "--positions", "last"))
+    answer(lens(copied, "--lens", "tuned", "--positions", "last", "--corpus", tmp_path / "pages.txt"))
+    assert "is stored already" in answer(lens(copied, "--lens", "tuned", "--positions", "last"))
+    corpora = Warehouse(copied).sql(
+        "SELECT settings ->> '$.corpus' FROM runs WHERE list_contains(tables, 'lens_fits') ORDER BY ALL"
+    )
+    assert corpora.to_series().to_list() == ["kdb", "pages.txt"]
+
+
+CORPORA: dict[str, tuple[bytes | None, str]] = {
+    "no file": (None, "Cannot read the corpus"),
+    "not UTF-8": ("über".encode("latin-1") * 9000, "is not UTF-8 text (byte 0)"),
+    "empty": (b" \n\n", "is empty"),
+    "too small": (b"One page.", "The corpus 'pages.txt' is too small for a tuned lens"),
+}
+
+
+@pytest.mark.parametrize("what", CORPORA)
+def test_a_corpus_that_cannot_be_used_is_refused_and_stores_nothing(
+    plain: Path, lens: Callable[..., Result], tmp_path: Path, what: str
+) -> None:
+    content, message = CORPORA[what]
+    if content is not None:
+        (tmp_path / "pages.txt").write_bytes(content)
+    before = Warehouse(plain).storage.run_folders()
+    assert message in refusal(lens(plain, "--lens", "tuned", "--corpus", tmp_path / "pages.txt"))
+    storage = Warehouse(plain).storage
+    assert storage.run_folders() == before
+    assert storage.local.staging.unfinished_runs() == []
+
+
+def test_a_long_corpus_is_read_from_its_beginning_even_within_a_character(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "MOST_BYTES", 5)
+    (tmp_path / "pages.txt").write_text("aaaaéb")
+    assert corpus.read_corpus(tmp_path / "pages.txt").text == "aaaa"
+
+
+def test_a_passage_is_either_trained_on_or_held_out(tiny_loaded: LoadedModel) -> None:
+    train, held_out = corpus.passages(tiny_loaded.tokenizer, corpus.read_corpus(None))
+    assert 6 * len(held_out) < len(train) < 8 * len(held_out)
+    assert {len(one) for one in (*train, *held_out)} == {len(train[0])}
+    text = "".join(map(tiny_loaded.tokenizer.decode, held_out))
+    assert "The old ferry" in text
+    assert "The old ferry" not in "".join(map(tiny_loaded.tokenizer.decode, train))
 
 
 # Queries, on rows made by hand -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from kdb.ingest.forward.decomposition import Decomposition
-    from kdb.ingest.forward.tuned_lens import Translators
+    from kdb.ingest.forward.lens_training import Translators
 
 
 def prompt_rows(

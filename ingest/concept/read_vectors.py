@@ -21,7 +21,7 @@ from kdb.warehouse.vectors import read_states
 if TYPE_CHECKING:
     import torch
 
-    from kdb.ingest.forward.tuned_lens import Translators
+    from kdb.ingest.forward.lens_training import Translators
     from kdb.ingest.models.find import LoadedModel
     from kdb.ingest.models.structure import ModelStructure
 

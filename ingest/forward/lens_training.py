@@ -1,0 +1,248 @@
+"""Train the translators of a tuned lens: a least-squares start, then Adam on the KL divergence.
+
+Each step compares distributions over some tokens only: those that the model finds likely somewhere in the batch, and
+random ones that stand for all others. With a vocabulary of 50,000, this is about ten times faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdb.ingest.forward.decomposition import matrix
+from kdb.ingest.forward.readouts import Place, positions_at_once, read
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdb.ingest.models.find import LoadedModel
+    from kdb.ingest.models.structure import ModelStructure
+
+STEPS = 150
+"""Steps of Adam."""
+
+BATCH = 512
+"""Positions of one step of Adam."""
+
+LIKELY = 8
+"""Tokens of each position that a step includes: the model's most probable ones."""
+
+OTHERS = 1024
+"""Random tokens of each step that stand for all others."""
+
+_RATE = 2e-3
+"""Learning rate at the first step; it falls to 0."""
+
+_RIDGE = 0.02
+"""Penalty on A in the least-squares fit, for states of unit variance, beside a mean squared error."""
+
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the least-squares fit at which Adam may start."""
+
+
+@dataclass(frozen=True)
+class Translator:
+    """An affine map h + A h + b: ``weight`` is A (hidden, hidden), ``bias`` is b (hidden)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Translate states (…, hidden)."""
+        translated: torch.Tensor = states + states @ self.weight.T + self.bias
+        return translated
+
+
+Translators = Mapping[Place, Translator]
+"""The translators of a tuned lens that are used."""
+
+
+def trained(
+    loaded: LoadedModel,
+    structure: ModelStructure,
+    states: torch.Tensor,
+    generator: torch.Generator,
+    advance: Callable[[int], None],
+) -> list[Translator]:
+    """Fit a translator for each place to states (place, position, hidden); the last place is the model's output.
+
+    ``advance`` counts finished steps, of ``STEPS``.
+    """
+    return _Training(loaded, structure, states, generator).run(advance)
+
+
+class _Training:
+    """Fits the translators of all places to states (place, position, hidden) at once, so that they share batches."""
+
+    def __init__(
+        self, loaded: LoadedModel, structure: ModelStructure, states: torch.Tensor, generator: torch.Generator
+    ) -> None:
+        self.loaded, self.structure, self.states, self.generator = loaded, structure, states, generator
+        self.device = loaded.device
+        self.norm = copy.deepcopy(structure.final_norm).float()
+        self.rows = matrix(structure.unembed)
+        self.likely = self._likely()
+        self.size = min(BATCH, states.shape[1])
+
+    def run(self, advance: Callable[[int], None]) -> list[Translator]:
+        """Fit, and return a translator for each place; that of the last place is the identity."""
+        maps = self._maps()
+        for step in range(STEPS):
+            batch = self._batch()
+            loss = functools.partial(self._loss, batch)
+            for one, here in zip(maps, self.states, strict=False):  # all but the last place
+                one.step(loss, self._here(here, batch), _RATE * (1 - step / STEPS))
+            advance(1)
+        return [*(one.translator() for one in maps), self._identity()]
+
+    def _maps(self) -> list[_Map]:
+        """The maps at their start, for each place but the last."""
+        batch, final = self._batch(), self.states[-1].to(self.device)
+        maps = []
+        for here in self.states[:-1]:
+            maps.append(_Map(here.to(self.device), final))
+            maps[-1].start(functools.partial(self._loss, batch), self._here(here, batch))
+        return maps
+
+    def _here(self, states: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        return states[batch.at].to(self.device)
+
+    def _identity(self) -> Translator:
+        import torch
+
+        size = self.states.shape[2]
+        return Translator(torch.zeros(size, size, device=self.device), torch.zeros(size, device=self.device))
+
+    def _likely(self) -> torch.Tensor:
+        """The most probable tokens (position, token) of the model's own output."""
+        import torch
+
+        with torch.inference_mode():
+            found = [
+                read(self.loaded, self.structure, some.to(self.loaded.device)).topk(LIKELY, -1).indices.cpu()
+                for some in self.states[-1].split(positions_at_once(self.loaded))
+            ]
+        return torch.cat(found)
+
+    def _batch(self) -> _Batch:
+        """Random positions, and the tokens on which they are compared."""
+        import torch
+
+        at = torch.randint(self.states.shape[1], (self.size,), generator=self.generator)
+        likely, vocab = self.likely[at].unique(), len(self.rows)
+        others = torch.randint(vocab, (OTHERS,), generator=self.generator).unique()
+        others = others[~torch.isin(others, likely)]
+        weight = torch.zeros(len(likely) + len(others))
+        weight[len(likely) :] = float(np.log(max(1, vocab - len(likely)) / max(1, len(others))))
+        tokens = torch.cat([likely, others]).to(self.rows.device)
+        bias = getattr(self.structure.unembed, "bias", None)
+        batch = _Batch(
+            at,
+            self.rows[tokens].float().to(self.device),
+            None if bias is None else bias.detach()[tokens].float().to(self.device),
+            weight.to(self.device),
+        )
+        with torch.no_grad():
+            batch.final = self._log_p(self.states[-1][at].to(self.device), batch)
+        return batch
+
+    def _log_p(self, states: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """Log-probabilities (position, token of the batch), each other token standing for several."""
+        logits = self.norm(states) @ batch.rows.T
+        logits = (logits if batch.bias is None else logits + batch.bias) * self.structure.logit_scale
+        cap = self.structure.logit_softcap
+        if cap is not None:
+            logits = cap * (logits / cap).tanh()
+        log_p: torch.Tensor = (logits + batch.weight).log_softmax(-1)
+        return log_p
+
+    def _loss(self, batch: _Batch, translated: torch.Tensor) -> torch.Tensor:
+        """Mean KL divergence of a readout from the model's output, over the tokens of the batch."""
+        log_q = self._log_p(translated, batch)
+        kl: torch.Tensor = (batch.final.exp() * (batch.final - log_q)).sum(-1).mean()
+        return kl
+
+
+@dataclass
+class _Batch:
+    """Positions of one step, and the tokens whose probabilities it compares: their rows of the unembedding.
+
+    ``weight`` is the logarithm of the number of tokens that each stands for.
+    """
+
+    at: torch.Tensor
+    rows: torch.Tensor
+    bias: torch.Tensor | None
+    weight: torch.Tensor
+    final: torch.Tensor = None  # type: ignore[assignment]  # log-probabilities of the model's own output
+
+
+class _Map:
+    """The translator of one place in training: h + s (M x + c), where x is h, whitened, and s the size of the output.
+
+    In these coordinates all directions are alike, so that one learning rate fits them.
+    """
+
+    def __init__(self, states: torch.Tensor, final: torch.Tensor) -> None:
+        import torch
+
+        self.mean = states.mean(0)
+        centred = states - self.mean
+        values, vectors = torch.linalg.eigh((centred.T @ centred / len(states)).double())
+        scale = values.clamp_min(1e-6 * values.max() + 1e-12).rsqrt()
+        self.white = (vectors * scale @ vectors.T).float()
+        length = final.square().mean(-1, keepdim=True).sqrt()
+        self.size = length.mean()
+        self.least = self._least_squares(centred @ self.white, (final - states), length)
+        self.map = torch.zeros_like(self.least)
+        self.moments = [torch.zeros_like(self.least) for _ in range(2)]
+        self.steps = 0
+
+    def _least_squares(self, x: torch.Tensor, wanted: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """The map (hidden + 1, hidden) to the last block's output; errors count in units of that output's length."""
+        import torch
+
+        x = torch.nn.functional.pad(x, (0, 1), value=1.0)
+        weighted = x / length.square() * length.square().reciprocal().mean().reciprocal() / len(x)
+        penalty = torch.full((x.shape[1],), _RIDGE, device=x.device)
+        penalty[-1] = 0  # of the constant
+        left, right = weighted.T @ x + torch.diag(penalty), weighted.T @ (wanted / self.size)
+        solved: torch.Tensor = torch.linalg.solve(left.double(), right.double()).float()
+        return solved
+
+    def _translated(self, states: torch.Tensor, map_: torch.Tensor) -> torch.Tensor:
+        x = (states - self.mean) @ self.white
+        translated: torch.Tensor = states + self.size * (x @ map_[:-1] + map_[-1])
+        return translated
+
+    def start(self, loss: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> None:
+        """Begin with the share of the least-squares map whose loss is smallest; 0 is the identity."""
+        import torch
+
+        with torch.no_grad():
+            losses = [float(loss(self._translated(states, share * self.least))) for share in _SHARES]
+        self.map = _SHARES[int(np.argmin(losses))] * self.least
+        del self.least
+
+    def step(self, loss: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, rate: float) -> None:
+        """Take one step of Adam."""
+        import torch
+
+        with torch.enable_grad():
+            map_ = self.map.clone().requires_grad_(True)
+            [slope] = torch.autograd.grad(loss(self._translated(states, map_)), map_)
+        self.steps += 1
+        for moment, value, keep in zip(self.moments, (slope, slope.square()), (0.9, 0.99), strict=True):
+            moment.mul_(keep).add_(value, alpha=1 - keep)
+        mean, square = (m / (1 - k**self.steps) for m, k in zip(self.moments, (0.9, 0.99), strict=True))
+        self.map -= rate * mean / (square.sqrt() + 1e-8)
+
+    def translator(self) -> Translator:
+        """The translator in the coordinates of the states."""
+        weight = self.size * (self.white @ self.map[:-1]).T
+        return Translator(weight, self.size * self.map[-1] - self.mean @ weight.T)
