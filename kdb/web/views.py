@@ -331,7 +331,7 @@ def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         for title, rows in parts.items()
     ]
     lens = wh.query("lens-story", **_without_empty(asked))
-    last = lens.filter(lens["position"] == lens["position"].max())
+    last = lens.filter(pl.col("position") == pl.col("position").max())
     return {
         "title": f"Prompt {number}",
         "story": story[0],
