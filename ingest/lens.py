@@ -149,13 +149,11 @@ class Reader:
     @functools.cached_property
     def fits(self) -> Any:
         """The translators of a tuned lens, and how good they are. A resumed run trains them again, to the same."""
-        from kdb.ingest.forward.lens_training import STEPS
         from kdb.ingest.forward.tuned_lens import fit
-        from kdb.ingest.progress import progress
 
         assert self.wish.text is not None  # only a tuned lens has fits
-        with progress("tuned lens", STEPS, "steps") as shown, model_errors(f"{self.loaded.source.name} cannot be run"):
-            return fit(self.loaded, self.structure, *self.wish.text, seed=self.wish.wanted.seed, advance=shown.advance)
+        with model_errors(f"{self.loaded.source.name} cannot be run"):
+            return fit(self.loaded, self.structure, *self.wish.text, seed=self.wish.wanted.seed)
 
     @functools.cached_property
     def translators(self) -> Any:

@@ -71,7 +71,7 @@ def trained(
 ) -> list[Translator]:
     """Fit a translator for each place to states (place, position, hidden); the last place is the model's output.
 
-    ``advance`` counts finished steps, of ``STEPS``.
+    ``advance`` counts finished steps: one for each place but the last, then ``STEPS``.
     """
     return _Training(loaded, structure, states, generator).run(advance)
 
@@ -91,7 +91,7 @@ class _Training:
 
     def run(self, advance: Callable[[int], None]) -> list[Translator]:
         """Fit, and return a translator for each place; that of the last place is the identity."""
-        maps = self._maps()
+        maps = self._maps(advance)
         for step in range(STEPS):
             batch = self._batch()
             loss = functools.partial(self._loss, batch)
@@ -100,13 +100,14 @@ class _Training:
             advance(1)
         return [*(one.translator() for one in maps), self._identity()]
 
-    def _maps(self) -> list[_Map]:
+    def _maps(self, advance: Callable[[int], None]) -> list[_Map]:
         """The maps at their start, for each place but the last."""
         batch, final = self._batch(), self.states[-1].to(self.device)
         maps = []
         for here in self.states[:-1]:
             maps.append(_Map(here.to(self.device), final))
             maps[-1].start(functools.partial(self._loss, batch), self._here(here, batch))
+            advance(1)
         return maps
 
     def _here(self, states: torch.Tensor, batch: _Batch) -> torch.Tensor:

@@ -12,14 +12,14 @@ is the model's output, so its translator is the identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdb.ingest.forward.lens_training import Translator, trained
+from kdb.ingest.forward.lens_training import STEPS, Translator, trained
 from kdb.ingest.forward.patching import same_length
 from kdb.ingest.forward.readouts import (
     Place,
@@ -30,6 +30,7 @@ from kdb.ingest.forward.readouts import (
     residuals,
     tokens_of_states,
 )
+from kdb.ingest.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -106,11 +107,10 @@ def fit(
     held_out: Sequence[Sequence[int]],
     *,
     seed: int,
-    advance: Callable[[int], None] = lambda _n: None,
 ) -> list[Fit]:
     """Fit a translator for every place but those between attention and FFN, and compare it on held-out passages.
 
-    Passages have one length; their first token is left out. ``advance`` counts finished steps, of ``STEPS``.
+    Passages have one length; their first token is left out. Shows its progress.
     """
     import torch
 
@@ -118,7 +118,8 @@ def fit(
     every = places(len(structure.blocks))
     most = min(MOST_POSITIONS, TRAINING_BYTES // (4 * len(every) * _hidden(loaded)))
     states, _ = _states(loaded, structure, passages, most, generator, len(passages[0]) - 1)
-    translators = trained(loaded, structure, states, generator, advance)
+    with progress("tuned lens", STEPS + len(every) - 1, "steps") as shown:
+        translators = trained(loaded, structure, states, generator, shown.advance)
     del states
     some = max(_OF_PASSAGE, HELD_OUT // len(held_out))
     tested, passage = _states(loaded, structure, held_out, HELD_OUT, generator, some)
@@ -150,8 +151,10 @@ def _states(
     at = 1 + torch.randperm(len(passages[0]) - 1, generator=generator)[:length].sort().values
     n_places = len(structure.blocks) + 1
     states = torch.empty(n_places, n, length, _hidden(loaded))
-    for rows in same_length([passages[i] for i in chosen], tokens_of_states(loaded, n_places)):
-        states[:, rows] = residuals(loaded, structure, [passages[chosen[i]] for i in rows])[:, :, at].cpu()
+    with progress("text", n, "passages") as shown:
+        for rows in same_length([passages[i] for i in chosen], tokens_of_states(loaded, n_places)):
+            states[:, rows] = residuals(loaded, structure, [passages[chosen[i]] for i in rows])[:, :, at].cpu()
+            shown.advance(len(rows))
     return states.flatten(1, 2), np.repeat(chosen, length)
 
 
@@ -165,11 +168,12 @@ def _compared(
     import torch
 
     parts = []
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("held-out text", states.shape[1], "tokens") as shown:
         for some in states.to(loaded.device).split(positions_at_once(loaded), dim=1):
             final = log_probabilities(read(loaded, structure, some[-1]))
             rows = [list(_divergences(loaded, structure, final, h, t)) for h, t in zip(some, translators, strict=True)]
             parts.append(torch.tensor(rows, dtype=torch.float64))
+            shown.advance(some.shape[1])
     return torch.cat(parts, 2).numpy()
 
 
