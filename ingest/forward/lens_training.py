@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
     from kdb.ingest.models.structure import ModelStructure
 
-STEPS = 150
+STEPS = 300
 """Steps of Adam."""
 
-BATCH = 512
+BATCH = 256
 """Positions of one step of Adam."""
 
 LIKELY = 8
 """Tokens of each position that a step includes: the model's most probable ones."""
 
-OTHERS = 1024
+OTHERS = 512
 """Random tokens of each step that stand for all others."""
 
 _RATE = 2e-3

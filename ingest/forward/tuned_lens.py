@@ -122,7 +122,9 @@ def fit(
         translators = trained(loaded, structure, states, generator, shown.advance)
     del states
     some = max(_OF_PASSAGE, HELD_OUT // len(held_out))
-    tested, passage = _states(loaded, structure, held_out, HELD_OUT, generator, some)
+    # Drawn anew from the seed, so that other settings of the training are compared on the same positions.
+    again = torch.Generator().manual_seed(seed)
+    tested, passage = _states(loaded, structure, held_out, HELD_OUT, again, some)
     kls = _compared(loaded, structure, tested, translators)
     return [Fit(place, t, kl[0], kl[1], passage) for place, t, kl in zip(every, translators, kls, strict=True)]
 
