@@ -16,6 +16,7 @@ import numpy as np
 
 from kdb.ingest.forward.decomposition import matrix
 from kdb.ingest.forward.readouts import Place, positions_at_once, read
+from kdb.ingest.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -62,21 +63,7 @@ Translators = Mapping[Place, Translator]
 """The translators of a tuned lens that are used."""
 
 
-def trained(
-    loaded: LoadedModel,
-    structure: ModelStructure,
-    states: torch.Tensor,
-    generator: torch.Generator,
-    advance: Callable[[int], None],
-) -> list[Translator]:
-    """Fit a translator for each place to states (place, position, hidden); the last place is the model's output.
-
-    ``advance`` counts finished steps: one for each place but the last, then ``STEPS``.
-    """
-    return _Training(loaded, structure, states, generator).run(advance)
-
-
-class _Training:
+class Training:
     """Fits the translators of all places to states (place, position, hidden) at once, so that they share batches."""
 
     def __init__(
@@ -90,7 +77,10 @@ class _Training:
         self.size = min(BATCH, states.shape[1])
 
     def run(self, advance: Callable[[int], None]) -> list[Translator]:
-        """Fit, and return a translator for each place; that of the last place is the identity."""
+        """Fit, and return a translator for each place; that of the last place is the identity.
+
+        ``advance`` counts finished steps: one for each place but the last, then ``STEPS``.
+        """
         maps = self._maps(advance)
         for step in range(STEPS):
             batch = self._batch()
@@ -123,11 +113,12 @@ class _Training:
         """The most probable tokens (position, token) of the model's own output."""
         import torch
 
-        with torch.inference_mode():
-            found = [
-                read(self.loaded, self.structure, some.to(self.loaded.device)).topk(LIKELY, -1).indices.cpu()
-                for some in self.states[-1].split(positions_at_once(self.loaded))
-            ]
+        final, found = self.states[-1], []
+        with torch.inference_mode(), progress("likely tokens", len(final), "tokens") as shown:
+            for some in final.split(positions_at_once(self.loaded)):
+                logits = read(self.loaded, self.structure, some.to(self.device))
+                found.append(logits.topk(min(LIKELY, logits.shape[1]), -1).indices.cpu())
+                shown.advance(len(some))
         return torch.cat(found)
 
     def _batch(self) -> _Batch:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdb.ingest.forward.lens_training import STEPS, Translator, trained
+from kdb.ingest.forward.lens_training import STEPS, Training, Translator
 from kdb.ingest.forward.patching import same_length
 from kdb.ingest.forward.readouts import (
     Place,
@@ -118,9 +118,10 @@ def fit(
     every = places(len(structure.blocks))
     most = min(MOST_POSITIONS, TRAINING_BYTES // (4 * len(every) * _hidden(loaded)))
     states, _ = _states(loaded, structure, passages, most, generator, len(passages[0]) - 1)
+    training = Training(loaded, structure, states, generator)
     with progress("tuned lens", STEPS + len(every) - 1, "steps") as shown:
-        translators = trained(loaded, structure, states, generator, shown.advance)
-    del states
+        translators = training.run(shown.advance)
+    del training, states
     some = max(_OF_PASSAGE, HELD_OUT // len(held_out))
     # Drawn anew from the seed, so that other settings of the training are compared on the same positions.
     again = torch.Generator().manual_seed(seed)
