@@ -354,6 +354,12 @@ def test_the_divergences_of_a_fit_are_those_of_the_translated_states() -> None:
     assert (row["n_tokens"], row["n_passages"]) == (256, 16)
 
 
+def test_steps_that_are_too_large_make_no_lens_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lens_training, "_RATE", 100.0)
+    for one in fitted("llama"):
+        assert one.kl_tuned.mean() <= 1.05 * one.kl_logit.mean()
+
+
 def test_a_seed_makes_a_tuned_lens_reproducible() -> None:
     first, again, other = (fitted("llama", seed)[0].translator.weight for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -392,7 +398,11 @@ def test_a_tuned_lens_is_stored_with_its_fits_and_shown_when_it_is_asked_for(
 def test_a_layer_at_which_the_tuned_lens_is_worse_has_no_readouts(
     copied: Path, lens: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unchecked(self: Any, _loss: Any, _states: Any) -> None:
+        self.best = self.map.clone()
+
     monkeypatch.setattr(lens_training, "_RATE", 100.0)
+    monkeypatch.setattr(lens_training._Map, "check", unchecked)
     answer(lens(copied, "--lens", "tuned"))
     opened = Warehouse(copied)
     fits = opened.query("lens-fits", variant=VARIANT).to_dicts()

@@ -39,6 +39,12 @@ OTHERS = 512
 _RATE = 2e-3
 """Learning rate at the first step; it falls to 0."""
 
+_CHECKED = 15
+"""Steps after which a map is checked."""
+
+_SLOWER = 0.3
+"""Factor of the learning rate after a check at which a map is not better."""
+
 _RIDGE = 0.02
 """Penalty on A in the least-squares fit, for states of unit variance, beside a mean squared error."""
 
@@ -74,28 +80,34 @@ class Training:
         self.norm = copy.deepcopy(structure.final_norm).float()
         self.rows = matrix(structure.unembed)
         self.likely = self._likely()
-        self.size = min(BATCH, states.shape[1])
+        self.size = min(BATCH, states.shape[1] // 2)
+        self.rest = states.shape[1] - self.size
 
     def run(self, advance: Callable[[int], None]) -> list[Translator]:
         """Fit, and return a translator for each place; that of the last place is the identity.
 
         ``advance`` counts finished steps: one for each place but the last, then ``STEPS``.
         """
-        maps = self._maps(advance)
-        for step in range(STEPS):
-            batch = self._batch()
-            loss = functools.partial(self._loss, batch)
+        import torch
+
+        # The last passages are not trained on: they tell whether a map gets better.
+        check = self._batch(torch.arange(self.rest, self.rest + self.size))
+        maps = self._maps(check, advance)
+        for step in range(1, STEPS + 1):
+            batch = self._batch(torch.randint(self.rest, (self.size,), generator=self.generator))
+            loss, checked = functools.partial(self._loss, batch), functools.partial(self._loss, check)
             for one, here in zip(maps, self.states, strict=False):  # all but the last place
-                one.step(loss, self._here(here, batch), _RATE * (1 - step / STEPS))
+                one.step(loss, self._here(here, batch), 1 - (step - 1) / STEPS)
+                if step % _CHECKED == 0 or step == STEPS:
+                    one.check(checked, self._here(here, check))
             advance(1)
         return [*(one.translator() for one in maps), self._identity()]
 
-    def _maps(self, advance: Callable[[int], None]) -> list[_Map]:
+    def _maps(self, batch: _Batch, advance: Callable[[int], None]) -> list[_Map]:
         """The maps at their start, for each place but the last."""
-        batch, final = self._batch(), self.states[-1].to(self.device)
-        maps = []
+        final, maps = self.states[-1, : self.rest].to(self.device), []
         for here in self.states[:-1]:
-            maps.append(_Map(here.to(self.device), final))
+            maps.append(_Map(here[: self.rest].to(self.device), final))
             maps[-1].start(functools.partial(self._loss, batch), self._here(here, batch))
             advance(1)
         return maps
@@ -121,11 +133,10 @@ class Training:
                 shown.advance(len(some))
         return torch.cat(found)
 
-    def _batch(self) -> _Batch:
-        """Random positions, and the tokens on which they are compared."""
+    def _batch(self, at: torch.Tensor) -> _Batch:
+        """Some positions, and the tokens on which they are compared."""
         import torch
 
-        at = torch.randint(self.states.shape[1], (self.size,), generator=self.generator)
         likely, vocab = self.likely[at].unique(), len(self.rows)
         others = torch.randint(vocab, (OTHERS,), generator=self.generator).unique()
         others = others[~torch.isin(others, likely)]
@@ -191,9 +202,8 @@ class _Map:
         length = final.square().mean(-1, keepdim=True).sqrt()
         self.size = length.mean()
         self.least = self._least_squares(centred @ self.white, (final - states), length)
-        self.map = torch.zeros_like(self.least)
-        self.moments = [torch.zeros_like(self.least) for _ in range(2)]
-        self.steps = 0
+        self.rate = _RATE
+        self._begin(torch.zeros_like(self.least))
 
     def _least_squares(self, x: torch.Tensor, wanted: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """The map (hidden + 1, hidden) to the last block's output; errors count in units of that output's length."""
@@ -218,11 +228,31 @@ class _Map:
 
         with torch.no_grad():
             losses = [float(loss(self._translated(states, share * self.least))) for share in _SHARES]
-        self.map = _SHARES[int(np.argmin(losses))] * self.least
+        self.best, self.loss = _SHARES[int(np.argmin(losses))] * self.least, min(losses)
+        self._begin(self.best)
         del self.least
 
-    def step(self, loss: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, rate: float) -> None:
-        """Take one step of Adam."""
+    def _begin(self, map_: torch.Tensor) -> None:
+        """Start Adam at a map."""
+        import torch
+
+        self.map, self.steps = map_.clone(), 0
+        self.moments = [torch.zeros_like(map_) for _ in range(2)]
+
+    def check(self, loss: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> None:
+        """Keep the map if its loss is the smallest so far; else go back to the best one, with smaller steps."""
+        import torch
+
+        with torch.no_grad():
+            now = float(loss(self._translated(states, self.map)))
+        if now < self.loss:
+            self.best, self.loss = self.map.clone(), now
+        else:
+            self.rate *= _SLOWER
+            self._begin(self.best)
+
+    def step(self, loss: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, share: float) -> None:
+        """Take one step of Adam, with a share of the learning rate."""
         import torch
 
         with torch.enable_grad():
@@ -232,9 +262,9 @@ class _Map:
         for moment, value, keep in zip(self.moments, (slope, slope.square()), (0.9, 0.99), strict=True):
             moment.mul_(keep).add_(value, alpha=1 - keep)
         mean, square = (m / (1 - k**self.steps) for m, k in zip(self.moments, (0.9, 0.99), strict=True))
-        self.map -= rate * mean / (square.sqrt() + 1e-8)
+        self.map -= self.rate * share * mean / (square.sqrt() + 1e-8)
 
     def translator(self) -> Translator:
-        """The translator in the coordinates of the states."""
-        weight = self.size * (self.white @ self.map[:-1]).T
-        return Translator(weight, self.size * self.map[-1] - self.mean @ weight.T)
+        """The best translator, in the coordinates of the states."""
+        weight = self.size * (self.white @ self.best[:-1]).T
+        return Translator(weight, self.size * self.best[-1] - self.mean @ weight.T)
