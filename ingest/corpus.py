@@ -17,7 +17,7 @@ from kdb.errors import DatasetError
 from kdb.ingest.models.tokens import bare, read_texts
 
 OWN = Path(__file__).parent / "datasets" / "data" / "prose.txt"
-"""Prose that was written for kdb. It states no fact that a built-in dataset asks for."""
+"""Prose that was written for kdb; it has no sentence of a built-in dataset."""
 
 MOST_BYTES = 8 * 2**20
 """Bytes of a file that are read, from its beginning."""

@@ -1,5 +1,8 @@
 """Train the translators of a tuned lens: a least-squares start, then Adam on the KL divergence.
 
+Logits of some models are so steep that steps which suit another model ruin a translator, so each is checked from time
+to time on positions that are not trained on. Training goes back to the best one, with smaller steps.
+
 Each step compares distributions over some tokens only: those that the model finds likely somewhere in the batch, and
 random ones that stand for all others. A step on the whole vocabulary would take many times as long.
 """
