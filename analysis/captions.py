@@ -24,7 +24,10 @@ FEW = "no interval below five prompts, or where all but a few prompts have the s
 EFFECTS = "Effects are stored by `kdb ingest` and `kdb patch`; runs of older versions have none."
 """Sentence in place of effects that are not stored."""
 
-READOUTS = "Readouts of every layer are stored by `kdb ingest`; runs of older versions have none."
+READOUTS = (
+    "Readouts of every layer are stored by `kdb ingest`, and by `kdb lens` for every position or a tuned lens; runs of "
+    "older versions have none."
+)
 """Sentence in place of readouts that are not stored."""
 
 MEANS = (

@@ -283,7 +283,7 @@ _ALL = (
     Figure(
         "lens-map",
         "First choice of every layer in one prompt",
-        "in, mid, out: before the first block, after attention, after the FFN; ␣ is a space",
+        "in, mid, out: before the first block, after attention, after the FFN; ␣ is a space; rank: at the last token",
         query="lens-story",
         draw="lens.lens_map",
         hint=READOUTS,
@@ -327,6 +327,7 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     prompt = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{prompt}” → “{numbers['target_token'][0]}”" if prompt else "")
     marks += "".join(f"\nanswer: “{token}”" for token in numbers["target_token"][:1]) if name == "lens-map" else ""
+    marks += f"\nlens: {values['lens']}" if "lens" in values else ""
     if "effect_method" in values:
         marks += "\neffect: {effect_method}; replacement: {replacement}; role: {role}; {direction}".format(**values)
     if find_query(figure.query).group == "knowledge":

@@ -287,14 +287,19 @@ def shares(frame: pl.DataFrame, look: Look) -> Chart:
 def prompt_story(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw one prompt in one model: layers, heads and what they read, neurons and their tokens, as bars."""
     del look
-    pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
-    if len(pairs) > 1:
-        named = "--model {} --dataset {}".format(*pairs[0])
-        raise QueryError(f"prompt-story shows one model and one dataset. Name them, such as {named}.")
+    check_single(frame, "prompt-story")
     parts = frame["part"].unique(maintain_order=True)
     columns = ([part for part in parts if _wide(part) is wide] for wide in (False, True))
     drawn = [alt.vconcat(*(_bars(frame.filter(part=part)) for part in column)) for column in columns if column]
     return alt.hconcat(*drawn)
+
+
+def check_single(frame: pl.DataFrame, figure: str) -> None:
+    """Raise QueryError unless the rows of a figure of one prompt are of one model and one dataset."""
+    pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
+    if len(pairs) > 1:
+        named = "--model {} --dataset {}".format(*pairs[0])
+        raise QueryError(f"{figure} shows one model and one dataset. Name them, such as {named}.")
 
 
 def _wide(part: str) -> bool:

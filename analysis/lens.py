@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import polars as pl
 
-from kdb.analysis.importance import grid, keys_of, with_depth
+from kdb.analysis.importance import check_single, grid, keys_of, with_depth
 from kdb.analysis.prompt_means import with_intervals
 from kdb.analysis.style import ATTN, Chart, Look, depth_axis
-from kdb.errors import QueryError
 from kdb.queries.catalogue import bind, find_query
 
 if TYPE_CHECKING:
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
 
 _FIRST = """
 SELECT model, shown_dataset, dataset, category, prompt_id, layer, 100 * (target_rank = 1)::DOUBLE AS score
-FROM lens_readouts
-JOIN _kept_prompts('lens_readouts', ?, ?, ?, ?, ?, wanted_pool := ?) USING (model, dataset, run, prompt_id)
-WHERE place = 'resid_post' AND lens = 'logit'
-QUALIFY position = max(position) OVER (PARTITION BY model, dataset, run, prompt_id)
+FROM answer_ranks(?, ?, ?, ?, ?, ?, wanted_pool := ?)
 ORDER BY model, shown_dataset, category_order(category), dataset, prompt_id, layer
 """
 _PANEL = ("model", "dataset", "category")
@@ -38,7 +34,7 @@ def answers_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """
     query = find_query("answer-by-layer")
     values = bind(query.name, query.params, params)
-    names = ("model", "category", "dataset", "variant", "run", "pool")
+    names = ("model", "category", "dataset", "variant", "run", "lens", "pool")
     asked = [list(value) if isinstance(value, tuple) else value for value in map(values.get, names)]
     rows = wh.sql(_FIRST, asked)
     by_prompt = rows if values["pool"] else rows.drop("shown_dataset")
@@ -69,27 +65,33 @@ _LONGEST = 14
 
 
 def lens_map(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw one prompt in one model: the most probable token after each part of each block, the last block on top."""
+    """Draw one prompt in one model: the most probable next token at each position and place, the last block on top.
+
+    Columns are the positions whose readouts are stored: the last one, or all after ``kdb lens``.
+    """
     del look
-    pairs = frame.select("model", "dataset").unique(maintain_order=True).rows()
-    if len(pairs) > 1:
-        named = "--model {} --dataset {}".format(*pairs[0])
-        raise QueryError(f"lens-map shows one model and one dataset. Name them, such as {named}.")
+    check_single(frame, "lens-map")
     frame = frame.with_columns(
         place=pl.format("{} {}", "layer", pl.col("place").replace(_PLACES)),
         best=pl.col("tokens").map_elements(_best, return_dtype=pl.String),
+        at=pl.format("{} {}", "position", pl.col("token").fill_null("").map_elements(_shown, return_dtype=pl.String)),
     )
     rows = frame["place"].unique(maintain_order=True).reverse().to_list()
     y = alt.Y("place:N", sort=rows, title="layer", axis=alt.Axis(labelOverlap=False))
     n = frame["position"].n_unique()
-    size = {"width": 96 * n, "height": 14 * len(rows)}
+    size = {"width": (96 if n == 1 else 82) * n, "height": 14 * len(rows)}
     return alt.hconcat(_cells(frame, y).properties(**size), _ranks(frame, rows, size["height"]), spacing=8)
 
 
 def _cells(frame: pl.DataFrame, y: alt.Y) -> Any:
-    base = alt.Chart(frame).encode(alt.X("position:O", title="position", axis=alt.Axis(labelAngle=0)), y)
+    base = alt.Chart(frame).encode(
+        alt.X(
+            "at:N", sort=frame["at"].unique(maintain_order=True).to_list(), title="token", axis=alt.Axis(labelAngle=0)
+        ),
+        y,
+    )
     scale = alt.Scale(range=["#f7f7f7", "#6baed6", "#08306b"], domain=[0, 0.5, 1])
-    tooltip = ["place", "position", "tokens", *(alt.Tooltip(f"{x}:Q", format=".3f") for x in ("prob", "target_logp"))]
+    tooltip = ["place", "at", "tokens", *(alt.Tooltip(f"{x}:Q", format=".3f") for x in ("prob", "target_logp"))]
     tooltip += ["target_rank", alt.Tooltip("kl:Q", format=".3f")]
     legend = alt.Legend(title="probability of the token", gradientLength=120)
     ink = alt.when("datum.prob > 0.55").then(alt.value("white")).otherwise(alt.value("black"))
@@ -109,8 +111,12 @@ def _ranks(frame: pl.DataFrame, rows: list[str], height: int) -> Any:
 
 
 def _best(tokens: str) -> str:
-    """Return the first of several JSON strings, short, with a leading space that is seen."""
-    first = str(json.loads(f"[{tokens}]")[0])
-    shown = json.dumps(first, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    """Return the first of several JSON strings as a cell shows it."""
+    return _shown(str(json.loads(f"[{tokens}]")[0]))
+
+
+def _shown(token: str) -> str:
+    """Return a token, short, with a leading space that is seen."""
+    shown = json.dumps(token, ensure_ascii=False)[1:-1].replace('\\"', '"')
     shown = "␣" + shown[1:] if shown.startswith(" ") else shown
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"

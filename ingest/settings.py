@@ -99,6 +99,15 @@ class Patching:
     directions: tuple[str, ...] = ("noising",)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Settings of ``kdb lens``: the lens (logit or tuned), token positions (last or all), and the seed of training."""
+
+    lens: str = "logit"
+    positions: str = "last"
+    seed: int = 42
+
+
 def settings_from(settings: type[T], options: Mapping[str, Any]) -> T:
     """Build settings from those options that belong to them; absent options have their defaults."""
     names = {field.name for field in fields(settings)}  # type: ignore[arg-type]  # T is a dataclass

@@ -48,6 +48,12 @@ ROLES = ("last", "subject", "all")
 DIRECTIONS = ("noising", "denoising")
 """In which prompt a part is replaced: the prompt itself, or its pair."""
 
+LENSES = ("logit", "tuned")
+"""Lenses through which the residual stream is read."""
+
+POSITIONS = ("last", "all")
+"""Token positions of a prompt."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -133,7 +139,8 @@ DOMAINS: Mapping[str, Domain] = {
     "method": _one_of("pca", "umap"),
     "component": _one_of("attn", "ffn"),
     "activates": _one_of("attn", "ffn"),
-    "positions": _one_of("last", "all"),
+    "positions": _one_of(*POSITIONS),
+    "lens": _one_of(*LENSES),
     "role": _one_of(*ROLES),
     "replacement": _one_of(*REPLACEMENTS),
     "effect_method": _one_of(*EFFECT_METHODS),

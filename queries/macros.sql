@@ -669,6 +669,58 @@ GROUP BY model, shown_dataset, category, component, layer, head, neuron;
 -- Sort key of an effect: what costs the answer most first; in denoising, what brings it back most.
 CREATE MACRO effect_order(logp, direction) AS CASE direction WHEN 'denoising' THEN -logp ELSE logp END;
 
+-- Lens readouts, of one prompt or of all. Every knowledge run stores those of the logit lens at the last position, and
+-- each `kdb lens` adds a run, so at each position those of the newest run that has it are shown. Tuned lenses differ in
+-- their training, so all are of the newest run with one. run is the one that has the prompts.
+CREATE MACRO _readouts(
+    wanted_models, wanted_dataset, wanted_variant, wanted_run, wanted_lens, wanted_prompt := NULL
+) AS TABLE
+WITH having_readouts AS (
+    SELECT model, dataset, variant, run, coalesce(source_run, run) AS prompts_run, standing, since
+    FROM known_runs
+    WHERE list_contains(tables, 'lens_readouts')
+        AND among(model, wanted_models) AND (wanted_dataset IS NULL OR dataset = wanted_dataset)
+        AND CASE WHEN wanted_run IS NULL
+            THEN revision = shown_revision AND (wanted_variant IS NULL OR variant = wanted_variant)
+            ELSE run = wanted_run END
+)
+
+SELECT
+    lens_readouts.model, lens_readouts.dataset, variant, prompts_run AS run, prompt_id, layer, place, position, token,
+    target_rank, target_logp, rival_rank, rival_logp, entropy, kl, tokens, logps
+FROM lens_readouts
+JOIN having_readouts USING (model, dataset, run)
+WHERE lens = wanted_lens AND (wanted_prompt IS NULL OR prompt_id = wanted_prompt)
+QUALIFY run = first_value(run) OVER (
+    PARTITION BY
+        model, dataset, variant, prompts_run,
+        CASE lens WHEN 'logit' THEN prompt_id END, CASE lens WHEN 'logit' THEN position END
+    ORDER BY standing, since DESC NULLS LAST, run DESC
+);
+
+-- The answer's rank after each block in the kept prompts, as read at their last position.
+CREATE MACRO answer_ranks(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_lens, wanted_pool := false
+) AS TABLE
+WITH found AS MATERIALIZED (
+    SELECT
+        readouts.model, readouts.dataset, readouts.run, category, readouts.prompt_id, layer, position,
+        readouts.target_rank
+    FROM _readouts(wanted_models, wanted_dataset, wanted_variant, wanted_run, wanted_lens) AS readouts
+    JOIN prompts USING (model, dataset, run, prompt_id)
+    WHERE place = 'resid_post' AND kept AND among(category, wanted_categories)
+    QUALIFY position = max(position) OVER (PARTITION BY model, dataset, run, prompt_id)
+),
+
+named AS (
+    SELECT model, dataset, shown_dataset(wanted_pool, model, dataset) AS shown_dataset
+    FROM (SELECT DISTINCT model, dataset FROM found)
+)
+
+SELECT model, dataset, shown_dataset, run, category, prompt_id, layer, target_rank
+FROM found
+JOIN named USING (model, dataset);
+
 -- Scores of value neurons in single prompts: listed is that of one position, from a prompt's list of its best neurons;
 -- candidate is the sum over all positions, of a neuron that is scored in every prompt of its category.
 CREATE MACRO listed_or_candidates() AS TABLE

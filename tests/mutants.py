@@ -39,6 +39,7 @@ class Mutant:
 
 PATCHING, GRADIENTS = "ingest/forward/patching.py", "ingest/forward/gradients.py"
 EFFECTS = "ingest/attribution/effects.py"
+READOUTS = "ingest/forward/readouts.py"
 PROBES, SPLITS = "ingest/concept/probes.py", "ingest/concept/splits.py"
 BOUNDS = "ingest/attribution/bounds.py"
 CANDIDATES = "ingest/attribution/candidates.py"
@@ -236,6 +237,17 @@ MUTANTS = [
         'yield layer, "resid_post", before',
         "tests/test_effects.py",
     ),
+    Mutant(READOUTS, 'seen[layer, "attn"] * multiplier', 'seen[layer, "attn"]', "tests/test_lens.py"),
+    Mutant(
+        READOUTS, '(layer - 1, "resid_post") if layer else', '(layer, "resid_post") if layer else', "tests/test_lens.py"
+    ),
+    Mutant(
+        MACROS, "CASE lens WHEN 'logit' THEN prompt_id END, CASE", "prompt_id, position, CASE", "tests/test_lens.py"
+    ),
+    Mutant("ingest/forward/tuned_lens.py", "self.kl_tuned.mean() <=", "0 <=", "tests/test_lens.py"),
+    Mutant("ingest/forward/lens_training.py", " - self.mean @ weight.T", "", "tests/test_lens.py"),
+    Mutant("ingest/concept/read_vectors.py", "tokens[1 - label]", "tokens[0]", "tests/test_lens.py"),
+    Mutant("ingest/attribution/read_prompts.py", "if translators is None or p > 0", "if p >= 0", "tests/test_lens.py"),
     Mutant(
         "queries/knowledge/answer-by-layer.sql",
         "FILTER (target_rank > 1)",

@@ -25,6 +25,7 @@ from platformdirs import user_cache_path
 from kdb.cli import main
 from kdb.ingest.datasets import catalogue
 from kdb.ingest.datasets.base import Dataset
+from kdb.ingest.forward import lens_training, tuned_lens
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +37,7 @@ PAGES = (
     ROOT / "docs/knowledge-attribution.md",
     ROOT / "docs/certificate.md",
     ROOT / "docs/effects.md",
+    ROOT / "docs/lens.md",
     ROOT / "docs/analysis.md",
     ROOT / "docs/cluster.md",
     ROOT / "docs/object-storage.md",
@@ -144,6 +146,9 @@ def run_here(args: list[str], work: Path) -> subprocess.CompletedProcess[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         patch.setattr(catalogue, "load_builtin", few)
+        patch.setattr(lens_training, "STEPS", 2)
+        patch.setattr(tuned_lens, "MOST_POSITIONS", 256)
+        patch.setattr(tuned_lens, "HELD_OUT", 40)
         result = CliRunner().invoke(main, args, env=environment(work))
     cause = "".join(traceback.format_exception(result.exception)) if result.exception else ""
     return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr + cause)

@@ -42,10 +42,11 @@ NEW_TABLES = (
     "effects",
     "lens_readouts",
     "candidate_scores",
+    "lens_fits",
 )
 UNKNOWN_THEN = {
     *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),
-    *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story"),
+    *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story", "lens-fits"),
     *(f"{kind}{table}" for kind in ("table ", "current ", "scan ") for table in NEW_TABLES),
 }
 """Questions for which an older warehouse has no rows."""

@@ -119,7 +119,7 @@ def test_sql_answers_by_post_and_by_link(client: httpx.Client) -> None:
 
 WITHOUT_ROWS = {
     *("depth-by-step", "scores-by-step", "baselines", "probe-transfer"),
-    *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story"),
+    *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story", "lens-fits"),
 }
 """Queries that the demonstration, of models without checkpoints and of an older kdb, has no rows for."""
 

@@ -739,10 +739,11 @@ lens_readouts = _table(
         since=6,
     ),
     _column("position", SmallInteger(), "token position, numbered from 0", unit="tokens", since=6),
+    _column("token", Text(), "text of the prompt's token at this position", since=6),
     _column(
         "lens", Text(), "logit (final norm and unembedding) or tuned (after an affine map fitted to the layer)", since=6
     ),
-    _column("target_rank", Integer(), "rank of the target among all tokens, from 1", since=6),
+    _column("target_rank", Integer(), "rank of the target among all tokens, from 1; NULL if nothing is asked", since=6),
     _column("target_logp", Double(), "log-probability of the target", unit="nat", since=6),
     _column("rival_rank", Integer(), "rank of the rival, from 1; NULL without a rival", since=6),
     _column("rival_logp", Double(), "log-probability of the rival; NULL without one", unit="nat", since=6),
@@ -757,6 +758,33 @@ lens_readouts = _table(
     _column("tokens", TextList(), "texts of the five most probable tokens, the best first", since=6),
     _column("logps", FloatList(), "log-probabilities of these tokens", unit="nat", since=6),
     key=("prompt_id", "layer", "place", "position", "lens"),
+)
+
+lens_fits = _table(
+    "lens_fits",
+    "layer × place, of a tuned lens",
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _column("place", Text(), "resid_pre (before the block, of layer 0 only) or resid_post (after the block)", since=6),
+    _column("n_tokens", Integer(), "tokens of held-out text on which both lenses are compared", unit="tokens", since=6),
+    _column("n_passages", Integer(), "passages of held-out text that these tokens are from", since=6),
+    _column(
+        "kl_logit",
+        Double(),
+        "KL divergence of the logit lens from the model's output, mean over these tokens",
+        unit="nat",
+        since=6,
+    ),
+    _column("kl_tuned", Double(), "the same of the tuned lens", unit="nat", since=6),
+    _column(
+        "gain_low",
+        Double(),
+        "lower end of the 95 % interval, over passages, of kl_logit − kl_tuned; NULL below five passages",
+        unit="nat",
+        since=6,
+    ),
+    _column("gain_high", Double(), "upper end of this interval", unit="nat", since=6),
+    _column("kept", Boolean(), "whether the tuned lens is not worse, so that its readouts are stored", since=6),
+    key=("layer", "place"),
 )
 
 TABLES: dict[str, Table] = dict(metadata.tables)

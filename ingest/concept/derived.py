@@ -81,7 +81,7 @@ def derive(
     """
     storage.inspect([source], vectors=True)
     with _reading(source):
-        _check_vectors(source, table_files(source.path, "activations"))
+        check_vectors(source, table_files(source.path, "activations"))
         row = read_parts(table_files(source.path, "runs")).to_pylist()[0]
         changed |= {"source_run": source.run, "settings": json.dumps(json.loads(row["settings"]) | settings)}
     identity = derived_identity(kind, "concept", source, settings)
@@ -109,7 +109,7 @@ def _reading(source: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _check_vectors(source: RunFolder, activations: Sequence[Path]) -> None:
+def check_vectors(source: RunFolder, activations: Sequence[Path]) -> None:
     """Raise WarehouseError unless the run has the vectors of all of its prompts."""
     again = f"To measure them again, use `kdb runs remove {source.run}` and `kdb ingest`."
     if not activations:

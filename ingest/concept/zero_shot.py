@@ -55,10 +55,15 @@ def question_of(tokenizer: Any, dataset: Dataset) -> Question:
     """
     if dataset.answers is None:
         return Question(("", ""), (), ((), ()))
-    negative, positive = (_first_tokens(tokenizer, word) for word in dataset.answers)
-    first_tokens = tuple(sorted(negative - positive)), tuple(sorted(positive - negative))
-    cue = bare(tokenizer, dataset.cue) if all(first_tokens) else []
-    return Question(dataset.answers, tuple(cue), first_tokens)
+    tokens = first_tokens(tokenizer, dataset.answers)
+    cue = bare(tokenizer, dataset.cue) if all(tokens) else []
+    return Question(dataset.answers, tuple(cue), tokens)
+
+
+def first_tokens(tokenizer: Any, answers: tuple[str, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens that may begin each of two answers, and not the other."""
+    negative, positive = (_first_tokens(tokenizer, word) for word in answers)
+    return tuple(sorted(negative - positive)), tuple(sorted(positive - negative))
 
 
 def _first_tokens(tokenizer: Any, word: str) -> set[int]:

@@ -14,6 +14,7 @@ from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.compare import compare
 from kdb.cli.draw import plot, report
 from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
+from kdb.cli.lens import lens
 from kdb.cli.measure import ablate, datasets, ingest, models, probe, project
 from kdb.cli.patch import patch
 from kdb.cli.serve import serve
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 for command in (
-    *(ingest, probe, project, transfer, ablate, patch),
+    *(ingest, probe, project, transfer, ablate, patch, lens),
     *(query, queries, sql, plot, report, compare, direction, serve),
     *(schema, runs, verify, clean, compact, migrate, rebuild, export, import_, push, pull, models, datasets),
 ):

@@ -3,7 +3,7 @@
 --
 -- One row per model, dataset and category: the layer after which the answer is the most probable token of the readout, and
 -- stays so to the last layer; its quartiles over the n_settled prompts in which there is one, of n_prompts kept ones.
--- The last readout is the model's own output. percent is the median's depth, (layer + 1) / n_layers.
+-- The last readout is the model's own output. A tuned lens may lack a layer (`lens-fits`). percent is the median's depth, (layer + 1) / n_layers.
 --
 -- Parameters:
 --   model
@@ -11,23 +11,16 @@
 --   dataset
 --   variant
 --   run
+--   lens
 --   pool
-WITH ranks AS (
-    SELECT model, dataset, shown_dataset, run, category, prompt_id, layer, target_rank
-    FROM lens_readouts
-    JOIN _kept_prompts(
-        'lens_readouts', getvariable('model'), getvariable('category'), getvariable('dataset'),
-        getvariable('variant'), getvariable('run'), wanted_pool := getvariable('pool')
-    ) USING (model, dataset, run, prompt_id)
-    WHERE place = 'resid_post' AND lens = 'logit'
-    QUALIFY position = max(position) OVER (PARTITION BY model, dataset, run, prompt_id)
-),
-
-settled AS (
+WITH settled AS (
     SELECT
         model, shown_dataset, category, run, prompt_id, max(layer) + 1 AS n_layers,
         nullif(coalesce(max(layer) FILTER (target_rank > 1), -1) + 1, max(layer) + 1) AS layer
-    FROM ranks
+    FROM answer_ranks(
+        getvariable('model'), getvariable('category'), getvariable('dataset'), getvariable('variant'),
+        getvariable('run'), getvariable('lens'), wanted_pool := getvariable('pool')
+    )
     GROUP BY ALL
 )
 

@@ -1,0 +1,102 @@
+"""The command `kdb lens`: what each layer of a model would say, for the prompts of a stored run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import kdb
+from kdb.cli.options import warehouse_option
+from kdb.ingest.settings import Reading
+from kdb.queries import domains
+
+if TYPE_CHECKING:
+    from kdb.ingest.models.find import LoadedModel
+
+_STUDY = "SELECT study FROM runs WHERE run = ?"
+
+
+@click.command()
+@click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file.")
+@click.option("--name", "model_name", help="Name under which the model is stored; defaults to its own name.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset.")
+@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@click.option(
+    "--lens",
+    "kind",
+    type=click.Choice(domains.LENSES),
+    default=Reading.lens,
+    show_default=True,
+    help="Read states as they are (logit), or through an affine map that is fitted to each layer first (tuned).",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(domains.POSITIONS),
+    help="Token positions to read.  [default: all; last for texts with labels]",
+)
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="With --lens tuned: UTF-8 text file to train on, of which 8 MB are read.  [default: one that comes with kdb]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    help=f"With --lens tuned: seed of the training.  [default: {Reading.seed}]",
+)
+@click.option("--device", help="Device: cpu, cuda, cuda:1, ….  [default: cuda if available, else cpu]")
+@warehouse_option
+def lens(
+    model: str,
+    model_name: str | None,
+    revision: str | None,
+    dataset: str,
+    variant: str,
+    kind: str,
+    positions: str | None,
+    corpus: Path | None,
+    seed: int | None,
+    device: str | None,
+    warehouse: Path | str,
+) -> None:
+    """Read every layer of a model as if it were the last one, in the prompts of a stored run.
+
+    Prompts that pass the filter are read at every token. Of texts with labels, the stored vectors are read, which are
+    those of the last token; the model is not run on them. `kdb query lens-story` and `answer-by-layer`, and the figure
+    lens-map, show the readouts.
+
+    A tuned lens is trained on plain text for some minutes. `kdb query lens-fits` compares it with the logit lens on
+    text that was held out; layers at which it is worse are left out.
+
+    \b
+    kdb lens --model smollm2-135m --dataset knowledge
+    kdb lens --model smollm2-135m --dataset knowledge --lens tuned --positions last
+    kdb lens --model smollm2-135m --dataset world-cities
+    kdb plot lens-map --model smollm2-135m --dataset knowledge --prompt 0 -o lens.html
+    """
+    from kdb.cli.measure import log_to_stderr, report_outcome, stored_run
+    from kdb.ingest.attribution.intervention import source_options
+    from kdb.ingest.corpus import read_corpus
+    from kdb.ingest.lens import read_lens
+    from kdb.ingest.models import load as loading
+    from kdb.ingest.models.find import find_model
+
+    if kind != "tuned" and (corpus is not None or seed is not None):
+        raise click.UsageError(f"{'--corpus' if corpus is not None else '--seed'} needs --lens tuned.")
+    text = read_corpus(corpus) if kind == "tuned" else None
+    log_to_stderr()
+    opened = kdb.open(warehouse)
+    source = find_model(model, name=model_name, revision=revision)
+    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "prompts"))
+    study = opened.sql(_STUDY, [run.run]).item()
+
+    def load() -> LoadedModel:
+        return loading.load_model(source, device=loading.pick_device(device), **source_options(run))
+
+    at = positions or ("all" if study == "knowledge" else "last")
+    wanted = Reading(kind, at, Reading.seed if seed is None else seed)
+    outcome = read_lens(opened.storage, run, wanted, source, load, loading.load_tokenizer(source), text)
+    report_outcome(outcome, source.name, dataset)
