@@ -21,6 +21,7 @@ from kdb.analysis.style import ATTN, FFN, Chart, Look
 from kdb.analysis.uncertainty import Floats, spearman, spearman_interval
 from kdb.errors import QueryError
 from kdb.queries.catalogue import bind, find_query
+from kdb.queries.domains import ROLES
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -63,16 +64,32 @@ def _chosen(wh: Warehouse, macro: str, params: dict[str, Any]) -> pl.DataFrame:
 
 def effect_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return rows of ``head-effects`` with the 95 % interval of each effect (logp) over the prompts that have it."""
-    means = wh.query("head-effects", **params)
-    shown = _shown(effects_by_prompt(wh, **params).filter(component="head"))
     named = pl.format("a{}.{}", "layer", "head").alias("head_name")
-    by_prompt = shown.rename({"logp": "score"}).with_columns(named)
-    # Heads may be measured in different prompts. Those of the same prompts are resampled together.
-    same = pl.col("prompt_id").hash().sum().over(*_PANEL, "head_name").alias("same")
+    return _with_ends(wh, "head-effects", named, pl.col("component") == "head", params)
+
+
+def layer_effect_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return rows of ``layer-effects`` for each role that was measured, in the column role, with 95 % intervals."""
+    letter = pl.col("component").replace_strict({"attn": "a", "ffn": "f", "resid": "r"}, default="")
+    named = pl.format("{}{}", letter, "layer").alias("layer_name")
+    layers = pl.col("component").is_in(["attn", "ffn", "resid"])
+    return pl.concat(
+        _with_ends(wh, "layer-effects", named, layers, params | {"role": role}).with_columns(role=pl.lit(role))
+        for role in ROLES
+    )
+
+
+def _with_ends(wh: Warehouse, query: str, named: pl.Expr, parts: pl.Expr, params: dict[str, Any]) -> pl.DataFrame:
+    """Add to a query's mean effects their 95 % intervals over prompts; ``named`` makes the name of a part."""
+    item = named.meta.output_name()
+    means = wh.query(query, **params)
+    by_prompt = _shown(effects_by_prompt(wh, **params).filter(parts)).rename({"logp": "score"}).with_columns(named)
+    # Parts may be measured in different prompts. Those of the same prompts are resampled together.
+    same = pl.col("prompt_id").hash().sum().over(*_PANEL, item).alias("same")
     by_prompt = by_prompt.with_columns(same)
-    of_head = by_prompt.select(*_PANEL, "head_name", "same").unique()
-    listed = means.join(of_head, on=[*_PANEL, "head_name"], how="left", maintain_order="left").with_row_index("row")
-    found = with_intervals(listed, by_prompt, [*_PANEL, "same"], "head_name", ranks=False)
+    of_part = by_prompt.select(*_PANEL, item, "same").unique()
+    listed = means.join(of_part, on=[*_PANEL, item], how="left", maintain_order="left").with_row_index("row")
+    found = with_intervals(listed, by_prompt, [*_PANEL, "same"], item, ranks=False)
     return found.sort("row").drop("row", "same")
 
 
@@ -157,33 +174,40 @@ def heads_with_effects(wh: Warehouse, heads: pl.DataFrame, **params: Any) -> pl.
 
 def effect_map(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw every head of every layer, coloured by its mean effect: a panel for each dataset and category."""
-    n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]  # numbers
-    side = max(3, min(14, 260 // max(n_layers, n_heads)))
-    most = max(1e-6, float(frame["logp"].abs().max()))  # type: ignore[arg-type]  # numbers
+    n_heads = int(frame["head"].max()) + 1  # type: ignore[arg-type]  # a number
+    axis = alt.Axis(values=list(range(0, n_heads, 4)), grid=False)
+    heads = alt.Y("head:O", title="head", axis=axis, scale=_all(n_heads))
+    return _map(frame, look, heads, "head_name", n_heads)
+
+
+def layer_effect_map(frame: pl.DataFrame, look: Look) -> Chart:
+    """Draw every layer's mean effect at each measured place: a panel for each dataset and category."""
+    frame = frame.with_columns(place=pl.format("{}, {}", "component", "role"))
+    shown = [f"{c}, {role}" for c in ("attn", "ffn", "resid") for role in ROLES]
+    places = [place for place in shown if place in set(frame["place"])]
+    rows = alt.Y("place:O", title=None, axis=alt.Axis(grid=False), scale=alt.Scale(domain=places))
+    return _map(frame, look, rows, "layer_name", len(places))
+
+
+def _map(frame: pl.DataFrame, look: Look, rows: Any, item: str, n_rows: int) -> Chart:
+    """Draw layers from left to right and ``rows`` downwards, each cell coloured by its mean effect."""
+    n_layers = int(frame["layer"].max()) + 1  # type: ignore[arg-type]  # a number
+    side = max(3, min(14, 260 // max(n_layers, n_rows)))
+    most = max(1e-6, float(frame["logp"].abs().max()))  # type: ignore[arg-type]  # a number
     # The scale is that of the square root: a few large effects would leave the others white.
     scale = alt.Scale(type="pow", exponent=0.5, domain=[-most, 0, most], range=["#08306b", "#f7f7f7", "#e69f00"])
     numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("logp", "low", "high", "score")]
-    cells = (
-        alt.Chart(frame)
-        .mark_rect()
-        .encode(
-            alt.X(
-                "layer:O",
-                title="layer",
-                axis=alt.Axis(values=list(range(0, n_layers, 5)), grid=False),
-                scale=_all(n_layers),
-            ),
-            alt.Y(
-                "head:O",
-                title="head",
-                axis=alt.Axis(values=list(range(0, n_heads, 4)), grid=False),
-                scale=_all(n_heads),
-            ),
-            alt.Color("logp:Q", scale=scale, legend=alt.Legend(title="change of log p (nat)", gradientLength=200)),
-            tooltip=["head_name", *numbers, "n_prompts"],
-        )
+    axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
+    legend = alt.Legend(title="change of log p (nat)", gradientLength=200)
+    cells = alt.Chart(frame).mark_rect()
+    cells = cells.encode(
+        alt.X("layer:O", title="layer", axis=axis, scale=_all(n_layers)),
+        rows,
+        alt.Color("logp:Q", scale=scale, legend=legend),
+        tooltip=[item, *numbers, "n_prompts"],
     )
-    drawn = cells.properties(width=side * n_layers, height=max(side * n_heads, 40))
+    # Rows with words beside them need more room than rows with a number at every fourth.
+    drawn = cells.properties(width=side * n_layers, height=max(15 * n_rows if n_rows <= 9 else side * n_rows, 40))
     return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
 
 

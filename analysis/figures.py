@@ -34,8 +34,9 @@ class Figure:
 
     ``query`` is the saved query whose rows it draws. ``numbers`` and ``draw`` name functions of modules of this
     package: the first returns the frame if it needs more than these rows, the second the chart. ``defaults`` replaces
-    the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame. ``hint`` says what to
-    do if there is nothing to draw.
+    the query's own; ``drawing`` are parameters of the chart, ``counting`` those of the frame. The figure does not take
+    the query's parameters ``without``, since it shows each of their values. ``hint`` says what to do if there is
+    nothing to draw.
     """
 
     name: str
@@ -48,12 +49,13 @@ class Figure:
     drawing: tuple[Param, ...] = ()
     counting: tuple[Param, ...] = ()
     fixed: Mapping[str, Value] | None = None
+    without: tuple[str, ...] = ()
     hint: str = "`kdb runs` lists what was measured."
 
     @property
     def params(self) -> tuple[Param, ...]:
         """Return the saved query's parameters, then its own."""
-        defaults, own = self.defaults or {}, {p.name for p in self.counting}
+        defaults, own = self.defaults or {}, {p.name for p in self.counting} | set(self.without)
         asked = [p for p in find_query(self.query).params if p.name not in own]
         asked = [replace(p, default=defaults[p.name]) if p.name in defaults else p for p in asked]
         return (*asked, *self.counting, *self.drawing)
@@ -216,6 +218,19 @@ _ALL = (
         hint=EFFECTS,
     ),
     Figure(
+        "layer-effect-map",
+        "Change of the answer's log-probability when a layer is replaced",
+        "blue: the answer loses; orange: it gains (square root scale)\n"
+        "last, subject: at the last token of the prompt, of its subject; all: at every token; no row: not measured\n"
+        f"{FEW}",
+        query="layer-effects",
+        numbers="effects.layer_effect_means",
+        draw="effects.layer_effect_map",
+        defaults={"k": 1_000_000},
+        without=("role",),
+        hint=EFFECTS,
+    ),
+    Figure(
         "score-vs-effect",
         "Score of each part, and what the answer loses without it",
         "mean over the kept prompts; in brackets: 95 % interval of the rank correlation over prompts; none below five",
@@ -329,7 +344,8 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     marks += "".join(f"\nanswer: “{token}”" for token in numbers["target_token"][:1]) if name == "lens-map" else ""
     marks += f"\nlens: {values['lens']}" if "lens" in values else ""
     if "effect_method" in values:
-        marks += "\neffect: {effect_method}; replacement: {replacement}; role: {role}; {direction}".format(**values)
+        marks += "\neffect: {effect_method}; replacement: {replacement}; ".format(**values)
+        marks += (f"role: {values['role']}; " if "role" in values else "") + str(values["direction"])
     if find_query(figure.query).group == "knowledge":
         marks += "".join(f"\n{line}" for line in sample(numbers))
     drawn = _function(figure.draw)(numbers, look, **own)

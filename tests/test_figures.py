@@ -246,7 +246,7 @@ def test_pooled_intervals_are_those_of_all_prompts(two_facts: Warehouse) -> None
     "name",
     [
         *("layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer"),
-        *("effect-map", "score-vs-effect", "answer-by-layer"),
+        *("effect-map", "layer-effect-map", "score-vs-effect", "answer-by-layer"),
     ],
 )
 def test_every_panel_is_named_after_its_dataset_category_and_number_of_prompts(two_facts: Warehouse, name: str) -> None:
@@ -294,6 +294,19 @@ def test_the_effect_map_holds_every_head_with_the_interval_of_its_effect(two_fac
     drawn = spec(figures.chart(two_facts, "effect-map", effect_method="exact"))
     assert "effect: exact; replacement: mean; role: last; noising" in drawn["title"]["subtitle"]
     assert set(figures.frame(two_facts, "effect-map", effect_method="exact")["layer"]) == {3}
+
+
+def test_the_layer_effect_map_has_a_row_for_each_component_and_role_that_was_measured(two_facts: Warehouse) -> None:
+    frame = figures.frame(two_facts, "layer-effect-map", category="capital")
+    query = two_facts.query("layer-effects", category="capital", k=1_000_000)
+    assert frame.filter(role="last").select(query.columns).equals(query)
+    assert set(frame["role"]) == {"last"}
+    tiny = 1e-9  # of rounding
+    assert frame.select(
+        ((pl.col("low") <= pl.col("logp") + tiny) & (pl.col("logp") <= pl.col("high") + tiny)).all()
+    ).item()
+    drawn = json.dumps(spec(figures.chart(two_facts, "layer-effect-map", category="capital")))
+    assert '"attn, last"' in drawn and '"ffn, last"' in drawn and 'subject"' not in drawn
 
 
 def test_heads_that_were_measured_in_different_prompts_have_intervals_over_their_own(tmp_path: Path) -> None:
