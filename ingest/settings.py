@@ -75,12 +75,22 @@ class Attributing:
     effects: bool = True
 
 
+MODES = ("zero", "mean", "resample")
+"""Values that can take the place of a set's own; see `kdb.queries.domains.REPLACEMENTS`."""
+
+
 @dataclass(frozen=True)
 class Ablating:
-    """Settings of ``kdb ablate``: positions to zero, the number of random control sets, and the seed of these."""
+    """Settings of ``kdb ablate``.
 
+    ``mode``, one of ``MODES``, is what takes the place of the set at ``positions`` (last, all). ``n_controls`` sets are
+    drawn beside it. With ``held_out``, it is measured in the prompts that its query did not see. ``seed`` draws both.
+    """
+
+    mode: str = "zero"
     positions: str = "last"
-    n_controls: int = 3
+    n_controls: int = 19
+    held_out: bool = True
     seed: int = 42
 
 

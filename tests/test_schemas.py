@@ -34,7 +34,15 @@ OLDER = range(OLDEST_SCHEMA, SCHEMA_VERSION)
 REQUIRED: dict[str, Any] = {"model": "tiny", "dataset": "facts", "prompt": 0, "neuron": "f0_1", "layer": 0, "head": 0}
 
 
-NEW_TABLES = ("baselines", "baseline_predictions", "probe_weights", "probe_transfer", "effects", "lens_readouts")
+NEW_TABLES = (
+    "baselines",
+    "baseline_predictions",
+    "probe_weights",
+    "probe_transfer",
+    "effects",
+    "lens_readouts",
+    "ablated_parts",
+)
 UNKNOWN_THEN = {
     *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),
     *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story"),

@@ -122,7 +122,7 @@ def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
 def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
     """Rows of ``ablations``: the target after zeroing each method's best neurons, at the last position and at all."""
     from kdb.ingest.attribution.rankings import best_neurons
-    from kdb.ingest.forward.ablation import Intervention, intervene
+    from kdb.ingest.forward.ablation import Chosen, Intervention, intervene
 
     n = a.ffn_coefficients.shape[2]
     best = {method: indices.tolist() for method, indices in best_neurons(a, k, top).items()}
@@ -131,10 +131,8 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
             prompt.number,
             prompt.token_ids,
             prompt.target,
-            method,
             positions,
-            silenced_ffn(indices[i], n),
-            len(indices[i]),
+            Chosen(method, silenced_ffn(indices[i], n), len(indices[i])),
         )
         for method, indices in best.items()
         for i, prompt in enumerate(chunk)
