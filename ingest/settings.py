@@ -75,15 +75,11 @@ class Attributing:
     effects: bool = True
 
 
-MODES = ("zero", "mean", "resample")
-"""Values that can take the place of a set's own; see `kdb.queries.domains.REPLACEMENTS`."""
-
-
 @dataclass(frozen=True)
 class Ablating:
     """Settings of ``kdb ablate``.
 
-    ``mode``, one of ``MODES``, is what takes the place of the set at ``positions`` (last, all). ``n_controls`` sets are
+    ``mode``, one of ``MODES`` of kdb.queries.domains, is what takes the place of the set at ``positions`` (last, all). ``n_controls`` sets are
     drawn beside it. With ``held_out``, it is measured in the prompts that its query did not see. ``seed`` draws both.
     """
 

@@ -36,6 +36,9 @@ PARTS = ("head", "attn", "ffn", "ffn_neuron", "resid")
 REPLACEMENTS = ("zero", "mean", "resample", "pair")
 """Values that can take the place of a part's own."""
 
+MODES = ("zero", "mean", "resample")
+"""Those that can take the place of a whole set of parts."""
+
 EFFECT_METHODS = ("exact", "atp", "relp")
 """How an effect is found: measured, or estimated by a gradient or by relevance propagation."""
 
@@ -131,6 +134,7 @@ DOMAINS: Mapping[str, Domain] = {
     "component": _one_of("attn", "ffn"),
     "activates": _one_of("attn", "ffn"),
     "positions": _one_of("last", "all"),
+    "mode": _one_of(*MODES),
     "role": _one_of(*ROLES),
     "replacement": _one_of(*REPLACEMENTS),
     "effect_method": _one_of(*EFFECT_METHODS),

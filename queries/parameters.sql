@@ -21,5 +21,6 @@
 --   replacement text   = mean             what takes its place: zero, mean, resample or pair
 --   direction  text    = noising          noising, or denoising (the part is put into the pair's prompt)
 --   positions  text    = last             token positions at which neurons were set to 0: last or all
+--   mode       text    = all              what took the place of the neurons: zero, mean or resample
 --   study      text    = all              study: concept or knowledge
 --   k          integer = all              number of neurons set to 0

@@ -12,7 +12,8 @@ from kdb.cli.measure import log_to_stderr, report_outcome, stored_run
 from kdb.cli.options import say, warehouse_option
 from kdb.cli.settings import knowledge_run_options
 from kdb.errors import QueryError
-from kdb.ingest.settings import MODES, Ablating, settings_from
+from kdb.ingest.settings import Ablating, settings_from
+from kdb.queries.domains import MODES
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
