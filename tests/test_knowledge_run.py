@@ -62,7 +62,7 @@ SCORES = {
 }
 """The tables of scores: what a row of a prompt is about, and what it says."""
 
-TABLES = (*SCORES, "neuron_sums", "neuron_tokens", "prompts", "checks", "models", "datasets")
+TABLES = (*SCORES, "ablated_parts", "neuron_sums", "neuron_tokens", "prompts", "checks", "models", "datasets")
 
 
 # The dataset -----------------------------------------------------------------------------------------------------
@@ -624,6 +624,7 @@ def test_rows_that_are_waited_for_leave_torchs_mode_alone(
         ("neuron_scores", 2, [3, 3, 3]),
         ("lens_readouts", 2, [3, 3, 3]),
         ("ablations", 3, [3, 3]),
+        ("ablations", 5, []),
         ("query_layer_scores", 4, [3]),
         ("effects", 1, []),
         ("effects", 2, []),
