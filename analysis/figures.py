@@ -260,7 +260,7 @@ _ALL = (
     ),
     Figure(
         "attribution-methods",
-        "Probability of the answer without each method's best neurons",
+        "Probability of the answer when each method's best neurons are replaced",
         f"mean over the kept prompts; bar: 95 % interval over prompts; lower is better\n{FEW}",
         query="attribution-methods",
         numbers="importance.method_effects",

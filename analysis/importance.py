@@ -86,20 +86,19 @@ def of_prompts(params: dict[str, Any]) -> dict[str, Any]:
 def method_effects(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return the means of ``attribution-methods`` in long form with their 95 % intervals over the kept prompts.
 
-    One row per model, dataset, method, k and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low and
-    rank_high (1 for the method with the lowest value), n_prompts.
+    One row per model, dataset, method, k, mode and effect (mrr, prob_percent, logp): letter, value, low, high, rank_low
+    and rank_high (1 for the method with the lowest value in this mode), n_prompts, and what the query says of controls.
     """
     means = wh.query("attribution-methods", **params)
     effects = wh.query("ablation-effects", **{name: value for name, value in params.items() if name != "pool"})
     item = pl.format("{} {}", "method", "k").alias("item")
     # Lower is better: the loss is ranked.
     losses = effects.unpivot(
-        list(EFFECTS), index=["model", "dataset", "prompt_id", "method", "k"], variable_name="effect"
-    ).select("model", "dataset", "prompt_id", "effect", item, score=-pl.col("value"))
-    long = means.unpivot(
-        list(EFFECTS), index=["model", "dataset", "letter", "method", "k", "n_prompts"], variable_name="effect"
-    ).with_columns(item)
-    intervals = with_intervals(long, losses, keys_of(params, "effect"), "item").drop("item")
+        list(EFFECTS), index=["model", "dataset", "prompt_id", "method", "k", "mode"], variable_name="effect"
+    ).select("model", "dataset", "prompt_id", "effect", "mode", item, score=-pl.col("value"))
+    index = [name for name in means.columns if name not in EFFECTS]
+    long = means.unpivot(list(EFFECTS), index=index, variable_name="effect").with_columns(item)
+    intervals = with_intervals(long, losses, keys_of(params, "effect", "mode"), "item").drop("item")
     return intervals.with_columns(low=-pl.col("high"), high=-pl.col("low"))
 
 
@@ -222,13 +221,18 @@ def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
     return grid(drawn.properties(width=210, height=130), frame, look)
 
 
+_OF_SETS = ["n_prompts", "logp_controls", "n_controls", "control_ratio", "p", "held_out"]
+"""Columns of ``attribution-methods`` about a set and its controls."""
+
+
 def methods(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw table 2, a row for each dataset: the right answer when each method's best neurons are set to 0."""
+    """Draw table 2, a row for each dataset and mode: the right answer when each method's best neurons are replaced."""
     frame = frame.with_columns(
         row=pl.when(pl.col("letter").str.len_chars() > 0)
         .then(pl.format("{}  {}", "letter", "method"))
         .otherwise(pl.format("{} (k = {})", "method", "k")),
         title=pl.col("effect").replace_strict(EFFECTS),
+        panel=pl.format("{}, {}", "dataset", "mode"),
     )
     rows = frame["row"].unique(maintain_order=True).to_list()
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(grid=True, labelLimit=200))
@@ -240,12 +244,14 @@ def methods(frame: pl.DataFrame, look: Look) -> Chart:
     drawn = alt.layer(
         base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(alt.X("low:Q", title=None), alt.X2("high:Q")),
         base.mark_point(filled=True, size=45, opacity=1).encode(
-            alt.X("value:Q", title=None), tooltip=["model", "dataset", "method", "value", "low", "high", "n_prompts"]
+            alt.X("value:Q", title=None),
+            tooltip=["model", "dataset", "method", "mode", "value", "low", "high", *_OF_SETS],
         ),
         data=frame,
     ).properties(width=200, height=max(20, 9 * len(models)) * len(rows))
     column = alt.Column("title:N", title=None, sort=list(EFFECTS.values()))
-    row = alt.Row("dataset:N", title=None, sort=look.order("dataset", frame["dataset"]))
+    panels = frame["panel"].unique(maintain_order=True).to_list()
+    row = alt.Row("panel:N", title=None, sort=panels)
     return drawn.facet(row=row, column=column).resolve_scale(x="independent")
 
 

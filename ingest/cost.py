@@ -84,6 +84,8 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
     lens = 1 + 2 * layers
     readouts = 6 * layers + lens + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
     passes, patches = (_EFFECT_PASSES, BEST_HEADS) if wanted.effects else (0, 0)
+    if wanted.ablate_k:  # each method's neurons at their mean: what they write, the untouched prompt, and a patch each
+        passes, patches = passes + 2, patches + len(METHODS)
     entries = row["n_heads"] * row["head_dim"]
     every = layers * (len(lengths) * row["intermediate_size"] + sum(lengths) * entries)
     stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)

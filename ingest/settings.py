@@ -61,9 +61,9 @@ class Attributing:
     of ``ANSWER_TOKENS``, are those of the answer that decide whether a prompt is kept.
 
     For each prompt, the best ``top_k`` neurons of each component are stored, or ``all_neurons``. The best
-    ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are zeroed to compare the methods;
-    0 skips the comparison. With ``effects``, the causal effects of heads and layers are stored beside
-    their scores.
+    ``query_values`` of them are traced back to query neurons. ``ablate_k`` neurons are replaced, by zero and by their
+    mean, to compare the methods; 0 skips the comparison. With ``effects``, the causal effects of heads and layers are
+    stored beside their scores.
     """
 
     answer_prefix: str | None = None
@@ -77,10 +77,17 @@ class Attributing:
 
 @dataclass(frozen=True)
 class Ablating:
-    """Settings of ``kdb ablate``: positions to zero, the number of random control sets, and the seed of these."""
+    """Settings of ``kdb ablate``.
 
+    ``mode``, one of ``kdb.queries.domains.MODES``, is what takes the place of the set at ``positions`` (last, all).
+    ``n_controls`` sets are drawn beside it. With ``held_out``, it is measured in the prompts that its query did not
+    see. ``seed`` draws both.
+    """
+
+    mode: str = "zero"
     positions: str = "last"
-    n_controls: int = 3
+    n_controls: int = 19
+    held_out: bool = True
     seed: int = 42
 
 

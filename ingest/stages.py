@@ -39,7 +39,7 @@ S_co = TypeVar("S_co", covariant=True)
 S = TypeVar("S")
 T = TypeVar("T")
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of the division of runs into shards. A staged run of another version starts again from the beginning."""
 
 

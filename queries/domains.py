@@ -39,6 +39,9 @@ PARTS = ("head", "attn", "ffn", "ffn_neuron", "resid")
 REPLACEMENTS = ("zero", "mean", "resample", "pair")
 """Values that can take the place of a part's own."""
 
+MODES = ("zero", "mean", "resample")
+"""Those that can take the place of a whole set of parts."""
+
 EFFECT_METHODS = ("exact", "atp", "relp")
 """How an effect is found: measured, or estimated by a gradient or by relevance propagation."""
 
@@ -141,6 +144,7 @@ DOMAINS: Mapping[str, Domain] = {
     "activates": _one_of("attn", "ffn"),
     "positions": _one_of(*POSITIONS),
     "lens": _one_of(*LENSES),
+    "mode": _one_of(*MODES),
     "role": _one_of(*ROLES),
     "replacement": _one_of(*REPLACEMENTS),
     "effect_method": _one_of(*EFFECT_METHODS),

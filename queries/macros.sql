@@ -579,7 +579,7 @@ GROUP BY model, dataset, run, component, layer, head, neuron;
 -- 2); the unmodified model is the method none, with k = 0.
 CREATE MACRO _ablated(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k,
-    wanted_pool := false
+    wanted_mode, wanted_pool := false
 ) AS TABLE
 WITH ablated AS (
     SELECT *
@@ -589,27 +589,53 @@ WITH ablated AS (
         wanted_pool := wanted_pool
     ) USING (model, dataset, run, prompt_id)
     WHERE positions = wanted_positions AND (wanted_k IS NULL OR k = wanted_k)
+        AND (wanted_mode IS NULL OR mode = wanted_mode)
 )
 SELECT
-    model, category, dataset, shown_dataset, run, prompt_id, method, k,
-    rank_after AS rank, prob_after AS prob, logp_after AS logp
+    model, category, dataset, shown_dataset, run, prompt_id, method, k, mode,
+    rank_after AS rank, prob_after AS prob, logp_after AS logp, control_of, control_ratio, held_out
 FROM ablated
 UNION ALL
 SELECT
-    model, category, dataset, shown_dataset, run, prompt_id, 'none', 0,
-    min(rank_before), min(prob_before), min(logp_before)
+    model, category, dataset, shown_dataset, run, prompt_id, 'none', 0, mode,
+    min(rank_before), min(prob_before), min(logp_before), NULL, NULL, bool_and(held_out)
 FROM ablated
-GROUP BY model, category, dataset, shown_dataset, run, prompt_id;
+GROUP BY model, category, dataset, shown_dataset, run, prompt_id, mode;
+
+-- How many control sets without a common unit tell as much as a run's controls, which may share units (Kish's effective
+-- sample size): their number where no two share a unit.
+CREATE MACRO independent_controls() AS TABLE
+SELECT model, dataset, run, any_value(n_controls) * sum(uses) / sum(uses * uses) AS n_independent
+FROM (
+    SELECT model, dataset, run, component, layer, head, neuron, count(*) AS uses
+    FROM ablated_parts
+    WHERE prompt_id IS NULL AND starts_with("method", 'control-')
+    GROUP BY ALL
+)
+JOIN (
+    SELECT model, dataset, run, count(DISTINCT "method") AS n_controls
+    FROM ablated_parts
+    WHERE prompt_id IS NULL AND starts_with("method", 'control-')
+    GROUP BY ALL
+) USING (model, dataset, run)
+GROUP BY model, dataset, run;
+
+-- p-value of a set's rank among its controls: (1 + controls at least as strong) / (1 + controls) if no two of them share a
+-- unit; if they do, both counts are scaled to the number of independent ones.
+CREATE MACRO rank_p(n_as_strong, n_controls, n_independent) AS
+    (1 + n_as_strong * n_independent / n_controls) / (1 + n_independent);
 
 CREATE MACRO ablation_effects(
     wanted_model := NULL, wanted_category := NULL, wanted_dataset := NULL, wanted_variant := 'default',
-    wanted_run := NULL, wanted_positions := 'last', wanted_k := NULL
+    wanted_run := NULL, wanted_positions := 'last', wanted_k := NULL, wanted_mode := NULL
 ) AS TABLE
-SELECT model, category, dataset, prompt_id, method, k, 1 / rank AS mrr, 100 * prob AS prob_percent, logp
+SELECT
+    model, category, dataset, prompt_id, method, k, mode, 1 / rank AS mrr, 100 * prob AS prob_percent, logp,
+    control_of, control_ratio, held_out
 FROM _ablated(
-    wanted_model, wanted_category, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k
+    wanted_model, wanted_category, wanted_dataset, wanted_variant, wanted_run, wanted_positions, wanted_k, wanted_mode
 )
-ORDER BY model, category_order(category), dataset, prompt_id, method, k;
+ORDER BY model, category_order(category), dataset, prompt_id, method, k, mode;
 
 -- Effects of replacing parts of the model, in the kept prompts. Of each part, those of the newest run of the model,
 -- dataset and variant: every knowledge run stores some effects, and each `kdb patch` adds a run.

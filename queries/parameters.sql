@@ -22,5 +22,6 @@
 --   direction  text    = noising          noising, or denoising (the part is put into the pair's prompt)
 --   positions  text    = last             token positions at which neurons were set to 0: last or all
 --   lens       text    = logit            lens: logit, or tuned (after an affine map fitted to the layer)
+--   mode       text    = all              what took the place of the neurons: zero, mean or resample
 --   study      text    = all              study: concept or knowledge
 --   k          integer = all              number of neurons set to 0

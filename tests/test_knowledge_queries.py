@@ -113,11 +113,11 @@ def test_top_heads(database: Database) -> None:
 
 def test_attribution_methods(database: Database) -> None:
     rows = database.query("attribution-methods")
-    assert rows.rows() == [
-        ("alpha", "facts", "o", "none", 0, 0.5, pytest.approx(30), -2.0, 3),
-        ("alpha", "facts", "a", "log_prob_increase", 5, 0.5, pytest.approx(30), -2.0, 3),
-        ("alpha", "facts", "a", "log_prob_increase", 10, pytest.approx(1 / 3), pytest.approx(10), -4.0, 3),
-        ("alpha", "facts", "d", "norm", 10, 0.5, pytest.approx(30), -2.0, 3),
+    assert rows.drop("logp_controls", "n_controls", "control_ratio", "p", "held_out").rows() == [
+        ("alpha", "facts", "o", "none", 0, "zero", 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "facts", "a", "log_prob_increase", 5, "zero", 0.5, pytest.approx(30), -2.0, 3),
+        ("alpha", "facts", "a", "log_prob_increase", 10, "zero", pytest.approx(1 / 3), pytest.approx(10), -4.0, 3),
+        ("alpha", "facts", "d", "norm", 10, "zero", 0.5, pytest.approx(30), -2.0, 3),
     ]
     assert database.query("attribution-methods", k=5)["method"].to_list() == ["none", "log_prob_increase"]
     language = database.query("attribution-methods", positions="all", category="language")

@@ -59,13 +59,13 @@ SCORES = {
     "candidate_scores": ("component, layer, head, neuron", "score"),
     "query_neuron_scores": ("activates, layer, neuron", "score"),
     "query_layer_scores": ("activates, layer, component", "score"),
-    "ablations": ("method, positions, k", "logp_before, logp_after, prob_before, prob_after"),
+    "ablations": ("method, positions, mode, k", "logp_before, logp_after, prob_before, prob_after"),
     "effects": ("component, layer, head, role, replacement, method, direction", "logp, logit_diff"),
     "lens_readouts": ("layer, place, position", "target_logp, rival_logp, entropy, kl"),
 }
 """The tables of scores: what a row of a prompt is about, and what it says."""
 
-TABLES = (*SCORES, "neuron_sums", "neuron_tokens", "prompts", "checks", "models", "datasets")
+TABLES = (*SCORES, "ablated_parts", "neuron_sums", "neuron_tokens", "prompts", "checks", "models", "datasets")
 
 
 # The dataset -----------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_every_table_has_the_rows_that_the_models_sizes_and_the_kept_prompts_mak
         "candidate_scores": [LAYERS * NEURONS + LAYERS * HEADS * ENTRIES] * 12,  # so few neurons are all candidates
         "query_neuron_scores": [2 * LAYERS * NEURONS] * 12,
         "query_layer_scores": [2 * (1 + 2 * LAYERS)] * 12,
-        "ablations": [2 * 8] * 12,
+        "ablations": [3 * 8] * 12,  # zeroed at the last and at all positions, and at their mean
         "effects": [2 * (LAYERS + LAYERS * HEADS)] * 12,  # all four heads are among the ten best, and measured
         "lens_readouts": [1 + 2 * LAYERS] * 12,
     }
@@ -393,12 +393,12 @@ def test_what_activates_the_value_neurons_adds_up_to_their_scores(stored: Wareho
 def test_ablations_begin_from_the_untouched_model(stored: Warehouse) -> None:
     found = rows(
         stored,
-        "SELECT method, positions, k, count(*), bool_and(rank_before = target_rank),"
+        "SELECT method, positions, mode, k, count(*), bool_and(rank_before = target_rank),"
         " max(abs(prob_before - target_prob)) < 1e-6, max(abs(logp_before - ln(target_prob))) < 1e-4"
         " FROM ablations JOIN prompts USING (run, prompt_id) GROUP BY ALL",
     )
-    assert len(found) == 8 * 2
-    assert {row[2:] for row in found} == {(10, 12, True, True, True)}
+    assert len(found) == 8 * 3
+    assert {row[3:] for row in found} == {(10, 12, True, True, True)}
     hurt = "SELECT avg(logp_after) < avg(logp_before) FROM ablations WHERE method = 'log_prob_increase'"
     assert rows(stored, hurt) == [(True,)]
 
@@ -525,8 +525,9 @@ def test_without_ablations_the_rest_is_the_same(
     answer(ingest(tmp_path / "none", "--ablate-k", "0"))
     none = Warehouse(tmp_path / "none")
     found, expected = everything(none), everything(stored)
-    assert found.pop("ablations") == []
-    assert expected.pop("ablations") != []
+    for table in ("ablations", "ablated_parts"):
+        assert found.pop(table) == []
+        assert expected.pop(table) != []
     assert found == expected
     assert rows(none, "SELECT variant, list_contains(tables, 'ablations') FROM runs") == [("ablate-k=0", False)]
     query = run_kdb("query", "attribution-methods", "--variant", "ablate-k=0", "--warehouse", none.storage.local.path)
@@ -540,7 +541,7 @@ def test_ablate_k_is_how_many_neurons_are_zeroed(measure: Callable[..., Warehous
     found = measure(ablate_k=LAYERS * NEURONS)
     assert rows(found, "SELECT DISTINCT k FROM ablations") == [(LAYERS * NEURONS,)]
     # All FFN neurons are zeroed then, whatever the method.
-    spread = "SELECT max(logp_after) - min(logp_after) < 1e-4 FROM ablations GROUP BY prompt_id, positions"
+    spread = "SELECT max(logp_after) - min(logp_after) < 1e-4 FROM ablations GROUP BY prompt_id, positions, mode"
     assert rows(found, f"SELECT DISTINCT * FROM ({spread})") == [(True,)]
 
 
@@ -680,6 +681,7 @@ def test_rows_that_are_waited_for_leave_torchs_mode_alone(
         ("neuron_scores", 2, [3, 3, 3]),
         ("lens_readouts", 2, [3, 3, 3]),
         ("ablations", 3, [3, 3]),
+        ("ablations", 5, []),
         ("query_layer_scores", 4, [3]),
         ("effects", 1, []),
         ("effects", 2, []),

@@ -181,9 +181,9 @@ def test_a_patch_has_the_same_effect_in_any_batch(
     monkeypatch.setattr(patching, "SMALL_ROWS", rows)
     monkeypatch.setattr(patching, "tokens_at_once", lambda _loaded: tokens)
     batches: list[int] = []
-    changes = patching._Prompts.changes
+    changes = patching.Prompts.patched_logits
     counted = lambda self, rows, some: batches.append(len(rows)) or changes(self, rows, some)  # noqa: E731
-    monkeypatch.setattr(patching._Prompts, "changes", counted)
+    monkeypatch.setattr(patching.Prompts, "patched_logits", counted)
     apart = patched(made(architecture), runs, patches)
     for one, other in zip(vars(together).values(), vars(apart).values(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -43,6 +43,7 @@ NEW_TABLES = (
     "lens_readouts",
     "candidate_scores",
     "lens_fits",
+    "ablated_parts",
 )
 UNKNOWN_THEN = {
     *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),

@@ -151,7 +151,8 @@ def _only_row(folder: RunFolder, manifest: Manifest, table: str) -> dict[str, An
 
 def _check_places(folder: RunFolder, manifest: Manifest, table: str, n_layers: int) -> None:
     """Refuse duplicate rows, and rows of a layer that the model does not have."""
-    key = ", ".join(f'"{name}"' for name in TABLES[table].info["key"])
+    there = column_names(table, manifest.schema_version)
+    key = ", ".join(f'"{name}"' for name in TABLES[table].info["key"] if name in there)
     if not key:  # one row per run
         return
     layers = "min(layer), max(layer)" if "layer" in TABLES[table].columns else "NULL, NULL"

@@ -632,18 +632,65 @@ query_layer_scores = _table(
 
 ablations = _table(
     "ablations",
-    "prompt × method × k",
+    "prompt × set × positions × mode",
     _prompt_id(),
-    _column("method", Text(), "attribution method that ranked the neurons set to zero"),
-    _column("k", Integer(), "number of neurons set to zero"),
-    _column("positions", Text(), "token positions at which the neurons were set to zero: last or all"),
+    _column("method", Text(), "name of the set: a label, control-N, or the attribution method that ranked its neurons"),
+    _column("k", Integer(), "number of neurons or heads in the set"),
+    _column("positions", Text(), "token positions at which the set was replaced: last or all"),
     _column("rank_before", Integer(), "the target's rank in the unmodified model, from 1"),
-    _column("rank_after", Integer(), "the target's rank with the neurons set to zero, from 1"),
+    _column("rank_after", Integer(), "the target's rank with the set replaced, from 1"),
     _column("prob_before", Double(), "the target's probability in the unmodified model"),
-    _column("prob_after", Double(), "the target's probability with the neurons set to zero"),
+    _column("prob_after", Double(), "the target's probability with the set replaced"),
     _column("logp_before", Double(), "the target's log-probability in the unmodified model", unit="nat"),
-    _column("logp_after", Double(), "the target's log-probability with the neurons set to zero", unit="nat"),
-    key=("prompt_id", "method", "k", "positions"),
+    _column("logp_after", Double(), "the target's log-probability with the set replaced", unit="nat"),
+    _column(
+        "mode",
+        Text(),
+        "by what the set was replaced: zero, mean (over the other kept prompts of the category) or resample (the next "
+        "kept prompt of the category)",
+        since=6,
+    ),
+    _column("control_of", Text(), "set of which this is a control, of the same layers and sizes; else NULL", since=6),
+    _column(
+        "control_ratio",
+        Double(),
+        "size of the set of which this is a control over the size of this, see ablated_parts; else NULL",
+        since=6,
+    ),
+    _column(
+        "held_out",
+        Boolean(),
+        "whether the set was chosen by a query that did not see this prompt; NULL if a method ranked this prompt's own "
+        "neurons, and in older runs",
+        since=6,
+    ),
+    key=("prompt_id", "method", "k", "positions", "mode"),
+)
+
+ablated_parts = _table(
+    "ablated_parts",
+    "set × neuron or head",
+    _column("prompt_id", Integer(), "prompt for which a method chose the set; NULL if it is the same in all", since=6),
+    _column("method", Text(), "name of the set, as in ablations", since=6),
+    _column("rank", Integer(), "rank by the method, from 1; number within a set that a query chose", since=6),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _column("component", Text(), "attn or ffn", since=6),
+    _column("head", SmallInteger(), "attention head, numbered from 0; NULL for an FFN neuron", symbol="h", since=6),
+    _column(
+        "neuron",
+        Integer(),
+        "FFN neuron, or dimension within the attention head, numbered from 0; NULL for a whole head",
+        symbol="k",
+        since=6,
+    ),
+    _column(
+        "size",
+        Double(),
+        "|coefficient| × length of the neuron's column, or length of the head's output, at the last position: mean "
+        "over the prompts measured; NULL for a method's neurons",
+        since=6,
+    ),
+    key=("prompt_id", "method", "rank"),
 )
 
 neuron_tokens = _table(
@@ -804,8 +851,9 @@ OLDER_ROWS: dict[str, dict[str, str]] = {
         "shuffled_accuracy": "COALESCE(shuffled_accuracy, CASE WHEN f1_paper IS NULL THEN control_accuracy END)",
     },
     "probe_predictions": {name: sql.format(older="is_default IS NULL") for name, sql in _NAMES_OF_OLDER.items()},
+    "ablations": {"mode": "COALESCE(mode, 'zero')"},
 }
-"""SQL, for DuckDB and Polars, of columns in rows of schema 4 and older, in which names had another meaning.
+"""SQL, for DuckDB and Polars, of columns in rows of older schemas, in which names had another meaning, or none.
 
 Rows that were read like this once, and those of today, stay as they are.
 """

@@ -392,7 +392,8 @@ def _with_ends(value: str, prefix: str = "") -> pl.Expr:
 
 def _methods(effects: pl.DataFrame) -> pl.DataFrame:
     """Return a row for each model, dataset and method, with a column for each effect."""
-    keys = ["model", "dataset", "letter", "method", "k", "n_prompts"]
+    keys = ["model", "dataset", "letter", "method", "k", "mode", "n_prompts"]
+    keys += ["logp_controls", "n_controls", "control_ratio", "p", "held_out"]
     cells = effects.with_columns(cell=pl.concat_str(_with_ends("value"), _ranks()))
     return cells.pivot("effect", index=keys, values="cell") if len(cells) else cells
 

@@ -50,12 +50,14 @@ _PASSES = 8
 
 @dataclass(frozen=True)
 class Some:
-    """The work of a shard: the kept prompts of a category, the indices of those to patch, and what to measure."""
+    """The work of a shard: the kept prompts of a category, the indices of those to measure, and what to measure.
+
+    For effects, ``wanted`` are settings, each with the parts to replace; None: all.
+    """
 
     prompts: tuple[Known, ...]
-    indices: range
-    wanted: tuple[tuple[Patching, tuple[Part, ...] | None], ...]
-    """Settings, and the parts to replace; None: all."""
+    indices: Sequence[int]
+    wanted: Any
 
 
 class Patched:
@@ -106,20 +108,35 @@ def default_shards(run: RunInProgress) -> list[Shard]:
     flops = _PASSES * 2 * n_params * max(row["n_tokens"] for row in kept)
     prompts = [known(row) for row in kept]
     size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
-    return _shards(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best[category])))
+    return shards_of(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best[category])))
 
 
-def _shards(prompts: Sequence[Known], size: int, wanted: Callable[[str], Any]) -> list[Shard]:
-    """Divide prompts into shards of one category and at most ``size`` prompts."""
-    by_category: dict[str, list[Known]] = {}
+def by_category(prompts: Sequence[Known]) -> dict[str, tuple[Known, ...]]:
+    """The prompts of each category, in the order of their names."""
+    groups: dict[str, list[Known]] = {}
     for prompt in prompts:
-        by_category.setdefault(prompt.category, []).append(prompt)
+        groups.setdefault(prompt.category, []).append(prompt)
+    return {category: tuple(some) for category, some in sorted(groups.items())}
+
+
+def shards_of(
+    prompts: Sequence[Known],
+    size: int,
+    wanted: Callable[[str], Any],
+    measured: Callable[[Sequence[Known]], Sequence[int]] = lambda some: range(len(some)),
+    name: str = "part",
+) -> list[Shard]:
+    """Divide prompts into shards of one category and at most ``size`` prompts.
+
+    ``measured`` returns the indices of those prompts of a category that are measured.
+    """
     work = [
-        Some(tuple(some), range(start, min(start + size, len(some))), wanted(category))
-        for category, some in sorted(by_category.items())
-        for start in range(0, len(some), size)
+        Some(some, indices[start : start + size], wanted(category))
+        for category, some in by_category(prompts).items()
+        for indices in [measured(some)]
+        for start in range(0, len(indices), size)
     ]
-    return [Shard(f"part-{i:05}", one, len(one.indices)) for i, one in enumerate(work)]
+    return [Shard(f"{name}-{i:05}", one, len(one.indices)) for i, one in enumerate(work)]
 
 
 def _best_heads(scores: pa.Table, category_of: Mapping[int, str]) -> dict[str, tuple[Part, ...]]:
@@ -243,7 +260,7 @@ def patch(
     def prepare() -> tuple[Subject[Any], list[Stage]]:
         def shards(run: RunInProgress) -> list[Shard]:
             size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
-            return _shards(prompts, size, lambda _category: ((wanted, parts),))
+            return shards_of(prompts, size, lambda _category: ((wanted, parts),))
 
         return ToPatch(model), [ModelStage(("effects",), shards, rows, shown=("effects", "prompts"))]
 
@@ -289,9 +306,7 @@ def _check_prompts(wanted: Patching, prompts: Sequence[Known]) -> None:
 
     if wanted.roles == ("subject",) and all(p.subject_end is None for p in prompts):
         raise QueryError("No kept prompt has a subject that its text contains, so --role subject has no place.")
-    counts: dict[str, list[Known]] = {}
-    for prompt in prompts:
-        counts.setdefault(prompt.category, []).append(prompt)
+    counts = by_category(prompts)
     corrupt = {p.number: len(p.corrupt) - len(p.token_ids) for p in prompts if p.corrupt is not None}
     longer = [number for number, more in corrupt.items() if more]
     if "pair" in wanted.replacements and longer:

@@ -119,10 +119,15 @@ def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
     )
 
 
-def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, batch_tokens: int | None) -> pa.Table:
-    """Rows of ``ablations``: the target after zeroing each method's best neurons, at the last position and at all."""
+def method_rows(
+    a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, batch_tokens: int | None
+) -> tuple[pa.Table, pa.Table]:
+    """Rows of ``ablated_parts`` and ``ablations``: each method's best neurons, and the target after zeroing them.
+
+    They are zeroed at the last position, and at all.
+    """
     from kdb.ingest.attribution.rankings import best_neurons
-    from kdb.ingest.forward.ablation import Intervention, intervene
+    from kdb.ingest.forward.ablation import Chosen, Intervention, intervene
 
     n = a.ffn_coefficients.shape[2]
     best = {method: indices.tolist() for method, indices in best_neurons(a, k, top).items()}
@@ -131,16 +136,28 @@ def method_rows(a: Attribution, top: Neurons, chunk: Sequence[Prompt], k: int, b
             prompt.number,
             prompt.token_ids,
             prompt.target,
-            method,
             positions,
-            silenced_ffn(indices[i], n),
-            len(indices[i]),
+            Chosen(method, silenced_ffn(indices[i], n), len(indices[i])),
         )
         for method, indices in best.items()
         for i, prompt in enumerate(chunk)
         for positions in ("last", "all")
     ]
-    return intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
+    chosen = [
+        {
+            "prompt_id": prompt.number,
+            "method": method,
+            "rank": rank,
+            "layer": index // n,
+            "component": "ffn",
+            "neuron": index % n,
+        }
+        for method, indices in best.items()
+        for i, prompt in enumerate(chunk)
+        for rank, index in enumerate(indices[i], start=1)
+    ]
+    zeroed = intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
+    return pa.Table.from_pylist(chosen, arrow_schema("ablated_parts")), zeroed
 
 
 def silenced_ffn(indices: Sequence[int], n: int) -> Any:

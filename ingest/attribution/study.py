@@ -40,6 +40,7 @@ from kdb.ingest.attribution.score_rows import (
     query_neuron_rows,
     token_rows,
 )
+from kdb.ingest.attribution.sets import mean_rows, method_shards
 from kdb.ingest.attribution.targets import Target
 from kdb.ingest.attribution.whole_answers import whole_answers
 from kdb.ingest.forward.capture import batches
@@ -86,7 +87,7 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
     posed = PosedFacts(job, pose(job, tokenizer))
     check_length(job, posed.token_ids, config)
     scores = ("layer_scores", "head_scores", "head_position_scores", "lens_readouts", "neuron_scores")
-    methods = ("ablations",) if job.attributing.ablate_k else ()
+    methods = ("ablated_parts", "ablations") if job.attributing.ablate_k else ()
     if job.attributing.answer_tokens == "all":
         longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
         check_length(job, posed.token_ids, config, n_answer=longest - 1)
@@ -115,6 +116,11 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
         *(
             [ModelStage(("effects",), default_shards, _effects, shown=("effects", "prompts"))]
             if job.attributing.effects
+            else []
+        ),
+        *(
+            [ModelStage(("ablations",), method_shards, _method_means, shown=("mean ablations", "prompts"))]
+            if job.attributing.ablate_k
             else []
         ),
         StoredStage(("neuron_sums",), _if_any_is_kept, _sums),
@@ -358,7 +364,9 @@ def _scores(
     categories = [subject.job.dataset.examples[p.number].category or "" for p in chunk]
     yield BOUNDS, bound_rows(categories, {"ffn": ffn, "attn": attn})
     if wanted.ablate_k:
-        yield "ablations", method_rows(a, ffn, chunk, wanted.ablate_k, subject.batch_tokens)
+        chosen, zeroed = method_rows(a, ffn, chunk, wanted.ablate_k, subject.batch_tokens)
+        yield "ablated_parts", chosen
+        yield "ablations", zeroed
     queries = {
         "attn": a.attn_queries(attn.first(wanted.query_values)),
         "ffn": a.ffn_queries(ffn.first(wanted.query_values)),
@@ -394,6 +402,11 @@ def _candidate_scores(subject: Attributed, shard: Shard, advance: Advance) -> It
 def _effects(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
     """The rows of ``effects``: estimates for all heads and layers, and the measured effects of the best heads."""
     return patch_rows(subject.patched, shard, advance)
+
+
+def _method_means(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
+    """The rows of ``ablations`` with each method's best neurons at their mean."""
+    return mean_rows(subject.patched, shard, advance)
 
 
 # After attribution -----------------------------------------------------------------------------------------------

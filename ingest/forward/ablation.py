@@ -113,15 +113,20 @@ def _run(decomposition: Decomposition, trials: Sequence[Trial]) -> tuple[Any, ..
     # The decoder has applied the final norm. The rest of the readout is linear, except for the soft cap.
     logits = decomposition.structure.unembed_normed(hidden[rows, last])
     own = logits.gather(1, torch.tensor([[t.target] for t in trials], device=device))
-    total = logits.double().logsumexp(1)
-    logp = own[:, 0].double() - total
-    rank = 1 + (logits > own).sum(1)
+    rank, logp, total = standing(logits, own)
     others = [list(t.rivals) for t in trials]
     rival = torch.tensor([ids[int(logits[i, ids].argmax())] if ids else -1 for i, ids in enumerate(others)])
     beside = logits[rows, rival.clamp_min(0)].double()
     rival_logp = (beside - total).masked_fill(rival < 0, torch.nan)
     ahead = (own[:, 0] > beside) | (rival < 0)
     return tuple(x.cpu().numpy() for x in (rank, logp.exp(), logp, ahead, rival, rival_logp))
+
+
+def standing(logits: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rank (row), log-probability (row) and log-sum-exp (row) of tokens with the logits ``own`` (row, 1) among all."""
+    total = logits.double().logsumexp(1)
+    rank = 1 + (logits > own).sum(1)
+    return rank, own[:, 0].double() - total, total
 
 
 @contextlib.contextmanager
@@ -157,16 +162,26 @@ def _zero(entries: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A set of entries to replace, and what ``ablations`` says about it in every prompt; see its columns."""
+
+    method: str
+    silenced: Silenced
+    k: int
+    control_of: str | None = None
+    control_ratio: float | None = None
+    held_out: bool | None = None
+
+
+@dataclass(frozen=True)
 class Intervention:
-    """Entries to set to zero in one prompt, and the values of ``ablations`` that identify the row of its effect."""
+    """A set of entries to set to zero in one prompt, at its last position or at all."""
 
     prompt_id: int
     token_ids: Sequence[int]
     target: int
-    method: str
     positions: str
-    silenced: Silenced
-    k: int
+    chosen: Chosen
 
 
 def intervene(
@@ -182,13 +197,26 @@ def intervene(
     """
     untouched = {i.prompt_id: Trial(i.token_ids, i.target, Silenced(), everywhere=False) for i in interventions}
     before_of = {prompt: index for index, prompt in enumerate(untouched)}
-    trials = [Trial(i.token_ids, i.target, i.silenced, i.positions == "all") for i in interventions]
+    trials = [Trial(i.token_ids, i.target, i.chosen.silenced, i.positions == "all") for i in interventions]
     effects = run_trials(decomposition, [*untouched.values(), *trials], batch_tokens=batch_tokens, on_batch=on_batch)
-    rows = []
-    for after, item in enumerate(interventions, start=len(untouched)):
-        before = before_of[item.prompt_id]
-        row = {"prompt_id": item.prompt_id, "method": item.method, "k": item.k, "positions": item.positions}
-        for name, values in (("rank", effects.rank), ("prob", effects.prob), ("logp", effects.logp)):
-            row |= {f"{name}_before": values[before].item(), f"{name}_after": values[after].item()}
-        rows.append(row)
+    at = list(zip(effects.rank.tolist(), effects.prob.tolist(), effects.logp.tolist(), strict=True))
+    rows = [
+        ablation_row(i.prompt_id, i.chosen, i.positions, "zero", at[before_of[i.prompt_id]], at[after])
+        for after, i in enumerate(interventions, start=len(untouched))
+    ]
     return pa.Table.from_pylist(rows, arrow_schema("ablations"))
+
+
+Answer = tuple[int, float, float]
+"""Rank, probability and log-probability of the target."""
+
+
+def ablation_row(
+    prompt_id: int, chosen: Chosen, positions: str, mode: str, before: Answer, after: Answer
+) -> dict[str, Any]:
+    """A row of ``ablations``."""
+    described = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name != "silenced"}
+    row = {"prompt_id": prompt_id, "positions": positions, "mode": mode, **described}
+    for when, answer in (("before", before), ("after", after)):
+        row |= {f"{name}_{when}": value for name, value in zip(("rank", "prob", "logp"), answer, strict=True)}
+    return row

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,17 @@ class Patch:
     of: int
     part: Part
     values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several replacements at once in the pass with this index.
+
+    ``values``: by component and layer, some entries of what the component writes, and their values (position, entry).
+    """
+
+    of: int
+    values: Mapping[tuple[str, int], tuple[Sequence[int], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -190,18 +201,34 @@ def patched(
 ) -> Changes:
     """Run the model once for each patch, and return what changes, in the order of ``patches``."""
     out = Changes(*(np.empty(len(patches)) for _ in range(3)))
+    for numbers, rows, prompts, logits in run_patched(decomposition, passes, patches):
+        out.logp[numbers], out.logit_diff[numbers], out.kl[numbers] = prompts.compared(rows, logits)
+    return out
+
+
+def run_patched(
+    decomposition: Decomposition, passes: Sequence[Pass], patches: Sequence[Patch | Together]
+) -> Iterator[tuple[list[int], list[int], Prompts, torch.Tensor]]:
+    """Run the model once for each patch, in batches, and yield the logits (row, vocab) of each batch.
+
+    Before them stand the numbers of its patches, their rows among the batch's prompts, and these prompts.
+    """
     by_pass: dict[int, list[int]] = {}
     for number, patch in enumerate(patches):
         by_pass.setdefault(patch.of, []).append(number)
+    first = [min(_layers(patch)) for patch in patches]
     for some in _alike([passes[i] for i in by_pass], tokens_at_once(decomposition.loaded)):
         these = [list(by_pass)[i] for i in some]
-        prompts = _Prompts(decomposition, [passes[i] for i in these])
+        prompts = Prompts(decomposition, [passes[i] for i in these])
         row_of = {i: row for row, i in enumerate(these)}
-        numbers = sorted((n for i in these for n in by_pass[i]), key=lambda n: patches[n].part.layer)
-        for batch in prompts.batches(numbers, [patches[n].part.layer for n in numbers]):
+        numbers = sorted((n for i in these for n in by_pass[i]), key=first.__getitem__)
+        for batch in prompts.batches(numbers, [first[n] for n in numbers]):
             rows = [row_of[patches[n].of] for n in batch]
-            out.logp[batch], out.logit_diff[batch], out.kl[batch] = prompts.changes(rows, [patches[n] for n in batch])
-    return out
+            yield batch, rows, prompts, prompts.patched_logits(rows, [patches[n] for n in batch])
+
+
+def _layers(patch: Patch | Together) -> list[int]:
+    return [patch.part.layer] if isinstance(patch, Patch) else [layer for _component, layer in patch.values]
 
 
 def _alike(passes: Sequence[Pass], most: int) -> Iterator[list[int]]:
@@ -214,7 +241,7 @@ def _alike(passes: Sequence[Pass], most: int) -> Iterator[list[int]]:
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-class _Prompts:
+class Prompts:
     """Prompts of one length, run once without replacements from their first patched position on."""
 
     def __init__(self, decomposition: Decomposition, passes: Sequence[Pass]) -> None:
@@ -285,21 +312,25 @@ class _Prompts:
             yield list(numbers[start:stop])
             start = stop
 
-    def changes(self, rows: Sequence[int], patches: Sequence[Patch]) -> tuple[Any, Any, Any]:
-        """Run some prompts with one patch each, by rising layer; return the changes (patch) of ``Changes``."""
+    def patched_logits(self, rows: Sequence[int], patches: Sequence[Patch | Together]) -> torch.Tensor:
+        """Run some prompts with one patch each, by rising layer; return the logits (patch, vocab) of the last token."""
         import torch
 
-        at = [[p - self.start for p in self.passes[row].positions] for row in rows]
-        by_place: dict[tuple[str, int], list[int]] = {}
+        by_place: dict[tuple[str, int], list[tuple[int, slice | Sequence[int], torch.Tensor]]] = {}
         for row, patch in enumerate(patches):
-            by_place.setdefault((patch.part.component, patch.part.layer), []).append(row)
+            for place, which, values in self._replaced(patch):
+                by_place.setdefault(place, []).append((row, which, values))
+        at = [torch.tensor(self.passes[row].positions) - self.start for row in rows]
 
         def replace(component: str, layer: int, states: torch.Tensor) -> torch.Tensor | None:
             if (component, layer) not in by_place:
                 return None
             new = states.clone()
-            for row in by_place[component, layer]:
-                new[row, at[row], entries(self.decomposition, patches[row].part)] = patches[row].values.to(new)
+            for row, which, values in by_place[component, layer]:
+                if isinstance(which, slice):
+                    new[row, at[row], which] = values.to(new)
+                else:
+                    new[row, at[row][:, None], torch.tensor(which)] = values.to(new)
             return new
 
         components, layers = sorted({c for c, _layer in by_place}), sorted({layer for _c, layer in by_place})
@@ -308,7 +339,22 @@ class _Prompts:
             self._from(layers[0], rows),
             touched(self.decomposition, components, (len(rows), self.ids.shape[1]), replace, layers),
         ):
-            logits = self._last_logits(self.ids[list(rows)], self._rows(rows))
+            return self._last_logits(self.ids[list(rows)], self._rows(rows))
+
+    def _replaced(
+        self, patch: Patch | Together
+    ) -> Iterator[tuple[tuple[str, int], slice | Sequence[int], torch.Tensor]]:
+        if isinstance(patch, Patch):
+            part = patch.part
+            yield (part.component, part.layer), entries(self.decomposition, part), patch.values
+        else:
+            yield from ((place, which, values) for place, (which, values) in patch.values.items())
+
+    def compared(self, rows: Sequence[int], logits: torch.Tensor) -> tuple[Any, Any, Any]:
+        """The changes (patch) of ``Changes``, from the logits with one patch in each of these rows."""
+        import torch
+
+        with torch.inference_mode():
             return self._compared(torch.tensor(rows, device=logits.device), logits)
 
     def _compared(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[Any, Any, Any]:

@@ -22,7 +22,7 @@ from kdb.cli.settings import (
     stored_options,
 )
 from kdb.errors import PlanError, QueryError, UnknownNameError
-from kdb.ingest.settings import ALWAYS_FITTED, Ablating, Attributing, Measuring, Probing, settings_from
+from kdb.ingest.settings import ALWAYS_FITTED, Attributing, Measuring, Probing, settings_from
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -286,87 +286,6 @@ def project(model: str, dataset: str, variant: str, method: str, warehouse: Path
     # Always PCA: queries read the newest run, which must have everything that an older one had.
     methods = tuple(dict.fromkeys(("pca", method)))
     report_outcome(project_run(opened.storage, opened.storage.find(source), methods), model, dataset)
-
-
-@click.command()
-@click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file.")
-@click.option("--name", "model_name", help="Name under which the model is stored; defaults to its own name.")
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset.")
-@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
-@click.option("--query", "query_", required=True, help="SQL query that returns layer, component, head and neuron.")
-@click.option("--label", default="custom", show_default=True, help="Name under which the effect is stored.")
-@click.option(
-    "--positions",
-    type=click.Choice(["last", "all"]),
-    default=Ablating.positions,
-    show_default=True,
-    help="Set to zero at the last token only, or at all tokens.",
-)
-@click.option(
-    "--controls",
-    type=click.IntRange(0),
-    default=Ablating.n_controls,
-    show_default=True,
-    help="Number of control sets: random neurons, as many and in the same layers.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**31 - 1),
-    default=Ablating.seed,
-    show_default=True,
-    help="Seed of the random sets.",
-)
-@click.option("--device", help="Device: cpu, cuda, cuda:1, ….  [default: cuda if available, else cpu]")
-@warehouse_option
-def ablate(
-    model: str,
-    model_name: str | None,
-    revision: str | None,
-    dataset: str,
-    variant: str,
-    query_: str,
-    label: str,
-    warehouse: Path | str,
-    **options: Any,
-) -> None:
-    """Set neurons or heads to zero, in every prompt that passes the filter, and store the effect.
-
-    The SQL query returns the columns layer, component (attn or ffn), head and neuron. If neuron is NULL, the whole head
-    is set to zero. The effect is stored, with that of random neurons, as a new run of the variant 'ablate=LABEL'.
-
-    \b
-    kdb ablate --model smollm2-135m --label best-heads --query "
-        SELECT layer, 'attn' AS component, head, NULL AS neuron FROM current.head_scores
-        WHERE model = 'smollm2-135m' AND dataset = 'knowledge' GROUP BY ALL ORDER BY avg(score) DESC LIMIT 5"
-    """
-    from kdb.ingest.attribution.intervention import ablate as intervene
-    from kdb.ingest.attribution.intervention import source_options
-    from kdb.ingest.models import load as loading
-    from kdb.ingest.models.find import find_model
-
-    log_to_stderr()
-    opened = kdb.open(warehouse)
-    source = find_model(model, name=model_name, revision=revision)
-    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
-    rows = opened.sql(query_).rows(named=True)
-
-    def load() -> LoadedModel:
-        device = loading.pick_device(options["device"])
-        return loading.load_model(source, device=device, **source_options(run))
-
-    outcome = intervene(
-        opened.storage,
-        run,
-        rows,
-        source,
-        load,
-        name=label,
-        positions=options["positions"],
-        n_controls=options["controls"],
-        seed=options["seed"],
-    )
-    report_outcome(outcome, source.name, dataset)
 
 
 def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, table: str = "activations") -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import kdb
+from kdb.cli.measure import log_to_stderr, report_outcome, stored_run
 from kdb.cli.options import warehouse_option
+from kdb.cli.settings import knowledge_run_options
 from kdb.ingest.settings import Patching
 from kdb.queries import domains
 
@@ -62,11 +64,7 @@ def _choices(command: Any) -> Any:
 
 
 @click.command()
-@click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file.")
-@click.option("--name", "model_name", help="Name under which the model is stored; defaults to its own name.")
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset.")
-@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@knowledge_run_options
 @_choices
 @click.option(
     "--only",
@@ -98,7 +96,6 @@ def patch(
     kdb patch --model smollm2-135m --component attn --component ffn --method exact --method relp
     kdb patch --model smollm2-135m --component head --only a20.3 --replacement zero --role all
     """
-    from kdb.cli.measure import log_to_stderr, report_outcome, stored_run
     from kdb.ingest.attribution.intervention import source_options
     from kdb.ingest.attribution.patch import patch as patch_run
     from kdb.ingest.models import load as loading

@@ -232,3 +232,20 @@ def stored_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def knowledge_run_options(command: Command) -> Command:
+    """Options that choose a stored knowledge run, and the model that it measured."""
+    for option in reversed(
+        (
+            click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file."),
+            click.option(
+                "--name", "model_name", help="Name under which the model is stored; defaults to its own name."
+            ),
+            click.option("--revision", help="Branch, tag or commit on the hub."),
+            click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset."),
+            click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`)."),
+        )
+    ):
+        command = option(command)
+    return command

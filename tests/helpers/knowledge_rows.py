@@ -67,7 +67,7 @@ def ablation_rows(method: str, k: int, after: dict[int, tuple[int, float, float]
     before = {0: (1, 0.5, -1.0), 1: (4, 0.2, -2.0), 2: (100, 0.0, -100.0), 3: (4, 0.2, -3.0)}
     names = ("rank", "prob", "logp")
     return [
-        {"prompt_id": prompt_id, "method": method, "k": k, "positions": positions}
+        {"prompt_id": prompt_id, "method": method, "k": k, "positions": positions, "mode": "zero"}
         | {f"{name}_before": value for name, value in zip(names, before[prompt_id], strict=True)}
         | {f"{name}_after": value for name, value in zip(names, values, strict=True)}
         for prompt_id, values in after.items()

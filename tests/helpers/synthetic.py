@@ -334,7 +334,7 @@ def _ablations(ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:
     methods = np.array(METHODS, dtype=object)
     before = rng.uniform(0.3, 0.9, len(ids))[:, None]
     after = before * np.linspace(0.2, 1.0, len(METHODS)) * rng.uniform(0.8, 1.0, (len(ids), len(METHODS)))
-    cells = {"prompt_id": ids[:, None], "method": methods, "k": 10, "positions": "last"}
+    cells = {"prompt_id": ids[:, None], "method": methods, "k": 10, "positions": "last", "mode": "zero"}
     cells |= {"rank_before": 1, "rank_after": np.ceil(0.5 / after).astype(int), "prob_before": before}
     cells |= {"prob_after": after, "logp_before": np.log(before), "logp_after": np.log(after)}
     return arrow_rows("ablations", cells)
