@@ -771,7 +771,7 @@ def asked(run_kdb: RunKdb, warehouse: Path, query: str, *options: str) -> list[d
         ("top-layers", 3 * 2 * LAYERS),
         ("top-heads", 3 * LAYERS * HEADS),
         ("top-neurons", 3 * 2 * 10),
-        ("attribution-methods", 1 + 8),
+        ("attribution-methods", 2 * (1 + 8)),
         ("query-neurons", 3 * 2 * 10),
         ("query-layers", 3 * 2 * (1 + 2 * LAYERS)),
         ("attention-vs-ffn", 3),
