@@ -5,7 +5,8 @@
     python benchmarks/attribution.py --shape llama-7b --device cuda        # random weights in bfloat16
 
 Both run in this process on the same cache, threads and weights. kdb attributes the prompts in batches, as an ingest
-does: it records them, scores all layers and heads and proves the 300 best FFN and the 300 best attention neurons. The
+does: it records them, scores all layers and heads, proves the 300 best FFN and the 300 best attention neurons, and
+scores the candidates for the batch's best neurons. The
 direct way computes a score for every layer, head and neuron of one prompt at a time: the logits of x + v for 512
 vectors v at once, log_softmax at the target, less that of x. It runs on a sample of layers of one prompt, and its time
 is extrapolated to the vectors of all layers and prompts; on that sample both must give the same scores. A plain forward
@@ -33,13 +34,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdb.ingest.attribution.candidates import FIRST, candidate_rows
 from kdb.ingest.attribution.scores import Attribution, Neurons, prompts_at_once
-from kdb.ingest.attribution.targets import target_token
+from kdb.ingest.attribution.targets import Target, target_token
 from kdb.ingest.datasets import load_dataset, prompts
 from kdb.ingest.forward.activation_cache import head_coefficients, head_vectors, run_with_cache
 from kdb.ingest.forward.decomposition import Decomposition, decompose
 from kdb.ingest.models.find import LoadedModel, ModelSource, find_model
 from kdb.ingest.models.load import load_model
+from kdb.ingest.prompts import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("smollm2-135m", "gemma-3-270m")
@@ -65,7 +68,7 @@ GROW = {"tokens": (8, 32, 128), "width": (256, 512, 1024), "vocabulary": (8_000,
 GROW_FROM = {"tokens": 8, "width": 256, "vocabulary": 32_000}
 GROW_LAYERS = 4
 TOP = 300
-STAGES = ("record", "bounds", "layers", "heads", "ffn", "attn")
+STAGES = ("record", "bounds", "layers", "heads", "ffn", "attn", "candidates")
 SAME = 2e-3
 """Nats by which the two ways may differ."""
 
@@ -107,7 +110,16 @@ def attribute(decomposition: Decomposition, batch: Prompts) -> Ours:
         ffn = a.ffn_top(TOP)
     with timed("attn"):
         attn = a.attn_top(TOP)
+    with timed("candidates"):  # as if all prompts of the batch were of one category
+        candidates(decomposition, batch, {"ffn": ffn, "attn": attn})
     return Ours(a, ffn, attn, seconds)
+
+
+def candidates(decomposition: Decomposition, batch: Prompts, best: dict[str, Neurons]) -> None:
+    """Score the first candidates for the batch's best neurons in each of its prompts; this records them again."""
+    wanted = {name: neurons.most.sum(0).topk(FIRST).indices.tolist() for name, neurons in best.items()}
+    prompts = [Prompt(i, ids, Target(ids, "", (target,), ())) for i, (ids, target) in enumerate(batch)]
+    candidate_rows(decomposition, prompts, wanted)
 
 
 def batches(decomposition: Decomposition, chosen: Prompts) -> list[Prompts]:
@@ -311,7 +323,8 @@ def report(options: argparse.Namespace, name: str) -> bool:
         f"  kdb     {cost.seconds:9.3f} s a prompt = {cost.seconds / cost.alone:.1f} plain forward passes of it alone "
         f"({1000 * cost.alone:.1f} ms) = {cost.seconds / cost.batched:.1f} in a batch ({1000 * cost.batched:.1f} ms)"
     )
-    print("          " + ", ".join(f"{stage} {1000 * s:.1f} ms" for stage, s in cost.stages.items()))
+    stages = (f"{stage} {1000 * s:.1f} ms ({s / cost.alone:.1f})" for stage, s in cost.stages.items())
+    print("          " + ", ".join(stages) + "; in brackets: forward passes")
     print(f"          {cost.n_scored:,.0f} exact scores a prompt", flush=True)
     agreed = report_direct(options, decomposition, cost, ours, lengths) if options.direct_layers else True
     del ours
