@@ -287,6 +287,14 @@ def test_prompts_of_one_number_in_two_datasets_are_not_one_page(two_facts: httpx
     assert "Prompt of relations." in shown.text
 
 
+def test_the_models_page_shows_effects_beside_scores(two_facts: httpx.Client) -> None:
+    page = html.unescape(two_facts.get("/model?model=tiny-a").text)
+    for figure in ("effect-map", "layer-effect-map", "score-vs-effect"):
+        assert f"/charts/{figure}?" in page
+        assert two_facts.get(f"/charts/{figure}?model=tiny-a").status_code == 200
+    assert "/queries/head-effects?" in page
+
+
 def test_pages_show_score_and_effect_side_by_side(two_facts: httpx.Client) -> None:
     head = html.unescape(two_facts.get("/head?layer=3&head=1&dataset=knowledge&category=capital").text)
     given = {"dataset": "knowledge", "category": "capital", "k": 1000}

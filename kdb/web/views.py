@@ -226,17 +226,19 @@ def _model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         tables.append(_asked(wh, "concept-depth", {"model": [model], "dataset": concept}, drop=["model"]))
     if studies["knowledge"]:
         about = {"model": [model], "category": chosen["category"]}
-        charts += [
-            _chart(name, about) for name in ("layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer")
-        ]
+        of_scores = ("layer-scores", "top-layers", "top-heads", "head-map", "neurons-by-layer")
+        of_effects = ("effect-map", "layer-effect-map", "score-vs-effect") if _has_effects(wh, model) else ()
+        charts += [_chart(name, about) for name in (*of_scores, *of_effects)]
         tables += [_ranked(wh, name, {**about, "k": 5}, drop=["model"]) for name in ("top-layers", "top-heads")]
+        if of_effects:
+            tables.append(_asked(wh, "head-effects", {**about, "k": 5}, drop=["model"]))
         tables.append(_asked(wh, "top-neurons", {**about, "k": 2}, drop=["model", "bottom_tokens"]))
         tables.append(_asked(wh, "prompts", {**about, "k": 3}, drop=["model"]))
     return {
         "title": model,
         "model": model,
         "summary": f"{structure['architecture']}, {structure['n_layers']} layers of {structure['n_heads']} heads "
-        f"and {structure['intermediate_size']:,} neurons, hidden size {structure['hidden_size']:,}; "
+        f"and {_counted(structure['intermediate_size'])} neurons, hidden size {_counted(structure['hidden_size'])}; "
         f"weights {structure['quantization'] or structure['weights_dtype'] or 'in an unknown format'}"
         f"{', instruction-tuned' * bool(structure['instruct'])}",
         "structure": [(name, structure[name], *descriptions[name]) for name in descriptions],
@@ -249,6 +251,16 @@ def _model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "tables": tables,
         "runs": _asked(wh, "runs", {"model": [model]}),
     }
+
+
+def _has_effects(wh: Warehouse, model: str) -> bool:
+    asked = "SELECT count(*) AS n FROM current_runs WHERE model = $model AND table_name = 'effects'"
+    return bool(wh.sql(asked, {"model": model})["n"].item())
+
+
+def _counted(number: int | None) -> str:
+    """Write a size of a model, which some files do not say."""
+    return "unknown" if number is None else f"{number:,}"
 
 
 def _compare(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
