@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdb.ingest.attribution.candidates import FIRST
 from kdb.ingest.attribution.patch import BEST_HEADS
 from kdb.ingest.attribution.rankings import METHODS
 from kdb.ingest.attribution.scores import BASES_BYTES
@@ -80,9 +81,12 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
     m, wanted = job.measuring, job.attributing
     row = model_row(job.source, config, count_params(config), m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
-    trials = 1 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
+    trials = 2 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
     lens = 1 + 2 * layers
-    readouts = 6 * layers + lens + layers * row["n_heads"] + 2 * wanted.top_k + _RANKED * bool(wanted.ablate_k)
+    candidates = layers + 2 * FIRST  # the distributions of about half of the residuals, and a score of each
+    readouts = (
+        6 * layers + lens + layers * row["n_heads"] + 2 * wanted.top_k + candidates + _RANKED * bool(wanted.ablate_k)
+    )
     passes, patches = (_EFFECT_PASSES, BEST_HEADS) if wanted.effects else (0, 0)
     if wanted.ablate_k:  # each method's neurons at their mean: what they write, the untouched prompt, and a patch each
         passes, patches = passes + 2, patches + len(METHODS)
@@ -100,7 +104,7 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
         n_prompts=len(lengths),
         n_tokens=tokens,
         n_layers=layers,
-        disk_bytes=_NEURON_BYTES * stored + _LENS_BYTES * lens * len(lengths),
+        disk_bytes=_NEURON_BYTES * (stored + 2 * FIRST * len(lengths)) + _LENS_BYTES * lens * len(lengths),
         memory_bytes=weights + 4 * vocab * hidden + 2 * BASES_BYTES + 2 * CHUNK_BYTES,
         seconds=flops / rate,
         what=f"{row['n_heads']} heads and {row['intermediate_size']:,} FFN neurons",

@@ -23,15 +23,17 @@ def test_the_cost_of_attribution_counts_forward_passes_and_rows_of_the_vocabular
     attributing = Attributing(ablate_k=0, effects=False)
     job = Job(source, load_dataset("knowledge", limit=3), Measuring(), Probing(), attributing=attributing)
     found = costs.cost(job, "cpu")
-    vocab, hidden, layers, heads, passes = 256, 16, 2, 2, 2  # each prompt runs to be judged, and to be attributed
+    vocab, hidden, layers, heads, passes = 256, 16, 2, 2, 3
+    # Each prompt runs to be judged, to be attributed, and for the candidates of its category.
     blocks = count_params(load_config(source)) - vocab * hidden
     lens = 1 + 2 * layers
-    readouts = 6 * layers + lens + layers * heads + 2 * 300 + 1
+    candidates = layers + 2 * 64
+    readouts = 6 * layers + lens + layers * heads + 2 * 300 + candidates + 2
     flops = 2 * blocks * found.n_tokens + 2 * vocab * hidden * readouts * found.n_prompts
     assert found.n_prompts == 18
     assert found.n_tokens % passes == 0
     assert found.seconds == pytest.approx(flops / 0.7e9)
-    assert found.disk_bytes == (80 * 2 * 300 + 120 * lens) * found.n_prompts
+    assert found.disk_bytes == (80 * 2 * (300 + 64) + 120 * lens) * found.n_prompts
     with_effects = costs.cost(replace(job, attributing=Attributing(ablate_k=0)), "cpu")
     # Six more passes of each prompt, and ten of its last token.
     assert with_effects.n_tokens == found.n_tokens // passes * (passes + 6) + 10 * found.n_prompts
