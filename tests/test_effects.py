@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import string
 from collections.abc import Callable, Mapping
@@ -461,9 +462,11 @@ def test_a_corrupt_text_of_another_length_is_refused_when_prompts_are_paired(
     given = ("--model", tiny_model, "--dataset", tmp_path / "own.csv", "--ablate-k", "0", "--no-effects")
     answer(run_kdb("ingest", *given, "--warehouse", tmp_path / "w"))
     named = ("--variant", "ablate-k=0 no-effects", "--replacement", "pair")
-    assert refusal(patch(tmp_path / "w", *named, dataset="own")).startswith(
-        "The corrupt text of prompt 0 has +1 tokens"
-    )
+    message = refusal(patch(tmp_path / "w", *named, dataset="own"))
+    has, its = map(int, re.findall(r"has (\d+) tokens, and its prompt (\d+):", message)[0])
+    assert has == its + 1
+    kept = Warehouse(tmp_path / "w").sql("SELECT count(*) FROM prompts WHERE kept").item()
+    assert f"Prompts with this fault: {kept}." in message
 
 
 # Queries, on rows made by hand -----------------------------------------------------------------------------------
