@@ -312,7 +312,7 @@ def _check_lengths(prompts: Sequence[Known]) -> None:
     if uneven:
         prompt, n_tokens = uneven[0]
         raise QueryError(
-            f"The corrupt text of prompt {prompt.number} has {n_tokens} tokens, and its prompt {len(prompt.token_ids)}: "
+            f"The corrupt text of prompt {prompt.number} has {n_tokens} tokens, its prompt {len(prompt.token_ids)}; "
             f"--replacement pair needs equal numbers. Prompts with this fault: {len(uneven)}. Change their corrupt "
             "texts, and ingest the file again."
         )

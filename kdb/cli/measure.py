@@ -387,13 +387,13 @@ def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, 
 _ABSENT = {
     "activations": (
         "probe_scores",
-        "The vectors of {0} on {1}, variant {2}, are not stored any more (`kdb runs keep-vectors`). Remove the run, and "
-        "measure it again with `kdb ingest`.",
+        "The vectors of {0} on {1}, variant {2}, are not stored any more (`kdb runs keep-vectors`). Remove the run, "
+        "and measure it again with `kdb ingest`.",
     ),
     "head_scores": (
         "prompts",
-        "The run of {0} on {1}, variant {2}, has no head scores. Either no prompt is kept (`kdb query kept-prompts`), or "
-        "the dataset has texts with labels. Use a run with kept prompts.",
+        "The run of {0} on {1}, variant {2}, has no head scores. Either no prompt is kept (`kdb query kept-prompts`), "
+        "or the dataset has texts with labels. Use a run with kept prompts.",
     ),
 }
 
