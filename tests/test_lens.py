@@ -268,6 +268,12 @@ def test_a_run_without_a_kept_prompt_has_nothing_to_read_or_patch(
 # Stored vectors --------------------------------------------------------------------------------------------------
 
 
+def test_the_lens_map_of_a_text_with_a_label_names_no_answer(copied: Path, lens: Callable[..., Result]) -> None:
+    answer(lens(copied, dataset="labelled"))
+    drawn = figures.chart(Warehouse(copied), "lens-map", dataset="labelled", prompt=0).to_json()
+    assert "None" not in json.dumps(json.loads(drawn)["title"])
+
+
 def test_stored_vectors_are_read_without_running_the_model(
     copied: Path, lens: Callable[..., Result], tiny_loaded: LoadedModel
 ) -> None:
