@@ -341,7 +341,8 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     own = {param.name: values[param.name] for param in figure.drawing} | dict(figure.fixed or {})
     prompt = numbers["text"][0] if name == "prompt-story" else ""
     marks = figure.marks + (f"\n“{prompt}” → “{numbers['target_token'][0]}”" if prompt else "")
-    marks += "".join(f"\nanswer: “{token}”" for token in numbers["target_token"][:1]) if name == "lens-map" else ""
+    answer = numbers["target_token"][0] if name == "lens-map" else None  # null for texts with labels
+    marks += "" if answer is None else f"\nanswer: “{answer}”"
     marks += f"\nlens: {values['lens']}" if "lens" in values else ""
     if "effect_method" in values:
         marks += "\neffect: {effect_method}; replacement: {replacement}; ".format(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import string
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ from kdb.ingest.prompts import Prompt
 from kdb.ingest.settings import Patching
 from kdb.queries.domains import PARTS
 from kdb.warehouse.database import Database
+from kdb.warehouse.notes import KdbNote
 from kdb.warehouse.store import Warehouse
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -461,9 +463,11 @@ def test_a_corrupt_text_of_another_length_is_refused_when_prompts_are_paired(
     given = ("--model", tiny_model, "--dataset", tmp_path / "own.csv", "--ablate-k", "0", "--no-effects")
     answer(run_kdb("ingest", *given, "--warehouse", tmp_path / "w"))
     named = ("--variant", "ablate-k=0 no-effects", "--replacement", "pair")
-    assert refusal(patch(tmp_path / "w", *named, dataset="own")).startswith(
-        "The corrupt text of prompt 0 has +1 tokens"
-    )
+    message = refusal(patch(tmp_path / "w", *named, dataset="own"))
+    has, its = map(int, re.findall(r"has (\d+) tokens, its prompt (\d+);", message)[0])
+    assert has == its + 1
+    kept = Warehouse(tmp_path / "w").sql("SELECT count(*) FROM prompts WHERE kept").item()
+    assert f"Prompts with this fault: {kept}." in message
 
 
 # Queries, on rows made by hand -----------------------------------------------------------------------------------
@@ -532,6 +536,25 @@ def test_heads_are_ranked_by_what_their_replacement_costs(by_hand: Database) -> 
     assert [row["score"] for row in found] == [SCORES[4], SCORES[3]]
     zeroed = by_hand.query("head-effects", replacement="zero")
     assert zeroed["head_name"].to_list() == ["a1.2"]
+
+
+def test_an_empty_answer_names_the_nearest_effects_and_lenses_that_are_stored(by_hand: Database) -> None:
+    stored = (
+        r"No rows for --effect-method exact --replacement pair .* Stored: --effect-method exact --replacement mean "
+    )
+    with pytest.warns(KdbNote, match=stored):
+        assert by_hand.query("head-effects", replacement="pair").is_empty()
+    with pytest.warns(KdbNote, match=r"No rows for --lens tuned\. Stored: --lens logit\."):
+        assert by_hand.query("answer-by-layer", lens="tuned").is_empty()
+
+
+def test_an_answer_without_effects_or_readouts_says_that_none_are_stored(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path / "w")
+    add_knowledge(lake, "alpha", "facts", "a" * 16, {"prompts": TABLES["prompts"]})
+    with Database(lake) as database:
+        for query, message in (("layer-effects", "No effects are stored"), ("answer-by-layer", "No lens readouts are")):
+            with pytest.warns(KdbNote, match=message):
+                assert database.query(query).is_empty()
 
 
 def test_the_agreement_of_scores_and_effects_is_spearmans(by_hand: Database) -> None:

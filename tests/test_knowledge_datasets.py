@@ -409,6 +409,16 @@ def test_a_rival_or_corrupt_prompt_that_is_no_other_is_refused_with_its_row(tmp_
         load_dataset(str(tmp_path / "f.csv"))
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("rival", ["Rome"]), ("corrupt", 5), ("subject", {}), ("rival", "\ud800")]
+)
+def test_an_optional_column_of_knowledge_holds_text_or_nothing(tmp_path: Path, column: str, value: Any) -> None:
+    row = {"prompt": "The capital of France is", "answer": "Paris", "category": "capital", "rival": "Oslo"}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row | {column: value}))
+    with pytest.raises(DatasetError, match=rf"f\.jsonl, line 1: expected .* in column '{column}'"):
+        load_dataset(str(tmp_path / "f.jsonl"))
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_relation_and_subject_are_kept_where_they_are_given(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.{ending}"

@@ -245,7 +245,7 @@ def test_a_wish_that_cannot_be_read_is_refused_and_stores_nothing(
     assert storage.local.staging.unfinished_runs() == []
 
 
-def test_a_run_without_a_kept_prompt_has_nothing_to_read(
+def test_a_run_without_a_kept_prompt_has_nothing_to_read_or_patch(
     tmp_path: Path, run_kdb: RunKdb, tiny_model: Path, lens: Callable[..., Result], tiny_loaded: LoadedModel
 ) -> None:
     """The answers are the model's least likely letters."""
@@ -260,9 +260,18 @@ def test_a_run_without_a_kept_prompt_has_nothing_to_read(
     given = ("--model", tiny_model, "--dataset", tmp_path / "facts.csv", "--ablate-k", "0", "--no-effects")
     assert run_kdb("ingest", *given, "--warehouse", tmp_path / "w").exit_code == 0
     assert "has no kept prompt, so there is nothing to read." in refusal(lens(tmp_path / "w"))
+    named = ("--dataset", "facts", "--variant", "ablate-k=0 no-effects", "--warehouse", tmp_path / "w")
+    message = refusal(run_kdb("patch", "--model", tiny_model, *named))
+    assert "has no head scores. Either no prompt is kept" in message
 
 
 # Stored vectors --------------------------------------------------------------------------------------------------
+
+
+def test_the_lens_map_of_a_text_with_a_label_names_no_answer(copied: Path, lens: Callable[..., Result]) -> None:
+    answer(lens(copied, dataset="labelled"))
+    drawn = figures.chart(Warehouse(copied), "lens-map", dataset="labelled", prompt=0).to_json()
+    assert "None" not in json.dumps(json.loads(drawn)["title"])
 
 
 def test_stored_vectors_are_read_without_running_the_model(

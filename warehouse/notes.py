@@ -53,8 +53,32 @@ WHERE among(model, $model) AND among(dataset, $dataset) AND ($study IS NULL OR s
 ORDER BY variant
 """
 
+_EFFECTS = """
+SELECT DISTINCT
+    concat_ws(' ', '--effect-method', method, '--replacement', replacement, '--role', role, '--direction', direction)
+FROM effects JOIN runs USING (model, dataset, run)
+WHERE among(model, $model) AND among(dataset, $dataset) AND variant = $variant
+ORDER BY ALL
+"""
+
+_LENSES = """
+SELECT DISTINCT '--lens ' || lens
+FROM lens_readouts JOIN runs USING (model, dataset, run)
+WHERE among(model, $model) AND among(dataset, $dataset) AND variant = $variant
+ORDER BY ALL
+"""
+
+_STORED = {
+    ("effect_method", "replacement", "role", "direction"): (_EFFECTS, "No effects are stored: use `kdb patch`"),
+    ("lens",): (_LENSES, "No lens readouts are stored: use `kdb lens`"),
+}
+"""Of the parameters that choose what was measured: SQL of the stored options, and what to say if there are none."""
+
 _MOST = 5
 """Maximum number of notes about one answer."""
+
+_NEAREST = 2
+"""Number of stored combinations of options that a note names, those with the fewest changes first."""
 
 
 def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]) -> list[str]:
@@ -87,15 +111,38 @@ def notes_on_current(connection: duckdb.DuckDBPyConnection) -> list[str]:
 def notes_on_nothing(
     connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]
 ) -> list[str]:
-    """Return a note with the stored variants if an answer has no rows because the variant is not stored."""
+    """Return a note that names what is stored, if an answer has no rows because something else was asked for."""
     if values.get("variant") in (None, "all") or values.get("run"):
         return []
     about = {name: _several(values.get(name)) for name in ("model", "dataset")} | {"study": _study(saved, values)}
     variants = [variant for (variant,) in _rows(connection, _VARIANTS, about)]
-    if not variants or values["variant"] in variants:
+    if not variants:
         return []
+    if values["variant"] in variants:
+        return _stored_instead(connection, values, about)
     named = ", ".join(variants[:_MOST]) + (", …" if len(variants) > _MOST else "")
     return [f"No matching run of the variant {values['variant']!r}. Stored: {named} (--variant {variants[0]!r})."]
+
+
+def _stored_instead(
+    connection: duckdb.DuckDBPyConnection, values: Mapping[str, Value], about: Mapping[str, object]
+) -> list[str]:
+    """Return a note with the effects or lenses of the variant that are stored."""
+    filters = {name: about[name] for name in ("model", "dataset")} | {"variant": values["variant"]}
+    notes = []
+    for names, (text, absent) in ((names, stored) for names, stored in _STORED.items() if names[0] in values):
+        options = [option for (option,) in _rows(connection, text, filters)]
+        asked = " ".join(f"--{name.replace('_', '-')} {values[name]}" for name in names)
+        others = sorted((option for option in options if option != asked), key=lambda o: _n_changes(o, asked))
+        named = " or ".join(others[:_NEAREST])
+        notes += [f"No rows for {asked}. Stored: {named}."] if others else []
+        notes += [] if options else [f"{absent}. Runs of schema 5 and older have none."]
+    return notes
+
+
+def _n_changes(options: str, asked: str) -> int:
+    """Count the words in which stored options differ from those that were asked for."""
+    return sum(a != b for a, b in zip(options.split(), asked.split(), strict=True))
 
 
 @contextlib.contextmanager

@@ -307,14 +307,10 @@ def _check_prompts(wanted: Patching, prompts: Sequence[Known]) -> None:
     if wanted.roles == ("subject",) and all(p.subject_end is None for p in prompts):
         raise QueryError("No kept prompt has a subject that its text contains, so --role subject has no place.")
     counts = by_category(prompts)
-    corrupt = {p.number: len(p.corrupt) - len(p.token_ids) for p in prompts if p.corrupt is not None}
-    longer = [number for number, more in corrupt.items() if more]
-    if "pair" in wanted.replacements and longer:
-        raise QueryError(
-            f"The corrupt text of prompt {longer[0]} has {corrupt[longer[0]]:+} tokens, and must have as many as its "
-            f"prompt, as must {len(longer) - 1} more. Change these texts, and ingest the file again."
-        )
-    if wanted.replacements == ("pair",) and not corrupt and not any(pairs(some) for some in counts.values()):
+    if "pair" in wanted.replacements:
+        _check_lengths(prompts)
+    own = any(p.corrupt is not None for p in prompts)
+    if wanted.replacements == ("pair",) and not own and not any(pairs(some) for some in counts.values()):
         raise QueryError(
             "No two kept prompts make a pair: the same relation, the same number of tokens, and different answers. "
             "Use --replacement mean or resample."
@@ -322,4 +318,16 @@ def _check_prompts(wanted: Patching, prompts: Sequence[Known]) -> None:
     if not {"zero", "pair"} & set(wanted.replacements) and all(len(some) == 1 for some in counts.values()):
         raise QueryError(
             "Each category has one kept prompt, and a mean or resample needs another. Use --replacement zero."
+        )
+
+
+def _check_lengths(prompts: Sequence[Known]) -> None:
+    """Raise QueryError for corrupt texts with more or fewer tokens than their prompts."""
+    uneven = [(p, len(p.corrupt)) for p in prompts if p.corrupt is not None and len(p.corrupt) != len(p.token_ids)]
+    if uneven:
+        prompt, n_tokens = uneven[0]
+        raise QueryError(
+            f"The corrupt text of prompt {prompt.number} has {n_tokens} tokens, its prompt {len(prompt.token_ids)}; "
+            f"--replacement pair needs equal numbers. Prompts with this fault: {len(uneven)}. Change their corrupt "
+            "texts, and ingest the file again."
         )

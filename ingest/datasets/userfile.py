@@ -161,7 +161,8 @@ def _filled(row: Row, column: str) -> str:
 
 def _optional(row: Row, column: str) -> str | None:
     value = row.fields.get(column)
-    return None if value is None else str(value).strip() or None
+    blank = value is None or (isinstance(value, str) and not value.strip())
+    return None if blank else text_of(row, column).strip()
 
 
 def _usable_name(path: Path, name: str | None, taken: Collection[str]) -> str:

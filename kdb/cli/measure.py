@@ -293,8 +293,8 @@ def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, 
     current = sql("SELECT model, dataset, variant, run FROM current_runs WHERE table_name = ?", [table]).rows()
     runs = {row[:3]: row[3] for row in current}
     hint = "`kdb runs` lists what is stored, `kdb ingest` measures more."
-    if (model, dataset, variant) not in runs and table == "activations":
-        _check_vectors(sql, model, dataset, variant)
+    if (model, dataset, variant) not in runs and table in _ABSENT:
+        _check_rows(sql, table, model, dataset, variant)
     for kind, level, name in (("model", 0, model), ("dataset", 1, dataset), ("variant", 2, variant)):
         stored = {key[level] for key in runs if key[:level] == (model, dataset)[:level]}
         if name not in stored:
@@ -302,14 +302,27 @@ def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, 
     return str(runs[model, dataset, variant])
 
 
-def _check_vectors(sql: Callable[..., Any], model: str, dataset: str, variant: str) -> None:
-    """Raise QueryError if the run is stored, and its vectors are not."""
-    asked = "FROM current_runs WHERE table_name = 'probe_scores' AND model = ? AND dataset = ? AND variant = ?"
+# Why a stored run may lack rows of a table: the table that shows that the run is stored, and what to say
+_ABSENT = {
+    "activations": (
+        "probe_scores",
+        "The vectors of {0} on {1}, variant {2}, are not stored any more (`kdb runs keep-vectors`). Remove the run, "
+        "and measure it again with `kdb ingest`.",
+    ),
+    "head_scores": (
+        "prompts",
+        "The run of {0} on {1}, variant {2}, has no head scores. Either no prompt is kept (`kdb query kept-prompts`), "
+        "or the dataset has texts with labels. Use a run with kept prompts.",
+    ),
+}
+
+
+def _check_rows(sql: Callable[..., Any], table: str, model: str, dataset: str, variant: str) -> None:
+    """Raise QueryError if the run is stored, and its rows of a table are not."""
+    shown_by, message = _ABSENT[table]
+    asked = f"FROM current_runs WHERE table_name = '{shown_by}' AND model = ? AND dataset = ? AND variant = ?"
     if not sql(asked, [model, dataset, variant]).is_empty():
-        raise QueryError(
-            f"The vectors of {model} on {dataset}, variant {variant}, are not stored any more (`kdb runs "
-            "keep-vectors`). Remove the run, and measure it again with `kdb ingest`."
-        )
+        raise QueryError(message.format(model, dataset, variant))
 
 
 @click.command()
