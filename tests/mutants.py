@@ -221,7 +221,7 @@ MUTANTS = [
         "prompts.run = prompts_run\n    WHERE",
         "tests/test_knowledge_queries.py",
     ),
-    Mutant(PATCHING, "new[row, at[row], entries", "new[row, :, entries", "tests/test_patching.py"),
+    Mutant(PATCHING, "new[row, at[row], which]", "new[row, :, which]", "tests/test_patching.py"),
     Mutant(
         GRADIENTS,
         "hooks.enter_context(block.ffn_out.register_forward_pre_hook(_halved))",
