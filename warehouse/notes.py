@@ -72,7 +72,7 @@ _STORED = {
     ("effect_method", "replacement", "role", "direction"): (_EFFECTS, "No effects are stored: use `kdb patch`"),
     ("lens",): (_LENSES, "No lens readouts are stored: use `kdb lens`"),
 }
-"""Of the parameters that choose what was measured: SQL of the stored options, and what to say if there are none."""
+"""Parameters that choose what was measured, with SQL for their stored values, and the note if there are none."""
 
 _MOST = 5
 """Maximum number of notes about one answer."""

@@ -590,8 +590,8 @@ neuron_sums = _table(
     _column(
         "exact",
         Boolean(),
-        "whether total counts every kept prompt and position; otherwise only those in whose list the neuron is (also "
-        "if NULL, in runs of schema 5 and older)",
+        "whether total is that of candidate_scores, over every kept prompt; otherwise it adds up neuron_scores, "
+        "over the prompts that list the neuron (also if NULL, in runs of schema 5 and older)",
         since=6,
     ),
     _column(

@@ -25,7 +25,7 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """What the unit is: ffn (an FFN neuron), attn (an attention neuron), or head."""
+        """The kind of unit: ffn (an FFN neuron), attn (an attention neuron) or head."""
         return "head" if self.component == "attn" and self.neuron < 0 else self.component
 
 

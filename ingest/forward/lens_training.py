@@ -147,45 +147,50 @@ class Training:
         weight[len(likely) :] = float(np.log(max(1, vocab - len(likely)) / max(1, len(others))))
         tokens = torch.cat([likely, others]).to(self.rows.device)
         bias = getattr(self.structure.unembed, "bias", None)
-        batch = _Batch(
-            at,
+        compared = _Tokens(
             self.rows[tokens].float().to(self.device),
             None if bias is None else bias.detach()[tokens].float().to(self.device),
             weight.to(self.device),
         )
         with torch.no_grad():
-            batch.final = self._log_p(self.states[-1][at].to(self.device), batch)
-        return batch
+            return _Batch(at, compared, self._log_p(self.states[-1][at].to(self.device), compared))
 
-    def _log_p(self, states: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """Log-probabilities (position, token of the batch), each other token standing for several."""
-        logits = self.norm(states) @ batch.rows.T
-        logits = (logits if batch.bias is None else logits + batch.bias) * self.structure.logit_scale
+    def _log_p(self, states: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
+        """Log-probabilities (position, token), where a random token has the probability of all that it stands for."""
+        logits = self.norm(states) @ tokens.rows.T
+        logits = (logits if tokens.bias is None else logits + tokens.bias) * self.structure.logit_scale
         cap = self.structure.logit_softcap
         if cap is not None:
             logits = cap * (logits / cap).tanh()
-        log_p: torch.Tensor = (logits + batch.weight).log_softmax(-1)
+        log_p: torch.Tensor = (logits + tokens.weight).log_softmax(-1)
         return log_p
 
     def _loss(self, batch: _Batch, translated: torch.Tensor) -> torch.Tensor:
         """Mean KL divergence of a readout from the model's output, over the tokens of the batch."""
-        log_q = self._log_p(translated, batch)
+        log_q = self._log_p(translated, batch.tokens)
         kl: torch.Tensor = (batch.final.exp() * (batch.final - log_q)).sum(-1).mean()
         return kl
 
 
-@dataclass
-class _Batch:
-    """Positions of one step, and the tokens whose probabilities it compares: their rows of the unembedding.
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens whose probabilities are compared, with their rows and biases of the unembedding.
 
-    ``weight`` is the logarithm of the number of tokens that each stands for.
+    ``weight`` is log n for a token that stands for n tokens.
     """
 
-    at: torch.Tensor
     rows: torch.Tensor
     bias: torch.Tensor | None
     weight: torch.Tensor
-    final: torch.Tensor = None  # type: ignore[assignment]  # log-probabilities of the model's own output
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Positions of one step, the tokens that it compares, and their log-probabilities in the model's own output."""
+
+    at: torch.Tensor
+    tokens: _Tokens
+    final: torch.Tensor
 
 
 class _Map:
