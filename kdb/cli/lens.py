@@ -9,6 +9,7 @@ import click
 
 import kdb
 from kdb.cli.options import warehouse_option
+from kdb.cli.settings import knowledge_run_options
 from kdb.ingest.settings import Reading
 from kdb.queries import domains
 
@@ -19,11 +20,7 @@ _STUDY = "SELECT study FROM runs WHERE run = ?"
 
 
 @click.command()
-@click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file.")
-@click.option("--name", "model_name", help="Name under which the model is stored; defaults to its own name.")
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset.")
-@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@knowledge_run_options
 @click.option(
     "--lens",
     "kind",

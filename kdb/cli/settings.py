@@ -235,7 +235,7 @@ def stored_options(command: Command) -> Command:
 
 
 def knowledge_run_options(command: Command) -> Command:
-    """Options that choose a stored knowledge run, and the model that it measured."""
+    """Options that choose a stored run, by default of the dataset knowledge, and the model that it measured."""
     for option in reversed(
         (
             click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file."),
