@@ -10,6 +10,7 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,6 +85,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_loaded(tiny_model: Path) -> LoadedModel:
     return load_model(find_model(str(tiny_model)))
+
+
+@pytest.fixture(scope="session")
+def best(tiny_loaded: LoadedModel) -> Callable[[str], str]:
+    """The letter that the tiny model thinks likeliest after a text and a space: an answer that it knows."""
+    import torch  # most tests do without it
+
+    tokenizer = tiny_loaded.tokenizer
+    ids = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
+
+    def letter(text: str) -> str:
+        with torch.inference_mode():
+            logits = tiny_loaded.model(torch.tensor([tokenizer(f"{text} ")["input_ids"]])).logits[0, -1]
+        return string.ascii_letters[int(logits[ids].argmax())]
+
+    return letter
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import string
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -31,7 +30,6 @@ from kdb.ingest.attribution.sets import set_rows
 from kdb.ingest.attribution.units import Shape, Unit, silenced
 from kdb.ingest.forward.ablation import Chosen, Intervention, Silenced, intervene
 from kdb.ingest.forward.decomposition import Decomposition, decompose
-from kdb.ingest.models.find import LoadedModel
 from kdb.warehouse.database import Database
 from kdb.warehouse.halves import without_prompts
 from kdb.warehouse.store import Warehouse
@@ -253,17 +251,9 @@ NEURON = "SELECT 0 AS layer, 'ffn' AS component, NULL AS head, 1 AS neuron"
 
 @pytest.fixture(scope="module")
 def ingested(
-    tmp_path_factory: pytest.TempPathFactory, run_kdb: RunKdb, tiny_model: Path, tiny_loaded: LoadedModel
+    tmp_path_factory: pytest.TempPathFactory, run_kdb: RunKdb, tiny_model: Path, best: Callable[[str], str]
 ) -> Path:
     """A warehouse with one knowledge run, which keeps five prompts of one category and four of another."""
-    tokenizer = tiny_loaded.tokenizer
-    ids = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
-
-    def best(text: str) -> str:
-        with torch.inference_mode():
-            logits = tiny_loaded.model(torch.tensor([tokenizer(f"{text} ")["input_ids"]])).logits[0, -1]
-        return string.ascii_letters[int(logits[ids].argmax())]
-
     texts = [*(("sky", f"The sky of {t} is") for t in TOWNS), *(("sea", f"The sea of {t} is") for t in TOWNS[:4])]
     lines = ["prompt,answer,category", *(f"{text},{best(text)}x,{kind}" for kind, text in texts)]
     # Another answer in each category, which the prompts' own ones beat.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -214,16 +213,8 @@ HEADS = 2
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory, tiny_loaded: LoadedModel) -> Path:
+def facts(tmp_path_factory: pytest.TempPathFactory, best: Callable[[str], str]) -> Path:
     """Six prompts in two categories, four with a subject; the model's own best letters are the answers."""
-    tokenizer = tiny_loaded.tokenizer
-    ids = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
-
-    def best(text: str) -> str:
-        with torch.inference_mode():
-            logits = tiny_loaded.model(torch.tensor([tokenizer(f"{text} ")["input_ids"]])).logits[0, -1]
-        return string.ascii_letters[int(logits[ids].argmax())]
-
     lines = ["prompt,answer,category,relation,subject"]
     texts = [*(("sky", f"The sky of {t} is", t) for t in TOWNS), *(("sea", f"The sea of {t} is", "") for t in TOWNS)]
     lines += [f"{text},{best(text)}x,{kind},{kind},{subject}" for kind, text, subject in texts]

@@ -133,16 +133,8 @@ TOWNS = ("Bonn", "Jena", "Kiel", "Rome")
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory, tiny_loaded: LoadedModel) -> Path:
+def facts(tmp_path_factory: pytest.TempPathFactory, best: Callable[[str], str]) -> Path:
     """Eight prompts in two categories; the model's own best letters are the answers."""
-    tokenizer = tiny_loaded.tokenizer
-    ids = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
-
-    def best(text: str) -> str:
-        with torch.inference_mode():
-            logits = tiny_loaded.model(torch.tensor([tokenizer(f"{text} ")["input_ids"]])).logits[0, -1]
-        return string.ascii_letters[int(logits[ids].argmax())]
-
     texts = [(kind, f"The {kind} of {town} is") for kind in ("sky", "sea") for town in TOWNS]
     path = tmp_path_factory.mktemp("datasets") / "facts.csv"
     lines = [f"{text},{best(text)}x,{kind}" for kind, text in texts]
