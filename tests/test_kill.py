@@ -14,6 +14,8 @@ import pytest
 from helpers.killing import Writers, kill_writers
 from helpers.killing_commands import Commands
 
+from kdb.ingest.concept.probing import probing
+from kdb.ingest.settings import Probing
 from kdb.warehouse.store import Warehouse
 
 pytestmark = pytest.mark.slow
@@ -32,16 +34,11 @@ def finished_parts(warehouse: Path) -> dict[str, tuple[int, int]]:
 
 
 def made_true_by(part: str) -> str:
-    """The part that is written after it, and without which it is written again."""
-    after = {
-        "models": "prompts",
-        "datasets": "prompts",
-        "zero_shot": "activations",
-        "probe_predictions": "probe_scores",
-        "baseline_predictions": "baselines",
-    }
+    """The part of its stage's last table: it is written last, and without it the stage's shard is written again."""
     table, name = part.split("/")
-    return f"{after.get(table, table)}/{name}"
+    lasts = {table: stage.tables[-1] for stage in probing(Probing(), seed=0) for table in stage.tables}
+    lasts |= {"zero_shot": "activations"}
+    return f"{'datasets' if name == 'texts' else lasts.get(table, table)}/{name}"
 
 
 class Watched(Writers):
