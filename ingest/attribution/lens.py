@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdb.ingest.forward.activation_cache import ActivationCache
 from kdb.ingest.forward.decomposition import Decomposition
-from kdb.ingest.forward.readouts import log_probabilities, read, readouts, texts_of
+from kdb.ingest.forward.readouts import Place, log_probabilities, positions_at_once, read, readouts, texts_of
 from kdb.ingest.prompts import Prompt
 from kdb.warehouse.schema import arrow_schema
 
@@ -28,6 +28,8 @@ def lens_rows(
     ids: NDArray[np.int32], decomposition: Decomposition, cache: ActivationCache, chunk: Sequence[Prompt]
 ) -> pa.Table:
     """Rows of ``lens_readouts`` at the last position of each prompt; ``ids`` (prompt) are their numbers."""
+    import torch
+
     text = texts_of(decomposition.loaded.tokenizer)
     final = log_probabilities(cache.logits)
     target, rival = [prompt.target for prompt in chunk], rivals(final, chunk)
@@ -35,12 +37,17 @@ def lens_rows(
         {"prompt_id": number, "position": last, "token": text(prompt.token_ids[last])}
         for number, last, prompt in zip(ids.tolist(), cache.last.tolist(), chunk, strict=True)
     ]
-    rows = []
-    for layer, place, resid in _residuals(decomposition, cache):
-        logits = read(decomposition.loaded, decomposition.structure, resid)
-        found = readouts(logits, final, target, rival, text)
-        of_place = {"layer": layer, "place": place, "lens": "logit"}
-        rows += [at | of_place | row for at, row in zip(read_at, found, strict=True)]
+    places, residuals = zip(*_residuals(decomposition, cache), strict=True)
+    states, rows = torch.stack(residuals).flatten(0, 1), []
+    # Residuals of many places are read together: the unembedding is read from memory once for all of them.
+    for some in torch.arange(len(states), device=states.device).split(positions_at_once(decomposition.loaded)):
+        prompts = some % len(chunk)
+        logits = read(decomposition.loaded, decomposition.structure, states[some])
+        own = [(target[i], rival[i]) for i in prompts.tolist()]
+        found = readouts(logits, final[prompts], *zip(*own, strict=True), text)
+        for number, row in zip(some.tolist(), found, strict=True):
+            (layer, place), at = places[number // len(chunk)], read_at[number % len(chunk)]
+            rows.append(at | {"layer": layer, "place": place, "lens": "logit"} | row)
     return pa.Table.from_pylist(rows, arrow_schema("lens_readouts"))
 
 
@@ -53,8 +60,8 @@ def rivals(log_p: torch.Tensor, chunk: Sequence[Prompt]) -> list[int]:
     return found
 
 
-def _residuals(decomposition: Decomposition, cache: ActivationCache) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """Layer, place and residual (prompt, hidden) of every readout, in the order of the model."""
+def _residuals(decomposition: Decomposition, cache: ActivationCache) -> Iterator[tuple[Place, torch.Tensor]]:
+    """Place and residual (prompt, hidden) of every readout, in the order of the model."""
     import torch
 
     rows = torch.arange(len(cache.last), device=cache.last.device)
@@ -62,8 +69,8 @@ def _residuals(decomposition: Decomposition, cache: ActivationCache) -> Iterator
     for layer, block in enumerate(decomposition.blocks):
         before = cache.resid_pre[layer, rows, cache.last]
         if layer == 0:
-            yield layer, "resid_pre", before
+            yield (layer, "resid_pre"), before
         if not block.parallel:  # attention and FFN of a parallel block add to the same residual: there is no middle
-            yield layer, "resid_mid", before + cache.attn[layer, rows, cache.last]
+            yield (layer, "resid_mid"), before + cache.attn[layer, rows, cache.last]
         after = cache.resid_post if layer == last else cache.resid_pre[layer + 1, rows, cache.last]
-        yield layer, "resid_post", after
+        yield (layer, "resid_post"), after
