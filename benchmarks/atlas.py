@@ -52,20 +52,24 @@ from kdb.warehouse.store import Warehouse
 PROMPTS = 200
 """Prompts of each class that are measured of a dataset of the paper."""
 
-FEWER = {"imdb": 100}
+FEWER = {"imdb": 60}
 """Prompts of each class of datasets whose texts are long."""
 
-FACTS = 20
+FACTS = 16
 """Prompts of each category in the knowledge study, spread over its relations."""
 
 MINUTES = 140.0
 """Minutes after which no step begins."""
 
-HEADS = 10
-"""Heads that are ablated together: those with the largest mean score."""
+HEADS = 5
+"""Heads that are ablated together: those with the largest mean score, at most one of a layer, so that the others of the
+same layers can be their controls."""
 
-FACTORS = {"concept": 1.3, "knowledge": 1.6}
+FACTORS = {"concept": 0.8, "knowledge": 1.7}
 """Measured time of a run over kdb's estimate, by study."""
+
+OVERHEAD = 5.0
+"""Seconds, for each GiB of memory that kdb estimates, that a run takes however few prompts it has, mostly for checks."""
 
 DERIVED_SHARE = 0.2
 """Time of a model's derived runs over that of its knowledge run."""
@@ -174,7 +178,7 @@ class Measurement:
         """Return all steps in order: the knowledge study, then concepts, then what is computed from these."""
         facts = self._ingest(knowledge)
         ingested = [facts, *map(self._ingest, concepts)]
-        seconds = DERIVED_SHARE * facts.seconds
+        seconds = max(60.0, DERIVED_SHARE * facts.seconds)
         return [*ingested, *self._derived([dataset.name for dataset in concepts], seconds)]
 
     def release(self) -> None:
@@ -184,12 +188,10 @@ class Measurement:
 
     def _ingest(self, dataset: Dataset) -> Step:
         job = Job(self._source, dataset, Measuring(), Probing(), attributing=Attributing())
-        stored = {folder.run for folder in self._warehouse.storage.run_folders()}
-        seconds = FACTORS[job.study] * cost(job, pick_device(None)).seconds
+        done = job.run in {folder.run for folder in self._warehouse.storage.run_folders()}
+        seconds = 0.0 if done else _seconds(job)
         what = f"{dataset.name}, {len(dataset.examples)} prompts"
-        return Step(
-            self._model.name, what, job.study, seconds, job.run in stored, functools.partial(self._measure, job)
-        )
+        return Step(self._model.name, what, job.study, seconds, done, functools.partial(self._measure, job))
 
     def _measure(self, job: Job) -> None:
         with LocalEngine(self._load) as engine:
@@ -204,9 +206,10 @@ class Measurement:
         """Yield the steps that `kdb` commands compute from stored runs."""
         model = ("--model", self._model.spec, "--name", self._model.name)
         heads = (
-            "SELECT layer, 'attn' AS component, head, NULL AS neuron FROM current.head_scores "
-            f"WHERE model = '{self._model.name}' AND dataset = '{KNOWLEDGE}' "
-            f"GROUP BY ALL ORDER BY avg(score) DESC, layer, head LIMIT {HEADS}"
+            "SELECT layer, 'attn' AS component, arg_max(head, score) AS head, NULL AS neuron FROM ("
+            "SELECT layer, head, avg(score) AS score FROM current.head_scores "
+            f"WHERE model = '{self._model.name}' AND dataset = '{KNOWLEDGE}' GROUP BY ALL"
+            f") GROUP BY layer ORDER BY max(score) DESC, layer LIMIT {HEADS}"
         )
         layers = ("--component", "attn", "--component", "ffn")
         ablate = ("ablate", *model, "--label", "best-heads", "--query", heads, "--mode", "mean")
@@ -248,6 +251,8 @@ def measure(
     measured = [Measurement(opened, model, source) for model, source in zip(models, sources, strict=True)]
     planned = [one.steps(concepts, knowledge) for one in measured]
     _print_plan(planned, minutes)
+    if minutes < 0:
+        return sum(not step.done for steps in planned for step in steps)
     clock = Clock([step for steps in planned for step in steps if not step.done], minutes)
     for one, steps in zip(measured, planned, strict=True):
         for step in steps:

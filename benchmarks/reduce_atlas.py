@@ -3,9 +3,9 @@
     python benchmarks/reduce_atlas.py atlas kdb/web/demo.zip
 
 Every number is a measured one. Left out are hidden states and probe weights, all but the best neurons of each prompt
-and category, and most projected prompts and lens readouts before the last token (`KEPT`). Texts are kept of the datasets
-that come with kdb only: of the others, no licence is stated, and prompts have ids and scores. A run's id is not that of
-the run that it was cut from, since its content differs.
+and category, and most projected prompts and lens readouts before the last token (`KEPT`). Texts are kept of the
+datasets that come with kdb only: of the others, no licence is stated, and prompts have ids and scores. A run's id is
+not that of the run that it was cut from, since its content differs.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _BEST = """IN (
     UNION SELECT neuron_name('ffn', layer, NULL, neuron) FROM query_neuron_scores WHERE run = $run AND rank <= 10
 )"""
 
+_RANKED = "IN (SELECT neuron_name(component, layer, head, neuron) FROM neuron_sums WHERE run = $run AND rank <= 50)"
+
 KEPT = {
     "activations": "false",
     "probe_weights": "false",
@@ -54,7 +56,7 @@ KEPT = {
     "probe_predictions": "is_default",
     "probe_transfer": "classifier = 'logistic'",
     "neuron_scores": "rank <= 10",
-    "neuron_sums": "rank IS NOT NULL",
+    "neuron_sums": f"neuron_name(component, layer, head, neuron) {_RANKED}",
     "query_neuron_scores": "rank <= 10",
     "neuron_tokens": f"rank <= 10 AND neuron_name(component, layer, head, neuron) {_BEST}",
     "projections": "prompt_id % 5 = 0 AND site = 'resid_post'",
