@@ -69,7 +69,7 @@ FACTORS = {"concept": 0.8, "knowledge": 1.7}
 """Measured time of a run over kdb's estimate, by study."""
 
 OVERHEAD = 5.0
-"""Seconds, for each GiB of memory that kdb estimates, that a run takes however few prompts it has, mostly for checks."""
+"""Seconds that a run takes for each GiB of its estimated memory, however few prompts it has: loading and checks."""
 
 DERIVED_SHARE = 0.2
 """Time of a model's derived runs over that of its knowledge run."""
@@ -241,10 +241,18 @@ class Measurement:
             raise KdbError(f"kdb {line[0]}: {why[0]}")
 
 
+def _seconds(job: Job) -> float:
+    expected = cost(job, pick_device(None))
+    return FACTORS[job.study] * expected.seconds + OVERHEAD * expected.memory_bytes / 2**30
+
+
 def measure(
     warehouse: Path, models: Sequence[AtlasModel], datasets: Sequence[Dataset], minutes: float = MINUTES
 ) -> int:
-    """Measure all models on the concept datasets and the facts among ``datasets``; returns the number of steps left."""
+    """Measure all models on the concept datasets and the facts among ``datasets``; returns the number of steps left.
+
+    With negative ``minutes``, only the plan is printed.
+    """
     knowledge = next(dataset for dataset in datasets if dataset.study == "knowledge")
     concepts = [dataset for dataset in datasets if dataset.study == "concept"]
     opened, sources = Warehouse.create(warehouse), [find_model(model.spec, name=model.name) for model in models]
