@@ -220,7 +220,7 @@ class Measurement:
         for dataset in (name for name in concepts if name in BUILT_IN):
             yield self._command("projections", (dataset,), 10, ("project", *named, "--dataset", dataset))
         given = [word for name in concepts for word in ("--dataset", name)]
-        yield self._command("probe_transfer", concepts, 10 * len(concepts), ("transfer", *named, *given))
+        yield self._command("probe_transfer", concepts, 5 * len(concepts), ("transfer", *named, *given))
 
     def _command(self, table: str, datasets: Sequence[str], seconds: float, command: Sequence[str]) -> Step:
         """Return the step of a `kdb` command that writes ``table`` of a run of each dataset."""
