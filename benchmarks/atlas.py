@@ -275,7 +275,8 @@ def _print_plan(planned: Sequence[Sequence[Step]], minutes: float) -> None:
         took = sum(step.seconds for step in left) / 60
         print(f"{steps[0].model}: {len(steps) - len(left)} of {len(steps)} steps stored, about {took:.0f} min left")
     total = sum(step.seconds for steps in planned for step in steps if not step.done) / 60
-    print(f"In all about {total:.0f} min; no step begins after {minutes:.0f} min.", flush=True)
+    until = f"; no step begins after {minutes:.0f} min" if minutes >= 0 else ""
+    print(f"In all about {total:.0f} min{until}.", flush=True)
 
 
 class Clock:
