@@ -150,8 +150,8 @@ def _why_none(warehouse: Warehouse, run: tuple[str, str, str], wanted: dict[str,
         others = warehouse.sql("SELECT DISTINCT model, dataset FROM probe_weights ORDER BY ALL").rows()
         return f"{named}. Stored: {'; '.join(f'{m} on {d}' for m, d in others) or 'none'}. `kdb ingest` measures more."
     return (
-        f"{named}: an older kdb measured the run, without weights. Run `kdb probe --model {model} --dataset {dataset}` "
-        "first."
+        f"{named}: the weights are not stored, because the run is a reduced copy, or an older kdb measured it, "
+        f"without weights. Run `kdb probe --model {model} --dataset {dataset}` first."
     )
 
 

@@ -306,8 +306,8 @@ def stored_run(sql: Callable[..., Any], model: str, dataset: str, variant: str, 
 _ABSENT = {
     "activations": (
         "probe_scores",
-        "The vectors of {0} on {1}, variant {2}, are not stored any more (`kdb runs keep-vectors`). Remove the run, "
-        "and measure it again with `kdb ingest`.",
+        "The vectors of {0} on {1}, variant {2}, are not stored: a reduced copy has none, and `kdb runs keep-vectors` "
+        "deletes them. Remove the run, and measure it again with `kdb ingest`.",
     ),
     "head_scores": (
         "prompts",
