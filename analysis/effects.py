@@ -3,8 +3,8 @@
     frame = effect_means(wh, model=["smollm2-135m"], effect_method="atp")
     frame = score_and_effect(wh, model=["smollm2-135m"], part="head")
 
-An effect is the change of the answer's log-probability when a part is replaced; its loss is minus that. In denoising,
-where a part is put back, the gain counts.
+An effect is what the answer gains when a part is replaced: in log-probability if it was measured, in its logit minus the
+rival's if it was estimated (``ranked_by``); its loss is minus that. In denoising, where a part is put back, the gain counts.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ _SETTINGS = (
 )
 _CHOSEN = "SELECT * FROM {}(?, ?, ?, ?, ?, ?, ?, ?, ?, wanted_pool := ?)"
 
+_EFFECT = pl.when(ranked_by="logit_diff").then("logit_diff").otherwise("logp")
+
 _DIGITS = 12
 """Decimals of a mean, as in saved queries (``mean_over``): what differs beyond them is a tie."""
 
-LOSS = "loss of log p (nat)"
-"""Label of an effect that is counted as a loss."""
+MEASURES = {"logp": "log p (nat)", "logit_diff": "logit difference"}
+"""Label of each measure by which effects are ranked."""
 
 
 # Numbers ---------------------------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def _chosen(wh: Warehouse, macro: str, params: dict[str, Any]) -> pl.DataFrame:
 
 
 def effect_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
-    """Return rows of ``head-effects`` with the 95 % interval of each effect (logp) over the prompts that have it."""
+    """Return rows of ``head-effects`` with each effect, by what ranks it, and its 95 % interval over prompts."""
     named = pl.format("a{}.{}", "layer", "head").alias("head_name")
     return _with_ends(wh, "head-effects", named, pl.col("component") == "head", params)
 
@@ -83,7 +85,10 @@ def _with_ends(wh: Warehouse, query: str, named: pl.Expr, parts: pl.Expr, params
     """Add to a query's mean effects their 95 % intervals over prompts; ``named`` makes the name of a part."""
     item = named.meta.output_name()
     means = wh.query(query, **params)
-    by_prompt = _shown(effects_by_prompt(wh, **params).filter(parts)).rename({"logp": "score"}).with_columns(named)
+    means = means.with_columns(effect=_EFFECT)
+    by_prompt = _shown(effects_by_prompt(wh, **params).filter(parts)).with_columns(named)
+    by_prompt = by_prompt.join(means.select(*_PANEL, item, "ranked_by"), on=[*_PANEL, item])
+    by_prompt = by_prompt.with_columns(score=_EFFECT).drop_nulls("score")
     # Parts may be measured in different prompts. Those of the same prompts are resampled together.
     same = pl.col("prompt_id").hash().sum().over(*_PANEL, item).alias("same")
     by_prompt = by_prompt.with_columns(same)
@@ -128,14 +133,18 @@ def _pairs(wh: Warehouse, part: str, params: dict[str, Any]) -> pl.DataFrame:
         raise QueryError(f"parameter part: expected one of {', '.join(COMPARED)}, found {part!r}")
     effects = effects_by_prompt(wh, **params).filter(component=part)
     back = params.get("direction") == "denoising"
-    effects = effects.with_columns(loss=pl.col("logp") if back else -pl.col("logp"))
+    estimated = params.get("effect_method", "atp") != "exact"
+    has_rival = pl.col("logit_diff").is_not_null().any().over("model", "shown_dataset", "category")
+    measure = pl.when(has_rival & estimated).then(pl.lit("logit_diff")).otherwise(pl.lit("logp"))
+    effects = effects.with_columns(ranked_by=measure)
+    effects = effects.with_columns(loss=_EFFECT if back else -_EFFECT).drop_nulls("loss")
     asked = {name: params[name] for name in ("model", "category", "dataset", "variant", "run") if name in params}
     name = "head_name" if part == "head" else "layer_name"
     scores = wh.query("head-scores" if part == "head" else "layer-scores", **asked)
     scores = scores if part == "head" else scores.filter(component=part).with_columns(head=pl.lit(None, dtype=pl.Int16))
     on = ["model", "category", "dataset", "prompt_id", "layer", "head"]
     both = scores.rename({name: "name"}).join(
-        effects.select(*on, "shown_dataset", "run", "loss"), on=on, nulls_equal=True, maintain_order="left"
+        effects.select(*on, "shown_dataset", "run", "ranked_by", "loss"), on=on, nulls_equal=True, maintain_order="left"
     )
     return _shown(both)
 
@@ -143,7 +152,7 @@ def _pairs(wh: Warehouse, part: str, params: dict[str, Any]) -> pl.DataFrame:
 def _correlated(rows: pl.DataFrame) -> pl.DataFrame:
     """Return the means of one category's parts, with the rank correlation and its interval."""
     means = rows.group_by(*_PANEL, "name", "layer", "head", maintain_order=True).agg(
-        pl.col("score", "loss").mean().round(_DIGITS), n_prompts=pl.len()
+        pl.col("score", "loss").mean().round(_DIGITS), pl.col("ranked_by").first(), n_prompts=pl.len()
     )
     whole = rows.filter(pl.len().over("prompt_id") == len(means))
     low, high = spearman_interval(_matrix(whole, len(means), "score"), _matrix(whole, len(means), "loss"))
@@ -193,22 +202,28 @@ def _map(frame: pl.DataFrame, look: Look, rows: Any, item: str, n_rows: int) -> 
     """Draw layers from left to right and ``rows`` downwards, each cell coloured by its mean effect."""
     n_layers = int(frame["layer"].max()) + 1  # type: ignore[arg-type]  # a number
     side = max(3, min(14, 260 // max(n_layers, n_rows)))
-    most = max(1e-6, float(frame["logp"].abs().max()))  # type: ignore[arg-type]  # a number
+    most = max(1e-6, float(frame["effect"].abs().max()))  # type: ignore[arg-type]  # a number
     # The scale is that of the square root: a few large effects would leave the others white.
     scale = alt.Scale(type="pow", exponent=0.5, domain=[-most, 0, most], range=["#08306b", "#f7f7f7", "#e69f00"])
-    numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("logp", "low", "high", "score")]
+    numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("effect", "low", "high", "logp", "logit_diff", "score")]
     axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
-    legend = alt.Legend(title="change of log p (nat)", gradientLength=200)
+    legend = alt.Legend(title="change of " + _measure(frame), gradientLength=200)
     cells = alt.Chart(frame).mark_rect()
     cells = cells.encode(
         alt.X("layer:O", title="layer", axis=axis, scale=_all(n_layers)),
         rows,
-        alt.Color("logp:Q", scale=scale, legend=legend),
+        alt.Color("effect:Q", scale=scale, legend=legend),
         tooltip=[item, *numbers, "n_prompts"],
     )
     # Rows with words beside them need more room than rows with a number at every fourth.
     drawn = cells.properties(width=side * n_layers, height=max(15 * n_rows if n_rows <= 9 else side * n_rows, 40))
     return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
+
+
+def _measure(frame: pl.DataFrame) -> str:
+    """Name what ranks the effects of a frame."""
+    found = set(frame["ranked_by"])
+    return " or ".join(label for measure, label in MEASURES.items() if measure in found)
 
 
 def _all(n: int) -> alt.Scale:
@@ -229,7 +244,7 @@ def score_vs_effect(frame: pl.DataFrame, look: Look) -> Chart:
     base = alt.Chart()
     points = base.mark_point(size=22, opacity=0.6, color=ink).encode(
         alt.X("score:Q", title="score: " + "Δ log p (nat)", axis=alt.Axis(tickCount=4)),
-        alt.Y("loss:Q", title="effect: " + LOSS, axis=alt.Axis(tickCount=4)),
+        alt.Y("loss:Q", title="effect: loss of " + _measure(frame), axis=alt.Axis(tickCount=4)),
         tooltip=["name", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("score", "loss")), "n_prompts"],
     )
     words = base.mark_text(align="left", baseline="bottom", fontSize=10, color="#444444").encode(

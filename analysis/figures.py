@@ -207,9 +207,9 @@ _ALL = (
     ),
     Figure(
         "effect-map",
-        "Change of the answer's log-probability when a head is replaced",
+        "What replacing a head does to the answer",
         "blue: the answer loses; orange: it gains (square root scale); no cell: not measured\n"
-        "mean over the prompts that were measured; its 95 % interval is in the tooltip and in the numbers\n"
+        "mean over the prompts that were measured: of log p if measured (exact), of the logit difference if estimated (atp, relp)\n"
         f"{FEW}",
         query="head-effects",
         numbers="effects.effect_means",
@@ -219,7 +219,7 @@ _ALL = (
     ),
     Figure(
         "layer-effect-map",
-        "Change of the answer's log-probability when a layer is replaced",
+        "What replacing a layer does to the answer",
         "blue: the answer loses; orange: it gains (square root scale)\n"
         "last, subject: at the last token of the prompt, of its subject; all: at every token; no row: not measured\n"
         f"{FEW}",

@@ -692,8 +692,15 @@ FROM _effects(
 )
 GROUP BY model, shown_dataset, category, component, layer, head, neuron;
 
+-- What an effect is ranked by. A gradient does not see that another answer becomes probable, so estimates of log p are
+-- poor: estimates are ranked by the answer's logit minus the rival's, if the prompts have a rival.
+CREATE MACRO effect_measure(logit_diff, effect_method) AS
+    CASE WHEN effect_method <> 'exact' AND logit_diff IS NOT NULL THEN 'logit_diff' ELSE 'logp' END;
+
 -- Sort key of an effect: what costs the answer most first; in denoising, what brings it back most.
-CREATE MACRO effect_order(logp, direction) AS CASE direction WHEN 'denoising' THEN -logp ELSE logp END;
+CREATE MACRO effect_order(logp, logit_diff, effect_method, direction) AS
+    CASE direction WHEN 'denoising' THEN -1 ELSE 1 END
+    * CASE effect_measure(logit_diff, effect_method) WHEN 'logit_diff' THEN logit_diff ELSE logp END;
 
 -- Lens readouts, of one prompt or of all. Every knowledge run stores those of the logit lens at the last position, and
 -- each `kdb lens` adds a run, so at each position those of the newest run that has it are shown. Tuned lenses differ in

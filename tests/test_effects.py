@@ -529,6 +529,22 @@ def test_heads_are_ranked_by_what_their_replacement_costs(by_hand: Database) -> 
     assert zeroed["head_name"].to_list() == ["a1.2"]
 
 
+def test_estimates_are_ranked_by_the_logit_difference_and_measured_effects_by_log_p(tmp_path: Path) -> None:
+    lake = create_lake(tmp_path / "w")
+    measures = ((0, -1.0, -2.0), (1, -2.0, -1.0))
+    rows = [
+        effect(0, 0, head, logp, logit_diff=logit_diff, method=method)
+        for head, logp, logit_diff in measures
+        for method in ("exact", "atp")
+    ]
+    add_knowledge(lake, "alpha", "facts", "a" * 16, {"prompts": TABLES["prompts"], "effects": rows})
+    with Database(lake) as database:
+        for method, names, by in (("exact", ["a0.1", "a0.0"], "logp"), ("atp", ["a0.0", "a0.1"], "logit_diff")):
+            found = database.query("head-effects", effect_method=method)
+            assert found["head_name"].to_list() == names
+            assert set(found["method"]) == {method} and set(found["ranked_by"]) == {by}
+
+
 def test_an_empty_answer_names_the_nearest_effects_and_lenses_that_are_stored(by_hand: Database) -> None:
     stored = (
         r"No rows for --effect-method exact --replacement pair .* Stored: --effect-method exact --replacement mean "
@@ -550,6 +566,7 @@ def test_an_answer_without_effects_or_readouts_says_that_none_are_stored(tmp_pat
 
 def test_the_agreement_of_scores_and_effects_is_spearmans(by_hand: Database) -> None:
     [row] = by_hand.query("score-vs-effect").to_dicts()
+    assert row["ranked_by"] == "logit_diff"  # twice the change of log p here
     assert row["spearman"] == pytest.approx(spearmanr(SCORES, -LOGP).statistic)
     by_effect = sorted(range(30), key=lambda j: LOGP[j])
     ties = np.array([(x > LOGP).sum() + ((x == LOGP).sum() - 1) / 2 + 1 for x in LOGP])

@@ -285,13 +285,13 @@ def test_the_effect_map_holds_every_head_with_the_interval_of_its_effect(two_fac
     query = two_facts.query("head-effects", category="capital", effect_method="atp", k=1_000_000)
     assert frame.select(query.columns).equals(query)
     assert len(frame) == 2 * 4 * 2, "every head, in each dataset"
-    assert frame.select(((pl.col("low") <= pl.col("logp")) & (pl.col("logp") <= pl.col("high"))).all()).item()
+    assert frame.select(((pl.col("low") <= pl.col("effect")) & (pl.col("effect") <= pl.col("high"))).all()).item()
     values = two_facts.scan("effects").filter(dataset="relations", component="head", method="atp", layer=3, head=1)
     prompts = two_facts.scan("prompts").filter(dataset="relations", category="capital").select("prompt_id").collect()
-    lost = values.collect().join(prompts, on="prompt_id", how="semi")["logp"].to_numpy()
+    lost = values.collect().join(prompts, on="prompt_id", how="semi")["logit_diff"].to_numpy()
     low, high = mean_intervals(lost[:, None])
     row = frame.filter(dataset="relations", head_name="a3.1")
-    assert row.select("logp", "low", "high").row(0) == pytest.approx((lost.mean(), low[0], high[0]), rel=1e-4)
+    assert row.select("effect", "low", "high").row(0) == pytest.approx((lost.mean(), low[0], high[0]), rel=1e-4)
     drawn = spec(figures.chart(two_facts, "effect-map", effect_method="exact"))
     assert "effect: exact; replacement: mean; role: last; noising" in drawn["title"]["subtitle"]
     assert set(figures.frame(two_facts, "effect-map", effect_method="exact")["layer"]) == {3}
@@ -304,7 +304,7 @@ def test_the_layer_effect_map_has_a_row_for_each_component_and_role_that_was_mea
     assert set(frame["role"]) == {"last"}
     tiny = 1e-9  # of rounding
     assert frame.select(
-        ((pl.col("low") <= pl.col("logp") + tiny) & (pl.col("logp") <= pl.col("high") + tiny)).all()
+        ((pl.col("low") <= pl.col("effect") + tiny) & (pl.col("effect") <= pl.col("high") + tiny)).all()
     ).item()
     drawn = json.dumps(spec(figures.chart(two_facts, "layer-effect-map", category="capital")))
     assert '"attn, last"' in drawn and '"ffn, last"' in drawn and 'subject"' not in drawn
@@ -319,11 +319,11 @@ def test_heads_that_were_measured_in_different_prompts_have_intervals_over_their
     write_manifests(tmp_path / "w")
     fewer = figures.frame(Warehouse(tmp_path / "w"), "effect-map", category="language")
     assert set(fewer.filter(head=1)["n_prompts"]) == {7}, "of prompts 0, 6, 12, 18, 24, 30, 36"
-    columns = ["head_name", "logp", "low", "high"]
+    columns = ["head_name", "effect", "low", "high"]
     for head, same in ((0, True), (1, False)):
         shown = [frame.filter(head=head).select(columns).sort("head_name") for frame in (fewer, whole)]
         assert shown[0].equals(shown[1]) is same
-    within = (pl.col("low") <= pl.col("logp")) & (pl.col("logp") <= pl.col("high"))
+    within = (pl.col("low") <= pl.col("effect")) & (pl.col("effect") <= pl.col("high"))
     assert fewer.select(within.all()).item()
 
 

@@ -21,10 +21,13 @@ SELECT
     effect.model, effect.dataset, effect.category,
     row_number() OVER (
         PARTITION BY effect.model, effect.dataset, effect.category
-        ORDER BY effect_order(logp, getvariable('direction')), effect.layer, effect.component
+        ORDER BY effect_order(logp, logit_diff, getvariable('effect_method'), getvariable('direction')),
+            effect.layer, effect.component
     ) AS rank,
     CASE component WHEN 'resid' THEN 'r' || effect.layer ELSE layer_name(component, effect.layer) END AS layer_name,
-    component, effect.layer, logp, logit_diff, kl, effect.n_prompts, score
+    component, effect.layer, logp, logit_diff, kl,
+    getvariable('effect_method') AS method, effect_measure(logit_diff, getvariable('effect_method')) AS ranked_by,
+    effect.n_prompts, score
 FROM mean_effects(
     getvariable('model'), getvariable('category'), getvariable('dataset'),
     getvariable('variant'), getvariable('run'), getvariable('role'), getvariable('replacement'),

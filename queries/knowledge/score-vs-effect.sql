@@ -2,7 +2,8 @@
 -- Spearman 1904; the scores are those of Yu and Ananiadou (arXiv 2312.12141), the effects those of head-effects
 --
 -- One row per model, dataset, category and component (head, attn, ffn): spearman is the rank correlation, over all n_parts
--- parts with an effect, of the mean score and the mean loss of the answer's log-probability when the part is replaced. shared
+-- parts with an effect, of the mean score and the mean loss when the part is replaced: of the answer's log-probability
+-- (measured, logp) or of its logit minus the rival's (estimates, logit_diff), as ranked_by says. shared
 -- of the ten best by score are among the ten best by effect; shared_by_chance would be without any relation. An effect is
 -- what the model needs the part for; a score is what the part adds directly. With `--effect-method exact`, only parts that
 -- were measured count: after `kdb patch --component head`, all heads.
@@ -35,10 +36,13 @@ WITH scored AS (
 ranked AS (
     SELECT
         effect.model, effect.dataset, effect.category, effect.component, effect.n_prompts,
+        effect_measure(logit_diff, getvariable('effect_method')) AS ranked_by,
         rank() OVER by_score + (count(*) OVER (PARTITION BY effect.model, effect.dataset, effect.category, effect.component, score) - 1) / 2
             AS score_rank,
-        rank() OVER by_effect + (count(*) OVER (PARTITION BY effect.model, effect.dataset, effect.category, effect.component, logp) - 1) / 2
-            AS effect_rank
+        rank() OVER by_effect + (count(*) OVER (
+            PARTITION BY effect.model, effect.dataset, effect.category, effect.component,
+                effect_order(logp, logit_diff, getvariable('effect_method'), getvariable('direction'))
+        ) - 1) / 2 AS effect_rank
     FROM mean_effects(
         getvariable('model'), getvariable('category'), getvariable('dataset'),
         getvariable('variant'), getvariable('run'), getvariable('role'), getvariable('replacement'),
@@ -52,7 +56,7 @@ ranked AS (
         by_score AS (PARTITION BY effect.model, effect.dataset, effect.category, effect.component ORDER BY score DESC),
         by_effect AS (
             PARTITION BY effect.model, effect.dataset, effect.category, effect.component
-            ORDER BY effect_order(logp, getvariable('direction'))
+            ORDER BY effect_order(logp, logit_diff, getvariable('effect_method'), getvariable('direction'))
         )
 )
 
@@ -60,6 +64,7 @@ SELECT
     model, dataset, category, component, nullif(steady(corr(score_rank, effect_rank)), 'nan'::DOUBLE) AS spearman,
     count(*) FILTER (score_rank <= 10 AND effect_rank <= 10) AS shared,
     shared_by_chance(least(10, count(*)), least(10, count(*)), count(*)) AS shared_by_chance,
+    getvariable('effect_method') AS method, any_value(ranked_by) AS ranked_by,
     count(*) AS n_parts, max(n_prompts) AS n_prompts
 FROM ranked
 GROUP BY model, dataset, category, component
