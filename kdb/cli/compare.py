@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import kdb
 from kdb.analysis.captions import CAVEAT
 from kdb.cli.options import output_options, say, show, warehouse_option
 from kdb.queries.domains import CLASSIFIERS, SITES
+from kdb.tables import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -57,6 +59,7 @@ def compare(
     warehouse: Path | str,
     format_: str | None,
     output: Path | None,
+    view: View,
 ) -> None:
     """Show how two runs of one study differ: accuracies by depth, measures, settings and numbers.
 
@@ -72,6 +75,8 @@ def compare(
     from kdb.analysis import compare as compared
     from kdb.analysis import compare_depth
 
+    if view.columns and output is None:
+        raise click.UsageError("The tables of a comparison have different columns. Use --columns with -o FILE.")
     chosen = {"site": site, "classifier": classifier, "split": split}
     probe = {name: value for name, value in chosen.items() if value is not None}
     with kdb.open(warehouse).snapshot() as wh:
@@ -81,7 +86,7 @@ def compare(
         concept = about[0]["study"] == "concept"
         found = compare_depth.by_depth(wh, a, b, matched.pairs, **probe) if concept else None
         if output is not None:
-            show(compared.moved_numbers(wh, a, b) if found is None else found.table, format_, output)
+            show(compared.moved_numbers(wh, a, b) if found is None else found.table, format_, output, view)
             return
         shown = [*_about(*about, matched)]
         if found is not None:
@@ -92,7 +97,7 @@ def compare(
     for sentences, frame in shown:
         say("\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in sentences.splitlines()))
         if frame is not None:
-            show(frame, format_, None)
+            show(frame, format_, None, replace(view, paged=False))
 
 
 _EACH = (

@@ -14,6 +14,7 @@ import kdb
 from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
 from kdb.errors import KdbError, QueryError
 from kdb.faults import explain
+from kdb.tables import View
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @warehouse_option
 @output_options
 @click.pass_context
-def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
+def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output: Path | None, view: View) -> None:
     """List the runs in the warehouse, or remove some.
 
     \b
@@ -35,7 +36,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
     ctx.obj = warehouse
     if ctx.invoked_subcommand is None:
         opened = kdb.open(warehouse)
-        show(opened.query("runs"), format_, output)
+        show(opened.query("runs"), format_, output, view)
         staging = opened.storage.local.staging
         for left in staging.unfinished_runs():
             names = f"{left.begun['model']} on {left.begun['dataset']} (run {left.begun['run']})"
