@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import kdb
+from kdb.cli import completion
 from kdb.cli.options import notes_shown, output_options, param_option, show, warehouse_option
 from kdb.queries.catalogue import SavedQuery, find_query, load_catalogue
 from kdb.tables import View
@@ -65,7 +66,7 @@ def _command(saved: SavedQuery) -> click.Command:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.queries())
 def queries(name: str | None) -> None:
     """List the saved queries, or print one for the DuckDB shell.
 

@@ -11,6 +11,7 @@ import click
 
 import kdb
 from kdb.analysis.captions import CAVEAT
+from kdb.cli.completion import stored
 from kdb.cli.options import output_options, say, show, warehouse_option
 from kdb.queries.domains import CLASSIFIERS, SITES
 from kdb.tables import View
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run_a")
-@click.argument("run_b")
+@click.argument("run_a", shell_complete=stored("run"))
+@click.argument("run_b", shell_complete=stored("run"))
 @click.option(
     "--limit",
     type=click.IntRange(0, 10**9),

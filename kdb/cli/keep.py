@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
+from kdb.cli.completion import stored
 from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
 from kdb.errors import KdbError, QueryError
 from kdb.faults import explain
@@ -47,7 +48,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
 
 
 @runs.command()
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=stored("run"))
 @click.option(
     "--older-than",
     metavar="AGE",
@@ -97,8 +98,10 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
 
 @runs.command("keep-vectors")
 @click.argument("which", type=click.Choice(["none", "sampled"]))
-@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.")
-@click.option("--model", "models", multiple=True, help="Every run of this model; repeatable.")
+@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.", shell_complete=stored("run"))
+@click.option(
+    "--model", "models", multiple=True, help="Every run of this model; repeatable.", shell_complete=stored("model")
+)
 @click.option(
     "--older-than", metavar="AGE", help="Only runs that finished earlier than this: 90d, 12h, or a date (UTC)."
 )
@@ -157,7 +160,9 @@ def _having_vectors(
 
 
 @click.command()
-@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.  [default: all]")
+@click.option(
+    "--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.  [default: all]", shell_complete=stored("run")
+)
 @warehouse_option
 def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     """Merge the small files of committed runs.

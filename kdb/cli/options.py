@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from kdb.cli.completion import DEFAULT_WAREHOUSE, STORED, stored
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import Param
 from kdb.tables import View, draw
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DEFAULT_WAREHOUSE = "kdb-warehouse"
 FORMATS = ("table", "csv", "json", "markdown", "parquet", "xlsx")
 _BINARY = ("parquet", "xlsx")
 _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
@@ -146,6 +146,7 @@ def param_option(param: Param) -> click.Option:
         [f"--{param.name.replace('_', '-')}", param.name],
         type=_CLICK_TYPES[param.type],
         multiple=several,
+        shell_complete=stored(param.name) if param.name in STORED else None,
         is_flag=flag or None,  # False would make the next word, such as -1, an option of its own
         required=param.required,
         help=param.meaning + "; repeatable" * several + default,

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 import kdb
+from kdb.cli.completion import stored
 from kdb.cli.options import check_output, say, show, warehouse_option
+from kdb.cli.settings import variant_option
 from kdb.errors import QueryError
 from kdb.queries.domains import CLASSIFIERS, DEFAULT_CLASSIFIER, SITES
 
@@ -25,16 +27,20 @@ _SHOWN = 20
 
 @click.command()
 @click.option(
-    "--model", required=True, help="Name of a stored model; with --to, its hub id, folder or .gguf file works too."
+    "--model",
+    required=True,
+    shell_complete=stored("model"),
+    help="Name of a stored model; with --to, its hub id, folder or .gguf file works too.",
 )
 @click.option(
     "--dataset",
     "datasets",
     multiple=True,
+    shell_complete=stored("dataset"),
     help="Name of a stored dataset; repeatable. Defaults to all of the model. With --to, the one that the probes were "
     "fitted to.",
 )
-@click.option("--variant", default="default", show_default=True, help="Variant of the runs (`kdb runs`).")
+@variant_option
 @click.option(
     "--to",
     "file",
@@ -165,8 +171,8 @@ def _print(scores: Any, output: Path | None) -> None:
 
 
 @click.command()
-@click.option("--model", required=True, help="Name of a stored model.")
-@click.option("--dataset", required=True, help="Name of a stored dataset.")
+@click.option("--model", required=True, help="Name of a stored model.", shell_complete=stored("model"))
+@click.option("--dataset", required=True, help="Name of a stored dataset.", shell_complete=stored("dataset"))
 @click.option("--layer", type=click.IntRange(0), required=True, help="Layer, numbered from 0.")
 @click.option("--site", type=_SITES, default="resid_post", show_default=True, help="Where the hidden state is read.")
 @click.option(
@@ -177,7 +183,7 @@ def _print(scores: Any, output: Path | None) -> None:
     help="Kind of the probe.",
 )
 @click.option("--split", help="Split on whose training part the probe was fitted; defaults to the run's default split.")
-@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@variant_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File, .npz.")
 @warehouse_option
 def direction(output: Path, warehouse: Path | str, **chosen: Any) -> None:
