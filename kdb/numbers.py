@@ -52,7 +52,7 @@ def with_interval(
 ) -> str:
     """Return a number with its interval: ``0.941 ± 0.03`` if it is `symmetric`, else ``0.941 [0.90, 0.97]``.
 
-    The ends have as many decimals as half the interval's width needs, and at most those of the number.
+    The ends have as many decimals as half the interval's width needs, and no more than the number.
     """
     text, half = shown(name, value, n), (high - low) / 2
     if symmetric:
@@ -70,7 +70,8 @@ def _end(name: str, end: float, n: int | None, text: str, half: float) -> str:
     if "e" in text or not half > 0 or not math.isfinite(half) or 0 < abs(end) < _SMALLEST:
         return shown(name, end, n)
     share = bool(_SHARE.search(_ENDS.sub("", name)))
-    needed = max(2 * share, -math.floor(math.log10(half)))
+    needed = -math.floor(math.log10(half))
+    needed = max(2, needed) if share else needed + 1
     return _fixed(end + 0.0, max(0, min(most, needed)), 1 if share else 0)
 
 

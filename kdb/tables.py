@@ -29,10 +29,11 @@ LEFT_OUT_FIRST = (
     # The name of a part says what these say.
     *("component", "head", "neuron", "layer", "n_layers"),
     # Where a number comes from.
-    *("run", "source_run", "revision", "classifier", "split", "family", "size_billions", "finished_utc"),
+    *("run", "source_run", "revision", "classifier", "split", "family", "finished_utc"),
     # A second measure of the same thing.
     *("first_within_one_se", "converged", "f1", "balanced_accuracy", "control_accuracy", "below_chance_p"),
     *("jump_layer", "converging_layer", "depth_90_layer", "bottom_tokens"),
+    *("accuracy_at_25_percent", "accuracy_at_75_percent", "jump_percent", "converging_percent", "size_billions"),
 )
 """Columns that a table leaves out before all others, in this order, if not all fit. Others follow from the last on."""
 
@@ -114,8 +115,8 @@ def draw(frame: pl.DataFrame, view: View, *, width: int, bold: bool = False) -> 
         if len(frame) == 1 and left_out:  # one row is read as well from top to bottom, and then all of it
             return _vertical(columns, 1, width)
     marked = _marked(frame) if bold else frozenset()
-    lines = [*_above(above, width), *_lines(fitted, cap, marked), *_below(fitted, cap, left_out, width)]
-    return "\n".join(lines)
+    below = _below(fitted, cap, left_out, width) if len(frame) else []
+    return "\n".join([*_above(above, width), *_lines(fitted, cap, marked), *below])
 
 
 # Columns ---------------------------------------------------------------------------------------------------------
