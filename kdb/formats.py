@@ -14,7 +14,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from polars import selectors
 
 from kdb.errors import QueryError
 from kdb.warehouse.frames import CAST, check_types, first_line, to_frame, unique
@@ -90,7 +89,8 @@ def _write_sheet(frame: pl.DataFrame, content: io.BytesIO) -> str:
     for name, column in frame.select(pl.col(pl.String).str.len_chars().max()).to_dict(as_series=False).items():
         if (column[0] or 0) > _CELL_CHARACTERS:
             raise _unwritable(name, f"a text of {column[0]:,} characters", "xlsx")
-    frame.write_excel(content, dtype_formats={selectors.numeric(): "General"}, autofit=True)
+    as_they_are: dict[Any, str] = {kind: "General" for kind in frame.dtypes if kind.is_numeric()}
+    frame.write_excel(content, dtype_formats=as_they_are, autofit=True)
     return ""
 
 

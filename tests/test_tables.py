@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Callable
 from io import StringIO
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import polars as pl
@@ -59,8 +60,10 @@ def heading(text: str) -> list[str]:
     lines = text.splitlines()
     rule = next(number for number, line in enumerate(lines) if line.startswith("─"))
     places = [match.span() for match in re.finditer("─+", lines[rule])]
-    first = next(number for number in range(rule, -1, -1) if number == 0 or " · " in lines[number - 1])
-    return ["".join(line[start:end].strip() for line in lines[first:rule]) for start, end in places]
+    gaps = [(end, start) for (_, end), (start, _) in pairwise([*places, (len(text), len(text))])]
+    above = takewhile(lambda line: not any(line[a:b].strip() for a, b in gaps), reversed(lines[:rule]))
+    head = list(above)[::-1]
+    return ["".join(line[start:end].strip() for line in head) for start, end in places]
 
 
 # Width -----------------------------------------------------------------------------------------------------------
