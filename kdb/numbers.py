@@ -13,8 +13,10 @@ import re
 
 _ENDS = re.compile(r"_(low|high)$")
 _PERCENT = re.compile(r"(^|[_ ])(percent|%)$")
-_SHARE = re.compile(r"(^|_)(accuracy|auc|f1|mrr)(_|$)|^(true_(positive|negative)_rate|selectivity|area)$")
-_LOGARITHM = re.compile(r"(^|_)(logp|logit|kl|score|entropy|gain|prob|attention)(_|$)")
+_SHARE = re.compile(
+    r"(^|_)(accuracy|auc|f1|mrr)([_ ]|$)|^(true_(positive|negative)_rate|selectivity|area)$|^difference b - a$"
+)
+_LOGARITHM = re.compile(r"(^|_)(logp|logit|kl|score|entropy|gain|prob|attention)(_|$)|(^|_)p(_value)?$")
 
 _SMALLEST = 0.001
 """Size below which a number is shown with two significant digits, and with an exponent if that is shorter."""
@@ -28,9 +30,9 @@ _RESOLVED = 100
 def shown(name: str, value: float, n: int | None = None) -> str:
     """Return a number of the column `name` as text; `n` is the number of prompts that it was measured on.
 
-    Percent have one decimal. Accuracies and AUC have two, and three if `n` is over 100 or unknown. Log-probabilities
-    and probabilities have three significant digits, other numbers four without zeros at the end. Below 0.001 there are
-    two, as in 1.6e-06. A number that is not 0, 1 or 100 % gets more decimals, up to six, if it would read as that.
+    Percent have one decimal. Accuracies and AUC have two, and three if `n` is over 100 or unknown. Log-probabilities,
+    probabilities and p-values have three significant digits, other numbers four without zeros at the end. Below 0.001
+    there are two, as in 1.6e-06. A number that would read as 0, 1 or 100 % and is not gets more decimals, up to six.
     """
     value += 0.0  # -0.0 becomes 0.0
     if not math.isfinite(value):

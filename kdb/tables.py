@@ -144,18 +144,21 @@ def _intervals(frame: pl.DataFrame) -> Iterator[tuple[str, tuple[str, str]]]:
     """
     names = frame.columns
     for name in names:
-        if frame.schema[name].is_float() and {f"{name}_low", f"{name}_high"} <= set(names):
-            yield name, (f"{name}_low", f"{name}_high")
+        ends = f"{name}_low", f"{name}_high"
+        if set(ends) <= set(names) and all(_may_be_number(frame[one]) for one in (name, *ends)):
+            yield name, ends
     for before, low, high in zip(names, names[1:], names[2:], strict=False):
-        if (low, high) == ("low", "high") and frame.schema[before].is_float() and _encloses(frame, before):
+        if (low, high) == ("low", "high") and _encloses(frame, before):
             yield before, (low, high)
 
 
 def _encloses(frame: pl.DataFrame, name: str) -> bool:
     rows = frame.select(name, "low", "high")
-    if not (rows.schema["low"].is_numeric() and rows.schema["high"].is_numeric()):
-        return False
-    return all(low <= value <= high for value, low, high in rows.drop_nulls().rows())
+    return all(map(_may_be_number, rows)) and all(low <= x <= high for x, low, high in rows.drop_nulls().rows())
+
+
+def _may_be_number(column: pl.Series) -> bool:
+    return column.dtype.is_numeric() or column.null_count() == len(column)
 
 
 def _column(frame: pl.DataFrame, name: str, n: Sequence[Any], ends: tuple[str, str] | None) -> _Column:

@@ -157,6 +157,13 @@ def test_an_interval_stands_beside_its_number() -> None:
     assert heading(table(frame, wide=True)) == frame.columns
 
 
+def test_an_interval_without_any_number_is_no_column() -> None:
+    nothing = pl.DataFrame({"layer": [1, 2], "auc": [None, None], "auc_low": [None, None], "auc_high": [None, None]})
+    assert table(nothing).splitlines()[:2] == ["without a value: auc", "layer"]
+    texts = nothing.with_columns(auc_low=pl.Series(["a", "b"]))
+    assert heading(table(texts)) == ["layer", "auc_low"]
+
+
 def test_low_and_high_belong_to_the_number_before_them() -> None:
     frame = pl.DataFrame({"b - a": [0.1, 0.2], "low": [0.0, 0.1], "high": [0.2, 0.3], "p": [0.5, 0.6]})
     assert heading(table(frame)) == ["b - a", "p"]

@@ -126,8 +126,8 @@ def _by_depth(found: ByDepth) -> Shown:
 def _sentences(found: ByDepth) -> str:
     """Say what the table holds, and where the largest difference is."""
     said = [
-        f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. low to high is the 95 % interval "
-        "of b - a, empty where too few prompts differ; p is McNemar's."
+        f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. Beside b - a is its 95 % interval, "
+        "which is missing where too few prompts differ; p is McNemar's."
     ]
     if found.n_groups is not None:
         said.append(
@@ -149,14 +149,14 @@ def _narrow(table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     return table.select(
-        pl.col("depth_percent").round(1).alias("depth %"),
+        pl.col("depth_percent").alias("depth %"),
         pl.format("{}, {}", "layer_a", "layer_b").alias("layers"),
-        *(pl.col(name).round(3).alias(short) for name, short in _SHORT.items()),
+        pl.col("accuracy_a").alias("accuracy a"),
+        pl.col("accuracy_b").alias("accuracy b"),
+        pl.col("difference").alias("difference b - a"),
+        *("low", "high"),
         p="p_value",
     )
-
-
-_SHORT = {"accuracy_a": "a", "accuracy_b": "b", "difference": "b - a", "low": "low", "high": "high"}
 
 
 _LONG_HASH = "^([0-9a-f]{12})[0-9a-f]{28,}$"

@@ -10,10 +10,11 @@ import click
 
 import kdb
 from kdb.cli.completion import stored
-from kdb.cli.options import check_output, say, show, warehouse_option
+from kdb.cli.options import check_output, say, show, table_options, warehouse_option
 from kdb.cli.settings import variant_option
 from kdb.errors import QueryError
 from kdb.queries.domains import CLASSIFIERS, DEFAULT_CLASSIFIER, SITES
+from kdb.tables import View
 
 _STORED = """
 SELECT dataset FROM current_runs WHERE table_name = 'activations' AND model = ? AND variant = ? ORDER BY dataset
@@ -65,8 +66,15 @@ _SHOWN = 20
     help="With --to: file for the scores of each text by layer and site (.csv, .json, .parquet).",
 )
 @warehouse_option
+@table_options
 def transfer(
-    model: str, datasets: tuple[str, ...], variant: str, warehouse: Path | str, file: Path | None, **options: Any
+    model: str,
+    datasets: tuple[str, ...],
+    variant: str,
+    warehouse: Path | str,
+    file: Path | None,
+    view: View,
+    **options: Any,
 ) -> None:
     """Apply the probes of each dataset to the hidden states of each one, without the model.
 
@@ -87,9 +95,10 @@ def transfer(
     if file is not None:
         if len(datasets) != 1:
             raise click.UsageError("--to applies the probes of one dataset. Give exactly one --dataset with it.")
-        _score(file, model, datasets[0], variant, warehouse, **options)
+        _score(file, model, datasets[0], variant, warehouse, view, **options)
         return
     given = [f"--{option.replace('_', '-')}" for option, value in options.items() if value is not None]
+    given += ["the options of tables"] if view != View() else []
     if given:
         raise click.UsageError(f"{', '.join(given)}: only with --to, which names a file of new texts.")
     _transfer_stored(model, datasets, variant, warehouse)
@@ -121,6 +130,7 @@ def _score(
     dataset: str,
     variant: str,
     warehouse: Path | str,
+    view: View,
     *,
     name: str | None,
     group_by: str | None,
@@ -147,10 +157,10 @@ def _score(
     scores = score_texts(opened.storage, probes, examples, source, name=file.name, device=device)
     if output is not None:
         show(scores.texts, None, output)
-    _print(scores, output)
+    _print(scores, output, view)
 
 
-def _print(scores: Any, output: Path | None) -> None:
+def _print(scores: Any, output: Path | None, view: View) -> None:
     """Print the scores by layer if the texts have labels, else those of the first texts at the best layer."""
     import polars as pl
 
@@ -159,12 +169,11 @@ def _print(scores: Any, output: Path | None) -> None:
     where = {"layer": best["layer"], "site": best["site"]}
     n = texts["text_id"].n_unique()
     if "auc" in layers.columns:
-        show(layers.filter(site=where["site"]), None, None)
+        show(layers.filter(site=where["site"]), None, None, view)
     else:
         columns = ("text_id", "text", "in_training", "layer", "site", "decision", "probability", "predicted")
-        show(
-            texts.filter(pl.col("layer") == where["layer"], site=where["site"]).select(columns).head(_SHOWN), None, None
-        )
+        best_texts = texts.filter(pl.col("layer") == where["layer"], site=where["site"])
+        show(best_texts.select(columns).head(_SHOWN), None, None, view)
     say(f"{n} texts. The probe's own test part is read best at layer {where['layer']}, {where['site']}.", err=True)
     if output is None:
         say("-o FILE writes the scores of each text at every layer.", err=True)
