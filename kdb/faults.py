@@ -94,6 +94,7 @@ EXTRAS = {
     "serve": "fastapi uvicorn starlette cachetools prometheus_client pydantic",
     "plot": "altair vl_convert jinja2 markupsafe scipy",
     "cloud": "boto3 fsspec obstore",
+    "excel": "xlsxwriter",
 }
 """Extras of the package, and the libraries that each brings: `pip install 'kdb-lm[measure]'`."""
 

@@ -70,6 +70,35 @@ def to_json(frame: pl.DataFrame) -> str:
     return as_text(frame, "json", lambda rows: rows.write_json())
 
 
+def to_xlsx(frame: pl.DataFrame) -> bytes:
+    """Return the frame as an Excel workbook, with lists and structures as JSON text. Numbers keep all their digits.
+
+    Raises QueryError for more rows or longer texts than a sheet holds, and as `as_text` does.
+    """
+    import xlsxwriter  # noqa: F401  # without it, Polars would not name the extra of kdb that brings it
+
+    if len(frame) > _SHEET_ROWS:
+        many = f"{len(frame):,} rows; a sheet of Excel holds {_SHEET_ROWS:,}"
+        raise QueryError(f"The answer has {many}. Write a .csv or .parquet file, or limit the rows.")
+    content = io.BytesIO()
+    as_text(frame, "xlsx", lambda rows: _write_sheet(_flat(rows), content))
+    return content.getvalue()
+
+
+def _write_sheet(frame: pl.DataFrame, content: io.BytesIO) -> str:
+    for name, column in frame.select(pl.col(pl.String).str.len_chars().max()).to_dict(as_series=False).items():
+        if (column[0] or 0) > _CELL_CHARACTERS:
+            raise _unwritable(name, f"a text of {column[0]:,} characters", "xlsx")
+    as_they_are: dict[Any, str] = {kind: "General" for kind in frame.dtypes if kind.is_numeric()}
+    frame.write_excel(content, dtype_formats=as_they_are, autofit=True)
+    return ""
+
+
+_CELL_CHARACTERS = 32_767
+"""Characters of a cell of Excel, which would cut longer texts."""
+_SHEET_ROWS = 2**20 - 1
+"""Rows of an Excel sheet below its heading."""
+
 _FAILURES = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
 """Errors that Polars raises for a value or a type that it cannot write."""
 

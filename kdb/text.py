@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ _MARKUP = re.compile(r"[\\`*|~$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])
 """Text that is markup in its context: brackets make a link only before another bracket or a colon."""
 _LINKS = (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;"))
 """Text that GitHub turns into a link by itself, and how to write it so that it remains text."""
+
+_WIDTHS = {"W": 2, "F": 2}
+"""Columns of a terminal that characters of these East Asian widths take; all others take one."""
 
 _PADDED = 40
 """Maximum width to which the cells of a Markdown table are padded with spaces."""
@@ -40,8 +44,34 @@ def _escape(character: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text as `visible` does, in one line."""
-    return visible(re.sub(r"\s*\r?\n\s*|\t", " ", text)).strip()
+    """Return the text as `visible` does, in one line, without spaces at its ends."""
+    return in_line(text).strip()
+
+
+def in_line(text: str) -> str:
+    """Return the text as `visible` does, in one line, with the spaces at its ends: those of a token count."""
+    return visible(re.sub(r"\s*\r?\n\s*|\t", " ", text))
+
+
+def text_width(text: str) -> int:
+    """Return the number of columns that a text takes on a terminal: two for a wide character, none for an accent."""
+    if text.isascii():
+        return len(text)
+    return sum(_WIDTHS.get(unicodedata.east_asian_width(one), 1) for one in text if not _takes_no_place(one))
+
+
+def _takes_no_place(character: str) -> bool:
+    return unicodedata.category(character) in ("Mn", "Me", "Cf")
+
+
+def shortened(text: str, width: int) -> str:
+    """Return the text in at most `width` columns of a terminal; one that is longer ends in an ellipsis."""
+    if text_width(text) <= width:
+        return text
+    kept = text[: max(width - 1, 0)]
+    while text_width(kept) > width - 1:
+        kept = kept[:-1]
+    return kept + "…"
 
 
 def visible_within(value: Any) -> Any:

@@ -396,7 +396,7 @@ def test_a_measured_run_is_compared_with_one_under_noise_and_another_template(
     result = run_kdb("compare", a, b, "--warehouse", warehouse)
     assert result.exit_code == 0, result.output
     assert "Prompts with the same text: 40. Without a partner: 0 of a, 0 of b." in result.stdout
-    assert re.search(r"logistic, paper +┆ logistic, grouped", result.stdout)
+    assert re.search(r"logistic, paper {2,}logistic, grouped", result.stdout)
     paper = run_kdb("compare", a, b, "--split", "paper", "--warehouse", warehouse)
     assert "Accuracy by depth on the 16 prompts" in paper.stdout
     assert re.search(r"The prompts are in \d+ groups", paper.stdout)

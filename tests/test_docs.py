@@ -38,6 +38,7 @@ PAGES = (
     ROOT / "docs/certificate.md",
     ROOT / "docs/effects.md",
     ROOT / "docs/lens.md",
+    ROOT / "docs/tables.md",
     ROOT / "docs/analysis.md",
     ROOT / "docs/cluster.md",
     ROOT / "docs/object-storage.md",

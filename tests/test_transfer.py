@@ -23,6 +23,7 @@ import kdb
 from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.concept.metrics import auc_interval
 from kdb.ingest.concept.transfer import transfer
+from kdb.numbers import shown
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
 
@@ -203,7 +204,7 @@ def scored(run_kdb: RunKdb, warehouse: Path, output: Path, *args: str | Path) ->
 def test_new_texts_have_the_decision_values_of_their_hidden_states_and_keep_what_was_trained_on_apart(
     two: Path, opened: Warehouse, tmp_path: Path, tiny_model: Path, user_dataset: Path, run_kdb: RunKdb, site: str
 ) -> None:
-    args = ("--model", tiny_model, "--to", user_dataset, "--site", site)
+    args = ("--model", tiny_model, "--to", user_dataset, "--site", site, "--wide")
     result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
     assert texts["text_id"].n_unique() * 2 == len(texts) == 80
     rows = texts.filter(layer=1, site=site)
@@ -216,10 +217,10 @@ def test_new_texts_have_the_decision_values_of_their_hidden_states_and_keep_what
     assert set(rows.filter(~pl.col("in_training"))["text_id"]) == set(test)
     assert rows["probe_run"].unique().to_list() == [probe.run]
     score = opened.table("probe_scores").filter(dataset="weather", layer=1, site=site).row(0, named=True)
-    (shown,) = [line for line in result.stdout.splitlines() if re.match(f"│ 1 +┆ {site}", line)]
-    cells = [cell.strip() for cell in shown.strip("│").split("┆")]
+    (line,) = [line for line in result.stdout.splitlines() if re.match(f" +1  {site}", line)]
+    cells = line.split()
     names = ("accuracy", "auc", "auc", "auc_low", "auc_high", "accuracy", "accuracy_low", "accuracy_high")
-    assert cells[2:] == [*(str(round(score[name], 4)) for name in names), "16", "24"]
+    assert cells[2:] == [*(shown(name, score[name], 16) for name in names), "16", "24"]
 
 
 def test_texts_without_labels_are_scored_and_shown_at_the_best_layer(
@@ -241,7 +242,7 @@ def test_texts_of_one_label_have_an_accuracy_and_no_auc(
     args = ("--model", tiny_model, "--to", tmp_path / "n.parquet", "--layer", "0", "--site", "ffn_norm")
     result, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args)
     assert len(texts) == 2
-    assert re.search(r"null +┆ null +┆ null +┆ [01]\.\d+ ", result.stdout)
+    assert re.search(r"  1\.00 +1\.00 +– +0\.50 ± ", result.stdout)
 
 
 def test_new_texts_are_read_with_the_template_and_the_noise_of_the_run_that_ran_the_model(
@@ -266,13 +267,13 @@ def test_new_texts_are_read_with_the_template_and_the_noise_of_the_run_that_ran_
 def test_groups_of_new_texts_widen_the_intervals(two: Path, tmp_path: Path, tiny_model: Path, run_kdb: RunKdb) -> None:
     rows = [f"Day {i}: hail in {town}{'!' * (i % 2)},{i % 2},{town}" for town in ("Ulm", "Bonn") for i in range(8)]
     (tmp_path / "new.csv").write_text("\n".join(["text,label,town", *rows]))
-    args = ("--model", tiny_model, "--to", tmp_path / "new.csv", "--layer", "0", "--site", "ffn_norm")
+    args = ("--model", tiny_model, "--to", tmp_path / "new.csv", "--layer", "0", "--site", "ffn_norm", "--wide")
     alone, _ = scored(run_kdb, two, tmp_path / "s.parquet", *args)
     grouped, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args, "--group-by", "town")
     labels, decision = texts["label"].to_numpy(), texts["decision"].to_numpy()
     _, low, high = auc_interval(labels, decision, np.repeat([0, 1], 8))
-    assert f"{low:.4f}".rstrip("0") in grouped.stdout
-    assert f"{high:.4f}".rstrip("0") in grouped.stdout
+    assert shown("auc", low, 16) in grouped.stdout.split()
+    assert shown("auc", high, 16) in grouped.stdout.split()
     assert alone.stdout != grouped.stdout
 
 

@@ -36,6 +36,16 @@ GROUP BY model, reason
 ORDER BY model, reason
 """
 
+_OTHER_VARIANTS = """
+SELECT model, list_sort(list(DISTINCT variant)) AS variants,
+    bool_or(CASE WHEN $checkpoints THEN without_revision(variant) ELSE variant END = $variant) AS shown
+FROM known_runs
+WHERE among(dataset, $dataset) AND ($study IS NULL OR study = $study)
+GROUP BY model
+ORDER BY model
+"""
+"""SQL for the models of a study, with their variants, and whether the one that was asked for is among them."""
+
 _MIXED = """
 SELECT model, list_sort(list(DISTINCT revision[:12])) AS revisions
 FROM known_runs
@@ -83,16 +93,30 @@ _NEAREST = 2
 
 def notes(connection: duckdb.DuckDBPyConnection, saved: SavedQuery, values: Mapping[str, Value]) -> list[str]:
     """Return notes about the answer to a saved query, one sentence each; none if one run was chosen by its id."""
-    if "variant" not in values or values.get("run") or _rows(connection, _ALIKE) == [(True,)]:
+    if "variant" not in values or values.get("run"):
         return []
     asked = {name: _several(values.get(name)) for name in ("model", "dataset")}
     about = {**asked, "study": _study(saved, values)}
     variant = values["variant"] if values["variant"] != "all" else None
     filters = {**about, "variant": variant, "checkpoints": saved.of_checkpoints}
-    notes = [_shadowed(*row) for row in _rows(connection, _SHADOWED, filters)]
+    notes = _models_left_out(connection, filters) if variant is not None and asked["model"] is None else []
+    if _rows(connection, _ALIKE) == [(True,)]:
+        return notes
+    notes += [_shadowed(*row) for row in _rows(connection, _SHADOWED, filters)]
     if variant is None:
         notes += [_mixed(*row) for row in _rows(connection, _MIXED, about)]
     return _at_most(notes)
+
+
+def _models_left_out(connection: duckdb.DuckDBPyConnection, filters: Mapping[str, object]) -> list[str]:
+    """Return a note that names the models without a run of the variant, if others have one."""
+    chosen = {name: filters[name] for name in ("dataset", "study", "variant", "checkpoints")}
+    rows = _rows(connection, _OTHER_VARIANTS, chosen)
+    others = [f"{model} ({', '.join(variants[:_NEAREST])})" for model, variants, shown in rows if not shown]
+    if not others or len(others) == len(rows):
+        return []
+    named = ", ".join(others[:_MOST]) + (f" and {len(others) - _MOST} more" if len(others) > _MOST else "")
+    return [f"Not shown, without a run of the variant {chosen['variant']!r}: {named}. --variant chooses another."]
 
 
 def _at_most(notes: list[str]) -> list[str]:

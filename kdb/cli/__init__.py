@@ -13,6 +13,7 @@ import click
 from kdb.cli.ablate import ablate
 from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.compare import compare
+from kdb.cli.completion import completion
 from kdb.cli.draw import plot, report
 from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.lens import lens
@@ -48,6 +49,12 @@ class _Commands(click.Group):
     Exit codes are 2 for an error that the user can fix, 70 for an internal error, 130 after Ctrl-C.
     """
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under the headings of `_GROUPS`."""
+        for heading, members in _GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(str(one.name), one.get_short_help_str(_LONGEST_HELP)) for one in members])
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
@@ -74,7 +81,25 @@ def _refused(error: BaseException, doing: str) -> _Refused:
     return kinds[fault.exit_code](fault.message)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_GROUPS: dict[str, tuple[click.Command, ...]] = {
+    "Measure": (ingest, probe, project, transfer, ablate, patch, lens, models, datasets),
+    "Ask": (query, queries, sql, schema, compare, direction),
+    "Show": (plot, report, serve),
+    "Share": (export, import_, push, pull),
+    "Keep": (runs, verify, clean, compact, migrate, rebuild, completion),
+}
+"""Commands by what they are for, in the order in which they are used."""
+
+_LONGEST_HELP = 200
+"""Characters of a command's line in the help: enough for every first sentence."""
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`kdb COMMAND --help` explains a command, with examples. The guides are README.md and the folder docs of "
+    "kdb's source.",
+)
 @click.version_option(package_name="kdb-lm", prog_name="kdb")
 def main() -> None:
     """Measure where a language model stores what it knows, and query the results in SQL.
@@ -85,9 +110,5 @@ def main() -> None:
     """
 
 
-for command in (
-    *(ingest, probe, project, transfer, ablate, patch, lens),
-    *(query, queries, sql, plot, report, compare, direction, serve),
-    *(schema, runs, verify, clean, compact, migrate, rebuild, export, import_, push, pull, models, datasets),
-):
+for command in (one for members in _GROUPS.values() for one in members):
     main.add_command(command)

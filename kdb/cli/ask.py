@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 import kdb
+from kdb.cli import completion
 from kdb.cli.options import notes_shown, output_options, param_option, show, warehouse_option
 from kdb.queries.catalogue import SavedQuery, find_query, load_catalogue
+from kdb.tables import View
 
 
 def _grouped() -> Iterator[tuple[str, list[SavedQuery]]]:
@@ -47,10 +49,10 @@ def query() -> None:
 
 
 def _command(saved: SavedQuery) -> click.Command:
-    def answer(warehouse: Path | str, format_: str | None, output: Path | None, **params: Any) -> None:
+    def answer(warehouse: Path | str, format_: str | None, output: Path | None, view: View, **params: Any) -> None:
         values = {name: value for name, value in params.items() if value not in (None, ())}
         with notes_shown():
-            show(kdb.open(warehouse).query(saved.name, **values), format_, output)
+            show(kdb.open(warehouse).query(saved.name, **values), format_, output, view)
 
     command = click.Command(
         saved.name,
@@ -64,7 +66,7 @@ def _command(saved: SavedQuery) -> click.Command:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.queries())
 def queries(name: str | None) -> None:
     """List the saved queries, or print one for the DuckDB shell.
 
@@ -94,7 +96,7 @@ def _entry(saved: SavedQuery) -> str:
 @click.argument("text", metavar="SELECT")
 @warehouse_option
 @output_options
-def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
+def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | None, view: View) -> None:
     """Run one SELECT statement.
 
     It can read the warehouse and nothing else. The tables hold everything: every variant, classifier, split and refit.
@@ -105,7 +107,7 @@ def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | No
     kdb sql "SELECT layer, accuracy FROM current.probe_scores WHERE dataset = 'cities' AND site = 'resid_post'"
     """
     with notes_shown():
-        show(kdb.open(warehouse).sql(text), format_, output)
+        show(kdb.open(warehouse).sql(text), format_, output, view)
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ import click
 
 import kdb
 from kdb.analysis.captions import CAVEAT
+from kdb.cli.completion import stored
 from kdb.cli.options import output_options, say, show, warehouse_option
 from kdb.queries.domains import CLASSIFIERS, SITES
+from kdb.tables import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run_a")
-@click.argument("run_b")
+@click.argument("run_a", shell_complete=stored("run"))
+@click.argument("run_b", shell_complete=stored("run"))
 @click.option(
     "--limit",
     type=click.IntRange(0, 10**9),
@@ -57,6 +60,7 @@ def compare(
     warehouse: Path | str,
     format_: str | None,
     output: Path | None,
+    view: View,
 ) -> None:
     """Show how two runs of one study differ: accuracies by depth, measures, settings and numbers.
 
@@ -72,6 +76,8 @@ def compare(
     from kdb.analysis import compare as compared
     from kdb.analysis import compare_depth
 
+    if view.columns and output is None:
+        raise click.UsageError("The tables of a comparison have different columns. Use --columns with -o FILE.")
     chosen = {"site": site, "classifier": classifier, "split": split}
     probe = {name: value for name, value in chosen.items() if value is not None}
     with kdb.open(warehouse).snapshot() as wh:
@@ -81,7 +87,7 @@ def compare(
         concept = about[0]["study"] == "concept"
         found = compare_depth.by_depth(wh, a, b, matched.pairs, **probe) if concept else None
         if output is not None:
-            show(compared.moved_numbers(wh, a, b) if found is None else found.table, format_, output)
+            show(compared.moved_numbers(wh, a, b) if found is None else found.table, format_, output, view)
             return
         shown = [*_about(*about, matched)]
         if found is not None:
@@ -92,7 +98,7 @@ def compare(
     for sentences, frame in shown:
         say("\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in sentences.splitlines()))
         if frame is not None:
-            show(frame, format_, None)
+            show(frame, format_, None, replace(view, paged=False))
 
 
 _EACH = (
@@ -120,8 +126,8 @@ def _by_depth(found: ByDepth) -> Shown:
 def _sentences(found: ByDepth) -> str:
     """Say what the table holds, and where the largest difference is."""
     said = [
-        f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. low to high is the 95 % interval "
-        "of b - a, empty where too few prompts differ; p is McNemar's."
+        f"Accuracy by depth on the {found.n:,} prompts that are in both test parts. Beside b - a is its 95 % interval, "
+        "which is missing where too few prompts differ; p is McNemar's."
     ]
     if found.n_groups is not None:
         said.append(
@@ -143,14 +149,14 @@ def _narrow(table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     return table.select(
-        pl.col("depth_percent").round(1).alias("depth %"),
+        pl.col("depth_percent").alias("depth %"),
         pl.format("{}, {}", "layer_a", "layer_b").alias("layers"),
-        *(pl.col(name).round(3).alias(short) for name, short in _SHORT.items()),
+        pl.col("accuracy_a").alias("accuracy a"),
+        pl.col("accuracy_b").alias("accuracy b"),
+        pl.col("difference").alias("difference b - a"),
+        *("low", "high"),
         p="p_value",
     )
-
-
-_SHORT = {"accuracy_a": "a", "accuracy_b": "b", "difference": "b - a", "low": "low", "high": "high"}
 
 
 _LONG_HASH = "^([0-9a-f]{12})[0-9a-f]{28,}$"

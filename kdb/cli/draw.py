@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import kdb
+from kdb.cli.completion import stored
 from kdb.cli.options import check_output, notes_shown, output_path, param_option, say, show, warehouse_option
 
 
@@ -76,7 +77,13 @@ def _command(name: str) -> click.Command:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, help="Name of a stored model; repeatable.  [default: all]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Name of a stored model; repeatable.  [default: all]",
+    shell_complete=stored("model"),
+)
 @click.option(
     "--format",
     "format_",

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
+from kdb.cli.completion import stored
 from kdb.cli.options import Location, check_output, output_options, say, show, warehouse_option
 from kdb.errors import KdbError, QueryError
 from kdb.faults import explain
+from kdb.tables import View
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 @warehouse_option
 @output_options
 @click.pass_context
-def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output: Path | None) -> None:
+def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output: Path | None, view: View) -> None:
     """List the runs in the warehouse, or remove some.
 
     \b
@@ -35,7 +37,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
     ctx.obj = warehouse
     if ctx.invoked_subcommand is None:
         opened = kdb.open(warehouse)
-        show(opened.query("runs"), format_, output)
+        show(opened.query("runs"), format_, output, view)
         staging = opened.storage.local.staging
         for left in staging.unfinished_runs():
             names = f"{left.begun['model']} on {left.begun['dataset']} (run {left.begun['run']})"
@@ -46,7 +48,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
 
 
 @runs.command()
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=stored("run"))
 @click.option(
     "--older-than",
     metavar="AGE",
@@ -96,8 +98,10 @@ def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
 
 @runs.command("keep-vectors")
 @click.argument("which", type=click.Choice(["none", "sampled"]))
-@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.")
-@click.option("--model", "models", multiple=True, help="Every run of this model; repeatable.")
+@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.", shell_complete=stored("run"))
+@click.option(
+    "--model", "models", multiple=True, help="Every run of this model; repeatable.", shell_complete=stored("model")
+)
 @click.option(
     "--older-than", metavar="AGE", help="Only runs that finished earlier than this: 90d, 12h, or a date (UTC)."
 )
@@ -156,7 +160,9 @@ def _having_vectors(
 
 
 @click.command()
-@click.option("--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.  [default: all]")
+@click.option(
+    "--run", "chosen", multiple=True, help="Run (`kdb runs`); repeatable.  [default: all]", shell_complete=stored("run")
+)
 @warehouse_option
 def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     """Merge the small files of committed runs.

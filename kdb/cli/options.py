@@ -6,6 +6,8 @@ import contextlib
 import functools
 import io
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,17 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from kdb.errors import QueryError
+from kdb.cli.completion import DEFAULT_WAREHOUSE, STORED, stored
+from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import Param
-from kdb.text import markdown_table, visible
+from kdb.tables import View, draw
+from kdb.text import markdown_table, one_line, visible
 
 if TYPE_CHECKING:
     import polars as pl
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DEFAULT_WAREHOUSE = "kdb-warehouse"
-FORMATS = ("table", "csv", "json", "markdown", "parquet")
+FORMATS = ("table", "csv", "json", "markdown", "parquet", "xlsx")
+_BINARY = ("parquet", "xlsx")
 _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
     "text": click.STRING,
     "texts": click.STRING,
@@ -31,9 +35,20 @@ _CLICK_TYPES: dict[str, click.ParamType[Any]] = {
     "number": click.FLOAT,
     "boolean": click.BOOL,
 }
-_SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table", "": "table"}
+_SUFFIXES = {
+    ".csv": "csv",
+    ".json": "json",
+    ".md": "markdown",
+    ".parquet": "parquet",
+    ".xlsx": "xlsx",
+    ".txt": "table",
+    "": "table",
+}
+_WIDTH = 100
+"""Width of a table that is not printed on a terminal."""
+_DEFAULT_VIEW = View()
 _ENTRIES = 4
-"""Maximum number of entries of a list that a table shows."""
+"""Maximum number of entries of a list that a Markdown table shows."""
 
 
 class Location(click.Path):
@@ -61,8 +76,30 @@ def warehouse_option(command: Command) -> Command:
     )(command)
 
 
+def table_options(command: Command) -> Command:
+    """``--wide``, ``--columns``, ``--vertical`` and ``--no-pager``, which the command receives as its `view`."""
+
+    @functools.wraps(command)
+    def viewed(*args: Any, wide: bool, columns: str | None, vertical: bool, no_pager: bool, **kwargs: Any) -> Any:
+        names = tuple(filter(None, map(str.strip, (columns or "").split(","))))
+        if columns is not None and not names:
+            raise click.UsageError("--columns needs names, separated by commas: --columns layer,accuracy.")
+        if vertical and kwargs.get("format_") not in (None, "table"):
+            raise click.UsageError("--vertical is for tables. Leave it out, or leave --format out.")
+        return command(*args, view=View(wide, names, vertical, paged=not no_pager), **kwargs)
+
+    for option in (
+        click.option("--no-pager", is_flag=True, help="Print a long table without a pager."),
+        click.option("--vertical", is_flag=True, help="Table with a line for each value, one row after the other."),
+        click.option("--columns", metavar="A,B", help="Only these columns, in this order."),
+        click.option("--wide", is_flag=True, help="Table with all columns and whole texts, however wide."),
+    ):
+        viewed = option(viewed)
+    return cast("Command", viewed)
+
+
 def output_options(command: Command) -> Command:
-    """``--format`` and ``-o``, checked before the command does anything."""
+    """``--format`` and ``-o``, checked before the command does anything, and those of tables."""
 
     @functools.wraps(command)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +112,7 @@ def output_options(command: Command) -> Command:
         "format_",
         type=click.Choice(FORMATS),
         help="Output format; defaults to the file ending of -o, then to table.",
-    )(cast("Command", checked))
+    )(table_options(cast("Command", checked)))
     return click.option(
         "-o",
         "--output",
@@ -109,6 +146,7 @@ def param_option(param: Param) -> click.Option:
         [f"--{param.name.replace('_', '-')}", param.name],
         type=_CLICK_TYPES[param.type],
         multiple=several,
+        shell_complete=stored(param.name) if param.name in STORED else None,
         is_flag=flag or None,  # False would make the next word, such as -1, an option of its own
         required=param.required,
         help=param.meaning + "; repeatable" * several + default,
@@ -140,19 +178,25 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-def show(frame: pl.DataFrame, format_: str | None, output: Path | None) -> None:
-    """Write a frame in the requested format, and report on stderr if it has no rows."""
+def show(frame: pl.DataFrame, format_: str | None, output: Path | None, view: View = _DEFAULT_VIEW) -> None:
+    """Write a frame in the requested format, and report on stderr if it has no rows.
+
+    Raises UnknownNameError for a column of the view that the frame lacks.
+    """
     format_ = format_ or (_SUFFIXES[output.suffix.lower()] if output else "table")
+    frame = _chosen(frame, view.columns)
     if output is not None:
         from kdb.analysis.save import write_whole
 
-        write_whole(output, _content(frame, format_))
+        write_whole(output, _content(frame, format_, view))
         say(f"Wrote {len(frame):,} rows to {output}.", err=True)
-    elif format_ == "parquet":
-        raise click.UsageError("--format parquet needs a file. Name it with -o FILE.")
+    elif format_ in _BINARY:
+        raise click.UsageError(f"--format {format_} needs a file. Name it with -o FILE.")
+    elif format_ == "table":
+        _show_table(frame, view)
     else:
-        text = _text(frame, format_)
-        say(text) if format_ == "table" or sys.stdout.isatty() else click.echo(text, color=True)
+        text = _text(frame, format_, view)
+        say(text) if sys.stdout.isatty() else click.echo(text, color=True)
     if frame.is_empty():
         click.echo("No rows. `kdb runs` lists what was measured; with --help, a query says what it needs.", err=True)
 
@@ -162,41 +206,61 @@ def say(text: str, *, err: bool = False) -> None:
     click.echo(visible(text), err=err)
 
 
-def _content(frame: pl.DataFrame, format_: str) -> bytes:
+def _chosen(frame: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:
+    for name in columns:
+        if name not in frame.columns:
+            known = ", ".join(map(one_line, frame.columns))
+            raise UnknownNameError("column", name, frame.columns, f"The columns are {known}.")
+    return frame.select(list(dict.fromkeys(columns))) if columns else frame
+
+
+def _show_table(frame: pl.DataFrame, view: View) -> None:
+    """Print a table, in colour on a terminal, and by a pager if the screen is too small for it."""
+    if not sys.stdout.isatty():
+        click.echo(_table(frame, view, _WIDTH))
+        return
+    screen = shutil.get_terminal_size((_WIDTH, 24))
+    text = _table(frame, view, screen.columns, bold=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+    if view.paged and os.environ.get("PAGER") != "cat" and text.count("\n") + 2 > screen.lines:
+        os.environ.setdefault("LESS", "-RS")  # -S: a wide table scrolls sideways
+        click.echo_via_pager(text)
+    else:
+        click.echo(text)
+
+
+def _table(frame: pl.DataFrame, view: View, width: int, *, bold: bool = False) -> str:
+    from kdb.formats import as_text
+
+    return as_text(frame, "table", lambda rows: draw(rows, view, width=width, bold=bold))
+
+
+def _content(frame: pl.DataFrame, format_: str, view: View) -> bytes:
+    from kdb.formats import to_xlsx
+
+    if format_ == "xlsx":
+        return to_xlsx(frame)
     if format_ != "parquet":
-        return f"{_text(frame, format_)}\n".encode()
+        return f"{_text(frame, format_, view)}\n".encode()
     content = io.BytesIO()
     frame.write_parquet(content)
     return content.getvalue()
 
 
-def _text(frame: pl.DataFrame, format_: str) -> str:
+def _text(frame: pl.DataFrame, format_: str, view: View) -> str:
     from kdb.formats import as_text, to_csv, to_json
 
     if format_ == "csv":
         return to_csv(frame).rstrip("\n")
     if format_ == "json":
         return to_json(frame)
-    return as_text(frame, format_, lambda rows: _drawn(rows, format_))
+    return _table(frame, view, _WIDTH) if format_ == "table" else as_text(frame, format_, _markdown)
 
 
-def _drawn(frame: pl.DataFrame, format_: str) -> str:
+def _markdown(frame: pl.DataFrame) -> str:
     import polars as pl
 
-    with pl.Config(
-        tbl_formatting="UTF8_FULL_CONDENSED",
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=-1,
-        fmt_str_lengths=10_000,
-        fmt_table_cell_list_len=_ENTRIES,
-        tbl_hide_column_data_types=True,
-        tbl_hide_dataframe_shape=True,
-    ):
-        rounded = frame.with_columns(map(_rounded, frame.select(pl.col(pl.Float64, pl.Float32))))
-        if format_ == "markdown":
-            return "\n".join(markdown_table(frame.columns, ([_cell(one) for one in row] for row in rounded.rows())))
-        return str(rounded)
+    rounded = frame.with_columns(map(_rounded, frame.select(pl.col(pl.Float64, pl.Float32))))
+    return "\n".join(markdown_table(frame.columns, ([_cell(one) for one in row] for row in rounded.rows())))
 
 
 def _rounded(column: pl.Series) -> pl.Series:

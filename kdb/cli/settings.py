@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from kdb.cli.completion import measurable, stored
 from kdb.cli.options import Command
 from kdb.ingest.settings import (
     ALWAYS_FITTED,
@@ -28,6 +29,7 @@ def dataset_options(command: Command) -> Command:
                 "--dataset",
                 "datasets_",
                 multiple=True,
+                shell_complete=measurable("dataset"),
                 help="Name of a dataset, or .csv, .jsonl or .parquet file; repeatable.  [default: all built-in ones]",
             ),
             click.option(
@@ -150,6 +152,7 @@ def model_options(command: Command) -> Command:
                 "--model",
                 "models_",
                 multiple=True,
+                shell_complete=measurable("model"),
                 help="Model: name (`kdb models`), hub id, folder, or .gguf file; repeatable.",
             ),
             click.option("--name", help="Name under which the model is stored; defaults to its own name."),
@@ -225,26 +228,48 @@ def stored_options(command: Command) -> Command:
     """Options that choose a stored run."""
     for option in reversed(
         (
-            click.option("--model", required=True, help="Name of a stored model."),
-            click.option("--dataset", required=True, help="Name of a stored dataset."),
-            click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`)."),
+            click.option("--model", required=True, help="Name of a stored model.", shell_complete=stored("model")),
+            click.option(
+                "--dataset", required=True, help="Name of a stored dataset.", shell_complete=stored("dataset")
+            ),
+            variant_option,
         )
     ):
         command = option(command)
     return command
 
 
+variant_option = click.option(
+    "--variant",
+    default="default",
+    show_default=True,
+    help="Variant of the run (`kdb runs`).",
+    shell_complete=stored("variant"),
+)
+
+
 def knowledge_run_options(command: Command) -> Command:
     """Options that choose a stored run, by default of the dataset knowledge, and the model that it measured."""
     for option in reversed(
         (
-            click.option("--model", required=True, help="Model: name (`kdb models`), hub id, folder, or .gguf file."),
+            click.option(
+                "--model",
+                required=True,
+                help="Model: name (`kdb models`), hub id, folder, or .gguf file.",
+                shell_complete=stored("model"),
+            ),
             click.option(
                 "--name", "model_name", help="Name under which the model is stored; defaults to its own name."
             ),
             click.option("--revision", help="Branch, tag or commit on the hub."),
-            click.option("--dataset", default="knowledge", show_default=True, help="Name of a stored dataset."),
-            click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`)."),
+            click.option(
+                "--dataset",
+                default="knowledge",
+                show_default=True,
+                help="Name of a stored dataset.",
+                shell_complete=stored("dataset"),
+            ),
+            variant_option,
         )
     ):
         command = option(command)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
+from kdb.cli.completion import stored
 from kdb.cli.options import Command, Location, say, warehouse_option
 from kdb.errors import QueryError
 
@@ -21,12 +22,25 @@ if TYPE_CHECKING:
 def chosen_options(command: Command) -> Command:
     """``--run``, ``--model`` and ``--dataset``, each repeatable, choose the runs to copy; all if none is given."""
     for option in (
-        click.option("--dataset", "datasets", multiple=True, help="Only runs on this dataset; repeatable."),
-        click.option("--model", "models", multiple=True, help="All runs of this model; repeatable."),
+        click.option(
+            "--dataset",
+            "datasets",
+            multiple=True,
+            help="Only runs on this dataset; repeatable.",
+            shell_complete=stored("dataset"),
+        ),
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            help="All runs of this model; repeatable.",
+            shell_complete=stored("model"),
+        ),
         click.option(
             "--run",
             "runs",
             multiple=True,
+            shell_complete=stored("run"),
             help="Run (`kdb runs`), copied with the run that it was computed from; repeatable.",
         ),
     ):

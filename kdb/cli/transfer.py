@@ -9,9 +9,12 @@ from typing import Any
 import click
 
 import kdb
-from kdb.cli.options import check_output, say, show, warehouse_option
+from kdb.cli.completion import stored
+from kdb.cli.options import check_output, say, show, table_options, warehouse_option
+from kdb.cli.settings import variant_option
 from kdb.errors import QueryError
 from kdb.queries.domains import CLASSIFIERS, DEFAULT_CLASSIFIER, SITES
+from kdb.tables import View
 
 _STORED = """
 SELECT dataset FROM current_runs WHERE table_name = 'activations' AND model = ? AND variant = ? ORDER BY dataset
@@ -25,16 +28,20 @@ _SHOWN = 20
 
 @click.command()
 @click.option(
-    "--model", required=True, help="Name of a stored model; with --to, its hub id, folder or .gguf file works too."
+    "--model",
+    required=True,
+    shell_complete=stored("model"),
+    help="Name of a stored model; with --to, its hub id, folder or .gguf file works too.",
 )
 @click.option(
     "--dataset",
     "datasets",
     multiple=True,
+    shell_complete=stored("dataset"),
     help="Name of a stored dataset; repeatable. Defaults to all of the model. With --to, the one that the probes were "
     "fitted to.",
 )
-@click.option("--variant", default="default", show_default=True, help="Variant of the runs (`kdb runs`).")
+@variant_option
 @click.option(
     "--to",
     "file",
@@ -59,8 +66,15 @@ _SHOWN = 20
     help="With --to: file for the scores of each text by layer and site (.csv, .json, .parquet).",
 )
 @warehouse_option
+@table_options
 def transfer(
-    model: str, datasets: tuple[str, ...], variant: str, warehouse: Path | str, file: Path | None, **options: Any
+    model: str,
+    datasets: tuple[str, ...],
+    variant: str,
+    warehouse: Path | str,
+    file: Path | None,
+    view: View,
+    **options: Any,
 ) -> None:
     """Apply the probes of each dataset to the hidden states of each one, without the model.
 
@@ -81,9 +95,10 @@ def transfer(
     if file is not None:
         if len(datasets) != 1:
             raise click.UsageError("--to applies the probes of one dataset. Give exactly one --dataset with it.")
-        _score(file, model, datasets[0], variant, warehouse, **options)
+        _score(file, model, datasets[0], variant, warehouse, view, **options)
         return
     given = [f"--{option.replace('_', '-')}" for option, value in options.items() if value is not None]
+    given += ["the options of tables"] if view != View() else []
     if given:
         raise click.UsageError(f"{', '.join(given)}: only with --to, which names a file of new texts.")
     _transfer_stored(model, datasets, variant, warehouse)
@@ -115,6 +130,7 @@ def _score(
     dataset: str,
     variant: str,
     warehouse: Path | str,
+    view: View,
     *,
     name: str | None,
     group_by: str | None,
@@ -141,10 +157,10 @@ def _score(
     scores = score_texts(opened.storage, probes, examples, source, name=file.name, device=device)
     if output is not None:
         show(scores.texts, None, output)
-    _print(scores, output)
+    _print(scores, output, view)
 
 
-def _print(scores: Any, output: Path | None) -> None:
+def _print(scores: Any, output: Path | None, view: View) -> None:
     """Print the scores by layer if the texts have labels, else those of the first texts at the best layer."""
     import polars as pl
 
@@ -153,20 +169,19 @@ def _print(scores: Any, output: Path | None) -> None:
     where = {"layer": best["layer"], "site": best["site"]}
     n = texts["text_id"].n_unique()
     if "auc" in layers.columns:
-        show(layers.filter(site=where["site"]), None, None)
+        show(layers.filter(site=where["site"]), None, None, view)
     else:
         columns = ("text_id", "text", "in_training", "layer", "site", "decision", "probability", "predicted")
-        show(
-            texts.filter(pl.col("layer") == where["layer"], site=where["site"]).select(columns).head(_SHOWN), None, None
-        )
+        best_texts = texts.filter(pl.col("layer") == where["layer"], site=where["site"])
+        show(best_texts.select(columns).head(_SHOWN), None, None, view)
     say(f"{n} texts. The probe's own test part is read best at layer {where['layer']}, {where['site']}.", err=True)
     if output is None:
         say("-o FILE writes the scores of each text at every layer.", err=True)
 
 
 @click.command()
-@click.option("--model", required=True, help="Name of a stored model.")
-@click.option("--dataset", required=True, help="Name of a stored dataset.")
+@click.option("--model", required=True, help="Name of a stored model.", shell_complete=stored("model"))
+@click.option("--dataset", required=True, help="Name of a stored dataset.", shell_complete=stored("dataset"))
 @click.option("--layer", type=click.IntRange(0), required=True, help="Layer, numbered from 0.")
 @click.option("--site", type=_SITES, default="resid_post", show_default=True, help="Where the hidden state is read.")
 @click.option(
@@ -177,7 +192,7 @@ def _print(scores: Any, output: Path | None) -> None:
     help="Kind of the probe.",
 )
 @click.option("--split", help="Split on whose training part the probe was fitted; defaults to the run's default split.")
-@click.option("--variant", default="default", show_default=True, help="Variant of the run (`kdb runs`).")
+@variant_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File, .npz.")
 @warehouse_option
 def direction(output: Path, warehouse: Path | str, **chosen: Any) -> None:
