@@ -3,8 +3,9 @@
     frame = effect_means(wh, model=["smollm2-135m"], effect_method="atp")
     frame = score_and_effect(wh, model=["smollm2-135m"], part="head")
 
-An effect is what the answer gains when a part is replaced: in log-probability if it was measured, in its logit minus the
-rival's if it was estimated (``ranked_by``); its loss is minus that. In denoising, where a part is put back, the gain counts.
+An effect is what the answer gains when a part is replaced: in log-probability if it was measured, in its logit minus
+the rival's if it was estimated (``ranked_by``); its loss is minus that. In denoising, where a part is put back, the gain
+counts.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ def _map(frame: pl.DataFrame, look: Look, rows: Any, item: str, n_rows: int) -> 
     most = max(1e-6, float(frame["effect"].abs().max()))  # type: ignore[arg-type]  # a number
     # The scale is that of the square root: a few large effects would leave the others white.
     scale = alt.Scale(type="pow", exponent=0.5, domain=[-most, 0, most], range=["#08306b", "#f7f7f7", "#e69f00"])
-    numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("effect", "low", "high", "logp", "logit_diff", "score")]
+    told = ("effect", "low", "high", "logp", "logit_diff", "score")
+    numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in told]
     axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
     legend = alt.Legend(title="change of " + _measure(frame), gradientLength=200)
     cells = alt.Chart(frame).mark_rect()

@@ -209,7 +209,7 @@ _ALL = (
         "effect-map",
         "What replacing a head does to the answer",
         "blue: the answer loses; orange: it gains (square root scale); no cell: not measured\n"
-        "mean over the prompts that were measured: of log p if measured (exact), of the logit difference if estimated (atp, relp)\n"
+        "mean over the prompts with it: of log p if measured (exact), of the logit difference if estimated\n"
         f"{FEW}",
         query="head-effects",
         numbers="effects.effect_means",
@@ -305,6 +305,8 @@ _ALL = (
     ),
 )
 
+_OF_ONE_PROMPT = ("prompt-story", "lens-map")
+
 FIGURES: Mapping[str, Figure] = {figure.name: figure for figure in _ALL}
 
 
@@ -339,10 +341,7 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     if numbers.is_empty():
         raise NothingFoundError(f"{name}: there is no data to draw. {figure.hint}")
     own = {param.name: values[param.name] for param in figure.drawing} | dict(figure.fixed or {})
-    prompt = numbers["text"][0] if name == "prompt-story" else ""
-    marks = figure.marks + (f"\n“{prompt}” → “{numbers['target_token'][0]}”" if prompt else "")
-    answer = numbers["target_token"][0] if name == "lens-map" else None  # null for texts with labels
-    marks += "" if answer is None else f"\nanswer: “{answer}”"
+    marks = figure.marks + (_of_prompt(numbers) if name in _OF_ONE_PROMPT else "")
     marks += f"\nlens: {values['lens']}" if "lens" in values else ""
     if "effect_method" in values:
         marks += "\neffect: {effect_method}; replacement: {replacement}; ".format(**values)
@@ -351,6 +350,13 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
         marks += "".join(f"\n{line}" for line in sample(numbers))
     drawn = _function(figure.draw)(numbers, look, **own)
     return finished(drawn, figure.title, marks)
+
+
+def _of_prompt(numbers: pl.DataFrame) -> str:
+    """Lines that name the one model, prompt and answer of a figure; texts with labels may have no answer."""
+    answer = numbers["target_token"][0]
+    text = textwrap.wrap(f"“{numbers['text'][0]}”" + ("" if answer is None else f" → “{answer}”"), 100, max_lines=3)
+    return "\n" + "\n".join([f"model: {numbers['model'][0]}", *text])
 
 
 def _frame(wh: Warehouse, figure: Figure, values: Mapping[str, Value]) -> pl.DataFrame:

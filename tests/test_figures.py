@@ -377,7 +377,8 @@ def test_the_lens_map_has_a_cell_for_each_place_with_the_best_token(small: Wareh
     assert [cell["place"] for cell in cells[:4]] == ["0 in", "0 mid", "0 out", "1 mid"]
     assert (cells[0]["best"], cells[-1]["best"]) == (",", "␣right")
     assert cells[-1]["prob"] == pytest.approx(0.9048, abs=1e-4)
-    assert "answer: “ right”" in drawn["title"]["subtitle"]
+    [told] = [line for line in drawn["title"]["subtitle"] if line.endswith("→ “ right”")]
+    assert told.startswith("“") and "model: tiny-a" in drawn["title"]["subtitle"]
     with pytest.raises(QueryError, match="--model other --dataset knowledge"):
         figures.chart(small, "lens-map", prompt=0)
 

@@ -298,7 +298,12 @@ def test_stored_vectors_are_read_without_running_the_model(
         assert (last["target_logp"], last["rival_logp"]) == pytest.approx(
             [max(p[t].item() for t in some) for some in tokens], abs=1e-4
         )
-    assert opened.query("lens-story", prompt=0, dataset="labelled")["layer"].to_list() == [0, 1]
+    story = opened.query("lens-story", prompt=0, dataset="labelled")
+    assert story["layer"].to_list() == [0, 1]
+    words = ["no", "yes"]
+    label = opened.sql("SELECT label FROM prompts WHERE prompt_id = 0 AND dataset = 'labelled'").item()
+    assert story.select("target_token", "rival_token").unique().row(0) == (words[label], words[1 - label])
+    assert opened.query("lens-story", prompt=0, dataset="labelled", position=0).is_empty()
 
 
 def test_texts_of_which_nothing_is_asked_have_no_answer_to_rank(
