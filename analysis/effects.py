@@ -4,8 +4,8 @@
     frame = score_and_effect(wh, model=["smollm2-135m"], part="head")
 
 An effect is what the answer gains when a part is replaced: in log-probability if it was measured, in its logit minus
-the rival's if it was estimated (``ranked_by``); its loss is minus that. In denoising, where a part is put back, the gain
-counts.
+the rival's if it was estimated (``ranked_by``); its loss is minus that. In denoising, where a part is put back, the
+gain counts.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def lens_rows(
     for some in torch.arange(len(states), device=states.device).split(positions_at_once(decomposition.loaded)):
         prompts = some % len(chunk)
         logits = read(decomposition.loaded, decomposition.structure, states[some])
-        own = [(target[i], rival[i]) for i in prompts.tolist()]
-        found = readouts(logits, final[prompts], *zip(*own, strict=True), text)
+        own = prompts.tolist()
+        found = readouts(logits, final[prompts], [target[i] for i in own], [rival[i] for i in own], text)
         for number, row in zip(some.tolist(), found, strict=True):
             (layer, place), at = places[number // len(chunk)], read_at[number % len(chunk)]
             rows.append(at | {"layer": layer, "place": place, "lens": "logit"} | row)

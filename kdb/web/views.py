@@ -350,12 +350,15 @@ def _prompt(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "charts": [_chart("prompt-story", asked), *([_chart("lens-map", asked)] if len(lens) else [])],
         "tables": tables,
         "effects": _MEAN_EFFECT if measured else EFFECTS,
-        "lens": _shown("lens-story", _without_empty(asked), last, ["model", "dataset", "target_token", "rival_token", "text"], empty=READOUTS),
+        "lens": _shown("lens-story", _without_empty(asked), last, [*_OF_PROMPT, "rival_token"], empty=READOUTS),
         "address": url("/queries/prompt-story", asked),
         "next": url("/prompt", {**url_params.values, "prompt": [str(number + 1)]}),
         "before": url("/prompt", {**url_params.values, "prompt": [str(number - 1)]}) if number else None,
     }
 
+
+_OF_PROMPT = ("model", "dataset", "text", "target_token")
+"""Columns that are equal in all rows about a prompt."""
 
 _EFFECT_COLUMNS = {"exact": "effect (exact)", "atp": "effect (atp)"}
 
