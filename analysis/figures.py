@@ -233,7 +233,8 @@ _ALL = (
     Figure(
         "score-vs-effect",
         "Score of each part, and what the answer loses without it",
-        "mean over the kept prompts; in brackets: 95 % interval of the rank correlation over prompts; none below five",
+        "a dot: one head, or one layer (--part attn, ffn); mean over the kept prompts\n"
+        "in brackets: 95 % interval of the rank correlation over prompts; none below five",
         query="score-vs-effect",
         numbers="effects.score_and_effect",
         draw="effects.score_vs_effect",
