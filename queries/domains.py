@@ -155,6 +155,7 @@ DOMAINS: Mapping[str, Domain] = {
     "layer": Numbers(0, most=f"SELECT max(n_layers) - 1 {_OF_MODELS}"),
     "head": Numbers(0, most=f"SELECT max(n_heads) - 1 {_OF_MODELS}"),
     "prompt": Numbers(0, most=f"SELECT max(prompt_id) {_PROMPTS}"),
+    "position": Numbers(0, most=f"SELECT max(n_tokens) - 1 {_PROMPTS}"),
     **dict.fromkeys(("k", "limit", "layers", "prompts", "tokens", "min_prompts"), Numbers(1)),
     "within": Numbers(1),
     **dict.fromkeys(("size", "jump_ratio", "convergence_tolerance"), Numbers(0, above=True)),

@@ -233,8 +233,8 @@ MUTANTS = [
     Mutant(EFFECTS, "(own, own - new) if case", "(own, new - own) if case", "tests/test_effects.py"),
     Mutant(
         "ingest/attribution/lens.py",
-        'yield layer, "resid_post", after',
-        'yield layer, "resid_post", before',
+        'yield (layer, "resid_post"), after',
+        'yield (layer, "resid_post"), before',
         "tests/test_effects.py",
     ),
     Mutant(READOUTS, 'seen[layer, "attn"] * multiplier', 'seen[layer, "attn"]', "tests/test_lens.py"),

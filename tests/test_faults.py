@@ -155,9 +155,9 @@ def test_a_job_that_fails_unexpectedly_names_a_log_and_the_next_is_measured(
 @pytest.mark.parametrize(
     ("command", "endings"),
     [
-        (("query", "runs", "-o", "x.xlsx"), ".csv, .json, .md, .parquet, .txt"),
-        (("sql", "SELECT 1", "-o", "x.gif"), ".csv, .json, .md, .parquet, .txt"),
-        (("runs", "-o", "x.xlsx"), ".csv, .json, .md, .parquet, .txt"),
+        (("query", "runs", "-o", "x.docx"), ".csv, .json, .md, .parquet, .xlsx, .txt"),
+        (("sql", "SELECT 1", "-o", "x.gif"), ".csv, .json, .md, .parquet, .xlsx, .txt"),
+        (("runs", "-o", "x.docx"), ".csv, .json, .md, .parquet, .xlsx, .txt"),
         (("plot", "depth-curves", "-o", "x.gif"), ".html, .png, .svg, .pdf, .json, .csv, .parquet"),
         (("report", "-o", "x.pdf"), ".html, .md"),
     ],

@@ -232,8 +232,10 @@ def test_no_name_sends_an_escape_sequence_to_the_terminal(hostile: Warehouse, ru
     ):
         result = run_kdb(*args, "--warehouse", hostile.storage.local.path)
         assert result.exit_code == 0
-        assert "\\u001b[2J" in result.stdout
         assert "\x1b" not in result.stdout
+        whole = run_kdb(*args, "--wide", "--warehouse", hostile.storage.local.path).stdout
+        assert "\\u001b[2J" in whole
+        assert "\x1b" not in whole
     refused = run_kdb("query", "top-heads", "--model", "\x1b[2J", "--warehouse", hostile.storage.local.path)
     assert "\x1b" not in refused.output
 
