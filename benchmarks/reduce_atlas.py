@@ -39,7 +39,7 @@ OPEN = {*BUILT_IN, KNOWLEDGE, IOI}
 """Datasets whose texts are made by kdb, and may be published."""
 
 WITHOUT_TEXT = "[text left out: no licence is stated]"
-"""What stands in place of a text that may not be published."""
+"""Text that replaces each text that may not be published."""
 
 _BEST = """IN (
     SELECT neuron_name(component, layer, head, neuron) FROM neuron_scores WHERE run = $run AND rank <= 10

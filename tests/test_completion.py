@@ -134,7 +134,9 @@ def test_the_script_is_printed_with_how_to_install_it(run_kdb: RunKdb, shell: st
 
 
 def test_bash_takes_the_script(run_kdb: RunKdb) -> None:
-    subprocess.run(["bash", "-n"], input=answer(run_kdb("completion", "bash")), text=True, check=True)
+    script = answer(run_kdb("completion", "bash"))
+    read = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
 def test_an_unknown_shell_is_refused(run_kdb: RunKdb) -> None:

@@ -156,7 +156,7 @@ class Training:
             return _Batch(at, compared, self._log_p(self.states[-1][at].to(self.device), compared))
 
     def _log_p(self, states: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
-        """Log-probabilities (position, token), where a random token has the probability of all that it stands for."""
+        """Log-probabilities (position, token) among the compared tokens, each logit raised by its token's weight."""
         logits = self.norm(states) @ tokens.rows.T
         logits = (logits if tokens.bias is None else logits + tokens.bias) * self.structure.logit_scale
         cap = self.structure.logit_softcap
@@ -176,7 +176,8 @@ class Training:
 class _Tokens:
     """Tokens whose probabilities are compared, with their rows and biases of the unembedding.
 
-    ``weight`` is log n for a token that stands for n tokens.
+    ``weight`` is 0 for a likely token. For a random one, it is the log of the number of tokens that are not likely over
+    that of the random ones, so that these count for all of them.
     """
 
     rows: torch.Tensor
