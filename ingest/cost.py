@@ -17,6 +17,7 @@ from kdb.ingest.job import Job
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
 from kdb.ingest.prompts import pose
+from kdb.numbers import data_size, duration
 from kdb.queries.domains import SITES
 from kdb.warehouse.vectors import PART_BYTES
 
@@ -46,8 +47,13 @@ _PART_MEMORY = 3 * PART_BYTES
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts, bytes and seconds of a run; ``what`` is measured at each layer."""
+    """Counts, bytes and seconds of a run; ``what`` is measured at each layer.
 
+    Runs of one ``kind``, and more so those of one ``model``, take the same multiple of their estimated time.
+    """
+
+    kind: str
+    model: str
     n_prompts: int
     n_tokens: int
     n_layers: int
@@ -55,13 +61,15 @@ class Cost:
     memory_bytes: int
     seconds: float
     what: str = f"{len(SITES)} sites"
+    is_calibrated: bool = False
+    """Whether ``seconds`` are corrected by the time that another run took on this machine."""
 
     def __str__(self) -> str:
         """One line for the terminal."""
+        first = "" if self.is_calibrated else " (a first guess)"
         return (
-            f"{self.n_prompts:,} prompts ({self.n_tokens:,} tokens to run) × {self.n_layers} layers × "
-            f"{self.what}: at most {_size(self.disk_bytes)} on disk, {_size(self.memory_bytes)} of memory, "
-            f"about {_duration(self.seconds)}"
+            f"{self.n_prompts:,} prompts, {self.n_layers} layers, {self.what}: about {duration(self.seconds)}{first}, "
+            f"at most {data_size(self.disk_bytes)} on disk, {data_size(self.memory_bytes)} of memory"
         )
 
 
@@ -71,13 +79,13 @@ def cost(job: Job, device: str) -> Cost:
         config, tokenizer = load_config(job.source), load_tokenizer(job.source)
         token_ids = [prompt.token_ids for prompt in pose(job, tokenizer)]
         if job.study == "knowledge":
-            return _attribution_cost(job, config, list(map(len, token_ids)), device)
+            return attribution_cost(job, config, list(map(len, token_ids)), device)
         n_cue = len(question_of(tokenizer, job.dataset).cue)
         return concept_cost(job, config, token_ids, device, n_cue=n_cue)
 
 
-def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str) -> Cost:
-    """Estimate the cost of a knowledge run in which every prompt is kept: its readouts and its forward passes."""
+def attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str) -> Cost:
+    """Estimate the cost of a knowledge run from the lengths of its kept prompts: its readouts and forward passes."""
     m, wanted = job.measuring, job.attributing
     row = model_row(job.source, config, count_params(config), m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
@@ -101,6 +109,8 @@ def _attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str
     )
     weights = row["n_params"] * (1 if m.quantize else _DTYPE_BYTES[m.dtype])
     return Cost(
+        kind=_kind(job, device),
+        model=job.source.revision,
         n_prompts=len(lengths),
         n_tokens=tokens,
         n_layers=layers,
@@ -125,6 +135,8 @@ def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], devi
     working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
     rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
     return Cost(
+        kind=_kind(job, device),
+        model=job.source.revision,
         n_prompts=len(token_ids),
         n_tokens=n_tokens,
         n_layers=row["n_layers"],
@@ -135,9 +147,5 @@ def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], devi
     )
 
 
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+def _kind(job: Job, device: str) -> str:
+    return f"{job.study} {device.partition(':')[0]} {job.measuring.dtype}"

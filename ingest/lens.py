@@ -110,8 +110,12 @@ def _stages(wanted: Reading, work: Sequence[Any], model: Mapping[str, Any], is_t
         some = [work[i : i + size] for i in range(0, len(work), size)]
         return [Shard(f"part-{i:05}", one, len(one)) for i, one in enumerate(some)]
 
-    fits: list[Stage] = [ModelStage(("lens_fits",), lambda _run: [Shard("part")], _fits)] if is_tuned else []
-    return [*fits, ModelStage(("lens_readouts",), shards, _readouts, shown=("lens", "prompts"))]
+    fits: list[Stage] = (
+        [ModelStage(("lens_fits",), lambda _run: [Shard("part")], _fits, shown=("Fitting the tuned lens", None))]
+        if is_tuned
+        else []
+    )
+    return [*fits, ModelStage(("lens_readouts",), shards, _readouts, shown=("Reading the lens", "prompts"))]
 
 
 @dataclass(frozen=True)

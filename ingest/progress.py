@@ -1,60 +1,138 @@
-"""Progress of long work: a bar on a terminal, an occasional line in a log."""
+"""Progress of long work: on a terminal a line that moves, in a log a line for each phase and one a minute.
+
+with phase("Loading smollm2-135m"): ...
+with progress("Attributing", 319, "prompts") as shown: shown.advance(1)
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import Progress as Display
+from rich.progress import ProgressColumn, SpinnerColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
+
+from kdb.numbers import duration
+from kdb.text import visible
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY = 10.0
-"""Seconds between two lines in a log."""
+LOG_EVERY = 60.0
+"""Seconds between two lines about a phase in a log."""
+
+_BAR = 20
+"""Columns of a bar."""
+
+_displays: list[Display] = []
+"""The display of the terminal, while a phase is in progress; phases inside a phase add lines to it."""
 
 
 class Progress:
-    """Counter of finished work; ``total`` and ``done`` are in ``unit``."""
+    """Finished work of a phase; ``total`` and ``done`` are in ``unit``, and ``total`` is None if nothing is counted."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
-        self._bar = tqdm(
-            desc=what,
-            total=total,
-            unit=f" {unit}",
-            initial=done,
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        )
-        self._what, self._total, self._unit = what, total, unit
-        self._first = self._done = done
-        self._begun = self._logged = time.monotonic()
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._before, self._begun = done, time.monotonic()
 
     def advance(self, n: int) -> None:
         """Count ``n`` more."""
-        self._bar.update(n)
-        self._done += n
-        if self._bar.disable and time.monotonic() - self._logged > _LOG_EVERY:
-            self._logged = time.monotonic()
-            rate = (self._done - self._first) / (self._logged - self._begun)
-            left = (self._total - self._done) / rate
-            log.info(
-                "%s: %d of %d %s, %.1f/s, %.0f s left",
-                *(self._what, self._done, self._total, self._unit, rate, left),
-            )
+        self.done += n
 
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
-        self._bar.close()
+    def __str__(self) -> str:
+        """What is done, the rate, and the remaining time; the time so far as long as that is all that is known."""
+        took = time.monotonic() - self._begun
+        if self.total is None:
+            return duration(took)
+        counted, fresh = f"{self.done:,} of {self.total:,} {self.unit}", self.done - self._before
+        if not fresh:
+            return f"{counted}, {duration(took)}"
+        rate = f"{fresh / took:,.1f}/s" if fresh > took else f"{took / fresh:,.1f} s each"
+        return f"{counted}, {rate}, {duration((self.total - self.done) * took / fresh)} left"
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
     """Show the progress of ``what`` while the block runs; ``done`` is the part that was finished before."""
     shown = Progress(what, total, unit, done)
-    try:
+    with _on_terminal(shown) if sys.stderr.isatty() else _in_log(shown):
         yield shown
+
+
+def phase(what: str) -> AbstractContextManager[Progress]:
+    """Show that ``what`` is in progress while the block runs, and how long it has taken."""
+    return progress(what, None, "")
+
+
+# On a terminal ---------------------------------------------------------------------------------------------------
+
+
+class _What(ProgressColumn):
+    """The name of a phase."""
+
+    def render(self, task: Task) -> Text:
+        return Text(visible(task.fields["shown"].what))
+
+
+class _Bar(ProgressColumn):
+    """The share of a phase's work that is finished."""
+
+    def render(self, task: Task) -> ProgressBar | Text:
+        shown: Progress = task.fields["shown"]
+        return Text() if shown.total is None else ProgressBar(shown.total or 1, shown.done, width=_BAR)
+
+
+class _State(ProgressColumn):
+    """The numbers of a phase."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["shown"]), style="dim")
+
+
+@contextmanager
+def _on_terminal(shown: Progress) -> Iterator[None]:
+    """Draw a line that is drawn anew ten times a second, by a thread, and removed in the end."""
+    if _displays:
+        task = _displays[0].add_task("", shown=shown)
+        try:
+            yield
+        finally:
+            _displays[0].remove_task(task)
+        return
+    columns = (SpinnerColumn(), *(column(Column(no_wrap=True)) for column in (_What, _Bar, _State)))
+    with Display(*columns, console=Console(stderr=True), transient=True) as display:
+        _displays.append(display)
+        display.add_task("", shown=shown)
+        try:
+            yield
+        finally:
+            _displays.clear()
+
+
+# In a log --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _in_log(shown: Progress) -> Iterator[None]:
+    """Log a line now, and one a minute from a thread."""
+    log.info("%s%s", shown.what, "" if shown.total is None else f": {shown.total - shown.done:,} {shown.unit}")
+    over = threading.Event()
+    ticking = threading.Thread(target=_log_until, args=(shown, over), name="progress", daemon=True)
+    ticking.start()
+    try:
+        yield
     finally:
-        shown.close()
+        over.set()
+        ticking.join()
+
+
+def _log_until(shown: Progress, over: threading.Event) -> None:
+    while not over.wait(LOG_EVERY):
+        log.info("%s: %s", shown.what, shown)

@@ -11,6 +11,7 @@ study only defines its stages.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import pyarrow as pa
 
 from kdb.ingest.execution.writer import write_behind
-from kdb.ingest.progress import progress
+from kdb.ingest.progress import phase, progress
 from kdb.ingest.rows import Rows
+from kdb.ingest.speed import calibrated, learn
 from kdb.warehouse.manifest import RunFolder, run_id
 from kdb.warehouse.migration import upgraded
 from kdb.warehouse.parquet import read_parts
@@ -30,7 +32,10 @@ from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
+    from kdb.ingest.cost import Cost
     from kdb.ingest.models.find import LoadedModel, ModelSource
+
+log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 """Adds finished work to the display of progress."""
@@ -85,10 +90,10 @@ class ModelStage(Generic[S]):
     tables: tuple[str, ...]
     shards: Callable[[RunInProgress], Sequence[Shard]]
     rows: Work[S, Rows]
-    shown: tuple[str, str] | None = None
-    """Title of the progress display, and the unit of a shard's size; None shows no progress."""
-    announce: Callable[[RunInProgress], None] = lambda _run: None
-    """Called before the first shard is measured, to print a message about it."""
+    shown: tuple[str, str | None] | None = None
+    """Title of the progress display, and the unit of a shard's size, or None for work that is not counted."""
+    announce: Callable[[RunInProgress], Cost | None] = lambda _run: None
+    """Called before the first shard is measured, to return the estimated cost of this stage and those after it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class StoredStage:
     rows: Callable[[Any, Shard], Sequence[Rows]]
     read: Callable[[RunInProgress], Any] = lambda run: run
     n_jobs: Callable[[Any], int] = lambda _inputs: 1
-    shown: tuple[str, str] | None = None
+    shown: tuple[str, str | None] | None = None
 
 
 Stage = ModelStage[Any] | StoredStage
@@ -166,11 +171,14 @@ def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = Non
             return Outcome(run, "exists")
         if staged.facts.get("layout") != LAYOUT:
             staged.restart(layout=LAYOUT)
-        subject, stages = planned.prepare()
+        with phase("Preparing the run"):
+            subject, stages = planned.prepare()
         in_progress = RunInProgress(staged, subject, engine, planned.source)
         for stage in [*map(_copying, planned.copied), *stages]:
             in_progress.complete(stage)
-        staged.commit({**planned.columns, **_versions(staged, with_model=subject is not None)})
+        in_progress.learn()
+        with phase("Storing the run"):
+            staged.commit({**planned.columns, **_versions(staged, with_model=subject is not None)})
     return Outcome(run, "committed")
 
 
@@ -195,6 +203,7 @@ class RunInProgress:
         self, staged: StagedRun, subject: Subject[Any] | None, engine: Engine | None, source: RunFolder | None
     ) -> None:
         self.staged, self._subject, self._engine, self._source = staged, subject, engine, source
+        self._expected: tuple[Cost, float] | None = None
 
     def files(self, table: str) -> list[Path]:
         """The files of a table from earlier stages; if there are none, those of the source run."""
@@ -234,14 +243,26 @@ class RunInProgress:
             return
         if isinstance(stage, ModelStage):
             self.remembered("device", self._load)
-            stage.announce(self)
+            self._expect(stage.announce(self), resumed=len(missing) < len(shards))
         if stage.shown is None:
             self._write(stage, self._measured(stage, missing, lambda _n: None))
             return
         what, unit = stage.shown
         total, left = (sum(shard.size for shard in some) for some in (shards, missing))
-        with progress(what, total, unit, done=total - left) as shown:
+        with phase(what) if unit is None else progress(what, total, unit, done=total - left) as shown:
             self._write(stage, self._measured(stage, missing, shown.advance))
+
+    def _expect(self, cost: Cost | None, *, resumed: bool) -> None:
+        """Print the estimated cost of the stages that follow."""
+        if cost is not None:
+            log.info("%s on %s: %s", self.staged.model, self.staged.dataset, calibrated(cost))
+            self._expected = None if resumed else (cost, time.monotonic())
+
+    def learn(self) -> None:
+        """Compare the time that the run took with its estimate, for the estimates of later runs."""
+        if self._expected:
+            cost, begun = self._expected
+            learn(cost, time.monotonic() - begun)
 
     def _write(self, stage: Stage, measured: Iterator[tuple[str, Rows]]) -> None:
         n_writers = 4 if str(self.staged.facts.get("device")).startswith("cuda") else 1

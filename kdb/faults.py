@@ -90,7 +90,7 @@ def _known(error: BaseException) -> str | None:
 
 
 EXTRAS = {
-    "measure": "torch transformers accelerate sklearn scipy joblib threadpoolctl gguf tqdm yaml",
+    "measure": "torch transformers accelerate sklearn scipy joblib threadpoolctl gguf rich yaml",
     "serve": "fastapi uvicorn starlette cachetools prometheus_client pydantic",
     "plot": "altair vl_convert jinja2 markupsafe scipy",
     "cloud": "boto3 fsspec obstore",

@@ -99,3 +99,15 @@ def _significant(value: float, digits: int) -> str:
 
 def _without_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that a reader expects, such as 8 s, 12 min or 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def data_size(n_bytes: int) -> str:
+    """Return a size of data in MiB, or from one GiB on in GiB."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

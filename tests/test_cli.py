@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,9 +63,13 @@ def commands(group: click.Group = main, prefix: str = "kdb") -> Iterator[str]:
 def test_ingest_stores_a_run_that_queries_answer_from(
     tmp_path: Path, ingest_tiny: Callable[..., Result], run_kdb: RunKdb
 ) -> None:
-    stored = answer(ingest_tiny(tmp_path / "new"))
-    assert re.fullmatch(r"tiny on weather: stored \(run [0-9a-f]{16}\)\n", stored)
-    assert answer(ingest_tiny(tmp_path / "new")) == stored.replace("stored", "is stored already")
+    stored, *more = answer(ingest_tiny(tmp_path / "new")).splitlines()
+    assert re.fullmatch(r"tiny on weather: stored \(run [0-9a-f]{16}\)", stored)
+    assert more[0] == "  40 prompts, 20 of them with label 1"
+    assert re.fullmatch(r"  11 tables, 0 MiB, measured in \d+ s", more[1])
+    assert answer(ingest_tiny(tmp_path / "new")) == stored.replace("stored", "is stored already") + "\n"
+    for command in more[3:-1]:
+        answer(run_kdb(*shlex.split(command)[1:]))
     table = answer(run_kdb("query", "concept-depth", "--warehouse", tmp_path / "new", "--format", "csv"))
     rows = [
         {
@@ -97,8 +102,8 @@ def test_a_model_and_a_dataset_are_stored_under_the_names_given(
 
 def test_a_dry_run_says_the_cost_and_stores_nothing(tmp_path: Path, ingest_tiny: Callable[..., Result]) -> None:
     said = answer(ingest_tiny(tmp_path / "new", "--dry-run"))
-    assert said.startswith("tiny on weather: 40 prompts (")
-    assert " × 2 layers × 2 sites: at most 0 MiB on disk, " in said
+    assert said.startswith("tiny on weather: 40 prompts, 2 layers, 2 sites: about 0 s")
+    assert " at most 0 MiB on disk, " in said
     assert not (tmp_path / "new").exists()
 
 
@@ -106,7 +111,8 @@ def test_a_run_says_first_what_it_will_cost(
     tmp_path: Path, ingest_tiny: Callable[..., Result], caplog: pytest.LogCaptureFixture
 ) -> None:
     answer(ingest_tiny(tmp_path / "new", "--limit", "10"))
-    assert caplog.messages[0].startswith("tiny on weather: 20 prompts (")
+    expected = next(i for i, line in enumerate(caplog.messages) if line.startswith("tiny on weather: 20 prompts, "))
+    assert caplog.messages[expected + 1].startswith("Capturing activations: ")
 
 
 def test_probe_refits_and_names_its_source(warehouse: Path, run_kdb: RunKdb) -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "analysis": {"analysis", "warehouse", "queries", "errors"},
     "front door": {"front door", "ingest", "analysis", "warehouse", "queries", "errors"},
 }
-BOTTOM = {"errors", "faults", "text"}
+BOTTOM = {"errors", "faults", "numbers", "text"}
 """Modules of kdb itself that every package may import."""
 
 FOLDERS = ("analysis", "ingest", "queries", "warehouse")

@@ -63,9 +63,10 @@ def grown(
 def test_a_plan_is_every_combination(grown: tuple[Path, Result], checkpoints: Path) -> None:
     warehouse, result = grown
     assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
+    lines, following = result.stdout.splitlines()[:4], result.stdout.splitlines()[4:]
     assert [line.partition("]")[0] for line in lines] == ["[1/4", "[2/4", "[3/4", "[4/4"]
     assert all(": stored (run " in line for line in lines)
+    assert following[0] == "Next:"
     runs = kdb.open(warehouse).query("runs").select("model", "dataset", "variant").rows()
     assert {(model, dataset) for model, dataset, _ in runs} == {("growing", "weather"), ("growing", "letters")}
     assert {variant.split()[0] for *_, variant in runs} == {"revision=step1000", "revision=step2000"}
@@ -138,7 +139,8 @@ def test_a_run_that_fails_does_not_keep_the_next_from_being_measured(
     command += ["--revision", "step1000", "--revision", "step1500", "--revision", "step2000"]
     result = run_kdb(*command)
     assert result.exit_code == 1
-    assert [line.split(": ")[1].split(" (")[0] for line in result.stdout.splitlines()] == ["stored", "FAILED", "stored"]
+    lines = result.stdout.splitlines()[:3]
+    assert [line.split(": ")[1].split(" (")[0] for line in lines] == ["stored", "FAILED", "stored"]
     assert "1 of 3 runs failed" in result.stderr
     assert "Unknown revision 'step1500'. Did you mean 'step1000'" in result.stderr
     assert len(kdb.open(tmp_path / "w").query("runs")) == 2

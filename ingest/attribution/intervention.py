@@ -111,8 +111,13 @@ def ablate(
     def prepare() -> tuple[Subject[Any], list[Stage]]:
         shards = functools.partial(_shards, ablated, flops)
         return ablated, [
-            ModelStage(("ablated_parts",), lambda _run: [Shard("part", size=len(measured))], _drawn),
-            ModelStage(("ablations",), shards, _effects, shown=("interventions", "prompts")),
+            ModelStage(
+                ("ablated_parts",),
+                lambda _run: [Shard("part", size=len(measured))],
+                _drawn,
+                shown=("Drawing controls", None),
+            ),
+            ModelStage(("ablations",), shards, _effects, shown=("Ablating", "prompts")),
         ]
 
     row = _first(source, "runs")

@@ -262,7 +262,7 @@ def patch(
             size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
             return shards_of(prompts, size, lambda _category: ((wanted, parts),))
 
-        return ToPatch(model), [ModelStage(("effects",), shards, rows, shown=("effects", "prompts"))]
+        return ToPatch(model), [ModelStage(("effects",), shards, rows, shown=("Patching", "prompts"))]
 
     changed = {"source_run": source.run, "settings": json.dumps(settings)}
     identity = derived_identity("patch", "knowledge", source, settings)

@@ -59,6 +59,7 @@ from kdb.warehouse.sums import sum_neurons
 if TYPE_CHECKING:
     import torch
 
+    from kdb.ingest.cost import Cost
     from kdb.ingest.forward.activation_cache import ActivationCache
     from kdb.ingest.forward.decomposition import Decomposition
 
@@ -92,43 +93,47 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
         longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
         check_length(job, posed.token_ids, config, n_answer=longest - 1)
     return posed, [
-        ModelStage(("checks",), single("model"), _check),
+        ModelStage(("checks",), single("model"), _check, shown=("Checking the model", None)),
         description(posed, tokenizer, config),
         ModelStage(
-            ("prompts",), functools.partial(_prompt_shards, posed.token_ids), _kept, shown=("prompts", "prompts")
+            ("prompts",),
+            functools.partial(_prompt_shards, posed.token_ids),
+            _kept,
+            shown=("Filtering prompts", "prompts"),
         ),
-        ModelStage(("checks",), _stored_shards, _check_stored),
+        ModelStage(("checks",), _stored_shards, _check_stored, shown=("Checking the prompts", None)),
         ModelStage(
             (*scores, BOUNDS, *methods, "query_neuron_scores", "query_layer_scores"),
             functools.partial(_chunks, posed, LengthClasses(config)),
             _attributed,
-            shown=("attribution", "prompts"),
+            shown=("Attributing", "prompts"),
+            announce=functools.partial(_announce, posed),
         ),
         *(
             ModelStage(
                 ("candidate_scores",),
                 functools.partial(_candidate_shards, posed, LengthClasses(config), which),
                 _candidate_scores,
-                shown=("best neurons", "prompts"),
+                shown=("Ranking neurons", "prompts"),
             )
             for which in ("first", "further")
         ),
         *(
-            [ModelStage(("effects",), default_shards, _effects, shown=("effects", "prompts"))]
+            [ModelStage(("effects",), default_shards, _effects, shown=("Patching", "prompts"))]
             if job.attributing.effects
             else []
         ),
         *(
-            [ModelStage(("ablations",), method_shards, _method_means, shown=("mean ablations", "prompts"))]
+            [ModelStage(("ablations",), method_shards, _method_means, shown=("Mean ablations", "prompts"))]
             if job.attributing.ablate_k
             else []
         ),
-        StoredStage(("neuron_sums",), _if_any_is_kept, _sums),
+        StoredStage(("neuron_sums",), _if_any_is_kept, _sums, shown=("Adding up", None)),
         ModelStage(
             ("neuron_tokens",),
             functools.partial(_named_neurons, job.attributing.top_k),
             _tokens,
-            shown=("tokens", "neurons"),
+            shown=("Naming neurons", "neurons"),
         ),
     ]
 
@@ -290,9 +295,23 @@ def _check_stored(subject: Attributed, shard: Shard, _advance: Advance) -> Itera
 # Attribution -----------------------------------------------------------------------------------------------------
 
 
+def _announce(posed: PosedFacts, run: RunInProgress) -> Cost:
+    return run.once(_cost, Shard("cost", [len(prompt.token_ids) for prompt in _kept_prompts(posed, run)]))
+
+
+def _cost(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[Cost]:
+    from kdb.ingest.cost import attribution_cost
+
+    yield attribution_cost(subject.job, subject.loaded.model.config, shard.work, str(subject.loaded.device))
+
+
+def _kept_prompts(posed: PosedFacts, run: RunInProgress) -> list[Prompt]:
+    return [posed.prompts[row["prompt_id"]] for row in run.table("prompts").to_pylist() if row["kept"]]
+
+
 def _chunks(posed: PosedFacts, length_class: LengthClasses, run: RunInProgress) -> list[Shard]:
     """Divide the kept prompts by falling length into chunks that fit into memory; a resumed run has the same chunks."""
-    kept = [posed.prompts[row["prompt_id"]] for row in run.table("prompts").to_pylist() if row["kept"]]
+    kept = _kept_prompts(posed, run)
     chunks = run.remembered("chunks", lambda: _chunked(kept, length_class, run) if kept else [])
     return [Shard(f"part-{i:05}", chunk, len(chunk)) for i, chunk in enumerate(chunks)]
 

@@ -62,7 +62,7 @@ def project(storage: Storage, source: RunFolder, methods: Sequence[str]) -> Outc
         layer_shards,
         functools.partial(_projected, projectors),
         read=lambda run: run.files("activations"),
-        shown=("projections", "layers"),
+        shown=("Projecting", "layers"),
     )
     return derive(storage, source, "project", {"projections": list(methods)}, lambda: [stage])
 

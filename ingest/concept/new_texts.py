@@ -97,7 +97,7 @@ def _decisions(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], probes: 
     order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
     with (
         model_errors(f"{loaded.source.name} cannot be run"),
-        progress("texts", sum(map(len, token_ids)), "tokens") as shown,
+        progress("Reading texts", sum(map(len, token_ids)), "tokens") as shown,
     ):
         capture = Capture(loaded)
         check_capture(capture, [token_ids[i] for i in chosen_prompts(token_ids)], prefix)

@@ -71,7 +71,7 @@ def probing(wanted: Probing, seed: int) -> list[StoredStage]:
             _probed,
             read=functools.partial(_fits, wanted, seed),
             n_jobs=lambda fits: _n_jobs(len(fits.task.labels), fits.n_layers, fits.hidden_size),
-            shown=("probes", "layers"),
+            shown=("Fitting probes", "layers"),
         ),
     ]
 

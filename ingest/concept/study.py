@@ -19,7 +19,7 @@ import numpy as np
 from kdb.ingest.concept.probing import probing, task_of_labels
 from kdb.ingest.concept.repeats import count_repeats
 from kdb.ingest.concept.zero_shot import Question, answer_probabilities, check_answers, question_of, zero_shot_rows
-from kdb.ingest.cost import concept_cost
+from kdb.ingest.cost import Cost, concept_cost
 from kdb.ingest.forward.capture import Capture, shared_prefix
 from kdb.ingest.forward.checks import check_capture, check_stored, chosen_prompts
 from kdb.ingest.forward.memory import CPU_TOKENS, GPU_TOKENS, most_per_shard
@@ -58,7 +58,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
         labels, groups = [e.label for e in examples if e.label is not None], [e.group for e in examples]
         task = task_of_labels(labels, groups, job.probing, seed, job.dataset.first_label)
     return posed, [
-        ModelStage(("checks",), single("model"), _check),
+        ModelStage(("checks",), single("model"), _check, shown=("Checking the model", None)),
         description(posed, tokenizer, config),
         StoredStage(("prompts",), single(), functools.partial(_prompt_rows, posed)),
         StoredStage(("checks",), single("repeats"), functools.partial(_repeats, posed, task.splits)),
@@ -66,7 +66,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
             (*(["zero_shot"] if posed.question.separates else []), "activations"),
             functools.partial(_capture_shards, posed),
             _captured,
-            shown=("activations", "tokens"),
+            shown=("Capturing activations", "tokens"),
             announce=functools.partial(_announce, posed),
         ),
         ModelStage(("checks",), functools.partial(_stored_shards, posed), _check_stored),
@@ -138,9 +138,9 @@ def _check(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[Rows
     yield rows_of("checks", rows, begun)
 
 
-def _cost(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[str]:
+def _cost(subject: Captured, _shard: Shard, _advance: Advance) -> Iterator[Cost]:
     config, n_cue = subject.loaded.model.config, len(subject.question.cue)
-    yield str(concept_cost(subject.job, config, subject.token_ids, str(subject.loaded.device), n_cue=n_cue))
+    yield concept_cost(subject.job, config, subject.token_ids, str(subject.loaded.device), n_cue=n_cue)
 
 
 def _capture_shards(posed: PosedQuestion, run: RunInProgress) -> list[Shard]:
@@ -167,14 +167,14 @@ def _parts(n_tokens: Sequence[int], run: RunInProgress) -> list[list[int]]:
     return parts
 
 
-def _announce(posed: PosedQuestion, run: RunInProgress) -> None:
+def _announce(posed: PosedQuestion, run: RunInProgress) -> Cost:
     if posed.job.dataset.answers is None:
         log.info(
             "No zero-shot answers: nothing is asked of %r. --ask and --answers ask a question.", posed.job.dataset.name
         )
     elif not posed.question.separates:
         log.info("No zero-shot answers: %r and %r begin with the same tokens of this model.", *posed.question.answers)
-    log.info("%s on %s: %s", posed.source.name, posed.job.dataset.name, run.once(_cost, Shard("cost")))
+    return run.once(_cost, Shard("cost"))
 
 
 def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Rows]:

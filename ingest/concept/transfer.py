@@ -45,7 +45,7 @@ def transfer(storage: Storage, *, probed: Sequence[RunFolder], measured: RunFold
         layer_shards,
         _transferred,
         read=lambda run: [_inputs(storage, folder, measured, run) for folder in probed],
-        shown=("transfer", "layers"),
+        shown=("Applying probes", "layers"),
     )
     settings = {"probe_runs": {folder.dataset: folder.run for folder in probed}}
     return derive(storage, measured, "transfer", settings, lambda: [stage])

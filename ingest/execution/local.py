@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.progress import phase
 from kdb.ingest.stages import Advance, Shard, Subject, Work
 
 S = TypeVar("S")
@@ -25,7 +26,8 @@ class LocalEngine:
         """Yield the results of the shards in turn."""
         if self._held is None or self._held[0] is not subject:
             self._held = None  # freed before the next subject is made, since both may not fit into memory
-            self._held = subject, subject.bind(self._load(), self._batch_tokens)
+            with phase(f"Loading {subject.source.name}"):
+                self._held = subject, subject.bind(self._load(), self._batch_tokens)
         for shard in shards:
             for result in work(self._held[1], shard, advance):
                 yield shard, result

@@ -129,7 +129,7 @@ class Training:
         import torch
 
         final, found = self.states[-1], []
-        with torch.inference_mode(), progress("likely tokens", len(final), "tokens") as shown:
+        with torch.inference_mode(), progress("Finding likely tokens", len(final), "tokens") as shown:
             for some in final.split(positions_at_once(self.loaded)):
                 logits = read(self.loaded, self.structure, some.to(self.device))
                 found.append(logits.topk(min(LIKELY, logits.shape[1]), -1).indices.cpu())

@@ -119,7 +119,7 @@ def fit(
     most = min(MOST_POSITIONS, TRAINING_BYTES // (4 * len(every) * _hidden(loaded)))
     states, _ = _states(loaded, structure, passages, most, generator, len(passages[0]) - 1)
     training = Training(loaded, structure, states, generator)
-    with progress("tuned lens", STEPS + len(every) - 1, "steps") as shown:
+    with progress("Training", STEPS + len(every) - 1, "steps") as shown:
         translators = training.run(shown.advance)
     del training, states
     some = max(_OF_PASSAGE, HELD_OUT // len(held_out))
@@ -154,7 +154,7 @@ def _states(
     at = 1 + torch.randperm(len(passages[0]) - 1, generator=generator)[:length].sort().values
     n_places = len(structure.blocks) + 1
     states = torch.empty(n_places, n, length, _hidden(loaded))
-    with progress("text", n, "passages") as shown:
+    with progress("Reading the corpus", n, "passages") as shown:
         for rows in same_length([passages[i] for i in chosen], tokens_of_states(loaded, n_places)):
             states[:, rows] = residuals(loaded, structure, [passages[chosen[i]] for i in rows])[:, :, at].cpu()
             shown.advance(len(rows))
@@ -171,7 +171,7 @@ def _compared(
     import torch
 
     parts = []
-    with torch.inference_mode(), progress("held-out text", states.shape[1], "tokens") as shown:
+    with torch.inference_mode(), progress("Judging on held-out text", states.shape[1], "tokens") as shown:
         for some in states.to(loaded.device).split(positions_at_once(loaded), dim=1):
             final = log_probabilities(read(loaded, structure, some[-1]))
             rows = [list(_divergences(loaded, structure, final, h, t)) for h, t in zip(some, translators, strict=True)]

@@ -131,13 +131,16 @@ def find_model(spec: str, *, name: str | None = None, revision: str | None = Non
     Raises UnknownNameError for an unknown name, and ModelError for a model that cannot be downloaded: offline, gated,
     missing, or without safetensors.
     """
+    from kdb.ingest.progress import phase  # rich, which listing the models does not need
+
     check_named(spec)
     path = Path(spec).expanduser()
-    if spec in REGISTRY:
-        return _find_registered(REGISTRY[spec], name or spec, revision)
-    if path.suffix == ".gguf" or path.is_dir():
-        return _find_local(path, name, revision)
-    return _find_on_hub(spec, name or spec, None, revision)
+    with phase(f"Reading the files of {name or spec}"):
+        if spec in REGISTRY:
+            return _find_registered(REGISTRY[spec], name or spec, revision)
+        if path.suffix == ".gguf" or path.is_dir():
+            return _find_local(path, name, revision)
+        return _find_on_hub(spec, name or spec, None, revision)
 
 
 def check_revision(model: ModelSource, run: str, revision: str) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import kdb
-from kdb.cli.measure import log_to_stderr, report_outcome, stored_run
+from kdb.cli.measure import log_to_stderr, stored_run
 from kdb.cli.options import say, warehouse_option
+from kdb.cli.outcome import report_outcome
 from kdb.cli.settings import knowledge_run_options
 from kdb.errors import QueryError
 from kdb.ingest.settings import Ablating, settings_from

@@ -74,7 +74,8 @@ def lens(
     kdb lens --model smollm2-135m --dataset world-cities
     kdb plot lens-map --model smollm2-135m --dataset knowledge --prompt 0 -o lens.html
     """
-    from kdb.cli.measure import log_to_stderr, report_outcome, stored_run
+    from kdb.cli.measure import log_to_stderr, stored_run
+    from kdb.cli.outcome import report_outcome
     from kdb.ingest.attribution.intervention import source_options
     from kdb.ingest.corpus import read_corpus
     from kdb.ingest.lens import read_lens

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import click
 
 import kdb
 from kdb.cli.options import say, warehouse_option
+from kdb.cli.outcome import report_measured, report_outcome, say_next
 from kdb.cli.settings import (
     attribution_options,
     dataset_options,
@@ -27,6 +30,7 @@ from kdb.text import visible
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
+    from kdb.warehouse.store import Warehouse
 
 
 @click.command()
@@ -76,21 +80,26 @@ def ingest(
     alone = _jobs(asked[0]) if len(asked) == 1 else None
     if dry_run:
         from kdb.ingest.cost import cost
+        from kdb.ingest.speed import calibrated
 
         for one in asked:
             for job in alone or _jobs(one):
-                say(f"{one.name} on {job.dataset.name}: {cost(job, pick_device(one.options['device']))}")
+                expected = calibrated(cost(job, pick_device(one.options["device"])))
+                say(f"{one.name} on {job.dataset.name}: {expected}")
         return
     opened = Warehouse.create(warehouse)
     with _engines(engine, address, worker_cpus, worker_gpus) as engines:
         if alone is not None and len(alone) == 1:  # a single run: an error is an error of the input
             from kdb.ingest.measure import ingest_on
 
+            begun = time.monotonic()
             with engines(asked[0], alone[0].source) as running:
                 outcome = ingest_on(opened.storage, alone[0], running)
-            report_outcome(outcome, alone[0].source.name, alone[0].dataset.name)
+            took = time.monotonic() - begun
+            report_measured(opened, outcome, alone[0].source.name, alone[0].dataset.name, took)
             return
-        _report_all(ctx, measure_all(opened.storage, asked, _jobs, engines), sum(len(one.datasets) for one in asked))
+        ended = measure_all(opened.storage, asked, _jobs, engines)
+        _report_all(ctx, opened, ended, sum(len(one.datasets) for one in asked))
 
 
 @contextlib.contextmanager
@@ -214,14 +223,20 @@ def _jobs(asked: Any) -> list[Any]:
     return [Job(source, dataset, measuring, _probing(options), custom, attributing) for dataset in texts]
 
 
-def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
-    """Print a line for each run when it ends, and finally the failed runs; if there are any, exit with status 1."""
-    failed, width = [], len(str(total))
+def _report_all(ctx: click.Context, opened: Warehouse, ended: Iterator[Any], total: int) -> None:
+    """Print a line for each run when it ends, and what to type next.
+
+    Failed runs are listed in the end; if there are any, exit with status 1.
+    """
+    failed, stored, width = [], [], len(str(total))
     for number, one in enumerate(ended, start=1):
         done = {"exists": "is stored already", "committed": "stored", "failed": "FAILED"}[one.status]
         run = f" (run {one.run})" if one.run else ""
         say(f"[{number:{width}}/{total}] {one.model} on {one.dataset}: {done}{run}")
         failed += [one] * (one.status == "failed")
+        stored += [one.run] * (one.status == "committed")
+    if stored:
+        say_next(opened, stored[-1])
     if failed:
         click.echo(f"\n{len(failed)} of {total} runs failed. Run the same command again to retry them:", err=True)
         for one in failed:
@@ -231,12 +246,6 @@ def _report_all(ctx: click.Context, ended: Iterator[Any], total: int) -> None:
 
 def _probing(options: dict[str, Any]) -> Any:
     return Probing(tuple(dict.fromkeys((*ALWAYS_FITTED, *options["classifiers"]))), options["splits"])
-
-
-def report_outcome(outcome: Any, model: str, dataset: str) -> None:
-    """Print whether a run was stored now, or before."""
-    done = "is stored already" if outcome.status == "exists" else "stored"
-    say(f"{model} on {dataset}: {done} (run {outcome.run})")
 
 
 @click.command()
@@ -375,9 +384,16 @@ class _Visible(logging.Formatter):
         return visible(super().format(record))
 
 
+class _ToStderr(logging.Handler):
+    """Prints lines above the display of progress, which replaces ``sys.stderr`` while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), file=sys.stderr)
+
+
 def log_to_stderr() -> None:
     """Print what kdb logs."""
-    handler = logging.StreamHandler()
+    handler = _ToStderr()
     handler.setFormatter(_Visible())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("kdb").setLevel(logging.INFO)

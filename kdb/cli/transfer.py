@@ -105,7 +105,8 @@ def transfer(
 
 
 def _transfer_stored(model: str, datasets: tuple[str, ...], variant: str, warehouse: Path | str) -> None:
-    from kdb.cli.measure import report_outcome, stored_run
+    from kdb.cli.measure import stored_run
+    from kdb.cli.outcome import report_outcome
     from kdb.ingest.concept.transfer import transfer as transfer_probes
 
     opened = kdb.open(warehouse)
