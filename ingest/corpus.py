@@ -28,6 +28,12 @@ LENGTH = 64
 EVERY = 8
 """One of so many passages is held out."""
 
+RUN = 8
+"""Tokens in a row that two texts share only if one was copied from the other, or both from a third."""
+
+MOST_SEEN = 0.5
+"""Largest share of a held-out passage's runs that may occur in passages to train on."""
+
 FEWEST = 64
 """Passages that training needs, with those held out."""
 
@@ -65,7 +71,8 @@ def read_corpus(path: Path | None) -> Corpus:
 def passages(tokenizer: Any, corpus: Corpus) -> tuple[list[list[int]], list[list[int]]]:
     """Divide a corpus into passages of equal length, as token ids: those to train on, and those that are held out.
 
-    Raises DatasetError if there are too few.
+    A held-out passage that is for the most part a copy of text to train on is left out, since it says nothing of new
+    text. Raises DatasetError if there are too few.
     """
     ids = bare(tokenizer, corpus.text)
     before = _before(tokenizer)
@@ -75,7 +82,21 @@ def passages(tokenizer: Any, corpus: Corpus) -> tuple[list[list[int]], list[list
             f"The corpus {corpus.name!r} is too small for a tuned lens: it has {len(ids):,} tokens of this model, and "
             f"at least {FEWEST * LENGTH:,} are needed. Name a longer text with --corpus."
         )
-    return [p for i, p in enumerate(found) if i % EVERY], found[::EVERY]
+    train, held_out = [p for i, p in enumerate(found) if i % EVERY], found[::EVERY]
+    seen = {run for passage in train for run in _runs(passage)}
+    new = [p for p in held_out if sum(run in seen for run in _runs(p)) <= MOST_SEEN * len(_runs(p))]
+    if len(new) < FEWEST // EVERY:
+        raise DatasetError(
+            f"The corpus {corpus.name!r} repeats itself: only {len(new)} of {len(held_out)} held-out passages have few "
+            f"words in common with those to train on, and {FEWEST // EVERY} are needed to judge a tuned lens. Name a "
+            "text without repetitions with --corpus."
+        )
+    return train, new
+
+
+def _runs(passage: Sequence[int]) -> list[tuple[int, ...]]:
+    """The runs of RUN tokens in a passage."""
+    return [tuple(passage[i : i + RUN]) for i in range(len(passage) - RUN + 1)]
 
 
 def _before(tokenizer: Any) -> Sequence[int]:

@@ -603,21 +603,26 @@ FROM ablated
 GROUP BY model, category, dataset, shown_dataset, run, prompt_id, mode;
 
 -- How many control sets without a common unit tell as much as a run's controls, which may share units (Kish's effective
--- sample size): their number where no two share a unit.
+-- sample size): their number where no two share a unit. Of units of several layers and kinds, those that are shared most
+-- decide: one head may make the whole effect of a set, however many neurons are beside it.
 CREATE MACRO independent_controls() AS TABLE
-SELECT model, dataset, run, any_value(n_controls) * sum(uses) / sum(uses * uses) AS n_independent
+SELECT model, dataset, run, min(n_effective) AS n_independent
 FROM (
-    SELECT model, dataset, run, component, layer, head, neuron, count(*) AS uses
-    FROM ablated_parts
-    WHERE prompt_id IS NULL AND starts_with("method", 'control-')
-    GROUP BY ALL
+    SELECT model, dataset, run, any_value(n_controls) * sum(uses) / sum(uses * uses) AS n_effective
+    FROM (
+        SELECT model, dataset, run, component, layer, neuron IS NULL AS whole, head, neuron, count(*) AS uses
+        FROM ablated_parts
+        WHERE prompt_id IS NULL AND starts_with("method", 'control-')
+        GROUP BY ALL
+    )
+    JOIN (
+        SELECT model, dataset, run, count(DISTINCT "method") AS n_controls
+        FROM ablated_parts
+        WHERE prompt_id IS NULL AND starts_with("method", 'control-')
+        GROUP BY ALL
+    ) USING (model, dataset, run)
+    GROUP BY model, dataset, run, component, layer, whole
 )
-JOIN (
-    SELECT model, dataset, run, count(DISTINCT "method") AS n_controls
-    FROM ablated_parts
-    WHERE prompt_id IS NULL AND starts_with("method", 'control-')
-    GROUP BY ALL
-) USING (model, dataset, run)
 GROUP BY model, dataset, run;
 
 -- p-value of a set's rank among its controls: (1 + controls at least as strong) / (1 + controls) if no two of them share a

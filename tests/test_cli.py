@@ -66,7 +66,7 @@ def test_ingest_stores_a_run_that_queries_answer_from(
     stored, *more = answer(ingest_tiny(tmp_path / "new")).splitlines()
     assert re.fullmatch(r"tiny on weather: stored \(run [0-9a-f]{16}\)", stored)
     assert more[0] == "  40 prompts, 20 of them with label 1"
-    assert re.fullmatch(r"  11 tables, 0 MiB, measured in \d+ s", more[1])
+    assert re.fullmatch(r"  12 tables, 0 MiB, measured in \d+ s", more[1])
     assert answer(ingest_tiny(tmp_path / "new")) == stored.replace("stored", "is stored already") + "\n"
     for command in more[3:-1]:
         answer(run_kdb(*shlex.split(command)[1:]))
@@ -311,7 +311,7 @@ def test_an_open_duckdb_shell_blocks_nothing_and_sees_the_new_run(
         (["query", "prompt-story"], "Missing option '--prompt'."),
         (["probe", "--model", "tiny"], "Missing option '--dataset'."),
         (["sql", "SELECT layr FROM activations"], 'Binder Error: Referenced column "layr" not found'),
-        (["sql", "SELECT 1; SELECT 2"], "kdb sql runs one statement at a time, found 2."),
+        (["sql", "SELECT 1; SELECT 2"], "SQL runs one statement at a time, found 2."),
         (["sql", "SELECT 1", "--format", "parquet"], "--format parquet needs a file. Name it with -o FILE."),
         (["sql", "SELECT 1", "-o", "/absent/a.csv"], "Cannot write '/absent/a.csv': there is no folder '/absent'."),
         (["probe", "--model", "tini", "--dataset", "weather"], "Unknown stored model 'tini'. Did you mean 'tiny'?"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -203,16 +203,43 @@ def test_the_rank_p_of_a_random_set_is_at_most_as_often_small_as_it_says(
             sets = [units, *controls(units, shape, sizes, 19, number)]
             effect = {place: rng.normal() * sizes[kind, place[0]][place[1]] for place in places}
             mine, *others = [sum(effect[u.layer, shape.number(u)] for u in one) for one in sets]
-            uses = np.array(list(Counter(u for one in sets[1:] for u in one).values()))
-            found.append((sum(t >= mine for t in others), len(others), len(others) * uses.sum() / (uses * uses).sum()))
-    with Database(create_lake(tmp_path)) as database:
-        asked = "SELECT rank_p(a, n, d) AS p FROM (SELECT unnest(?) AS a, unnest(?) AS n, unnest(?) AS d)"
-        p = database.sql(asked, [list(map(float, column)) for column in zip(*found, strict=True)])["p"].to_numpy()
+            found.append((sum(t >= mine for t in others), len(others), n_independent(sets[1:])))
+    p = rank_p(tmp_path, found)
     for level in (0.05, 0.1, 0.2, 0.5):
         error = math.sqrt(level * (1 - level) / len(p))
         assert np.mean(p <= level + 1e-9) <= level + 3 * error
     if kind == "ffn":  # no two controls share a neuron, and p is uniform
         assert np.mean(p <= 0.5 + 1e-9) == pytest.approx(0.5, abs=3 * 0.5 / math.sqrt(len(p)))
+
+
+def test_neurons_beside_a_head_do_not_make_its_p_smaller(tmp_path: Path) -> None:
+    rng, shape, found = np.random.default_rng(0), Shape(2, 9, 2, 300), []
+    for number in range(400):
+        head, neurons = Unit(0, "attn", int(rng.integers(9)), -1), rng.choice(300, 20, replace=False)
+        units = sorted([head, *(Unit(1, "ffn", -1, int(n)) for n in neurons)])
+        sizes = {("head", 0): rng.lognormal(size=9), ("ffn", 1): rng.lognormal(size=300)}
+        sets = [units, *controls(units, shape, sizes, 19, number)]
+        effect = 100 * rng.normal(size=9)  # the head makes the whole effect
+        mine, *others = [sum(effect[u.head] for u in one if u.kind == "head") for one in sets]
+        found.append((sum(t >= mine for t in others), len(others), n_independent(sets[1:])))
+    p = rank_p(tmp_path, found)
+    for level in (0.05, 0.06, 0.1, 0.2):
+        assert np.mean(p <= level) <= level + 3 * math.sqrt(level * (1 - level) / len(p))
+
+
+def n_independent(sets: Sequence[Sequence[Unit]]) -> float:
+    """Kish's effective number of control sets, of the units of the layer and kind that are shared most."""
+    uses = Counter(u for one in sets for u in one)
+    places = {(u.kind, u.layer) for u in uses}
+    groups = [np.array([n for u, n in uses.items() if (u.kind, u.layer) == place]) for place in places]
+    return float(min(len(sets) * some.sum() / (some * some).sum() for some in groups))
+
+
+def rank_p(folder: Path, found: Sequence[tuple[float, ...]]) -> np.ndarray:
+    """The p-values of counts of stronger controls, of controls, and of independent ones, by the SQL macro."""
+    asked = "SELECT rank_p(a, n, d) AS p FROM (SELECT unnest(?) AS a, unnest(?) AS n, unnest(?) AS d)"
+    with Database(create_lake(folder)) as database:
+        return database.sql(asked, [list(map(float, column)) for column in zip(*found, strict=True)])["p"].to_numpy()
 
 
 def test_controls_that_share_units_count_as_fewer(tmp_path: Path) -> None:
@@ -231,8 +258,10 @@ def test_controls_that_share_units_count_as_fewer(tmp_path: Path) -> None:
     control = {"control_of": "mine", "control_ratio": 2.0}
     effects = [row("mine", -3.0), *(row(f"control-{i}", -2.0, **control) for i in (1, 2, 3, 4))]
     part = {"layer": 0, "component": "ffn", "rank": 1, "size": 1.0}
-    parts = [{"method": "mine", "neuron": 9, **part}]
+    other = {**part, "layer": 1}
+    parts = [{"method": "mine", "neuron": 9, **part}, {"method": "mine", "neuron": 9, **other}]
     parts += [{"method": f"control-{i}", "neuron": i % 2, **part} for i in (1, 2, 3, 4)]
+    parts += [{"method": f"control-{i}", "neuron": i, **other} for i in (1, 2, 3, 4)]
     tables: dict[str, Rows] = {"prompts": [prompt(0, "language")], "ablations": effects, "ablated_parts": parts}
     lake = create_lake(tmp_path)
     add_knowledge(lake, "alpha", "facts", "a" * 16, tables, variant="ablate=mine")
@@ -240,7 +269,8 @@ def test_controls_that_share_units_count_as_fewer(tmp_path: Path) -> None:
         [_none, mine] = database.query("attribution-methods", variant="ablate=mine").to_dicts()
     assert (mine["method"], mine["n_controls"], mine["control_ratio"], mine["held_out"]) == ("mine", 4, 2.0, True)
     assert mine["logp_controls"] == -2
-    assert mine["p"] == pytest.approx(1 / 3)  # two neurons, each twice
+    assert mine["n_independent"] == 2  # in layer 0 two neurons, each twice; in layer 1 four, each once
+    assert mine["p"] == pytest.approx(1 / 3)
 
 
 # The command -----------------------------------------------------------------------------------------------------
@@ -355,6 +385,14 @@ BAD = {
         ("--query", "SELECT 0 AS layer, 'ffn' AS component, NULL AS head, 99999 AS neuron"),
         "Row 1 of the query names FFN neuron 99999",
     ),
+    "a negative neuron": (
+        ("--query", "SELECT 0 AS layer, 'attn' AS component, 0 AS head, -1 AS neuron"),
+        "Row 1 of the query names neuron -1 (NULL stands for a whole head)",
+    ),
+    "a truth value": (
+        ("--query", "SELECT true AS layer, 'attn' AS component, 0 AS head, NULL AS neuron"),
+        "Row 1 of the query names no layer (a whole number is needed)",
+    ),
     "no row": (("--query", f"{NEURON} WHERE false"), "The query returned no rows"),
     "rows only in hidden runs": (
         (
@@ -368,6 +406,9 @@ BAD = {
         ("--mode", "mean", "--positions", "all"),
         "--positions all needs --mode zero: prompts of different lengths have no mean.",
     ),
+    "the name of a method": (("--label", "norm"), "--label 'norm' is the name of another row."),
+    "no label": (("--label", ""), "--label '' is not a name: use letters, digits"),
+    "a label with a space": (("--label", "x mode=mean"), "--label 'x mode=mean' is not a name: use letters, digits"),
     "the name of a control": (("--label", "control-1"), "--label 'control-1' is the name of another row."),
 }
 

@@ -174,7 +174,7 @@ def test_statements_that_read_are_run(database: Database, statement: str) -> Non
         ("COPY (SELECT 1) TO '{lake}/new.parquet'", "COPY"),
         ("EXPLAIN ANALYZE COPY (SELECT 1) TO '{lake}/new.parquet'", "not a SELECT"),
         ("EXPLAIN /* */ (ANALYZE) COPY (SELECT 1) TO '{lake}/new.parquet'", "not a SELECT"),
-        ("INSERT INTO checks VALUES (1)", "kdb sql only reads: INSERT is refused"),
+        ("INSERT INTO checks VALUES (1)", "SQL only reads here: INSERT is refused"),
         ("WITH a AS (SELECT 1) INSERT INTO checks FROM a", "INSERT"),
         ("UPDATE checks SET value = 1", "UPDATE"),
         ("DELETE FROM checks", "DELETE"),

@@ -254,7 +254,7 @@ REFUSED = [
 @pytest.mark.parametrize("statement", ["DROP VIEW runs", "COPY runs TO 'x'", "SET threads = 1"])
 def test_what_does_not_read_is_refused_as_such(client: httpx.Client, statement: str) -> None:
     error = client.post("/api/sql", json={"sql": statement}).json()["error"]
-    assert re.match(rf"kdb sql only reads: {statement.split()[0]}\w* is refused", error), error
+    assert re.match(rf"SQL only reads here: {statement.split()[0]}\w* is refused", error), error
 
 
 STOPPED = [

@@ -113,7 +113,7 @@ def test_top_heads(database: Database) -> None:
 
 def test_attribution_methods(database: Database) -> None:
     rows = database.query("attribution-methods")
-    assert rows.drop("logp_controls", "n_controls", "control_ratio", "p", "held_out").rows() == [
+    assert rows.drop("logp_controls", "n_controls", "n_independent", "control_ratio", "p", "held_out").rows() == [
         ("alpha", "facts", "o", "none", 0, "zero", 0.5, pytest.approx(30), -2.0, 3),
         ("alpha", "facts", "a", "log_prob_increase", 5, "zero", 0.5, pytest.approx(30), -2.0, 3),
         ("alpha", "facts", "a", "log_prob_increase", 10, "zero", pytest.approx(1 / 3), pytest.approx(10), -4.0, 3),

@@ -423,7 +423,8 @@ def test_a_layer_at_which_the_tuned_lens_is_worse_has_no_readouts(
 
 
 def test_a_corpus_of_ones_own_is_another_run(copied: Path, lens: Callable[..., Result], tmp_path: Path) -> None:
-    (tmp_path / "pages.txt").write_text("A page about the sea. " * 400)
+    own = corpus.OWN.read_text().splitlines(keepends=True)
+    (tmp_path / "pages.txt").write_text("".join(reversed(own)))
     answer(lens(copied, "--lens", "tuned", "--positions", "last"))
     answer(lens(copied, "--lens", "tuned", "--positions", "last", "--corpus", tmp_path / "pages.txt"))
     assert "is stored already" in answer(lens(copied, "--lens", "tuned", "--positions", "last"))
@@ -437,6 +438,7 @@ CORPORA: dict[str, tuple[bytes | None, str]] = {
     "no file": (None, "Cannot read the corpus"),
     "not UTF-8": ("über".encode("latin-1") * 9000, "is not UTF-8 text (byte 0)"),
     "empty": (b" \n\n", "is empty"),
+    "one sentence": (b"The old ferry left the harbour at noon. " * 3000, "The corpus 'pages.txt' repeats itself"),
     "too small": (b"One page.", "The corpus 'pages.txt' is too small for a tuned lens"),
 }
 
@@ -465,7 +467,7 @@ def test_a_long_corpus_is_read_from_its_beginning_even_within_a_character(
 
 def test_a_passage_is_either_trained_on_or_held_out(tiny_loaded: LoadedModel) -> None:
     train, held_out = corpus.passages(tiny_loaded.tokenizer, corpus.read_corpus(None))
-    assert 6 * len(held_out) < len(train) < 8 * len(held_out)
+    assert 6 * len(held_out) < len(train) < 9 * len(held_out)
     assert {len(one) for one in (*train, *held_out)} == {len(train[0])}
     text = "".join(map(tiny_loaded.tokenizer.decode, held_out))
     assert "The old ferry" in text

@@ -159,7 +159,7 @@ def _stored_instead(
         asked = " ".join(f"--{name.replace('_', '-')} {values[name]}" for name in names)
         others = sorted((option for option in options if option != asked), key=lambda o: _n_changes(o, asked))
         named = " or ".join(others[:_NEAREST])
-        notes += [f"No rows for {asked}. Stored: {named}."] if others else []
+        notes += [f"No rows for {asked}. Stored: {named}."] if others and asked not in options else []
         notes += [] if options else [f"{absent}. Runs of schema 5 and older have none."]
     return notes
 

@@ -84,9 +84,9 @@ def _parsed(connection: duckdb.DuckDBPyConnection, text: str) -> tuple[duckdb.St
     kinds = [statement.type.name for statement in statements]
     if len(kinds) != 1:
         hint = " PIVOT needs its values: PIVOT … ON column IN (…)." if kinds == ["CREATE", "SELECT"] else ""
-        raise QueryError(f"kdb sql runs one statement at a time, found {len(kinds)}.{hint}")
+        raise QueryError(f"SQL runs one statement at a time, found {len(kinds)}.{hint}")
     if kinds[0] not in ("SELECT", "EXPLAIN"):
-        raise QueryError(f"kdb sql only reads: {kinds[0]} is refused")
+        raise QueryError(f"SQL only reads here: {kinds[0]} is refused")
     if kinds[0] == "SELECT":
         return statements[0], text
     # Only at the beginning of the text, because EXPLAIN ANALYZE runs the rest. After a comment, or with options in
@@ -109,12 +109,12 @@ def _check_part(node: dict[str, Any], functions: frozenset[str]) -> None:
     """Refuse a part of the tree that is of an unknown kind, or calls a function that is not listed."""
     part = node.get("type") if "sample" in node or "cte_map" in node else None
     if (part and part not in _PARTS) or ("class" in node and node["class"] not in _EXPRESSIONS):
-        raise QueryError(f"kdb sql only reads: {part or node['class']} is refused")
+        raise QueryError(f"SQL only reads here: {part or node['class']} is refused")
     name = node.get("function_name", "").lower()
     if name and name not in functions and name not in _MACROS:
-        raise QueryError(f"kdb sql only reads and computes: the function {name} is refused")
+        raise QueryError(f"SQL only reads and computes here: the function {name} is refused")
     if node.get("export_state"):
-        raise QueryError("kdb sql only reads and computes: EXPORT_STATE is refused")
+        raise QueryError("SQL only reads and computes here: EXPORT_STATE is refused")
     kind = str(node.get("name" if node.get("type") == "UNBOUND_TYPE_INFO" else "id")).upper()
     if kind in _CRASHING_TYPES:
         raise QueryError(f"The type {kind} is refused, because it causes internal errors in DuckDB")
@@ -160,7 +160,7 @@ def _tree(connection: duckdb.DuckDBPyConnection, select: str) -> dict[str, Any]:
         raise QueryError("The statement is nested too deeply") from error
     if tree["error"] or len(tree["statements"]) != 1:
         raise QueryError(
-            "kdb sql only reads: a statement that is not a SELECT is refused (EXPLAIN is allowed, without options)"
+            "SQL only reads here: a statement that is not a SELECT is refused (EXPLAIN is allowed, without options)"
         )
     return tree
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.controls import check_controls, controls, measured_sizes, size_ratio, unit_size
 from kdb.ingest.attribution.effects import Known
 from kdb.ingest.attribution.patch import Patched, by_category, known, shards_of
+from kdb.ingest.attribution.rankings import METHODS
 from kdb.ingest.attribution.sets import set_rows
 from kdb.ingest.attribution.units import Shape, Unit, read_units, silenced
 from kdb.ingest.execution.local import LocalEngine
@@ -145,8 +147,10 @@ def _check(asked: Asked, units: Sequence[Unit], shape: Shape) -> None:
     wanted = asked.wanted
     if wanted.positions == "all" and wanted.mode != "zero":
         raise QueryError(f"--positions all needs --mode zero: prompts of different lengths have no {wanted.mode}.")
-    if asked.name == "none" or asked.name.startswith(_CONTROL):
+    if asked.name in ("none", *METHODS) or asked.name.startswith(_CONTROL):
         raise QueryError(f"--label {asked.name!r} is the name of another row. Choose another label.")
+    if not _LABEL.fullmatch(asked.name):
+        raise QueryError(f"--label {asked.name!r} is not a name: use letters, digits and . _ -, without spaces.")
     if wanted.n_controls:
         check_controls(units, shape)
 
@@ -161,7 +165,7 @@ def notes(storage: Storage, run: str) -> list[str]:
     folder = storage.find(run)
     settings = json.loads(_first(folder, "runs")["settings"])
     rows = read_parts(table_files(folder.path, "ablations")).to_pylist()
-    ratios = {row["method"]: row["control_ratio"] for row in rows if row["control_of"]}
+    ratios = {row["method"]: row["control_ratio"] for row in rows if row["control_of"] is not None}
     found = []
     if len(ratios) < settings["n_controls"]:
         found.append(f"Only {len(ratios)} of {settings['n_controls']} controls: no more distinct sets exist.")
@@ -196,6 +200,9 @@ def _kept(source: RunFolder) -> list[dict[str, Any]]:
 
 
 # Stages ----------------------------------------------------------------------------------------------------------
+
+_LABEL = re.compile(r"\w[\w.:+-]*")
+"""Label of a set, which is a part of its variant."""
 
 _CONTROL = "control-"
 

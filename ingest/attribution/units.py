@@ -90,8 +90,12 @@ def _wrong(row: dict[str, Any]) -> str | None:
     if row["component"] not in ("attn", "ffn"):
         return f"the component {row['component']!r} (attn or ffn exist)"
     for name, needed in (("layer", True), ("head", row["component"] == "attn"), ("neuron", row["component"] == "ffn")):
-        if not isinstance(row[name], int) and (needed or row[name] is not None):
+        if row[name] is None and not needed:
+            continue
+        if not isinstance(row[name], int) or isinstance(row[name], bool):
             return f"no {name} (a whole number is needed)"
+        if row[name] < 0:
+            return f"{name} {row[name]} (NULL stands for a whole head)" if name == "neuron" else f"{name} {row[name]}"
     return None
 
 

@@ -18,6 +18,10 @@ from kdb.queries.domains import MODES
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
+    from kdb.warehouse.store import Warehouse
+
+_MOST_NAMES = 10
+"""Names of parts that are printed of a set."""
 
 
 @click.command()
@@ -104,8 +108,20 @@ def ablate(
     tokenizer = loading.load_tokenizer(source)
     outcome = intervention.ablate(opened.storage, run, asked, source, load, tokenizer)
     report_outcome(outcome, source.name, dataset)
+    say(f"  Replaced: {_names(opened, outcome.run, label)}")
     for note in intervention.notes(opened.storage, outcome.run):
         say(f"Note: {note}", err=True)
+
+
+def _names(opened: Warehouse, run: str, label: str) -> str:
+    """Return the names of the neurons and heads of a stored set, or of its first ones."""
+    named = (
+        "SELECT DISTINCT ON (component, layer, head, neuron) coalesce(neuron_name(component, layer, head, neuron), "
+        "head_name(layer, head)) AS name "
+        'FROM ablated_parts WHERE run = ? AND "method" = ? ORDER BY component, layer, head, neuron'
+    )
+    names = opened.sql(named, [run, label])["name"].to_list()
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
 
 
 def _chosen(opened: Any, run: Any, query: str, wanted: Ablating) -> tuple[list[dict[str, Any]], list[int] | None]:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 import kdb
-from kdb.cli.options import warehouse_option
+from kdb.cli.options import say, warehouse_option
 from kdb.cli.settings import knowledge_run_options
 from kdb.ingest.settings import Reading
+from kdb.numbers import shown
 from kdb.queries import domains
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
+    from kdb.warehouse.store import Warehouse
 
 _STUDY = "SELECT study FROM runs WHERE run = ?"
 
@@ -98,3 +100,16 @@ def lens(
     wanted = Reading(kind, at, Reading.seed if seed is None else seed)
     outcome = read_lens(opened.storage, run, wanted, source, load, loading.load_tokenizer(source), text)
     report_outcome(outcome, source.name, dataset)
+    if text is not None:
+        say(f"  {_closeness(opened, outcome.run, text.name)}")
+
+
+def _closeness(opened: Warehouse, run: str, corpus: str) -> str:
+    """Say how much closer a tuned lens is to the model's output than the logit lens, on held-out text."""
+    fits = opened.query("lens-fits", run=run)
+    means = fits.mean().to_dicts()[0]
+    return (
+        f"On held-out text of {corpus}, the tuned lens is kept at {fits['kept'].sum()} of {len(fits)} layers. "
+        f"Its mean KL from the model's output is {shown('kl', means['kl_tuned'])} nat, that of the logit lens "
+        f"{shown('kl', means['kl_logit'])}. `kdb query lens-fits` has both by layer."
+    )

@@ -7,8 +7,8 @@
 -- n_prompts kept prompts of all categories, and lower is better. Letters are those of the paper; o with k = 0 is the
 -- unmodified model. Methods that are not in the paper are last. For a set of `kdb ablate`, logp_controls is the mean logp of
 -- its n_controls control sets, control_ratio the median of its size over theirs, and p the p-value of its rank by logp
--- among them, which allows for controls that share units; held_out says whether the query that chose it saw other prompts
--- only.
+-- among them. n_independent is their number after allowing for controls that share units, so p is at least
+-- 1 / (1 + n_independent). held_out says whether the query that chose it saw other prompts only.
 --
 -- Parameters:
 --   model
@@ -49,6 +49,7 @@ ranked AS (
     SELECT
         model, dataset, of.method, mode, avg(control.logp) AS logp_controls, count(*) AS n_controls,
         median(control.control_ratio) AS control_ratio,
+        min(control.n_independent) AS n_independent,
         rank_p(count(*) FILTER (control.logp <= of.logp), count(*), min(control.n_independent)) AS p
     FROM means AS of
     JOIN means AS control USING (model, dataset, mode)
@@ -58,7 +59,8 @@ ranked AS (
 
 SELECT
     model, dataset, substr('oabcdefgh', list_position(names, method), 1) AS letter, method, k, mode, mrr, prob_percent,
-    logp, n_prompts, logp_controls, n_controls, ranked.control_ratio, p, held_out
+    logp, n_prompts, logp_controls, n_controls, ranked.n_independent,
+    ranked.control_ratio, p, held_out
 FROM methods, means
 LEFT JOIN ranked USING (model, dataset, method, mode)
 WHERE control_of IS NULL
