@@ -21,6 +21,9 @@ import polars as pl
 import pytest
 from click.testing import Result
 from helpers.command_line import answer, refusal
+from helpers.knowledge_rows import ALPHA, add_knowledge
+from helpers.stored import create_lake
+from helpers.synthetic import write_manifests
 from helpers.tiny_llama import ASK_OPTIONS
 
 from kdb.cli import main
@@ -240,6 +243,36 @@ def test_a_run_is_removed_by_its_id(warehouse: Path, run_kdb: RunKdb) -> None:
     assert FolderStorage(warehouse).run_folders() == []
     message = refusal(run_kdb("runs", "remove", folder.run, "--yes", "--warehouse", warehouse))
     assert message == f"Unknown run '{folder.run}'. `kdb runs` lists them."
+
+
+def test_a_run_is_removed_by_its_first_digits(tmp_path: Path, run_kdb: RunKdb) -> None:
+    lake = create_lake(tmp_path)
+    runs = ["abcd" + "1" * 12, "abcd" + "2" * 12, "ef" * 8]
+    for run, dataset in zip(runs, ("facts", "more", "others"), strict=True):
+        add_knowledge(lake, "alpha", dataset, run, ALPHA)
+    write_manifests(tmp_path)
+
+    def remove(digits: str) -> Result:
+        return run_kdb("runs", "remove", digits, "--yes", "--warehouse", tmp_path)
+
+    assert refusal(remove("abcd")) == (
+        f"Several runs begin with 'abcd': {runs[0]} (alpha on facts), {runs[1]} (alpha on more). Give more digits."
+    )
+    for digits in ("", "efe"):
+        assert refusal(remove(digits)) == f"{digits!r} is too short for a run: give 4 of its digits or more."
+    assert refusal(remove("abce")).startswith("Unknown run 'abce'.")
+    assert len(FolderStorage(tmp_path).run_folders()) == 3
+    assert answer(remove("ABCD1")) == f"Removed run {runs[0]}.\n"
+    assert answer(remove("abcd")) == f"Removed run {runs[1]}.\n"
+    assert [folder.run for folder in FolderStorage(tmp_path).run_folders()] == [runs[2]]
+
+
+def test_a_run_that_is_named_by_digits_is_confirmed_by_its_names(tmp_path: Path, run_kdb: RunKdb) -> None:
+    add_knowledge(create_lake(tmp_path), "alpha", "facts", "ef" * 8, ALPHA)
+    write_manifests(tmp_path)
+    result = run_kdb("runs", "remove", "efef", "--warehouse", tmp_path)
+    assert f"Remove run {'ef' * 8} (alpha on facts) permanently? [y/N]" in result.stderr
+    assert len(FolderStorage(tmp_path).run_folders()) == 1
 
 
 def test_verify_exits_with_1_and_names_what_is_damaged(warehouse: Path, run_kdb: RunKdb) -> None:

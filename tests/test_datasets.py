@@ -31,6 +31,8 @@ needs_paper_data = pytest.mark.skipif(not PAPER_DATA.is_dir(), reason=f"no paper
 
 EITHER = "expected columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
 A_LABEL = "expected label 0, 1, true, false, yes, no, positive or negative"
+TWO_CLASSES = "say which of the two classes is label 1, by --positive '1' or --positive 'x'"
+ONE_CLASS = "correct it, or name the class of label 1 by --positive; the column has '2'"
 GOOD_CSV = "text,label,town\nIt rains.,1,Bonn\nIt snows.,0,Bonn\nIt hails.,yes,Kiel\nIt pours.,FALSE,Kiel\n"
 
 
@@ -327,10 +329,14 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("a.csv", "text,label\nyes,1\nno,x\n", f"a.csv, line 3: {A_LABEL}, found 'x'"),
-        ("a.csv", 'text,label\n"a\nb",1\nno,\n', f"a.csv, line 4: {A_LABEL}, found ''"),
+        ("a.csv", "text,label\nyes,1\nno,x\n", f"a.csv, line 3: {A_LABEL}, found 'x': {TWO_CLASSES}"),
+        ("a.csv", 'text,label\n"a\nb",1\nno,\n', f"a.csv, line 4: {A_LABEL}, found '': write one, or remove the row"),
         ("a.csv", "text,label\nyes,1\n  ,0\n", "a.csv, line 3: expected a text in column 'text', found '  '"),
-        ("a.csv", "text,label\nyes,1\nno\n", "a.csv, line 3: expected 2 cells, found 1"),
+        (
+            "a.csv",
+            "text,label\nyes,1\nno\n",
+            "a.csv, line 3: expected 2 cells, found 1: complete the row, or remove it",
+        ),
         ("a.csv", "text,lable\nyes,1\n", f"a.csv, line 1: {EITHER}, found 'text', 'lable': rename the columns"),
         (
             "a.csv",
@@ -338,11 +344,16 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
             "a.csv, line 1: expected one column 'text', found 'text', 'text', 'label'",
         ),
         ("a.csv", "", f"a.csv, line 1: {EITHER}, found no columns: rename the columns"),
-        ("a.csv", b"text,label\ncaf\xe9,1\n", "a.csv, line 2: expected UTF-8 text, found the byte 0xe9"),
+        (
+            "a.csv",
+            b"text,label\ncaf\xe9,1\n",
+            "a.csv, line 2: expected UTF-8 text, found the byte 0xe9: save the file as UTF-8",
+        ),
         (
             "a.csv",
             'text,label\nyes,1\n"no,0\n',
-            "a.csv, line 3: expected a row of whole cells, found one that cannot be split (unexpected end of data)",
+            "a.csv, line 3: expected a row of whole cells, found one that cannot be split (unexpected end of data): "
+            "put a text with quotation marks in quotes, and double the marks",
         ),
         (
             "a.jsonl",
@@ -361,7 +372,7 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
             '{"text": 5, "label": 1}\n',
             "a.jsonl, line 1: expected a text in column 'text', found 5",
         ),
-        ("a.jsonl", '{"text": "a", "label": 2}\n', f"a.jsonl, line 1: {A_LABEL}, found 2"),
+        ("a.jsonl", '{"text": "a", "label": 2}\n', f"a.jsonl, line 1: {A_LABEL}, found 2: {ONE_CLASS}"),
         (
             "a.jsonl",
             '{"text": "\\ud800", "label": 1}\n',
@@ -383,9 +394,20 @@ def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     assert message(write(file, "not Parquet")).startswith(f"Cannot read '{file}' as Parquet: ")
 
 
-def test_missing_user_file_is_named(tmp_path: Path) -> None:
-    assert message(f"{tmp_path}/no.csv") == f"Cannot read '{tmp_path}/no.csv': No such file or directory"
-    assert message(f"{tmp_path}/no.parquet").startswith(f"Cannot read '{tmp_path}/no.parquet' as Parquet: ")
+def test_a_missing_file_is_named_with_its_folder_and_what_is_near(tmp_path: Path) -> None:
+    write(tmp_path / "weather.csv", GOOD_CSV)
+    there = "Check the name, or give its path."
+    assert message(f"{tmp_path}/no.parquet") == f"There is no file 'no.parquet' in '{tmp_path}'. {there}"
+    assert message(f"{tmp_path}/wether.csv") == (
+        f"There is no file 'wether.csv' in '{tmp_path}'. Did you mean 'weather.csv'? {there}"
+    )
+    assert message(f"{tmp_path}/data/weather.csv") == (
+        f"There is no file '{tmp_path}/data/weather.csv': no such folder '{tmp_path}/data'. Check the path."
+    )
+    (tmp_path / "folder.csv").mkdir()
+    assert message(f"{tmp_path}/folder.csv") == (
+        f"Cannot read '{tmp_path}/folder.csv': it is a folder. Name a file in it."
+    )
 
 
 def test_group_column_must_exist_and_be_filled(tmp_path: Path) -> None:
@@ -423,7 +445,9 @@ def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UnknownNameError) as caught:
         load_dataset("citys")
     assert "Unknown dataset 'citys'. Did you mean 'cities'" in str(caught.value)
-    assert "`kdb datasets` lists them; a file needs an ending .csv, .jsonl or .parquet" in str(caught.value)
+    assert "`kdb datasets` lists them; a file of your own ends in .csv, .tsv, .json, .jsonl or .parquet" in str(
+        caught.value
+    )
 
 
 def test_options_that_cannot_be_used_are_refused() -> None:

@@ -20,6 +20,15 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("kdb")) / "datasets"
 
 
+def check_folder(data_dir: Path | None) -> None:
+    """Raise DatasetError for a folder that does not exist."""
+    if data_dir is not None and not data_dir.expanduser().is_dir():
+        raise DatasetError(
+            f"--data-dir: no such folder {str(data_dir)!r}. Name the folder with the files of datasets "
+            "(`kdb datasets fetch` downloads them), or leave --data-dir and KDB_DATA_DIR out."
+        )
+
+
 def search_folders(data_dir: Path | None) -> list[Path]:
     """Return the folders to search, in order: `data_dir`, KDB_DATA_DIR, the user's cache."""
     named = (data_dir, os.environ.get("KDB_DATA_DIR"))
