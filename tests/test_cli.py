@@ -250,6 +250,7 @@ def test_a_run_is_removed_by_its_first_digits(tmp_path: Path, run_kdb: RunKdb) -
     runs = ["abcd" + "1" * 12, "abcd" + "2" * 12, "ef" * 8]
     for run, dataset in zip(runs, ("facts", "more", "others"), strict=True):
         add_knowledge(lake, "alpha", dataset, run, ALPHA)
+    (tmp_path / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
     write_manifests(tmp_path)
 
     def remove(digits: str) -> Result:
@@ -269,6 +270,7 @@ def test_a_run_is_removed_by_its_first_digits(tmp_path: Path, run_kdb: RunKdb) -
 
 def test_a_run_that_is_named_by_digits_is_confirmed_by_its_names(tmp_path: Path, run_kdb: RunKdb) -> None:
     add_knowledge(create_lake(tmp_path), "alpha", "facts", "ef" * 8, ALPHA)
+    (tmp_path / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
     write_manifests(tmp_path)
     result = run_kdb("runs", "remove", "efef", "--warehouse", tmp_path)
     assert f"Remove run {'ef' * 8} (alpha on facts) permanently? [y/N]" in result.stderr
@@ -365,7 +367,7 @@ def test_a_question_that_cannot_be_answered_is_refused(
         (["--model", "smollm2-135"], "Unknown model 'smollm2-135'. Did you mean 'smollm2-135m'"),
         (["--model", "./absent.gguf"], "There is no file 'absent.gguf'"),
         (["--dataset", "world-city"], "Unknown dataset 'world-city'. Did you mean 'world-cities'?"),
-        (["--dataset", "absent.csv"], "Cannot read 'absent.csv': No such file or directory"),
+        (["--dataset", "absent.csv"], "There is no file 'absent.csv' in "),
         (["--limit", "0"], "limit counts the examples of each class or category: expected 1 or more, found 0."),
         (["--template", "no place"], "The template 'no place' has no place for the text"),
         (

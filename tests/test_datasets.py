@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from click.testing import Result
+from helpers.command_line import answer, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -569,7 +571,8 @@ def test_cache_that_cannot_be_written_is_named(server: Path, tmp_path: Path, mon
 
 
 def test_no_download_where_there_is_none_or_it_is_switched_off() -> None:
-    assert "It cannot be downloaded as one file. Put the file" in message("imdb")
+    published = "its texts are published in dax44/AMLM, data/aclImdb/test (Maas et al. 2011). Put the file"
+    assert f"It cannot be downloaded as one file; {published}" in message("imdb")
     assert "Downloading is switched off. Put the file" in message("cities", download=False)
 
 
@@ -586,6 +589,73 @@ def test_data_dir_goes_before_the_environment_and_the_cache(
     assert load_dataset("cities", data_dir=folders["given"]).examples[0].text == "environment is in A."
     monkeypatch.delenv("KDB_DATA_DIR")
     assert load_dataset("cities").examples[0].text == "cache is in A."
+
+
+# --- fetching ---
+
+
+def serve(server: Path, monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
+    """Publish files for the datasets with these names; their checksums are those of the contents."""
+    for name, content in contents.items():
+        write(server / f"{name}.txt", content)
+        sha256 = hashlib.sha256(content.encode()).hexdigest()
+        paper = replace(PAPER_DATASETS[name], url_path=f"{name}.txt", sha256=sha256)
+        monkeypatch.setitem(PAPER_DATASETS, name, paper)
+
+
+def test_fetched_files_are_verified_and_not_downloaded_twice(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_kdb: Callable[..., Result]
+) -> None:
+    serve(server, monkeypatch, cities=cities_csv(), stsa="1 good")
+    folder = tmp_path / "new" / "papers"
+    fetch_both = ("datasets", "fetch", "cities", "stsa", "--data-dir", folder)
+    assert answer(run_kdb(*fetch_both)) == "".join(
+        f"{name}: 1 file in {folder}, 1 downloaded, all verified.\n" for name in ("cities", "stsa")
+    )
+    assert (folder / "cities.csv").read_text() == cities_csv()
+    for file in server.iterdir():
+        file.unlink()
+    assert f"stsa: 1 file in {folder}, verified, all there already." in answer(run_kdb(*fetch_both))
+    assert len(load_dataset("cities", data_dir=folder).examples) == 1496
+
+
+def test_a_file_that_is_not_the_published_one_is_left_alone(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_kdb: Callable[..., Result]
+) -> None:
+    serve(server, monkeypatch, cities=cities_csv(), stsa="1 good")
+    write(tmp_path / "cities.csv", "mine")
+    write(server / "stsa.txt", "1 changed")
+    said = refusal(run_kdb("datasets", "fetch", "cities", "stsa", "--data-dir", tmp_path))
+    assert said.startswith("2 of 2 datasets were not fetched.\n")
+    assert f"cities: {tmp_path}/cities.csv is not the published file: its SHA-256 is another. Move it" in said
+    assert f"stsa.txt has changed (its SHA-256 is not the expected one). The file belongs at {tmp_path}/stsa" in said
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("cities.csv", "mine")]
+
+
+def test_a_failed_download_does_not_stop_the_others(
+    server: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, run_kdb: Callable[..., Result]
+) -> None:
+    serve(server, monkeypatch, stsa="1 good")
+    result = run_kdb("datasets", "fetch")
+    assert (result.exit_code, result.stdout) == (2, f"stsa: 1 file in {cache}, 1 downloaded, all verified.\n")
+    failed = set(PAPER_DATASETS) - {"stsa", "imdb"} | set(PUBLISHED)
+    assert f"{len(failed)} of {len(failed) + 2} datasets were not fetched." in result.stderr
+    assert all(f"  {name}: Cannot download " in result.stderr for name in failed)
+
+
+def test_a_file_that_cannot_be_downloaded_is_described(cache: Path, run_kdb: Callable[..., Result]) -> None:
+    assert refusal(run_kdb("datasets", "fetch", "imdb")) == (
+        "1 of 1 datasets were not fetched.\n  imdb: It cannot be downloaded as one file; its texts are published in "
+        f"dax44/AMLM, data/aclImdb/test (Maas et al. 2011). The file belongs at {cache}/imdb_test_2048.jsonl."
+    )
+    assert answer(run_kdb("datasets", "fetch", "ioi")) == "ioi is built in, and needs no file.\n"
+    assert refusal(run_kdb("datasets", "fetch", "citis")).startswith("Unknown dataset 'citis'. Did you mean 'cities'")
+
+
+@pytest.mark.parametrize("command", [("datasets",), ("ingest", "--model", "smollm2-135m", "--dry-run")])
+def test_a_folder_that_does_not_exist_is_refused(command: Sequence[str], run_kdb: Callable[..., Result]) -> None:
+    for result in (run_kdb(*command, "--data-dir", "./nofolder"), run_kdb(*command, KDB_DATA_DIR="nofolder")):
+        assert refusal(result).startswith("--data-dir: no such folder 'nofolder'. Name the folder with the files")
 
 
 # --- answers and cues ---

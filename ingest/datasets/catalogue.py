@@ -34,6 +34,18 @@ def available_datasets(data_dir: Path | None = None) -> list[DatasetInfo]:
     ]
 
 
+def published_files(name: str) -> tuple[fetch.File, ...]:
+    """Return the published files of a dataset; none if it is built in. Raises UnknownNameError."""
+    if name in PAPER_DATASETS:
+        return PAPER_DATASETS[name].published
+    if name in PUBLISHED:
+        return PUBLISHED[name].published
+    known = [info.name for info in available_datasets()]
+    if name not in known:
+        raise UnknownNameError("dataset", name, known, "`kdb datasets` lists them.")
+    return ()
+
+
 def load_dataset(
     name_or_path: str,
     *,
@@ -54,8 +66,8 @@ def load_dataset(
     `positive` is the class that is label 1, if the labels of a user's file are names of classes.
     `ask` is a question that follows each text of a user's file, and `answers` are its two answers, that of label 0
     first; without them the model is asked nothing. With a `template`, that is so for every dataset.
-    Files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache. A dataset
-    of one file that is not found is downloaded if `download` is true.
+    Files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache. A file
+    that is not found is downloaded if `download` is true.
     """
     _check_options(template, limit)
     fetch.check_folder(data_dir)
