@@ -75,7 +75,7 @@ class PlanFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path of the file; fail if there is none."""
-        if not Path(value).is_file():
+        if not Path(value).exists() or Path(value).is_dir():
             self.fail(
                 f"there is no plan {str(value)!r}. A plan is a YAML file of runs. Models and datasets are named by "
                 "options: --model NAME --dataset NAME.",
@@ -94,7 +94,7 @@ class PlanCommand(click.Command):
             name for one in self.params if getattr(one, "is_flag", False) for name in (*one.opts, *one.secondary_opts)
         }
         for option, word in itertools.pairwise(args):
-            if option in switches and not word.startswith("-") and not Path(word).is_file():
+            if option in switches and not word.startswith("-") and not Path(word).exists():
                 raise click.UsageError(f"Option '{option}' takes no value. Remove {word!r}.", ctx)
         return super().parse_args(ctx, args)
 
