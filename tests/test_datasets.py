@@ -35,6 +35,7 @@ EITHER = "expected columns 'text' and 'label', or 'prompt', 'answer' and 'catego
 A_LABEL = "expected label 0, 1, true, false, yes, no, positive or negative"
 TWO_CLASSES = "say which of the two classes is label 1, by --positive '1' or --positive 'x'"
 ONE_CLASS = "correct it, or name the class of label 1 by --positive; the column has '2'"
+REWRITE = "write it as text, or remove the row"
 GOOD_CSV = "text,label,town\nIt rains.,1,Bonn\nIt snows.,0,Bonn\nIt hails.,yes,Kiel\nIt pours.,FALSE,Kiel\n"
 
 
@@ -333,7 +334,11 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
     [
         ("a.csv", "text,label\nyes,1\nno,x\n", f"a.csv, line 3: {A_LABEL}, found 'x': {TWO_CLASSES}"),
         ("a.csv", 'text,label\n"a\nb",1\nno,\n', f"a.csv, line 4: {A_LABEL}, found '': write one, or remove the row"),
-        ("a.csv", "text,label\nyes,1\n  ,0\n", "a.csv, line 3: expected a text in column 'text', found '  '"),
+        (
+            "a.csv",
+            "text,label\nyes,1\n  ,0\n",
+            f"a.csv, line 3: expected a text in column 'text', found '  ': {REWRITE}",
+        ),
         (
             "a.csv",
             "text,label\nyes,1\nno\n",
@@ -372,13 +377,13 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"text": 5, "label": 1}\n',
-            "a.jsonl, line 1: expected a text in column 'text', found 5",
+            f"a.jsonl, line 1: expected a text in column 'text', found 5: {REWRITE}",
         ),
         ("a.jsonl", '{"text": "a", "label": 2}\n', f"a.jsonl, line 1: {A_LABEL}, found 2: {ONE_CLASS}"),
         (
             "a.jsonl",
             '{"text": "\\ud800", "label": 1}\n',
-            "a.jsonl, line 1: expected whole characters in column 'text', found '\\ud800'",
+            f"a.jsonl, line 1: expected whole characters in column 'text', found '\\ud800': {REWRITE}",
         ),
     ],
 )
@@ -391,7 +396,7 @@ def test_broken_user_file_is_refused_with_its_line(
 def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pl.DataFrame({"text": ["a", None], "label": [0, 1]}).write_parquet(file)
-    assert message(str(file)) == "a.parquet, row 2: expected a text in column 'text', found None"
+    assert message(str(file)) == f"a.parquet, row 2: expected a text in column 'text', found None: {REWRITE}"
     assert message(str(file), group_by="town") == "a.parquet: expected one column 'town', found 'text', 'label'"
     assert message(write(file, "not Parquet")).startswith(f"Cannot read '{file}' as Parquet: ")
 
@@ -415,7 +420,7 @@ def test_a_missing_file_is_named_with_its_folder_and_what_is_near(tmp_path: Path
 def test_group_column_must_exist_and_be_filled(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,town\na,1,Bonn\nb,0,\n")
     assert message(file, group_by="city") == "a.csv, line 1: expected one column 'city', found 'text', 'label', 'town'"
-    assert message(file, group_by="town") == "a.csv, line 3: expected a value in column 'town', found none"
+    assert message(file, group_by="town") == f"a.csv, line 3: expected a value in column 'town', found none: {REWRITE}"
 
 
 def test_dataset_without_one_class_is_refused(tmp_path: Path) -> None:
