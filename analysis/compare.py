@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from sqlalchemy import Boolean, Float, Integer
 
-from kdb.errors import QueryError, UnknownNameError
+from kdb.errors import QueryError
+from kdb.warehouse.run_folders import run_named
 from kdb.warehouse.schema import TABLES, has_vectors
 
 if TYPE_CHECKING:
@@ -36,16 +37,8 @@ def find_runs(wh: Warehouse, *named: str) -> list[str]:
 
     Raises UnknownNameError for a run that is not stored, QueryError if several begin with the digits.
     """
-    stored = wh.sql("SELECT run FROM runs ORDER BY run")["run"].to_list()
-    matches = []
-    for name in named:
-        runs = [run for run in stored if run.startswith(name)]
-        if not runs:
-            raise UnknownNameError("run", name, stored, "`kdb runs` lists them.")
-        if len(runs) > 1:
-            raise QueryError(f"Several runs begin with {name!r}: {', '.join(runs)}. Give more digits.")
-        matches += runs
-    return matches
+    stored = wh.sql("SELECT run, model || ' on ' || dataset FROM runs ORDER BY run").rows()
+    return [run_named(name, dict(stored)) for name in named]
 
 
 # Prompts ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the sentence that suggests the closest of the known names, after a space; empty if none is close."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
 class KdbError(Exception):
     """Base of all errors that the user can fix."""
 
@@ -18,9 +24,7 @@ class UnknownNameError(KdbError):
     """A model, dataset, query or run that does not exist; suggests the closest existing names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str) -> None:
-        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-        guess = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-        super().__init__(f"Unknown {kind} {name!r}.{guess} {hint}")
+        super().__init__(f"Unknown {kind} {name!r}.{did_you_mean(name, known)} {hint}")
 
 
 class DatasetError(KdbError):

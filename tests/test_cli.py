@@ -22,14 +22,18 @@ import polars as pl
 import pytest
 from click.testing import Result
 from helpers.command_line import answer, refusal
+from helpers.knowledge_rows import ALPHA, add_knowledge
+from helpers.stored import create_lake
+from helpers.synthetic import write_manifests
 from helpers.tiny_llama import ASK_OPTIONS
 
+import kdb
 from kdb.cli import main
 from kdb.ingest.concept import probing
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job
 from kdb.warehouse.folder_storage import FolderStorage
-from kdb.warehouse.schema import SCHEMA_VERSION
+from kdb.warehouse.schema import PARTITIONS, SCHEMA_VERSION, TABLES
 
 RunKdb = Callable[..., Result]
 
@@ -248,6 +252,38 @@ def test_a_run_is_removed_by_its_id(warehouse: Path, run_kdb: RunKdb) -> None:
     assert message == f"Unknown run '{folder.run}'. `kdb runs` lists them."
 
 
+def test_a_run_is_removed_by_its_first_digits(tmp_path: Path, run_kdb: RunKdb) -> None:
+    lake = create_lake(tmp_path)
+    runs = ["abcd" + "1" * 12, "abcd" + "2" * 12, "ef" * 8]
+    for run, dataset in zip(runs, ("facts", "more", "others"), strict=True):
+        add_knowledge(lake, "alpha", dataset, run, ALPHA)
+    (tmp_path / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
+    write_manifests(tmp_path)
+
+    def remove(digits: str) -> Result:
+        return run_kdb("runs", "remove", digits, "--yes", "--warehouse", tmp_path)
+
+    assert refusal(remove("abcd")) == (
+        f"Several runs begin with 'abcd': {runs[0]} (alpha on facts), {runs[1]} (alpha on more). Give more digits."
+    )
+    for digits in ("", "efe"):
+        assert refusal(remove(digits)) == f"{digits!r} is too short for a run: give 4 of its digits or more."
+    assert refusal(remove("abce")).startswith("Unknown run 'abce'.")
+    assert len(FolderStorage(tmp_path).run_folders()) == 3
+    assert answer(remove("ABCD1")) == f"Removed run {runs[0]}.\n"
+    assert answer(remove("abcd")) == f"Removed run {runs[1]}.\n"
+    assert [folder.run for folder in FolderStorage(tmp_path).run_folders()] == [runs[2]]
+
+
+def test_a_run_that_is_named_by_digits_is_confirmed_by_its_names(tmp_path: Path, run_kdb: RunKdb) -> None:
+    add_knowledge(create_lake(tmp_path), "alpha", "facts", "ef" * 8, ALPHA)
+    (tmp_path / "warehouse.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
+    write_manifests(tmp_path)
+    result = run_kdb("runs", "remove", "efef", "--warehouse", tmp_path)
+    assert f"Remove run {'ef' * 8} (alpha on facts) permanently? [y/N]" in result.stderr
+    assert len(FolderStorage(tmp_path).run_folders()) == 1
+
+
 def test_verify_exits_with_1_and_names_what_is_damaged(warehouse: Path, run_kdb: RunKdb) -> None:
     assert answer(run_kdb("verify", "--warehouse", warehouse)) == "All files of 1 run are as they were committed.\n"
     (folder,) = FolderStorage(warehouse).run_folders()
@@ -338,7 +374,7 @@ def test_a_question_that_cannot_be_answered_is_refused(
         (["--model", "smollm2-135"], "Unknown model 'smollm2-135'. Did you mean 'smollm2-135m'"),
         (["--model", "./absent.gguf"], "There is no file 'absent.gguf'"),
         (["--dataset", "world-city"], "Unknown dataset 'world-city'. Did you mean 'world-cities'?"),
-        (["--dataset", "absent.csv"], "Cannot read 'absent.csv': No such file or directory"),
+        (["--dataset", "absent.csv"], "There is no file 'absent.csv' in "),
         (["--limit", "0"], "limit counts the examples of each class or category: expected 1 or more, found 0."),
         (["--template", "no place"], "The template 'no place' has no place for the text"),
         (
@@ -356,6 +392,24 @@ def test_an_ingest_of_what_does_not_exist_is_refused(
 ) -> None:
     assert refusal(ingest_tiny(tmp_path / "new", *options)).startswith(message)
     assert not (tmp_path / "new" / "lake" / "model=tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--noise", "0.5"], "Option '--noise' takes no value. Remove '0.5'."),
+        (["--no-effects", "yes", "--limit", "5"], "Option '--no-effects' takes no value. Remove 'yes'."),
+        (["world-cities"], "Invalid value for '[PLAN.yaml]': there is no plan 'world-cities'. A plan is a YAML file"),
+    ],
+)
+def test_a_word_that_is_no_plan_is_refused_as_what_it_is(
+    run_kdb: RunKdb, tmp_path: Path, options: list[str], message: str
+) -> None:
+    given = ("ingest", "--model", "smollm2-135m", "--dry-run", "--warehouse", tmp_path / "w")
+    assert message in refusal(run_kdb(*given, *options))
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("runs: [{model: smollm2-135, dataset: knowledge}]")
+    assert refusal(run_kdb("ingest", "--noise", plan, "--dry-run")).startswith("Unknown model 'smollm2-135'.")
 
 
 FOUR_ROWS = "text,label\nRain.,0\nRain!,1\nHail.,0\nHail!,1\n"
@@ -446,6 +500,28 @@ def test_what_is_asked_is_part_of_the_identity_of_a_run(user_dataset: Path, tiny
 
     asked = [{}, *({"ask": ask, "answers": answers} for ask in ("So?", "Or?") for answers in ("no,yes", "yes,no"))]
     assert len({run(**options) for options in asked}) == 5
+
+
+def test_the_class_of_label_1_is_part_of_the_identity_of_a_run(tmp_path: Path, tiny_job: Callable[..., Job]) -> None:
+    file = tmp_path / "kinds.csv"
+    file.write_text("text,label\na dog,animal\nan oak,plant\na stone,thing\n")
+    datasets = [load_dataset(str(file), positive=positive) for positive in ("animal", "plant", "thing", "ANIMAL")]
+    runs = [dataclasses.replace(tiny_job(), dataset=dataset).run for dataset in datasets]
+    assert len(set(runs)) == 3 and runs[0] == runs[3]
+
+
+def test_a_file_with_names_of_classes_is_measured(tmp_path: Path, ingest_tiny: Callable[..., Result]) -> None:
+    file = tmp_path / "kinds.tsv"
+    rows = [f"{'A dog' if i % 2 else 'An oak'} of number {i}.\t{'animal' if i % 2 else 'plant'}" for i in range(40)]
+    file.write_text("\n".join(["Text\tLabel", *rows]) + "\n")
+    assert "by --positive 'plant' or --positive 'animal'" in refusal(ingest_tiny(tmp_path / "w", "--dataset", file))
+    assert ingest_tiny(tmp_path / "w", "--dataset", file, "--positive", "animal").exit_code == 0
+    labels = kdb.open(tmp_path / "w").sql(
+        "SELECT label, count(*) AS n, any_value(source) AS source FROM prompts "
+        "JOIN datasets USING (run) GROUP BY label ORDER BY label"
+    )
+    source = "kinds.tsv, a user's file, label 1: animal"
+    assert labels.rows() == [(0, 20, source), (1, 20, source)]
 
 
 @pytest.mark.parametrize("args", [["runs"], ["query", "concept-depth"], ["sql", "SELECT 1"], ["verify"], ["rebuild"]])
@@ -567,6 +643,17 @@ def test_schema_prints_what_the_docs_hold(run_kdb: RunKdb) -> None:
     assert answer(run_kdb("schema")) == (ROOT / "docs/schema.md").read_text()
 
 
+def test_schema_prints_one_table(run_kdb: RunKdb) -> None:
+    printed = answer(run_kdb("schema", "probe_scores", COLUMNS="100"))
+    assert printed.startswith("probe_scores: one row per layer × site × classifier × split.\n")
+    for column in (*PARTITIONS, *TABLES["probe_scores"].columns.keys()):
+        assert re.search(rf"^{column}  [A-Z]+ ", printed, re.MULTILINE)
+    assert max(map(len, printed.splitlines())) <= 100
+    said = refusal(run_kdb("schema", "probe_score"))
+    assert said.startswith("Unknown table 'probe_score'. Did you mean 'probe_scores'")
+    assert said.endswith(f"The tables are {', '.join(TABLES)}.")
+
+
 @pytest.mark.parametrize("command", commands())
 def test_every_command_is_documented(command: str) -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
@@ -577,6 +664,17 @@ def test_every_command_is_documented(command: str) -> None:
 def test_catalogues_name_what_can_be_asked_for(run_kdb: RunKdb, command: str) -> None:
     expected = {"models": "smollm2-135m", "datasets": "world-cities", "queries": "concept-depth"}
     assert expected[command] in answer(run_kdb(command))
+
+
+@pytest.mark.parametrize("command", ["models", "datasets"])
+def test_catalogues_are_tables_that_fit(run_kdb: RunKdb, command: str, tmp_path: Path) -> None:
+    printed = answer(run_kdb(command))
+    assert max(map(len, printed.splitlines())) <= 100
+    assert answer(run_kdb(command, "--columns", "name")).splitlines()[0] == "name"
+    rows = json.loads(answer(run_kdb(command, "--format", "json")))
+    assert [row["name"] for row in rows] == re.findall(r"^([a-z][^ ]+)  ", printed, re.MULTILINE)[1:]
+    assert run_kdb(command, "-o", tmp_path / "names.csv").exit_code == 0
+    assert len((tmp_path / "names.csv").read_text().splitlines()) == len(rows) + 1
 
 
 def test_numbers_too_small_for_four_decimals_are_printed_with_an_exponent(measured: Path, run_kdb: RunKdb) -> None:

@@ -205,7 +205,9 @@ def test_a_run_is_no_different_from_itself(wh: Warehouse) -> None:
 
 def test_runs_are_found_by_their_first_digits(wh: Warehouse) -> None:
     assert find_runs(wh, "aa2", "b") == [B, OTHER]
-    with pytest.raises(QueryError, match="aa11000000000000, aa22000000000000"):
+    with pytest.raises(
+        QueryError, match=r"'aa': aa11000000000000 \(.* on .*\), aa22000000000000 \(.* on .*\)\. Give more digits"
+    ):
         find_runs(wh, "aa")
     with pytest.raises(UnknownNameError, match="Unknown run 'zz'"):
         find_runs(wh, "zz")

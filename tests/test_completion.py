@@ -65,6 +65,11 @@ def test_stored_names_are_completed(facts: Path) -> None:
     assert completed("compare", "--warehouse", facts) == ["a" * 16, "b" * 16]
 
 
+def test_names_of_tables_and_datasets_are_completed() -> None:
+    assert completed("schema", incomplete="probe_s") == ["probe_scores"]
+    assert completed("datasets", "fetch", incomplete="memory") == ["memory-colors"]
+
+
 def test_names_are_those_of_the_models_and_datasets_given_before(facts: Path) -> None:
     asked = ("query", "top-heads", "--warehouse", facts)
     assert completed(*asked, "--model", "alpha", "--run") == ["a" * 16]

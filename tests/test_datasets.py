@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from click.testing import Result
+from helpers.command_line import answer, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +33,9 @@ needs_paper_data = pytest.mark.skipif(not PAPER_DATA.is_dir(), reason=f"no paper
 
 EITHER = "expected columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
 A_LABEL = "expected label 0, 1, true, false, yes, no, positive or negative"
+TWO_CLASSES = "say which of the two classes is label 1, by --positive '1' or --positive 'x'"
+ONE_CLASS = "correct it, or name the class of label 1 by --positive; the column has '2'"
+REWRITE = "write it as text, or remove the row"
 GOOD_CSV = "text,label,town\nIt rains.,1,Bonn\nIt snows.,0,Bonn\nIt hails.,yes,Kiel\nIt pours.,FALSE,Kiel\n"
 
 
@@ -327,10 +332,18 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("a.csv", "text,label\nyes,1\nno,x\n", f"a.csv, line 3: {A_LABEL}, found 'x'"),
-        ("a.csv", 'text,label\n"a\nb",1\nno,\n', f"a.csv, line 4: {A_LABEL}, found ''"),
-        ("a.csv", "text,label\nyes,1\n  ,0\n", "a.csv, line 3: expected a text in column 'text', found '  '"),
-        ("a.csv", "text,label\nyes,1\nno\n", "a.csv, line 3: expected 2 cells, found 1"),
+        ("a.csv", "text,label\nyes,1\nno,x\n", f"a.csv, line 3: {A_LABEL}, found 'x': {TWO_CLASSES}"),
+        ("a.csv", 'text,label\n"a\nb",1\nno,\n', f"a.csv, line 4: {A_LABEL}, found '': write one, or remove the row"),
+        (
+            "a.csv",
+            "text,label\nyes,1\n  ,0\n",
+            f"a.csv, line 3: expected a text in column 'text', found '  ': {REWRITE}",
+        ),
+        (
+            "a.csv",
+            "text,label\nyes,1\nno\n",
+            "a.csv, line 3: expected 2 cells, found 1: complete the row, or remove it",
+        ),
         ("a.csv", "text,lable\nyes,1\n", f"a.csv, line 1: {EITHER}, found 'text', 'lable': rename the columns"),
         (
             "a.csv",
@@ -338,11 +351,16 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
             "a.csv, line 1: expected one column 'text', found 'text', 'text', 'label'",
         ),
         ("a.csv", "", f"a.csv, line 1: {EITHER}, found no columns: rename the columns"),
-        ("a.csv", b"text,label\ncaf\xe9,1\n", "a.csv, line 2: expected UTF-8 text, found the byte 0xe9"),
+        (
+            "a.csv",
+            b"text,label\ncaf\xe9,1\n",
+            "a.csv, line 2: expected UTF-8 text, found the byte 0xe9: save the file as UTF-8",
+        ),
         (
             "a.csv",
             'text,label\nyes,1\n"no,0\n',
-            "a.csv, line 3: expected a row of whole cells, found one that cannot be split (unexpected end of data)",
+            "a.csv, line 3: expected a row of whole cells, found one that cannot be split (unexpected end of data): "
+            "put a text with quotation marks in quotes, and double the marks",
         ),
         (
             "a.jsonl",
@@ -359,13 +377,13 @@ def test_file_name_with_glob_characters_is_one_file(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"text": 5, "label": 1}\n',
-            "a.jsonl, line 1: expected a text in column 'text', found 5",
+            f"a.jsonl, line 1: expected a text in column 'text', found 5: {REWRITE}",
         ),
-        ("a.jsonl", '{"text": "a", "label": 2}\n', f"a.jsonl, line 1: {A_LABEL}, found 2"),
+        ("a.jsonl", '{"text": "a", "label": 2}\n', f"a.jsonl, line 1: {A_LABEL}, found 2: {ONE_CLASS}"),
         (
             "a.jsonl",
             '{"text": "\\ud800", "label": 1}\n',
-            "a.jsonl, line 1: expected whole characters in column 'text', found '\\ud800'",
+            f"a.jsonl, line 1: expected whole characters in column 'text', found '\\ud800': {REWRITE}",
         ),
     ],
 )
@@ -378,20 +396,31 @@ def test_broken_user_file_is_refused_with_its_line(
 def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pl.DataFrame({"text": ["a", None], "label": [0, 1]}).write_parquet(file)
-    assert message(str(file)) == "a.parquet, row 2: expected a text in column 'text', found None"
+    assert message(str(file)) == f"a.parquet, row 2: expected a text in column 'text', found None: {REWRITE}"
     assert message(str(file), group_by="town") == "a.parquet: expected one column 'town', found 'text', 'label'"
     assert message(write(file, "not Parquet")).startswith(f"Cannot read '{file}' as Parquet: ")
 
 
-def test_missing_user_file_is_named(tmp_path: Path) -> None:
-    assert message(f"{tmp_path}/no.csv") == f"Cannot read '{tmp_path}/no.csv': No such file or directory"
-    assert message(f"{tmp_path}/no.parquet").startswith(f"Cannot read '{tmp_path}/no.parquet' as Parquet: ")
+def test_a_missing_file_is_named_with_its_folder_and_what_is_near(tmp_path: Path) -> None:
+    write(tmp_path / "weather.csv", GOOD_CSV)
+    there = "Check the name, or give its path."
+    assert message(f"{tmp_path}/no.parquet") == f"There is no file 'no.parquet' in '{tmp_path}'. {there}"
+    assert message(f"{tmp_path}/wether.csv") == (
+        f"There is no file 'wether.csv' in '{tmp_path}'. Did you mean 'weather.csv'? {there}"
+    )
+    assert message(f"{tmp_path}/data/weather.csv") == (
+        f"There is no file '{tmp_path}/data/weather.csv': no such folder '{tmp_path}/data'. Check the path."
+    )
+    (tmp_path / "folder.csv").mkdir()
+    assert message(f"{tmp_path}/folder.csv") == (
+        f"Cannot read '{tmp_path}/folder.csv': it is a folder. Name a file in it."
+    )
 
 
 def test_group_column_must_exist_and_be_filled(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,town\na,1,Bonn\nb,0,\n")
     assert message(file, group_by="city") == "a.csv, line 1: expected one column 'city', found 'text', 'label', 'town'"
-    assert message(file, group_by="town") == "a.csv, line 3: expected a value in column 'town', found none"
+    assert message(file, group_by="town") == f"a.csv, line 3: expected a value in column 'town', found none: {REWRITE}"
 
 
 def test_dataset_without_one_class_is_refused(tmp_path: Path) -> None:
@@ -423,7 +452,9 @@ def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UnknownNameError) as caught:
         load_dataset("citys")
     assert "Unknown dataset 'citys'. Did you mean 'cities'" in str(caught.value)
-    assert "`kdb datasets` lists them; a file needs an ending .csv, .jsonl or .parquet" in str(caught.value)
+    assert "`kdb datasets` lists them; a file of your own ends in .csv, .tsv, .json, .jsonl or .parquet" in str(
+        caught.value
+    )
 
 
 def test_options_that_cannot_be_used_are_refused() -> None:
@@ -545,7 +576,8 @@ def test_cache_that_cannot_be_written_is_named(server: Path, tmp_path: Path, mon
 
 
 def test_no_download_where_there_is_none_or_it_is_switched_off() -> None:
-    assert "It cannot be downloaded as one file. Put the file" in message("imdb")
+    published = "its texts are published in dax44/AMLM, data/aclImdb/test (Maas et al. 2011). Put the file"
+    assert f"It cannot be downloaded as one file; {published}" in message("imdb")
     assert "Downloading is switched off. Put the file" in message("cities", download=False)
 
 
@@ -562,6 +594,73 @@ def test_data_dir_goes_before_the_environment_and_the_cache(
     assert load_dataset("cities", data_dir=folders["given"]).examples[0].text == "environment is in A."
     monkeypatch.delenv("KDB_DATA_DIR")
     assert load_dataset("cities").examples[0].text == "cache is in A."
+
+
+# --- fetching ---
+
+
+def serve(server: Path, monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
+    """Publish files for the datasets with these names; their checksums are those of the contents."""
+    for name, content in contents.items():
+        write(server / f"{name}.txt", content)
+        sha256 = hashlib.sha256(content.encode()).hexdigest()
+        paper = replace(PAPER_DATASETS[name], url_path=f"{name}.txt", sha256=sha256)
+        monkeypatch.setitem(PAPER_DATASETS, name, paper)
+
+
+def test_fetched_files_are_verified_and_not_downloaded_twice(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_kdb: Callable[..., Result]
+) -> None:
+    serve(server, monkeypatch, cities=cities_csv(), stsa="1 good")
+    folder = tmp_path / "new" / "papers"
+    fetch_both = ("datasets", "fetch", "cities", "stsa", "--data-dir", folder)
+    assert answer(run_kdb(*fetch_both)) == "".join(
+        f"{name}: 1 file in {folder}, 1 downloaded, all verified.\n" for name in ("cities", "stsa")
+    )
+    assert (folder / "cities.csv").read_text() == cities_csv()
+    for file in server.iterdir():
+        file.unlink()
+    assert f"stsa: 1 file in {folder}, verified, all there already." in answer(run_kdb(*fetch_both))
+    assert len(load_dataset("cities", data_dir=folder).examples) == 1496
+
+
+def test_a_file_that_is_not_the_published_one_is_left_alone(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_kdb: Callable[..., Result]
+) -> None:
+    serve(server, monkeypatch, cities=cities_csv(), stsa="1 good")
+    write(tmp_path / "cities.csv", "mine")
+    write(server / "stsa.txt", "1 changed")
+    said = refusal(run_kdb("datasets", "fetch", "cities", "stsa", "--data-dir", tmp_path))
+    assert said.startswith("2 of 2 datasets were not fetched.\n")
+    assert f"cities: {tmp_path}/cities.csv is not the published file: its SHA-256 is another. Move it" in said
+    assert f"stsa.txt has changed (its SHA-256 is not the expected one). The file belongs at {tmp_path}/stsa" in said
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("cities.csv", "mine")]
+
+
+def test_a_failed_download_does_not_stop_the_others(
+    server: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, run_kdb: Callable[..., Result]
+) -> None:
+    serve(server, monkeypatch, stsa="1 good")
+    result = run_kdb("datasets", "fetch")
+    assert (result.exit_code, result.stdout) == (2, f"stsa: 1 file in {cache}, 1 downloaded, all verified.\n")
+    failed = set(PAPER_DATASETS) - {"stsa", "imdb"} | set(PUBLISHED)
+    assert f"{len(failed)} of {len(failed) + 2} datasets were not fetched." in result.stderr
+    assert all(f"  {name}: Cannot download " in result.stderr for name in failed)
+
+
+def test_a_file_that_cannot_be_downloaded_is_described(cache: Path, run_kdb: Callable[..., Result]) -> None:
+    assert refusal(run_kdb("datasets", "fetch", "imdb")) == (
+        "1 of 1 datasets were not fetched.\n  imdb: It cannot be downloaded as one file; its texts are published in "
+        f"dax44/AMLM, data/aclImdb/test (Maas et al. 2011). The file belongs at {cache}/imdb_test_2048.jsonl."
+    )
+    assert answer(run_kdb("datasets", "fetch", "ioi")) == "ioi is built in, and needs no file.\n"
+    assert refusal(run_kdb("datasets", "fetch", "citis")).startswith("Unknown dataset 'citis'. Did you mean 'cities'")
+
+
+@pytest.mark.parametrize("command", [("datasets",), ("ingest", "--model", "smollm2-135m", "--dry-run")])
+def test_a_folder_that_does_not_exist_is_refused(command: Sequence[str], run_kdb: Callable[..., Result]) -> None:
+    for result in (run_kdb(*command, "--data-dir", "./nofolder"), run_kdb(*command, KDB_DATA_DIR="nofolder")):
+        assert refusal(result).startswith("--data-dir: no such folder 'nofolder'. Name the folder with the files")
 
 
 # --- answers and cues ---

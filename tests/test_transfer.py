@@ -277,6 +277,16 @@ def test_groups_of_new_texts_widen_the_intervals(two: Path, tmp_path: Path, tiny
     assert alone.stdout != grouped.stdout
 
 
+def test_new_texts_may_have_names_of_classes(two: Path, tmp_path: Path, tiny_model: Path, run_kdb: RunKdb) -> None:
+    rows = [f"Day {i} of {'hail' if i % 2 else 'sun'}\t{'bad' if i % 2 else 'good'}" for i in range(8)]
+    (tmp_path / "new.tsv").write_text("\n".join(["Text\tLabel", *rows]))
+    args = ("--model", tiny_model, "--to", tmp_path / "new.tsv", "--layer", "0", "--site", "ffn_norm")
+    _, texts = scored(run_kdb, two, tmp_path / "s.parquet", *args, "--positive", "good")
+    assert texts["label"].to_list() == [1, 0] * 4
+    refused = run_kdb("transfer", *args, "--dataset", "weather", "--positive", "goud", "--warehouse", two)
+    assert refusal(refused).startswith("Unknown class 'goud'. Did you mean 'good'?")
+
+
 @pytest.mark.parametrize(
     ("text", "args", "said"),
     [

@@ -92,8 +92,9 @@ class LocalFolder:
                     f"{str(folder)!r} is a link, but a warehouse's folders must be real. Replace it by a folder."
                 )
         if not self.path.is_dir():
+            why = "it is a file" if self.path.exists() else "no such folder"
             raise WarehouseError(
-                f"There is no warehouse at {name}. Create one with `kdb ingest`, or name another with --warehouse."
+                f"There is no warehouse at {name}: {why}. Create one with `kdb ingest`, or name another folder."
             )
         try:
             content = self.marker.read_text()

@@ -9,11 +9,11 @@ differently is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from kdb.errors import WarehouseError
+from kdb.errors import QueryError, UnknownNameError, WarehouseError
 from kdb.warehouse.manifest import MANIFEST, RUN_ID, RunFolder
 
 PLACEHOLDER = "__none__"
@@ -24,6 +24,9 @@ _LONGEST_NAME = 200
 
 _RESERVED = {PLACEHOLDER, "__HIVE_DEFAULT_PARTITION__", "all"}
 """Names with a special meaning: the empty typed files, no value, and all names."""
+
+_MOST_RUNS = 10
+"""Maximum number of runs that a message lists."""
 
 
 def partitions(model: str, dataset: str, run: str) -> str:
@@ -52,6 +55,21 @@ def list_run_folders(lake: Path) -> list[RunFolder]:
                 if version is not None:
                     folders[run] = RunFolder(run, _decoded(model), _decoded(dataset), path, version)
     return in_order(folders.values())
+
+
+def run_named(digits: str, runs: Mapping[str, str]) -> str:
+    """Return the id that begins with these digits; ``runs`` says of each id what it is the run of.
+
+    Raises UnknownNameError if there is none, QueryError if there are several.
+    """
+    found = [run for run in runs if run.startswith(digits.lower())]
+    if not found:
+        raise UnknownNameError("run", digits, runs, "`kdb runs` lists them.")
+    if len(found) > 1:
+        each = ", ".join(f"{run} ({runs[run]})" for run in found[:_MOST_RUNS])
+        more = f" and {len(found) - _MOST_RUNS} more" if len(found) > _MOST_RUNS else ""
+        raise QueryError(f"Several runs begin with {digits!r}: {each}{more}. Give more digits.")
+    return found[0]
 
 
 def in_order(folders: Iterable[RunFolder]) -> list[RunFolder]:

@@ -26,6 +26,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
+from kdb.errors import UnknownNameError
+
 SCHEMA_VERSION = 6
 """Increased when a table or column is added or changed. Run ids do not depend on it."""
 
@@ -908,6 +910,13 @@ def data_dictionary() -> str:
     for table in TABLES.values():
         lines += ["", f"## {table.name}", "", f"One row per {table.comment}.", "", *columns_of(table)]
     return "\n".join(lines) + "\n"
+
+
+def find_table(name: str) -> Table:
+    """Return a table by its name. Raises UnknownNameError."""
+    if name not in TABLES:
+        raise UnknownNameError("table", name, TABLES, f"The tables are {', '.join(TABLES)}.")
+    return TABLES[name]
 
 
 def columns_of(table: Table) -> list[str]:

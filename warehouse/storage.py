@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kdb.errors import UnknownNameError
+from kdb.errors import QueryError, UnknownNameError
 from kdb.warehouse.local_folder import LocalFolder
 from kdb.warehouse.manifest import Files, Manifest, RunFolder
+from kdb.warehouse.run_folders import run_named
 from kdb.warehouse.staged_run import StagedRun
+
+_FEWEST_DIGITS = 4
+"""Digits of an id that name a run, as in git: fewer are too easily those of another run."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ class Storage(ABC):
         if run not in folders:
             raise UnknownNameError("run", run, folders, "`kdb runs` lists them.")
         return folders[run]
+
+    def named(self, digits: str) -> RunFolder:
+        """Return the committed run whose id begins with these digits, as :meth:`listed` does.
+
+        There must be as many digits as git takes. Raises UnknownNameError for an unknown run, QueryError for too few
+        digits, and if several runs begin with them.
+        """
+        folders = {folder.run: folder for folder in self.run_folders()}
+        if len(digits) < _FEWEST_DIGITS:
+            raise QueryError(f"{digits!r} is too short for a run: give {_FEWEST_DIGITS} of its digits or more.")
+        runs = {run: f"{folder.model} on {folder.dataset}" for run, folder in folders.items()}
+        return folders[run_named(digits, runs)]
 
     def find(self, run: str) -> RunFolder:
         """Return the committed run with this id, with all its files on this machine. Raises UnknownNameError."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdb.errors import DatasetError, UnknownNameError
+from kdb.ingest.datasets import fetch
 from kdb.ingest.datasets.answers import check_answers
 from kdb.ingest.datasets.asking import asking
 from kdb.ingest.datasets.base import Dataset, DatasetInfo, first_of_each_category, first_of_each_class
@@ -15,13 +16,15 @@ from kdb.ingest.datasets.ioi import IOI, ioi_info, load_ioi
 from kdb.ingest.datasets.knowledge import KNOWLEDGE, knowledge_info, load_knowledge
 from kdb.ingest.datasets.paper import PAPER_DATASETS, load_paper, paper_info
 from kdb.ingest.datasets.published import PUBLISHED, load_published, published_info
-from kdb.ingest.datasets.userfile import is_user_file, load_user_file, refuse_groups
+from kdb.ingest.datasets.userfile import load_user_file, refuse_groups, refuse_positive
+from kdb.ingest.datasets.userformats import ENDINGS, format_of
 
-_HINT = "`kdb datasets` lists them; a file needs an ending .csv, .jsonl or .parquet"
+_HINT = f"`kdb datasets` lists them; a file of your own ends in {ENDINGS}."
 
 
 def available_datasets(data_dir: Path | None = None) -> list[DatasetInfo]:
     """Describe every dataset that has a name, and whether its files are available; reads no data."""
+    fetch.check_folder(data_dir)
     return [
         *(builtin_info(builtin) for builtin in BUILT_IN.values()),
         *(paper_info(paper, data_dir) for paper in PAPER_DATASETS.values()),
@@ -29,6 +32,18 @@ def available_datasets(data_dir: Path | None = None) -> list[DatasetInfo]:
         ioi_info(),
         *(published_info(published, data_dir) for published in PUBLISHED.values()),
     ]
+
+
+def published_files(name: str) -> tuple[fetch.File, ...]:
+    """Return the published files of a dataset; none if it is built in. Raises UnknownNameError."""
+    if name in PAPER_DATASETS:
+        return PAPER_DATASETS[name].published
+    if name in PUBLISHED:
+        return PUBLISHED[name].published
+    known = [info.name for info in available_datasets()]
+    if name not in known:
+        raise UnknownNameError("dataset", name, known, "`kdb datasets` lists them.")
+    return ()
 
 
 def load_dataset(
@@ -39,6 +54,7 @@ def load_dataset(
     template: str | None = None,
     limit: int | None = None,
     group_by: str | None = None,
+    positive: str | None = None,
     ask: str | None = None,
     answers: str | Sequence[str] | None = None,
     download: bool = True,
@@ -47,13 +63,15 @@ def load_dataset(
 
     `limit` keeps the first N examples of each class, or of each category, in the order of the source. `group_by` names
     the column with the group of each example, in the concept study only. `dataset_name` renames a user's file.
+    `positive` is the class that is label 1, if the labels of a user's file are names of classes.
     `ask` is a question that follows each text of a user's file, and `answers` are its two answers, that of label 0
     first; without them the model is asked nothing. With a `template`, that is so for every dataset.
-    Files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache. A dataset
-    of one file that is not found is downloaded if `download` is true.
+    Files of a dataset that is not built in are looked for in `data_dir`, KDB_DATA_DIR and the user's cache. A file
+    that is not found is downloaded if `download` is true.
     """
     _check_options(template, limit)
-    dataset = _load(name_or_path, data_dir, dataset_name, group_by, download)
+    fetch.check_folder(data_dir)
+    dataset = _load(name_or_path, data_dir, dataset_name, group_by, positive, download)
     _check(dataset)
     dataset = asking(dataset, ask, answers, own_template=template is not None)
     if template is not None:
@@ -63,14 +81,22 @@ def load_dataset(
     return dataset
 
 
-def _load(name: str, data_dir: Path | None, rename: str | None, group_by: str | None, download: bool) -> Dataset:
+def _load(
+    name: str,
+    data_dir: Path | None,
+    rename: str | None,
+    group_by: str | None,
+    positive: str | None,
+    download: bool,
+) -> Dataset:
     known = [*BUILT_IN, *PAPER_DATASETS, KNOWLEDGE, IOI, *PUBLISHED]
-    if is_user_file(name):
-        return load_user_file(Path(name), rename, group_by, known)
+    if format_of(name) or (name not in known and Path(name).is_file()):
+        return load_user_file(Path(name), rename, group_by, positive, known)
     if name not in known:
         raise UnknownNameError("dataset", name, known, _HINT)
     if rename is not None:
         raise DatasetError(f"Dataset {name!r} cannot be renamed: --dataset-name is only for a file of your own.")
+    refuse_positive(name, positive)
     if name in BUILT_IN:
         return load_builtin(BUILT_IN[name], group_by)
     if name in PAPER_DATASETS:

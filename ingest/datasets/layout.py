@@ -12,6 +12,7 @@ from kdb.ingest.datasets.rows import Row, complaint, excerpt
 ZERO_ONE: Mapping[str, int | None] = {"0": 0, "1": 1}
 YES_NO: Mapping[str, int | None] = {"yes": 1, "no": 0}
 
+_REWRITE = "write it as text, or remove the row"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -68,9 +69,9 @@ def text_of(row: Row, column: str) -> str:
     """Return the text in a column; raise DatasetError if it is not a text, is empty, or cannot be stored."""
     value = row.fields[column]
     if not isinstance(value, str) or not value.strip():
-        raise complaint(row.location, f"a text in column {column!r}", excerpt(value))
+        raise complaint(row.location, f"a text in column {column!r}", f"{excerpt(value)}: {_REWRITE}")
     if _LONE_SURROGATE.search(value):  # JSON can contain half a character (a lone surrogate), which no file can store
-        raise complaint(row.location, f"whole characters in column {column!r}", excerpt(value))
+        raise complaint(row.location, f"whole characters in column {column!r}", f"{excerpt(value)}: {_REWRITE}")
     return value
 
 
@@ -79,5 +80,5 @@ def _value(row: Row, column: str | None) -> str | None:
         return None
     value = row.fields[column]
     if value is None or value == "":
-        raise complaint(row.location, f"a value in column {column!r}", "none")
+        raise complaint(row.location, f"a value in column {column!r}", f"none: {_REWRITE}")
     return str(value)

@@ -71,6 +71,11 @@ class PaperDataset:
         return f"{n_positive:,} {positive} + {n_negative:,} {negative}"
 
     @property
+    def published(self) -> tuple[fetch.File, ...]:
+        """The file, as it is published."""
+        return (fetch.File(self.file, self.url_path, self.sha256, self.origin),)
+
+    @property
     def source(self) -> str:
         """The file and its origin."""
         return f"{self.file}, from {self.origin}"
@@ -203,9 +208,8 @@ PAPER_DATASETS = {dataset.name: dataset for dataset in _ALL}
 
 def load_paper(paper: PaperDataset, data_dir: Path | None, group_by: str | None, download: bool) -> Dataset:
     """Read the paper's subset of a dataset; raise DatasetError if its file is missing or damaged."""
-    path = fetch.locate(
-        paper.name, paper.file, data_dir, url_path=paper.url_path, sha256=paper.sha256, may_download=download
-    )
+    (file,) = paper.published
+    path = fetch.locate(paper.name, file, data_dir, may_download=download)
     layout = replace(paper.layout, group=group_by or paper.layout.group)
     rows = paper.read(path, layout.needed)
     examples = first_of_each_class(to_examples(rows, layout), *paper.counts)

@@ -2,7 +2,7 @@
 
 Only the categories language, color, number, capital, country and month are read. A prompt to which the source gives
 two answers is dropped, and so are repeats. Each dataset is declared once, below, with the names of its files in a data
-folder; kdb does not download a dataset of several files.
+folder; `data/published.csv` says where each is published.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kdb.ingest.datasets.cloze import (
 )
 from kdb.ingest.datasets.questions import read_opentriviaqa, read_triviaqa
 from kdb.ingest.datasets.rows import complaint
+from kdb.ingest.datasets.world import frozen
 from kdb.queries.domains import CATEGORIES
 
 _QUESTION = "Question: {text}\nAnswer:"
@@ -37,8 +38,7 @@ _QUESTION = "Question: {text}\nAnswer:"
 class Published:
     """Declaration of one published dataset.
 
-    `counts` are the numbers of prompts by category. `url_path` and `sha256` are given for a dataset of one file in a
-    public repository.
+    `counts` are the numbers of prompts by category.
     """
 
     name: str
@@ -47,13 +47,21 @@ class Published:
     counts: Mapping[str, int]
     read: Callable[[Sequence[Path]], Iterator[Example]]
     template: str = "{text}"
-    url_path: str | None = None
-    sha256: str = ""
 
     @property
     def size(self) -> str:
         """The counts by category as text, such as "162 number + 162 month"."""
         return in_words(self.counts)
+
+    @property
+    def published(self) -> tuple[fetch.File, ...]:
+        """The files, as they are published."""
+        rows = {row["file"]: row for row in frozen("published.csv")}
+        return tuple(fetch.File(**_named(rows[name]), origin=self.origin) for name in self.files)
+
+
+def _named(row: Mapping[str, str]) -> dict[str, str]:
+    return {"name": row["file"], "url_path": row["url_path"], "sha256": row["sha256"]}
 
 
 def in_words(counts: Mapping[str, int]) -> str:
@@ -80,8 +88,6 @@ _ALL = (
         name="known-1000",
         files=("known_1000.json",),
         origin="lab-paper-code/dual_path_attribution (Meng et al. 2022)",
-        url_path="lab-paper-code/dual_path_attribution/HEAD/data/known_1000.json",
-        sha256="7ccd1d2649eaa94db24bdf2bcc19f6305bdd51ff47bc981641ed8bd973f9d5e2",
         counts={"language": 191, "capital": 49, "country": 130},
         read=read_known,
     ),
@@ -89,8 +95,6 @@ _ALL = (
         name="bigbench-wikidata",
         files=("bigbench_qa_wikidata.jsonl",),
         origin="mosaicml/llm-foundry (BIG-bench, QA Wikidata)",
-        url_path="mosaicml/llm-foundry/HEAD/scripts/eval/local_data/world_knowledge/bigbench_qa_wikidata.jsonl",
-        sha256="bb0d22727cb25beffb022c8e8c0c3e1159c8b3c7bd7284603c0d6491f8616265",
         counts={"language": 3904, "color": 740, "number": 155, "capital": 367, "country": 7294, "month": 10},
         read=read_wikidata,
     ),
@@ -98,8 +102,6 @@ _ALL = (
         name="memory-colors",
         files=("memory_colors.csv",),
         origin="allenai/understanding_mcqa (Norlund et al. 2021)",
-        url_path="allenai/understanding_mcqa/HEAD/data/memory_colors.csv",
-        sha256="5c7e54c045fd4bf0defbb516dbf7436310f0bd9cc092769dc932c8acf8b5eb56",
         counts={"color": 108},
         read=read_memory_colors,
         template=_QUESTION,
@@ -108,8 +110,6 @@ _ALL = (
         name="independence-days",
         files=("independence_days.csv",),
         origin="cheredia19/independence-days",
-        url_path="cheredia19/independence-days/HEAD/countries_date.csv",
-        sha256="d6b02deb05e6a925a608e2857e65d55a9bd18a60efbd8cb965f3d3bffd1158a3",
         counts={"number": 161, "month": 162},
         read=read_independence_days,
     ),
@@ -150,15 +150,7 @@ PUBLISHED = {dataset.name: dataset for dataset in _ALL}
 
 def load_published(published: Published, data_dir: Path | None, download: bool) -> Dataset:
     """Read a complete published dataset; raise DatasetError if one of its files is missing or damaged."""
-    files = [
-        fetch.locate(
-            *(published.name, file, data_dir),
-            url_path=published.url_path,
-            sha256=published.sha256,
-            may_download=download,
-        )
-        for file in published.files
-    ]
+    files = [fetch.locate(published.name, file, data_dir, may_download=download) for file in published.published]
     examples, dropped = with_one_answer(published.read(files))
     # Reading a file that was truncated at the end of a line raises no error; only the counts show it.
     counts = Counter(example.category or "" for example in examples)
@@ -171,7 +163,7 @@ def load_published(published: Published, data_dir: Path | None, download: bool) 
 def published_info(published: Published, data_dir: Path | None) -> DatasetInfo:
     """Describe a dataset, and whether all its files are available."""
     paths = [fetch.find_file(file, data_dir) for file in published.files]
-    status, where = "downloadable" if published.url_path else "needs a file", ""
+    status, where = "downloadable", ""
     if paths[0] is not None and None not in paths:
         status, where = "available", str(paths[0].parents[published.files[0].count("/")])
     return DatasetInfo(

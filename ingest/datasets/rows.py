@@ -7,11 +7,14 @@ not by Polars, since only the former gives the line of every row.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +29,9 @@ class Row:
     location: str
     fields: Mapping[str, object]
 
+
+_LONGEST_CELL = 2**31 - 1
+"""Characters of the longest cell of a file: the greatest number that csv takes on every platform."""
 
 Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
 Reader = Callable[[Path, Collection[str]], Iterator[Row]]
@@ -66,7 +72,7 @@ def read_jsonl(path: Path, needed: Collection[str]) -> Iterator[Row]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        yield _object_row(location, record, line, needed)
+        yield object_row(location, record, line, needed)
 
 
 def read_json_examples(path: Path, needed: Collection[str], key: str = "examples") -> Iterator[Row]:
@@ -80,26 +86,29 @@ def read_json_list(path: Path, needed: Collection[str]) -> Iterator[Row]:
 
 
 def _listed(path: Path, needed: Collection[str], opening: str, expected: str) -> Iterator[Row]:
-    text = _read_text(path)
-    _parsed(path, text)
+    text = read_text(path)
+    parsed_json(path.name, text)
     start = re.search(opening, text)
     if start is None:
         raise complaint(path.name, expected, "none")
     for line, element in _array_elements(text, start.end()):
-        yield _object_row(f"{path.name}, line {line}", element, element, needed)
+        yield object_row(f"{path.name}, line {line}", element, element, needed)
 
 
 def read_json_object(path: Path, needed: Collection[str]) -> Row:
     """Read one JSON object."""
-    text = _read_text(path)
-    return _object_row(path.name, _parsed(path, text), text, needed)
+    text = read_text(path)
+    return object_row(path.name, parsed_json(path.name, text), text, needed)
 
 
-def _parsed(path: Path, text: str) -> object:
+def parsed_json(name: str, text: str) -> object:
+    """Parse the JSON of the file `name`; raise DatasetError, with the line if it is known."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise complaint(f"{path.name}, line {error.lineno}", "valid JSON", error.msg) from error
+        raise complaint(f"{name}, line {error.lineno}", "valid JSON", error.msg) from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or too many brackets
+        raise complaint(name, "JSON that Python can read", str(error)) from error
 
 
 def read_label_first(path: Path, needed: Collection[str]) -> Iterator[Row]:
@@ -111,43 +120,32 @@ def read_label_first(path: Path, needed: Collection[str]) -> Iterator[Row]:
         yield Row(location, fields)
 
 
-def read_parquet(path: Path, needed: Collection[str]) -> Iterator[Row]:
-    """Read the needed columns of a Parquet file; positions are rows, counted from 1."""
+def parquet_columns(path: Path) -> list[str]:
+    """Return the names of the columns of a Parquet file."""
     import polars as pl  # takes a third of a second, which would slow down `kdb --help`
 
-    try:
-        with path.open("rb") as file:
-            require(path.name, list(pl.read_parquet_schema(file)), needed)
-            file.seek(0)
-            frame = pl.read_parquet(file, columns=list(needed))
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise _not_parquet(path, error) from error
+    with _parquet_errors(path), path.open("rb") as file:
+        return list(pl.read_parquet_schema(file))
+
+
+def read_parquet(path: Path, needed: Collection[str]) -> Iterator[Row]:
+    """Read the needed columns of a Parquet file; positions are rows, counted from 1."""
+    import polars as pl
+
+    with _parquet_errors(path), path.open("rb") as file:
+        frame = pl.read_parquet(file, columns=list(needed))
     for number, fields in enumerate(frame.iter_rows(named=True), start=1):
         yield Row(f"{path.name}, row {number}", fields)
 
 
-def _parquet_columns(path: Path) -> list[str]:
+@contextlib.contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
     import polars as pl
 
     try:
-        with path.open("rb") as file:
-            return list(pl.read_parquet_schema(file))
+        yield
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise _not_parquet(path, error) from error
-
-
-def _not_parquet(path: Path, error: Exception) -> DatasetError:
-    return DatasetError(f"Cannot read {str(path)!r} as Parquet: {error}")
-
-
-def column_names(path: Path) -> tuple[str, list[str]]:
-    """Return the columns of a .csv or .parquet file, or of a .jsonl file's first object, with their position."""
-    if path.suffix.lower() == ".parquet":
-        return path.name, _parquet_columns(path)
-    nothing: tuple[str, list[str]] = (f"{path.name}, line 1", [])
-    if path.suffix.lower() == ".jsonl":
-        return next(((row.location, list(row.fields)) for row in read_jsonl(path, ())), nothing)
-    return next(numbered_cells(path, ",", csv.QUOTE_MINIMAL), nothing)
+        raise DatasetError(f"Cannot read {str(path)!r} as Parquet: {error}. Write the file again.") from error
 
 
 def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: Quoting) -> Iterator[Row]:
@@ -155,31 +153,41 @@ def _delimited(path: Path, needed: Collection[str], *, delimiter: str, quoting: 
     location, header = next(rows, (f"{path.name}, line 1", []))
     require(location, header, needed)
     for location, cells in rows:
-        if len(cells) != len(header):
-            raise complaint(location, f"{len(header)} cells", str(len(cells)))
+        check_width(location, header, cells)
         yield Row(location, dict(zip(header, cells, strict=True)))
+
+
+def check_width(location: str, header: Sequence[str], cells: Sequence[str], hint: str = "") -> None:
+    """Raise DatasetError unless a row has a cell for each column."""
+    if len(cells) != len(header):
+        raise complaint(location, f"{len(header)} cells", f"{len(cells)}{hint}")
 
 
 def numbered_cells(path: Path, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
     """Yield the cells of every row that is not blank, with the position where the row begins."""
+    return cells_of(path.name, read_text(path), delimiter, quoting)
+
+
+def cells_of(name: str, text: str, delimiter: str, quoting: Quoting) -> Iterator[tuple[str, list[str]]]:
+    """Yield the cells of every row of the text of a file `name`, as :func:`numbered_cells` does."""
+    csv.field_size_limit(_LONGEST_CELL)
     # newline="" leaves line ends to csv: a line end inside quotes is part of a text.
-    source = io.StringIO(_read_text(path), newline="")
-    table = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     line = 1
     try:
         for cells in table:
             if cells:
-                yield f"{path.name}, line {line}", cells
+                yield f"{name}, line {line}", cells
             line = table.line_num + 1
     except csv.Error as error:
-        actual = f"one that cannot be split ({error})"
-        raise complaint(f"{path.name}, line {line}", "a row of whole cells", actual) from error
+        actual = f"one that cannot be split ({error}): put a text with quotation marks in quotes, and double the marks"
+        raise complaint(f"{name}, line {line}", "a row of whole cells", actual) from error
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield every line that is not blank, with its position."""
     # Not splitlines: it also splits at U+0085 and U+2028, which occur inside texts.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path.name}, line {number}", line.removesuffix("\r")
 
@@ -199,7 +207,8 @@ def _array_elements(text: str, position: int) -> Iterator[tuple[int, object]]:
         yield line, element
 
 
-def _object_row(location: str, record: object, shown: object, needed: Collection[str]) -> Row:
+def object_row(location: str, record: object, shown: object, needed: Collection[str] = ()) -> Row:
+    """Return a JSON object as a row; raise DatasetError for another value, or without the needed keys."""
     if not isinstance(record, dict):
         raise complaint(location, "a JSON object", excerpt(shown))
     require(location, record, needed)
@@ -207,18 +216,21 @@ def _object_row(location: str, record: object, shown: object, needed: Collection
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read all bytes of a file."""
+    """Read all bytes of a file; of one that ends in .gz, those that it holds compressed."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DatasetError(f"Cannot read {str(path)!r} as gzip: {error}. Compress the file again.") from error
     except OSError as error:
         raise DatasetError(f"Cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Read a UTF-8 file; a byte order mark, which spreadsheets write, is dropped."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        actual = f"the byte 0x{error.object[error.start]:02x}"
+        actual = f"the byte 0x{error.object[error.start]:02x}: save the file as UTF-8"
         raise complaint(f"{path.name}, line {line}", "UTF-8 text", actual) from error

@@ -1,4 +1,4 @@
-"""Read a user's dataset: a .csv, .jsonl or .parquet file, whose columns determine its study.
+"""Read a user's dataset: a file whose columns determine its study.
 
 A concept dataset has the columns `text` and `label`; a knowledge dataset has `prompt`, `answer` and `category`, and
 may have `relation`, `subject`, `rival` and `corrupt`.
@@ -12,11 +12,11 @@ from pathlib import Path
 from kdb.errors import DatasetError
 from kdb.ingest.datasets.base import Dataset, Example
 from kdb.ingest.datasets.joining import takes_space
+from kdb.ingest.datasets.labels import with_labels
 from kdb.ingest.datasets.layout import Layout, text_of, to_examples
-from kdb.ingest.datasets.rows import Row, column_names, complaint, excerpt, read_csv, read_jsonl, read_parquet
+from kdb.ingest.datasets.rows import Row, complaint, excerpt
+from kdb.ingest.datasets.userformats import Table, read_table, stem_of
 
-_READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
-_LABELS = {"0": 0, "1": 1, "true": 1, "false": 0, "yes": 1, "no": 0, "positive": 1, "negative": 0}
 _CONCEPT = ("text", "label")
 _KNOWLEDGE = ("prompt", "answer", "category")
 _OPTIONAL = ("relation", "subject", "rival", "corrupt")
@@ -24,48 +24,51 @@ _ALL = "all"
 """Reserved name: in saved queries it means all categories."""
 
 
-def is_user_file(name: str) -> bool:
-    """Whether a name is that of a file, by its ending; the file need not exist."""
-    return Path(name).suffix.lower() in _READERS
-
-
-def load_user_file(path: Path, name: str | None, group_by: str | None, taken: Collection[str]) -> Dataset:
+def load_user_file(
+    path: Path, name: str | None, group_by: str | None, positive: str | None, taken: Collection[str]
+) -> Dataset:
     """Read a file as the dataset `name`, by default its stem; raise DatasetError if file or name cannot be used.
 
-    `taken` are the names of kdb's own datasets, which a user's dataset may not have.
+    `positive` is the class that is label 1, of labels that are names of classes. `taken` are the names of kdb's own
+    datasets, which a user's dataset may not have.
     """
+    table = read_table(path)
     name = _usable_name(path, name, taken)
     source = f"{path.name}, a user's file"
-    read = _READERS[path.suffix.lower()]
-    location, columns = column_names(path)
-    if _is_knowledge(location, columns):
+    if _is_knowledge(table):
         refuse_groups(name, group_by)
-        # In JSON lines, a column may exist in some lines only.
-        optional = () if path.suffix.lower() == ".jsonl" else tuple(c for c in _OPTIONAL if c in columns)
-        rows = read(path, (*_KNOWLEDGE, *optional))
+        refuse_positive(name, positive)
+        rows = table.rows(_KNOWLEDGE, _OPTIONAL)
         return Dataset(name, source, "{text}", tuple(_answered(rows)), study="knowledge")
-    layout = Layout(labels=_LABELS, group=group_by)
-    labelled = list(read(path, layout.needed))
-    examples = tuple(to_examples(labelled, layout))
-    _check_one_label(labelled, examples)
+    examples = _labelled(table, Layout(group=group_by), positive)
+    source += "" if positive is None else f", label 1: {positive}"
     return Dataset(name, source, "{text}", examples)
 
 
-def load_texts(path: Path, group_by: str | None = None) -> tuple[Example, ...]:
+def load_texts(path: Path, group_by: str | None = None, positive: str | None = None) -> tuple[Example, ...]:
     """Read the texts of a file, with their labels if it has a column `label`.
 
     Raises DatasetError for a file that has no texts, or cannot be read.
     """
-    if not is_user_file(str(path)):
-        raise DatasetError(f"Cannot read {str(path)!r} as texts: name a file that ends in {', '.join(_READERS)}.")
-    read, (location, columns) = _READERS[path.suffix.lower()], column_names(path)
-    if "text" not in columns:
-        raise complaint(location, "a column 'text'", f"{', '.join(map(repr, columns)) or 'no columns'}: rename one")
-    layout = Layout(label="label" if "label" in columns else None, labels=_LABELS, group=group_by)
-    rows = list(read(path, layout.needed))
-    examples = tuple(to_examples(rows, layout))
+    table = read_table(path)
+    if not table.has("text"):
+        named = ", ".join(map(repr, table.columns)) or "no columns"
+        raise complaint(table.location, "a column 'text'", f"{named}: rename one")
+    has_labels = table.has("label")
+    if positive is not None and not has_labels:
+        raise complaint(table.location, "a column 'label' for --positive", "none: leave --positive out")
+    examples = _labelled(table, Layout(label="label" if has_labels else None, group=group_by), positive)
     if not examples:
-        raise complaint(location, "at least one text below", "none")
+        raise complaint(table.location, "at least one text below", "none")
+    return examples
+
+
+def _labelled(table: Table, layout: Layout, positive: str | None) -> tuple[Example, ...]:
+    """Return the texts of a table with their labels, if the layout has any."""
+    rows = list(table.rows(layout.needed))
+    if layout.label is not None:
+        rows = list(with_labels(rows, positive))
+    examples = tuple(to_examples(rows, layout))
     _check_one_label(rows, examples)
     return examples
 
@@ -92,15 +95,24 @@ def refuse_groups(name: str, group_by: str | None) -> None:
         )
 
 
-def _is_knowledge(location: str, columns: Collection[str]) -> bool:
-    concept, knowledge = set(_CONCEPT) <= set(columns), set(_KNOWLEDGE) <= set(columns)
+def refuse_positive(name: str, positive: str | None) -> None:
+    """Raise DatasetError if a class is given for a dataset whose labels are known, or which has none."""
+    if positive is not None:
+        raise DatasetError(
+            f"Dataset {name!r} takes no --positive: it is for a file of your own whose labels are names of classes. "
+            "Leave it out."
+        )
+
+
+def _is_knowledge(table: Table) -> bool:
+    concept, knowledge = table.has(*_CONCEPT), table.has(*_KNOWLEDGE)
     if concept != knowledge:
         return knowledge
     either = "columns 'text' and 'label', or 'prompt', 'answer' and 'category'"
-    actual = ", ".join(map(repr, columns)) or "no columns"
+    actual = ", ".join(map(repr, table.columns)) or "no columns"
     if concept:
-        raise complaint(location, f"{either}, not both", f"{actual}: remove the columns of one study")
-    raise complaint(location, either, f"{actual}: rename the columns")
+        raise complaint(table.location, f"{either}, not both", f"{actual}: remove the columns of one study")
+    raise complaint(table.location, either, f"{actual}: rename the columns")
 
 
 def _answered(rows: Iterable[Row]) -> Iterator[Example]:
@@ -166,7 +178,7 @@ def _optional(row: Row, column: str) -> str | None:
 
 
 def _usable_name(path: Path, name: str | None, taken: Collection[str]) -> str:
-    name = path.stem if name is None else name
+    name = stem_of(path) if name is None else name
     if not name.strip():
         raise DatasetError(f"{path.name} would be stored under a blank name: give another name with --dataset-name.")
     if name.lower() in taken:

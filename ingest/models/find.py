@@ -113,14 +113,19 @@ class LoadedModel:
 def check_named(spec: str) -> None:
     """Refuse a name that cannot be a model, without reading weights or asking the hub.
 
-    Raises UnknownNameError for an unknown name, ModelError for a file that does not exist.
+    Raises UnknownNameError for an unknown name, ModelError for a file or folder that does not exist.
     """
     path = Path(spec).expanduser()
     if spec in REGISTRY or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return
     if path.suffix == ".gguf":
         raise ModelError(f"There is no file {str(path)!r}: --model takes the path of a .gguf file.")
-    if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+    if spec.startswith((".", "/", "~")):
+        raise ModelError(
+            f"No such folder: {spec!r}. --model takes a folder with a model's files, a .gguf file, a hub id "
+            "(owner/name) or a name that `kdb models` lists."
+        )
+    if spec.count("/") != 1:
         hint = "`kdb models` lists them; a hub id (owner/name), a folder or a .gguf file works too."
         raise UnknownNameError("model", spec, REGISTRY, hint)
 

@@ -14,10 +14,11 @@ from kdb.cli.ablate import ablate
 from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.compare import compare
 from kdb.cli.completion import completion
+from kdb.cli.datasets import datasets
 from kdb.cli.draw import plot, report
 from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.lens import lens
-from kdb.cli.measure import datasets, ingest, models, probe, project
+from kdb.cli.measure import ingest, models, probe, project
 from kdb.cli.patch import patch
 from kdb.cli.serve import serve
 from kdb.cli.share import export, import_, pull, push

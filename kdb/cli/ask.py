@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,12 @@ from kdb.cli import completion
 from kdb.cli.options import notes_shown, output_options, param_option, show, warehouse_option
 from kdb.queries.catalogue import SavedQuery, find_query, load_catalogue
 from kdb.tables import View
+
+if TYPE_CHECKING:
+    from sqlalchemy import Table
+
+_WIDEST = 100
+"""Columns of a terminal that the entry of a table uses at most."""
 
 
 def _grouped() -> Iterator[tuple[str, list[SavedQuery]]]:
@@ -111,8 +118,29 @@ def sql(text: str, warehouse: Path | str, format_: str | None, output: Path | No
 
 
 @click.command()
-def schema() -> None:
-    """Print the data dictionary: tables, columns, units, meanings."""
-    from kdb.warehouse.schema import data_dictionary
+@click.argument("table", required=False, shell_complete=completion.tables())
+def schema(table: str | None) -> None:
+    """Print the data dictionary: tables, columns, units, meanings; or one table of it.
 
-    click.echo(data_dictionary(), nl=False)
+    \b
+    kdb schema
+    kdb schema probe_scores
+    """
+    from kdb.warehouse.schema import data_dictionary, find_table
+
+    click.echo(data_dictionary() if table is None else _entry_of(find_table(table)), nl=False)
+
+
+def _entry_of(table: Table) -> str:
+    """Return the columns of a table, each with its meaning beside it, in the width of the terminal."""
+    from kdb.warehouse.schema import PARTITIONS, sql_type
+
+    formatter = click.HelpFormatter(width=min(shutil.get_terminal_size().columns, _WIDEST))
+    formatter.write_text(f"{table.name}: one row per {table.comment}.")
+    formatter.write_paragraph()
+    rows = [(f"{name}  VARCHAR", f"{meaning}.") for name, meaning in PARTITIONS.items()]
+    for column in table.columns:
+        unit = f" Unit: {column.info['unit']}." if column.info["unit"] else ""
+        rows.append((f"{column.name}  {sql_type(column)}", f"{column.comment}.{unit}"))
+    formatter.write_dl(rows, col_max=40)
+    return formatter.getvalue()

@@ -49,6 +49,17 @@ def queries() -> Completion:
     return _completion(lambda _: ((saved.name, saved.title) for saved in load_catalogue().values()))
 
 
+def tables() -> Completion:
+    """Return the completion of names of tables."""
+
+    def names(_: click.Context) -> Iterator[tuple[str, str]]:
+        from kdb.warehouse.schema import TABLES
+
+        yield from ((name, str(table.comment)) for name, table in TABLES.items())
+
+    return _completion(names)
+
+
 def _completion(names: Callable[[click.Context], Iterable[tuple[str, str]]]) -> Completion:
     """Return a completion from pairs of name and explanation."""
 

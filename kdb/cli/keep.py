@@ -31,7 +31,7 @@ def runs(ctx: click.Context, warehouse: Path | str, format_: str | None, output:
 
     \b
     kdb runs
-    kdb runs remove 1f0c9a3b5d7e2468
+    kdb runs remove 1f0c9a3b
     kdb runs remove --older-than 90d
     """
     ctx.obj = warehouse
@@ -62,21 +62,27 @@ def remove(
 ) -> None:
     """Delete a run permanently, or all runs older than some age, after asking for confirmation.
 
+    RUN is the run's id (`kdb runs`), or its first digits: four or more, as many as tell it from the others.
+
     \b
-    kdb runs remove 1f0c9a3b5d7e2468
+    kdb runs remove 1f0c9a3b
     kdb runs remove --older-than 90d
     """
     if (run is None) == (older_than is None):
         raise click.UsageError("Give either one run, or an age with --older-than.")
     opened = kdb.open(warehouse or parent_warehouse)
-    if run and not yes:
-        folder = opened.storage.listed(run)  # with its names: the id alone might be meant for another warehouse
-        click.confirm(
-            visible(f"Remove run {run} ({folder.model} on {folder.dataset}) permanently?"), abort=True, err=True
-        )
-    for chosen in [run] if run else _confirmed(opened, str(older_than), yes):
-        opened.storage.remove(str(chosen))
+    for chosen in _confirmed(opened, str(older_than), yes) if run is None else [_confirmed_run(opened, run, yes)]:
+        opened.storage.remove(chosen)
         click.echo(f"Removed run {chosen}.")
+
+
+def _confirmed_run(opened: Warehouse, digits: str, yes: bool) -> str:
+    """Return the run that begins with these digits, after asking for confirmation."""
+    folder = opened.storage.named(digits)
+    if not yes:  # with its names: the id alone might be meant for another warehouse
+        named = f"{folder.run} ({folder.model} on {folder.dataset})"
+        click.confirm(visible(f"Remove run {named} permanently?"), abort=True, err=True)
+    return folder.run
 
 
 def _confirmed(opened: Warehouse, older_than: str, yes: bool) -> list[str]:
@@ -154,9 +160,8 @@ def _having_vectors(
         "AND ($1 IS NULL OR finished_at < $1::TIMESTAMPTZ) ORDER BY finished_at, run",
         [before],
     ).to_dicts()
-    for run in chosen:
-        opened.storage.listed(run)
-    return [r["run"] for r in rows if r["run"] in chosen or r["model"] in models or not (chosen or models)]
+    named = [opened.storage.named(digits).run for digits in chosen]
+    return [r["run"] for r in rows if r["run"] in named or r["model"] in models or not (chosen or models)]
 
 
 @click.command()
@@ -175,7 +180,7 @@ def compact(chosen: tuple[str, ...], warehouse: Path | str) -> None:
     from kdb.warehouse import compaction
 
     storage = kdb.open(warehouse).storage
-    runs = chosen or [folder.run for folder in storage.run_folders()]
+    runs = [storage.named(digits).run for digits in chosen] or [folder.run for folder in storage.run_folders()]
     fewer = sum(compaction.compact(storage, run) for run in runs)
     click.echo(f"Reduced the number of files by {fewer:,} in {_count(len(runs), 'run')}.")
 

@@ -1,4 +1,4 @@
-"""Commands that measure: run a model on datasets, refit probes, project, and list models and datasets."""
+"""Commands that measure: run a model on datasets, refit probes, project, and list models."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import kdb
-from kdb.cli.options import say, warehouse_option
+from kdb.cli.options import PlanCommand, PlanFile, output_options, say, show, warehouse_option
 from kdb.cli.outcome import report_measured, report_outcome, say_next
 from kdb.cli.settings import (
     attribution_options,
@@ -26,6 +26,7 @@ from kdb.cli.settings import (
 )
 from kdb.errors import PlanError, QueryError, UnknownNameError
 from kdb.ingest.settings import ALWAYS_FITTED, Attributing, Measuring, Probing, settings_from
+from kdb.tables import View
 from kdb.text import visible
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
 
 
-@click.command()
-@click.argument("plan", required=False, type=click.Path(path_type=Path), metavar="[PLAN.yaml]")
+@click.command(cls=PlanCommand)
+@click.argument("plan", required=False, type=PlanFile(), metavar="[PLAN.yaml]")
 @model_options
 @dataset_options
 @probe_options
@@ -197,7 +198,7 @@ def _built_in(options: dict[str, Any]) -> list[str]:
 
 
 def _dataset(name: str, options: Any) -> Any:
-    texts = ("dataset_name", "template", "limit", "group_by", "ask", "answers")
+    texts = ("dataset_name", "template", "limit", "group_by", "positive", "ask", "answers")
     return _load_dataset(name, options["data_dir"], **{option: options[option] for option in texts})
 
 
@@ -335,18 +336,22 @@ def _check_rows(sql: Callable[..., Any], table: str, model: str, dataset: str, v
 
 
 @click.command()
-def models() -> None:
+@output_options
+def models(format_: str | None, output: Path | None, view: View) -> None:
     """List the models that have a short name, with the source of their weights.
 
     Any hub id, folder or .gguf file works too. `kdb query models` describes the files of measured models.
     """
+    import polars as pl
+
     from kdb.ingest.models.find import REGISTRY
 
     rows = [
-        (m.name, m.family, m.size, "instruct" if m.instruct else "base", *_weights(m), m.hub_id)
+        (m.name, m.size, m.family, "instruct" if m.instruct else "base", *_weights(m), m.hub_id)
         for m in REGISTRY.values()
     ]
-    _columns(rows, ("name", "family", "size", "trained", "weights", "from", "hub id"))
+    names = ["name", "size", "family", "trained", "weights", "from", "hub_id"]
+    show(pl.DataFrame(rows, names, orient="row"), format_, output, view)
 
 
 def _weights(model: Any) -> tuple[str, str]:
@@ -354,27 +359,6 @@ def _weights(model: Any) -> tuple[str, str]:
     if model.is_installed:
         return f"GGUF, quantized ({model.packaged})", f"package {model.package}"
     return "safetensors, as published", "the hub"
-
-
-@click.command()
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    envvar="KDB_DATA_DIR",
-    help="Folder with dataset files; defaults to $KDB_DATA_DIR.",
-)
-def datasets(data_dir: Path | None) -> None:
-    """List the datasets that have a name, and whether each is available here."""
-    from kdb.ingest.datasets import available_datasets
-
-    rows = [(i.name, i.size, f"{i.status} {i.where}".strip(), i.source) for i in available_datasets(data_dir)]
-    _columns(rows, ("name", "prompts", "here", "source"))
-
-
-def _columns(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 class _Visible(logging.Formatter):

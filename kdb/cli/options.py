@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import shutil
@@ -62,6 +63,40 @@ class Location(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a URL unchanged, since a Path would remove a slash, and anything else as a Path."""
         return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+class PlanFile(click.Path):
+    """An existing file with a plan of runs."""
+
+    name = "plan"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path of the file; fail if there is none."""
+        if not Path(value).exists() or Path(value).is_dir():
+            self.fail(
+                f"there is no plan {str(value)!r}. A plan is a YAML file of runs. Models and datasets are named by "
+                "options: --model NAME --dataset NAME.",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+class PlanCommand(click.Command):
+    """A command with an optional plan, which is not confused with a value given to an option that takes none."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Fail at a word that follows a switch, such as ``--noise 0.5``, unless a file has this name."""
+        switches = {
+            name for one in self.params if getattr(one, "is_flag", False) for name in (*one.opts, *one.secondary_opts)
+        }
+        for option, word in itertools.pairwise(args):
+            if option in switches and not word.startswith("-") and not Path(word).exists():
+                raise click.UsageError(f"Option '{option}' takes no value. Remove {word!r}.", ctx)
+        return super().parse_args(ctx, args)
 
 
 def warehouse_option(command: Command) -> Command:

@@ -20,6 +20,9 @@ from kdb.ingest.settings import (
 )
 from kdb.queries.domains import CLASSIFIERS
 
+POSITIVE = "Class that is label 1, if the labels of your own file are names of classes, such as animal."
+"""Help of ``--positive``."""
+
 
 def dataset_options(command: Command) -> Command:
     """Options that choose the prompts."""
@@ -30,7 +33,8 @@ def dataset_options(command: Command) -> Command:
                 "datasets_",
                 multiple=True,
                 shell_complete=measurable("dataset"),
-                help="Name of a dataset, or .csv, .jsonl or .parquet file; repeatable.  [default: all built-in ones]",
+                help="Name of a dataset, or your own .csv, .tsv, .json, .jsonl or .parquet file; repeatable.  "
+                "[default: all built-in ones]",
             ),
             click.option(
                 "--dataset-name",
@@ -42,6 +46,7 @@ def dataset_options(command: Command) -> Command:
                 envvar="KDB_DATA_DIR",
                 help="Folder with the papers' original files; defaults to $KDB_DATA_DIR, then to the cache folder.",
             ),
+            click.option("--positive", metavar="CLASS", help=POSITIVE),
             click.option("--template", help="Prompt template, such as 'Is it true? {text}'."),
             click.option("--ask", help="Question that follows each text of your own file, such as 'Is it true?'."),
             click.option("--answers", help="Answers to the question, first that of label 0, such as no,yes."),

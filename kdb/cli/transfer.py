@@ -11,7 +11,7 @@ import click
 import kdb
 from kdb.cli.completion import stored
 from kdb.cli.options import check_output, say, show, table_options, warehouse_option
-from kdb.cli.settings import variant_option
+from kdb.cli.settings import POSITIVE, variant_option
 from kdb.errors import QueryError
 from kdb.queries.domains import CLASSIFIERS, DEFAULT_CLASSIFIER, SITES
 from kdb.tables import View
@@ -46,7 +46,7 @@ _SHOWN = 20
     "--to",
     "file",
     type=click.Path(path_type=Path),
-    help="File of new texts (.csv, .jsonl or .parquet) to score: column text, and label if labels are known.",
+    help="File of new texts to score (.csv, .tsv, .json, .jsonl, .parquet): column text, and label if known.",
 )
 @click.option("--classifier", type=click.Choice(CLASSIFIERS), help="With --to: kind of the probe.  [default: logistic]")
 @click.option("--split", help="With --to: split of the probe.  [default: the one that `current` shows]")
@@ -57,6 +57,7 @@ _SHOWN = 20
     help="With --to: where the hidden state is read.  [default: both]",
 )
 @click.option("--group-by", help="With --to: column of groups, which share a subject. Intervals respect them.")
+@click.option("--positive", metavar="CLASS", help=f"With --to: {POSITIVE[0].lower()}{POSITIVE[1:]}")
 @click.option("--name", help="With --to: name under which the model is stored; defaults to its own name.")
 @click.option("--device", help="With --to: device, such as cpu or cuda:1.  [default: cuda if available, else cpu]")
 @click.option(
@@ -135,6 +136,7 @@ def _score(
     *,
     name: str | None,
     group_by: str | None,
+    positive: str | None,
     device: str | None,
     output: Path | None,
     classifier: str | None,
@@ -147,7 +149,7 @@ def _score(
 
     if output is not None:
         check_output(output, (".csv", ".json", ".parquet"))
-    examples, opened = load_texts(file, group_by), kdb.open(warehouse)
+    examples, opened = load_texts(file, group_by, positive), kdb.open(warehouse)
     revision = re.search(r"\brevision=(\S+)", variant)
     source = find_model(model, name=name, revision=revision and revision[1])
     chosen |= {"classifier": classifier or DEFAULT_CLASSIFIER, "variant": variant}
