@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ def _asked(model: Any, dataset: Any, revision: Any, options: dict[str, Any]) -> 
     from kdb.ingest.jobs import complete, forget_datasets
     from kdb.ingest.plan_file import Asked, combine
 
-    given = {name: _checked(name, value) for name, value in options.items()}
+    given = {name: check_option(name, value) for name, value in options.items()}
     forget_datasets()  # a file may have changed since it was last read here
     asked: list[Asked] = []
     datasets = [str(one) for one in _several(dataset)]
@@ -88,7 +88,7 @@ def _check_loaded(given: Mapping[str, Any], revision: Any) -> None:
         raise PlanError(f"The model is loaded already. Leave {named[0]} out, or give it to kdb.load_model.")
 
 
-def _checked(name: str, value: Any) -> Any:
+def check_option(name: str, value: Any) -> Any:
     """Return the value of an option. Raises UnknownNameError for an unknown option, PlanError for a wrong value."""
     if name not in DEFAULTS:
         raise UnknownNameError("option", name, DEFAULTS, f"The options are {', '.join(DEFAULTS)}.")

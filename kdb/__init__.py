@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdb.ingest.attribution.one_prompt import Attribution
+    from kdb.ingest.attribution.one_prompt import PromptAttribution
     from kdb.ingest.call import ingest
     from kdb.ingest.models.find import LoadedModel
     from kdb.opened import OpenWarehouse
@@ -79,8 +79,11 @@ def load_model(
     from kdb.wording import python_words
 
     with python_words():
+        from kdb.ingest.call import check_option
         from kdb.ingest.models import find, load
 
+        check_option("dtype", dtype)
+        check_option("quantize", quantize)
         source = find.find_model(str(model), name=name, revision=revision)
         return load.load_model(source, device=load.pick_device(device), dtype=dtype, quantize=quantize)
 
@@ -94,7 +97,7 @@ def attribute(
     corrupt: str | None = None,
     exact: bool = False,
     top_k: int = 100,
-) -> Attribution:
+) -> PromptAttribution:
     """Attribute a model's answer to its layers, heads and neurons, in one prompt and without a warehouse.
 
     ``model`` is what ``load_model`` returned, or its argument. The answer's first token is explained; the prompt is

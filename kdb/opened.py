@@ -84,7 +84,9 @@ class OpenWarehouse(Warehouse):
         of = ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in self._sizes(counted).items())
         models = sorted({model for model, _dataset in counted})
         rows = [_row(model, {d: n for (m, d), n in counted.items() if m == model}) for model in models[:_MOST_ROWS]]
-        more = f"<p>and {len(models) - _MOST_ROWS} more models: <code>.models()</code></p>" if models[_MOST_ROWS:] else ""
+        more = (
+            f"<p>and {len(models) - _MOST_ROWS} more models: <code>.models()</code></p>" if models[_MOST_ROWS:] else ""
+        )
         head = "<tr><th>model</th><th>datasets</th><th>runs</th></tr>"
         return (
             f"<p>kdb warehouse <code>{html.escape(self._where)}</code>: {of}</p>"
