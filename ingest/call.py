@@ -111,6 +111,8 @@ def _expected(name: str, value: Any) -> str | None:
         return None if is_whole and LEAST[name] <= value <= LARGEST else f"a whole number from {LEAST[name]}"
     if isinstance(DEFAULTS[name], bool):
         return None if isinstance(value, bool) else "True or False"
+    if isinstance(value, str) and "\0" in value:
+        return "a text without NUL characters"
     kinds = (str, Path, tuple) if name in ("data_dir", "answers") else str
     return None if isinstance(value, kinds) else "a text"
 
