@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import KdbError, PlanError, UnknownNameError
+from kdb.ingest.log import logged
 from kdb.ingest.settings import CHOICES, LEAST, Attributing, Measuring, Probing
 from kdb.queries.domains import CLASSIFIERS, LARGEST
 from kdb.warehouse import location_or_default
-from kdb.wording import python_words
+from kdb.wording import in_python, python_words
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
@@ -52,7 +53,7 @@ def ingest(
     Raises KdbError for wrong input. If one of several runs fails, the others continue, and the error follows at the
     end.
     """
-    with python_words():
+    with python_words(), logged(in_python):
         asked = _asked(model, dataset, revision, options)
         return _measured(_storage(warehouse), asked)
 

@@ -129,6 +129,26 @@ def test_a_loaded_model_measures_the_same_run_and_is_not_loaded_again(
         kdb.ingest(tiny_loaded, user_dataset, warehouse=tmp_path / "w", dtype="bfloat16")
 
 
+def test_progress_and_warnings_are_printed_unless_the_program_has_a_log_of_its_own(
+    tiny_model: Path, user_dataset: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import logging, sys, kdb\n"
+        "def measure(folder): kdb.ingest(sys.argv[1], sys.argv[2], warehouse=folder)\n"
+        "measure(sys.argv[3] + '/a')\n"
+        "sys.stderr.write('and now\\n')\n"
+        "logging.getLogger('kdb').addHandler(logging.NullHandler())\n"
+        "measure(sys.argv[3] + '/b')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, tiny_model, user_dataset, tmp_path], capture_output=True, text=True, check=True
+    )
+    first, _, second = process.stderr.partition("and now\n")
+    assert "`ask` and `answers` ask a question." in first
+    assert "tiny on weather: 40 prompts" in first
+    assert second == ""
+
+
 def test_a_file_that_changed_is_read_again(tiny_loaded: LoadedModel, user_dataset: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     lines = user_dataset.read_text().splitlines(keepends=True)

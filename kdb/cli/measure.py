@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,10 +21,6 @@ from kdb.cli.settings import (
     stored_options,
 )
 from kdb.errors import PlanError, QueryError, UnknownNameError
-from kdb.text import visible
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
@@ -314,16 +310,9 @@ def _columns(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-class _Visible(logging.Formatter):
-    """Log lines in which untrusted names cannot send escape sequences to the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
 def log_to_stderr() -> None:
     """Print what kdb logs."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Visible())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    from kdb.ingest.log import ToStderr
+
+    logging.basicConfig(level=logging.WARNING, handlers=[ToStderr()])
     logging.getLogger("kdb").setLevel(logging.INFO)
