@@ -21,11 +21,19 @@ _COMMANDS = {
 }
 """Commands that have a function of their own."""
 
+_VALUES = (
+    r"'[^']*'|(?:int8|float\d+|bfloat16|cpu|auto|all|last|subject|zero|mean|resample|pair|exact|atp|relp|noising"
+    r"|denoising|logit|tuned)\b"
+)
+"""Values of options: quoted ones, and words that are one in every message."""
+
+_QUOTE = "'"
+
 _OPTION = re.compile(
     r"(?P<code>`[^`]*`)"
-    r"|(?<![^\s(])--(?P<name>[a-z]+(?:-[a-z]+)*)(?: (?P<value>[a-z]+\d+|all|auto|last|zero|exact|cpu)\b)?"
+    rf"|(?<![^\s(])--(?P<name>[a-z]+(?:-[a-z]+)*)(?: (?P<value>{_VALUES}))?"
 )
-"""An option outside code, with the value that follows it, if it is one that kdb knows."""
+"""An option outside code, with the value that follows it."""
 
 
 @contextlib.contextmanager
@@ -54,5 +62,5 @@ def in_python(message: str) -> str:
 def _keyword(match: re.Match[str]) -> str:
     if code := match["code"]:
         return _COMMANDS.get(code, code)
-    name = match["name"].replace("-", "_")
-    return f"`{name}`" if match["value"] is None else f"`{name}={match['value']!r}`"
+    name, value = match["name"].replace("-", "_"), match["value"]
+    return f"`{name}`" if value is None else f"`{name}='{value.strip(_QUOTE)}'`"

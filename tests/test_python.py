@@ -24,6 +24,7 @@ from kdb.analysis.figures import FIGURES
 from kdb.errors import KdbError, ModelError, UnknownNameError, WarehouseError
 from kdb.ingest.models.find import LoadedModel
 from kdb.queries.catalogue import load_catalogue
+from kdb.warehouse.notes import KdbNote
 from kdb.wording import in_python, python_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,6 +321,15 @@ def test_an_error_speaks_python_to_python_and_shell_to_the_shell(
     assert "Create one with `kdb ingest`, or name another with --warehouse." in result.stderr
 
 
+def test_a_note_speaks_python_to_python_and_shell_to_the_shell(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
+    measure(tmp_path / "w", model="one")
+    measure(tmp_path / "w", model="two", variant="limit=20")
+    with pytest.warns(KdbNote, match=r"two \(limit=20\)\. `variant` chooses another\."):
+        kdb.open(tmp_path / "w").query("layer-accuracy")
+    result = run_kdb("query", "layer-accuracy", "--warehouse", tmp_path / "w")
+    assert "two (limit=20). --variant chooses another." in result.stderr
+
+
 def test_names_of_models_and_figures_are_told_in_the_words_of_python(measured: Path) -> None:
     with pytest.raises(ModelError, match=r"^There is no file 'x.gguf': `model` takes the path of a .gguf file\.$"):
         kdb.load_model("x.gguf")
@@ -336,6 +346,7 @@ def test_names_of_models_and_figures_are_told_in_the_words_of_python(measured: P
         ("Leave --ask and --answers out.", "Leave `ask` and `answers` out."),
         ("give equal texts one group (--group-by).", "give equal texts one group (`group_by`)."),
         ("Run `kdb probe --model x` first.", "Run `kdb probe --model x` first."),
+        ("Stored: --lens logit (--variant 'limit=20').", "Stored: `lens='logit'` (`variant='limit=20'`)."),
         ("a--b 1 -- 2", "a--b 1 -- 2"),
     ],
 )
