@@ -24,5 +24,7 @@ class _Ingest(types.ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> list[Ended]:
         return call.ingest(*args, **kwargs)
 
+    __call__.__doc__ = call.ingest.__doc__
+
 
 sys.modules[__name__].__class__ = _Ingest

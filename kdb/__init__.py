@@ -130,3 +130,8 @@ def __getattr__(name: str) -> Any:
 
         return import_module("kdb.ingest")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the names for completion, with those that are made when they are first asked for."""
+    return sorted({*globals(), "ingest", "__version__"})

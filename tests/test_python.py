@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[1]
 def test_help_lists_the_functions_and_the_version_is_there() -> None:
     text = pydoc.plain(pydoc.render_doc(kdb))
     assert [name for name in kdb.__all__ if f"{name}(" not in text] == []
+    assert {*kdb.__all__, "__version__"} <= set(dir(kdb))
+    assert "Measure models on datasets, and store each run" in str(type(kdb.ingest).__call__.__doc__)
     process = subprocess.run([sys.executable, "-m", "kdb", "--version"], capture_output=True, text=True, check=True)
     assert process.stdout.split()[-1] == kdb.__version__
 
