@@ -235,7 +235,7 @@ class Measurement:
 
     def _run(self, line: Sequence[str]) -> None:
         self.release()
-        outcome = subprocess.run([sys.executable, "-m", "kdb.cli", *line], capture_output=True, text=True)
+        outcome = subprocess.run([sys.executable, "-m", "kdb", *line], capture_output=True, text=True)
         if outcome.returncode:
             why = outcome.stderr.strip().splitlines()[-1:] or [f"exit status {outcome.returncode}"]
             raise KdbError(f"kdb {line[0]}: {why[0]}")

@@ -157,7 +157,7 @@ def peak_memory(name: str, dataset: str, data: Path, limit: int | None) -> None:
     """Print the peak memory of a whole ingest beyond the model's weights."""
     weights = 4 * sum(p.numel() for p in load_model(find_model(name)).model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "kdb.cli", "ingest", "--model", name, "--dataset", dataset]
+        command = [sys.executable, "-m", "kdb", "ingest", "--model", name, "--dataset", dataset]
         command += ["--data-dir", str(data), "--warehouse", folder] + (["--limit", str(limit)] if limit else [])
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(child.pid, 0)

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.object_store import KEY, SECRET, ObjectStore, extension, object_store
 
 import kdb
+from kdb.demo import DEMO
 from kdb.warehouse import bucket_storage
 from kdb.warehouse.manifest import RunFolder, read_manifest
 from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import PARTITIONS
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import DEMO
 
 LATENCY = 0.03
 URL = "s3://lab/kdb"

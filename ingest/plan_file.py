@@ -26,7 +26,7 @@ from kdb.ingest.measure import ingest_on
 
 if TYPE_CHECKING:
     from kdb.ingest.job import Job
-    from kdb.ingest.models.find import ModelSource
+    from kdb.ingest.models.find import LoadedModel, ModelSource
     from kdb.ingest.stages import Engine
     from kdb.warehouse.storage import Storage
 
@@ -37,12 +37,16 @@ SEVERAL = ("model", "revision", "dataset")
 
 @dataclass(frozen=True)
 class Asked:
-    """The runs of one model at one revision: its options and its datasets; no datasets mean all built-in ones."""
+    """The runs of one model at one revision: its options and its datasets; no datasets mean all built-in ones.
+
+    ``loaded`` is the model, if it is in memory already.
+    """
 
     model: str
     revision: str | None
     datasets: tuple[str, ...]
     options: Mapping[str, Any]
+    loaded: LoadedModel | None = None
 
     @property
     def name(self) -> str:

@@ -77,19 +77,25 @@ def pose(job: Job, tokenizer: Any) -> tuple[Prompt, ...]:
 
 
 def _with_targets(job: Job, tokenizer: Any) -> Iterator[Prompt]:
+    targets = targets_of(job, tokenizer)
+    whole = job.attributing.answer_tokens == "all"
+    check_candidates(targets, [e.category or "" for e in job.dataset.examples], whole=whole)
+    _warn_of_shared(job, sum(target.is_shared for target in targets))
+    for number, target in enumerate(targets):
+        yield Prompt(number, target.token_ids, target)
+
+
+def targets_of(job: Job, tokenizer: Any) -> list[Target]:
+    """Return the target of each prompt. Raises DatasetError for an answer that cannot be one."""
     examples, wanted = job.dataset.examples, job.attributing
     asked = [(text, e.answer or "", e.category or "") for text, e in zip(job.texts, examples, strict=True)]
     prefixes = [e.answer_prefix if wanted.answer_prefix is None else wanted.answer_prefix for e in examples]
-    targets = [
+    return [
         with_own(
             tokenizer, text, e.answer or "", target, e.rival, e.corrupt and text.replace(e.text.strip(), e.corrupt)
         )
         for (text, *_), e, target in zip(asked, examples, find_targets(tokenizer, asked, prefixes), strict=True)
     ]
-    check_candidates(targets, [category for *_, category in asked], whole=wanted.answer_tokens == "all")
-    _warn_of_shared(job, sum(target.is_shared for target in targets))
-    for number, target in enumerate(targets):
-        yield Prompt(number, target.token_ids, target)
 
 
 def _warn_of_shared(job: Job, n_shared: int) -> None:

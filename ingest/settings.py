@@ -23,6 +23,12 @@ QUANTIZATIONS = ("int8",)
 ANSWER_TOKENS = ("first", "all")
 """Tokens of an answer whose probability is stored, and compared with that of other answers."""
 
+CHOICES = {"dtype": DTYPES, "store": STORED_DTYPES, "quantize": QUANTIZATIONS, "answer_tokens": ANSWER_TOKENS}
+"""The values of settings that are names."""
+
+LEAST = {"limit": 1, "splits": 1, "seed": 0, "top_k": 1, "query_values": 1, "ablate_k": 0, "batch_tokens": 1}
+"""The smallest value of settings that are whole numbers."""
+
 ALWAYS_FITTED = ("logistic", "logistic-raw", "logistic-paper", "mean-difference")
 """Saved queries read ``logistic``, so every run has it; ``--classifier`` adds to these."""
 

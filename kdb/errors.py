@@ -17,7 +17,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class KdbError(Exception):
-    """Base of all errors that the user can fix."""
+    """Base of all errors that the user can fix.
+
+    ``shell`` is the message for the command line, if it differs from that for Python (``kdb/wording.py``).
+    """
+
+    shell: str | None = None
 
 
 class UnknownNameError(KdbError):

@@ -201,7 +201,7 @@ def test_two_models_of_one_name_are_never_mixed(lake: Path) -> None:
     add_probe(lake, "b", probe(0.6), dataset="e", revision="first")
     add_probe(lake, "c", probe(0.9), revision="second", finished_at=LATER)
     add_probe(lake, "d", probe(0.4), revision="first", source_run="a" * 16, finished_at=YEAR_2999)
-    told = r"3 runs of another model stored under the name 'm' \(revision first\) are not shown; .*--run shows one"
+    told = r"3 runs of another model stored under the name 'm' \(revision first\) are not shown; .*`run` shows one"
     with Database(lake) as database, pytest.warns(KdbNote, match=told):
         assert shown(database) == [0.9], "a later refit of the other model changes nothing"
         assert database.sql("SELECT DISTINCT dataset FROM current.probe_scores").rows() == [("d",)]
@@ -248,7 +248,8 @@ def test_an_empty_answer_names_the_variants_that_are_stored(lake: Path) -> None:
     add_probe(lake, "a", probe(0.5), variant="limit=20")
     add_probe(lake, "b", probe(0.5), model="other")
     with Database(lake) as database:
-        with pytest.warns(KdbNote, match=r"No matching run of the variant 'default'\. Stored: limit=20 \(--variant"):
+        told = r"No matching run of the variant 'default'\. Stored: limit=20 \(`variant='limit=20'`\)"
+        with pytest.warns(KdbNote, match=told):
             assert shown(database, model="m") == []
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -546,12 +546,11 @@ def test_estimates_are_ranked_by_the_logit_difference_and_measured_effects_by_lo
 
 
 def test_an_empty_answer_names_the_nearest_effects_and_lenses_that_are_stored(by_hand: Database) -> None:
-    stored = (
-        r"No rows for --effect-method exact --replacement pair .* Stored: --effect-method exact --replacement mean "
-    )
+    exact = "`effect_method='exact'` "
+    stored = rf"No rows for {exact}`replacement='pair'` .* Stored: {exact}`replacement='mean'` "
     with pytest.warns(KdbNote, match=stored):
         assert by_hand.query("head-effects", replacement="pair").is_empty()
-    with pytest.warns(KdbNote, match=r"No rows for --lens tuned\. Stored: --lens logit\."):
+    with pytest.warns(KdbNote, match=r"No rows for `lens='tuned'`\. Stored: `lens='logit'`\."):
         assert by_hand.query("answer-by-layer", lens="tuned").is_empty()
 
 

@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from test_queries import BEYOND_PROBES
 
+import kdb
 from kdb.analysis import figures
 from kdb.analysis.captions import CAVEAT
 from kdb.analysis.effects import agreement
@@ -34,7 +35,6 @@ from kdb.ingest.concept.metrics import wilson_interval
 from kdb.queries.catalogue import find_query
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import _demo
 
 pytestmark = pytest.mark.slow
 
@@ -392,8 +392,7 @@ def test_tokens_are_short_and_their_spaces_are_seen(token: str, shown: str) -> N
 
 @pytest.mark.parametrize("name", ["effect-map", "score-vs-effect", "answer-by-layer", "lens-map"])
 def test_a_warehouse_without_effects_says_what_measures_them(name: str) -> None:
-    with _demo() as folder:
-        older = Warehouse(folder)
+    with kdb.open_demo() as older:
         given = {"prompt": 0} if name == "lens-map" else {}
         if not older.scan("effects", everything=True).collect().is_empty():
             pytest.skip("the demo has effects")

@@ -665,7 +665,7 @@ def test_rows_that_are_waited_for_leave_torchs_mode_alone(
     job: Callable[..., Job], tiny_loaded: LoadedModel, known: list[tuple[str, str, str]]
 ) -> None:
     subject = knowledge.prepare(job())[0].bind(tiny_loaded, None)
-    measured = knowledge._attributed(subject, Shard("part", list(range(len(known)))), lambda _: None)
+    measured = knowledge.attributed(subject, Shard("part", list(range(len(known)))), lambda _: None)
     assert next(measured).table == "layer_scores"
     assert not torch.is_inference_mode_enabled()
     with torch.inference_mode():

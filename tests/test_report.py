@@ -13,13 +13,13 @@ import pytest
 from click.testing import Result
 from helpers.synthetic import Concept, Model, build, write_manifests
 
+import kdb
 from kdb.analysis.captions import CAVEAT
 from kdb.analysis.report import Report, command
 from kdb.analysis.report import build as build_report
 from kdb.cli import main
 from kdb.errors import UnknownNameError
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import _demo
 
 pytestmark = pytest.mark.slow
 
@@ -256,8 +256,8 @@ def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
 
 
 def test_both_real_models_stand_side_by_side() -> None:
-    with _demo() as folder:
-        report = build_report(Warehouse(folder))
+    with kdb.open_demo() as opened:
+        report = build_report(opened)
     assert report.models == ["gemma-3-270m", "smollm2-135m"]
     titles = {item.title for chapter in report.chapters.values() for item in chapter}
     assert titles >= {"Experiment 1: datasets within each model", "Table 4: the ten best layers", "Every head"}

@@ -38,7 +38,6 @@ from kdb.warehouse.limits import Limits
 from kdb.warehouse.paging import Page
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import _demo
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +60,8 @@ def client(server: Served) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Warehouse]:
-    with _demo() as folder:
-        yield kdb.open(folder)
+    with kdb.open_demo() as opened:
+        yield opened
 
 
 def read(response: httpx.Response) -> pl.DataFrame:

@@ -192,7 +192,7 @@ def names_current(text: str) -> bool:
 
 def _warn(found: Sequence[str]) -> None:
     for note in found:
-        warnings.warn(note, KdbNote, stacklevel=7)  # where Warehouse.query was called
+        warnings.warn(KdbNote(note), stacklevel=7)  # where Warehouse.query was called
 
 
 def is_gone(error: KdbError) -> bool:

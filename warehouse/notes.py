@@ -15,10 +15,15 @@ from typing import Any
 import duckdb
 
 from kdb.queries.catalogue import SavedQuery, Value
+from kdb.wording import in_python
 
 
 class KdbNote(UserWarning):
-    """A note about an answer."""
+    """A note about an answer, in the words of Python; ``shell`` is the note for the command line and the server."""
+
+    def __init__(self, shell: str) -> None:
+        super().__init__(in_python(shell))
+        self.shell = shell
 
 
 _ALIKE = """
@@ -177,7 +182,7 @@ def noted(notes: list[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, KdbNote))
+            notes += dict.fromkeys(w.message.shell for w in caught if isinstance(w.message, KdbNote))
     for other in caught:
         if not issubclass(other.category, KdbNote):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)

@@ -93,19 +93,19 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
         longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
         check_length(job, posed.token_ids, config, n_answer=longest - 1)
     return posed, [
-        ModelStage(("checks",), single("model"), _check, shown=("Checking the model", None)),
+        ModelStage(("checks",), single("model"), checked, shown=("Checking the model", None)),
         description(posed, tokenizer, config),
         ModelStage(
             ("prompts",),
             functools.partial(_prompt_shards, posed.token_ids),
-            _kept,
+            kept,
             shown=("Filtering prompts", "prompts"),
         ),
         ModelStage(("checks",), _stored_shards, _check_stored, shown=("Checking the prompts", None)),
         ModelStage(
             (*scores, BOUNDS, *methods, "query_neuron_scores", "query_layer_scores"),
             functools.partial(_chunks, posed, LengthClasses(config)),
-            _attributed,
+            attributed,
             shown=("Attributing", "prompts"),
             announce=functools.partial(_announce, posed),
         ),
@@ -132,7 +132,7 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
         ModelStage(
             ("neuron_tokens",),
             functools.partial(_named_neurons, job.attributing.top_k),
-            _tokens,
+            tokens,
             shown=("Naming neurons", "neurons"),
         ),
     ]
@@ -190,7 +190,7 @@ class Attributed:
 # Before attribution ----------------------------------------------------------------------------------------------
 
 
-def _check(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
+def checked(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
     """Check that the contributions to the residual stream add up on the chosen prompts. Raises ModelError if not."""
     from kdb.ingest.attribution.scores import prompts_at_once
     from kdb.ingest.forward.activation_cache import check_decomposition
@@ -227,7 +227,7 @@ def _prompt_shards(token_ids: Sequence[Sequence[int]], run: RunInProgress) -> li
     return [Shard(f"part-{i:05}", some, len(some)) for i, some in enumerate(numbers)]
 
 
-def _kept(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
+def kept(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
     """Rows of ``prompts``: the untouched model's answer to each prompt, and whether the prompt is kept."""
     begun = time.monotonic()
     yield rows_of("prompts", list(_prompt_rows(subject, shard.work, advance)), begun)
@@ -336,7 +336,7 @@ def _room(subject: Attributed, shard: Shard, _advance: Advance) -> Iterator[tupl
     yield bytes_per_token(decomposition), prompts_at_once(decomposition), room(subject.loaded.device, shard.work)
 
 
-def _attributed(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
+def attributed(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
     """The rows of every table of scores; advances by prompts."""
     import torch
 
@@ -459,7 +459,7 @@ def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
     return [Shard(f"part-{i:05}", part, len(part)) for i, part in enumerate(parts)]
 
 
-def _tokens(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
+def tokens(subject: Attributed, shard: Shard, advance: Advance) -> Iterator[Rows]:
     """The rows of ``neuron_tokens``: the tokens with the largest and the smallest logits of each neuron."""
     begun = time.monotonic()
     yield timed("neuron_tokens", list(token_rows(subject.decomposition, shard.work, advance)), begun)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +103,8 @@ class LoadedModel:
     """A model in memory, ready to run: no gradients, no dropout."""
 
     source: ModelSource
-    model: Any
-    tokenizer: Any
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
     dtype: str
     device: torch.device
     quantization: str | None

@@ -76,7 +76,7 @@ _CLICKS_OWN = (click.ClickException, click.exceptions.Exit, click.Abort, BrokenP
 
 def _refused(error: BaseException, doing: str) -> _Refused:
     if isinstance(error, KdbError) and not is_interrupt(error):
-        return _Refused(visible(str(error)))
+        return _Refused(visible(error.shell or str(error)))
     fault = explain(error, doing)
     kinds = {kind.exit_code: kind for kind in (_Refused, _Failed, _Stopped)}
     return kinds[fault.exit_code](fault.message)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,12 +23,9 @@ from kdb.cli.settings import (
     stored_options,
 )
 from kdb.errors import PlanError, QueryError, UnknownNameError
-from kdb.ingest.settings import ALWAYS_FITTED, Attributing, Measuring, Probing, settings_from
 from kdb.tables import View
-from kdb.text import visible
 
 if TYPE_CHECKING:
-    from kdb.ingest.models.find import LoadedModel
     from kdb.warehouse.store import Warehouse
 
 
@@ -72,19 +67,20 @@ def ingest(
     kdb ingest plan.yaml
     kdb ingest plan.yaml --engine ray --address 10.0.0.1:6379
     """
+    from kdb.ingest.jobs import jobs
     from kdb.ingest.models.load import pick_device
     from kdb.ingest.plan_file import measure_all
     from kdb.warehouse.store import Warehouse
 
     log_to_stderr()
     asked = _asked(ctx, plan, options)
-    alone = _jobs(asked[0]) if len(asked) == 1 else None
+    alone = jobs(asked[0]) if len(asked) == 1 else None
     if dry_run:
         from kdb.ingest.cost import cost
         from kdb.ingest.speed import calibrated
 
         for one in asked:
-            for job in alone or _jobs(one):
+            for job in alone or jobs(one):
                 expected = calibrated(cost(job, pick_device(one.options["device"])))
                 say(f"{one.name} on {job.dataset.name}: {expected}")
         return
@@ -99,46 +95,40 @@ def ingest(
             took = time.monotonic() - begun
             report_measured(opened, outcome, alone[0].source.name, alone[0].dataset.name, took)
             return
-        ended = measure_all(opened.storage, asked, _jobs, engines)
+        ended = measure_all(opened.storage, asked, jobs, engines)
         _report_all(ctx, opened, ended, sum(len(one.datasets) for one in asked))
 
 
 @contextlib.contextmanager
 def _engines(engine: str, address: str | None, cpus: int | None, gpus: int | None) -> Iterator[Callable[..., Any]]:
     """Yield a function that makes the engine for a model: this process, or workers of a Ray cluster."""
-    from kdb.ingest.execution.local import LocalEngine
-    from kdb.ingest.models import load as loading
-
-    def settings(one: Any) -> dict[str, Any]:
-        return {"dtype": one.options["dtype"], "quantize": one.options["quantize"]}
-
-    def here(one: Any, source: Any) -> LocalEngine:
-        @functools.cache
-        def load() -> LoadedModel:
-            return loading.load_model(source, device=loading.pick_device(one.options["device"]), **settings(one))
-
-        return LocalEngine(load, one.options["batch_tokens"])
+    from kdb.ingest.jobs import local_engine
 
     if engine == "local":
         if address or cpus or gpus is not None:
             raise click.UsageError("--address, --worker-cpus and --worker-gpus need --engine ray.")
-        yield here
+        yield local_engine
         return
     from kdb.ingest.execution.ray import Cluster, Needs
 
     with Cluster(address, Needs(cpus, gpus)) as cluster:
         device = "cuda" if cluster.resources["num_gpus"] else "cpu"
-        yield lambda one, source: cluster.engine(
-            source, {"device": one.options["device"] or device, **settings(one)}, one.options["batch_tokens"]
-        )
+
+        def there(one: Any, source: Any) -> Any:
+            settings = {name: one.options[name] for name in ("dtype", "quantize")}
+            return cluster.engine(
+                source, {"device": one.options["device"] or device, **settings}, one.options["batch_tokens"]
+            )
+
+        yield there
 
 
 def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> list[Any]:
     """Return the models and revisions of a plan or of the options, each with its datasets, after checking the names."""
     from dataclasses import replace
 
-    from kdb.ingest.models.find import check_named
-    from kdb.ingest.plan_file import SEVERAL, check_distinct, combine, read_plan
+    from kdb.ingest.jobs import complete
+    from kdb.ingest.plan_file import SEVERAL, combine, read_plan
 
     settings = {key: value for key, value in options.items() if key not in ("models_", "revisions", "datasets_")}
     if plan is None:
@@ -155,16 +145,7 @@ def _asked(ctx: click.Context, plan: Path | None, options: dict[str, Any]) -> li
         params["classifier"] = params.pop("classifiers")  # in a plan, an option that repeats is a list
         asked = read_plan(plan, {**dict.fromkeys(SEVERAL, str), **{name: _kind(p) for name, p in params.items()}})
         asked = [replace(one, options=_typed(ctx, f"{plan}, {one.name}", params, one.options)) for one in asked]
-    named = [
-        replace(one, datasets=one.datasets or tuple(_built_in(options)), options={**settings, **one.options})
-        for one in asked
-    ]
-    check_distinct(named)
-    for one in named:
-        check_named(one.model)
-        for dataset in one.datasets:  # find wrong names before looking for any model
-            _dataset(dataset, one.options)
-    return named
+    return complete(asked, settings)
 
 
 def _typed(
@@ -189,41 +170,6 @@ def _kind(param: click.Parameter) -> type:
     return next((kind for type_, kind in kinds.items() if isinstance(param.type, type_)), str)
 
 
-def _built_in(options: dict[str, Any]) -> list[str]:
-    from kdb.ingest.datasets import available_datasets
-
-    return [
-        info.name for info in available_datasets(options["data_dir"]) if info.status == "built in" and info.by_default
-    ]
-
-
-def _dataset(name: str, options: Any) -> Any:
-    texts = ("dataset_name", "template", "limit", "group_by", "positive", "ask", "answers")
-    return _load_dataset(name, options["data_dir"], **{option: options[option] for option in texts})
-
-
-@functools.cache
-def _load_dataset(name: str, data_dir: Any, **texts: Any) -> Any:
-    from kdb.ingest.datasets import load_dataset
-
-    return load_dataset(name, data_dir=Path(data_dir) if data_dir else None, **texts)
-
-
-def _jobs(asked: Any) -> list[Any]:
-    """Return all runs of a model at a revision, found and checked before any work."""
-    from kdb.ingest.job import Job
-    from kdb.ingest.models.find import find_model
-
-    options = dict(asked.options)
-    if options["dataset_name"] and len(asked.datasets) != 1:
-        raise click.UsageError("--dataset-name names one dataset. Give exactly one --dataset with it.")
-    texts = [_dataset(name, options) for name in asked.datasets]
-    source = find_model(asked.model, name=options["name"], revision=asked.revision)
-    custom = options["template"] is not None
-    measuring, attributing = settings_from(Measuring, options), settings_from(Attributing, options)
-    return [Job(source, dataset, measuring, _probing(options), custom, attributing) for dataset in texts]
-
-
 def _report_all(ctx: click.Context, opened: Warehouse, ended: Iterator[Any], total: int) -> None:
     """Print a line for each run when it ends, and what to type next.
 
@@ -245,10 +191,6 @@ def _report_all(ctx: click.Context, opened: Warehouse, ended: Iterator[Any], tot
         ctx.exit(1)
 
 
-def _probing(options: dict[str, Any]) -> Any:
-    return Probing(tuple(dict.fromkeys((*ALWAYS_FITTED, *options["classifiers"]))), options["splits"])
-
-
 @click.command()
 @stored_options
 @probe_options
@@ -262,11 +204,12 @@ def probe(model: str, dataset: str, variant: str, warehouse: Path | str, **optio
     kdb probe --model smollm2-135m --dataset cities --splits 5 --classifier random-forest
     """
     from kdb.ingest.concept.derived import refit
+    from kdb.ingest.jobs import probing
 
     log_to_stderr()
     opened = kdb.open(warehouse)
     source = stored_run(opened.sql, model, dataset, variant)
-    outcome = refit(opened.storage, opened.storage.find(source), _probing(options), seed=options["seed"])
+    outcome = refit(opened.storage, opened.storage.find(source), probing(options), seed=options["seed"])
     report_outcome(outcome, model, dataset)
 
 
@@ -361,23 +304,9 @@ def _weights(model: Any) -> tuple[str, str]:
     return "safetensors, as published", "the hub"
 
 
-class _Visible(logging.Formatter):
-    """Log lines in which untrusted names cannot send escape sequences to the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
-class _ToStderr(logging.Handler):
-    """Prints lines above the display of progress, which replaces ``sys.stderr`` while it is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), file=sys.stderr)
-
-
 def log_to_stderr() -> None:
     """Print what kdb logs."""
-    handler = _ToStderr()
-    handler.setFormatter(_Visible())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    from kdb.ingest.log import ToStderr
+
+    logging.basicConfig(level=logging.WARNING, handlers=[ToStderr()])
     logging.getLogger("kdb").setLevel(logging.INFO)

@@ -12,13 +12,14 @@ from kdb.ingest.settings import (
     ALWAYS_FITTED,
     ANSWER_TOKENS,
     DTYPES,
+    LEAST,
     QUANTIZATIONS,
     STORED_DTYPES,
     Attributing,
     Measuring,
     Probing,
 )
-from kdb.queries.domains import CLASSIFIERS
+from kdb.queries.domains import CLASSIFIERS, LARGEST
 
 POSITIVE = "Class that is label 1, if the labels of your own file are names of classes, such as animal."
 """Help of ``--positive``."""
@@ -75,14 +76,14 @@ def probe_options(command: Command) -> Command:
             ),
             click.option(
                 "--splits",
-                type=click.IntRange(1),
+                type=click.IntRange(LEAST["splits"]),
                 default=Probing.splits,
                 show_default=True,
                 help="Number of splits: the paper's, then seeded stratified ones.",
             ),
             click.option(
                 "--seed",
-                type=click.IntRange(0, 2**31 - 1),
+                type=click.IntRange(LEAST["seed"], LARGEST),
                 default=Measuring.seed,
                 show_default=True,
                 help="Seed of the noise, of shuffled labels and of all splits except the paper's.",
@@ -113,7 +114,7 @@ def attribution_options(command: Command) -> Command:
             ),
             click.option(
                 "--top-k",
-                type=click.IntRange(1),
+                type=click.IntRange(LEAST["top_k"]),
                 default=Attributing.top_k,
                 show_default=True,
                 help="Knowledge: number of best neurons of each component to store for each prompt.",
@@ -125,14 +126,14 @@ def attribution_options(command: Command) -> Command:
             ),
             click.option(
                 "--query-values",
-                type=click.IntRange(1),
+                type=click.IntRange(LEAST["query_values"]),
                 default=Attributing.query_values,
                 show_default=True,
                 help="Knowledge: number of value neurons to trace back to query neurons.",
             ),
             click.option(
                 "--ablate-k",
-                type=click.IntRange(0),
+                type=click.IntRange(LEAST["ablate_k"]),
                 default=Attributing.ablate_k,
                 show_default=True,
                 help="Knowledge: number of best neurons of each method to set to zero; 0 skips the comparison.",
@@ -191,7 +192,7 @@ def model_options(command: Command) -> Command:
             ),
             click.option(
                 "--batch-tokens",
-                type=click.IntRange(1),
+                type=click.IntRange(LEAST["batch_tokens"]),
                 help="Tokens per batch; changes speed and memory use. Hidden states then agree to about 1e-5 in "
                 "float32, 1e-2 in bfloat16 and 1e-3 in float16.",
             ),

@@ -8,20 +8,17 @@ import logging
 import signal
 import socket
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 import uvicorn
 
+from kdb.demo import unpack_demo
 from kdb.errors import KdbError
 from kdb.web.app import create_app
 from kdb.web.guard import Access, access_log, hosts_of
 from kdb.web.worker_pool import Settings
-
-DEMO = Path(__file__).parent / "demo.zip"
 
 _PATIENCE = 10
 """Seconds that answers in progress have to finish when the server stops."""
@@ -44,7 +41,7 @@ def run(
 
     Raises WarehouseError if there is no such warehouse, and KdbError if the server cannot listen on the address.
     """
-    with contextlib.nullcontext(warehouse) if warehouse else _demo() as folder:
+    with contextlib.nullcontext(warehouse) if warehouse else unpack_demo() as folder:
         settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
         app = create_app(folder, Access(hosts_of(names), token), settings)
         _log_to_stderr()
@@ -98,11 +95,3 @@ def _log_to_stderr() -> None:
     access_log.addHandler(handler)
     access_log.setLevel(logging.INFO)
     access_log.propagate = False
-
-
-@contextlib.contextmanager
-def _demo() -> Iterator[Path]:
-    """Unpack the demo warehouse that comes with kdb for as long as it is served."""
-    with tempfile.TemporaryDirectory(prefix="kdb-demo-") as folder, zipfile.ZipFile(DEMO) as packed:
-        packed.extractall(folder)
-        yield Path(folder)
