@@ -316,7 +316,7 @@ def test_a_prompt_that_cannot_be_attributed(tiny_loaded: LoadedModel, changed: d
 def test_an_error_speaks_python_to_python_and_shell_to_the_shell(
     tmp_path: Path, run_kdb: Callable[..., Result]
 ) -> None:
-    with pytest.raises(WarehouseError, match=r"Create one with `kdb.ingest\(\)`, or name another with `warehouse`\."):
+    with pytest.raises(WarehouseError, match=r"Create one with `kdb.ingest\(\)`, or name another folder\."):
         kdb.open(tmp_path / "nothing")
     result = run_kdb("runs", "--warehouse", tmp_path / "nothing")
     assert result.exit_code == 2
