@@ -50,8 +50,8 @@ class _Commands(click.Group):
     """
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands under the headings of `_GROUPS`."""
-        for heading, members in _GROUPS.items():
+        """Write the commands under the headings of `GROUPS`."""
+        for heading, members in GROUPS.items():
             with formatter.section(heading):
                 formatter.write_dl([(str(one.name), one.get_short_help_str(_LONGEST_HELP)) for one in members])
 
@@ -81,7 +81,7 @@ def _refused(error: BaseException, doing: str) -> _Refused:
     return kinds[fault.exit_code](fault.message)
 
 
-_GROUPS: dict[str, tuple[click.Command, ...]] = {
+GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Measure": (ingest, probe, project, transfer, ablate, patch, lens, models, datasets),
     "Ask": (query, queries, sql, schema, compare, direction),
     "Show": (plot, report, serve),
@@ -110,5 +110,5 @@ def main() -> None:
     """
 
 
-for command in (one for members in _GROUPS.values() for one in members):
+for command in (one for members in GROUPS.values() for one in members):
     main.add_command(command)
