@@ -15,11 +15,9 @@ DEMO := kdb-warehouse
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
 	$(BIN)/kdb project --model smollm2-135m --dataset world-cities --warehouse $(DEMO)
-	$(BIN)/kdb query concept-depth --warehouse $(DEMO)
-	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
 	$(BIN)/kdb ingest --model smollm2-135m --dataset knowledge --limit 5 --warehouse $(DEMO)
-	$(BIN)/kdb query top-heads --category capital --variant limit=5 --warehouse $(DEMO)
 	$(BIN)/kdb report --model smollm2-135m -o report.html --warehouse $(DEMO)
+	$(BIN)/kdb summary --model smollm2-135m --warehouse $(DEMO)
 
 # Two processes share the cores: OpenMP's threads must not spin while they wait for each other.
 test: .venv/.test

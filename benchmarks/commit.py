@@ -37,7 +37,7 @@ from kdb.warehouse.manifest import RunFolder, read_manifest
 from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.schema import PARTITIONS
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import DEMO
+from kdb.web.demo import PACKED
 
 LATENCY = 0.03
 URL = "s3://lab/kdb"
@@ -161,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, object_store() as store:
         folder = Path(name)
         os.environ.update(store.environment)
-        zipfile.ZipFile(DEMO).extractall(folder / "demo")
+        zipfile.ZipFile(PACKED).extractall(folder / "demo")
         runs = sorted(Warehouse(folder / "demo").storage.run_folders(), key=lambda run: run.dataset == "knowledge")
         expected = kdb.open(folder / "demo").sql(QUESTION)
         print("| | write a run | ask | ask again |\n| --- | --- | --- | --- |")

@@ -75,6 +75,8 @@ def _command(command: click.Command, path: str) -> Iterator[str]:
         found = command.get_command(context, name)
         assert found is not None
         yield from _command(found, f"{path} {name}")
+
+
 def queries() -> str:
     """Return the page of all saved queries, with their parameters and the columns of their answers."""
     found, of = load_catalogue().values(), answer_columns()

@@ -22,7 +22,7 @@ MEANINGS: Mapping[str, str] = {
     "layer": "transformer block, numbered from 0",
     "layer_name": "component and layer: a23 is attention layer 23, f29 is FFN layer 29, r5 the residual stream after 5",
     "letter": "letter of the method in table 2 of the paper; o is the unmodified model",
-    "method": "for an effect: exact, atp or relp; for a set of neurons or heads: its label or the method that ranked them",
+    "method": "for an effect: exact, atp or relp; for a set of neurons or heads: its label or its method",
     "name": "name of the part: a layer, a head, a neuron or a position",
     "neuron": "FFN neuron, or dimension within the attention head, numbered from 0",
     "neuron_name": "layer and neuron: f29_1234 in an FFN layer, a23.12_45 in an attention head",

@@ -34,7 +34,7 @@ from kdb.ingest.concept.metrics import wilson_interval
 from kdb.queries.catalogue import find_query
 from kdb.warehouse.database import Database
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import _demo
+from kdb.web.demo import unpacked
 
 pytestmark = pytest.mark.slow
 
@@ -392,7 +392,7 @@ def test_tokens_are_short_and_their_spaces_are_seen(token: str, shown: str) -> N
 
 @pytest.mark.parametrize("name", ["effect-map", "score-vs-effect", "answer-by-layer", "lens-map"])
 def test_a_warehouse_without_effects_says_what_measures_them(name: str) -> None:
-    with _demo() as folder:
+    with unpacked() as folder:
         older = Warehouse(folder)
         given = {"prompt": 0} if name == "lens-map" else {}
         if not older.scan("effects", everything=True).collect().is_empty():

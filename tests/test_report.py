@@ -19,7 +19,7 @@ from kdb.analysis.report import build as build_report
 from kdb.cli import main
 from kdb.errors import UnknownNameError
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import _demo
+from kdb.web.demo import unpacked
 
 pytestmark = pytest.mark.slow
 
@@ -256,7 +256,7 @@ def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
 
 
 def test_both_real_models_stand_side_by_side() -> None:
-    with _demo() as folder:
+    with unpacked() as folder:
         report = build_report(Warehouse(folder))
     assert report.models == ["gemma-3-270m", "smollm2-135m"]
     titles = {item.title for chapter in report.chapters.values() for item in chapter}

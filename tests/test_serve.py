@@ -38,7 +38,7 @@ from kdb.warehouse.limits import Limits
 from kdb.warehouse.paging import Page
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.store import Warehouse
-from kdb.web.serve import _demo
+from kdb.web.demo import unpacked
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def client(server: Served) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Warehouse]:
-    with _demo() as folder:
+    with unpacked() as folder:
         yield kdb.open(folder)
 
 

@@ -14,12 +14,12 @@ from kdb.cli.ablate import ablate
 from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.compare import compare
 from kdb.cli.completion import completion
-from kdb.cli.draw import plot, report
+from kdb.cli.draw import plot, report, summary
 from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.lens import lens
 from kdb.cli.measure import datasets, ingest, models, probe, project
 from kdb.cli.patch import patch
-from kdb.cli.serve import serve
+from kdb.cli.serve import demo, serve
 from kdb.cli.share import export, import_, pull, push
 from kdb.cli.transfer import direction, transfer
 from kdb.errors import KdbError
@@ -84,7 +84,7 @@ def _refused(error: BaseException, doing: str) -> _Refused:
 GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Measure": (ingest, probe, project, transfer, ablate, patch, lens, models, datasets),
     "Ask": (query, queries, sql, schema, compare, direction),
-    "Show": (plot, report, serve),
+    "Show": (demo, summary, plot, report, serve),
     "Share": (export, import_, push, pull),
     "Keep": (runs, verify, clean, compact, migrate, rebuild, completion),
 }

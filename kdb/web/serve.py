@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator
+import threading
+import webbrowser
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 import uvicorn
 
 from kdb.errors import KdbError
+from kdb.web import demo
 from kdb.web.app import create_app
 from kdb.web.guard import Access, access_log, hosts_of
 from kdb.web.worker_pool import Settings
-
-DEMO = Path(__file__).parent / "demo.zip"
 
 _PATIENCE = 10
 """Seconds that answers in progress have to finish when the server stops."""
@@ -39,12 +39,13 @@ def run(
     threads: int,
     seconds: float,
     queue: int,
+    in_browser: bool = False,
 ) -> None:
-    """Serve a warehouse, or the demo, until the process receives a signal to stop.
+    """Serve a warehouse, or the demo, until the process receives a signal to stop; `in_browser` opens the first page.
 
     Raises WarehouseError if there is no such warehouse, and KdbError if the server cannot listen on the address.
     """
-    with contextlib.nullcontext(warehouse) if warehouse else _demo() as folder:
+    with contextlib.nullcontext(warehouse) if warehouse else demo.unpacked() as folder:
         settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
         app = create_app(folder, Access(hosts_of(names), token), settings)
         _log_to_stderr()
@@ -61,11 +62,15 @@ def run(
         # uvicorn finishes the open requests, and then raises the signal again: the cleanup here must still run.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with _listen(host, port) as listening, contextlib.suppress(KeyboardInterrupt):
-            _Server(config).run([listening])
+            _Server(config, in_browser).run([listening])
 
 
 class _Server(uvicorn.Server):
-    """A server that prints its address when it is ready."""
+    """A server that prints its address when it is ready, and may open it in a browser."""
+
+    def __init__(self, config: uvicorn.Config, in_browser: bool) -> None:
+        super().__init__(config)
+        self._in_browser = in_browser
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -73,6 +78,17 @@ class _Server(uvicorn.Server):
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             click.echo(f"kdb is running at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
+            if self._in_browser:
+                open_page(f"http://{shown}:{port}/")
+
+
+def open_page(address: str) -> None:
+    """Open a page in a browser, if it can open a window, and return at once, for the server must answer it.
+
+    On Linux without a display, a browser for the terminal would take its place.
+    """
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -98,11 +114,3 @@ def _log_to_stderr() -> None:
     access_log.addHandler(handler)
     access_log.setLevel(logging.INFO)
     access_log.propagate = False
-
-
-@contextlib.contextmanager
-def _demo() -> Iterator[Path]:
-    """Unpack the demo warehouse that comes with kdb for as long as it is served."""
-    with tempfile.TemporaryDirectory(prefix="kdb-demo-") as folder, zipfile.ZipFile(DEMO) as packed:
-        packed.extractall(folder)
-        yield Path(folder)
