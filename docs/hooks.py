@@ -31,7 +31,8 @@ DOCUMENTED = (
     "kdb",
     "kdb.warehouse.store.Warehouse",
     "kdb.warehouse.probes.Probe",
-    "kdb.analysis.figures",
+    "kdb.analysis.figures.frame",
+    "kdb.analysis.figures.chart",
     "kdb.ingest.datasets.catalogue.load_dataset",
     "kdb.errors",
 )

@@ -137,4 +137,4 @@ UNITS: Mapping[str, str] = {
     "logp_controls": "nat",
     "rival_logp": "nat",
 }
-"""Units of these columns. Names that end in ``_percent`` are in percent."""
+"""Units of these columns. Other names that end in ``percent`` are in percent, except accuracies at a depth."""

@@ -61,5 +61,6 @@ def _declared(name: str) -> tuple[str, str]:
     comments = {str(column.comment) for column in stored} | ({PARTITIONS[name]} if name in PARTITIONS else set())
     meaning = MEANINGS.get(name) or (comments.pop() if len(comments) == 1 else "")
     units = {column.info["unit"] for column in stored}
-    unit = "%" if name.endswith("percent") else UNITS.get(name) or (units.pop() if len(units) == 1 else "")
-    return unit, meaning
+    if name.endswith("percent") and not name.startswith("accuracy_at"):
+        return "%", meaning
+    return UNITS.get(name) or (units.pop() if len(units) == 1 else ""), meaning
