@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdb.queries.catalogue import SavedQuery, literal, load_catalogue
+from kdb.queries.catalogue import SavedQuery, Value, literal, load_catalogue
 from kdb.queries.columns import MEANINGS, UNITS
 from kdb.warehouse.connection import connect
 from kdb.warehouse.schema import PARTITIONS, TABLES
@@ -23,7 +23,7 @@ from kdb.warehouse.store import Warehouse
 if TYPE_CHECKING:
     import duckdb
 
-_EXAMPLES = {"text": "", "integer": 0}
+_EXAMPLES: dict[str, Value] = {"text": "", "integer": 0}
 """A value for each type of a required parameter."""
 
 
