@@ -128,7 +128,7 @@ def demo(browser: bool, port: int, folder: Path | None) -> None:
         from kdb.web.demo import save
 
         save(folder)
-        click.echo(f"Wrote {folder}. To query it: kdb summary --warehouse {shlex.quote(str(folder))}", err=True)
+        click.echo(f"Wrote {folder}. To query it: kdb summary --warehouse {shlex.quote(str(folder))}")
         return
     _run(None, port=port, names=_LOCAL, in_browser=browser)
 
