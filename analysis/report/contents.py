@@ -10,6 +10,7 @@ import polars as pl
 
 from kdb.analysis import depth_measures, effects, importance
 from kdb.analysis.captions import CAVEAT, EFFECTS, FEW, READOUTS
+from kdb.analysis.variants import PLAIN, shown_variant
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -330,16 +331,10 @@ CHAPTERS = {
 def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Remark, None, dict[str, Any]]:
     """Return the models, and the newest variant if none of them has a run of the study with the variant 'default'."""
     params: dict[str, Any] = {"model": list(models)}
-    variants = wh.sql(
-        "SELECT variant FROM runs WHERE study = ? AND list_contains(?, model) "
-        "ORDER BY variant = 'default' DESC, starts_with(variant, 'ablate='), finished_at DESC LIMIT 1",
-        [study, list(models)],
-    )["variant"].to_list()
-    if variants not in ([], ["default"]):
-        yield Remark(
-            f"Study {study}", f"there is no run of the variant 'default'; the variant {variants[0]!r} is shown."
-        )
-        params["variant"] = variants[0]
+    variant = shown_variant(wh, models, study)
+    if variant not in (None, PLAIN):
+        yield Remark(f"Study {study}", f"there is no run of the variant 'default'; the variant {variant!r} is shown.")
+        params["variant"] = variant
     return params
 
 

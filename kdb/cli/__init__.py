@@ -15,12 +15,12 @@ from kdb.cli.ask import queries, query, schema, sql
 from kdb.cli.compare import compare
 from kdb.cli.completion import completion
 from kdb.cli.datasets import datasets
-from kdb.cli.draw import plot, report
+from kdb.cli.draw import plot, report, summary
 from kdb.cli.keep import clean, compact, migrate, rebuild, runs, verify
 from kdb.cli.lens import lens
 from kdb.cli.measure import ingest, models, probe, project
 from kdb.cli.patch import patch
-from kdb.cli.serve import serve
+from kdb.cli.serve import demo, serve
 from kdb.cli.share import export, import_, pull, push
 from kdb.cli.transfer import direction, transfer
 from kdb.errors import KdbError
@@ -51,8 +51,8 @@ class _Commands(click.Group):
     """
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands under the headings of `_GROUPS`."""
-        for heading, members in _GROUPS.items():
+        """Write the commands under the headings of `GROUPS`."""
+        for heading, members in GROUPS.items():
             with formatter.section(heading):
                 formatter.write_dl([(str(one.name), one.get_short_help_str(_LONGEST_HELP)) for one in members])
 
@@ -82,10 +82,10 @@ def _refused(error: BaseException, doing: str) -> _Refused:
     return kinds[fault.exit_code](fault.message)
 
 
-_GROUPS: dict[str, tuple[click.Command, ...]] = {
+GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Measure": (ingest, probe, project, transfer, ablate, patch, lens, models, datasets),
     "Ask": (query, queries, sql, schema, compare, direction),
-    "Show": (plot, report, serve),
+    "Show": (demo, summary, plot, report, serve),
     "Share": (export, import_, push, pull),
     "Keep": (runs, verify, clean, compact, migrate, rebuild, completion),
 }
@@ -111,5 +111,5 @@ def main() -> None:
     """
 
 
-for command in (one for members in _GROUPS.values() for one in members):
+for command in (one for members in GROUPS.values() for one in members):
     main.add_command(command)

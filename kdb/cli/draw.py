@@ -1,7 +1,9 @@
-"""Commands that draw: the figures of both papers, and the report."""
+"""Commands that show: a summary, the figures of both papers, and the report."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,28 @@ def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, 
     say(f"Wrote {output}.", err=True)
     for line in built.missing:
         say(f"Missing: {line}", err=True)
+
+
+@click.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Name of a stored model; repeatable.  [default: all]",
+    shell_complete=stored("model"),
+)
+@warehouse_option
+def summary(models: tuple[str, ...], warehouse: Path | str) -> None:
+    """Say in sentences what was learnt, and what to type next.
+
+    \b
+    kdb summary
+    kdb summary --model smollm2-135m
+    """
+    from kdb.summary import summary as lines
+
+    default = os.environ.get("KDB_WAREHOUSE") or "kdb-warehouse"
+    options = "" if str(warehouse) == default else f" --warehouse {shlex.quote(str(warehouse))}"
+    with notes_shown():
+        for line in lines(kdb.open(warehouse), models, options=options):
+            say(line)

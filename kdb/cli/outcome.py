@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdb.analysis.variants import PLAIN
 from kdb.cli.completion import DEFAULT_WAREHOUSE
 from kdb.cli.options import say
 from kdb.numbers import data_size, duration
@@ -68,7 +69,7 @@ def say_next(opened: Warehouse, run: str) -> None:
     say("Next:")
     for row in rows:
         quoted = {name: shlex.quote(str(value)) for name, value in row.items()}
-        variant = "" if row["variant"] == "default" else f" --variant {quoted['variant']}"
+        variant = "" if row["variant"] == PLAIN else f" --variant {quoted['variant']}"
         for command in NEXT[row["study"]]:
             say(f"  {command.format(**quoted)}{variant}{here}")
     say(f"  kdb serve{here}")

@@ -1,11 +1,13 @@
-"""Command that serves the warehouse as web pages and an API."""
+"""Commands that serve a warehouse as web pages and an API: one's own, or the one that comes with kdb."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import shlex
 import socket
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -82,16 +84,10 @@ def serve(
     kdb serve --demo
     KDB_TOKEN=… kdb serve --host 0.0.0.0 --allow-host lab.example.org
     """
-    from kdb.web.serve import run
-
     if not _is_local(host) and not token:
         raise click.UsageError(f"--host {host} can be reached from other machines. Give --token, or set KDB_TOKEN.")
-    processors = os.cpu_count() or 2
-    workers = workers or max(2, processors // 2)
-    own = (
-        {"127.0.0.1", "localhost", "::1"} if _is_local(host) else {"localhost", "127.0.0.1", host, socket.gethostname()}
-    )
-    run(
+    own = _LOCAL if _is_local(host) else {"localhost", "127.0.0.1", host, socket.gethostname()}
+    _run(
         None if demo else warehouse,
         host=host,
         port=port,
@@ -99,9 +95,74 @@ def serve(
         names={*own, *names},
         workers=workers,
         memory=int(memory * 2**30),
+        seconds=seconds,
+        queue=queue,
+    )
+
+
+@click.command()
+@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page in a browser.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Port to listen on.  [default: a free one]",
+)
+@click.option(
+    "--save",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the warehouse to this new folder instead, so that other commands can query it.",
+)
+def demo(browser: bool, port: int, folder: Path | None) -> None:
+    """Show results of real models in a browser, without running a model.
+
+    The results are a small warehouse that comes with kdb. Ctrl-C stops the server.
+
+    \b
+    kdb demo
+    kdb demo --save demo-warehouse
+    kdb query top-heads --warehouse demo-warehouse
+    """
+    if folder is not None:
+        from kdb.demo import save_demo
+
+        save_demo(folder)
+        click.echo(f"Wrote {folder}. To query it: kdb summary --warehouse {shlex.quote(str(folder))}")
+        return
+    _run(None, port=port, names=_LOCAL, in_browser=browser)
+
+
+_LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Names of this machine."""
+
+
+def _run(
+    warehouse: Path | str | None,
+    *,
+    host: str = "127.0.0.1",
+    workers: int | None = None,
+    memory: int = 2**30,
+    seconds: float = 30.0,
+    queue: int = 64,
+    token: str | None = None,
+    **where: Any,
+) -> None:
+    """Run the server with half the processors, at least 2, and all of them together for the threads of its workers."""
+    from kdb.web.serve import run
+
+    processors = os.cpu_count() or 2
+    workers = workers or max(2, processors // 2)
+    run(
+        warehouse,
+        host=host,
+        token=token,
+        workers=workers,
+        memory=memory,
         threads=max(1, processors // workers),
         seconds=seconds,
         queue=queue,
+        **where,
     )
 
 

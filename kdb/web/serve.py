@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
+import webbrowser
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,8 +39,9 @@ def run(
     threads: int,
     seconds: float,
     queue: int,
+    in_browser: bool = False,
 ) -> None:
-    """Serve a warehouse, or the demo, until the process receives a signal to stop.
+    """Serve a warehouse, or the demo, until the process receives a signal to stop; `in_browser` opens the first page.
 
     Raises WarehouseError if there is no such warehouse, and KdbError if the server cannot listen on the address.
     """
@@ -58,11 +62,15 @@ def run(
         # uvicorn finishes the open requests, and then raises the signal again: the cleanup here must still run.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with _listen(host, port) as listening, contextlib.suppress(KeyboardInterrupt):
-            _Server(config).run([listening])
+            _Server(config, in_browser).run([listening])
 
 
 class _Server(uvicorn.Server):
-    """A server that prints its address when it is ready."""
+    """A server that prints its address when it is ready, and may open it in a browser."""
+
+    def __init__(self, config: uvicorn.Config, in_browser: bool) -> None:
+        super().__init__(config)
+        self._in_browser = in_browser
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -70,6 +78,17 @@ class _Server(uvicorn.Server):
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             click.echo(f"kdb is running at http://{shown}:{port}/ (Ctrl-C stops it)", err=True)
+            if self._in_browser:
+                open_page(f"http://{shown}:{port}/")
+
+
+def open_page(address: str) -> None:
+    """Open a page in a browser, if it can open a window, and return at once, for the server must answer it.
+
+    On Linux without a display, a browser for the terminal would take its place.
+    """
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def _listen(host: str, port: int) -> socket.socket:
