@@ -97,6 +97,7 @@ MEANINGS: Mapping[str, str] = {
     "median_layer": "layer by which half of the settled prompts have settled",
     "mrr": "mean of 1 / rank of the right token; 1 if it is always first",
     "n_controls": "number of control sets",
+    "n_independent": "number of control sets, after allowing for those that share units; p is at least 1 / (1 + n)",
     "n_kept": "number of kept prompts over which the mean is taken",
     "n_parts": "number of parts that are ranked",
     "n_prompts": "number of prompts over which the numbers of the row are taken",

@@ -320,7 +320,7 @@ def test_an_error_speaks_python_to_python_and_shell_to_the_shell(
         kdb.open(tmp_path / "nothing")
     result = run_kdb("runs", "--warehouse", tmp_path / "nothing")
     assert result.exit_code == 2
-    assert "Create one with `kdb ingest`, or name another with --warehouse." in result.stderr
+    assert "Create one with `kdb ingest`, or name another folder." in result.stderr
 
 
 def test_a_note_speaks_python_to_python_and_shell_to_the_shell(tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
