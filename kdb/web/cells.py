@@ -62,6 +62,7 @@ def cell(value: Any, name: str = "", row: Mapping[str, Any] | None = None) -> st
 
 
 def _number(value: float, name: str, row: Mapping[str, Any]) -> str:
+    name = "logp" if name.startswith("effect (") else name
     n = next((row[key] for key in ("n_test", "n_prompts", "n") if isinstance(row.get(key), int)), None)
     for low, high in _ends(name):
         least, most = row.get(low), row.get(high)

@@ -16,6 +16,8 @@ function load(source) {
 
 // Charts ----------------------------------------------------------------------------------------------------------
 
+const SHOWN_LINES = 3;
+
 function lines(text) {
   return text === undefined ? [] : [].concat(text).map((line) => (Array.isArray(line) ? line.join(" ") : String(line)));
 }
@@ -26,7 +28,16 @@ function takeTitle(spec, figure) {
   delete spec.title;
   if (!title || !figure) return;
   const marks = figure.querySelector(".marks");
-  if (marks && title.subtitle !== undefined) marks.textContent = lines(title.subtitle).join("\n");
+  if (!marks || title.subtitle === undefined) return;
+  const all = lines(title.subtitle);
+  const further = all.slice(SHOWN_LINES);
+  marks.textContent = all.slice(0, SHOWN_LINES).join("\n");
+  if (!further.length) return;
+  const folded = document.createElement("details");
+  const summary = document.createElement("summary");
+  summary.textContent = "Notes";
+  folded.append(summary, further.join("\n"));
+  marks.append(folded);
 }
 
 function panels(facet) {
@@ -55,7 +66,7 @@ function fit(spec, width) {
     spec.columns = columns;
   }
   const room = Math.floor((width - 20) / columns) - around;
-  const most = columns === 1 ? 760 : 560;
+  const most = columns === 1 ? 1080 : 640;
   const widened = Math.max(grid ? 180 : 120, Math.min(room, Math.max(own, most)));
   if (typeof inner.height === "number" && inner.height >= 100 && widened > own) {
     inner.height = Math.round(inner.height * Math.min(1.5, Math.sqrt(widened / own)));

@@ -177,6 +177,8 @@ def ways_of_sql(text: str) -> list[Way]:
     return [Way("Command", f"kdb sql {shlex.quote(text)}"), Way("Python", f'kdb.open("WAREHOUSE").sql({text!r})')]
 
 
-def schema(_: Warehouse, __: UrlParams) -> dict[str, Any]:
-    """Return the tables and columns."""
-    return {"title": "Schema", "partitions": PARTITIONS, "tables": TABLES, "sql_type": sql_type}
+def schema(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
+    """Return the tables with their numbers of rows, and the columns."""
+    counted = " UNION ALL ".join(f"SELECT '{name}' AS name, count(*) AS n FROM {name}" for name in TABLES)
+    sizes = dict(wh.sql(counted).rows())
+    return {"title": "Schema", "partitions": PARTITIONS, "tables": TABLES, "sql_type": sql_type, "sizes": sizes}

@@ -20,16 +20,17 @@ def compare(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     chosen = {"model": models, "dataset": url_params.many("dataset"), "category": url_params.many("category")}
     measured = studies(wh, models)
     concept = [name for name in measured["concept"] if not chosen["dataset"] or name in chosen["dataset"]]
-    charts, tables, beside = [], [], []
+    charts, further, tables, beside = [], [], [], []
     if concept:
         about = {"model": models, "dataset": concept}
         charts += [chart("depth-by-family", {**about, "size": 1, "within": 1e6}, "Accuracy by depth, all models")]
-        charts += [chart("depth-by-size", about), chart("converging-by-size", about)]
+        further += [chart("depth-by-size", about), chart("converging-by-size", about)]
         depth = {**about, "site": "resid_post"}
         tables.append(asked(wh, "concept-depth", depth, title="Depth of each concept", folded=True))
     if measured["knowledge"]:
         about = {"model": models, "category": chosen["category"]}
-        charts += [chart("attention-vs-ffn", about), chart("layer-scores", about)]
+        charts.append(chart("attention-vs-ffn", about))
+        (charts if chosen["category"] else further).append(chart("layer-scores", about))
         beside = [_beside(wh, "top-layers", "layer_name", about), _beside(wh, "top-heads", "head_name", about)]
     return {
         "title": "Compare",
@@ -37,6 +38,7 @@ def compare(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "chosen": chosen,
         "models": models,
         "charts": charts,
+        "further": further,
         "tables": tables,
         "beside": beside,
     }

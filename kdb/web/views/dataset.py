@@ -8,7 +8,7 @@ import polars as pl
 
 from kdb.analysis.style import look_of
 from kdb.errors import UnknownNameError
-from kdb.web.views.parts import UrlParams, asked, categories, chart, has, known, ranked, table
+from kdb.web.views.parts import IN_NAME, UrlParams, asked, categories, chart, has, known, table
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -20,7 +20,8 @@ _ABOUT = (
 _EXAMPLES = (
     "SELECT min(model) AS model, dataset, prompt_id, text, any_value(label) AS label, "
     "any_value(target_token) AS target_token, any_value(category) AS category "
-    "FROM prompts WHERE dataset = $dataset GROUP BY dataset, prompt_id, text ORDER BY prompt_id LIMIT 12"
+    "FROM prompts JOIN runs USING (model, dataset, run) WHERE dataset = $dataset AND variant = 'default' "
+    "GROUP BY dataset, prompt_id, text ORDER BY prompt_id LIMIT 12"
 )
 
 
@@ -38,8 +39,9 @@ def dataset(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "dataset": name,
         "about": about[0],
         "models": look_of(wh).order("model", models),
-        "examples": table("Its first prompts", examples.drop("dataset").select(_with_values(examples.drop("dataset")))),
+        "examples": table("Its first prompts", examples, _with_values(examples)),
         "charts": [],
+        "further": [],
         "tables": [],
         "kept": None,
     }
@@ -47,17 +49,19 @@ def dataset(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
 
 
 def _with_values(frame: pl.DataFrame) -> list[str]:
-    return [name for name in frame.columns if frame[name].null_count() < len(frame)]
+    shown = ("prompt_id", "category", "text", "label", "target_token")
+    return [name for name in shown if frame[name].null_count() < len(frame)]
 
 
 def _concept(wh: Warehouse, name: str) -> dict[str, Any]:
     about = {"dataset": [name]}
     charts = [chart("depth-by-family", {**about, "size": 1, "within": 1e6}, f"How deep does each model know {name}?")]
     charts.append(chart("depth-measures", about))
-    charts += [chart("hidden-states", about)] if has(wh, "projections", dataset=name) else []
+    models = [one for one in look_of(wh).models if has(wh, "projections", dataset=name, model=one)]
+    hidden = [chart("hidden-states", {"model": [one], **about}, f"Positions of its prompts in {one}") for one in models]
     tables = [asked(wh, "concept-depth", {**about, "site": "resid_post"}, folded=True)]
     tables += [asked(wh, one, about) for one in ("zero-shot", "baselines")]
-    return {"charts": charts, "tables": [one for one in tables if one.rows]}
+    return {"charts": charts, "further": hidden, "tables": [one for one in tables if one.rows]}
 
 
 def _knowledge(wh: Warehouse, name: str) -> dict[str, Any]:
@@ -91,8 +95,7 @@ def category(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "kept": asked(wh, "kept-prompts", about, drop=["category"]),
         "charts": [chart(one, about) for one in figures],
         "tables": [
-            ranked(wh, "top-heads", {**about, "k": 5}, folded=True),
-            asked(wh, "top-neurons", {**about, "k": 5}, drop=["bottom_tokens"]),
+            asked(wh, "top-neurons", {**about, "k": 5}, drop=["bottom_tokens", *IN_NAME]),
             asked(wh, "position-attention", {**about, "k": 3, "tokens": 3}, title="Tokens that its best heads read"),
             asked(wh, "prompts", {**about, "k": 8}, drop=["category", "answer"]),
         ],

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from kdb.analysis.style import look_of
-from kdb.warehouse.schema import TABLES
 from kdb.web.templates import url
-from kdb.web.views.parts import Charted, UrlParams, asked, categories, chart, choices
+from kdb.web.views.parts import Charted, UrlParams, asked, categories, chart
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 def home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
     """Return the newest comparison of each study, a matrix of models and datasets, and what is stored."""
-    look = look_of(wh)
+    look, kinds = look_of(wh), categories(wh)
     measured = wh.sql(_MEASURED)
     depth = wh.query("concept-depth", site="resid_post") if len(measured.filter(study="concept")) else pl.DataFrame()
     return {
@@ -27,14 +26,14 @@ def home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
         "measured": {(row["study"], row["dataset"], row["model"]): row for row in measured.to_dicts()},
         "datasets": {study: _datasets(measured, look.datasets, study) for study in ("concept", "knowledge")},
         "depth": {(row["dataset"], row["model"]): row for row in depth.to_dicts()},
+        "n_tested": _equal(depth.to_dicts()),
         "kept": _kept(wh) if len(measured.filter(study="knowledge")) else {},
-        "heads": _heads(wh) if len(measured.filter(study="knowledge")) else None,
+        "heads": _heads(wh, kinds) if len(measured.filter(study="knowledge")) else None,
         "depth_chart": _newest_depth(measured),
         "n_runs": int(measured["n_runs"].sum() or 0),
         "newest": str(measured["finished"].max())[:10],
-        "stored": [(name, n, TABLES[name].comment) for name, n in _sizes(wh) if n],
         "runs": asked(wh, "runs", {}, title="Runs"),
-        "suggested": _suggested(wh),
+        "suggested": [*look.models, *sorted(set(measured["dataset"])), *kinds],
     }
 
 
@@ -73,21 +72,19 @@ def _kept(wh: Warehouse) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["dataset"], row["model"]): row for row in rows.to_dicts()}
 
 
-def _heads(wh: Warehouse) -> dict[str, Any]:
+def _equal(depth: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the number of tested prompts of each dataset on which all models were tested on as many."""
+    found: dict[str, set[int]] = {}
+    for row in depth:
+        found.setdefault(row["dataset"], set()).add(row["n_test"])
+    return {dataset: next(iter(counts)) for dataset, counts in found.items() if len(counts) == 1}
+
+
+def _heads(wh: Warehouse, kinds: list[str]) -> dict[str, Any]:
     """Return the best head of each category and model, of the model's first dataset of the study."""
     rows = wh.query("top-heads", k=1).unique(["model", "category"], keep="first", maintain_order=True)
     found = {(row["category"], row["model"]): row for row in rows.to_dicts()}
-    return {"categories": categories(wh), "best": found, "most": rows["score"].max() or 0.0, "address": _HEADS}
+    return {"categories": kinds, "best": found, "most": rows["score"].max() or 0.0, "address": _HEADS}
 
 
 _HEADS = url("/queries/top-heads", k=1)
-
-
-def _sizes(wh: Warehouse) -> list[tuple[str, int]]:
-    counted = " UNION ALL ".join(f"SELECT '{name}' AS table_name, count(*) AS n FROM {name}" for name in TABLES)
-    return [(row["table_name"], row["n"]) for row in wh.sql(counted).to_dicts()]
-
-
-def _suggested(wh: Warehouse) -> list[str]:
-    offered = choices(wh)
-    return [*offered["model"], *offered["dataset"], *offered["category"]]

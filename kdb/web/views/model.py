@@ -8,7 +8,7 @@ import polars as pl
 
 from kdb.errors import QueryError
 from kdb.warehouse.schema import TABLES
-from kdb.web.views.parts import Shown, UrlParams, asked, categories, chart, has, known, ranked, shown, studies
+from kdb.web.views.parts import IN_NAME, Shown, UrlParams, asked, categories, chart, has, known, shown, studies
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -66,9 +66,8 @@ def _knowledge(wh: Warehouse, name: str, wanted: list[str]) -> dict[str, Any]:
     figures = ["layer-scores", "head-map", *["effect-map"] * effects]
     further = ["top-layers", "top-heads", "neurons-by-layer", *["layer-effect-map", "score-vs-effect"] * effects]
     further += ["answer-by-layer"] * has(wh, "lens_readouts", model=name)
-    tables = [ranked(wh, one, {**about, "k": 5}, drop=["model"], folded=True) for one in ("top-layers", "top-heads")]
-    tables += [asked(wh, "head-effects", {**about, "k": 5}, drop=["model"], folded=True)] if effects else []
-    tables.append(asked(wh, "top-neurons", {**about, "k": 3}, drop=["model", "bottom_tokens"]))
+    tables = [asked(wh, "head-effects", {**about, "k": 5}, drop=["model"], folded=True)] if effects else []
+    tables.append(asked(wh, "top-neurons", {**about, "k": 3}, drop=["model", "bottom_tokens", *IN_NAME]))
     tables.append(asked(wh, "prompts", {**about, "k": 3}, drop=["model", "answer"]))
     charts, more = ([chart(one, about) for one in names] for names in (figures, further))
     return {"charts": charts, "further": more, "tables": tables}
@@ -137,5 +136,5 @@ def _neurons(wh: Warehouse, name: str, number: int) -> Shown:
     about = {"model": [name], "k": 300}
     rows = wh.query("top-neurons", **about)
     of_layer = rows.filter(layer=number).group_by("dataset", "category", "component", maintain_order=True).head(3)
-    drop = ["model", "bottom_tokens", "layer", "head", "neuron"]
+    drop = ["model", "bottom_tokens", *IN_NAME]
     return shown("top-neurons", about, of_layer, drop, f"Its neurons among the {about['k']} best of a category")

@@ -10,7 +10,6 @@ import polars as pl
 
 from kdb.analysis.captions import CAVEAT, FEW, MEANS
 from kdb.analysis.figures import FIGURES
-from kdb.analysis.figures import frame as numbers_of_figure
 from kdb.analysis.style import look_of
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import find_query
@@ -112,14 +111,6 @@ def asked(
     return shown(name, chosen, wh.query(name, **chosen), drop, title, folded=folded)
 
 
-def ranked(
-    wh: Warehouse, name: str, params: Mapping[str, Any], *, drop: Sequence[str] = (), folded: bool = False
-) -> Shown:
-    """Return the numbers of the figure of that name: the answer of the saved query with its intervals."""
-    chosen = without_empty(params)
-    return shown(name, chosen, numbers_of_figure(wh, name, **chosen), drop, folded=folded)
-
-
 def shown(
     name: str,
     chosen: Mapping[str, Any],
@@ -155,6 +146,9 @@ def table(title: str, frame: pl.DataFrame, columns: Sequence[str] | None = None,
     above = [(name, rows[0][name]) for name in names if name in shared and rows[0][name] is not None]
     return Shown(title, [name for name in without_ends(names) if name not in shared], rows, shared=above, **more)
 
+
+IN_NAME = ("component", "layer", "head", "neuron")
+"""Columns that the name of a part says as well."""
 
 _MAY_BE_ABOVE = (
     *("model", "dataset", "variant", "run", "category", "site", "classifier", "split", "n_layers", "component", "lens"),

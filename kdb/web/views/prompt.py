@@ -114,7 +114,7 @@ def _measured_on(wh: Warehouse, about: Mapping[str, Any]) -> list[str]:
 
 def _parts(story: list[dict[str, Any]], ways: Any, address: str) -> list[Shown]:
     """Return a table for each part of the story, without columns that it does not have."""
-    columns = ["rank", "name", "position", "attention", "score", *_EFFECT_COLUMNS.values(), "tokens"]
+    columns = ["name", "position", "attention", "score", *_EFFECT_COLUMNS.values(), "tokens"]
     found = []
     for part, title in _PARTS.items():
         rows = [row for row in story if row["part"] == part]
