@@ -74,9 +74,10 @@ function fit(spec, width) {
   inner.width = widened;
 }
 
-// Parts beside each other go below each other on a narrow page.
+// Parts beside each other go below each other where they do not fit.
 function stack(spec, width) {
-  if (spec.hconcat && width < 800) {
+  const widths = (spec.hconcat || []).map((part) => (typeof part.width === "number" ? part.width : 0));
+  if (widths.reduce((sum, one) => sum + one, 0) > width) {
     spec.vconcat = spec.hconcat;
     delete spec.hconcat;
   }

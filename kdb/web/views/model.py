@@ -55,7 +55,10 @@ def _concept(wh: Warehouse, name: str, datasets: list[str]) -> dict[str, Any]:
     projected = [one for one in datasets if has(wh, "projections", model=name, dataset=one)]
     return {
         "charts": [chart(one, about) for one in ("depth-curves", "depth-measures")],
-        "hidden": [chart("hidden-states", {"model": [name], "dataset": [one]}) for one in projected],
+        "hidden": [
+            chart("hidden-states", {"model": [name], "dataset": [one]}, f"Positions of {one}, layer by layer")
+            for one in projected
+        ],
         "table": asked(wh, "concept-depth", {**about, "site": "resid_post"}, drop=["model"], folded=True),
     }
 
