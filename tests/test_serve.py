@@ -40,6 +40,7 @@ from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.store import Warehouse
 from kdb.web.cells import cell
 from kdb.web.serve import _demo
+from kdb.web.ways import ways_to_ask
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +254,103 @@ def test_a_forged_cursor_or_filter_is_refused_or_asks_for_nothing_else(text: str
         # What was given stands in the parameters and never in the SQL.
         assert page.sql.count("?") == len(page.params)
         assert "'" not in page.sql
+
+
+# Pages of tables, rows and answers --------------------------------------------------------------------------------
+
+
+def test_a_table_is_filtered_by_its_facets_and_its_rows_have_addresses(client: httpx.Client) -> None:
+    page = html.unescape(client.get("/tables/layer_scores").text)
+    (facet,) = re.findall(r'href="(/tables/layer_scores\?filter=component%3Dffn)"', page)
+    filtered = html.unescape(client.get(facet).text)
+    stored = client.get("/api/tables/layer_scores?filter=component=ffn&limit=1").json()[0]
+    address = re.findall(r'href="(/rows/layer_scores\?[^"]*)"', filtered)[0]
+    assert "component%3Dffn" in address
+    row = html.unescape(client.get(address).text)
+    for name in ("model", "run", "prompt_id", "layer"):
+        assert re.search(rf">{name}</th><td>(<a [^>]*>)?{stored[name]}<", row)
+    gone = client.get("/rows/layer_scores?filter=run%3Dnone", headers={"accept": "text/html"})
+    assert gone.status_code == 400
+    assert "There is no such row" in gone.text
+
+
+def test_lists_of_numbers_are_counted_on_pages_not_printed() -> None:
+    assert cell([0.5] * 576) == "[576 floats]"
+    assert cell([1, 2]) == "[1, 2]"
+
+
+def test_an_answer_is_a_file_at_the_address_of_its_page(client: httpx.Client) -> None:
+    answered = client.get("/queries/top-heads.csv?category=capital&k=1", follow_redirects=True)
+    assert answered.text == client.get("/api/queries/top-heads?category=capital&k=1&format=csv").text
+    rows = client.get("/tables/models.json?filter=model%3Dgemma-3-270m", follow_redirects=True).json()
+    assert {row["model"] for row in rows} == {"gemma-3-270m"}
+    assert client.get("/queries/nothing.csv", follow_redirects=True).status_code == 404
+
+
+def test_an_answer_is_filtered_and_ordered_by_its_address(client: httpx.Client) -> None:
+    page = html.unescape(client.get("/queries/top-heads?k=2&filter=category%3Dcapital&sort=-score").text)
+    rows = client.get("/api/queries/top-heads?k=2&category=capital").json()
+    heads = re.findall(r">(a\d+\.\d+)</a></td>", page)
+    assert heads == [row["head_name"] for row in sorted(rows, key=lambda row: -row["score"])]
+    wrong = client.get("/queries/top-heads?filter=nothing%3D1").text
+    assert "Unknown column" in html.unescape(wrong)
+
+
+def test_what_a_page_offers_to_copy_gives_the_same_answer(client: httpx.Client, demo: Warehouse) -> None:
+    asked = {"category": ["capital"], "k": 2}
+    command, python = ways_to_ask("top-heads", asked)
+    assert command.text == "kdb query top-heads --category capital --k 2"
+    assert python.text == 'kdb.open("WAREHOUSE").query("top-heads", category=[\'capital\'], k=2)'
+    page = html.unescape(client.get("/queries/top-heads?category=capital&k=2").text)
+    assert command.text in page
+    assert "SET VARIABLE category = ['capital'];" in page
+    assert len(demo.query("top-heads", **asked)) == len(client.get("/api/queries/top-heads", params=asked).json())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kinds"),
+    [
+        ("gemma", ["Models"]),
+        ("capital", ["Categories"]),
+        ("a12.2", ["Layers, heads and neurons"]),
+        ("f11_960", ["Layers, heads and neurons"]),
+        ("Paris", ["Prompts"]),
+        ("top-heads", ["Saved queries"]),
+    ],
+)
+def test_search_finds_what_has_a_name(client: httpx.Client, wanted: str, kinds: list[str]) -> None:
+    page = client.get("/search", params={"q": wanted})
+    found = re.findall(r"<h2>(.*?)</h2>", page.text)
+    assert set(kinds) <= set(found)
+    address = html.unescape(re.findall(r'<li><a href="([^"]+)"', page.text)[0])
+    assert client.get(address).status_code == 200
+
+
+def test_search_takes_any_text(client: httpx.Client) -> None:
+    for wanted in ("", "'; DROP TABLE runs", "%", "<script>", "f99999999_1", "x" * 5000, "a1.1_99999999999"):
+        page = client.get("/search", params={"q": wanted})
+        assert page.status_code == 200
+        assert "<script>alert" not in page.text
+
+
+def test_the_log_has_requests_but_not_the_files_of_the_pages(server: Served, client: httpx.Client) -> None:
+    client.get("/static/kdb.css")
+    client.get("/static/missing.css")
+    client.get("/healthz?after=static")
+    server.line_with("after=static")
+    assert not any("/static/kdb.css" in line for line in server.log)
+    assert any("/static/missing.css" in line for line in server.log)
+
+
+def test_a_labelled_text_has_the_verdict_of_each_layer(client: httpx.Client) -> None:
+    sql = (
+        "SELECT dataset, prompt_id, model, count(*) AS n FROM current.probe_predictions WHERE site = 'resid_post' "
+        "GROUP BY ALL ORDER BY ALL LIMIT 1"
+    )
+    (tested,) = client.get("/api/sql", params={"sql": sql}).json()
+    page = client.get("/prompt", params={"dataset": tested["dataset"], "prompt": tested["prompt_id"]}).text
+    verdicts = page.partition(f"Verdicts of {tested['model']}")[2].partition("</table>")[0]
+    assert verdicts.count("✓") + verdicts.count("✗") == tested["n"]
 
 
 # Several datasets of facts ---------------------------------------------------------------------------------------
