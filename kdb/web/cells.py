@@ -93,11 +93,11 @@ def _list(values: Sequence[Any], name: str) -> str:
 
 
 @functools.cache
-def meaning(column: str) -> str:
-    """Return the meaning and unit of a column of the warehouse; empty for one that only a query has."""
+def meaning(column: str, table_name: str | None = None) -> str:
+    """Return the meaning and unit of a column, in a certain table or the first that has it; empty if it is unknown."""
     if column in PARTITIONS:
         return PARTITIONS[column]
-    for table in TABLES.values():
+    for table in TABLES.values() if table_name is None else [TABLES[table_name]]:
         if column in table.columns:
             found = table.columns[column]
             unit = found.info["unit"]

@@ -87,7 +87,7 @@ FROM neuron_tokens
 JOIN current_runs USING (model, dataset, run)
 WHERE table_name = 'neuron_tokens' AND variant = 'default' AND sign = 'top' AND contains(lower(token), lower($wanted))
 GROUP BY ALL
-ORDER BY rank, model, name
+ORDER BY bool_or(lower(trim(token)) = lower($wanted)) DESC, rank, model, name
 LIMIT {_MOST}
 """
 
