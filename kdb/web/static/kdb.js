@@ -173,7 +173,7 @@ for (const details of document.querySelectorAll("details")) details.addEventList
 // Copying ---------------------------------------------------------------------------------------------------------
 
 for (const button of document.querySelectorAll("[data-copies]")) {
-  button.hidden = false;
+  button.hidden = !navigator.clipboard; // which browsers have at https addresses and on this machine only
   button.addEventListener("click", async () => {
     const text = document.getElementById(button.dataset.copies).textContent;
     await navigator.clipboard.writeText(text);
