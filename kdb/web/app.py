@@ -57,10 +57,9 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with pool:
-            preparing = asyncio.create_task(app.state.ask.prepare()) if prepare else None
+            if prepare:
+                await app.state.ask.prepare()
             yield
-            if preparing is not None:
-                preparing.cancel()
 
     app = FastAPI(
         title="kdb",
