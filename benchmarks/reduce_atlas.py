@@ -52,8 +52,7 @@ _RANKED = "IN (SELECT neuron_name(component, layer, head, neuron) FROM neuron_su
 KEPT = {
     "activations": "false",
     "probe_weights": "false",
-    "candidate_scores": "false",
-    "probe_predictions": "is_default",
+    "candidate_scores": f"neuron_name(component, layer, head, neuron) {_RANKED}",
     "probe_transfer": "classifier = 'logistic'",
     "neuron_scores": "rank <= 10",
     "neuron_sums": f"neuron_name(component, layer, head, neuron) {_RANKED}",

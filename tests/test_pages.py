@@ -26,7 +26,7 @@ PAGES = {
     "model-chosen": f"/model?{MODEL}&dataset=world-cities&category=capital&category=month",
     "compare": "/compare?model=gemma-3-270m&model=smollm2-135m&category=capital",
     "prompts": f"/prompt?{MODEL}&category=capital",
-    "prompt": f"/prompt?{MODEL}&dataset=knowledge&prompt=170",
+    "prompt": f"/prompt?{MODEL}&dataset=knowledge&prompt=24",
     "labelled-text": "/prompt?dataset=world-cities&prompt=8",
     "layer": f"/layer?{MODEL}&layer=12",
     "category": "/category?category=capital",
@@ -34,8 +34,8 @@ PAGES = {
     "dataset-of-facts": "/dataset?dataset=knowledge",
     "search": "/search?q=Paris",
     "table": "/tables/layer_scores?filter=component%3Dffn",
-    "neuron": f"/neuron?{MODEL}&neuron=f11_960",
-    "attention-neuron": f"/neuron?{MODEL}&neuron=a12.2_253",
+    "neuron": f"/neuron?{MODEL}&neuron=f11_441",
+    "attention-neuron": f"/neuron?{MODEL}&neuron=a12.2_176",
     "head": f"/head?{MODEL}&layer=12&head=2",
     "queries": "/queries",
     "query": "/queries/top-heads?category=capital&k=3",
@@ -209,10 +209,10 @@ def test_a_column_is_inserted_into_the_editor(watched: Watched) -> None:
 
 def test_a_prompt_leads_to_the_next(watched: Watched) -> None:
     page = watched.open(PAGES["prompt"])
-    assert "Kabul" in page.locator("h1").inner_text()
-    assert "Afghanistan" in page.locator("main").inner_text()
+    assert "Paris" in page.locator("h1").inner_text()
+    assert "France" in page.locator("main").inner_text()
     page.get_by_role("link", name="Next prompt").click()
-    assert page.url.endswith("prompt=171")
+    assert page.url.endswith("prompt=25")
 
 
 def test_models_are_compared_rank_by_rank(watched: Watched) -> None:
@@ -226,13 +226,13 @@ def test_models_are_compared_rank_by_rank(watched: Watched) -> None:
 
 def test_tokens_of_a_prompt_are_chosen_by_keyboard_and_coloured_by_a_head(watched: Watched) -> None:
     page = watched.open(PAGES["prompt"])
-    token = page.locator(".tok", has_text="Afghanistan")
+    token = page.locator(".tok", has_text="France")
     assert token.get_attribute("aria-pressed") == "true", "the token that adds most is chosen at first"
     told = page.locator(".reads li:visible")
-    assert "Afghanistan" in told.inner_text()
+    assert "France" in told.inner_text()
     token.focus()
     page.keyboard.press("ArrowLeft")
-    assert "Afghanistan" not in told.inner_text()
+    assert "France" not in told.inner_text()
     before = token.get_attribute("class")
     page.locator("button[data-head]").last.click()
     assert token.get_attribute("class") != before
