@@ -102,11 +102,11 @@ def component_points() -> tuple[alt.Color, alt.Shape]:
 alt.data_transformers.disable_max_rows()  # its limit protects notebooks from millions of rows; figures have thousands
 
 
-def finished(chart: Chart, title: str, subtitle: str) -> Chart:
-    """Return the chart with its title, a legend of its marks, and the style of all figures."""
-    lines = [alt.TitleParams(text=title, subtitle=subtitle.split("\n"), anchor="start", offset=12)]
+def finished(chart: Chart, title: str, subtitle: Sequence[str]) -> Chart:
+    """Return the chart with its title, what it is of and what its marks are, and the style of all figures."""
+    head = alt.TitleParams(text=title, subtitle=list(subtitle), anchor="start", offset=12)
     styled: Chart = (
-        chart.properties(title=lines[0], background="white")
+        chart.properties(title=head, background="white")
         .configure(font="DejaVu Sans, Verdana, Arial, sans-serif")
         .configure_view(stroke="#cccccc")
         .configure_title(fontSize=14, subtitleFontSize=11, subtitleColor="#444444")

@@ -96,6 +96,25 @@ def test_every_figure_is_drawn_from_rows_and_has_a_title(small: Warehouse, name:
 
 
 @pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_asks_a_question_and_names_what_it_is_of(small: Warehouse, name: str) -> None:
+    numbers = figures.frame(small, name, **given_for(name))
+    title = spec(figures.chart(small, name, **given_for(name)))["title"]
+    told = " ".join(title["subtitle"])
+    assert title["text"].endswith("?")
+    assert all(model in told for model in set(numbers["model"]))
+    assert all(dataset in told for dataset in set(numbers["dataset"]))
+    assert "variant: default" in told
+    assert re.search(r"n = \d+( to \d+)? (test )?prompts|prompt 0: “", told)
+
+
+def test_a_figure_of_one_run_names_its_variant(small: Warehouse) -> None:
+    run = small.sql("SELECT run FROM runs WHERE study = 'knowledge' AND model = 'tiny-a'")["run"][0]
+    told = spec(figures.chart(small, "top-heads", run=run))["title"]["subtitle"]
+    assert told[0] == "model: tiny-a"
+    assert told[1] == "dataset: knowledge; n = 5 to 7 prompts; variant: default"
+
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_that_shows_j_or_c_says_what_they_are_worth(small: Warehouse, name: str) -> None:
     columns = set(figures.frame(small, name, **given_for(name)).columns)
     shown = {"jump", "converging", "jump_percent", "converging_percent", "moved_percent"} & columns
@@ -378,7 +397,7 @@ def test_the_lens_map_has_a_cell_for_each_place_with_the_best_token(small: Wareh
     assert (cells[0]["best"], cells[-1]["best"]) == (",", "␣right")
     assert cells[-1]["prob"] == pytest.approx(0.9048, abs=1e-4)
     [told] = [line for line in drawn["title"]["subtitle"] if line.endswith("→ “ right”")]
-    assert told.startswith("“") and "model: tiny-a" in drawn["title"]["subtitle"]
+    assert told.startswith("prompt 0: “") and "model: tiny-a" in drawn["title"]["subtitle"]
     with pytest.raises(QueryError, match="--model other --dataset knowledge"):
         figures.chart(small, "lens-map", prompt=0)
 

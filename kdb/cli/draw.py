@@ -71,7 +71,7 @@ def _command(name: str) -> click.Command:
         name,
         params=[param_option(param) for param in figure.params],
         callback=output_path(warehouse_option(draw)),
-        help=f"{figure.title}.\n\n{figure.marks}\n\n`kdb query {figure.query}` prints its numbers.",
+        help=f"{figure.title}\n\n{figure.marks}\n\n`kdb query {figure.query}` prints its numbers.",
         short_help=figure.title,
     )
     command.params += getattr(draw, "__click_params__", [])
