@@ -186,9 +186,11 @@ def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """
     rows = [row for curve in curves(wh, **PAPER | params) for row in _point_rows(curve)]
     numbers = ("layer", "low_percent", "high_percent", "same_percent", "none_percent", "p_any_rise")
-    schema = {"model": pl.String, "dataset": pl.String, "point": pl.String}
-    schema |= dict.fromkeys(("n_layers", "n_test"), pl.Int64)
-    return pl.DataFrame(rows, schema=schema | dict.fromkeys(numbers, pl.Float64))
+    texts, counts = ("model", "dataset", "point"), ("n_layers", "n_test")
+    schema = (
+        dict.fromkeys(texts, pl.String()) | dict.fromkeys(counts, pl.Int64()) | dict.fromkeys(numbers, pl.Float64())
+    )
+    return pl.DataFrame(rows, schema=schema)
 
 
 def _point_rows(curve: Curve) -> Iterator[dict[str, Any]]:

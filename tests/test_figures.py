@@ -28,6 +28,7 @@ from kdb.analysis.figures import FIGURES
 from kdb.analysis.lens import _best
 from kdb.analysis.save import save
 from kdb.analysis.style import Look, look_of
+from kdb.analysis.themes import resized
 from kdb.analysis.transfer import pair_map
 from kdb.analysis.uncertainty import mean_intervals
 from kdb.errors import QueryError, UnknownNameError
@@ -528,6 +529,30 @@ def test_plot_writes_every_format(small: Warehouse, tmp_path: Path, run_kdb: Cal
         assert path.read_bytes().lstrip()[:40].lower().startswith(start.lower())
 
 
+def test_a_figure_has_the_size_and_theme_that_are_asked_for(small: Warehouse) -> None:
+    chart = figures.chart(small, "prompt-story", **given_for("prompt-story"))
+    wide, dark = spec(resized(chart, width=200)), spec(resized(chart, theme="dark"))
+    widths = set(re.findall(r'"width": (\d+)', json.dumps(wide)))
+    assert max(map(int, widths)) == 200
+    assert len(widths) == len(set(re.findall(r'"width": (\d+)', json.dumps(spec(chart)))))
+    assert dark["background"] != spec(chart)["background"]
+    assert spec(resized(chart)) == spec(chart)
+    for wrong in ({"width": 3}, {"height": 10**6}, {"theme": "pink"}):
+        with pytest.raises(QueryError, match=r"expected 20 to 4000 pixels|Use one of paper, dark"):
+            resized(chart, **wrong)  # type: ignore[arg-type]
+
+
+def test_plot_writes_the_numbers_beside_the_picture(
+    small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    where = ("--warehouse", small.storage.local.path)
+    picture, data = tmp_path / "x.svg", tmp_path / "x.csv"
+    result = run_kdb("plot", "top-heads", "--width", 90, "--theme", "dark", "-o", picture, "--data", data, *where)
+    assert result.exit_code == 0, result.output
+    assert pl.read_csv(data).height == figures.frame(small, "top-heads").height
+    assert picture.read_text().startswith("<svg")
+
+
 def test_html_fetches_nothing(small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
     path = tmp_path / "depth.html"
     run_kdb("plot", "depth-curves", "-o", path, "--warehouse", small.storage.local.path)
@@ -553,6 +578,9 @@ def test_no_text_of_the_data_ends_the_script_of_a_page(tmp_path: Path) -> None:
         (["depth-curve", "-o", "x.png"], "Did you mean 'depth-curves'"),
         (["depth-curves", "-o", "no/such/folder/x.png"], "Cannot write"),
         (["depth-curves"], "Missing option '-o'"),
+        (["depth-curves", "--width", "3", "-o", "x.png"], "20<=x<=4000"),
+        (["depth-curves", "--theme", "pink", "-o", "x.png"], "'pink' is not one of 'paper', 'dark'"),
+        (["depth-curves", "-o", "x.png", "--data", "x.gif"], "expected a file that ends in .csv, .parquet"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_message(
