@@ -27,7 +27,7 @@ from kdb.analysis.effects import agreement
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.lens import _best
 from kdb.analysis.save import save
-from kdb.analysis.style import Look, look_of
+from kdb.analysis.style import ATTN, FFN, Look, look_of, upright
 from kdb.analysis.themes import resized
 from kdb.analysis.transfer import pair_map
 from kdb.analysis.uncertainty import mean_intervals
@@ -506,6 +506,52 @@ def test_a_color_stays_with_its_dataset_and_model_whatever_else_is_shown(large: 
     assert [color_of(look, "dataset", [name], name) for name in datasets] == colors
     models = [model.name for model in NINE_MODELS]
     assert [color_of(look, "model", [m], m) for m in models] == [color_of(look, "model", models, m) for m in models]
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG defines it."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def told_apart_in_grey(one: str, other: str) -> bool:
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05) >= 1.2
+
+
+def test_lines_can_be_told_apart_in_a_grey_print(large: Warehouse) -> None:
+    encodings = look_of(large).lines("dataset", [concept.name for concept in NINE_CONCEPTS])
+    colors, dashes = (encodings[kind].to_dict()["scale"]["range"] for kind in ("color", "strokeDash"))
+    lines = list(zip(colors, dashes, strict=True))
+    for i, (color, dash) in enumerate(lines):
+        assert all(dash != other[1] or told_apart_in_grey(color, other[0]) for other in lines[:i])
+    assert told_apart_in_grey(ATTN, FFN)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_label_is_rotated(small: Warehouse, name: str) -> None:
+    drawn = spec(figures.chart(small, name, **given_for(name)))
+    assert drawn["config"]["axisX"]["labelAngle"] == 0
+    assert set(re.findall(r'"labelAngle": ([-0-9.]+)', json.dumps(drawn))) == {"0"}
+
+
+@pytest.mark.parametrize("name", ["top-heads", "top-layers", "score-vs-effect", "layer-scores", "depth-curves"])
+def test_panels_share_the_scale_of_what_is_measured(small: Warehouse, name: str) -> None:
+    resolved = spec(figures.chart(small, name)).get("resolve", {}).get("scale", {})
+    assert "x" not in resolved
+    assert resolved.get("y") in ((None, "independent") if name.startswith("top-") else (None,))
+
+
+def test_long_names_below_a_figure_are_broken_into_lines() -> None:
+    names = ["coinflip-synthetic", "a very long name", "x" * 25, 'quote"]', "own"]
+    lines = json.loads(upright(names, 10).to_dict()["labelExpr"].removesuffix("[datum.label]")[1:-1])
+    assert lines["coinflip-synthetic"] == ["coinflip-", "synthetic"]
+    assert lines["own"] == ["own"]
+    assert all(len(line) <= 10 for broken in lines.values() for line in broken)
+    assert {name: "".join(lines[name]) for name in names} == {name: name.replace(" ", "") for name in names} | {
+        "a very long name": "a verylong name"
+    }
 
 
 def test_models_are_ordered_by_family_and_size_and_categories_as_in_the_paper(large: Warehouse) -> None:
