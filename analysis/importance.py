@@ -215,7 +215,7 @@ def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the layers of the best value and query neurons: a panel for each dataset and category."""
     names = ["attn value", "ffn value", "query of attn", "query of ffn"]
     line = alt.Chart(frame).mark_line(strokeWidth=1.6)
-    y = alt.Y("share_percent:Q", title="share (%)")
+    y = alt.Y("share_percent:Q", title="share of neurons (%)")
     tooltip = ["kind", "layer", alt.Tooltip("share_percent:Q", format=".1f"), "n_prompts"]
     drawn = line.encode(depth_axis(frame), y, tooltip=tooltip, **components("kind", names))
     return grid(drawn.properties(width=210, height=130), frame, look)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -597,6 +599,17 @@ def test_plot_writes_the_numbers_beside_the_picture(
     assert result.exit_code == 0, result.output
     assert pl.read_csv(data).height == figures.frame(small, "top-heads").height
     assert picture.read_text().startswith("<svg")
+
+
+def test_the_gallery_names_every_figure_and_its_script_draws_all(small: Warehouse, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    commands = re.findall(r"`kdb plot ([a-z-]+) ", (root / "docs/gallery.md").read_text())
+    assert sorted(commands) == sorted(FIGURES)
+    page = tmp_path / "all.html"
+    script = [sys.executable, str(root / "benchmarks/gallery.py"), str(small.storage.local.path), "-o", str(page)]
+    told = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert f"with {len(FIGURES)} of {len(FIGURES)} figures" in told
+    assert page.read_text().count("<img ") == len(FIGURES)
 
 
 def test_html_fetches_nothing(small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
