@@ -180,17 +180,14 @@ def depth_intervals(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return J and C of each model and dataset, with ranges over resampled test prompts or groups.
 
     ``params`` are those of the saved query ``probe-outcomes``; classifier and split default to the paper's. One row
-    per model, dataset and point: n_layers, n_test (prompts), layer, the range in percent of depth that holds the middle
-    95 % of the resamples that have the point (NULL if most have none), and the percentages of resamples in which it is
-    at the same layer, or does not exist. p_any_rise, in rows of J, is the p-value of the largest rise of the curve.
+    per model, dataset and point: n_layers, layer, the range in percent of depth that holds the middle 95 % of the
+    resamples that have the point (NULL if most have none), and the percentages of resamples in which it is at the same
+    layer, or does not exist. p_any_rise, in rows of J, is the p-value of the largest rise of the curve.
     """
     rows = [row for curve in curves(wh, **PAPER | params) for row in _point_rows(curve)]
     numbers = ("layer", "low_percent", "high_percent", "same_percent", "none_percent", "p_any_rise")
-    texts, counts = ("model", "dataset", "point"), ("n_layers", "n_test")
-    schema = (
-        dict.fromkeys(texts, pl.String()) | dict.fromkeys(counts, pl.Int64()) | dict.fromkeys(numbers, pl.Float64())
-    )
-    return pl.DataFrame(rows, schema=schema)
+    schema = {"model": pl.String, "dataset": pl.String, "point": pl.String, "n_layers": pl.Int64}
+    return pl.DataFrame(rows, schema=schema | dict.fromkeys(numbers, pl.Float64))
 
 
 def _point_rows(curve: Curve) -> Iterator[dict[str, Any]]:
@@ -202,7 +199,6 @@ def _point_rows(curve: Curve) -> Iterator[dict[str, Any]]:
             "dataset": curve.dataset,
             "point": name,
             "n_layers": curve.n_layers,
-            "n_test": len(curve.correct),
             "layer": point.layer,
             "low_percent": None if point.low is None else 100 * point.low / curve.n_layers,
             "high_percent": None if point.high is None else 100 * point.high / curve.n_layers,
@@ -215,9 +211,15 @@ def _point_rows(curve: Curve) -> Iterator[dict[str, Any]]:
 def robustness(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return rows of ``depth-robustness``, for the published condition with ranges over resampled test prompts.
 
-    The added columns are those of ``depth_intervals``.
+    The added columns are those of ``depth_intervals``, and n_test, the number of test prompts of the published
+    condition.
     """
-    frame = wh.query("depth-robustness", **params)
+    sizes = (
+        wh.query("layer-accuracy", **PAPER | params).select("model", "dataset", "n_test").unique(["model", "dataset"])
+    )
+    frame = wh.query("depth-robustness", **params).join(
+        sizes, on=["model", "dataset"], how="left", maintain_order="left"
+    )
     ends = depth_intervals(wh, **params).drop("n_layers", "layer").with_columns(varied=pl.lit("published"))
     return frame.join(ends, on=["model", "dataset", "point", "varied"], how="left", maintain_order="left")
 
