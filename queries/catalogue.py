@@ -183,9 +183,14 @@ class SavedQuery:
         """
         return bind(self.name, self.params, values)
 
-    def shell_script(self) -> str:
-        """Return SQL to paste into a DuckDB shell: the parameters' defaults as variables, then the query."""
-        lines = [f"SET VARIABLE {p.name} = {literal(p.default)};{_shell_note(p)}" for p in self.params]
+    def shell_script(self, values: Mapping[str, object] | None = None) -> str:
+        """Return SQL to paste into a DuckDB shell: the parameters as variables, then the query.
+
+        Without ``values``, the variables are the defaults, with notes.
+        """
+        given = {p.name: p.default for p in self.params} if values is None else self.bind(values)
+        notes = {p.name: _shell_note(p) if values is None else "" for p in self.params}
+        lines = [f"SET VARIABLE {name} = {literal(value)};{notes[name]}" for name, value in given.items()]
         return "\n".join([*lines, "", self.sql])
 
 

@@ -29,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_demo_serves_without_a_browser() -> None:
-    command = [sys.executable, "-m", "kdb.cli", "demo", "--no-browser"]
+    command = [sys.executable, "-m", "kdb", "demo", "--no-browser"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()

@@ -38,6 +38,8 @@ from kdb.warehouse.limits import Limits
 from kdb.warehouse.paging import Page
 from kdb.warehouse.schema import PARTITIONS, TABLES
 from kdb.warehouse.store import Warehouse
+from kdb.web.cells import cell
+from kdb.web.ways import ways_to_ask
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +255,103 @@ def test_a_forged_cursor_or_filter_is_refused_or_asks_for_nothing_else(text: str
         assert "'" not in page.sql
 
 
+# Pages of tables, rows and answers --------------------------------------------------------------------------------
+
+
+def test_a_table_is_filtered_by_its_facets_and_its_rows_have_addresses(client: httpx.Client) -> None:
+    page = html.unescape(client.get("/tables/layer_scores").text)
+    (facet,) = re.findall(r'href="(/tables/layer_scores\?filter=component%3Dffn)"', page)
+    filtered = html.unescape(client.get(facet).text)
+    stored = client.get("/api/tables/layer_scores?filter=component=ffn&limit=1").json()[0]
+    address = re.findall(r'href="(/rows/layer_scores\?[^"]*)"', filtered)[0]
+    assert "component%3Dffn" in address
+    row = html.unescape(client.get(address).text)
+    for name in ("model", "run", "prompt_id", "layer"):
+        assert re.search(rf">{name}</th><td>(<a [^>]*>)?{stored[name]}<", row)
+    gone = client.get("/rows/layer_scores?filter=run%3Dnone", headers={"accept": "text/html"})
+    assert gone.status_code == 400
+    assert "There is no such row" in gone.text
+
+
+def test_lists_of_numbers_are_counted_on_pages_not_printed() -> None:
+    assert cell([0.5] * 576) == "[576 floats]"
+    assert cell([1, 2]) == "[1, 2]"
+
+
+def test_an_answer_is_a_file_at_the_address_of_its_page(client: httpx.Client) -> None:
+    answered = client.get("/queries/top-heads.csv?category=capital&k=1", follow_redirects=True)
+    assert answered.text == client.get("/api/queries/top-heads?category=capital&k=1&format=csv").text
+    rows = client.get("/tables/models.json?filter=model%3Dgemma-3-270m", follow_redirects=True).json()
+    assert {row["model"] for row in rows} == {"gemma-3-270m"}
+    assert client.get("/queries/nothing.csv", follow_redirects=True).status_code == 404
+
+
+def test_an_answer_is_filtered_and_ordered_by_its_address(client: httpx.Client) -> None:
+    page = html.unescape(client.get("/queries/top-heads?k=2&filter=category%3Dcapital&sort=-score").text)
+    rows = client.get("/api/queries/top-heads?k=2&category=capital").json()
+    heads = re.findall(r">(a\d+\.\d+)</a></td>", page)
+    assert heads == [row["head_name"] for row in sorted(rows, key=lambda row: -row["score"])]
+    wrong = client.get("/queries/top-heads?filter=nothing%3D1").text
+    assert "Unknown column" in html.unescape(wrong)
+
+
+def test_what_a_page_offers_to_copy_gives_the_same_answer(client: httpx.Client, demo: Warehouse) -> None:
+    asked = {"category": ["capital"], "k": 2}
+    command, python = ways_to_ask("top-heads", asked)
+    assert command.text == "kdb query top-heads --category capital --k 2"
+    assert python.text == 'kdb.open("WAREHOUSE").query("top-heads", category=[\'capital\'], k=2)'
+    page = html.unescape(client.get("/queries/top-heads?category=capital&k=2").text)
+    assert command.text in page
+    assert "SET VARIABLE category = ['capital'];" in page
+    assert len(demo.query("top-heads", **asked)) == len(client.get("/api/queries/top-heads", params=asked).json())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kinds"),
+    [
+        ("gemma", ["Models"]),
+        ("capital", ["Categories"]),
+        ("a12.2", ["Layers, heads and neurons"]),
+        ("f11_960", ["Layers, heads and neurons"]),
+        ("Paris", ["Prompts"]),
+        ("top-heads", ["Saved queries"]),
+    ],
+)
+def test_search_finds_what_has_a_name(client: httpx.Client, wanted: str, kinds: list[str]) -> None:
+    page = client.get("/search", params={"q": wanted})
+    found = re.findall(r"<h2>(.*?)</h2>", page.text)
+    assert set(kinds) <= set(found)
+    address = html.unescape(re.findall(r'<li><a href="([^"]+)"', page.text)[0])
+    assert client.get(address).status_code == 200
+
+
+def test_search_takes_any_text(client: httpx.Client) -> None:
+    for wanted in ("", "'; DROP TABLE runs", "%", "<script>", "f99999999_1", "x" * 5000, "a1.1_99999999999"):
+        page = client.get("/search", params={"q": wanted})
+        assert page.status_code == 200
+        assert "<script>alert" not in page.text
+
+
+def test_the_log_has_requests_but_not_the_files_of_the_pages(server: Served, client: httpx.Client) -> None:
+    client.get("/static/kdb.css")
+    client.get("/static/missing.css")
+    client.get("/healthz?after=static")
+    server.line_with("after=static")
+    assert not any("/static/kdb.css" in line for line in server.log)
+    assert any("/static/missing.css" in line for line in server.log)
+
+
+def test_a_labelled_text_has_the_verdict_of_each_layer(client: httpx.Client) -> None:
+    sql = (
+        "SELECT dataset, prompt_id, model, count(*) AS n FROM current.probe_predictions WHERE site = 'resid_post' "
+        "GROUP BY ALL ORDER BY ALL LIMIT 1"
+    )
+    (tested,) = client.get("/api/sql", params={"sql": sql}).json()
+    page = client.get("/prompt", params={"dataset": tested["dataset"], "prompt": tested["prompt_id"]}).text
+    verdicts = page.partition(f"Verdicts of {tested['model']}")[2].partition("</table>")[0]
+    assert verdicts.count("✓") + verdicts.count("✗") == tested["n"]
+
+
 # Several datasets of facts ---------------------------------------------------------------------------------------
 
 
@@ -269,12 +368,11 @@ def two_facts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
 def test_pages_show_datasets_apart_with_the_number_of_prompts(two_facts: httpx.Client) -> None:
     for path in ("/model?model=tiny-a", "/compare?model=tiny-a", "/head?layer=3&head=1"):
         page = two_facts.get(path).text
-        assert "<td>knowledge</td>" in page
-        assert "<td>relations</td>" in page
+        assert ">knowledge</a>" in page
+        assert ">relations</a>" in page
     assert "(n = " in two_facts.get("/compare?model=tiny-a").text
-    told = html.unescape(two_facts.get("/model?model=tiny-a").text)
-    assert MEANS in told
-    assert FEW in told, "some rows have no interval"
+    assert MEANS in html.unescape(two_facts.get("/model?model=tiny-a").text)
+    assert FEW in two_facts.get("/charts/top-heads?model=tiny-a").text, "some rows have no interval"
 
 
 def test_prompts_of_one_number_in_two_datasets_are_not_one_page(two_facts: httpx.Client) -> None:
@@ -283,7 +381,7 @@ def test_prompts_of_one_number_in_two_datasets_are_not_one_page(two_facts: httpx
     assert "Prompt 0 exists in several datasets: knowledge, relations." in html.unescape(refused.text)
     shown = two_facts.get("/prompt?model=tiny-a&prompt=0&dataset=relations")
     assert shown.status_code == 200
-    assert "Prompt of relations." in shown.text
+    assert ">relations</a>" in shown.text
 
 
 def test_the_models_page_shows_effects_beside_scores(two_facts: httpx.Client) -> None:
@@ -299,11 +397,16 @@ def test_pages_show_score_and_effect_side_by_side(two_facts: httpx.Client) -> No
     given = {"dataset": "knowledge", "category": "capital", "k": 1000}
     rows = two_facts.get("/api/queries/head-effects", params=given).json()
     (exact,) = (row["logp"] for row in rows if row["head_name"] == "a3.1")
-    assert "logp_exact</th>" in head
-    assert f'<td class="number">{exact:.4g}</td>' in head
+    assert "<span>logp_exact</span></th>" in head
+    assert f'<td class="number">{cell(exact, "logp")}</td>' in head
     assert "measured (exact), or estimated from a gradient (atp)" in head
     prompt = html.unescape(two_facts.get("/prompt?model=tiny-a&prompt=0&dataset=knowledge").text)
-    for shown in ("effect (exact)</th>", "effect (atp)</th>", "/charts/lens-map?", "resid_mid"):
+    for shown in (
+        "<span>effect (exact)</span></th>",
+        "<span>effect (atp)</span></th>",
+        "/charts/lens-map?",
+        "resid_mid",
+    ):
         assert shown in prompt
     assert two_facts.get("/charts/lens-map?model=tiny-a&prompt=0&dataset=knowledge").status_code == 200
     neuron = re.search(r"f\d+_\d+", prompt)
@@ -328,7 +431,10 @@ def test_a_page_that_compares_has_each_datasets_five_best(two_facts: httpx.Clien
     for dataset in ("knowledge", "relations"):
         given = {"dataset": dataset, "category": "capital", "k": 1}
         (best,) = two_facts.get("/api/queries/top-heads", params=given).json()
-        row = re.search(rf"<td>{dataset}</td><td>capital</td><td class=\"number\">1</td>.*a\d", page)
+        row = re.search(
+            rf">{dataset}</a></td><td class=\"tight\"><a href=[^>]*>capital</a></td><td class=\"tight\">1</td>.*a\d",
+            page,
+        )
         assert row is not None
         assert f"(n = {best['n_prompts']})" in page
 

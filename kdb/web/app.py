@@ -44,14 +44,21 @@ _STALLED = 5.0
 """Seconds in which a client must read 64 KiB of an answer; a slower client would block a worker."""
 
 
-def create_app(warehouse: Path | str, access: Access, settings: Settings | None = None) -> Guard:
-    """Return the application for one warehouse. Raises WarehouseError if there is none."""
+def create_app(
+    warehouse: Path | str, access: Access, settings: Settings | None = None, *, prepare: bool = False
+) -> Guard:
+    """Return the application for one warehouse. Raises WarehouseError if there is none.
+
+    With `prepare`, the first page is computed at the start, so that its first visitor does not wait for it.
+    """
     opened = Warehouse(warehouse)
     pool = WorkerPool(opened.storage.location, settings or Settings())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with pool:
+            if prepare:
+                await app.state.ask.prepare()
             yield
 
     app = FastAPI(
@@ -100,6 +107,12 @@ class Asking:
         versions = await asyncio.to_thread(lambda: {f.run: f.version for f in self._warehouse.storage.run_folders()})
         RUNS.set(len(versions))
         return dict(sorted(versions.items()))
+
+    async def prepare(self) -> None:
+        """Compute the first page."""
+        runs, params = await self.runs(), {"name": "home", "params": {}}
+        with contextlib.suppress(KdbError, BusyError, FailedError):  # whoever asks for the page gets the error
+            await self._begun(_etag("page", params, runs), Question("page", params, tuple(runs), tuple(runs.values())))
 
     async def __call__(self, request: Request, kind: str, **params: Any) -> Response:
         """Return the response to a request; the arguments say what to ask the worker."""

@@ -1,8 +1,11 @@
-"""The rows of a page, as values for a template."""
+"""Rows of a page: the values of a reader, and the text, meaning and shade of a cell."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -10,7 +13,15 @@ import pyarrow as pa
 
 from kdb.errors import QueryError
 from kdb.formats import read
+from kdb.numbers import is_symmetric, shown, with_interval
 from kdb.warehouse.frames import CAST, first_line
+from kdb.warehouse.schema import PARTITIONS, TABLES
+
+_SHORT_LIST = 4
+"""Entries of a list that a cell shows; of a longer list of numbers it shows the count only."""
+
+_SHADES = 10
+"""Number of shades of a cell, in the style sheet."""
 
 
 def rows_of_page(reader: pa.RecordBatchReader, first: int, count: int) -> tuple[list[str], list[tuple[Any, ...]], bool]:
@@ -30,3 +41,97 @@ def _cells(name: str, column: pa.Array) -> list[Any]:
     except (pa.ArrowException, ValueError, OverflowError) as error:  # for example a date outside Python's range
         raise QueryError(f"column {name}: {column.type} cannot be shown; {CAST}: {first_line(error)}") from error
     return cells
+
+
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+def cell(value: Any, name: str = "", row: Mapping[str, Any] | None = None) -> str:
+    """Return a value of the column ``name`` as text: numbers with digits that mean something, and their interval."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, list | tuple):
+        return _list(value, name)
+    if isinstance(value, dict):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    return _number(value, name, row or {}) if isinstance(value, float) else str(value)
+
+
+def _number(value: float, name: str, row: Mapping[str, Any]) -> str:
+    name = "logp" if name.startswith("effect (") else name
+    n = next((row[key] for key in ("n_test", "n_prompts", "n") if isinstance(row.get(key), int)), None)
+    for low, high in _ends(name):
+        least, most = row.get(low), row.get(high)
+        if isinstance(least, float) and isinstance(most, float):
+            return with_interval(name, value, least, most, n, symmetric=is_symmetric(value, least, most))
+    return shown(name, value, n)
+
+
+def _ends(name: str) -> list[tuple[str, str]]:
+    """Return the names that the ends of a number's interval may have."""
+    return [(f"{name}_low", f"{name}_high")] + ([("low", "high")] if name in _HAS_PLAIN_ENDS else [])
+
+
+_HAS_PLAIN_ENDS = ("score", "logp", "first_percent", "share", "effect", "mean")
+"""Columns whose interval is named ``low`` and ``high``."""
+
+
+def without_ends(names: Sequence[str]) -> list[str]:
+    """Return the columns without the ends of intervals, which stand beside their number."""
+    beside = {end for name in names for pair in _ends(name) if set(pair) <= set(names) for end in pair}
+    return [name for name in names if name not in beside]
+
+
+def _list(values: Sequence[Any], name: str) -> str:
+    if len(values) <= _SHORT_LIST or not all(isinstance(one, int | float) for one in values):
+        return f"[{', '.join(cell(one, name) for one in values[:20])}{', …' * (len(values) > 20)}]"
+    return f"[{len(values):,} {'floats' if isinstance(values[0], float) else 'integers'}]"
+
+
+@functools.cache
+def meaning(column: str, table_name: str | None = None) -> str:
+    """Return the meaning and unit of a column, in a certain table or the first that has it; empty if it is unknown."""
+    if column in PARTITIONS:
+        return PARTITIONS[column]
+    for table in TABLES.values() if table_name is None else [TABLES[table_name]]:
+        if column in table.columns:
+            found = table.columns[column]
+            unit = found.info["unit"]
+            return f"{found.comment}{f' ({unit})' if unit else ''}"
+    return _OF_QUERIES.get(column, "")
+
+
+_OF_QUERIES = {
+    "n_prompts": "number of prompts behind the number",
+    "n_kept": "number of prompts that pass the filter",
+    "kept_percent": "prompts that pass the filter (%)",
+    "head_name": "a23.12 is head 12 of layer 23, both from 0",
+    "layer_name": "a23 is the attention of layer 23, f23 its FFN, both from 0",
+    "neuron_name": "f23_45 is FFN neuron 45 of layer 23; a23.12_45 is dimension 45 of head 12 in layer 23",
+    "best_layer": "first layer with the best accuracy",
+    "best_accuracy": "accuracy of the best layer",
+    "best_percent": "depth of the best layer (%)",
+    "baseline": "best predictor that needs no model",
+    "baseline_accuracy": "accuracy of that baseline",
+    "area": "mean over layers of the accuracy minus the baseline's",
+    "depth_90_layer": "first layer at which 90 % of the way from the baseline to the best layer is made",
+    "depth_90_percent": "depth at which 90 % of the way from the baseline to the best layer is made (%)",
+    "jump_percent": "jump point J of the paper (%)",
+    "converging_percent": "converging point C of the paper (%)",
+    "top_tokens": "tokens whose logits the neuron raises most",
+    "bottom_tokens": "tokens whose logits the neuron lowers most",
+    "role": "value neuron: adds to the answer; query neuron: activates value neurons",
+}
+"""Meaning of columns that queries compute."""
+
+
+def shade(value: float | None, most: float) -> str:
+    """Return the class of a cell's colour: blue for positive numbers, orange for negative, stronger up to ``most``."""
+    if not value or not most:
+        return "s0"
+    strength = min(_SHADES, max(1, round(_SHADES * abs(value) / most)))
+    return f"{'s' if value > 0 else 'm'}{strength}"

@@ -28,6 +28,9 @@ COOKIE = "kdb_session"
 _OPEN = ("/healthz", "/login", "/static/")
 """Paths that need no token."""
 
+_QUIET = ("/static/", "/favicon.ico")
+"""Paths that are logged only if they fail: each page loads several of them."""
+
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -124,7 +127,8 @@ class Guard:
             route = getattr(scope.get("route"), "path", "other")
             REQUESTS.labels(scope["method"] if scope["method"] in _METHODS else "other", route, status).inc()
             SECONDS.labels(route).observe(took)
-            access_log.info(json.dumps(_entry(scope, status, sent, took), ensure_ascii=False))
+            if status >= 400 or not scope["path"].startswith(_QUIET):
+                access_log.info(json.dumps(_entry(scope, status, sent, took), ensure_ascii=False))
 
 
 _BODY = 2**19

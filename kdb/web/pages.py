@@ -5,12 +5,18 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.responses import RedirectResponse, Response
 
+from kdb.formats import MEDIA_TYPES
 from kdb.queries.catalogue import find_query
+from kdb.warehouse.paging import column_types
 from kdb.web.templates import render_template
 
 PAGES = {
     "/": "home",
+    "/search": "search",
     "/model": "model",
+    "/layer": "layer",
+    "/dataset": "dataset",
+    "/category": "category",
     "/compare": "compare",
     "/prompt": "prompt",
     "/neuron": "neuron",
@@ -29,9 +35,31 @@ def add_routes(app: FastAPI) -> None:
 
     @app.get("/queries/{name}", include_in_schema=False)
     async def query(request: Request, name: str) -> Response:
+        stem, _, format_ = name.rpartition(".")
+        if format_ in MEDIA_TYPES:
+            return _download(request, f"/api/queries/{stem}", format_)
         find_query(name)
         answered: Response = await request.app.state.ask(
             request, "page", name="query", params=_url_params(request, name=name)
+        )
+        return answered
+
+    @app.get("/tables/{name}", include_in_schema=False)
+    async def table(request: Request, name: str) -> Response:
+        stem, _, format_ = name.rpartition(".")
+        if format_ in MEDIA_TYPES:
+            return _download(request, f"/api/tables/{stem}", format_)
+        column_types(name)
+        answered: Response = await request.app.state.ask(
+            request, "page", name="table", params=_url_params(request, name=name)
+        )
+        return answered
+
+    @app.get("/rows/{name}", include_in_schema=False)
+    async def row(request: Request, name: str) -> Response:
+        column_types(name)
+        answered: Response = await request.app.state.ask(
+            request, "page", name="row", params=_url_params(request, name=name)
         )
         return answered
 
@@ -51,6 +79,12 @@ def _page(view: str):  # type: ignore[no-untyped-def]  # FastAPI reads the type 
         return answered
 
     return page
+
+
+def _download(request: Request, path: str, format_: str) -> Response:
+    """Return the way to the rows in a format, which the API has."""
+    following = request.url.replace(path=path).include_query_params(format=format_)
+    return RedirectResponse(f"{following.path}?{following.query}", 307)
 
 
 def _url_params(request: Request, **also: str) -> dict[str, list[str]]:

@@ -47,7 +47,7 @@ def run(
     """
     with contextlib.nullcontext(warehouse) if warehouse else unpack_demo() as folder:
         settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
-        app = create_app(folder, Access(hosts_of(names), token), settings)
+        app = create_app(folder, Access(hosts_of(names), token), settings, prepare=warehouse is None)
         _log_to_stderr()
         config = uvicorn.Config(
             app,
