@@ -36,20 +36,54 @@ MEANS = (
 )
 """Note beside every table of means over prompts."""
 
-_COUNTS = ("n_prompts", "n_prompts_a", "n_prompts_b")
+_COUNTS = {
+    **dict.fromkeys(("n_prompts", "n_prompts_a", "n_prompts_b", "n"), "prompts"),
+    "n_test": "test prompts",
+}
+"""Columns with numbers of prompts, and what they count."""
+
 _CHANCE = {"shared_by_chance": "shared", "jaccard_by_chance": "Jaccard index"}
+_WIDTH = 100
+"""Characters in a line of a subtitle."""
 
 
-def sample(numbers: pl.DataFrame) -> list[str]:
-    """Return lines that name the datasets of a figure, its numbers of prompts, and the level of overlaps by chance."""
-    names = numbers["dataset"].unique(maintain_order=True).to_list()
-    lines = textwrap.wrap(f"dataset{'s' * (len(names) > 1)}: {', '.join(names)}", 100)
-    counts = [n for name in _COUNTS if name in numbers.columns for n in numbers[name].to_list()]
-    if counts:
-        lines[-1] += f"; n = {_span(counts, '')} prompts"
+def sample(numbers: pl.DataFrame, variants: Sequence[str]) -> list[str]:
+    """Return lines that name the models, datasets and variants of a figure, and its numbers of prompts.
+
+    A further line says how probes were fitted, and one how much would overlap by chance, where a figure shows that.
+    """
+    of = [_named("dataset", _names(numbers, "source_dataset", "dataset")), *_n(numbers), _named("variant", variants)]
+    probe = [_named(name, _names(numbers, name)) for name in ("classifier", "split", "site") if name in numbers.columns]
+    lines = [_named("model", _names(numbers, "model")), "; ".join(of), *filter(None, ["; ".join(probe)])]
     shown = {label: numbers[name].drop_nulls().to_list() for name, label in _CHANCE.items() if name in numbers.columns}
     chance = [f"{label} {_span(values, '.2g')}" for label, values in shown.items()]
-    return lines + [f"by chance: {', '.join(chance)}"] * bool(chance)
+    lines += [f"by chance: {', '.join(chance)}"] * bool(chance)
+    return [short for line in lines for short in textwrap.wrap(line, _WIDTH, break_on_hyphens=False)]
+
+
+_MOST_NAMES = 12
+"""Maximum number of names in a subtitle; the others are counted."""
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    others = len(names) - _MOST_NAMES
+    listed = ", ".join(names[:_MOST_NAMES]) + (f" and {others} others" if others > 0 else "")
+    return f"{what}{'s' * (len(names) > 1)}: {listed}"
+
+
+def _names(numbers: pl.DataFrame, *columns: str) -> list[str]:
+    """Return the different values of these columns, in order of appearance."""
+    found = [numbers[name].drop_nulls().unique(maintain_order=True).to_list() for name in columns if name in numbers]
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def _n(numbers: pl.DataFrame) -> list[str]:
+    """Say how many prompts the numbers are of; rows of single prompts are counted."""
+    counted = [name for name in _COUNTS if name in numbers.columns]
+    if not counted and "prompt_id" in numbers.columns:
+        return [f"n = {numbers['prompt_id'].n_unique()} prompts"]
+    counts = [n for name in counted for n in numbers[name].drop_nulls().to_list()]
+    return [f"n = {_span(counts, '')} {_COUNTS[counted[0]]}"] if counted else []
 
 
 def _span(values: Sequence[float], form: str) -> str:

@@ -211,9 +211,15 @@ def _point_rows(curve: Curve) -> Iterator[dict[str, Any]]:
 def robustness(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return rows of ``depth-robustness``, for the published condition with ranges over resampled test prompts.
 
-    The added columns are those of ``depth_intervals``.
+    The added columns are those of ``depth_intervals``, and n_test, the number of test prompts of the published
+    condition.
     """
-    frame = wh.query("depth-robustness", **params)
+    sizes = (
+        wh.query("layer-accuracy", **PAPER | params).select("model", "dataset", "n_test").unique(["model", "dataset"])
+    )
+    frame = wh.query("depth-robustness", **params).join(
+        sizes, on=["model", "dataset"], how="left", maintain_order="left"
+    )
     ends = depth_intervals(wh, **params).drop("n_layers", "layer").with_columns(varied=pl.lit("published"))
     return frame.join(ends, on=["model", "dataset", "point", "varied"], how="left", maintain_order="left")
 

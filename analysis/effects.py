@@ -253,7 +253,7 @@ def score_vs_effect(frame: pl.DataFrame, look: Look) -> Chart:
         x=alt.value(2), y=alt.value(-3), text="told:N"
     )
     drawn = alt.layer(points, words).properties(width=190, height=150)
-    return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
+    return grid(drawn, frame, look)
 
 
 def _short(name: str) -> pl.Expr:

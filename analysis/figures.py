@@ -1,4 +1,4 @@
-"""The figures of both papers by name, each with its title, saved query and parameters.
+"""The figures of both papers by name, each with the question that it answers, saved query and parameters.
 
     from kdb.analysis import figures
 
@@ -82,14 +82,14 @@ _PART = Param("part", "text", "head", False, "parts to draw: head, attn or ffn")
 _J_AND_C = "\n".join(textwrap.wrap(CAVEAT, 100))
 
 _DEPTH_MARKS = (
-    "● best layer   □ depth_90   ▲ jump point J   ◇ converging point C   band: 95 % interval   "
+    "● best layer · □ depth_90 · ▲ jump point J · ◇ converging point C · band: 95 % interval · "
     f"thin line: best baseline\n{_J_AND_C}"
 )
 
 _ALL = (
     Figure(
         "depth-curves",
-        "Accuracy of the probe for each concept at every layer",
+        "At which depth can a probe read each concept?",
         "✚ the model's own answer, read from its output probabilities\n" + _DEPTH_MARKS,
         query="layer-accuracy",
         numbers="depth_measures.curves_with_answers",
@@ -98,7 +98,7 @@ _ALL = (
     ),
     Figure(
         "depth-by-family",
-        "Model families at one size",
+        "Do model families of one size hold a concept at the same depth?",
         _DEPTH_MARKS,
         query="layer-accuracy",
         numbers="depth_measures.families_at_size",
@@ -108,7 +108,7 @@ _ALL = (
     ),
     Figure(
         "depth-by-size",
-        "Models of growing size within each family",
+        "How does accuracy by depth change with the size of a model?",
         _DEPTH_MARKS,
         query="layer-accuracy",
         numbers="depth_measures.layer_curves",
@@ -117,7 +117,7 @@ _ALL = (
     ),
     Figure(
         "depth-measures",
-        "Depth of each concept: best layer and depth_90, beside J and C",
+        "How deep is each concept?",
         "bar: 95 % interval of depth_90 over test prompts or their groups, with the fitted probes held fixed\n"
         f"no depth_90 unless the best layer beats the best baseline after its choice (p < 0.05)\n{_J_AND_C}",
         query="concept-depth",
@@ -127,21 +127,21 @@ _ALL = (
     ),
     Figure(
         "converging-by-size",
-        "Depth at which models of growing size know a concept",
+        "Do larger models know a concept at a smaller depth?",
         f"no mark if there is no such point\n{_J_AND_C}",
         query="converging-point-by-size",
         draw="depth.points_by_size",
     ),
     Figure(
         "hidden-states",
-        "Positions of the prompts, layer by layer",
+        "At which layers do the hidden states of two classes separate?",
         "first two components of the hidden states; in brackets their shares of the variance",
         query="hidden-states",
         draw="depth.hidden_states",
     ),
     Figure(
         "depth-by-variant",
-        "Effects of noise and precision",
+        "What do noise and precision change?",
         _DEPTH_MARKS,
         query="layer-accuracy",
         numbers="depth_measures.layer_curves",
@@ -151,7 +151,7 @@ _ALL = (
     ),
     Figure(
         "depth-robustness",
-        "Changes of J and C with thresholds, probe and split",
+        "How much do J and C depend on thresholds, probe and split?",
         f"bar: middle 95 % of resampled test sets that have the point, if most have; none: no such layer\n{_J_AND_C}",
         query="depth-robustness",
         numbers="depth_measures.robustness",
@@ -159,7 +159,7 @@ _ALL = (
     ),
     Figure(
         "probe-transfer",
-        "Probes applied to other datasets",
+        "Does the probe of one dataset work on another?",
         "number: AUC; below 0.5 (orange), the probe orders the labels the wrong way round\n"
         "n: prompts that share neither text nor group with the probe's training part\n"
         "framed: the probe's own dataset, its test part only\n"
@@ -171,7 +171,7 @@ _ALL = (
     ),
     Figure(
         "layer-scores",
-        "Contribution of each attention and FFN layer",
+        "How much does each attention and FFN layer add to the answer?",
         f"mean over the kept prompts; band: 95 % interval over prompts\n{FEW}",
         query="layer-scores",
         numbers="importance.scores_by_layer",
@@ -180,7 +180,7 @@ _ALL = (
     ),
     Figure(
         "top-layers",
-        "Layers with the largest direct contribution",
+        "Which layers add most to the answer?",
         f"mean over the kept prompts; bar: 95 % interval over prompts\n{FEW}",
         query="top-layers",
         numbers="importance.layer_ranking",
@@ -189,7 +189,7 @@ _ALL = (
     ),
     Figure(
         "top-heads",
-        "Attention heads with the largest direct contribution",
+        "Which attention heads add most to the answer?",
         f"mean over the kept prompts; bar: 95 % interval over prompts\n{FEW}",
         query="top-heads",
         numbers="importance.head_ranking",
@@ -198,7 +198,7 @@ _ALL = (
     ),
     Figure(
         "head-map",
-        "Contribution of every head",
+        "How much does every head add to the answer?",
         f"mean over the kept prompts; its 95 % interval over prompts is in the tooltip and in the numbers\n{FEW}",
         query="top-heads",
         numbers="importance.head_means",
@@ -207,7 +207,7 @@ _ALL = (
     ),
     Figure(
         "effect-map",
-        "What replacing a head does to the answer",
+        "What happens to the answer when a head is replaced?",
         "blue: the answer loses; orange: it gains (square root scale); no cell: not measured\n"
         "mean over the prompts with it: of log p if measured (exact), of the logit difference if estimated\n"
         f"{FEW}",
@@ -219,7 +219,7 @@ _ALL = (
     ),
     Figure(
         "layer-effect-map",
-        "What replacing a layer does to the answer",
+        "What happens to the answer when a layer is replaced?",
         "blue: the answer loses; orange: it gains (square root scale)\n"
         "last, subject: at the last token of the prompt, of its subject; all: at every token; no row: not measured\n"
         f"{FEW}",
@@ -232,7 +232,7 @@ _ALL = (
     ),
     Figure(
         "score-vs-effect",
-        "Score of each part, and what the answer loses without it",
+        "Does the answer need the parts with the largest scores?",
         "a dot: one head, or one layer (--part attn, ffn); mean over the kept prompts\n"
         "in brackets: 95 % interval of the rank correlation over prompts; none below five",
         query="score-vs-effect",
@@ -243,7 +243,7 @@ _ALL = (
     ),
     Figure(
         "answer-by-layer",
-        "Prompts whose answer is the first choice, layer by layer",
+        "After which layer is the answer the first choice?",
         f"readout of the residual stream after each block; band: 95 % interval over prompts\n{FEW}",
         query="answer-by-layer",
         numbers="lens.answers_by_layer",
@@ -252,7 +252,7 @@ _ALL = (
     ),
     Figure(
         "neurons-by-layer",
-        "Layers of the value and query neurons",
+        "In which layers are the best neurons?",
         "share of each prompt's best neurons, mean over the kept prompts",
         query="layer-scores",
         numbers="importance.neurons_by_layer",
@@ -261,7 +261,7 @@ _ALL = (
     ),
     Figure(
         "attribution-methods",
-        "Probability of the answer when each method's best neurons are replaced",
+        "Which method finds the neurons that the answer needs?",
         f"mean over the kept prompts; bar: 95 % interval over prompts; lower is better\n{FEW}",
         query="attribution-methods",
         numbers="importance.method_effects",
@@ -269,7 +269,7 @@ _ALL = (
     ),
     Figure(
         "attention-vs-ffn",
-        "Total contributions of attention and FFN layers",
+        "Does the answer come from attention or from FFN layers?",
         f"sum over layers, mean over the kept prompts; line: 95 % interval over prompts\n{FEW}",
         query="attention-vs-ffn",
         numbers="importance.attention_and_ffn",
@@ -277,28 +277,28 @@ _ALL = (
     ),
     Figure(
         "head-overlap",
-        "Heads shared by kinds of knowledge",
+        "Do kinds of knowledge share their heads?",
         "number: shared among each one's best; by chance: among as many that are drawn at random",
         query="head-overlap",
         draw="importance.overlap",
     ),
     Figure(
         "neuron-overlap",
-        "Neurons shared by kinds of knowledge",
+        "Do kinds of knowledge share their neurons?",
         "number: shared among each one's best; by chance: among as many that are drawn at random",
         query="neuron-overlap",
         draw="importance.overlap",
     ),
     Figure(
         "prompt-story",
-        "One prompt in detail",
-        "blue: attention   orange: FFN",
+        "Which parts of the model add to the answer of this prompt?",
+        "blue: attention · orange: FFN",
         query="prompt-story",
         draw="importance.prompt_story",
     ),
     Figure(
         "lens-map",
-        "First choice of every layer in one prompt",
+        "What is the first choice of every layer in this prompt?",
         "in, mid, out: before the first block, after attention, after the FFN; ␣ is a space; rank: at the last token",
         query="lens-story",
         draw="lens.lens_map",
@@ -339,25 +339,41 @@ def chart(wh: Warehouse, name: str, /, **params: object) -> Chart:
     values = bind(name, figure.params, params)
     with wh.snapshot() as frozen:
         numbers, look = _frame(frozen, figure, values), look_of(frozen)
-    if numbers.is_empty():
-        raise NothingFoundError(f"{name}: there is no data to draw. {figure.hint}")
+        if numbers.is_empty():
+            raise NothingFoundError(f"{name}: there is no data to draw. {figure.hint}")
+        subtitle = _subtitle(frozen, figure, numbers, values)
     own = {param.name: values[param.name] for param in figure.drawing} | dict(figure.fixed or {})
-    marks = figure.marks + (_of_prompt(numbers) if name in _OF_ONE_PROMPT else "")
-    marks += f"\nlens: {values['lens']}" if "lens" in values else ""
-    if "effect_method" in values:
-        marks += "\neffect: {effect_method}; replacement: {replacement}; ".format(**values)
-        marks += (f"role: {values['role']}; " if "role" in values else "") + str(values["direction"])
-    if find_query(figure.query).group == "knowledge":
-        marks += "".join(f"\n{line}" for line in sample(numbers))
     drawn = _function(figure.draw)(numbers, look, **own)
-    return finished(drawn, figure.title, marks)
+    return finished(drawn, figure.title, subtitle)
 
 
-def _of_prompt(numbers: pl.DataFrame) -> str:
-    """Lines that name the one model, prompt and answer of a figure; texts with labels may have no answer."""
+def _subtitle(wh: Warehouse, figure: Figure, numbers: pl.DataFrame, values: Mapping[str, Value]) -> list[str]:
+    """Return the lines below a figure's title: of what it is, with which settings, and what its marks are."""
+    lines = sample(numbers, _variants(wh, numbers, values))
+    lines += _of_prompt(numbers, values) if figure.name in _OF_ONE_PROMPT else []
+    lines += [f"lens: {values['lens']}"] if "lens" in values else []
+    if "effect_method" in values:
+        settings = "effect: {effect_method}; replacement: {replacement}; ".format(**values)
+        settings += (f"role: {values['role']}; " if "role" in values else "") + str(values["direction"])
+        lines.append(settings)
+    return [*lines, *figure.marks.split("\n")]
+
+
+def _variants(wh: Warehouse, numbers: pl.DataFrame, values: Mapping[str, Value]) -> list[str]:
+    """Return the variants of the runs that a figure shows."""
+    if "variant" in numbers.columns:
+        return numbers["variant"].unique(maintain_order=True).to_list()
+    if values.get("run") is None:
+        return [str(values["variant"])]
+    found = wh.sql("SELECT DISTINCT variant FROM runs WHERE starts_with(run, ?) ORDER BY variant", [values["run"]])
+    return found["variant"].to_list()
+
+
+def _of_prompt(numbers: pl.DataFrame, values: Mapping[str, Value]) -> list[str]:
+    """Return the number, text and answer of the one prompt of a figure; texts with labels may have no answer."""
     answer = numbers["target_token"][0]
-    text = textwrap.wrap(f"“{numbers['text'][0]}”" + ("" if answer is None else f" → “{answer}”"), 100, max_lines=3)
-    return "\n" + "\n".join([f"model: {numbers['model'][0]}", *text])
+    text = f"prompt {values['prompt']}: “{numbers['text'][0]}”" + ("" if answer is None else f" → “{answer}”")
+    return textwrap.wrap(text, 100, max_lines=3)
 
 
 def _frame(wh: Warehouse, figure: Figure, values: Mapping[str, Value]) -> pl.DataFrame:

@@ -12,7 +12,7 @@ import altair as alt
 import polars as pl
 
 from kdb.analysis.prompt_means import with_intervals
-from kdb.analysis.style import ATTN, FFN, Chart, Look, component_points, components, depth_axis
+from kdb.analysis.style import ATTN, FFN, Chart, Look, component_points, components, depth_axis, upright
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
     )
     shown = int(frame["rank"].max())  # type: ignore[arg-type]  # numbers
     drawn = drawn.properties(width=170, height=14 * shown)
-    return grid(drawn, frame, look).resolve_scale(y="independent", x="independent")
+    return grid(drawn, frame, look).resolve_scale(y="independent")
 
 
 def head_map(frame: pl.DataFrame, look: Look) -> Chart:
@@ -215,7 +215,7 @@ def neuron_layers(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the layers of the best value and query neurons: a panel for each dataset and category."""
     names = ["attn value", "ffn value", "query of attn", "query of ffn"]
     line = alt.Chart(frame).mark_line(strokeWidth=1.6)
-    y = alt.Y("share_percent:Q", title="share (%)")
+    y = alt.Y("share_percent:Q", title="share of neurons (%)")
     tooltip = ["kind", "layer", alt.Tooltip("share_percent:Q", format=".1f"), "n_prompts"]
     drawn = line.encode(depth_axis(frame), y, tooltip=tooltip, **components("kind", names))
     return grid(drawn.properties(width=210, height=130), frame, look)
@@ -255,10 +255,14 @@ def methods(frame: pl.DataFrame, look: Look) -> Chart:
     return drawn.facet(row=row, column=column).resolve_scale(x="independent")
 
 
+_PAIR_WIDTH = 54
+"""Width of the cell of a pair of categories, in pixels: that of nine characters below it."""
+
+
 def overlap(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the overlap of categories: a square for each pair, a panel for each model and dataset."""
     names = look.order("category", [*frame["category_a"], *frame["category_b"]])
-    x = alt.X("category_a:N", sort=names, title=None, scale=alt.Scale(domain=names[:-1]), axis=alt.Axis(labelAngle=-40))
+    x = alt.X("category_a:N", sort=names, title=None, scale=alt.Scale(domain=names[:-1]), axis=upright(names, 9))
     y = alt.Y("category_b:N", sort=names, title=None, scale=alt.Scale(domain=names[1:]))
     top = max(0.1, float(frame["jaccard"].max()))  # type: ignore[arg-type]  # numbers
     scale = alt.Scale(scheme="cividis", domain=[0, top])
@@ -269,7 +273,7 @@ def overlap(frame: pl.DataFrame, look: Look) -> Chart:
             alt.Color("jaccard:Q", scale=scale, legend=alt.Legend(title="Jaccard index")), tooltip=_OVERLAP
         ),
         base.mark_text(fontSize=10).encode(text="shared:Q", color=ink, tooltip=_OVERLAP),
-    ).properties(width=180, height=160)
+    ).properties(width=_PAIR_WIDTH * (len(names) - 1), height=32 * (len(names) - 1))
     return _by_model(drawn, frame, look)
 
 
@@ -278,16 +282,18 @@ def shares(frame: pl.DataFrame, look: Look) -> Chart:
     names = look.order("category", frame["category"])
     color = components()["color"]
     color.legend = alt.Legend(title=None, symbolType="square")
-    x = alt.X("category:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40))
-    base = alt.Chart().encode(x=x, xOffset="component:N")
-    n = alt.Chart().mark_text(fontSize=9, color="#444444").transform_filter("datum.component === 'attn'")
-    y = alt.Y("score:Q", title=INCREASE)
+    y = alt.Y("category:N", sort=names, title=None, axis=alt.Axis(labelLimit=200))
+    base = alt.Chart().encode(y=y, yOffset="component:N")
+    n = alt.Chart().mark_text(fontSize=9, align="left", dx=4, color="#444444")
+    x = alt.X("score:Q", title=INCREASE)
     drawn = alt.layer(
-        base.mark_bar().encode(y, color, tooltip=["dataset", "category", "component", "score", "percent", "n_prompts"]),
-        base.mark_rule().encode(alt.Y("low:Q", title=INCREASE), alt.Y2("high:Q")),
-        n.encode(x, y=alt.value(-6), text="n:N"),
-    ).properties(width=220, height=160)
-    return _by_model(drawn, frame.with_columns(n=pl.format("n={}", "n_prompts")), look)
+        base.mark_bar().encode(x, color, tooltip=["dataset", "category", "component", "score", "percent", "n_prompts"]),
+        base.mark_rule().encode(alt.X("low:Q", title=INCREASE), alt.X2("high:Q")),
+        n.transform_filter("datum.component === 'attn'").encode(y, x=alt.value("width"), text="n:N"),
+    ).properties(width=220, height=28 * len(names))
+    panels = _by_model(drawn, frame.with_columns(n=pl.format("n={}", "n_prompts")), look)
+    panels.spacing = 50  # room for n
+    return panels
 
 
 def prompt_story(frame: pl.DataFrame, look: Look) -> Chart:

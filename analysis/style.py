@@ -6,6 +6,9 @@ Lines also differ in their dashes and points in their shapes, so that a page pri
 
 from __future__ import annotations
 
+import json
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -50,7 +53,7 @@ class Look:
         names = self.order(field, shown)
         positions = [self._place(field, name, names) for name in names]
         colors = [_PALETTE[position % len(_PALETTE)] for position in positions]
-        # With 13 colours and four kinds of dashes, the pair repeats after 52 names.
+        # With nine colours and four kinds of dashes, the pair repeats after 36 names.
         dashes = [_DASHES[position % len(_DASHES)] for position in positions]
         legend = alt.Legend(title=field, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
         return {
@@ -99,18 +102,32 @@ def component_points() -> tuple[alt.Color, alt.Shape]:
     return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
 
 
+def upright(names: Iterable[str], characters: int, **options: Any) -> alt.Axis:
+    """Return an axis whose names are not rotated: they are broken into lines of so many characters."""
+    lines = {name: _broken(name, characters) for name in names}
+    # Only names can stand in the expression, as JSON, so that none of them is read as a part of it.
+    return alt.Axis(labelAngle=0, labelExpr=f"({json.dumps(lines)})[datum.label]", labelOverlap=False, **options)
+
+
+def _broken(name: str, characters: int) -> list[str]:
+    """Return the lines of a name, broken at spaces or after hyphens, underscores, slashes and dots."""
+    spaced = re.sub(r"([-_/.])", r"\1 ", name)
+    return [re.sub(r"(?<=[-_/.]) ", "", line) for line in textwrap.wrap(spaced, characters, break_on_hyphens=False)]
+
+
 alt.data_transformers.disable_max_rows()  # its limit protects notebooks from millions of rows; figures have thousands
 
 
-def finished(chart: Chart, title: str, subtitle: str) -> Chart:
-    """Return the chart with its title, a legend of its marks, and the style of all figures."""
-    lines = [alt.TitleParams(text=title, subtitle=subtitle.split("\n"), anchor="start", offset=12)]
+def finished(chart: Chart, title: str, subtitle: Sequence[str]) -> Chart:
+    """Return the chart with its title, what it is of and what its marks are, and the style of all figures."""
+    head = alt.TitleParams(text=title, subtitle=list(subtitle), anchor="start", offset=12)
     styled: Chart = (
-        chart.properties(title=lines[0], background="white")
+        chart.properties(title=head, background="white")
         .configure(font="DejaVu Sans, Verdana, Arial, sans-serif")
         .configure_view(stroke="#cccccc")
         .configure_title(fontSize=14, subtitleFontSize=11, subtitleColor="#444444")
         .configure_axis(labelFontSize=10, titleFontSize=11, titleFontWeight="normal", gridColor="#eeeeee")
+        .configure_axisX(labelAngle=0)  # Vega-Lite would rotate the labels of categories
         .configure_header(labelFontSize=11, titleFontSize=11, titleFontWeight="normal")
         .configure_legend(orient="bottom", columns=5, labelLimit=220, labelFontSize=11, titleFontWeight="normal")
     )

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import polars as pl
 
+from kdb.analysis.style import upright
+
 if TYPE_CHECKING:
     from kdb.analysis.style import Chart, Look
     from kdb.warehouse.store import Warehouse
 
-_CELL = 54
+_CELL = 60
 """Width and height of the cell of a pair."""
 
 
@@ -40,7 +42,7 @@ def _panel(frame: pl.DataFrame, model: str, look: Look) -> Any:
         count=pl.format("n = {}", "n"),
     )
     rows = [f"{source}, layer {layers[source]}" for source in sources]
-    axis = alt.Axis(labelAngle=-40, labelLimit=200, grid=False)
+    axis = upright(targets, 10, grid=False)
     base = alt.Chart(frame).encode(
         alt.X("dataset:N", sort=targets, title="applied to", axis=axis),
         alt.Y("probe:N", sort=rows, title="probe of", axis=alt.Axis(labelLimit=200, grid=False)),

@@ -116,7 +116,7 @@ def figures() -> str:
 
 def _figure(figure: Figure) -> Iterator[str]:
     query = f"[`{figure.query}`](queries.md#{figure.query})"
-    yield from (f"## {figure.name}", "", f"**{figure.title}.** It draws the rows of {query}.", "", figure.marks, "")
+    yield from (f"## {figure.name}", "", f"**{figure.title}** It draws the rows of {query}.", "", figure.marks, "")
     yield from _parameters(figure.params)
 
 

@@ -64,14 +64,25 @@ class OpenWarehouse(Warehouse):
         rows = [(one.name, one.title, _names(one.params)) for one in figures.FIGURES.values()]
         return pl.DataFrame(rows, ["figure", "shows", "parameters"], orient="row")
 
-    def plot(self, name: str, /, **params: object) -> Any:
+    def plot(
+        self,
+        name: str,
+        /,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        theme: str = "paper",
+        **params: object,
+    ) -> Any:
         """Return a figure as an Altair chart, which a notebook shows; ``.save("file.html")`` writes it.
 
-        Raises UnknownNameError for an unknown figure, QueryError for wrong parameters, and NothingFoundError if there
-        is nothing to draw.
+        ``width`` and ``height`` are those of a panel in pixels, ``theme`` is paper or dark. Raises UnknownNameError for
+        an unknown figure, QueryError for wrong parameters, and NothingFoundError if there is nothing to draw.
         """
+        from kdb.analysis.themes import resized  # loads Altair
+
         with python_words():
-            return figures.chart(self, name, **params)
+            return resized(figures.chart(self, name, **params), width=width, height=height, theme=theme)
 
     def __repr__(self) -> str:
         counted = self._counted()

@@ -51,6 +51,7 @@ PAGES = (
     ROOT / "docs/lens.md",
     ROOT / "docs/tables.md",
     ROOT / "docs/analysis.md",
+    ROOT / "docs/gallery.md",
     ROOT / "docs/cluster.md",
     ROOT / "docs/object-storage.md",
     ROOT / "docs/sharing.md",

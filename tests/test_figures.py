@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from kdb.analysis.effects import agreement
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.lens import _best
 from kdb.analysis.save import save
-from kdb.analysis.style import Look, look_of
+from kdb.analysis.style import ATTN, FFN, Look, look_of, upright
+from kdb.analysis.themes import resized
 from kdb.analysis.transfer import pair_map
 from kdb.analysis.uncertainty import mean_intervals
 from kdb.errors import QueryError, UnknownNameError
@@ -93,6 +96,25 @@ def test_every_figure_is_drawn_from_rows_and_has_a_title(small: Warehouse, name:
     drawn = spec(figures.chart(small, name, **given_for(name)))
     assert drawn["title"]["text"] == FIGURES[name].title
     assert find_query(FIGURES[name].query)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_asks_a_question_and_names_what_it_is_of(small: Warehouse, name: str) -> None:
+    numbers = figures.frame(small, name, **given_for(name))
+    title = spec(figures.chart(small, name, **given_for(name)))["title"]
+    told = " ".join(title["subtitle"])
+    assert title["text"].endswith("?")
+    assert all(model in told for model in set(numbers["model"]))
+    assert all(dataset in told for dataset in set(numbers["dataset"]))
+    assert "variant: default" in told
+    assert re.search(r"n = \d+( to \d+)? (test )?prompts|prompt 0: “", told)
+
+
+def test_a_figure_of_one_run_names_its_variant(small: Warehouse) -> None:
+    run = small.sql("SELECT run FROM runs WHERE study = 'knowledge' AND model = 'tiny-a'")["run"][0]
+    told = spec(figures.chart(small, "top-heads", run=run))["title"]["subtitle"]
+    assert told[0] == "model: tiny-a"
+    assert told[1] == "dataset: knowledge; n = 5 to 7 prompts; variant: default"
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -378,7 +400,7 @@ def test_the_lens_map_has_a_cell_for_each_place_with_the_best_token(small: Wareh
     assert (cells[0]["best"], cells[-1]["best"]) == (",", "␣right")
     assert cells[-1]["prob"] == pytest.approx(0.9048, abs=1e-4)
     [told] = [line for line in drawn["title"]["subtitle"] if line.endswith("→ “ right”")]
-    assert told.startswith("“") and "model: tiny-a" in drawn["title"]["subtitle"]
+    assert told.startswith("prompt 0: “") and "model: tiny-a" in drawn["title"]["subtitle"]
     with pytest.raises(QueryError, match="--model other --dataset knowledge"):
         figures.chart(small, "lens-map", prompt=0)
 
@@ -488,6 +510,52 @@ def test_a_color_stays_with_its_dataset_and_model_whatever_else_is_shown(large: 
     assert [color_of(look, "model", [m], m) for m in models] == [color_of(look, "model", models, m) for m in models]
 
 
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG defines it."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def told_apart_in_grey(one: str, other: str) -> bool:
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05) >= 1.2
+
+
+def test_lines_can_be_told_apart_in_a_grey_print(large: Warehouse) -> None:
+    encodings = look_of(large).lines("dataset", [concept.name for concept in NINE_CONCEPTS])
+    colors, dashes = (encodings[kind].to_dict()["scale"]["range"] for kind in ("color", "strokeDash"))
+    lines = list(zip(colors, dashes, strict=True))
+    for i, (color, dash) in enumerate(lines):
+        assert all(dash != other[1] or told_apart_in_grey(color, other[0]) for other in lines[:i])
+    assert told_apart_in_grey(ATTN, FFN)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_label_is_rotated(small: Warehouse, name: str) -> None:
+    drawn = spec(figures.chart(small, name, **given_for(name)))
+    assert drawn["config"]["axisX"]["labelAngle"] == 0
+    assert set(re.findall(r'"labelAngle": ([-0-9.]+)', json.dumps(drawn))) == {"0"}
+
+
+@pytest.mark.parametrize("name", ["top-heads", "top-layers", "score-vs-effect", "layer-scores", "depth-curves"])
+def test_panels_share_the_scale_of_what_is_measured(small: Warehouse, name: str) -> None:
+    resolved = spec(figures.chart(small, name)).get("resolve", {}).get("scale", {})
+    assert "x" not in resolved
+    assert resolved.get("y") in ((None, "independent") if name.startswith("top-") else (None,))
+
+
+def test_long_names_below_a_figure_are_broken_into_lines() -> None:
+    names = ["coinflip-synthetic", "a very long name", "x" * 25, 'quote"]', "own"]
+    lines = json.loads(upright(names, 10).to_dict()["labelExpr"].removesuffix("[datum.label]")[1:-1])
+    assert lines["coinflip-synthetic"] == ["coinflip-", "synthetic"]
+    assert lines["own"] == ["own"]
+    assert all(len(line) <= 10 for broken in lines.values() for line in broken)
+    assert {name: "".join(lines[name]) for name in names} == {name: name.replace(" ", "") for name in names} | {
+        "a very long name": "a verylong name"
+    }
+
+
 def test_models_are_ordered_by_family_and_size_and_categories_as_in_the_paper(large: Warehouse) -> None:
     look = look_of(large)
     assert look.models[:4] == ("gemma-2b", "gemma-7b", "llama-7b", "llama-13b")
@@ -507,6 +575,41 @@ def test_plot_writes_every_format(small: Warehouse, tmp_path: Path, run_kdb: Cal
         )
         assert result.exit_code == 0, result.output
         assert path.read_bytes().lstrip()[:40].lower().startswith(start.lower())
+
+
+def test_a_figure_has_the_size_and_theme_that_are_asked_for(small: Warehouse) -> None:
+    chart = figures.chart(small, "prompt-story", **given_for("prompt-story"))
+    wide, dark = spec(resized(chart, width=200)), spec(resized(chart, theme="dark"))
+    widths = set(re.findall(r'"width": (\d+)', json.dumps(wide)))
+    assert max(map(int, widths)) == 200
+    assert len(widths) == len(set(re.findall(r'"width": (\d+)', json.dumps(spec(chart)))))
+    assert dark["background"] != spec(chart)["background"]
+    assert spec(resized(chart)) == spec(chart)
+    for wrong in ({"width": 3}, {"height": 10**6}, {"theme": "pink"}):
+        with pytest.raises(QueryError, match=r"expected 20 to 4000 pixels|Use one of paper, dark"):
+            resized(chart, **wrong)  # type: ignore[arg-type]
+
+
+def test_plot_writes_the_numbers_beside_the_picture(
+    small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    where = ("--warehouse", small.storage.local.path)
+    picture, data = tmp_path / "x.svg", tmp_path / "x.csv"
+    result = run_kdb("plot", "top-heads", "--width", 90, "--theme", "dark", "-o", picture, "--data", data, *where)
+    assert result.exit_code == 0, result.output
+    assert pl.read_csv(data).height == figures.frame(small, "top-heads").height
+    assert picture.read_text().startswith("<svg")
+
+
+def test_the_gallery_names_every_figure_and_its_script_draws_all(small: Warehouse, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    commands = re.findall(r"`kdb plot ([a-z-]+) ", (root / "docs/gallery.md").read_text())
+    assert sorted(commands) == sorted(FIGURES)
+    page = tmp_path / "all.html"
+    script = [sys.executable, str(root / "benchmarks/gallery.py"), str(small.storage.local.path), "-o", str(page)]
+    told = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert f"with {len(FIGURES)} of {len(FIGURES)} figures" in told
+    assert page.read_text().count("<img ") == len(FIGURES)
 
 
 def test_html_fetches_nothing(small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]) -> None:
@@ -534,6 +637,9 @@ def test_no_text_of_the_data_ends_the_script_of_a_page(tmp_path: Path) -> None:
         (["depth-curve", "-o", "x.png"], "Did you mean 'depth-curves'"),
         (["depth-curves", "-o", "no/such/folder/x.png"], "Cannot write"),
         (["depth-curves"], "Missing option '-o'"),
+        (["depth-curves", "--width", "3", "-o", "x.png"], "20<=x<=4000"),
+        (["depth-curves", "--theme", "pink", "-o", "x.png"], "'pink' is not one of 'paper', 'dark'"),
+        (["depth-curves", "-o", "x.png", "--data", "x.gif"], "expected a file that ends in .csv, .parquet"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_message(

@@ -37,16 +37,31 @@ def plot() -> None:
     """Draw a figure to a file.
 
     The file can be .html (works offline), .png, .svg, .pdf, or .json (Vega-Lite). A file name that ends in .csv or
-    .parquet writes the figure's numbers instead.
+    .parquet writes the figure's numbers instead; --data writes them beside the picture.
 
     \b
     kdb plot depth-curves --model smollm2-135m -o depth.html
     kdb plot top-heads --category capital -o heads.png
     kdb plot depth-robustness -o robustness.csv
+    kdb plot top-layers --width 240 --height 120 --theme dark -o layers.svg --data layers.csv
     """
 
 
 _NUMBERS = (".csv", ".parquet")
+_PIXELS, _THEMES = (
+    click.IntRange(20, 4000),
+    click.Choice(["paper", "dark"]),
+)  # as in kdb.analysis.themes, which loads Altair
+_LOOKS = (
+    click.Option(["--width"], type=_PIXELS, help="Width of a panel in pixels, the widest one if they differ."),
+    click.Option(["--height"], type=_PIXELS, help="Height of a panel in pixels, the highest one if they differ."),
+    click.Option(["--theme"], type=_THEMES, default="paper", show_default=True, help="Colors of page and words."),
+    click.Option(
+        ["--data"],
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="File for the figure's numbers beside it: .csv or .parquet.",
+    ),
+)
 
 
 def _command(name: str) -> click.Command:
@@ -54,27 +69,38 @@ def _command(name: str) -> click.Command:
 
     figure = find_figure(name)
 
-    def draw(warehouse: Path | str, output: Path, **params: Any) -> None:
-        from kdb.analysis import figures, save
+    def draw(
+        warehouse: Path | str,
+        output: Path,
+        width: int | None,
+        height: int | None,
+        theme: str,
+        data: Path | None,
+        **params: Any,
+    ) -> None:
+        from kdb.analysis import figures, save, themes
 
         check_output(output, (*save.FORMATS, *_NUMBERS))
+        if data is not None:
+            check_output(data, _NUMBERS)
         values = {key: value for key, value in params.items() if value not in (None, ())}
         as_numbers = output.suffix.lower() in _NUMBERS
         with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all queries of a figure
-            if as_numbers:
-                show(figures.frame(opened, name, **values), None, output)
-            else:
-                save.save(figures.chart(opened, name, **values), output)
+            if not as_numbers:
+                drawn = themes.resized(figures.chart(opened, name, **values), width=width, height=height, theme=theme)
+                save.save(drawn, output)
                 say(f"Wrote {output}.", err=True)
+            for path in filter(None, [output if as_numbers else None, data]):
+                show(figures.frame(opened, name, **values), None, path)
 
     command = click.Command(
         name,
         params=[param_option(param) for param in figure.params],
         callback=output_path(warehouse_option(draw)),
-        help=f"{figure.title}.\n\n{figure.marks}\n\n`kdb query {figure.query}` prints its numbers.",
+        help=f"{figure.title}\n\n{figure.marks}\n\n`kdb query {figure.query}` prints its numbers.",
         short_help=figure.title,
     )
-    command.params += getattr(draw, "__click_params__", [])
+    command.params += [*_LOOKS, *getattr(draw, "__click_params__", [])]
     return command
 
 
