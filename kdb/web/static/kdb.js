@@ -102,6 +102,8 @@ async function show(place, spec) {
   const canvas = document.createElement("div");
   const view = new vega.View(runtime, { expr: vega.expressionInterpreter, renderer: "svg", container: canvas, hover: true });
   await view.runAsync();
+  // A panel without marks of some kind has an empty group, which Vega tells a screen reader is a picture.
+  for (const group of canvas.querySelectorAll("g[role=graphics-symbol]:empty")) group.setAttribute("aria-hidden", "true");
   place.replaceChildren(canvas);
   place.drawn.width = width;
 }
