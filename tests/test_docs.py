@@ -41,6 +41,7 @@ PAGES = (
     ROOT / "docs/many-runs.md",
     ROOT / "docs/prompts.md",
     ROOT / "docs/ask.md",
+    ROOT / "docs/atlas.md",
     ROOT / "docs/meaning.md",
     ROOT / "docs/storage.md",
     ROOT / "docs/concept-depth.md",
