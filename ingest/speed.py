@@ -20,8 +20,8 @@ from kdb.warehouse.files import write_json
 if TYPE_CHECKING:
     from kdb.ingest.cost import Cost
 
-SHORTEST = 5.0
-"""Seconds below which a run says nothing of the speed of others: most of its time does not grow with its prompts."""
+SHORTEST = 2.0
+"""Seconds, estimated or measured, below which a run says nothing of others: most of its time does not grow with its prompts."""
 
 
 def calibrated(cost: Cost) -> Cost:
@@ -36,7 +36,7 @@ def learn(cost: Cost, took: float) -> None:
 
     If the cache cannot be written, nothing is stored.
     """
-    if took < SHORTEST:
+    if min(took, cost.seconds) < SHORTEST:
         return
     with contextlib.suppress(OSError):
         _path().parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from helpers.tiny_llama import ASK, ASK_OPTIONS, make_tiny_model, preload, weath
 
 import kdb
 from kdb.cli import main
+from kdb.ingest import speed
 from kdb.ingest.datasets import load_dataset
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import REGISTRY, LoadedModel, find_model
@@ -49,9 +50,10 @@ def _no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the user's own warehouse and data folder from the environment of the tests."""
+    """Remove the user's own warehouse, data folder and measured speed from the environment of the tests."""
     monkeypatch.delenv("KDB_WAREHOUSE", raising=False)
     monkeypatch.delenv("KDB_DATA_DIR", raising=False)
+    monkeypatch.setattr(speed, "user_cache_path", lambda _: Path(__file__))  # a file, so nothing can be stored in it
 
 
 @pytest.fixture(scope="session")

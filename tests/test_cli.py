@@ -65,15 +65,17 @@ def commands(group: click.Group = main, prefix: str = "kdb") -> Iterator[str]:
 
 
 def test_ingest_stores_a_run_that_queries_answer_from(
-    tmp_path: Path, ingest_tiny: Callable[..., Result], run_kdb: RunKdb
+    tmp_path: Path, ingest_tiny: Callable[..., Result], run_kdb: RunKdb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored, *more = answer(ingest_tiny(tmp_path / "new")).splitlines()
     assert re.fullmatch(r"tiny on weather: stored \(run [0-9a-f]{16}\)", stored)
     assert more[0] == "  40 prompts, 20 of them with label 1"
     assert re.fullmatch(r"  12 tables, 0 MiB, measured in \d+ s", more[1])
     assert answer(ingest_tiny(tmp_path / "new")) == stored.replace("stored", "is stored already") + "\n"
+    monkeypatch.chdir(tmp_path)
     for command in more[3:-1]:
-        answer(run_kdb(*shlex.split(command)[1:]))
+        result = run_kdb(*shlex.split(command)[1:])
+        assert result.exit_code == 0, result.output
     table = answer(run_kdb("query", "concept-depth", "--warehouse", tmp_path / "new", "--format", "csv"))
     rows = [
         {

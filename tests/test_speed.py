@@ -41,6 +41,7 @@ def test_a_model_that_was_never_measured_is_corrected_by_the_last_run_of_its_kin
 
 def test_a_short_run_corrects_nothing() -> None:
     learn(ESTIMATE, speed.SHORTEST / 2)
+    learn(replace(ESTIMATE, seconds=0.01), 20.0)
     assert not calibrated(ESTIMATE).is_calibrated
 
 
