@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from kdb.ingest.cost import Cost
 
 SHORTEST = 2.0
-"""Seconds, estimated or measured, below which a run says nothing of others: most of its time does not grow with its prompts."""
+"""Seconds, estimated or measured, below which a run says nothing of others: too much of its time does not grow with its
+prompts."""
 
 
 def calibrated(cost: Cost) -> Cost:
