@@ -156,7 +156,7 @@ def test_the_reduced_atlas_has_scores_and_neither_vectors_nor_texts_without_a_li
 ) -> None:
     wh = kdb.open(reduced)
     tables = set(wh.sql("SELECT DISTINCT unnest(tables) AS t FROM runs")["t"])
-    assert not tables & {"activations", "probe_weights", "candidate_scores"}
+    assert not tables & {"activations", "probe_weights"}
     prompts = wh.sql("SELECT dataset, text, subject, group_id, token_ids FROM prompts")
     shown = set(prompts.filter(dataset="cities")["text"])
     assert shown == {reduce_atlas.WITHOUT_TEXT}

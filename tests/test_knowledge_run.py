@@ -850,7 +850,7 @@ def test_the_template_and_the_limit_make_variants_of_their_own(tmp_path: Path, i
 
 
 def test_a_dry_run_says_the_cost_and_stores_nothing(tmp_path: Path, ingest: Callable[..., Result]) -> None:
-    assert answer(ingest(tmp_path / "new", "--dry-run")).startswith("tiny on facts: 14 prompts (")
+    assert answer(ingest(tmp_path / "new", "--dry-run")).startswith("tiny on facts: 14 prompts, ")
     assert not (tmp_path / "new").exists()
 
 
