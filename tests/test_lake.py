@@ -28,6 +28,7 @@ from kdb.warehouse.files import write_json
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import run_id
 from kdb.warehouse.parquet import write_parquet
+from kdb.warehouse.run_folders import empty_file
 from kdb.warehouse.schema import TABLES
 from kdb.warehouse.staged_run import StagedRun
 from kdb.warehouse.store import Warehouse
@@ -120,6 +121,13 @@ def test_a_run_is_invisible_until_it_is_committed(lake: FolderStorage) -> None:
         write_part(staged, "part-00000")
         assert lake.run_folders() == []
         assert stored(lake.local.path) == []
+
+
+def test_a_warehouse_whose_creation_was_interrupted_is_completed(tmp_path: Path) -> None:
+    folder = tmp_path / "warehouse"
+    FolderStorage.create(folder)
+    empty_file(folder / "lake", "projections").unlink()
+    assert len(Warehouse(FolderStorage.create(folder).location).sql("SELECT * FROM projections")) == 0
 
 
 def test_a_run_in_progress_tells_what_it_is(lake: FolderStorage) -> None:

@@ -54,8 +54,9 @@ class LocalFolder:
                 # The marker comes first: after an interruption, the folder is recognised and completed later.
                 path.mkdir(parents=True, exist_ok=True)
                 write_json(marker, {"schema_version": SCHEMA_VERSION})
-                _write_empty_tables(path / "lake")
             local = cls(path)
+            if not all(empty_file(local.lake, table).exists() for table in TABLES):
+                _write_empty_tables(local.lake)
             local._record_schema_version()
         return local
 
