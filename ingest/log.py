@@ -1,4 +1,4 @@
-"""What kdb logs while it measures, as lines on stderr."""
+"""Print the log of a measurement as lines on stderr."""
 
 from __future__ import annotations
 

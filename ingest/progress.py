@@ -47,7 +47,7 @@ class Progress:
         self.done += n
 
     def __str__(self) -> str:
-        """What is done, the rate, and the remaining time; the time so far as long as that is all that is known."""
+        """Finished work, rate and remaining time; before any work is finished, the time so far."""
         took = time.monotonic() - self._begun
         if self.total is None:
             return duration(took)

@@ -387,7 +387,7 @@ BAD = {
     ),
     "a negative neuron": (
         ("--query", "SELECT 0 AS layer, 'attn' AS component, 0 AS head, -1 AS neuron"),
-        "Row 1 of the query names neuron -1 (NULL stands for a whole head)",
+        "Row 1 of the query names neuron -1 (use NULL for a whole head)",
     ),
     "a truth value": (
         ("--query", "SELECT true AS layer, 'attn' AS component, 0 AS head, NULL AS neuron"),

@@ -60,6 +60,7 @@ def test_a_log_gets_lines_from_a_phase_that_does_not_advance(
 def test_the_line_on_a_terminal_moves_without_any_progress() -> None:
     with terminal() as shown, phase("Loading tiny"):
         wait_until(lambda: shown.getvalue().count("Loading tiny") > 3)
+    assert shown.getvalue().endswith("\x1b[2K")
 
 
 def test_lines_are_removed_from_a_terminal_and_messages_stay() -> None:
@@ -84,6 +85,7 @@ def test_a_failure_in_a_phase_leaves_no_display() -> None:
 def test_a_name_cannot_write_markup_or_escape_sequences_to_a_terminal() -> None:
     with terminal() as shown, phase("Loading [red]a\x1b[31mb"):
         wait_until(lambda: "[red]a\\u001b[31mb" in shown.getvalue())
+    assert "a\x1b[31mb" not in shown.getvalue()
 
 
 def test_the_remaining_time_is_that_of_work_done_now(monkeypatch: pytest.MonkeyPatch) -> None:

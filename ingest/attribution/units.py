@@ -95,7 +95,7 @@ def _wrong(row: dict[str, Any]) -> str | None:
         if not isinstance(row[name], int) or isinstance(row[name], bool):
             return f"no {name} (a whole number is needed)"
         if row[name] < 0:
-            return f"{name} {row[name]} (NULL stands for a whole head)" if name == "neuron" else f"{name} {row[name]}"
+            return f"{name} {row[name]} (use NULL for a whole head)" if name == "neuron" else f"{name} {row[name]}"
     return None
 
 

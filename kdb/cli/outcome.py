@@ -1,4 +1,4 @@
-"""What a measuring command says when its run is stored: how many prompts count, how long it took, what to type next."""
+"""Messages about a stored run: how many prompts count, how long it took, and which commands to type next."""
 
 from __future__ import annotations
 

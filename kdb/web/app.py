@@ -111,7 +111,7 @@ class Asking:
     async def prepare(self) -> None:
         """Compute the first page."""
         runs, params = await self.runs(), {"name": "home", "params": {}}
-        with contextlib.suppress(KdbError, BusyError, FailedError):  # whoever asks for the page gets the error
+        with contextlib.suppress(KdbError, BusyError, FailedError):  # the first request for the page reports the error
             await self._begun(_etag("page", params, runs), Question("page", params, tuple(runs), tuple(runs.values())))
 
     async def __call__(self, request: Request, kind: str, **params: Any) -> Response:
