@@ -104,14 +104,18 @@ def _command(name: str) -> click.Command:
     return command
 
 
-@click.command()
-@click.option(
+_models_option = click.option(
     "--model",
     "models",
     multiple=True,
     help="Name of a stored model; repeatable.  [default: all]",
     shell_complete=stored("model"),
 )
+"""``--model``, of which a command receives all as its `models`."""
+
+
+@click.command()
+@_models_option
 @click.option(
     "--format",
     "format_",
@@ -144,13 +148,7 @@ def report(models: tuple[str, ...], format_: str | None, warehouse: Path | str, 
 
 
 @click.command()
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    help="Name of a stored model; repeatable.  [default: all]",
-    shell_complete=stored("model"),
-)
+@_models_option
 @warehouse_option
 def summary(models: tuple[str, ...], warehouse: Path | str) -> None:
     """Say in sentences what was learnt, and what to type next.
