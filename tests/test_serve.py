@@ -290,6 +290,21 @@ def test_an_answer_is_filtered_and_ordered_by_its_address(client: httpx.Client) 
     assert heads == [row["head_name"] for row in sorted(rows, key=lambda row: -row["score"])]
     wrong = client.get("/queries/top-heads?filter=nothing%3D1").text
     assert "Unknown column" in html.unescape(wrong)
+    refused = client.get("/api/queries/top-heads?filter=nothing%3D1")
+    assert (refused.status_code, "Unknown column" in refused.text) == (404, True)
+
+
+@pytest.mark.parametrize("format_", ["csv", "json", "parquet"])
+def test_what_is_downloaded_of_an_answer_has_the_filters_and_the_order_of_its_page(
+    client: httpx.Client, format_: str
+) -> None:
+    page = html.unescape(client.get("/queries/top-heads?k=2&filter=category%3Dcapital&sort=score").text)
+    (address,) = re.findall(rf'href="(/api/queries/top-heads[^"]*format={format_})"', page)
+    read = {"csv": pl.read_csv, "json": pl.read_json, "parquet": pl.read_parquet}[format_]
+    rows = read(client.get(address).content)
+    assert set(rows["category"]) == {"capital"}
+    assert rows["score"].to_list() == rows["score"].sort().to_list()
+    assert len(rows) == len(client.get("/api/queries/top-heads?k=2&category=capital").json())
 
 
 def test_what_a_page_offers_to_copy_gives_the_same_answer(client: httpx.Client, demo: Warehouse) -> None:
@@ -544,7 +559,7 @@ def test_a_question_beyond_the_time_limit_is_refused_and_those_that_wait_are_bou
 
 def test_equal_questions_are_answered_once() -> None:
     text = "SELECT count(*) AS n FROM range(30000) a, range(30000) b WHERE a.range > b.range"
-    with served("--demo", "--workers", "2") as running, running.client() as asking:
+    with served("--demo", "--workers", "2", "--seconds", "3600") as running, running.client() as asking:
         answers: list[httpx.Response] = []
         ask = lambda: answers.append(running.client().post("/api/sql", json={"sql": text}))  # noqa: E731
         threads = [threading.Thread(target=ask) for _ in range(5)]
