@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.models.trace import without_cache
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
         ids = torch.tensor([list(token_ids)], device=loaded.device)
         # Logits of all positions would take a gigabyte for a thousand tokens and a vocabulary of 262,144.
         last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
-        output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
+        output = loaded.model(ids, output_hidden_states=True, **without_cache(loaded.model), **last)
     states = torch.stack([state[0, -1].float() for state in output.hidden_states])
     return states, output.logits[0, -1].float()
 
@@ -128,7 +129,7 @@ def untouched_logits(loaded: LoadedModel, structure: ModelStructure, token_ids: 
 
     states, _own = untouched(loaded, token_ids)
     with torch.inference_mode():
-        return structure.unembed_normed(states[-1].to(getattr(torch, loaded.dtype)))
+        return structure.unembed_normed(structure.after_last_state(states[-1].to(getattr(torch, loaded.dtype))))
 
 
 def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
@@ -190,8 +191,8 @@ def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[fl
     import torch
 
     with torch.inference_mode():
-        normed = capture.structure.final_norm(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
-    return [*map(_relative, resid[:-1], states[1:-1]), _relative(normed, states[-1])]
+        last = capture.structure.last_state(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
+    return [*map(_relative, resid[:-1], states[1:-1]), _relative(last, states[-1])]
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
