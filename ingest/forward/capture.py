@@ -83,7 +83,8 @@ class Capture:
         self.loaded = loaded
         self.structure: ModelStructure = find_structure(loaded.model)
         self.batch_tokens = batch_tokens or tokens_at_once(loaded)
-        self._length_class = LengthClasses(loaded.model.config)
+        # Where padding would change a state, only texts of one length share a pass.
+        self._length_class = LengthClasses(loaded.model.config) if self.structure.can_pad else int
         self._prefix: tuple[int, ...] = ()
         self._prefix_cache: Any = None
 
@@ -99,13 +100,12 @@ class Capture:
         from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
         model = self.loaded.model
-        if "past_key_values" not in signature(self.structure.decoder.forward).parameters or model._is_stateful:
+        takes = "past_key_values" in signature(self.structure.decoder.forward).parameters
+        if not takes or not self.structure.can_pad or model._is_stateful or self.structure.layout.n_before:
             return False
         layers = DynamicCache(config=model.config).layers
-        return self.structure.layout.n_before == 0 and all(
-            isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
-            for layer in layers
-        )
+        stateful = LinearAttentionCacheLayerMixin
+        return all(isinstance(layer, DynamicLayer) and not isinstance(layer, stateful) for layer in layers)
 
     def vectors(self, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> NDArray[np.float32]:
         """Capture the hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.

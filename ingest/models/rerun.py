@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdb.errors import ModelError
 from kdb.ingest.models.trace import BlockOutput, first_tensor, without_cache
 
 
@@ -37,6 +38,11 @@ class Rerun(nn.Module):
         return normed.reshape(*states.shape[:-1], -1)
 
     def _replace(self, rows: torch.Tensor, _block: nn.Module, _args: Any, output: Any) -> Any:
+        if type(output) not in (tuple, list) and not isinstance(output, torch.Tensor):
+            raise ModelError(
+                f"{type(self.run()).__name__}: its blocks pass on more than one vector per token, and kdb does not know "
+                "which of them the logits are made of, so it cannot measure it."
+            )
         first = first_tensor(output)
         new = self.layout.replaced(first, rows.to(first.device))
         return (new, *output[1:]) if isinstance(output, tuple | list) else new

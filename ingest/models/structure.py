@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.models.parts import ffn_of, text_blocks
-from kdb.ingest.models.trace import BlockOutput, Trace, trace
+from kdb.ingest.models.trace import BlockOutput, Trace, can_pad, trace
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _ROWS = 8192
 """Rows of the unembedding that are converted at once: few enough for a copy of any width."""
+
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the soft cap of logits in configs."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class ModelStructure:
     normalised state before the FFN, or None. ``final_norm`` is all that stands between the last block and the
     unembedding; an identity if there is nothing. ``last_state`` is the part of it that the last hidden state which
     transformers reports has been through, ``after_last_state`` the rest. ``hidden_size`` is the width of the residual
-    stream; ``layout`` finds the states in a block's output.
+    stream; ``layout`` finds the states in a block's output, and ``first_state`` is the number of the first block's output
+    among the reported ones. ``can_pad``: whether tokens after a text leave its states as they are.
     """
 
     decoder: nn.Module
@@ -42,6 +47,8 @@ class ModelStructure:
     layout: BlockOutput
     last_state: nn.Module
     after_last_state: nn.Module
+    first_state: int
+    can_pad: bool
 
     def readout(self, resid_post: torch.Tensor) -> torch.Tensor:
         """Compute logits (…, vocab) from the last block's output (…, hidden): norm, unembedding, scale, soft cap."""
@@ -94,7 +101,7 @@ def find_structure(model: Any) -> ModelStructure:
     config, blocks = model.config.get_text_config(decoder=True), text_blocks(model)
     ffns = tuple(map(ffn_of, blocks))
     seen = trace(model, blocks, ffns, unembed)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     last_state, after = _norms(model, blocks[-1], unembed, seen)
     return ModelStructure(
         decoder=model.base_model,
@@ -108,6 +115,8 @@ def find_structure(model: Any) -> ModelStructure:
         layout=seen.layout,
         last_state=last_state,
         after_last_state=after,
+        first_state=seen.first_state,
+        can_pad=can_pad(model, blocks, seen),
     )
 
 

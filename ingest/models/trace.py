@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-N_TOKENS = 3
+_TEXT = (1, 2, 3)
+N_TOKENS = len(_TEXT)
 
 _SAME = 0.02
 """Largest relative difference of two vectors that are one: rounding to half precision explains it."""
@@ -44,9 +45,16 @@ class BlockOutput:
 
     def states(self, output: torch.Tensor, n_rows: int) -> torch.Tensor:
         """Return the states (prompt, position, hidden) of the tokens; several streams become one wide one."""
-        if output.ndim == 4:
-            output = (output.permute(1, 2, 0, 3) if self.streams_first else output).flatten(2)
-        return output.reshape(n_rows, -1, output.shape[-1])[:, self.n_before :]
+        return self.reported(output).reshape(n_rows, -1, output.shape[-1] * self._n_streams(output))[:, self.n_before :]
+
+    def reported(self, state: torch.Tensor) -> torch.Tensor:
+        """Return a state that the model reports, with several streams as one; it has no further positions."""
+        if state.ndim != 4:
+            return state
+        return (state.permute(1, 2, 0, 3) if self.streams_first else state).flatten(2)
+
+    def _n_streams(self, output: torch.Tensor) -> int:
+        return 1 if output.ndim != 4 else int(output.shape[0 if self.streams_first else 2])
 
     def replaced(self, output: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Return an output in which every position has the state (prompt, hidden) of its prompt."""
@@ -73,6 +81,7 @@ class Trace:
     logits: torch.Tensor | None = None
     last_state: torch.Tensor | None = None
     layout: BlockOutput = BlockOutput()
+    first_state: int = 1
     fed: list[tuple[nn.Module, int]] = field(default_factory=list)
 
     def reads_state(self, ffn: nn.Module | None) -> bool:
@@ -108,8 +117,12 @@ class Trace:
     @property
     def is_raw(self) -> bool:
         """Whether the model's own last hidden state is the last block's output."""
-        last = self.last_state
-        return last is not None and _equal(self.layout.states(self.outputs[-1], 1)[:, :N_TOKENS], last)
+        return self.last_state is not None and self.reports(self.last_state, -1)
+
+    def reports(self, state: torch.Tensor, block: int) -> bool:
+        """Whether a hidden state that the model reports is the output of a block."""
+        own = self.layout.states(self.outputs[block], 1)[:, :N_TOKENS]
+        return state.numel() == own.numel() and _equal(self.layout.reported(state), own)
 
     @property
     def n_reported(self) -> int | None:
@@ -155,23 +168,60 @@ def trace(
     import torch
 
     seen, order = Trace(type(model).__name__), []
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(1, N_TOKENS + 1, device=embedding.device)[None] % len(embedding)
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for handle in _hooks(model, blocks, ffns, unembed, seen, order):
             hooks.enter_context(handle)
-        output = model(ids, output_hidden_states=True, **without_cache(model))
+        output = model(_tokens(model, *_TEXT), output_hidden_states=True, **without_cache(model))
     _check(seen, order, len(blocks))
     states = getattr(output, "hidden_states", None)
-    seen.last_state = _kept(states[-1]) if states else None
-    seen.layout = _layout(seen.outputs[0], _kept(states[1]) if states else None)
+    reported = [_kept(state) for state in states or ()]
+    seen.last_state = reported[-1] if reported else None
+    seen.layout = _layout(seen.outputs[0], reported[1] if len(reported) > 1 else None)
+    seen.first_state = next((i for i, state in enumerate(reported[:2]) if seen.reports(state, 0)), 1)
     seen.logits = _kept(output.logits) if _kept(output.logits).shape == getattr(seen.written, "shape", None) else None
     return seen
 
 
+def can_pad(model: Any, blocks: Sequence[nn.Module], seen: Trace) -> bool:
+    """Return whether the states of a text stay as they are if tokens follow it; padding is such tokens.
+
+    Raises ModelError if they depend on which tokens follow, because then the model is not causal.
+    """
+    longer, other = (_outputs(model, blocks, seen, (*_TEXT, *after)) for after in ((0, 0), (4, 5)))
+    if all(map(_parallel, longer, (seen.layout.states(output, 1)[:, :N_TOKENS] for output in seen.outputs))):
+        return True
+    if all(map(_parallel, longer, other)):
+        return False
+    raise ModelError(
+        f"{seen.name} is no causal language model: the state of a token depends on the tokens after it, as in masked "
+        "language models."
+    )
+
+
+def _outputs(model: Any, blocks: Sequence[nn.Module], seen: Trace, text: Sequence[int]) -> list[torch.Tensor]:
+    """Run a text; return what each block passes on at its first ``N_TOKENS`` tokens."""
+    import torch
+
+    kept: list[torch.Tensor] = []
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda _m, _args, output: kept.append(_kept(output))))
+        model(_tokens(model, *text), **without_cache(model))
+    return [seen.layout.states(output, 1)[:, :N_TOKENS] for output in kept]
+
+
+def _tokens(model: Any, *ids: int) -> torch.Tensor:
+    import torch
+
+    embedding = model.get_input_embeddings().weight
+    return torch.tensor([ids], device=embedding.device) % len(embedding)
+
+
 def without_cache(module: Any) -> dict[str, bool]:
     """Return the option with which a model keeps no cache, if it has one."""
-    return {"use_cache": False} if "use_cache" in signature(module.forward).parameters else {}
+    parameters = signature(module.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    return {"use_cache": False} if takes else {}
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
