@@ -20,7 +20,7 @@ from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.models.gguf import unpacked, what_it_says
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
-from kdb.ingest.models.shape import N_EXPERTS, TOP_K, shape_of
+from kdb.ingest.models.shape import N_EXPERTS, TOP_K, first_number, shape_of
 from kdb.ingest.models.tensors import Tensor, tensors_of
 from kdb.ingest.settings import Measuring
 
@@ -240,10 +240,10 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
 
 def _check_experts(source: ModelSource, text: Any) -> None:
     """Raise ModelError for a config whose router chooses more experts than there are."""
-    counts, chosen = (next(((name, getattr(text, name)) for name in names if isinstance(getattr(text, name, None), int)), None) for names in (N_EXPERTS, TOP_K))
-    if counts and chosen and 0 < counts[1] < chosen[1]:
+    n_experts, chosen = (first_number(text, names, 0) for names in (N_EXPERTS, TOP_K))
+    if 0 < n_experts < chosen:
         raise ModelError(
-            f"The config of {source.name} has {chosen[0]} = {chosen[1]}, and only {counts[1]} experts ({counts[0]})."
+            f"The config of {source.name} chooses {chosen} experts per token, and has only {n_experts:,} experts."
         )
 
 
@@ -275,9 +275,7 @@ def skeleton(config: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        return _class_for(config).from_config(
-            config, trust_remote_code=False, attn_implementation=_attention(config)
-        )
+        return _class_for(config).from_config(config, trust_remote_code=False, attn_implementation=_attention(config))
 
 
 @contextlib.contextmanager
@@ -307,6 +305,7 @@ def _quieten() -> None:
 _OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options with which transformers downloads nothing and runs no code from a model's folder."""
 
+
 def _attention(config: Any) -> str:
     """Attention of a model, whatever its config names: SDPA if its class has it, otherwise eager.
 
@@ -315,5 +314,6 @@ def _attention(config: Any) -> str:
     own = _class_for(config)._model_mapping[type(config)]
     classes = own if isinstance(own, tuple) else (own,)
     return "sdpa" if all(one._supports_sdpa for one in classes) else "eager"
+
 
 _TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
