@@ -312,6 +312,10 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             f"{loaded.source.name} cannot be decomposed: the unembedding of {type(loaded.model).__name__} is not "
             f"one linear map of its {size} hidden entries."
         )
+    ffns = [ffn for ffn in structure.ffns if ffn is not None]
+    if len(ffns) < len(structure.blocks):
+        lacking = structure.ffns.index(None)
+        raise ModelError(f"{loaded.source.name} cannot be decomposed: kdb found no FFN in its block {lacking}.")
     calls: dict[int, list[_Call]] = {i: [] for i in range(len(structure.blocks))}
     outputs: dict[nn.Module, torch.Tensor] = {}
 
@@ -329,7 +333,7 @@ def decompose(loaded: LoadedModel) -> Decomposition:
         structure.decoder(ids, use_cache=False)
     blocks = tuple(
         _block(loaded, i, module, ffn, calls[i], outputs)
-        for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
+        for i, (module, ffn) in enumerate(zip(structure.blocks, ffns, strict=True))
     )
     multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     return Decomposition(loaded, structure, blocks, multiplier)
