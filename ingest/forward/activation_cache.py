@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdb.ingest.forward.attention import watched_attention
 from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
-from kdb.ingest.forward.decomposition import Decomposition, Norm, watched_attention
+from kdb.ingest.forward.decomposition import Decomposition, Norm
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 
 if TYPE_CHECKING:

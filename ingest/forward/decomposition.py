@@ -11,20 +11,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from kdb.errors import ModelError
+from kdb.ingest.forward.attention import watched_attention
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-ATTENTION = "kdb"
-"""Name under which our attention function is registered in transformers."""
 
 _TRACE_TOKENS = 5
 _AMPLITUDE = 128.0
@@ -221,63 +218,6 @@ def read_norm(module: nn.Module, size: int) -> Norm:
     # Cloned, since some operations outside of inference mode refuse its tensors.
     weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
     return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
-
-
-# Attention -------------------------------------------------------------------------------------------------------
-
-Watcher = Callable[..., None]
-_watching: list[Watcher] = []
-
-
-@contextlib.contextmanager
-def watched_attention(model: Any, watcher: Watcher, *, frozen: bool = False) -> Iterator[None]:
-    """Run ``model`` with our attention function, which calls ``watcher(module, query, value, weights)``.
-
-    ``frozen`` attention lets no gradient through its weights.
-
-    query and value (batch, heads or key-value heads, position, entry) are as the attention used them, after any
-    rotation; weights (batch, heads, position, position) are after softmax.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(ATTENTION, functools.partial(_attention, frozen=frozen))
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    _watching.append(watcher)
-    try:
-        yield
-    finally:
-        _watching.remove(watcher)
-        model.set_attn_implementation(before)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    *,
-    frozen: bool,
-    **_unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute softmax attention in plain steps, since a fused kernel would not return the weights that it used."""
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : keys.shape[-2]]
-    weights = scores.float().softmax(-1).to(query.dtype)
-    weights = weights.detach() if frozen else weights
-    for watcher in _watching:
-        watcher(module, query, value, weights)
-    return (weights @ values).transpose(1, 2).contiguous(), None
 
 
 # Decomposing -----------------------------------------------------------------------------------------------------

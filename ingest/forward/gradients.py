@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.decomposition import Block, Decomposition, Norm, watched_attention
+from kdb.ingest.forward.attention import watched_attention
+from kdb.ingest.forward.decomposition import Block, Decomposition, Norm
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
 from kdb.ingest.forward.patching import Pass, same_length, touched
