@@ -16,8 +16,9 @@ import numpy as np
 from kdb.ingest.forward.attention import watched_attention
 from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
-from kdb.ingest.forward.decomposition import Decomposition, Norm
+from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
+from kdb.ingest.forward.linear import Norm
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class ActivationCache:
     logits: torch.Tensor  # (b, vocab) of the model, after its soft cap
     # Routing at the last position, E: experts of the layer that has most; None if no layer has experts.
     router_weight: torch.Tensor | None = None  # (l, b, E) that multiplies an expert's output; 0 if it is not chosen
-    router_probs: torch.Tensor | None = None  # (l, b, E) of the router; 0 for shared experts, NaN in a layer without a router
+    router_probs: torch.Tensor | None = None  # (l, b, E) 0 for shared experts, NaN in a layer without a router
     chosen: torch.Tensor | None = None  # (l, b, E) whether the expert was chosen; shared experts always are
 
     @property

@@ -9,15 +9,15 @@ matrices. So no other code depends on the architecture.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.attention import watched_attention
-from kdb.ingest.forward.ffn import Call, find_key, flat, is_linear, n_inputs, same
+from kdb.ingest.forward.ffn import find_key
 from kdb.ingest.forward.layout import FfnLayout
+from kdb.ingest.forward.linear import Call, Norm, flat, is_linear, matrix, n_inputs, read_norm, same
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -26,37 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TRACE_TOKENS = 5
-_AMPLITUDE = 128.0
-"""Entries of the vectors that probe a norm: so large that its epsilon is negligible."""
-
 _UNIT_ROWS = 16
 """Positions of one sequence of unit vectors: fewer than the context of any model."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm with its scale frozen: y = weight · (x − mean, if centred) · scale + bias."""
-
-    module: nn.Module
-    weight: torch.Tensor
-    bias: torch.Tensor
-    centred: bool
-
-    def before(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into the rows (…, hidden) of a projection that reads its output."""
-        return self._centre(rows * self.weight)
-
-    def after(self, columns: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into vectors (…, hidden) that it reads."""
-        return self._centre(columns) * self.weight
-
-    def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """Fit the scale (…) that maps ``read`` to ``written``, both (…, hidden), by least squares."""
-        shape = self.after(read)
-        return ((written - self.bias) * shape).sum(-1) / shape.square().sum(-1)
-
-    def _centre(self, x: torch.Tensor) -> torch.Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
 
 
 @dataclass(frozen=True)
@@ -192,38 +163,6 @@ def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
         return (hidden, *args[1:]), kwargs
 
     return module.register_forward_pre_hook(replace, with_kwargs=True)
-
-
-def matrix(module: nn.Module) -> torch.Tensor:
-    """Matrix (out, in) of a linear module: its plain weight, or else measured by unit vectors."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    weight: Any = module.weight
-    if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
-        plain: torch.Tensor = weight.detach()
-        return plain.T if isinstance(module, Conv1D) else plain
-    with torch.inference_mode():
-        # A quantized weight of any kind: its outputs define the matrix.
-        units = torch.eye(cast(int, module.in_features), device=weight.device)
-        rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
-        return rows
-
-
-def read_norm(module: nn.Module, size: int) -> Norm:
-    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently."""
-    import torch
-
-    twin = copy.deepcopy(module).float()
-    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    signs = torch.ones(size, device=device)
-    signs[1::2] = -1
-    x = signs * _AMPLITUDE
-    with torch.inference_mode():
-        up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
-    # Cloned, since some operations outside of inference mode refuse its tensors.
-    weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
-    return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
 
 
 # Decomposing -----------------------------------------------------------------------------------------------------
