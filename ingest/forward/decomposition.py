@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.attention import watched_attention
-from kdb.ingest.forward.ffn import find_key
+from kdb.ingest.forward.ffn import Ffn, find_ffn
 from kdb.ingest.forward.layout import FfnLayout
-from kdb.ingest.forward.linear import Call, Norm, flat, is_linear, matrix, n_inputs, read_norm, same
+from kdb.ingest.forward.linear import Call, Linear, Norm, flat, is_linear, matrix, read_norm, same
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -34,20 +34,14 @@ _UNIT_ROWS = 16
 class Block:
     """The parts of one block. A norm is None if the architecture has no norm there.
 
-    ``attention`` is the module that calls the attention function. ``key`` is the projection whose rows activate the FFN
-    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection. ``activation`` is
-    the module that computes the activation function, None if there is no such module. ``parallel``: attention and FFN
-    both read the block's input.
+    ``attention`` is the module that calls the attention function. ``ffn_norm`` is the norm before the FFN's first
+    module, ``ffn_post`` the one behind the whole FFN. ``parallel``: attention and FFN both read the block's input.
     """
 
     module: nn.Module
     attention: nn.Module
     attn_out: nn.Module
-    ffn_out: nn.Module
-    key: nn.Module
-    key_rows: slice
-    activation: nn.Module | None
-    gated: bool
+    ffn: Ffn
     attn_norm: Norm | None
     ffn_norm: Norm | None
     attn_post: Norm | None
@@ -104,25 +98,63 @@ class Decomposition:
         """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32."""
         return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
 
-    def ffn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
-        return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
+    @functools.cached_property
+    def n_slots(self) -> int:
+        """Number of slots of every layer's FFN: the neurons of the widest layer."""
+        return max(block.ffn.layout.size for block in self.blocks)
+
+    @functools.cached_property
+    def n_experts(self) -> int:
+        """Number of experts, shared ones included, of the layer that has most; 0 if all layers are dense."""
+        return max(len(block.ffn.layout.starts) for block in self.blocks)
 
     def ffn_layout(self, layer: int) -> FfnLayout:
         """Return which of a layer's slots are the neurons of which expert."""
-        return FfnLayout(n_inputs(self.blocks[layer].ffn_out))
+        return self.blocks[layer].ffn.layout
+
+    def ffn_columns(self, layer: int) -> torch.Tensor:
+        """Contribution of one unit of each FFN neuron to the residual: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [self._behind_ffn(layer, s.columns()) for s in self.blocks[layer].ffn.sources])
 
     def ffn_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
-        block = self.blocks[layer]
-        return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
+        """Direction of the residual that activates each FFN neuron: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [source.keys() for source in self.blocks[layer].ffn.sources])
+
+    def expert_biases(self, layer: int) -> torch.Tensor | None:
+        """Contribution of each expert of weight 1 without its neurons: (experts, hidden), float32; None if all are 0.
+
+        A dense FFN counts as one expert.
+        """
+        import torch
+
+        sources = self.blocks[layer].ffn.sources
+        if all(source.biases() is None for source in sources):
+            return None
+        device = self.loaded.device
+        rows = [torch.zeros(s.part.n_experts, self.hidden_size, device=device) for s in sources]
+        own = [zeros if (bias := s.biases()) is None else bias for s, zeros in zip(sources, rows, strict=True)]
+        return self._behind_ffn(layer, torch.cat(own))
+
+    def _slots(self, layer: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The rows of all sources (slots, hidden), with zeros where the layer has no neuron."""
+        import torch
+
+        missing = self.n_slots - self.ffn_layout(layer).size
+        if missing:
+            parts = [*parts, torch.zeros(missing, self.hidden_size, device=self.loaded.device)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _behind_ffn(self, layer: int, vectors: torch.Tensor) -> torch.Tensor:
+        return self._behind(vectors, self.blocks[layer].ffn_post)
 
     def value_keys(self, layer: int) -> torch.Tensor:
         """Direction of the residual that produces each value entry: (heads · head size, hidden), float32."""
         return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
 
     def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
-        columns = matrix(projection).float().T
+        return self._behind(matrix(projection).float().T, post)
+
+    def _behind(self, columns: torch.Tensor, post: Norm | None) -> torch.Tensor:
         folded = post.after(columns) if post is not None else columns
         return folded * self.multiplier if self.multiplier != 1 else folded
 
@@ -203,11 +235,11 @@ def decompose(loaded: LoadedModel) -> Decomposition:
                 hook = functools.partial(_note, calls[i])
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         structure.decoder(ids, use_cache=False)
+    multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     blocks = tuple(
-        _block(loaded, i, module, ffn, calls[i], outputs)
+        _block(loaded, i, module, ffn, calls[i], outputs, multiplier)
         for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
     )
-    multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     return Decomposition(loaded, structure, blocks, multiplier)
 
 
@@ -215,7 +247,7 @@ def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: d
     read: Any = args[0] if args else kwargs.get("hidden_states")
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
-        calls.append(Call(module, flat(read), flat(written)))
+        calls.append(Call(module, flat(read), flat(written), args, kwargs, output))
 
 
 def _block(
@@ -225,6 +257,7 @@ def _block(
     ffn: nn.Module,
     calls: list[Call],
     attended: dict[nn.Module, torch.Tensor],
+    multiplier: float,
 ) -> Block:
     """Find one block's parts among its calls, given in the order in which they ended."""
     where = f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
@@ -239,9 +272,6 @@ def _block(
     attn_out = next((c for c in linear if c.module in of_attention and same(c.read, attended[attention])), None)
     if attn_out is None:
         raise ModelError(f"{where} has no linear map that reads its heads.")
-    of_ffn = [c for c in linear if c.module not in of_attention]
-    if not of_ffn:
-        raise ModelError(f"{where} has no linear map in its FFN.")
     size = loaded.model.config.get_text_config().hidden_size
 
     def find(**wanted: torch.Tensor) -> Norm | None:
@@ -251,20 +281,26 @@ def _block(
     ffn_read = by_module[ffn].read
     ffn_norm = find(written=ffn_read)
     ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
+    attn_post = find(read=attn_out.written)
+
+    def before(read: torch.Tensor) -> tuple[Norm | Linear, ...]:
+        norm, projection = find(written=read), next((c for c in linear if same(c.written, read)), None)
+        if norm is not None or projection is None:
+            return () if norm is None else (norm,)
+        return (*before(projection.read), Linear(projection.module))
+
     outside = [c for c in calls if c.module not in of_attention]
-    key, rows, activation, gated = find_key(where, of_ffn[:-1], outside, of_ffn[-1].read)
+    attn = attn_out.written if attn_post is None else by_module[attn_post.module].written
+    added = (by_module[module].written - by_module[module].read) / multiplier - attn
+    parts, total = find_ffn(where, module, outside, ffn_read, before, added)
     return Block(
         module=module,
         attention=attention,
         attn_out=attn_out.module,
-        ffn_out=of_ffn[-1].module,
-        key=key,
-        key_rows=rows,
-        activation=activation,
-        gated=gated,
+        ffn=parts,
         attn_norm=find(written=by_module[attention].read),
         ffn_norm=ffn_norm,
-        attn_post=find(read=attn_out.written),
-        ffn_post=find(read=of_ffn[-1].written),
+        attn_post=attn_post,
+        ffn_post=find(read=total),
         parallel=same(ffn_source, by_module[module].read),
     )
