@@ -247,7 +247,8 @@ def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: d
     read: Any = args[0] if args else kwargs.get("hidden_states")
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
-        calls.append(Call(module, flat(read), flat(written), args, kwargs, output))
+        # Cloned, since some modules add to what others returned (the experts of Llama 4).
+        calls.append(Call(module, flat(read).clone(), flat(written).clone(), args, kwargs, output))
 
 
 def _block(

@@ -56,7 +56,7 @@ class FfnActivations:
     def _output(self, i: int, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         part = self.ffn.sources[i].part
         if self._keeps_outputs:
-            self.outputs[i] = part.output(output).float()
+            self.outputs[i] = part.output(output).float().clone()  # Llama 4 adds to it in place
         if isinstance(part, Experts):
             self.routings[i] = part.routing(args, kwargs)
 
