@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -434,6 +435,25 @@ def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -
     columns = decomposition.attn_columns(layer).view(mixed.shape[1], mixed.shape[2], -1)
     rows = torch.arange(len(r.last), device=r.last.device)
     return torch.einsum("bhe,hed->bhd", mixed, columns) * r.attn_scale[layer, rows, r.last, None, None]
+
+
+def expert_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -> torch.Tensor:
+    """Contributions (b, E, d) of the experts to the residual at the last position, their biases included.
+
+    Those that were not chosen contribute 0. What a norm behind the FFN adds is no expert's.
+    """
+    import torch
+
+    assert r.chosen is not None and r.expert_scale is not None
+    layout, rows = decomposition.ffn_layout(layer), torch.arange(len(r.last), device=r.last.device)
+    columns, biases = decomposition.ffn_columns(layer), decomposition.expert_biases(layer)
+    m, out = r.coefficients[layer, rows, r.last], columns.new_zeros(*r.chosen.shape[1:], columns.shape[1])
+    for expert, (start, stop) in enumerate(itertools.pairwise([*layout.starts, layout.size])):
+        if r.chosen[layer, :, expert].any():
+            out[:, expert] = m[:, start:stop] @ columns[start:stop]
+    if biases is not None and layout.starts:
+        out[:, : len(biases)] += r.expert_scale[layer, :, : len(biases), None] * biases
+    return out * r.ffn_scale[layer, rows, r.last, None, None]
 
 
 def head_coefficients(r: ActivationCache, layer: int) -> torch.Tensor:
