@@ -22,33 +22,33 @@ WITH chosen AS (
 parts AS (
     SELECT
         model, dataset, run, 'layer' AS part, layer_name(component, layer) AS name, component, layer, NULL AS head,
-        NULL AS neuron, NULL AS position, NULL AS attention, score, NULL AS token
+        NULL AS expert, NULL AS neuron, NULL AS position, NULL AS attention, score, NULL AS token
     FROM layer_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
-    SELECT model, dataset, run, 'head', head_name(layer, head), 'attn', layer, head, NULL, NULL, NULL, score, NULL
+    SELECT model, dataset, run, 'head', head_name(layer, head), 'attn', layer, head, NULL, NULL, NULL, NULL, score, NULL
     FROM head_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
-        model, dataset, run, 'head reads', head_name(layer, head), 'attn', layer, head, NULL, position, attention,
-        score, to_json(token)::VARCHAR
+        model, dataset, run, 'head reads', head_name(layer, head), 'attn', layer, head, NULL, NULL, position,
+        attention, score, to_json(token)::VARCHAR
     FROM head_position_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
-        model, dataset, run, component || ' value neuron', neuron_name(component, layer, head, neuron), component,
-        layer, head, neuron, position, NULL, score, NULL
+        model, dataset, run, component || ' value neuron', neuron_name(component, layer, head, expert, neuron),
+        component, layer, head, expert, neuron, position, NULL, score, NULL
     FROM neuron_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
-        model, dataset, run, 'query neuron of ' || activates, neuron_name('ffn', layer, NULL, neuron), 'ffn', layer,
-        NULL, neuron, NULL, NULL, score, NULL
+        model, dataset, run, 'query neuron of ' || activates, neuron_name('ffn', layer, NULL, expert, neuron), 'ffn',
+        layer, NULL, expert, neuron, NULL, NULL, score, NULL
     FROM query_neuron_scores
     JOIN chosen USING (model, dataset, run)
     WHERE prompt_id = getvariable('prompt')
@@ -57,14 +57,15 @@ parts AS (
 best AS MATERIALIZED (
     SELECT
         *, row_number() OVER (
-            PARTITION BY model, dataset, run, part ORDER BY score DESC, layer, head, neuron, position
+            PARTITION BY model, dataset, run, part ORDER BY score DESC, layer, head, expert, neuron, position
         ) AS rank
     FROM parts
     QUALIFY rank <= getvariable('k')
 )
 
 SELECT
-    best.model, best.dataset, part, best.rank, name, component, layer, head, neuron, position, attention, score,
+    best.model, best.dataset, part, best.rank, name, component, layer, head, expert, neuron, position, attention,
+    score,
     coalesce(token, top_tokens) AS tokens,
     text, target_token, target_prob
 FROM best
@@ -74,7 +75,8 @@ JOIN prompts
 LEFT JOIN tokens_of_neurons(
     (
         SELECT list({
-            model: model, dataset: dataset, run: run, component: component, layer: layer, head: head, neuron: neuron
+            model: model, dataset: dataset, run: run, component: component, layer: layer, head: head,
+            expert: expert, neuron: neuron
         })
         FROM best
         WHERE neuron IS NOT NULL
