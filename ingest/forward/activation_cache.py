@@ -51,11 +51,16 @@ class ActivationCache:
     ffn_bias: torch.Tensor  # (l, b, d) contribution of biases, which belongs to no neuron, at the last position
     final_scale: torch.Tensor  # (b) of the final norm at the last position
     logits: torch.Tensor  # (b, vocab) of the model, after its soft cap
+    # Routing at the last position, E: experts of the layer that has most; None if no layer has experts.
+    router_weight: torch.Tensor | None = None  # (l, b, E) that multiplies an expert's output; 0 if it is not chosen
+    router_probs: torch.Tensor | None = None  # (l, b, E) of the router; 0 for shared experts, NaN in a layer without a router
+    chosen: torch.Tensor | None = None  # (l, b, E) whether the expert was chosen; shared experts always are
 
     @property
     def n_bytes(self) -> int:
         """Bytes of memory of the cache."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+        kept = (getattr(self, f.name) for f in fields(self))
+        return sum(x.nbytes for x in kept if x is not None)
 
 
 def bytes_per_token(decomposition: Decomposition) -> int:

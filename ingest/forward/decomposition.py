@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from kdb.errors import ModelError
+from kdb.ingest.forward.ffn import Call, find_key, flat, is_linear, n_inputs, same
+from kdb.ingest.forward.layout import FfnLayout
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -137,6 +139,10 @@ class Decomposition:
     def ffn_columns(self, layer: int) -> torch.Tensor:
         """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
         return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
+
+    def ffn_layout(self, layer: int) -> FfnLayout:
+        """Return which of a layer's slots are the neurons of which expert."""
+        return FfnLayout(n_inputs(self.blocks[layer].ffn_out))
 
     def ffn_keys(self, layer: int) -> torch.Tensor:
         """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
@@ -283,15 +289,6 @@ def _attention(
 # Decomposing -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Call:
-    """One call of a module: its input and its output, each (tokens, entries)."""
-
-    module: nn.Module
-    read: torch.Tensor
-    written: torch.Tensor
-
-
 def decompose(loaded: LoadedModel) -> Decomposition:
     """Find the parts of every block by watching one forward pass.
 
@@ -312,13 +309,13 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             f"{loaded.source.name} cannot be decomposed: the unembedding of {type(loaded.model).__name__} is not "
             f"one linear map of its {size} hidden entries."
         )
-    calls: dict[int, list[_Call]] = {i: [] for i in range(len(structure.blocks))}
+    calls: dict[int, list[Call]] = {i: [] for i in range(len(structure.blocks))}
     outputs: dict[nn.Module, torch.Tensor] = {}
 
     def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
         groups = weights.shape[1] // value.shape[1]
         mixed = weights @ value.repeat_interleave(groups, dim=1)
-        outputs[module] = _flat(mixed.transpose(1, 2).flatten(2))
+        outputs[module] = flat(mixed.transpose(1, 2).flatten(2))
 
     ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
     with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
@@ -335,11 +332,11 @@ def decompose(loaded: LoadedModel) -> Decomposition:
     return Decomposition(loaded, structure, blocks, multiplier)
 
 
-def _note(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     read: Any = args[0] if args else kwargs.get("hidden_states")
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
-        calls.append(_Call(module, _flat(read), _flat(written)))
+        calls.append(Call(module, flat(read), flat(written)))
 
 
 def _block(
@@ -347,7 +344,7 @@ def _block(
     layer: int,
     module: nn.Module,
     ffn: nn.Module,
-    calls: list[_Call],
+    calls: list[Call],
     attended: dict[nn.Module, torch.Tensor],
 ) -> Block:
     """Find one block's parts among its calls, given in the order in which they ended."""
@@ -358,9 +355,9 @@ def _block(
         raise ModelError(f"{where} has its own attention, which transformers' AttentionInterface does not reach.")
     by_module = {call.module: call for call in calls}
     norms = [call for call in calls if "norm" in type(call.module).__name__.lower()]
-    linear = [call for call in calls if _is_linear(call.module)]
+    linear = [call for call in calls if is_linear(call.module)]
     of_attention = set(attention.modules())
-    attn_out = next((c for c in linear if c.module in of_attention and _same(c.read, attended[attention])), None)
+    attn_out = next((c for c in linear if c.module in of_attention and same(c.read, attended[attention])), None)
     if attn_out is None:
         raise ModelError(f"{where} has no linear map that reads its heads.")
     of_ffn = [c for c in linear if c.module not in of_attention]
@@ -369,14 +366,14 @@ def _block(
     size = loaded.model.config.get_text_config().hidden_size
 
     def find(**wanted: torch.Tensor) -> Norm | None:
-        norm = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
+        norm = next((c for c in norms if all(same(getattr(c, k), v) for k, v in wanted.items())), None)
         return read_norm(norm.module, size) if norm is not None else None
 
     ffn_read = by_module[ffn].read
     ffn_norm = find(written=ffn_read)
     ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
     outside = [c for c in calls if c.module not in of_attention]
-    key, rows, activation, gated = _key(where, of_ffn[:-1], outside, of_ffn[-1].read)
+    key, rows, activation, gated = find_key(where, of_ffn[:-1], outside, of_ffn[-1].read)
     return Block(
         module=module,
         attention=attention,
@@ -390,58 +387,5 @@ def _block(
         ffn_norm=ffn_norm,
         attn_post=find(read=attn_out.written),
         ffn_post=find(read=of_ffn[-1].written),
-        parallel=_same(ffn_source, by_module[module].read),
+        parallel=same(ffn_source, by_module[module].read),
     )
-
-
-def _key(
-    where: str, first: list[_Call], calls: list[_Call], coefficient: torch.Tensor
-) -> tuple[nn.Module, slice, nn.Module | None, bool]:
-    """Find the projection whose output gives the neurons' coefficients, by multiplication with a gate or by activation.
-
-    Return it, its rows, the module of the activation, and whether there is a gate.
-
-    The outputs of the first projections are split into pieces with one entry per neuron. The gate is the piece that the
-    activation reads; the other is the up projection. Without a gate, the only piece is the key.
-    """
-    import torch
-
-    n = coefficient.shape[-1]
-    pieces = [
-        (c.module, slice(i, i + n), c.written[:, i : i + n])
-        for c in first
-        for i in range(0, c.written.shape[-1], n)
-        if c.written.shape[-1] % n == 0
-    ]
-    functions = [c for c in calls if c.written.shape == coefficient.shape and _is_function(c.module)]
-    if len(pieces) == 1:
-        # A dropout, which changes nothing here, has the same output as the activation.
-        activation = next((c.module for c in functions if not _same(c.read, c.written)), None)
-        return *pieces[0][:2], activation, False
-    for call in functions:
-        for module, rows, piece in pieces:
-            if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
-                return module, rows, call.module, True
-    raise ModelError(f"{where} has an FFN whose neurons are not an activation times a linear map of its input.")
-
-
-def _is_function(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Reshape (batch, position, entries) to (tokens, entries), as OPT itself does before its FFN."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    import torch
-
-    return a.shape == b.shape and torch.equal(a, b)
