@@ -46,9 +46,7 @@ def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
     schema = arrow_schema(table)
     return pa.table(
         [
-            pa.array(_filling(arrays[f.name], shape).ravel()).cast(f.type)
-            if f.name in arrays
-            else pa.nulls(n, f.type)
+            pa.array(_filling(arrays[f.name], shape).ravel()).cast(f.type) if f.name in arrays else pa.nulls(n, f.type)
             for f in schema
         ],
         schema=schema,

@@ -496,6 +496,24 @@ FROM (
     GROUP BY model, shown_dataset, category, layer, head
 );
 
+-- Experts by mean score over the kept prompts. An expert counts as 0 in a prompt in which it is not used.
+CREATE MACRO ranked_experts(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_pool := false
+) AS TABLE
+SELECT *, row_number() OVER (PARTITION BY model, dataset, category ORDER BY score DESC, layer, expert) AS rank
+FROM (
+    SELECT
+        model, shown_dataset AS dataset, category, layer, expert,
+        mean_over(sum(score), n_kept) AS score, count(*) AS n_used, n_kept AS n_prompts
+    FROM expert_scores
+    JOIN _kept_prompts(
+        'expert_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run,
+        wanted_pool := wanted_pool
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, wanted_models)
+    GROUP BY model, shown_dataset, category, layer, expert, n_kept
+);
+
 -- The best k value neurons of each component, by mean score over the n_kept kept prompts. The scores of an attention
 -- neuron are summed over its positions. exact: all n_kept prompts are counted; otherwise only those n_prompts in whose
 -- lists it is, and it counts as 0 in the others. Neurons that a run proves to be its best come first; pooled runs prove
@@ -560,7 +578,7 @@ SELECT
 FROM models
 JOIN chosen_runs(wanted_table, wanted_variant, wanted_run) USING (model, dataset, run)
 LEFT JOIN (
-    SELECT model, dataset, run, sum(n_neurons) AS n_of_experts FROM experts GROUP BY ALL
+    SELECT model, dataset, run, sum(n_neurons)::BIGINT AS n_of_experts FROM experts GROUP BY ALL
 ) USING (model, dataset, run)
 GROUP BY model;
 

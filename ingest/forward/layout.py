@@ -45,9 +45,8 @@ class FfnLayout:
         return neuron if expert is None else self.starts[expert] + neuron
 
     def slots(self, expert: int) -> range:
-        """Return the slots of an expert."""
-        ends = (*self.starts[1:], self.size)
-        return range(self.starts[expert], ends[expert])
+        """Return the slots of an expert; of a dense FFN, all."""
+        return range(*(*self.starts, self.size)[expert : expert + 2]) if self.starts else range(self.size)
 
 
 def layout_rows(layouts: Sequence[FfnLayout]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 -- One prompt in detail: layers, heads and what they read, neurons and their tokens
 -- Yu and Ananiadou, Neuron-Level Knowledge Attribution (arXiv 2312.12141): its case studies
 --
--- One row per model, dataset, part and rank. The parts are the k layers, heads, attention and FFN value neurons, and
--- query neurons with the largest score for the right token of one prompt, and the positions that the best heads read.
+-- One row per model, dataset, part and rank. The parts are the k layers, heads, experts, attention and FFN value neurons,
+-- and query neurons with the largest score for the right token of one prompt, and the positions that the best heads read.
 -- score is the log-probability increase in nat; for query neurons, the share of activation. tokens are the token at a
 -- head's position, or the ten tokens that a neuron raises most.
 --
@@ -40,6 +40,13 @@ parts AS (
     WHERE prompt_id = getvariable('prompt')
     UNION ALL
     SELECT
+        model, dataset, run, 'expert', expert_name(layer, expert), 'ffn', layer, NULL, expert, NULL, NULL, NULL, score,
+        NULL
+    FROM expert_scores
+    JOIN chosen USING (model, dataset, run)
+    WHERE prompt_id = getvariable('prompt')
+    UNION ALL
+    SELECT
         model, dataset, run, component || ' value neuron', neuron_name(component, layer, head, expert, neuron),
         component, layer, head, expert, neuron, position, NULL, score, NULL
     FROM neuron_scores
@@ -65,8 +72,7 @@ best AS MATERIALIZED (
 
 SELECT
     best.model, best.dataset, part, best.rank, name, component, layer, head, expert, neuron, position, attention,
-    score,
-    coalesce(token, top_tokens) AS tokens,
+    score, coalesce(token, top_tokens) AS tokens,
     text, target_token, target_prob
 FROM best
 JOIN prompts
@@ -88,8 +94,8 @@ ORDER BY
     best.model, best.dataset,
     list_position(
         [
-            'layer', 'head', 'head reads', 'attn value neuron', 'ffn value neuron', 'query neuron of attn',
-            'query neuron of ffn'
+            'layer', 'head', 'head reads', 'expert', 'attn value neuron', 'ffn value neuron',
+            'query neuron of attn', 'query neuron of ffn'
         ],
         part
     ),
