@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.attention import watched_attention
+from kdb.ingest.forward.additions import Additions, find_additions, find_order
+from kdb.ingest.forward.attention import (
+    Attended,
+    Attention,
+    attending_ones,
+    feed,
+    find_attention,
+    states_of,
+    watched_attention,
+    with_sources,
+)
 from kdb.ingest.forward.ffn import Call, find_key, flat, is_linear, n_inputs, same
 from kdb.ingest.forward.layout import FfnLayout
 from kdb.ingest.models.find import LoadedModel
@@ -61,17 +71,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of one block. A norm is None if the architecture has no norm there.
+    """The parts of one block. A part is None if the block has none.
 
-    ``attention`` is the module that calls the attention function. ``key`` is the projection whose rows activate the FFN
+    ``heads`` describes the attention, ``attn_out`` is the linear map that reads the heads. ``mixer`` is the module that
+    writes what the block adds beside attention and FFN: a state-space model, linear attention, a convolution. ``key`` is the projection whose rows activate the FFN
     neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection. ``activation`` is
-    the module that computes the activation function, None if there is no such module. ``parallel``: attention and FFN
-    both read the block's input.
+    the module that computes the activation function, None if there is no such module. ``additions`` are the multipliers
+    and the order of what is added.
     """
 
     module: nn.Module
-    attention: nn.Module
-    attn_out: nn.Module
+    heads: Attention | None
+    attn_out: nn.Module | None
+    mixer: nn.Module | None
     ffn_out: nn.Module
     key: nn.Module
     key_rows: slice
@@ -81,7 +93,27 @@ class Block:
     ffn_norm: Norm | None
     attn_post: Norm | None
     ffn_post: Norm | None
-    parallel: bool
+    additions: Additions
+
+    def has(self, component: str) -> bool:
+        """Whether the block adds something of this component (attn, ffn, mixer) to the residual stream."""
+        return component in self.additions.multipliers
+
+    def before(self, component: str) -> tuple[str, ...]:
+        """The components that the residual contains already when this one is added to it."""
+        return self.additions.before.get(component, ())
+
+    @property
+    def parallel(self) -> bool:
+        """Whether two components are added to one residual, rather than one after the other."""
+        return sorted(len(self.before(c)) for c in self.additions.multipliers) != list(
+            range(len(self.additions.multipliers))
+        )
+
+    @property
+    def middle(self) -> tuple[str, ...]:
+        """The components that are added before the FFN; if there are any, the block has a place ``resid_mid``."""
+        return self.before("ffn") if self.has("ffn") else ()
 
 
 @dataclass(frozen=True)
@@ -112,9 +144,11 @@ class Decomposition:
         self.structure = structure
         self.blocks = blocks
         self.multiplier = multiplier
-        text = loaded.model.config.get_text_config()
-        self.n_heads = int(text.num_attention_heads)
-        self.hidden_size = int(text.hidden_size)
+        heads = [block.heads for block in blocks if block.heads is not None]
+        self.n_heads = max((one.n_heads for one in heads), default=0)
+        self.head_size = max((one.head_size for one in heads), default=0)
+        self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
+        self.has_positions = all(one.positions for one in heads)
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
     @functools.cached_property
@@ -129,13 +163,60 @@ class Decomposition:
         table = norm.before(rows) * self.structure.logit_scale
         return Readout(table, constant * self.structure.logit_scale, self.structure.logit_softcap)
 
+    def heads_in(self, layer: int) -> int:
+        """Number of heads of a layer's attention; 0 if it has none."""
+        heads = self.blocks[layer].heads
+        return 0 if heads is None else heads.n_heads
+
+    def head_size_in(self, layer: int) -> int:
+        """Number of entries of each head of a layer; 0 if it has none."""
+        heads = self.blocks[layer].heads
+        return 0 if heads is None else heads.head_size
+
+    @functools.cached_property
+    def with_mixer(self) -> tuple[int, ...]:
+        """The layers that have a mixer."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.has("mixer"))
+
+    @functools.cached_property
+    def is_uniform(self) -> bool:
+        """Whether all layers have attention with heads of one number and size, of which nothing must be computed."""
+        shapes = {None if b.heads is None else (b.heads.n_heads, b.heads.head_size) for b in self.blocks}
+        plain = all(b.heads is not None and b.heads.watched and not b.heads.gated for b in self.blocks)
+        return len(shapes) == 1 and plain and self.has_positions
+
+    @functools.cached_property
+    def can_resume(self) -> bool:
+        """Whether a pass may begin behind cached tokens and behind the first blocks: each block needs its input only."""
+        heads = [b.heads for b in self.blocks]
+        return all(one is not None and one.watched and one.values_of == i for i, one in enumerate(heads)) and not (
+            self.with_mixer
+        )
+
     def attn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32."""
-        return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
+        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32.
+
+        Rows of heads and entries that the layer lacks are zero.
+        """
+        block = self.blocks[layer]
+        if block.attn_out is None:
+            return self.final_norm.weight.new_zeros(self.n_heads * self.head_size, self.hidden_size)
+        return self._padded(self._columns(block.attn_out, block.attn_post, block.additions.multipliers["attn"]), layer)
+
+    def _padded(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """Rows (heads · head size of the layer, …) with zeros for the heads and entries that the layer lacks."""
+        import torch
+
+        n, size = self.heads_in(layer), self.head_size_in(layer)
+        if (n, size) == (self.n_heads, self.head_size):
+            return rows
+        lacking = (0, 0, 0, self.head_size - size, 0, self.n_heads - n)
+        return torch.nn.functional.pad(rows.view(n, size, -1), lacking).flatten(0, 1)
 
     def ffn_columns(self, layer: int) -> torch.Tensor:
         """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
-        return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
+        block = self.blocks[layer]
+        return self._columns(block.ffn_out, block.ffn_post, block.additions.multipliers["ffn"])
 
     def ffn_layout(self, layer: int) -> FfnLayout:
         """Return which of a layer's slots are the neurons of which expert."""
@@ -147,51 +228,116 @@ class Decomposition:
         return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
 
     def value_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32."""
-        return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
+        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32.
 
-    def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
+        The residual is the input of the layer whose values the layer uses: its own, unless layers share them.
+        """
+        heads = self.blocks[layer].heads
+        if heads is None:
+            return self.attn_columns(layer)  # zeros
+        rows = _folded(self.value_rows[layer][0].float(), self.blocks[heads.values_of].attn_norm)
+        return self._padded(rows, layer)
+
+    def _columns(self, projection: nn.Module, post: Norm | None, multiplier: float) -> torch.Tensor:
         columns = matrix(projection).float().T
         folded = post.after(columns) if post is not None else columns
-        return folded * self.multiplier if self.multiplier != 1 else folded
+        return folded * multiplier if multiplier != 1 else folded
 
     @functools.cached_property
-    def _value_rows(self) -> list[torch.Tensor]:
-        """The value projection of each layer, measured by unit vectors, so that it may be fused in any way."""
-        import torch
+    def value_rows(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """The value projection of each layer with attention: rows (heads · head size, hidden) and bias (heads · head size).
 
-        device, dtype = self.loaded.device, getattr(torch, self.loaded.dtype)
-        units = torch.eye(self.hidden_size, device=device, dtype=dtype)
-        n = -(-(self.hidden_size + 1) // _UNIT_ROWS) * _UNIT_ROWS  # at least one row of zeros, which gives the bias
-        units = torch.nn.functional.pad(units, (0, 0, 0, n - self.hidden_size)).view(-1, _UNIT_ROWS, self.hidden_size)
-        heads = []
+        It is measured by unit vectors, so that it may be fused in any way. A norm within it counts without its scale.
+        """
+        return measured_values(self)
 
-        def keep(_module: nn.Module, _query: torch.Tensor, value: torch.Tensor, _weights: torch.Tensor) -> None:
-            rows = value.transpose(1, 2).flatten(0, 1)[: self.hidden_size + 1].float()  # unit, kv head, entry
-            per_head = (rows[:-1] - rows[-1]).repeat_interleave(self.n_heads // value.shape[1], dim=1)
-            heads.append(per_head.flatten(1).T.to(dtype))
 
-        ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
-        with contextlib.ExitStack() as hooks, watched_attention(self.loaded.model, keep), torch.inference_mode():
-            for block in self.blocks:
-                hooks.enter_context(_feed(block.attention, units))
-            self.structure.decoder(ids, use_cache=False)
-        return heads
+def measured_values(decomposition: Decomposition) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Measure the value projections, as in :attr:`Decomposition.value_rows`, from passes with unit vectors as inputs.
+
+    Attention functions show their values. A family with an attention of its own reads each vector as a text of one
+    token: all its weight is on itself, so that the heads are its values.
+    """
+    layers = {b.heads.module: i for i, b in enumerate(decomposition.blocks) if b.heads is not None}
+    watched = {m: i for m, i in layers.items() if _heads(decomposition, i).watched}
+    own = {m: i for m, i in layers.items() if m not in watched}
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for some, width in ((watched, _UNIT_ROWS), (own, 1)):
+        if some:
+            found |= _measured(decomposition, some, width)
+    return found
+
+
+def _heads(decomposition: Decomposition, layer: int) -> Attention:
+    heads = decomposition.blocks[layer].heads
+    assert heads is not None
+    return heads
+
+
+def _measured(
+    decomposition: Decomposition, layers: dict[nn.Module, int], width: int
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Feed unit vectors to these attentions, in texts of ``width`` tokens."""
+    import torch
+
+    loaded, size = decomposition.loaded, decomposition.hidden_size
+    device, dtype = loaded.device, getattr(torch, loaded.dtype)
+    n = -(-(size + 1) // width) * width  # at least one row of zeros, which gives the bias
+    units = torch.nn.functional.pad(torch.eye(size, device=device, dtype=dtype), (0, 0, 0, n - size))
+    units = units.view(-1, width, size)
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(layer: int, value: torch.Tensor) -> None:
+        """``value``: (unit, entries of all heads)."""
+        rows = value[: size + 1].float()
+        found[layer] = (rows[:-1] - rows[-1]).T.to(dtype), rows[-1]
+
+    def watch(module: nn.Module, query: torch.Tensor, value: torch.Tensor, _weights: torch.Tensor) -> None:
+        if module in layers:
+            every = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            keep(layers[module], every.transpose(1, 2).flatten(0, 1).flatten(1))
+
+    def read(layer: int, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        keep(layer, flat(args[0]))
+
+    ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
+    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
+        for module, layer in layers.items():
+            hooks.enter_context(feed(module, units))
+            hooks.enter_context(_without_scales(module))
+            if not _heads(decomposition, layer).watched:
+                hook = functools.partial(read, layer)
+                hooks.enter_context(_heads(decomposition, layer).out.register_forward_hook(hook))
+        decomposition.structure.decoder(ids, use_cache=False)
+    return found
+
+
+@contextlib.contextmanager
+def _without_scales(attention: nn.Module) -> Iterator[None]:
+    """Let the norms within an attention be linear: of their output, only the scale is left out."""
+    with contextlib.ExitStack() as hooks:
+        for norm in inner_norms(attention):
+            hooks.enter_context(norm.register_forward_hook(_unscaled))
+        yield
+
+
+def _unscaled(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    norm = read_norm(module, args[0].shape[-1])
+    return (norm.after(args[0].float()) + norm.bias).to(output.dtype)
+
+
+def inner_norms(attention: nn.Module) -> list[nn.Module]:
+    """The norms within an attention: of queries and keys, or on the way to its values."""
+    return [m for m in attention.modules() if is_norm(m)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
+    return "norm" in type(module).__name__.lower()
 
 
 def _folded(rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     return norm.before(rows) if norm is not None else rows
-
-
-def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
-    """Replace a module's input by these hidden states, positional or not."""
-
-    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": hidden}
-        return (hidden, *args[1:]), kwargs
-
-    return module.register_forward_pre_hook(replace, with_kwargs=True)
 
 
 def matrix(module: nn.Module) -> torch.Tensor:
@@ -250,30 +396,38 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             f"one linear map of its {size} hidden entries."
         )
     calls: dict[int, list[Call]] = {i: [] for i in range(len(structure.blocks))}
-    outputs: dict[nn.Module, torch.Tensor] = {}
-
-    def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
-        groups = weights.shape[1] // value.shape[1]
-        mixed = weights @ value.repeat_interleave(groups, dim=1)
-        outputs[module] = flat(mixed.transpose(1, 2).flatten(2))
-
+    attended = Attended()
     ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
-    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
+    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, attended.watch), torch.inference_mode():
         for i, block in enumerate(structure.blocks):
             for module in block.modules():
                 hook = functools.partial(_note, calls[i])
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(attended.note))
         structure.decoder(ids, use_cache=False)
-    blocks = tuple(
-        _block(loaded, i, module, ffn, calls[i], outputs)
-        for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
-    )
     multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
-    return Decomposition(loaded, structure, blocks, multiplier)
+    attentions = [_attention_of(loaded, i, block, calls[i], attended) for i, block in enumerate(structure.blocks)]
+    blocks = tuple(
+        _block(loaded, i, module, ffn, calls[i], attention, multiplier)
+        for i, (module, ffn, attention) in enumerate(
+            zip(structure.blocks, structure.ffns, with_sources(attentions, attended), strict=True)
+        )
+    )
+    return _with_positions(Decomposition(loaded, structure, blocks, multiplier), calls, attended)
+
+
+def _where(loaded: LoadedModel, layer: int) -> str:
+    return f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
+
+
+def _attention_of(
+    loaded: LoadedModel, layer: int, block: nn.Module, calls: list[Call], attended: Attended
+) -> Attention | None:
+    return find_attention(_where(loaded, layer), set(block.modules()), calls, attended)
 
 
 def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    read: Any = args[0] if args else kwargs.get("hidden_states")
+    read = states_of(args, kwargs)
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
         calls.append(Call(module, flat(read), flat(written)))
