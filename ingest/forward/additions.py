@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from kdb.ingest.forward.ffn import Call, same
+from kdb.ingest.forward.linear import Call, same
 
 if TYPE_CHECKING:
     import torch

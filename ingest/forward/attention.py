@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.ffn import Call, flat, is_linear, n_inputs, same
+from kdb.ingest.forward.linear import Call, flat, is_linear, n_inputs, same
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,9 @@ ATTENTION = "kdb"
 
 Watcher = Callable[..., None]
 _watching: list[Watcher] = []
+_ROUNDING = 0.02
+"""Largest difference from 1 of a sum of weights, in half precision."""
+
 _ones: list[bool] = []
 """Not empty while the attention function returns ones."""
 
@@ -63,6 +66,11 @@ def attending_ones() -> Iterator[None]:
         yield
     finally:
         _ones.pop()
+
+
+def is_asked_again() -> bool:
+    """Whether an attention runs a second time, for its gate."""
+    return bool(_ones)
 
 
 def _attention(
@@ -136,8 +144,8 @@ def feed(module: nn.Module, hidden: torch.Tensor) -> Any:
 class Attention:
     """The attention of one block.
 
-    ``module`` calls the attention function (``watched``) or computes attention itself, and returns the weights;
-    ``weights_at`` is their place in its output. ``out`` is the linear map that reads the heads: ``n_heads`` of
+    ``module`` calls the attention function (``watched``) or computes attention itself, and returns the weights.
+    ``out`` is the linear map that reads the heads: ``n_heads`` of
     ``head_size`` entries. ``gated``: a gate multiplies the heads, entry by entry, before ``out`` reads them.
     ``values_of`` is the layer whose input the values are computed from. ``positions``: weights and values are known;
     otherwise heads are read as a whole.
@@ -175,29 +183,29 @@ class Attended:
 
     def note(self, module: nn.Module, _args: Any, output: Any) -> None:
         """Note the weights that a module returns, if it returns any."""
-        weights = returned_weights(output)
-        if weights is not None and module not in self.weights:
+        weights = weights_returned(output)
+        if weights is not None and _are_weights(weights):
             self.weights[module] = weights[0]
 
 
-def returned_weights(output: Any) -> torch.Tensor | None:
-    """Attention weights (batch, heads, position, position) in a module's output: triangular, and rows that sum to 1."""
+def weights_returned(output: Any) -> Any:
+    """The first output of a module, after its states, that has the shape (batch, heads, position, position)."""
     import torch
 
-    for one in output[1:] if isinstance(output, tuple) else ():
-        if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[2] == one.shape[3]:
-            sums = one.float().sum(-1)
-            if bool((one >= 0).all() & (sums - 1).abs().lt(0.02).all() & (one.triu(1) == 0).all()):
-                return one
-    return None
+    every = [one for one in (output[1:] if isinstance(output, tuple) else ()) if isinstance(one, torch.Tensor)]
+    return next((one for one in every if one.ndim == 4 and one.shape[2] == one.shape[3]), None)
 
 
-def find_attention(
-    where: str, inside: set[nn.Module], calls: Sequence[Call], attended: Attended, n_heads: int | None
-) -> Attention | None:
+def _are_weights(found: torch.Tensor) -> bool:
+    """Whether these are attention weights (…, position, position): of earlier tokens, with rows that sum to 1."""
+    off = (found.float().sum(-1) - 1).abs().amax()
+    return bool((found >= 0).all() & (off < _ROUNDING) & (found.triu(1) == 0).all())
+
+
+def find_attention(where: str, inside: set[nn.Module], calls: Sequence[Call], attended: Attended) -> Attention | None:
     """Find the attention among a block's modules and calls; None if the block has none.
 
-    ``n_heads`` is the config's. Raises ModelError if no linear map reads the heads.
+    Raises ModelError if no linear map reads the heads.
     """
     watched = next((m for m in attended.mixed if m in inside), None)
     module = watched or next((m for m in attended.weights if m in inside), None)

@@ -9,25 +9,25 @@ matrices. So no other code depends on the architecture.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.additions import Additions, find_additions, find_order
 from kdb.ingest.forward.attention import (
     Attended,
     Attention,
-    attending_ones,
-    feed,
     find_attention,
     states_of,
     watched_attention,
     with_sources,
 )
-from kdb.ingest.forward.ffn import Call, find_key, flat, is_linear, n_inputs, same
+from kdb.ingest.forward.ffn import find_key
+from kdb.ingest.forward.head_values import measured_values, positions_known
 from kdb.ingest.forward.layout import FfnLayout
+from kdb.ingest.forward.linear import Call, Norm, flat, is_linear, is_norm, matrix, n_inputs, read_norm, same
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -36,37 +36,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TRACE_TOKENS = 5
-_AMPLITUDE = 128.0
-"""Entries of the vectors that probe a norm: so large that its epsilon is negligible."""
-
-_UNIT_ROWS = 16
-"""Positions of one sequence of unit vectors: fewer than the context of any model."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm with its scale frozen: y = weight · (x − mean, if centred) · scale + bias."""
-
-    module: nn.Module
-    weight: torch.Tensor
-    bias: torch.Tensor
-    centred: bool
-
-    def before(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into the rows (…, hidden) of a projection that reads its output."""
-        return self._centre(rows * self.weight)
-
-    def after(self, columns: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into vectors (…, hidden) that it reads."""
-        return self._centre(columns) * self.weight
-
-    def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """Fit the scale (…) that maps ``read`` to ``written``, both (…, hidden), by least squares."""
-        shape = self.after(read)
-        return ((written - self.bias) * shape).sum(-1) / shape.square().sum(-1)
-
-    def _centre(self, x: torch.Tensor) -> torch.Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
 
 
 @dataclass(frozen=True)
@@ -74,18 +43,18 @@ class Block:
     """The parts of one block. A part is None if the block has none.
 
     ``heads`` describes the attention, ``attn_out`` is the linear map that reads the heads. ``mixer`` is the module that
-    writes what the block adds beside attention and FFN: a state-space model, linear attention, a convolution. ``key`` is the projection whose rows activate the FFN
-    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection. ``activation`` is
-    the module that computes the activation function, None if there is no such module. ``additions`` are the multipliers
-    and the order of what is added.
+    writes what the block adds beside attention and FFN: a state-space model, linear attention, a convolution. ``key``
+    is the projection whose rows activate the FFN neurons (the up projection if the FFN is gated), ``key_rows`` its rows
+    within a fused projection. ``activation`` is the module that computes the activation function. ``additions`` are the
+    multipliers and the order of what is added.
     """
 
     module: nn.Module
     heads: Attention | None
     attn_out: nn.Module | None
     mixer: nn.Module | None
-    ffn_out: nn.Module
-    key: nn.Module
+    ffn_out: nn.Module | None
+    key: nn.Module | None
     key_rows: slice
     activation: nn.Module | None
     gated: bool
@@ -149,6 +118,7 @@ class Decomposition:
         self.head_size = max((one.head_size for one in heads), default=0)
         self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
         self.has_positions = all(one.positions for one in heads)
+        self.n_slots = max(self.ffn_layout(i).size for i in range(len(blocks)))
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
     @functools.cached_property
@@ -187,7 +157,7 @@ class Decomposition:
 
     @functools.cached_property
     def can_resume(self) -> bool:
-        """Whether a pass may begin behind cached tokens and behind the first blocks: each block needs its input only."""
+        """Whether a pass may begin behind cached tokens and behind the first blocks: a block needs no more."""
         heads = [b.heads for b in self.blocks]
         return all(one is not None and one.watched and one.values_of == i for i, one in enumerate(heads)) and not (
             self.with_mixer
@@ -216,15 +186,20 @@ class Decomposition:
     def ffn_columns(self, layer: int) -> torch.Tensor:
         """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
         block = self.blocks[layer]
+        if block.ffn_out is None:
+            return self.final_norm.weight.new_zeros(self.n_slots, self.hidden_size)
         return self._columns(block.ffn_out, block.ffn_post, block.additions.multipliers["ffn"])
 
     def ffn_layout(self, layer: int) -> FfnLayout:
         """Return which of a layer's slots are the neurons of which expert."""
-        return FfnLayout(n_inputs(self.blocks[layer].ffn_out))
+        out = self.blocks[layer].ffn_out
+        return FfnLayout(0 if out is None else n_inputs(out))
 
     def ffn_keys(self, layer: int) -> torch.Tensor:
         """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
         block = self.blocks[layer]
+        if block.key is None:
+            return self.ffn_columns(layer)  # zeros
         return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
 
     def value_keys(self, layer: int) -> torch.Tensor:
@@ -245,131 +220,16 @@ class Decomposition:
 
     @functools.cached_property
     def value_rows(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """The value projection of each layer with attention: rows (heads · head size, hidden) and bias (heads · head size).
+        """Value projection of each layer with attention: rows (heads · head size, hidden), bias (heads · head size).
 
         It is measured by unit vectors, so that it may be fused in any way. A norm within it counts without its scale.
         """
-        return measured_values(self)
-
-
-def measured_values(decomposition: Decomposition) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Measure the value projections, as in :attr:`Decomposition.value_rows`, from passes with unit vectors as inputs.
-
-    Attention functions show their values. A family with an attention of its own reads each vector as a text of one
-    token: all its weight is on itself, so that the heads are its values.
-    """
-    layers = {b.heads.module: i for i, b in enumerate(decomposition.blocks) if b.heads is not None}
-    watched = {m: i for m, i in layers.items() if _heads(decomposition, i).watched}
-    own = {m: i for m, i in layers.items() if m not in watched}
-    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for some, width in ((watched, _UNIT_ROWS), (own, 1)):
-        if some:
-            found |= _measured(decomposition, some, width)
-    return found
-
-
-def _heads(decomposition: Decomposition, layer: int) -> Attention:
-    heads = decomposition.blocks[layer].heads
-    assert heads is not None
-    return heads
-
-
-def _measured(
-    decomposition: Decomposition, layers: dict[nn.Module, int], width: int
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Feed unit vectors to these attentions, in texts of ``width`` tokens."""
-    import torch
-
-    loaded, size = decomposition.loaded, decomposition.hidden_size
-    device, dtype = loaded.device, getattr(torch, loaded.dtype)
-    n = -(-(size + 1) // width) * width  # at least one row of zeros, which gives the bias
-    units = torch.nn.functional.pad(torch.eye(size, device=device, dtype=dtype), (0, 0, 0, n - size))
-    units = units.view(-1, width, size)
-    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(layer: int, value: torch.Tensor) -> None:
-        """``value``: (unit, entries of all heads)."""
-        rows = value[: size + 1].float()
-        found[layer] = (rows[:-1] - rows[-1]).T.to(dtype), rows[-1]
-
-    def watch(module: nn.Module, query: torch.Tensor, value: torch.Tensor, _weights: torch.Tensor) -> None:
-        if module in layers:
-            every = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-            keep(layers[module], every.transpose(1, 2).flatten(0, 1).flatten(1))
-
-    def read(layer: int, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        keep(layer, flat(args[0]))
-
-    ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
-    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
-        for module, layer in layers.items():
-            hooks.enter_context(feed(module, units))
-            hooks.enter_context(_without_scales(module))
-            if not _heads(decomposition, layer).watched:
-                hook = functools.partial(read, layer)
-                hooks.enter_context(_heads(decomposition, layer).out.register_forward_hook(hook))
-        decomposition.structure.decoder(ids, use_cache=False)
-    return found
-
-
-@contextlib.contextmanager
-def _without_scales(attention: nn.Module) -> Iterator[None]:
-    """Let the norms within an attention be linear: of their output, only the scale is left out."""
-    with contextlib.ExitStack() as hooks:
-        for norm in inner_norms(attention):
-            hooks.enter_context(norm.register_forward_hook(_unscaled))
-        yield
-
-
-def _unscaled(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    norm = read_norm(module, args[0].shape[-1])
-    return (norm.after(args[0].float()) + norm.bias).to(output.dtype)
-
-
-def inner_norms(attention: nn.Module) -> list[nn.Module]:
-    """The norms within an attention: of queries and keys, or on the way to its values."""
-    return [m for m in attention.modules() if is_norm(m)]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by the name of its class."""
-    return "norm" in type(module).__name__.lower()
+        heads = {i: block.heads for i, block in enumerate(self.blocks) if block.heads is not None}
+        return measured_values(self.loaded, self.structure.decoder, heads, self.hidden_size)
 
 
 def _folded(rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     return norm.before(rows) if norm is not None else rows
-
-
-def matrix(module: nn.Module) -> torch.Tensor:
-    """Matrix (out, in) of a linear module: its plain weight, or else measured by unit vectors."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    weight: Any = module.weight
-    if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
-        plain: torch.Tensor = weight.detach()
-        return plain.T if isinstance(module, Conv1D) else plain
-    with torch.inference_mode():
-        # A quantized weight of any kind: its outputs define the matrix.
-        units = torch.eye(cast(int, module.in_features), device=weight.device)
-        rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
-        return rows
-
-
-def read_norm(module: nn.Module, size: int) -> Norm:
-    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently."""
-    import torch
-
-    twin = copy.deepcopy(module).float()
-    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    signs = torch.ones(size, device=device)
-    signs[1::2] = -1
-    x = signs * _AMPLITUDE
-    with torch.inference_mode():
-        up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
-    # Cloned, since some operations outside of inference mode refuse its tensors.
-    weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
-    return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
 
 
 # Decomposing -----------------------------------------------------------------------------------------------------
@@ -413,7 +273,13 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             zip(structure.blocks, structure.ffns, with_sources(attentions, attended), strict=True)
         )
     )
-    return _with_positions(Decomposition(loaded, structure, blocks, multiplier), calls, attended)
+    found = Decomposition(loaded, structure, blocks, multiplier)
+    known = positions_known(found, calls, attended)
+    return found if known else Decomposition(loaded, structure, tuple(map(_without_positions, blocks)), multiplier)
+
+
+def _without_positions(block: Block) -> Block:
+    return block if block.heads is None else replace(block, heads=replace(block.heads, positions=False))
 
 
 def _where(loaded: LoadedModel, layer: int) -> str:
@@ -437,49 +303,76 @@ def _block(
     loaded: LoadedModel,
     layer: int,
     module: nn.Module,
-    ffn: nn.Module,
+    ffn: nn.Module | None,
     calls: list[Call],
-    attended: dict[nn.Module, torch.Tensor],
+    attention: Attention | None,
+    multiplier: float,
 ) -> Block:
     """Find one block's parts among its calls, given in the order in which they ended."""
-    where = f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
-    inside = set(module.modules())
-    attention = next((m for m in attended if m in inside), None)
-    if attention is None:
-        raise ModelError(f"{where} has its own attention, which transformers' AttentionInterface does not reach.")
+    where = _where(loaded, layer)
     by_module = {call.module: call for call in calls}
-    norms = [call for call in calls if "norm" in type(call.module).__name__.lower()]
-    linear = [call for call in calls if is_linear(call.module)]
-    of_attention = set(attention.modules())
-    attn_out = next((c for c in linear if c.module in of_attention and same(c.read, attended[attention])), None)
-    if attn_out is None:
-        raise ModelError(f"{where} has no linear map that reads its heads.")
-    of_ffn = [c for c in linear if c.module not in of_attention]
-    if not of_ffn:
+    whole = by_module[module]
+    norms = [call for call in calls if is_norm(call.module)]
+    size = whole.read.shape[-1]
+
+    def normed(**wanted: torch.Tensor) -> Call | None:
+        return next((c for c in norms if all(same(getattr(c, k), v) for k, v in wanted.items())), None)
+
+    def norm(call: Call | None) -> Norm | None:
+        return None if call is None else read_norm(call.module, size)
+
+    def source(read: torch.Tensor) -> torch.Tensor:
+        """What is read before the norm, if there is one."""
+        before = normed(written=read)
+        return read if before is None else before.read
+
+    written: dict[str, torch.Tensor] = {}
+    sources: dict[str, torch.Tensor] = {}
+    of_attention = set(attention.module.modules()) if attention is not None else set()
+    outside = [c for c in calls if c.module not in of_attention and c.module is not module]
+    attn_out = by_module[attention.out] if attention is not None else None
+    attn_post = normed(read=attn_out.written) if attn_out is not None else None
+    if attention is not None and attn_out is not None:
+        written["attn"] = (attn_post or attn_out).written
+        sources["attn"] = source(by_module[attention.module].read)
+    linear = [c for c in outside if is_linear(c.module) and c.read.shape[:1] == whole.read.shape[:1]]
+    of_ffn = _of_ffn(ffn, linear)
+    ffn_post = normed(read=of_ffn[-1].written) if of_ffn else None
+    if of_ffn and ffn is not None:
+        written["ffn"] = (ffn_post or of_ffn[-1]).written
+        sources["ffn"] = source(by_module[ffn].read)
+    multipliers, mixer = find_additions(whole, written, outside, multiplier)
+    if mixer is not None:
+        written["mixer"] = mixer.written
+        sources["mixer"] = source(mixer.read)
+    has_ffn = "ffn" in multipliers
+    if has_ffn and not of_ffn[:-1]:
         raise ModelError(f"{where} has no linear map in its FFN.")
-    size = loaded.model.config.get_text_config().hidden_size
-
-    def find(**wanted: torch.Tensor) -> Norm | None:
-        norm = next((c for c in norms if all(same(getattr(c, k), v) for k, v in wanted.items())), None)
-        return read_norm(norm.module, size) if norm is not None else None
-
-    ffn_read = by_module[ffn].read
-    ffn_norm = find(written=ffn_read)
-    ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
-    outside = [c for c in calls if c.module not in of_attention]
-    key, rows, activation, gated = find_key(where, of_ffn[:-1], outside, of_ffn[-1].read)
+    found = find_key(where, of_ffn[:-1], outside, of_ffn[-1].read) if has_ffn else (None, slice(0), None, False)
+    added = {c: written[c] * a for c, a in multipliers.items()}
+    order = find_order(whole.read, {c: sources[c] for c in added}, added)
+    has_attn = "attn" in multipliers
     return Block(
         module=module,
-        attention=attention,
-        attn_out=attn_out.module,
-        ffn_out=of_ffn[-1].module,
-        key=key,
-        key_rows=rows,
-        activation=activation,
-        gated=gated,
-        attn_norm=find(written=by_module[attention].read),
-        ffn_norm=ffn_norm,
-        attn_post=find(read=attn_out.written),
-        ffn_post=find(read=of_ffn[-1].written),
-        parallel=same(ffn_source, by_module[module].read),
+        heads=attention if has_attn else None,
+        attn_out=attn_out.module if attn_out is not None and has_attn else None,
+        mixer=mixer.module if mixer is not None else None,
+        ffn_out=of_ffn[-1].module if has_ffn else None,
+        key=found[0],
+        key_rows=found[1],
+        activation=found[2],
+        gated=found[3],
+        attn_norm=norm(normed(written=by_module[attention.module].read)) if attention is not None else None,
+        ffn_norm=norm(normed(written=by_module[ffn].read)) if has_ffn and ffn is not None else None,
+        attn_post=norm(attn_post),
+        ffn_post=norm(ffn_post) if has_ffn else None,
+        additions=Additions(multipliers, mixer.module if mixer is not None else None, order),
     )
+
+
+def _of_ffn(ffn: nn.Module | None, linear: Sequence[Call]) -> list[Call]:
+    """The linear maps of an FFN: those in its module, or in the block if the module is only the first of them."""
+    if ffn is None:
+        return []
+    inside = set(ffn.modules())
+    return [c for c in linear if c.module in inside] if len(inside) > 1 else list(linear)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdb.errors import ModelError
+from kdb.ingest.forward.linear import Call, same
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-@dataclass
-class Call:
-    """One call of a module: its input and its output, each (tokens, entries)."""
-
-    module: nn.Module
-    read: torch.Tensor
-    written: torch.Tensor
 
 
 def find_key(
@@ -54,28 +45,3 @@ def find_key(
 
 def _is_function(module: nn.Module) -> bool:
     return next(module.parameters(), None) is None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map of one class or another."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def n_inputs(linear: Any) -> int:
-    """Number of inputs of a linear module, quantized or not."""
-    return int(linear.in_features if hasattr(linear, "in_features") else linear.weight.shape[0])  # or a Conv1D
-
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """Reshape (batch, position, entries) to (tokens, entries), as OPT itself does before its FFN."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal in shape and in every entry."""
-    import torch
-
-    return a.shape == b.shape and torch.equal(a, b)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.attention import watched_attention
-from kdb.ingest.forward.decomposition import Block, Decomposition, Norm
+from kdb.ingest.forward.decomposition import Block, Decomposition
 from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.forward.linear import Norm
 from kdb.ingest.forward.memory import tokens_at_once
 from kdb.ingest.forward.patching import Pass, same_length, touched
 
