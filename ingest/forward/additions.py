@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from kdb.ingest.forward.linear import Call, same
+from kdb.ingest.forward.linear import Call, is_norm, same
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,9 @@ COMPONENTS = ("attn", "ffn", "mixer")
 
 _BETTER = 0.5
 """A part or multiplier is accepted if it leaves less than this share of what was unexplained before."""
+
+_ROUNDING = 4
+"""Largest difference of a block's output from a sum that is accepted, in units of the dtype's rounding."""
 
 _NOTHING = 1e-3
 """Largest share of a sum that a part may have which is not added at all."""
@@ -47,21 +50,26 @@ def find_additions(
     ``known`` (tokens, hidden) is what attention and FFN write, ``others`` are calls that may be the mixer's, and
     ``multiplier`` is the config's.
     """
+    import torch
+
     delta = (block.written.double() - block.read.double()).flatten()
+    rounding = _ROUNDING * torch.finfo(block.written.dtype).eps * float(block.written.double().norm())
     usual, left = _usual(delta, known, multiplier)
-    fitted, better = _fitted(delta, known)
-    if better < _BETTER * left:
-        usual, left = fitted, better
     best: tuple[float, dict[str, float], Call | None] = (left, usual, None)
-    for call in reversed(others):  # the outermost module ends last
-        if call.written.shape != block.written.shape or any(same(call.written, own) for own in known.values()):
-            continue
-        parts = {**known, "mixer": call.written}
-        for solve in (lambda: _usual(delta, parts, multiplier), lambda: _fitted(delta, parts)):  # noqa: B023
-            found, rest = solve()
-            if rest < _BETTER * best[0]:
+    candidates = [c for c in reversed(others) if _may_be_added(c, block, known)]  # the outermost module ends last
+    for call in (None, *candidates):
+        parts = known if call is None else {**known, "mixer": call.written}
+        for found, rest in (_usual(delta, parts, multiplier), _fitted(delta, parts)):
+            if rest < min(_BETTER * best[0], rounding):
                 best = (rest, found, call if "mixer" in found else None)
     return best[1], best[2]
+
+
+def _may_be_added(call: Call, block: Call, known: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a call may be the mixer's: it writes a state of its own, and does not only normalise the block's input."""
+    if call.written.shape != block.written.shape or any(same(call.written, own) for own in known.values()):
+        return False
+    return not (is_norm(call.module) and same(call.read, block.read))
 
 
 def _usual(delta: torch.Tensor, parts: Mapping[str, torch.Tensor], multiplier: float) -> tuple[dict[str, float], float]:
