@@ -7,6 +7,7 @@ positions before it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from kdb.ingest.forward.attention import is_asked_again, states_of, watched_atte
 from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
 from kdb.ingest.forward.decomposition import Decomposition
+from kdb.ingest.forward.experts import Experts
+from kdb.ingest.forward.ffn_activations import FfnActivations
 from kdb.ingest.forward.head_values import inner_norms, watched_gates
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 from kdb.ingest.forward.linear import Norm
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kdb.ingest.forward.attention import Attention
+    from kdb.ingest.forward.ffn import Source
     from kdb.ingest.models.find import LoadedModel
 
 CHECK_BYTES = 512 * 2**20
@@ -62,6 +66,7 @@ class ActivationCache:
     router_weight: torch.Tensor | None = None  # (l, b, E) that multiplies an expert's output; 0 if it is not chosen
     router_probs: torch.Tensor | None = None  # (l, b, E) 0 for shared experts, NaN in a layer without a router
     chosen: torch.Tensor | None = None  # (l, b, E) whether the expert was chosen; shared experts always are
+    expert_scale: torch.Tensor | None = None  # (l, b, E) that multiplies an expert's bias, but for ffn_scale
 
     def added(self, component: str) -> torch.Tensor:
         """The contributions (l, b, t, d) of a component: attn, ffn or mixer."""
@@ -84,7 +89,7 @@ class ActivationCache:
 
 def bytes_per_token(decomposition: Decomposition) -> int:
     """Largest number of bytes for one token of a prompt: its cache, and the bounds of its attention neurons."""
-    n_neurons = decomposition.ffn_columns(0).shape[0]
+    n_neurons = decomposition.n_slots
     n_values = decomposition.attn_columns(0).shape[0]
     recorded = 4 * (n_neurons + 4 * decomposition.hidden_size + n_values + 8)
     bounds = 6 * 8 * n_values
@@ -116,10 +121,11 @@ class _Recorder:
         self.recorded: dict[str, list[Any]] = {
             k: [None] * n
             for k in (
-                *("resid", "attn", "ffn", "mixer", "m", "attn_post", "ffn_post", "out"),
+                *("resid", "attn", "mixer", "attn_post", "out"),
                 *("weights", "values", "heads", "gates", "read"),
             )
         }
+        self.ffns = [FfnActivations(block.ffn, block.ffn_post) for block in decomposition.blocks]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -141,12 +147,11 @@ class _Recorder:
         with contextlib.ExitStack() as hooks:
             for i, block in enumerate(blocks):
                 hooks.enter_context(self._record(block.module, i, read="resid", written="out"))
+                hooks.enter_context(self.ffns[i].running())
                 for module, read, written in (
                     (block.attn_out, "heads", "attn"),
-                    (block.ffn_out, "m", "ffn"),
                     (block.mixer, None, "mixer"),
                     (block.attn_post and block.attn_post.module, None, "attn_post"),
-                    (block.ffn_post and block.ffn_post.module, None, "ffn_post"),
                 ):
                     if module is not None:
                         hooks.enter_context(self._record(module, i, read=read, written=written))
@@ -189,7 +194,8 @@ class _Recorder:
         recorded, decomposition, rows = self.recorded, self.decomposition, range(self.shape[0])
         blocks = decomposition.blocks
         attn, attn_scale = self._contributions("attn", [b.attn_post for b in blocks])
-        ffn, ffn_scale = self._contributions("ffn", [b.ffn_post for b in blocks])
+        mixer = self._contributions("mixer", [None] * len(blocks))[0] if decomposition.with_mixer else None
+        ffn, ffn_scale = self._ffn_contributions(attn if mixer is None else attn + mixer)
         resid_post = recorded["out"][-1][rows, self.last]
         dtype = getattr(torch, decomposition.loaded.dtype)
         normed = decomposition.structure.final_norm(resid_post.to(dtype))
@@ -204,26 +210,82 @@ class _Recorder:
             attn_scale=attn_scale,
             ffn_scale=ffn_scale,
             attn_bias=self._unaccounted("attn", attn_scale, [(b.attn_out, b.attn_post) for b in blocks]),
-            ffn_bias=self._unaccounted("ffn", ffn_scale, [(b.ffn_out, b.ffn_post) for b in blocks]),
+            ffn_bias=self._ffn_biases(ffn_scale),
             final_scale=decomposition.final_norm.scale(resid_post, normed.float()),
             logits=logits,
-            mixer=self._contributions("mixer", [None] * len(blocks))[0] if decomposition.with_mixer else None,
+            mixer=mixer,
             **self._heads(),
+            **(self._routing() if decomposition.n_experts else {}),
         )
 
     def _coefficients(self) -> torch.Tensor:
-        """The inputs of the down projections (l, b, t, n), with zeros for neurons that a layer lacks."""
+        """The coefficients (l, b, t, n) of all slots; 0 in a layer without neurons."""
         import torch
 
         n = self.decomposition.n_slots
-        return torch.stack(
-            [
-                self.recorded["resid"][0].new_zeros(*self.shape, n)
-                if m is None
-                else torch.nn.functional.pad(m, (0, n - m.shape[-1]))
-                for m in self.recorded["m"]
-            ]
-        )
+        none = self.recorded["resid"][0].new_zeros(self.shape[0] * self.shape[1], n)
+        every = (one.coefficients(n) if one.ffn.sources else none for one in self.ffns)
+        return torch.stack([self._by_prompt(m) for m in every])
+
+    def _by_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*self.shape, *x.shape[1:])
+
+    @functools.cached_property
+    def _last_tokens(self) -> torch.Tensor:
+        """Numbers (b) of the prompts' last tokens among all tokens of the batch."""
+        import torch
+
+        return torch.arange(self.shape[0], device=self.last.device) * self.shape[1] + self.last
+
+    def _ffn_contributions(self, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contributions (l, b, t, d) of the FFNs, and the scale (l, b, t) of the norms behind them.
+
+        ``others`` (l, b, t, d) is what attention and mixer add.
+        """
+        import torch
+
+        added, scales = [], []
+        for i, (one, block) in enumerate(zip(self.ffns, self.decomposition.blocks, strict=True)):
+            multiplier, resid = block.additions.multipliers.get("ffn"), self.recorded["resid"][i]
+            scale, written = torch.ones(resid.shape[:2], device=resid.device).flatten(), torch.zeros_like(resid)
+            if multiplier is not None:
+                if one.total is None and any(source.is_scaled for source in one.ffn.sources):
+                    one.total = ((self.recorded["out"][i] - resid - others[i]) / multiplier).flatten(0, 1)
+                read = one.summed()
+                written = read if one.normed is None else one.normed
+                written = written if multiplier == 1 else written * multiplier
+                scale = scale if one.post is None else one.post.scale(read, one.normed)
+            added.append(self._by_prompt(written) if multiplier is not None else written)
+            scales.append(self._by_prompt(scale))
+        return torch.stack(added), torch.stack(scales)
+
+    def _ffn_biases(self, scales: torch.Tensor) -> torch.Tensor:
+        """Contribution (l, b, d) of what belongs to no neuron, at the last position."""
+        import torch
+
+        size, biases = self.decomposition.hidden_size, []
+        for one, block, scale in zip(self.ffns, self.decomposition.blocks, scales.flatten(1), strict=True):
+            bias, norm, at = one.bias(self._last_tokens, size), one.post, scale[self._last_tokens, None]
+            added = at * bias if norm is None else at * norm.after(bias) + norm.bias
+            biases.append(added * block.additions.multipliers.get("ffn", 0.0))
+        return torch.stack(biases)
+
+    def _routing(self) -> dict[str, torch.Tensor]:
+        """The routing (l, b, expert) at the last position; layers without experts have none."""
+        import torch
+
+        n, tokens = self.decomposition.n_experts, self._last_tokens
+        empty = {"router_weight": 0.0, "router_probs": float("nan"), "chosen": False, "expert_scale": 0.0}
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in empty}
+        for one in self.ffns:
+            for name, value in empty.items():
+                row = torch.full((len(tokens), n), value, device=tokens.device)
+                if one.ffn.layout.starts:
+                    of = getattr(one, name)
+                    parts = torch.cat([of(i, tokens) for i in range(len(one.ffn.sources))], dim=1)
+                    row[:, : parts.shape[1]] = parts
+                found[name].append(row)
+        return {name: torch.stack(rows) for name, rows in found.items()}
 
     def _heads(self) -> dict[str, torch.Tensor]:
         """Weights and values of the heads, or what the heads write, by their names in the cache."""
@@ -471,20 +533,32 @@ def _off_scaled_keys(
 
 
 def _ffn_keys(decomposition: Decomposition, r: ActivationCache) -> float:
-    """Check the same of the outputs of the projection that activates the neurons."""
+    """Check the same of the outputs of the projections that activate the neurons; of experts, of the chosen ones."""
     import torch
 
-    off, dtype = [r.last.new_zeros(1, dtype=torch.float32)], getattr(torch, decomposition.loaded.dtype)
+    off, dtype = [torch.zeros(1, device=r.last.device)], getattr(torch, decomposition.loaded.dtype)
     for layer, block in enumerate(decomposition.blocks):
-        if block.key is None:
-            continue
-        resid = r.before(layer, block.middle)
-        read = resid.to(dtype)
-        if block.ffn_norm is not None:
-            read = block.ffn_norm.module(read)
-        entries = block.key(read)[..., block.key_rows].float()
-        off.append(_off_its_keys(decomposition, r, resid, block.ffn_norm, decomposition.ffn_keys(layer), entries))
+        resid, keys = r.before(layer, block.middle), decomposition.ffn_keys(layer)
+        for source, expert, slots in _read_experts(decomposition, r, layer):
+            read = resid.to(dtype)
+            for of in source.before:
+                read = of.module(read)
+            norm = next((of for of in source.before if isinstance(of, Norm)), None)
+            entries = source.part.read(read, expert)
+            off.append(_off_its_keys(decomposition, r, resid, norm, keys[slots], entries))
     return _largest(torch.cat(off))
+
+
+def _read_experts(decomposition: Decomposition, r: ActivationCache, layer: int) -> Iterator[tuple[Source, int, slice]]:
+    """Every source of a layer's FFN, and the slots of its experts that any prompt chose; all those of a dense one."""
+    n_before = start = 0
+    for source in decomposition.blocks[layer].ffn.sources:
+        part = source.part
+        size = part.size // part.n_experts
+        for expert in range(part.n_experts):
+            if r.chosen is None or not isinstance(part, Experts) or r.chosen[layer, :, n_before + expert].any():
+                yield source, expert, slice(start + expert * size, start + (expert + 1) * size)
+        n_before, start = n_before + part.n_experts, start + part.size
 
 
 def _off_its_keys(

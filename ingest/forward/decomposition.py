@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.additions import Additions, find_additions, find_order
 from kdb.ingest.forward.attention import (
     Attended,
     Attention,
@@ -24,10 +22,10 @@ from kdb.ingest.forward.attention import (
     watched_attention,
     with_sources,
 )
-from kdb.ingest.forward.ffn import find_key
+from kdb.ingest.forward.blocks import Block, find_block
 from kdb.ingest.forward.head_values import measured_values, positions_known
 from kdb.ingest.forward.layout import FfnLayout
-from kdb.ingest.forward.linear import Call, Norm, flat, is_linear, is_norm, matrix, n_inputs, read_norm, same
+from kdb.ingest.forward.linear import Call, Norm, flat, matrix, read_norm
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -36,53 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TRACE_TOKENS = 5
-
-
-@dataclass(frozen=True)
-class Block:
-    """The parts of one block. A part is None if the block has none.
-
-    ``heads`` describes the attention, ``attn_out`` is the linear map that reads the heads. ``mixer`` is the module that
-    writes what the block adds beside attention and FFN: a state-space model, linear attention, a convolution. ``key``
-    is the projection whose rows activate the FFN neurons (the up projection if the FFN is gated), ``key_rows`` its rows
-    within a fused projection. ``activation`` is the module that computes the activation function. ``additions`` are the
-    multipliers and the order of what is added.
-    """
-
-    module: nn.Module
-    heads: Attention | None
-    attn_out: nn.Module | None
-    mixer: nn.Module | None
-    ffn_out: nn.Module | None
-    key: nn.Module | None
-    key_rows: slice
-    activation: nn.Module | None
-    gated: bool
-    attn_norm: Norm | None
-    ffn_norm: Norm | None
-    attn_post: Norm | None
-    ffn_post: Norm | None
-    additions: Additions
-
-    def has(self, component: str) -> bool:
-        """Whether the block adds something of this component (attn, ffn, mixer) to the residual stream."""
-        return component in self.additions.multipliers
-
-    def before(self, component: str) -> tuple[str, ...]:
-        """The components that the residual contains already when this one is added to it."""
-        return self.additions.before.get(component, ())
-
-    @property
-    def parallel(self) -> bool:
-        """Whether two components are added to one residual, rather than one after the other."""
-        return sorted(len(self.before(c)) for c in self.additions.multipliers) != list(
-            range(len(self.additions.multipliers))
-        )
-
-    @property
-    def middle(self) -> tuple[str, ...]:
-        """The components that are added before the FFN; if there are any, the block has a place ``resid_mid``."""
-        return self.before("ffn") if self.has("ffn") else ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +69,6 @@ class Decomposition:
         self.head_size = max((one.head_size for one in heads), default=0)
         self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
         self.has_positions = all(one.positions for one in heads)
-        self.n_slots = max(self.ffn_layout(i).size for i in range(len(blocks)))
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
     @functools.cached_property
@@ -183,24 +133,55 @@ class Decomposition:
         lacking = (0, 0, 0, self.head_size - size, 0, self.n_heads - n)
         return torch.nn.functional.pad(rows.view(n, size, -1), lacking).flatten(0, 1)
 
-    def ffn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
-        block = self.blocks[layer]
-        if block.ffn_out is None:
-            return self.final_norm.weight.new_zeros(self.n_slots, self.hidden_size)
-        return self._columns(block.ffn_out, block.ffn_post, block.additions.multipliers["ffn"])
+    @functools.cached_property
+    def n_slots(self) -> int:
+        """Number of slots of every layer's FFN: the neurons of the widest layer."""
+        return max(block.ffn.layout.size for block in self.blocks)
+
+    @functools.cached_property
+    def n_experts(self) -> int:
+        """Number of experts, shared ones included, of the layer that has most; 0 if all layers are dense."""
+        return max(len(block.ffn.layout.starts) for block in self.blocks)
 
     def ffn_layout(self, layer: int) -> FfnLayout:
         """Return which of a layer's slots are the neurons of which expert."""
-        out = self.blocks[layer].ffn_out
-        return FfnLayout(0 if out is None else n_inputs(out))
+        return self.blocks[layer].ffn.layout
+
+    def ffn_columns(self, layer: int) -> torch.Tensor:
+        """Contribution of one unit of each FFN neuron to the residual: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [self._behind_ffn(layer, s.columns()) for s in self.blocks[layer].ffn.sources])
 
     def ffn_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
+        """Direction of the residual that activates each FFN neuron: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [source.keys() for source in self.blocks[layer].ffn.sources])
+
+    def expert_biases(self, layer: int) -> torch.Tensor | None:
+        """Contribution of each expert of weight 1 without its neurons: (experts, hidden), float32; None if all are 0.
+
+        A dense FFN counts as one expert.
+        """
+        import torch
+
+        sources = self.blocks[layer].ffn.sources
+        if all(source.biases() is None for source in sources):
+            return None
+        device = self.loaded.device
+        rows = [torch.zeros(s.part.n_experts, self.hidden_size, device=device) for s in sources]
+        own = [zeros if (bias := s.biases()) is None else bias for s, zeros in zip(sources, rows, strict=True)]
+        return self._behind_ffn(layer, torch.cat(own))
+
+    def _slots(self, layer: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The rows of all sources (slots, hidden), with zeros where the layer has no neuron."""
+        import torch
+
+        missing = self.n_slots - self.ffn_layout(layer).size
+        if missing or not parts:
+            parts = [*parts, torch.zeros(missing, self.hidden_size, device=self.loaded.device)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _behind_ffn(self, layer: int, vectors: torch.Tensor) -> torch.Tensor:
         block = self.blocks[layer]
-        if block.key is None:
-            return self.ffn_columns(layer)  # zeros
-        return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
+        return self._behind(vectors, block.ffn_post, block.additions.multipliers.get("ffn", 0.0))
 
     def value_keys(self, layer: int) -> torch.Tensor:
         """Direction of the residual that produces each value entry: (heads · head size, hidden), float32.
@@ -214,7 +195,9 @@ class Decomposition:
         return self._padded(rows, layer)
 
     def _columns(self, projection: nn.Module, post: Norm | None, multiplier: float) -> torch.Tensor:
-        columns = matrix(projection).float().T
+        return self._behind(matrix(projection).float().T, post, multiplier)
+
+    def _behind(self, columns: torch.Tensor, post: Norm | None, multiplier: float) -> torch.Tensor:
         folded = post.after(columns) if post is not None else columns
         return folded * multiplier if multiplier != 1 else folded
 
@@ -268,7 +251,7 @@ def decompose(loaded: LoadedModel) -> Decomposition:
     multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     attentions = [_attention_of(loaded, i, block, calls[i], attended) for i, block in enumerate(structure.blocks)]
     blocks = tuple(
-        _block(loaded, i, module, ffn, calls[i], attention, multiplier)
+        find_block(_where(loaded, i), module, ffn, calls[i], attention, multiplier)
         for i, (module, ffn, attention) in enumerate(
             zip(structure.blocks, structure.ffns, with_sources(attentions, attended), strict=True)
         )
@@ -296,83 +279,4 @@ def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: d
     read = states_of(args, kwargs)
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
-        calls.append(Call(module, flat(read), flat(written)))
-
-
-def _block(
-    loaded: LoadedModel,
-    layer: int,
-    module: nn.Module,
-    ffn: nn.Module | None,
-    calls: list[Call],
-    attention: Attention | None,
-    multiplier: float,
-) -> Block:
-    """Find one block's parts among its calls, given in the order in which they ended."""
-    where = _where(loaded, layer)
-    by_module = {call.module: call for call in calls}
-    whole = by_module[module]
-    norms = [call for call in calls if is_norm(call.module)]
-    size = whole.read.shape[-1]
-
-    def normed(**wanted: torch.Tensor) -> Call | None:
-        return next((c for c in norms if all(same(getattr(c, k), v) for k, v in wanted.items())), None)
-
-    def norm(call: Call | None) -> Norm | None:
-        return None if call is None else read_norm(call.module, size)
-
-    def source(read: torch.Tensor) -> torch.Tensor:
-        """What is read before the norm, if there is one."""
-        before = normed(written=read)
-        return read if before is None else before.read
-
-    written: dict[str, torch.Tensor] = {}
-    sources: dict[str, torch.Tensor] = {}
-    of_attention = set(attention.module.modules()) if attention is not None else set()
-    outside = [c for c in calls if c.module not in of_attention and c.module is not module]
-    attn_out = by_module[attention.out] if attention is not None else None
-    attn_post = normed(read=attn_out.written) if attn_out is not None else None
-    if attention is not None and attn_out is not None:
-        written["attn"] = (attn_post or attn_out).written
-        sources["attn"] = source(by_module[attention.module].read)
-    linear = [c for c in outside if is_linear(c.module) and c.read.shape[:1] == whole.read.shape[:1]]
-    of_ffn = _of_ffn(ffn, linear)
-    ffn_post = normed(read=of_ffn[-1].written) if of_ffn else None
-    if of_ffn and ffn is not None:
-        written["ffn"] = (ffn_post or of_ffn[-1]).written
-        sources["ffn"] = source(by_module[ffn].read)
-    multipliers, mixer = find_additions(whole, written, outside, multiplier)
-    if mixer is not None:
-        written["mixer"] = mixer.written
-        sources["mixer"] = source(mixer.read)
-    has_ffn = "ffn" in multipliers
-    if has_ffn and not of_ffn[:-1]:
-        raise ModelError(f"{where} has no linear map in its FFN.")
-    found = find_key(where, of_ffn[:-1], outside, of_ffn[-1].read) if has_ffn else (None, slice(0), None, False)
-    added = {c: written[c] * a for c, a in multipliers.items()}
-    order = find_order(whole.read, {c: sources[c] for c in added}, added)
-    has_attn = "attn" in multipliers
-    return Block(
-        module=module,
-        heads=attention if has_attn else None,
-        attn_out=attn_out.module if attn_out is not None and has_attn else None,
-        mixer=mixer.module if mixer is not None else None,
-        ffn_out=of_ffn[-1].module if has_ffn else None,
-        key=found[0],
-        key_rows=found[1],
-        activation=found[2],
-        gated=found[3],
-        attn_norm=norm(normed(written=by_module[attention.module].read)) if attention is not None else None,
-        ffn_norm=norm(normed(written=by_module[ffn].read)) if has_ffn and ffn is not None else None,
-        attn_post=norm(attn_post),
-        ffn_post=norm(ffn_post) if has_ffn else None,
-        additions=Additions(multipliers, mixer.module if mixer is not None else None, order),
-    )
-
-
-def _of_ffn(ffn: nn.Module | None, linear: Sequence[Call]) -> list[Call]:
-    """The linear maps of an FFN: those in its module, or in the block if the module is only the first of them."""
-    if ffn is None:
-        return []
-    inside = set(ffn.modules())
-    return [c for c in linear if c.module in inside] if len(inside) > 1 else list(linear)
+        calls.append(Call(module, flat(read), flat(written), args, kwargs, output))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -40,13 +40,43 @@ class Norm:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
 
-@dataclass
+@dataclass(frozen=True)
+class Linear:
+    """A linear map between two others, folded as a norm is, of scale 1: y = matrix · x + bias."""
+
+    module: nn.Module
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias, 0 if there is none."""
+        import torch
+
+        bias: torch.Tensor | None = getattr(self.module, "bias", None)
+        return torch.zeros((), device=matrix(self.module).device) if bias is None else bias.float()
+
+    def before(self, rows: torch.Tensor) -> torch.Tensor:
+        """Fold the map into the rows (…, entries) of a projection that reads its output."""
+        return rows @ matrix(self.module).float()
+
+    def after(self, columns: torch.Tensor) -> torch.Tensor:
+        """Apply the map, without its bias, to vectors (…, entries) that it reads."""
+        return columns @ matrix(self.module).float().T
+
+    def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """1, for every vector (…, entries) that it reads."""
+        return read.new_ones(read.shape[:-1])
+
+
+@dataclass(eq=False)
 class Call:
-    """One call of a module: its input and its output, each (tokens, entries)."""
+    """One call of a module: its first input and its first output, each (tokens, entries), and all of both."""
 
     module: nn.Module
     read: torch.Tensor
     written: torch.Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
 
 
 def matrix(module: nn.Module) -> torch.Tensor:

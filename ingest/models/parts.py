@@ -1,7 +1,7 @@
 """Find a model's blocks, and the FFN of a block, by how the modules are nested; nothing is run, no weights are needed.
 
-    blocks = text_blocks(model)
-    ffn_of(blocks[0])
+blocks = text_blocks(model)
+ffn_of(blocks[0])
 """
 
 from __future__ import annotations

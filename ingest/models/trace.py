@@ -1,6 +1,6 @@
 """Run a few tokens through a model, to see what happens between its last block and its logits.
 
-    trace(model, blocks, ffns, model.get_output_embeddings()).path
+trace(model, blocks, ffns, model.get_output_embeddings()).path
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ def _layout(output: torch.Tensor, state: torch.Tensor | None) -> BlockOutput:
     return BlockOutput(matching[0] if matching else n_extra, streams_first=streams)
 
 
-def trace(
-    model: Any, blocks: Sequence[nn.Module], ffns: Sequence[nn.Module | None], unembed: nn.Module
-) -> Trace:
+def trace(model: Any, blocks: Sequence[nn.Module], ffns: Sequence[nn.Module | None], unembed: nn.Module) -> Trace:
     """Run ``N_TOKENS`` tokens. Raises ModelError if the blocks do not run one after the other, once each."""
     import torch
 
