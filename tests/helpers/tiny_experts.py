@@ -8,7 +8,7 @@ from typing import Any
 from helpers.tiny_models import loaded, tiny_model
 from kdb.ingest.forward.decomposition import Decomposition, decompose
 
-SIZES = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 12}
+SIZES = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 16}
 TOP_TWO = {"num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6, "num_experts_per_tok": 2}
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
 GROUPS = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -23,12 +23,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | GROUPS | {"head_dim": 4, "v_head_dim": 8, "routed_scaling_factor": 1.5},
     "glm4_moe": GROUPS,
     "dots1": GROUPS,
-    "qwen2_moe": {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 1},
+    "qwen2_moe": {"shared_expert_intermediate_size": 8, "decoder_sparse_step": 1},
     "hunyuan_v1_moe": {"moe_topk": 2},
     "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
-    "granitemoeshared": {"shared_intermediate_size": 20},
+    "granitemoeshared": {"shared_intermediate_size": 8},
     "cohere2_moe": {"num_shared_experts": 1, "shared_expert_combination_strategy": "average"},
-    "llama4_text": {"num_experts_per_tok": 2, "intermediate_size_mlp": 20, "interleave_moe_layer_step": 1},
+    "llama4_text": {"num_experts_per_tok": 2, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 1},
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}
     | {"vocab_size_per_layer_input": 64, "num_global_key_value_heads": 2, "global_head_dim": 8},
 }
