@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kdb.ingest.forward.layout import FfnLayout, named_slots
+from kdb.ingest.forward.layout import FfnLayout, named_slot, named_slots
 from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.schema import arrow_schema
@@ -216,7 +216,7 @@ def method_rows(
             "rank": rank,
             "layer": index // n,
             "component": "ffn",
-            **_named_slot(layouts[index // n], index % n),
+            **named_slot(layouts[index // n], index % n),
         }
         for method, indices in best.items()
         for i, prompt in enumerate(chunk)
@@ -224,13 +224,6 @@ def method_rows(
     ]
     zeroed = intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
     return pa.Table.from_pylist(chosen, arrow_schema("ablated_parts")), zeroed
-
-
-def _named_slot(layout: FfnLayout, slot: int) -> dict[str, int | None]:
-    return {
-        "expert": int(layout.experts([slot])[0]) if layout.starts else None,
-        "neuron": int(layout.neurons([slot])[0]),
-    }
 
 
 def silenced_ffn(indices: Sequence[int], n: int) -> Any:
