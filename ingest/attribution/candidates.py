@@ -71,8 +71,8 @@ def further_candidates(run: RunInProgress) -> dict[Key, list[int]]:
 
 
 def _largest(most: np.ndarray) -> list[int]:
-    largest = np.argsort(-most, kind="stable")[:FIRST]
-    return sorted(largest[most[largest] != -np.inf].tolist())  # −∞: there is no such neuron
+    best = np.argsort(-most, kind="stable")[:FIRST]
+    return sorted(best[most[best] > -np.inf].tolist())
 
 
 def _bounds(run: RunInProgress) -> dict[Key, np.ndarray]:
@@ -81,7 +81,8 @@ def _bounds(run: RunInProgress) -> dict[Key, np.ndarray]:
     for row in run.table(BOUNDS).to_pylist():
         key = row["category"], row["component"]
         bounds[key] = bounds.get(key, 0.0) + np.array(row["most"])
-    return bounds
+    # A bound of exactly 0: the neuron wrote nothing in any prompt, such as those of experts that were never chosen.
+    return {key: np.where(most == 0, -np.inf, most) for key, most in bounds.items()}
 
 
 def _reached(run: RunInProgress) -> dict[Key, float]:

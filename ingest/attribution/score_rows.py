@@ -153,13 +153,9 @@ def neuron_rows(ids: Any, layouts: Sequence[FfnLayout], n: Neurons) -> pa.Table:
 
 def query_neuron_rows(ids: Any, layouts: Sequence[FfnLayout], activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_neuron_scores``; ``activates`` is the component of the value neurons that they activate."""
-    import torch
-
     n = q.neurons.shape[2]
-    there = torch.arange(n) < torch.tensor([of.size for of in layouts])[:, None]
-    scores = q.neurons.masked_fill(~there.to(q.neurons.device), -torch.inf)
-    best = scores.flatten(1).topk(min(QUERY_NEURONS, int(there.sum())), dim=1)
-    return arrow_rows(
+    best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
+    table = arrow_rows(
         "query_neuron_scores",
         {
             "prompt_id": ids[:, None],
@@ -171,6 +167,7 @@ def query_neuron_rows(ids: Any, layouts: Sequence[FfnLayout], activates: str, q:
             "total_share": q.total_share.double()[:, None],
         },
     )
+    return table.filter(_mask(best.values > -float("inf")))  # −∞: no further neuron fires
 
 
 def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
@@ -196,7 +193,7 @@ def method_rows(
     from kdb.ingest.forward.ablation import Chosen, Intervention, intervene
 
     n, layouts = a.ffn_coefficients.shape[2], layouts_of(a.decomposition)
-    best = {method: indices.tolist() for method, indices in best_neurons(a, k, top).items()}
+    best = {method: _listed(indices) for method, indices in best_neurons(a, k, top).items()}
     interventions = [
         Intervention(
             prompt.number,
@@ -224,6 +221,11 @@ def method_rows(
     ]
     zeroed = intervene(a.decomposition, interventions, batch_tokens=batch_tokens)
     return pa.Table.from_pylist(chosen, arrow_schema("ablated_parts")), zeroed
+
+
+def _listed(indices: torch.Tensor) -> list[list[int]]:
+    """The neurons of each prompt, of which some may have fewer than others."""
+    return [[index for index in row if index >= 0] for row in indices.tolist()]
 
 
 def silenced_ffn(indices: Sequence[int], n: int) -> Any:

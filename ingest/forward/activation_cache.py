@@ -7,21 +7,28 @@ positions before it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdb.ingest.forward.attention import watched_attention
 from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
-from kdb.ingest.forward.decomposition import Decomposition, Norm, watched_attention
+from kdb.ingest.forward.decomposition import Decomposition
+from kdb.ingest.forward.experts import Experts
+from kdb.ingest.forward.ffn_activations import FfnActivations
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
+from kdb.ingest.forward.linear import Norm
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from kdb.ingest.forward.ffn import Source
     from kdb.ingest.models.find import LoadedModel
 
 CHECK_BYTES = 512 * 2**20
@@ -53,8 +60,9 @@ class ActivationCache:
     logits: torch.Tensor  # (b, vocab) of the model, after its soft cap
     # Routing at the last position, E: experts of the layer that has most; None if no layer has experts.
     router_weight: torch.Tensor | None = None  # (l, b, E) that multiplies an expert's output; 0 if it is not chosen
-    router_probs: torch.Tensor | None = None  # (l, b, E) of the router; 0 for shared experts, NaN in a layer without a router
+    router_probs: torch.Tensor | None = None  # (l, b, E) 0 for shared experts, NaN in a layer without a router
     chosen: torch.Tensor | None = None  # (l, b, E) whether the expert was chosen; shared experts always are
+    expert_scale: torch.Tensor | None = None  # (l, b, E) that multiplies an expert's bias, but for ffn_scale
 
     @property
     def n_bytes(self) -> int:
@@ -65,7 +73,7 @@ class ActivationCache:
 
 def bytes_per_token(decomposition: Decomposition) -> int:
     """Largest number of bytes for one token of a prompt: its cache, and the bounds of its attention neurons."""
-    n_neurons = decomposition.ffn_columns(0).shape[0]
+    n_neurons = decomposition.n_slots
     n_values = decomposition.attn_columns(0).shape[0]
     recorded = 4 * (n_neurons + 4 * decomposition.hidden_size + n_values + 8)
     bounds = 6 * 8 * n_values
@@ -95,9 +103,9 @@ class _Recorder:
         self.last = last
         n = len(decomposition.blocks)
         self.recorded: dict[str, list[Any]] = {
-            k: [None] * n
-            for k in ("resid", "attn", "ffn", "m", "attn_post", "ffn_post", "weights", "values", "heads", "out")
+            k: [None] * n for k in ("resid", "attn", "attn_post", "weights", "values", "heads", "out")
         }
+        self.ffns = [FfnActivations(block.ffn, block.ffn_post) for block in decomposition.blocks]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -113,10 +121,9 @@ class _Recorder:
             for i, block in enumerate(self.decomposition.blocks):
                 hooks.enter_context(self._record(block.module, i, read="resid", written="out"))
                 hooks.enter_context(self._record(block.attn_out, i, read="heads", written="attn"))
-                hooks.enter_context(self._record(block.ffn_out, i, read="m", written="ffn"))
-                for norm, written in ((block.attn_post, "attn_post"), (block.ffn_post, "ffn_post")):
-                    if norm is not None:
-                        hooks.enter_context(self._record(norm.module, i, written=written))
+                hooks.enter_context(self.ffns[i].running())
+                if block.attn_post is not None:
+                    hooks.enter_context(self._record(block.attn_post.module, i, written="attn_post"))
             hooks.enter_context(watched_attention(self.decomposition.loaded.model, watch))
             yield
 
@@ -138,7 +145,7 @@ class _Recorder:
 
         recorded, decomposition, rows = self.recorded, self.decomposition, range(self.shape[0])
         attn, attn_scale = self._contributions("attn", "attn_post", [b.attn_post for b in decomposition.blocks])
-        ffn, ffn_scale = self._contributions("ffn", "ffn_post", [b.ffn_post for b in decomposition.blocks])
+        ffn, ffn_scale = self._ffn_contributions(attn)
         resid_post = recorded["out"][-1][rows, self.last]
         dtype = getattr(torch, decomposition.loaded.dtype)
         normed = decomposition.structure.final_norm(resid_post.to(dtype))
@@ -149,16 +156,69 @@ class _Recorder:
             resid_post=resid_post,
             attn=attn,
             ffn=ffn,
-            coefficients=torch.stack(recorded["m"]),
+            coefficients=torch.stack([self._by_prompt(f.coefficients(decomposition.n_slots)) for f in self.ffns]),
             attn_scale=attn_scale,
             ffn_scale=ffn_scale,
             attention=torch.stack(recorded["weights"]),
             values=torch.stack(recorded["values"]),
             attn_bias=self._unaccounted(attn_scale, [(b.attn_out, b.attn_post) for b in decomposition.blocks]),
-            ffn_bias=self._unaccounted(ffn_scale, [(b.ffn_out, b.ffn_post) for b in decomposition.blocks]),
+            ffn_bias=self._ffn_biases(ffn_scale),
             final_scale=decomposition.final_norm.scale(resid_post, normed.float()),
             logits=logits,
+            **(self._routing() if decomposition.n_experts else {}),
         )
+
+    def _by_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*self.shape, *x.shape[1:])
+
+    @functools.cached_property
+    def _last_tokens(self) -> torch.Tensor:
+        """Numbers (b) of the prompts' last tokens among all tokens of the batch."""
+        import torch
+
+        return torch.arange(self.shape[0], device=self.last.device) * self.shape[1] + self.last
+
+    def _ffn_contributions(self, attn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contributions (l, b, t, d) of the FFNs, and the scale (l, b, t) of the norms behind them."""
+        import torch
+
+        multiplier, resid, added, scales = self.decomposition.multiplier, self.recorded["resid"], [], []
+        for i, one in enumerate(self.ffns):
+            if one.total is None and any(source.is_scaled for source in one.ffn.sources):
+                one.total = ((self.recorded["out"][i] - resid[i] - attn[i]) / multiplier).flatten(0, 1)
+            read = one.summed()
+            norm, written = one.post, read if one.normed is None else one.normed
+            scale = torch.ones(len(read), device=read.device) if norm is None else norm.scale(read, written)
+            added.append(self._by_prompt(written))
+            scales.append(self._by_prompt(scale))
+        return torch.stack(added) * multiplier, torch.stack(scales)
+
+    def _ffn_biases(self, scales: torch.Tensor) -> torch.Tensor:
+        """Contribution (l, b, d) of what belongs to no neuron, at the last position."""
+        import torch
+
+        size, biases = self.decomposition.hidden_size, []
+        for one, scale in zip(self.ffns, scales.flatten(1), strict=True):
+            bias, norm, at = one.bias(self._last_tokens, size), one.post, scale[self._last_tokens, None]
+            biases.append(at * bias if norm is None else at * norm.after(bias) + norm.bias)
+        return torch.stack(biases) * self.decomposition.multiplier
+
+    def _routing(self) -> dict[str, torch.Tensor]:
+        """The routing (l, b, expert) at the last position; layers without experts have none."""
+        import torch
+
+        n, tokens = self.decomposition.n_experts, self._last_tokens
+        empty = {"router_weight": 0.0, "router_probs": float("nan"), "chosen": False, "expert_scale": 0.0}
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in empty}
+        for one in self.ffns:
+            for name, value in empty.items():
+                row = torch.full((len(tokens), n), value, device=tokens.device)
+                if one.ffn.layout.starts:
+                    of = getattr(one, name)
+                    parts = torch.cat([of(i, tokens) for i in range(len(one.ffn.sources))], dim=1)
+                    row[:, : parts.shape[1]] = parts
+                found[name].append(row)
+        return {name: torch.stack(rows) for name, rows in found.items()}
 
     def _contributions(self, name: str, post: str, norms: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Contributions (l, b, t, d) of attention or FFN, and the scale (l, b, t) of the norm after it."""
@@ -308,18 +368,33 @@ def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
 
 
 def _ffn_keys(decomposition: Decomposition, r: ActivationCache) -> float:
-    """Check the same of the outputs of the projection that activates the neurons."""
+    """Check the same of the outputs of the projections that activate the neurons; of experts, of the chosen ones."""
     import torch
 
-    off, dtype = [], getattr(torch, decomposition.loaded.dtype)
+    off, dtype = [torch.zeros(1, device=r.last.device)], getattr(torch, decomposition.loaded.dtype)
     for layer, block in enumerate(decomposition.blocks):
         resid = r.resid_pre[layer] if block.parallel else r.resid_pre[layer] + r.attn[layer]
-        read = resid.to(dtype)
-        if block.ffn_norm is not None:
-            read = block.ffn_norm.module(read)
-        entries = block.key(read)[..., block.key_rows].float()
-        off.append(_off_its_keys(decomposition, r, resid, block.ffn_norm, decomposition.ffn_keys(layer), entries))
+        keys = decomposition.ffn_keys(layer)
+        for source, expert, slots in _read_experts(decomposition, r, layer):
+            read = resid.to(dtype)
+            for of in source.before:
+                read = of.module(read)
+            norm = next((of for of in source.before if isinstance(of, Norm)), None)
+            entries = source.part.read(read, expert)
+            off.append(_off_its_keys(decomposition, r, resid, norm, keys[slots], entries))
     return _largest(torch.cat(off))
+
+
+def _read_experts(decomposition: Decomposition, r: ActivationCache, layer: int) -> Iterator[tuple[Source, int, slice]]:
+    """Every source of a layer's FFN, and the slots of its experts that any prompt chose; all those of a dense one."""
+    n_before = start = 0
+    for source in decomposition.blocks[layer].ffn.sources:
+        part = source.part
+        size = part.size // part.n_experts
+        for expert in range(part.n_experts):
+            if r.chosen is None or not isinstance(part, Experts) or r.chosen[layer, :, n_before + expert].any():
+                yield source, expert, slice(start + expert * size, start + (expert + 1) * size)
+        n_before, start = n_before + part.n_experts, start + part.size
 
 
 def _off_its_keys(
@@ -360,6 +435,25 @@ def head_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -
     columns = decomposition.attn_columns(layer).view(mixed.shape[1], mixed.shape[2], -1)
     rows = torch.arange(len(r.last), device=r.last.device)
     return torch.einsum("bhe,hed->bhd", mixed, columns) * r.attn_scale[layer, rows, r.last, None, None]
+
+
+def expert_vectors(decomposition: Decomposition, r: ActivationCache, layer: int) -> torch.Tensor:
+    """Contributions (b, E, d) of the experts to the residual at the last position, their biases included.
+
+    Those that were not chosen contribute 0. What a norm behind the FFN adds is no expert's.
+    """
+    import torch
+
+    assert r.chosen is not None and r.expert_scale is not None
+    layout, rows = decomposition.ffn_layout(layer), torch.arange(len(r.last), device=r.last.device)
+    columns, biases = decomposition.ffn_columns(layer), decomposition.expert_biases(layer)
+    m, out = r.coefficients[layer, rows, r.last], columns.new_zeros(*r.chosen.shape[1:], columns.shape[1])
+    for expert, (start, stop) in enumerate(itertools.pairwise([*layout.starts, layout.size])):
+        if r.chosen[layer, :, expert].any():
+            out[:, expert] = m[:, start:stop] @ columns[start:stop]
+    if biases is not None and layout.starts:
+        out[:, : len(biases)] += r.expert_scale[layer, :, : len(biases), None] * biases
+    return out * r.ffn_scale[layer, rows, r.last, None, None]
 
 
 def head_coefficients(r: ActivationCache, layer: int) -> torch.Tensor:

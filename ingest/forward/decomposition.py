@@ -9,15 +9,15 @@ matrices. So no other code depends on the architecture.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.ffn import Call, find_key, flat, is_linear, n_inputs, same
+from kdb.ingest.forward.attention import watched_attention
+from kdb.ingest.forward.ffn import Ffn, find_ffn
 from kdb.ingest.forward.layout import FfnLayout
+from kdb.ingest.forward.linear import Call, Linear, Norm, flat, is_linear, matrix, read_norm, same
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -25,61 +25,23 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ATTENTION = "kdb"
-"""Name under which our attention function is registered in transformers."""
-
 _TRACE_TOKENS = 5
-_AMPLITUDE = 128.0
-"""Entries of the vectors that probe a norm: so large that its epsilon is negligible."""
-
 _UNIT_ROWS = 16
 """Positions of one sequence of unit vectors: fewer than the context of any model."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm with its scale frozen: y = weight · (x − mean, if centred) · scale + bias."""
-
-    module: nn.Module
-    weight: torch.Tensor
-    bias: torch.Tensor
-    centred: bool
-
-    def before(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into the rows (…, hidden) of a projection that reads its output."""
-        return self._centre(rows * self.weight)
-
-    def after(self, columns: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into vectors (…, hidden) that it reads."""
-        return self._centre(columns) * self.weight
-
-    def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """Fit the scale (…) that maps ``read`` to ``written``, both (…, hidden), by least squares."""
-        shape = self.after(read)
-        return ((written - self.bias) * shape).sum(-1) / shape.square().sum(-1)
-
-    def _centre(self, x: torch.Tensor) -> torch.Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
 
 
 @dataclass(frozen=True)
 class Block:
     """The parts of one block. A norm is None if the architecture has no norm there.
 
-    ``attention`` is the module that calls the attention function. ``key`` is the projection whose rows activate the FFN
-    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection. ``activation`` is
-    the module that computes the activation function, None if there is no such module. ``parallel``: attention and FFN
-    both read the block's input.
+    ``attention`` is the module that calls the attention function. ``ffn_norm`` is the norm before the FFN's first
+    module, ``ffn_post`` the one behind the whole FFN. ``parallel``: attention and FFN both read the block's input.
     """
 
     module: nn.Module
     attention: nn.Module
     attn_out: nn.Module
-    ffn_out: nn.Module
-    key: nn.Module
-    key_rows: slice
-    activation: nn.Module | None
-    gated: bool
+    ffn: Ffn
     attn_norm: Norm | None
     ffn_norm: Norm | None
     attn_post: Norm | None
@@ -136,25 +98,63 @@ class Decomposition:
         """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32."""
         return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
 
-    def ffn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
-        return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
+    @functools.cached_property
+    def n_slots(self) -> int:
+        """Number of slots of every layer's FFN: the neurons of the widest layer."""
+        return max(block.ffn.layout.size for block in self.blocks)
+
+    @functools.cached_property
+    def n_experts(self) -> int:
+        """Number of experts, shared ones included, of the layer that has most; 0 if all layers are dense."""
+        return max(len(block.ffn.layout.starts) for block in self.blocks)
 
     def ffn_layout(self, layer: int) -> FfnLayout:
         """Return which of a layer's slots are the neurons of which expert."""
-        return FfnLayout(n_inputs(self.blocks[layer].ffn_out))
+        return self.blocks[layer].ffn.layout
+
+    def ffn_columns(self, layer: int) -> torch.Tensor:
+        """Contribution of one unit of each FFN neuron to the residual: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [self._behind_ffn(layer, s.columns()) for s in self.blocks[layer].ffn.sources])
 
     def ffn_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
-        block = self.blocks[layer]
-        return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
+        """Direction of the residual that activates each FFN neuron: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [source.keys() for source in self.blocks[layer].ffn.sources])
+
+    def expert_biases(self, layer: int) -> torch.Tensor | None:
+        """Contribution of each expert of weight 1 without its neurons: (experts, hidden), float32; None if all are 0.
+
+        A dense FFN counts as one expert.
+        """
+        import torch
+
+        sources = self.blocks[layer].ffn.sources
+        if all(source.biases() is None for source in sources):
+            return None
+        device = self.loaded.device
+        rows = [torch.zeros(s.part.n_experts, self.hidden_size, device=device) for s in sources]
+        own = [zeros if (bias := s.biases()) is None else bias for s, zeros in zip(sources, rows, strict=True)]
+        return self._behind_ffn(layer, torch.cat(own))
+
+    def _slots(self, layer: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The rows of all sources (slots, hidden), with zeros where the layer has no neuron."""
+        import torch
+
+        missing = self.n_slots - self.ffn_layout(layer).size
+        if missing:
+            parts = [*parts, torch.zeros(missing, self.hidden_size, device=self.loaded.device)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _behind_ffn(self, layer: int, vectors: torch.Tensor) -> torch.Tensor:
+        return self._behind(vectors, self.blocks[layer].ffn_post)
 
     def value_keys(self, layer: int) -> torch.Tensor:
         """Direction of the residual that produces each value entry: (heads · head size, hidden), float32."""
         return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
 
     def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
-        columns = matrix(projection).float().T
+        return self._behind(matrix(projection).float().T, post)
+
+    def _behind(self, columns: torch.Tensor, post: Norm | None) -> torch.Tensor:
         folded = post.after(columns) if post is not None else columns
         return folded * self.multiplier if self.multiplier != 1 else folded
 
@@ -197,95 +197,6 @@ def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
     return module.register_forward_pre_hook(replace, with_kwargs=True)
 
 
-def matrix(module: nn.Module) -> torch.Tensor:
-    """Matrix (out, in) of a linear module: its plain weight, or else measured by unit vectors."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    weight: Any = module.weight
-    if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
-        plain: torch.Tensor = weight.detach()
-        return plain.T if isinstance(module, Conv1D) else plain
-    with torch.inference_mode():
-        # A quantized weight of any kind: its outputs define the matrix.
-        units = torch.eye(cast(int, module.in_features), device=weight.device)
-        rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
-        return rows
-
-
-def read_norm(module: nn.Module, size: int) -> Norm:
-    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently."""
-    import torch
-
-    twin = copy.deepcopy(module).float()
-    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    signs = torch.ones(size, device=device)
-    signs[1::2] = -1
-    x = signs * _AMPLITUDE
-    with torch.inference_mode():
-        up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
-    # Cloned, since some operations outside of inference mode refuse its tensors.
-    weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
-    return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
-
-
-# Attention -------------------------------------------------------------------------------------------------------
-
-Watcher = Callable[..., None]
-_watching: list[Watcher] = []
-
-
-@contextlib.contextmanager
-def watched_attention(model: Any, watcher: Watcher, *, frozen: bool = False) -> Iterator[None]:
-    """Run ``model`` with our attention function, which calls ``watcher(module, query, value, weights)``.
-
-    ``frozen`` attention lets no gradient through its weights.
-
-    query and value (batch, heads or key-value heads, position, entry) are as the attention used them, after any
-    rotation; weights (batch, heads, position, position) are after softmax.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(ATTENTION, functools.partial(_attention, frozen=frozen))
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    _watching.append(watcher)
-    try:
-        yield
-    finally:
-        _watching.remove(watcher)
-        model.set_attn_implementation(before)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    *,
-    frozen: bool,
-    **_unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute softmax attention in plain steps, since a fused kernel would not return the weights that it used."""
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : keys.shape[-2]]
-    weights = scores.float().softmax(-1).to(query.dtype)
-    weights = weights.detach() if frozen else weights
-    for watcher in _watching:
-        watcher(module, query, value, weights)
-    return (weights @ values).transpose(1, 2).contiguous(), None
-
-
 # Decomposing -----------------------------------------------------------------------------------------------------
 
 
@@ -324,11 +235,11 @@ def decompose(loaded: LoadedModel) -> Decomposition:
                 hook = functools.partial(_note, calls[i])
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         structure.decoder(ids, use_cache=False)
+    multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     blocks = tuple(
-        _block(loaded, i, module, ffn, calls[i], outputs)
+        _block(loaded, i, module, ffn, calls[i], outputs, multiplier)
         for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
     )
-    multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     return Decomposition(loaded, structure, blocks, multiplier)
 
 
@@ -336,7 +247,8 @@ def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: d
     read: Any = args[0] if args else kwargs.get("hidden_states")
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
-        calls.append(Call(module, flat(read), flat(written)))
+        # Cloned, since some modules add to what others returned (the experts of Llama 4).
+        calls.append(Call(module, flat(read).clone(), flat(written).clone(), args, kwargs, output))
 
 
 def _block(
@@ -346,6 +258,7 @@ def _block(
     ffn: nn.Module,
     calls: list[Call],
     attended: dict[nn.Module, torch.Tensor],
+    multiplier: float,
 ) -> Block:
     """Find one block's parts among its calls, given in the order in which they ended."""
     where = f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
@@ -360,9 +273,6 @@ def _block(
     attn_out = next((c for c in linear if c.module in of_attention and same(c.read, attended[attention])), None)
     if attn_out is None:
         raise ModelError(f"{where} has no linear map that reads its heads.")
-    of_ffn = [c for c in linear if c.module not in of_attention]
-    if not of_ffn:
-        raise ModelError(f"{where} has no linear map in its FFN.")
     size = loaded.model.config.get_text_config().hidden_size
 
     def find(**wanted: torch.Tensor) -> Norm | None:
@@ -372,20 +282,26 @@ def _block(
     ffn_read = by_module[ffn].read
     ffn_norm = find(written=ffn_read)
     ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
+    attn_post = find(read=attn_out.written)
+
+    def before(read: torch.Tensor) -> tuple[Norm | Linear, ...]:
+        norm, projection = find(written=read), next((c for c in linear if same(c.written, read)), None)
+        if norm is not None or projection is None:
+            return () if norm is None else (norm,)
+        return (*before(projection.read), Linear(projection.module))
+
     outside = [c for c in calls if c.module not in of_attention]
-    key, rows, activation, gated = find_key(where, of_ffn[:-1], outside, of_ffn[-1].read)
+    attn = attn_out.written if attn_post is None else by_module[attn_post.module].written
+    added = (by_module[module].written - by_module[module].read) / multiplier - attn
+    parts, total = find_ffn(where, module, outside, ffn_read, before, added)
     return Block(
         module=module,
         attention=attention,
         attn_out=attn_out.module,
-        ffn_out=of_ffn[-1].module,
-        key=key,
-        key_rows=rows,
-        activation=activation,
-        gated=gated,
+        ffn=parts,
         attn_norm=find(written=by_module[attention].read),
         ffn_norm=ffn_norm,
-        attn_post=find(read=attn_out.written),
-        ffn_post=find(read=of_ffn[-1].written),
+        attn_post=attn_post,
+        ffn_post=find(read=total),
         parallel=same(ffn_source, by_module[module].read),
     )
