@@ -38,7 +38,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(mixture: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float64).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

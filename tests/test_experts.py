@@ -111,7 +111,7 @@ def test_an_answer_does_not_depend_on_whether_two_experts_have_a_neuron_of_the_s
 
 @pytest.mark.parametrize("macro", ["mean_effects", "_effects"])
 def test_effects_of_two_experts_neurons_of_the_same_number_are_apart(alike: Database, macro: str) -> None:
-    given = "NULL, 'capital', NULL, 'default', NULL, 'last', 'mean', 'exact', 'noising'"
+    given = "NULL, ['capital'], NULL, 'default', NULL, 'last', 'mean', 'exact', 'noising'"
     assert sorted(alike.sql(f"SELECT expert, neuron, logp FROM {macro}({given})").rows(), key=str) == [
         (0, 3, -1.0),
         (1, 3, -2.0),

@@ -26,6 +26,7 @@ from helpers.knowledge_rows import (
     layer_rows,
     lens_rows,
     prompt,
+    router_rows,
     token_rows,
 )
 from helpers.stored import NOON, Rows, add_run, assert_same_in_the_shell, create_lake, needs_shell
@@ -435,6 +436,7 @@ def test_every_answer_is_in_the_papers_order_of_categories(tmp_path: Path, name:
     tables: dict[str, Rows] = dict.fromkeys((*scored, "ablations"), rows)
     tables["effects"] = [row for i in ids for row in effect_rows(i, 1.0, 2.0)]
     tables["lens_readouts"] = [row for i in ids for row in lens_rows(i, 1)]
+    tables["router"] = [row for i in ids for row in router_rows(i, 0, 0, 1.0)]
     tables["models"] = [{"n_layers": 1}]
     tables["prompts"] = [prompt(i, category) for i, category in zip(ids, reversed(order), strict=True)]
     lake = create_lake(tmp_path)
