@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.attention import watched_attention
-from kdb.ingest.forward.ffn import Ffn, find_ffn
+from kdb.ingest.forward.attention import (
+    Attended,
+    Attention,
+    find_attention,
+    states_of,
+    watched_attention,
+    with_sources,
+)
+from kdb.ingest.forward.blocks import Block, find_block
+from kdb.ingest.forward.head_values import measured_values, positions_known
 from kdb.ingest.forward.layout import FfnLayout
-from kdb.ingest.forward.linear import Call, Linear, Norm, flat, is_linear, matrix, read_norm, same
+from kdb.ingest.forward.linear import Call, Norm, flat, matrix, read_norm
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -26,27 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TRACE_TOKENS = 5
-_UNIT_ROWS = 16
-"""Positions of one sequence of unit vectors: fewer than the context of any model."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """The parts of one block. A norm is None if the architecture has no norm there.
-
-    ``attention`` is the module that calls the attention function. ``ffn_norm`` is the norm before the FFN's first
-    module, ``ffn_post`` the one behind the whole FFN. ``parallel``: attention and FFN both read the block's input.
-    """
-
-    module: nn.Module
-    attention: nn.Module
-    attn_out: nn.Module
-    ffn: Ffn
-    attn_norm: Norm | None
-    ffn_norm: Norm | None
-    attn_post: Norm | None
-    ffn_post: Norm | None
-    parallel: bool
 
 
 @dataclass(frozen=True)
@@ -77,9 +64,11 @@ class Decomposition:
         self.structure = structure
         self.blocks = blocks
         self.multiplier = multiplier
-        text = loaded.model.config.get_text_config()
-        self.n_heads = int(text.num_attention_heads)
-        self.hidden_size = int(text.hidden_size)
+        heads = [block.heads for block in blocks if block.heads is not None]
+        self.n_heads = max((one.n_heads for one in heads), default=0)
+        self.head_size = max((one.head_size for one in heads), default=0)
+        self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
+        self.has_positions = all(one.positions for one in heads)
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
     @functools.cached_property
@@ -94,9 +83,55 @@ class Decomposition:
         table = norm.before(rows) * self.structure.logit_scale
         return Readout(table, constant * self.structure.logit_scale, self.structure.logit_softcap)
 
+    def heads_in(self, layer: int) -> int:
+        """Number of heads of a layer's attention; 0 if it has none."""
+        heads = self.blocks[layer].heads
+        return 0 if heads is None else heads.n_heads
+
+    def head_size_in(self, layer: int) -> int:
+        """Number of entries of each head of a layer; 0 if it has none."""
+        heads = self.blocks[layer].heads
+        return 0 if heads is None else heads.head_size
+
+    @functools.cached_property
+    def with_mixer(self) -> tuple[int, ...]:
+        """The layers that have a mixer."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.has("mixer"))
+
+    @functools.cached_property
+    def is_uniform(self) -> bool:
+        """Whether all layers have attention with heads of one number and size, of which nothing must be computed."""
+        shapes = {None if b.heads is None else (b.heads.n_heads, b.heads.head_size) for b in self.blocks}
+        plain = all(b.heads is not None and b.heads.watched and not b.heads.gated for b in self.blocks)
+        return len(shapes) == 1 and plain and self.has_positions
+
+    @functools.cached_property
+    def can_resume(self) -> bool:
+        """Whether a pass may begin behind cached tokens and behind the first blocks: a block needs no more."""
+        heads = [b.heads for b in self.blocks]
+        return all(one is not None and one.watched and one.values_of == i for i, one in enumerate(heads)) and not (
+            self.with_mixer
+        )
+
     def attn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32."""
-        return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
+        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32.
+
+        Rows of heads and entries that the layer lacks are zero.
+        """
+        block = self.blocks[layer]
+        if block.attn_out is None:
+            return self.final_norm.weight.new_zeros(self.n_heads * self.head_size, self.hidden_size)
+        return self._padded(self._columns(block.attn_out, block.attn_post, block.additions.multipliers["attn"]), layer)
+
+    def _padded(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """Rows (heads · head size of the layer, …) with zeros for the heads and entries that the layer lacks."""
+        import torch
+
+        n, size = self.heads_in(layer), self.head_size_in(layer)
+        if (n, size) == (self.n_heads, self.head_size):
+            return rows
+        lacking = (0, 0, 0, self.head_size - size, 0, self.n_heads - n)
+        return torch.nn.functional.pad(rows.view(n, size, -1), lacking).flatten(0, 1)
 
     @functools.cached_property
     def n_slots(self) -> int:
@@ -140,61 +175,44 @@ class Decomposition:
         import torch
 
         missing = self.n_slots - self.ffn_layout(layer).size
-        if missing:
+        if missing or not parts:
             parts = [*parts, torch.zeros(missing, self.hidden_size, device=self.loaded.device)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _behind_ffn(self, layer: int, vectors: torch.Tensor) -> torch.Tensor:
-        return self._behind(vectors, self.blocks[layer].ffn_post)
+        block = self.blocks[layer]
+        return self._behind(vectors, block.ffn_post, block.additions.multipliers.get("ffn", 0.0))
 
     def value_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32."""
-        return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
+        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32.
 
-    def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
-        return self._behind(matrix(projection).float().T, post)
+        The residual is the input of the layer whose values the layer uses: its own, unless layers share them.
+        """
+        heads = self.blocks[layer].heads
+        if heads is None:
+            return self.attn_columns(layer)  # zeros
+        rows = _folded(self.value_rows[layer][0].float(), self.blocks[heads.values_of].attn_norm)
+        return self._padded(rows, layer)
 
-    def _behind(self, columns: torch.Tensor, post: Norm | None) -> torch.Tensor:
+    def _columns(self, projection: nn.Module, post: Norm | None, multiplier: float) -> torch.Tensor:
+        return self._behind(matrix(projection).float().T, post, multiplier)
+
+    def _behind(self, columns: torch.Tensor, post: Norm | None, multiplier: float) -> torch.Tensor:
         folded = post.after(columns) if post is not None else columns
-        return folded * self.multiplier if self.multiplier != 1 else folded
+        return folded * multiplier if multiplier != 1 else folded
 
     @functools.cached_property
-    def _value_rows(self) -> list[torch.Tensor]:
-        """The value projection of each layer, measured by unit vectors, so that it may be fused in any way."""
-        import torch
+    def value_rows(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Value projection of each layer with attention: rows (heads · head size, hidden), bias (heads · head size).
 
-        device, dtype = self.loaded.device, getattr(torch, self.loaded.dtype)
-        units = torch.eye(self.hidden_size, device=device, dtype=dtype)
-        n = -(-(self.hidden_size + 1) // _UNIT_ROWS) * _UNIT_ROWS  # at least one row of zeros, which gives the bias
-        units = torch.nn.functional.pad(units, (0, 0, 0, n - self.hidden_size)).view(-1, _UNIT_ROWS, self.hidden_size)
-        heads = []
-
-        def keep(_module: nn.Module, _query: torch.Tensor, value: torch.Tensor, _weights: torch.Tensor) -> None:
-            rows = value.transpose(1, 2).flatten(0, 1)[: self.hidden_size + 1].float()  # unit, kv head, entry
-            per_head = (rows[:-1] - rows[-1]).repeat_interleave(self.n_heads // value.shape[1], dim=1)
-            heads.append(per_head.flatten(1).T.to(dtype))
-
-        ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
-        with contextlib.ExitStack() as hooks, watched_attention(self.loaded.model, keep), torch.inference_mode():
-            for block in self.blocks:
-                hooks.enter_context(_feed(block.attention, units))
-            self.structure.decoder(ids, use_cache=False)
-        return heads
+        It is measured by unit vectors, so that it may be fused in any way. A norm within it counts without its scale.
+        """
+        heads = {i: block.heads for i, block in enumerate(self.blocks) if block.heads is not None}
+        return measured_values(self.loaded, self.structure.decoder, heads, self.hidden_size)
 
 
 def _folded(rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     return norm.before(rows) if norm is not None else rows
-
-
-def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
-    """Replace a module's input by these hidden states, positional or not."""
-
-    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": hidden}
-        return (hidden, *args[1:]), kwargs
-
-    return module.register_forward_pre_hook(replace, with_kwargs=True)
 
 
 # Decomposing -----------------------------------------------------------------------------------------------------
@@ -221,87 +239,45 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             f"one linear map of its {size} hidden entries."
         )
     calls: dict[int, list[Call]] = {i: [] for i in range(len(structure.blocks))}
-    outputs: dict[nn.Module, torch.Tensor] = {}
-
-    def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
-        groups = weights.shape[1] // value.shape[1]
-        mixed = weights @ value.repeat_interleave(groups, dim=1)
-        outputs[module] = flat(mixed.transpose(1, 2).flatten(2))
-
+    attended = Attended()
     ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
-    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
+    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, attended.watch), torch.inference_mode():
         for i, block in enumerate(structure.blocks):
             for module in block.modules():
                 hook = functools.partial(_note, calls[i])
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(attended.note))
         structure.decoder(ids, use_cache=False)
     multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
+    attentions = [_attention_of(loaded, i, block, calls[i], attended) for i, block in enumerate(structure.blocks)]
     blocks = tuple(
-        _block(loaded, i, module, ffn, calls[i], outputs, multiplier)
-        for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
+        find_block(_where(loaded, i), module, ffn, calls[i], attention, multiplier)
+        for i, (module, ffn, attention) in enumerate(
+            zip(structure.blocks, structure.ffns, with_sources(attentions, attended), strict=True)
+        )
     )
-    return Decomposition(loaded, structure, blocks, multiplier)
+    found = Decomposition(loaded, structure, blocks, multiplier)
+    known = positions_known(found, calls, attended)
+    return found if known else Decomposition(loaded, structure, tuple(map(_without_positions, blocks)), multiplier)
+
+
+def _without_positions(block: Block) -> Block:
+    return block if block.heads is None else replace(block, heads=replace(block.heads, positions=False))
+
+
+def _where(loaded: LoadedModel, layer: int) -> str:
+    return f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
+
+
+def _attention_of(
+    loaded: LoadedModel, layer: int, block: nn.Module, calls: list[Call], attended: Attended
+) -> Attention | None:
+    return find_attention(_where(loaded, layer), set(block.modules()), calls, attended)
 
 
 def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    read: Any = args[0] if args else kwargs.get("hidden_states")
+    read = states_of(args, kwargs)
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
         # Cloned, since some modules add to what others returned (the experts of Llama 4).
         calls.append(Call(module, flat(read).clone(), flat(written).clone(), args, kwargs, output))
-
-
-def _block(
-    loaded: LoadedModel,
-    layer: int,
-    module: nn.Module,
-    ffn: nn.Module,
-    calls: list[Call],
-    attended: dict[nn.Module, torch.Tensor],
-    multiplier: float,
-) -> Block:
-    """Find one block's parts among its calls, given in the order in which they ended."""
-    where = f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
-    inside = set(module.modules())
-    attention = next((m for m in attended if m in inside), None)
-    if attention is None:
-        raise ModelError(f"{where} has its own attention, which transformers' AttentionInterface does not reach.")
-    by_module = {call.module: call for call in calls}
-    norms = [call for call in calls if "norm" in type(call.module).__name__.lower()]
-    linear = [call for call in calls if is_linear(call.module)]
-    of_attention = set(attention.modules())
-    attn_out = next((c for c in linear if c.module in of_attention and same(c.read, attended[attention])), None)
-    if attn_out is None:
-        raise ModelError(f"{where} has no linear map that reads its heads.")
-    size = loaded.model.config.get_text_config().hidden_size
-
-    def find(**wanted: torch.Tensor) -> Norm | None:
-        norm = next((c for c in norms if all(same(getattr(c, k), v) for k, v in wanted.items())), None)
-        return read_norm(norm.module, size) if norm is not None else None
-
-    ffn_read = by_module[ffn].read
-    ffn_norm = find(written=ffn_read)
-    ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
-    attn_post = find(read=attn_out.written)
-
-    def before(read: torch.Tensor) -> tuple[Norm | Linear, ...]:
-        norm, projection = find(written=read), next((c for c in linear if same(c.written, read)), None)
-        if norm is not None or projection is None:
-            return () if norm is None else (norm,)
-        return (*before(projection.read), Linear(projection.module))
-
-    outside = [c for c in calls if c.module not in of_attention]
-    attn = attn_out.written if attn_post is None else by_module[attn_post.module].written
-    added = (by_module[module].written - by_module[module].read) / multiplier - attn
-    parts, total = find_ffn(where, module, outside, ffn_read, before, added)
-    return Block(
-        module=module,
-        attention=attention,
-        attn_out=attn_out.module,
-        ffn=parts,
-        attn_norm=find(written=by_module[attention].read),
-        ffn_norm=ffn_norm,
-        attn_post=attn_post,
-        ffn_post=find(read=total),
-        parallel=same(ffn_source, by_module[module].read),
-    )

@@ -95,14 +95,17 @@ def matrix(module: nn.Module) -> torch.Tensor:
         return rows
 
 
-def read_norm(module: nn.Module, size: int) -> Norm:
-    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently."""
+def read_norm(module: nn.Module, *shape: int) -> Norm:
+    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently.
+
+    ``shape`` is that of its input: the number of entries, or more where the norm needs more dimensions.
+    """
     import torch
 
     twin = copy.deepcopy(module).float()
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    signs = torch.ones(size, device=device)
-    signs[1::2] = -1
+    signs = torch.ones(shape, device=device)
+    signs[..., 1::2] = -1
     x = signs * _AMPLITUDE
     with torch.inference_mode():
         up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
