@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.activation_cache import ActivationCache, check_decomposition, run_with_cache
-from kdb.ingest.forward.decomposition import ATTENTION, Decomposition, decompose
+from kdb.ingest.forward.attention import ATTENTION
+from kdb.ingest.forward.decomposition import Decomposition, decompose
 from kdb.ingest.models.find import LoadedModel, find_model
 from kdb.ingest.models.load import load_model
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kdb.ingest.attribution.bounds import Best, Distributions, certified_top, distributions
-from kdb.ingest.forward.activation_cache import ActivationCache, head_coefficients, head_vectors
+from kdb.ingest.forward.activation_cache import ActivationCache, expert_vectors, head_coefficients, head_vectors
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.memory import room
 
@@ -66,7 +66,8 @@ class Neurons:
 class QueryScores:
     """Scores, in nats, of the sources that activate a prompt's value neurons.
 
-    Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn`` and ``ffn`` (b, l).
+    Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn`` and ``ffn`` (b, l). In a
+    model with experts, ``neurons`` is −inf where no neuron fires.
     ``total_share`` (b) is the least part of the whole outputs' products with a key that is left when they are added:
     near 0, scores are shares of a total that cancels, so that single ones may be larger than the value neurons' score.
     """
@@ -242,7 +243,56 @@ class Attribution:
         score[real] = self.at.scores(base, vectors[real], every, torch.ones(len(base), device=base.device))
         return layer, head, weights, score
 
+    @cached_property
+    def expert_scores(self) -> torch.Tensor | None:
+        """Log-probability increase of each expert's whole output: (b, l, E); NaN where it was not chosen.
+
+        None if the model has no experts.
+        """
+        import torch
+
+        cache = self.cache
+        if cache.chosen is None:
+            return None
+        out = torch.full(cache.chosen.shape, torch.nan, dtype=torch.float64, device=cache.chosen.device)
+        first = self.n_layers * self.n_prompts
+        for layer, chosen in enumerate(cache.chosen):
+            prompt, expert = chosen.nonzero(as_tuple=True)
+            if len(prompt):
+                vectors = expert_vectors(self.decomposition, cache, layer)[prompt, expert]
+                every = torch.arange(len(prompt), device=prompt.device)
+                base = first + layer * self.n_prompts + prompt
+                out[layer, prompt, expert] = self.at.scores(base, vectors, every, torch.ones_like(vectors[:, 0]))
+        return out.transpose(0, 1)
+
     # Value neurons
+
+    @cached_property
+    def fires(self) -> torch.Tensor | None:
+        """Which FFN slots (b, l, n) have a neuron, and one of a chosen expert; None if all have."""
+        import torch
+
+        layouts = [self.decomposition.ffn_layout(i) for i in range(self.n_layers)]
+        n, device = self.decomposition.n_slots, self.target.device
+        if all(layout.size == n and not layout.starts for layout in layouts):
+            return None
+        slots, out = torch.arange(n), torch.zeros(self.n_prompts, self.n_layers, n, dtype=torch.bool, device=device)
+        for layer, layout in enumerate(layouts):
+            out[:, layer, : layout.size] = True
+            if layout.starts:
+                assert self.cache.chosen is not None
+                expert = torch.from_numpy(layout.experts(slots[: layout.size].numpy())).to(device)
+                out[:, layer, : layout.size] = self.cache.chosen[layer][:, expert]
+        return out
+
+    @cached_property
+    def exists(self) -> torch.Tensor:
+        """Which FFN slots (l · n) have a neuron."""
+        import torch
+
+        sizes = torch.tensor([self.decomposition.ffn_layout(i).size for i in range(self.n_layers)])
+        every: torch.Tensor = torch.arange(self.decomposition.n_slots) < sizes[:, None]
+        return every.flatten().to(self.target.device)
 
     @cached_property
     def ffn_coefficients(self) -> torch.Tensor:
@@ -262,7 +312,7 @@ class Attribution:
         return self.bounds_against(self.at, first=self.n_layers * self.n_prompts)
 
     def bounds_against(self, at: Distributions, first: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals.
+        """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals; −inf where none fires.
 
         ``at`` has one row per prompt or, from ``first`` on, one row per layer and prompt.
         """
@@ -275,7 +325,10 @@ class Attribution:
             columns, factor = self.decomposition.ffn_columns(layer), self._ffn_factor[:, layer]
             upper.append(factor * (at.slope[rows] @ columns.T))
             slack.append(factor.abs() * columns.norm(dim=1) * at.reach[rows, None])
-        return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+        bound = torch.cat(upper, dim=1).double()
+        if self.fires is not None:
+            bound.masked_fill_(~self.fires.flatten(1), -torch.inf)
+        return bound, torch.cat(slack, dim=1).double()
 
     def ffn_columns(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) of FFN neurons given by index into (l · n), and each neuron's column (m)."""
@@ -302,11 +355,15 @@ class Attribution:
 
     def ffn_top(self, k: int) -> Neurons:
         """The k best FFN neurons of each prompt, proved complete."""
+        import torch
+
         n = self._ffn_factor.shape[2]
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
         layer, neuron, exists = best.index // n, best.index % n, best.index >= 0
-        coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
-        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient, best.most)
+        coefficient, most = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0)), best.most
+        if self.fires is not None:  # a neuron of an expert that was not chosen writes 0
+            most = most.masked_fill(~self.fires.flatten(1), 0.0).masked_fill(~self.exists, -torch.inf)
+        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient, most)
 
     def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) for ``key`` = layer · per_layer + column, and the index of each key's column."""
@@ -398,8 +455,10 @@ class Attribution:
         n = self._ffn_factor.shape[2]
         known = (top.layer * n + top.neuron).masked_fill(top.layer < 0, -1)
         best, bounds = self._every("ffn", self._ffn_factor, self.ffn_bounds, top, known, self.ffn_exact)
-        coefficient = self.ffn_coefficients.flatten(1).gather(1, best)
-        return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored, top.most)
+        coefficient, layer = self.ffn_coefficients.flatten(1).gather(1, best), best // n
+        if self.fires is not None:
+            layer = layer.masked_fill(~self.fires.flatten(1).gather(1, best), -1)
+        return Neurons(layer, None, best % n, None, coefficient, *bounds, top.n_scored, top.most)
 
     def attn_every(self, top: Neurons) -> Neurons:
         """Every attention neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
@@ -455,11 +514,13 @@ class Attribution:
         where = (row, known[row, index])
         score[where], lower[where], upper[where] = (x[row, index] for x in (top.score, top.lower, top.upper))
         exact[where] = True
-        wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
+        wide = ~(upper - lower <= WIDEST) & ~exact & (bounds[0] > -torch.inf)
+        wide = wide.nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
         if len(wide[0]):
             (score[wide], error), exact[wide] = score_exactly(*wide), True
             lower[wide], upper[wide] = score[wide] - error, score[wide] + error
-        order = score.argsort(dim=1, descending=True, stable=True)
+        # Those that do not exist come last, so that ranks have no gaps.
+        order = score.where(bounds[0] > -torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order, (score.gather(1, order), lower.gather(1, order), upper.gather(1, order), exact.gather(1, order))
 
     # Query side
@@ -518,11 +579,15 @@ class Attribution:
             columns = self.decomposition.ffn_columns(i)
             used = earlier.any(0).nonzero()[:, 0]
             if not len(used):
-                neurons.append(torch.zeros(self.n_prompts, len(columns), device=share.device))
+                nothing = 0.0 if self.fires is None else -torch.inf
+                neurons.append(torch.full((self.n_prompts, len(columns)), nothing, device=share.device))
                 continue
             fired = cache.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
-            neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
+            scores = torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T))
+            if self.fires is not None:  # the neurons of experts that were not chosen, and slots without a neuron
+                scores = scores.masked_fill((fired == 0).all(1), -torch.inf)
+            neurons.append(scores)
         left = torch.where(values.layer >= 0, total.abs() / size, 1.0).clamp(max=1).amin(1)
         of_neurons, of_attn, of_ffn = (torch.stack(parts, dim=1) for parts in (neurons, attn, ffn))
         return QueryScores(of_neurons, (share * embed).sum(1), of_attn, of_ffn, left)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdb.errors import ModelError
 from kdb.ingest.forward.decomposition import Block, Decomposition
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
@@ -94,7 +96,7 @@ class Changes:
 
 def width(decomposition: Decomposition, component: str) -> int:
     """Number of entries that all parts of one component write in a layer."""
-    heads, neurons = decomposition.attn_columns(0).shape[0], decomposition.ffn_columns(0).shape[0]
+    heads, neurons = decomposition.attn_columns(0).shape[0], decomposition.n_slots
     return {"head": heads, "ffn_neuron": neurons}.get(component, decomposition.hidden_size)
 
 
@@ -110,13 +112,17 @@ def place(block: Block, component: str) -> tuple[nn.Module, bool]:
     """The module at which a component is read and replaced, and whether it is there the module's input."""
     if component == "head":
         return block.attn_out, True
-    if component == "ffn_neuron":
-        return block.ffn_out, True
     if component == "resid":
         return block.module, False
     # A norm behind attention or FFN (Gemma 2 and 3) is part of what is added.
-    post, out = (block.attn_post, block.attn_out) if component == "attn" else (block.ffn_post, block.ffn_out)
-    return (out if post is None else post.module), False
+    post, out = (block.attn_post, block.attn_out) if component == "attn" else (block.ffn_post, block.ffn.total)
+    module = out if post is None else post.module
+    if module is None:
+        raise ModelError("The FFN of this model is a sum that no module computes, so that it cannot be replaced.")
+    return module, False
+
+
+Touch = Callable[[str, int, "torch.Tensor"], "torch.Tensor | None"]
 
 
 @contextlib.contextmanager
@@ -124,19 +130,45 @@ def touched(
     decomposition: Decomposition,
     components: Sequence[str],
     shape: tuple[int, int],
-    touch: Callable[[str, int, torch.Tensor], torch.Tensor | None],
+    touch: Touch,
     layers: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Call ``touch(component, layer, states)`` with the states (row, position, width) of each component in a pass.
 
     ``shape`` is the shape (row, position) of the input. What ``touch`` returns, if not None, takes the states' place.
+    A layer's FFN neurons may come in several calls, one for each projection, with zeros for the others.
     """
     with contextlib.ExitStack() as hooks:
         for layer in range(len(decomposition.blocks)) if layers is None else layers:
             for component in components:
-                module, is_input = place(decomposition.blocks[layer], component)
-                hooks.enter_context(_touching(module, is_input, component, layer, shape, touch))
+                if component == "ffn_neuron":
+                    for watched in _touching_neurons(decomposition, layer, shape, touch):
+                        hooks.enter_context(watched)
+                else:
+                    module, is_input = place(decomposition.blocks[layer], component)
+                    hooks.enter_context(_touching(module, is_input, component, layer, shape, touch))
         yield
+
+
+def _touching_neurons(decomposition: Decomposition, layer: int, shape: tuple[int, int], touch: Touch) -> Iterator[Any]:
+    """Hooks on the sources of a layer's FFN."""
+    n, start = decomposition.n_slots, 0
+    for source in decomposition.blocks[layer].ffn.sources:
+        watch = functools.partial(_changed_slots, layer, start, n, shape, touch)
+        yield source.part.watched(watch)
+        start += source.part.size
+
+
+def _changed_slots(
+    layer: int, start: int, n_slots: int, shape: tuple[int, int], touch: Touch, fired: torch.Tensor
+) -> torch.Tensor | None:
+    """Let ``touch`` see the coefficients (token, neuron) of a source among all slots, and return those that it sets."""
+    import torch
+
+    size = fired.shape[-1]
+    every = fired if size == n_slots else torch.nn.functional.pad(fired, (start, n_slots - start - size))
+    new = touch("ffn_neuron", layer, every.reshape(*shape, n_slots))
+    return None if new is None else new.reshape(-1, n_slots)[:, start : start + size]
 
 
 def _touching(module: nn.Module, is_input: bool, component: str, layer: int, shape: tuple[int, int], touch: Any) -> Any:
@@ -167,16 +199,17 @@ def recorded(
     """
     import torch
 
-    found: list[dict[str, list[torch.Tensor]]] = [{c: [] for c in components} for _ in token_ids]
+    n_layers = len(decomposition.blocks)
+    found: list[dict[str, list[Any]]] = [{c: [0.0] * n_layers for c in components} for _ in token_ids]
     device = decomposition.loaded.device
     most = tokens_at_once(decomposition.loaded)
     for rows in same_length(token_ids, most):
         ids = torch.tensor([token_ids[i] for i in rows], device=device)
 
-        def keep(component: str, _layer: int, states: torch.Tensor, rows: list[int] = rows) -> None:
+        def keep(component: str, layer: int, states: torch.Tensor, rows: list[int] = rows) -> None:
             values = states.float().cpu()
             for row, i in enumerate(rows):
-                found[i][component].append(values[row, list(positions[i])])
+                found[i][component][layer] = found[i][component][layer] + values[row, list(positions[i])]
 
         forget_longest(decomposition.loaded)
         with torch.inference_mode(), touched(decomposition, components, (ids.shape[0], ids.shape[1]), keep):

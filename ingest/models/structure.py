@@ -104,7 +104,7 @@ def find_structure(model: Any) -> ModelStructure:
     softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     last_state, after = _norms(model, blocks[-1], unembed, seen)
     return ModelStructure(
-        decoder=model.base_model,
+        decoder=model.get_decoder() if model.base_model is model else model.base_model,  # Llama 4
         blocks=blocks,
         ffns=tuple(ffn if seen.reads_state(ffn) else None for ffn in ffns),
         final_norm=_chained(last_state, after),
