@@ -251,5 +251,5 @@ def every_part(decomposition: Decomposition, component: str) -> list[Part]:
     """All parts of a component but FFN neurons, of which there are too many to replace each."""
     layers = range(len(decomposition.blocks))
     if component == "head":
-        return [Part("head", layer, head) for layer in layers for head in range(decomposition.n_heads)]
-    return [Part(component, layer) for layer in layers]
+        return [Part("head", layer, head) for layer in layers for head in range(decomposition.heads_in(layer))]
+    return [Part(component, i) for i in layers if component == "resid" or decomposition.blocks[i].has(component)]

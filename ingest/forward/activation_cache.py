@@ -91,7 +91,7 @@ class ActivationCache:
 def bytes_per_token(decomposition: Decomposition) -> int:
     """Largest number of bytes for one token of a prompt: its cache, and the bounds of its attention neurons."""
     n_neurons = decomposition.n_slots
-    n_values = decomposition.attn_columns(0).shape[0]
+    n_values = decomposition.n_heads * decomposition.head_size
     recorded = 4 * (n_neurons + 4 * decomposition.hidden_size + n_values + 8)
     bounds = 6 * 8 * n_values
     return len(decomposition.blocks) * (recorded + bounds)
