@@ -99,8 +99,11 @@ def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
 
 def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
     """Rank by p(w|x+v) − p(w|x) = p(w|x) · expm1(score), so bounds of the score give bounds of it."""
+    import torch
+
     n = a.ffn_coefficients.shape[2]
-    before = a.at.log_p[a.n_layers * a.n_prompts :].view(a.n_layers, a.n_prompts).T.double().exp()
+    of_ffn = slice(a.n_layers * a.n_prompts, 2 * a.n_layers * a.n_prompts)
+    before = a.at.log_p[of_ffn].view(a.n_layers, a.n_prompts).T.double().exp()
     before = before.repeat_interleave(n, dim=1)
     upper, slack = a.ffn_bounds
 

@@ -152,8 +152,8 @@ def _check_rules(decomposition: Decomposition) -> None:
     if any(lacks.values()):
         what = next(name for name, is_so in lacks.items() if is_so)
         raise ModelError(
-            f"{decomposition.loaded.source.name}: this model has {what}, which RelP has no rule for. Use --method atp or "
-            "exact."
+            f"{decomposition.loaded.source.name}: this model has {what}, which RelP has no rule for. Use --method atp "
+            "or exact."
         )
 
 
@@ -163,7 +163,7 @@ def _dense(decomposition: Decomposition, block: Block) -> Dense:
         lacks = "a dense FFN" if dense is None else "the activation function of the FFN as a module"
         raise ModelError(
             f"{decomposition.loaded.source.name}: RelP needs {lacks}, and this model has none. Use --method atp or "
-            "exact."
+            "or exact."
         )
     return dense
 
