@@ -400,6 +400,8 @@ class Attribution:
 
     def ffn_top(self, k: int) -> Neurons:
         """The k best FFN neurons of each prompt, proved complete."""
+        import torch
+
         n = self._ffn_factor.shape[2]
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
         layer, neuron, exists = best.index // n, best.index % n, best.index >= 0

@@ -8,6 +8,7 @@ behind the whole FFN: the routing weight, the gate of a shared expert, a constan
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -378,7 +379,17 @@ def find_key(
         for module, rows, piece in pieces:
             if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
                 return module, rows, call.module, True
+    for (_gate, _rows, gate), (module, rows, piece) in itertools.permutations(pieces, 2):
+        if any(torch.allclose(f(gate) * piece, coefficient, rtol=1e-2, atol=1e-5) for f in _functions()):
+            return module, rows, None, True
     raise ModelError(f"{where} has an FFN whose neurons are not an activation times a linear map of its input.")
+
+
+def _functions() -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+    """Activation functions that a model may compute without a module."""
+    import torch.nn.functional as f
+
+    return f.silu, f.gelu, functools.partial(f.gelu, approximate="tanh"), f.relu, f.sigmoid
 
 
 def _is_function(module: nn.Module) -> bool:
