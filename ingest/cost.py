@@ -89,16 +89,14 @@ def attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str)
     m, wanted = job.measuring, job.attributing
     row = model_row(job.source, config, m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
+    n_heads, n_neurons = row["n_heads"] or 0, (row["intermediate_size"] or 0) * (row["n_experts"] or 1)
     trials = 2 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
     lens = 1 + 2 * layers
     candidates = layers + 2 * FIRST  # the distributions of about half of the residuals, and a score of each
-    readouts = (
-        6 * layers + lens + layers * n_heads + 2 * wanted.top_k + candidates + _RANKED * bool(wanted.ablate_k)
-    )
+    readouts = 6 * layers + lens + layers * n_heads + 2 * wanted.top_k + candidates + _RANKED * bool(wanted.ablate_k)
     passes, patches = (_EFFECT_PASSES, BEST_HEADS) if wanted.effects else (0, 0)
     if wanted.ablate_k:  # each method's neurons at their mean: what they write, the untouched prompt, and a patch each
         passes, patches = passes + 2, patches + len(METHODS)
-    n_heads, n_neurons = row["n_heads"] or 0, (row["intermediate_size"] or 0) * (row["n_experts"] or 1)
     entries = n_heads * (row["value_head_dim"] or 0)
     every = layers * (len(lengths) * n_neurons + sum(lengths) * entries)
     stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)

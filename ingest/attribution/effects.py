@@ -165,7 +165,7 @@ def effect_rows(
     ``parts`` are the parts of each component of ``wanted``. A prompt has no row for a replacement that it lacks: a mean
     or a resample if it is the only one of its category, a pair, a subject.
     """
-    cases = list(_cases(category, indices, wanted))
+    cases = list(_cases(category, indices, wanted)) if wanted.components else []
     rows = [
         row
         for method in wanted.methods

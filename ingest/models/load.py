@@ -240,7 +240,10 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
 
 def _check_experts(source: ModelSource, text: Any) -> None:
     """Raise ModelError for a config whose router chooses more experts than there are."""
-    counts, chosen = (next(((name, getattr(text, name)) for name in names if isinstance(getattr(text, name, None), int)), None) for names in (N_EXPERTS, TOP_K))
+    counts, chosen = (
+        next(((name, getattr(text, name)) for name in names if isinstance(getattr(text, name, None), int)), None)
+        for names in (N_EXPERTS, TOP_K)
+    )
     if counts and chosen and 0 < counts[1] < chosen[1]:
         raise ModelError(
             f"The config of {source.name} has {chosen[0]} = {chosen[1]}, and only {counts[1]} experts ({counts[0]})."
@@ -275,9 +278,7 @@ def skeleton(config: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        return _class_for(config).from_config(
-            config, trust_remote_code=False, attn_implementation=_attention(config)
-        )
+        return _class_for(config).from_config(config, trust_remote_code=False, attn_implementation=_attention(config))
 
 
 @contextlib.contextmanager
@@ -307,6 +308,7 @@ def _quieten() -> None:
 _OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options with which transformers downloads nothing and runs no code from a model's folder."""
 
+
 def _attention(config: Any) -> str:
     """Attention of a model, whatever its config names: SDPA if its class has it, otherwise eager.
 
@@ -315,5 +317,6 @@ def _attention(config: Any) -> str:
     own = _class_for(config)._model_mapping[type(config)]
     classes = own if isinstance(own, tuple) else (own,)
     return "sdpa" if all(one._supports_sdpa for one in classes) else "eager"
+
 
 _TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
