@@ -22,12 +22,15 @@ CANNOT_BE_BUILT: dict[str, str] = {}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
     "reformer": {"is_decoder": True},
@@ -55,7 +58,10 @@ _SIZES: Sequence[tuple[str, int]] = (
     (r"n_group|num_expert_group|n_groups|mamba_n_?groups", 2),
     (r"topk_group", 1),
     (r".*max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|.*rel_extent", 256),
-    (r".*sliding_window(_size)?|attention_window_size|window_size|local_attention.*|(attention|mamba)?_?chunk_size", 16),
+    (
+        r".*sliding_window(_size)?|attention_window_size|window_size|local_attention.*|(attention|mamba)?_?chunk_size",
+        16,
+    ),
     (r"keep_window_size|index_topk|floor_scale", 16),
     (r".*vocab_size.*|.*vocab|num_embeddings", 0),  # see below
     (r"(ssm_|mamba_d_)?state(_size)?|time_step_rank|mamba_dt_rank", 8),
@@ -63,7 +69,10 @@ _SIZES: Sequence[tuple[str, int]] = (
     (r".*patch_size", 14),
     (r"num_nextn_predict_layers|mtp_.*_layers|num_kv_shared_layers", 0),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r".*period|.*interval|.*_sliding_window_pattern|sliding_window_pattern|layer_group_size|full_attention_interval", 2),
+    (
+        r".*period|.*interval|.*_sliding_window_pattern|sliding_window_pattern|layer_group_size|full_attention_interval",
+        2,
+    ),
     (r".*_offset", 1),
     (r".*layers|n_layer|num_blocks|depth|.*layers_per_stack|max_window_layers", LAYERS),
 )
