@@ -7,6 +7,7 @@ settings are tied to each other in its own way has a line in ``OVERRIDES``; a ty
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,26 +17,56 @@ LAYERS, HIDDEN, HEADS, EXPERTS = 4, 32, 4, 4
 PLACEHOLDERS = 24
 """Tokens that stand for images, sounds and the like, which no text contains."""
 
-CANNOT_BE_BUILT: dict[str, str] = {}
+CANNOT_BE_BUILT = {
+    "gemma3n": "its vision tower is a timm model, which transformers builds only with timm and Pillow",
+    "gemma4_assistant": "a drafter: it reads the states of another model, and cannot run alone",
+    "gemma4_unified_assistant": "a drafter: it reads the states of another model, and cannot run alone",
+    "musicgen": "its decoder is listed under the config of the whole, from which transformers does not build it",
+    "musicgen_melody": "its decoder is listed under the config of the whole, from which transformers does not build it",
+}
 """Types that are skipped, with the reason."""
 
+_MIXED = ["linear_attention", "full_attention"] * 2
+_SPARSE_ATTENTION = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blenderbot": {"encoder_layers": LAYERS},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots3_note": {"text_config": {"head_dim": 20}, "vision_config": {"adapter_input_size": HIDDEN}},
+    "dots3_note_text": {"head_dim": 20},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "full_attn_idxs": [1, 3]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": _MIXED},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": [1, 3]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"head_dim": 16},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 4,
-    },
-    "reformer": {"is_decoder": True},
+    "qwen4_exp": {"text_config": _SPARSE_ATTENTION},
+    "qwen4_exp_text": _SPARSE_ATTENTION,
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
 }
 """Settings of a type beyond the general rule; those of a part of its config are in a dictionary under its name."""
 
@@ -127,15 +158,13 @@ def _shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
     places = _chosen_layers(settings)
     found, used = {}, 0
     for name, value in settings.items():
-        if name == "per_layer_config":
-            found[name] = _layer_settings(settings, places)
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             found[name] = _shrunk(value) if all(isinstance(key, str) for key in value) else value
         elif re.fullmatch(r".*(token_id|token_index)", name):
             found[name] = _token(name, value, used)
             used += 1
         elif isinstance(value, list):
-            found[name] = _short(name, value, places)
+            found[name] = _short(name, value, places if len(value) == _n_layers(settings) else ())
         else:
             found[name] = _small(name, value)
     if settings.get("head_dim", 0) is None:
@@ -144,14 +173,16 @@ def _shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
         found["num_key_value_heads"] = HEADS // 2
     if settings.get("kv_lora_rank"):  # latent attention has no groups
         found["num_key_value_heads"] = HEADS
+    if settings.get("per_layer_config"):
+        found["per_layer_config"] = _layer_settings(settings, found, places)
     return found
 
 
-def _layer_settings(settings: Mapping[str, Any], places: Sequence[int]) -> dict[int, Any]:
+def _layer_settings(settings: Mapping[str, Any], small: Mapping[str, Any], places: Sequence[int]) -> dict[int, Any]:
     """Settings of single layers, in the proportion that they have to those of the model."""
-    given = {int(layer): changes for layer, changes in (settings["per_layer_config"] or {}).items()}
+    given = {int(layer): changes for layer, changes in settings["per_layer_config"].items()}
     return {
-        i: {name: _small(name, settings[name]) * value // settings[name] for name, value in given[layer].items()}
+        i: {name: small[name] * value // settings[name] for name, value in given[layer].items()}
         for i, layer in enumerate(places)
         if layer in given
     }
@@ -188,7 +219,7 @@ def _chosen_layers(settings: Mapping[str, Any]) -> list[int]:
 def _short(name: str, value: list[Any], places: Sequence[int]) -> list[Any]:
     if _PLACES.fullmatch(name) and all(isinstance(x, int) for x in value):
         return [x for x in value if x < LAYERS] or ([1] if value else [])
-    if len(value) > LAYERS and places and len(value) > places[-1]:
+    if places:
         return [_small(name, value[i]) for i in places]
     if name == "mrope_section":
         return [2, 1, 1]
@@ -217,9 +248,19 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def is_encoder_decoder(kind: str) -> bool:
+    """Whether models of this type have an encoder."""
+    from transformers import CONFIG_MAPPING
+
+    return bool(getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False))
+
+
 def save_model(kind: str, folder: Path) -> Any:
     """Save a tiny model with a tokenizer as a user has it; return the model."""
     model = tiny_model(kind)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    if is_encoder_decoder(kind):  # the decoder alone says that it is none
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"is_encoder_decoder": True}))
     return model
