@@ -211,7 +211,7 @@ def facts(plain: Any, tokens: Callable[[str], list[int]]) -> list[tuple[str, str
 
 
 def _verdict(dtype: str, differences: dict[str, float], missing: Sequence[str] = ()) -> Run:
-    kinds = {name: "state" if name == "states" else "score" for name in differences}
+    kinds = {name: "state" if name in ("states", "coefficients") else "score" for name in differences}
     wrong = [name for name, value in differences.items() if not value <= ALLOWED[dtype][kinds[name]]]
     listed = ", ".join(f"{name} differ by {differences[name]:.1e}" for name in wrong)
     message = "; ".join(filter(None, (listed, *(f"not compared: {why}" for why in missing))))
@@ -265,7 +265,7 @@ def compare_knowledge(
             scores = Scores(Plain(plain, ids), parts, target)
         except NoReferenceError as error:
             return _verdict(dtype, {}, [str(error)])
-        for name, compare in (("layers", _layers), ("heads", _heads), ("neurons", _neurons)):
+        for name, compare in COMPARED.items():
             try:
                 for off in compare(stored, scores, prompt):
                     differences[name] = max(differences.get(name, 0.0), off)
@@ -273,6 +273,15 @@ def compare_knowledge(
                 if str(error) not in missing:
                     missing.append(str(error))
     return _verdict(dtype, differences, missing)
+
+
+COMPARED = {
+    "layers": lambda *of: _layers(*of),
+    "heads": lambda *of: _heads(*of),
+    "neurons": lambda *of: _neurons(*of),
+    "coefficients": lambda *of: _coefficients(*of),
+}
+"""What is compared, by its name in the table."""
 
 
 def _layers(stored: Any, scores: Any, prompt: int) -> Iterator[float]:
@@ -295,20 +304,39 @@ def _neurons(stored: Any, scores: Any, prompt: int) -> Iterator[float]:
     import torch
 
     query = (
-        "SELECT layer, component, list(coalesce(head, 0)), list(neuron), list(coefficient), list(score) "
-        f"FROM neuron_scores WHERE prompt_id = {prompt} GROUP BY layer, component"
+        "SELECT layer, component, expert, list(coalesce(head, 0)), list(neuron), list(coefficient), list(score) "
+        f"FROM neuron_scores WHERE prompt_id = {prompt} GROUP BY layer, component, expert"
     )
     n_heads = dict(
         stored.sql(f"SELECT layer, count(*) FROM head_scores WHERE prompt_id = {prompt} GROUP BY layer").rows()
     )
-    for layer, component, heads, neurons, coefficients, found in stored.sql(query).rows():
-        of = scores.projection(layer, component)
+    for layer, component, expert, heads, neurons, coefficients, found in stored.sql(query).rows():
+        of = scores.linear(layer, component, expert)
         size = len(of.entries) // n_heads[layer] if component == "attn" else 0
         entries = torch.tensor(neurons) + size * torch.tensor(heads)
-        expected = scores.neurons(layer, component, entries, torch.tensor(coefficients))
+        given = torch.tensor(coefficients).double()
+        expected = scores.neurons(layer, component, of.columns[entries], given)
         yield float((expected - torch.tensor(found).double()).abs().max())
-        if component == "ffn":
-            yield float((of.entries[entries] - torch.tensor(coefficients).double()).abs().max())
+
+
+def _coefficients(stored: Any, scores: Any, prompt: int) -> Iterator[float]:
+    """Relative differences of the coefficients of FFN neurons from what the projection reads."""
+    import torch
+
+    query = (
+        "SELECT layer, expert, list(neuron), list(coefficient) FROM neuron_scores "
+        f"WHERE component = 'ffn' AND prompt_id = {prompt} GROUP BY layer, expert"
+    )
+    for layer, expert, neurons, found in stored.sql(query).rows():
+        entries = scores.linear(layer, "ffn", expert).entries
+        yield float((entries[torch.tensor(neurons)] - torch.tensor(found).double()).abs().max() / entries.abs().max())
+
+
+def _experts(stored: Any, scores: Any, prompt: int) -> Iterator[float]:
+    """Differences of the scores of whole experts."""
+    query = f"SELECT layer, expert, score FROM expert_scores WHERE prompt_id = {prompt}"
+    for layer, expert, score in stored.sql(query).rows():
+        yield abs(score - scores.expert(layer, expert))
 
 
 # All types -------------------------------------------------------------------------------------------------------

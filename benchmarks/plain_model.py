@@ -11,8 +11,8 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,27 +26,37 @@ class NoReferenceError(Exception):
     """A part of the model of which no reference can be computed; the message says which."""
 
 
+class WrongRowError(Exception):
+    """A stored row of something that the model does not have or use."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its input and output, each (token, entry), in the model's dtype."""
+    """One call of a module: its input and output, each (token, entry), in the model's dtype.
+
+    ``routed``: what a module of experts is given (states, experts chosen for each token, and their weights).
+    """
 
     name: str
     module: nn.Module
     read: torch.Tensor | None
     written: torch.Tensor | None
+    routed: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class Part:
     """A contribution to the residual: ``factor`` × what the module ``name`` writes; ``base`` are the parts before it.
 
-    ``component`` is attn, ffn or mixer.
+    ``component`` is attn, ffn or mixer; ``beside`` is another module whose output is part of the same sum, such as that
+    of a shared expert.
     """
 
     name: str
     component: str
     factor: float
     base: tuple[str, ...]
+    beside: Part | None = None
 
 
 class Plain:
@@ -65,11 +75,13 @@ class Plain:
 
     def _note(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         read = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        self.calls.append(Call(name, module, self._states(read), self._states(output)))
+        given = [x.detach().clone() if isinstance(x, torch.Tensor) else None for x in (*args, *kwargs.values())]
+        routed = tuple(given) if len(given) == 3 and hasattr(module, "down_proj") else ()
+        self.calls.append(Call(name, module, self._states(read), self._states(output), routed))
 
     def _states(self, x: Any) -> torch.Tensor | None:
         """Return a copy of states as (token, entry); None for what is no tensor of this prompt's tokens."""
-        first = x[0] if isinstance(x, tuple) and x else x
+        first = x[0] if isinstance(x, tuple | list) and x else x
         if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.numel() % self.n_tokens:
             return None
         return first.detach().reshape(self.n_tokens, -1).clone()
@@ -99,8 +111,12 @@ class Plain:
         written = [self.call(name).written for name in names]
         if self.hidden is None or len(self.hidden) != len(names) + 1:
             return all(w is not None and w.shape == written[0].shape for w in written)
-        expected = [self._states(x) for x in self.hidden[1:-1]]
-        return all(w is not None and w.shape == e.shape and same(w, e) for w, e in zip(written, expected, strict=False))
+        states = [self._states(x) for x in self.hidden]
+        # Before the last block, as most models give them, or after every block, as Mamba does.
+        return any(
+            all(w is not None and e is not None and same(w, e) for w, e in zip(written, expected, strict=False))
+            for expected in (states[1:-1], states[:-1])
+        )
 
     @property
     def states(self) -> torch.Tensor:
@@ -111,6 +127,12 @@ class Plain:
 def same(a: torch.Tensor, b: torch.Tensor, rtol: float = _SAME) -> bool:
     """Whether two tensors are equal but for rounding."""
     return a.shape == b.shape and bool((a.double() - b.double()).norm() <= rtol * b.double().norm())
+
+
+def _parallel(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether one tensor is the other but for a factor, and rounding of half precision."""
+    a, b = a.double().flatten(), b.double().flatten()
+    return bool(torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999)
 
 
 def is_causal(model: Any, token_ids: Sequence[int]) -> bool:
@@ -144,7 +166,7 @@ def _parts(plain: Plain, block: str) -> list[Part]:
         for some in itertools.combinations(outputs, size):
             factors = _factors(y - x, [call.written.double() for call in some])
             if factors is not None:
-                return _ordered(x, within, some, factors)
+                return _ordered(plain, x, within, some, factors)
     raise NoReferenceError(f"{block} adds to its residual in another way")
 
 
@@ -158,29 +180,48 @@ def _factors(added: torch.Tensor, written: Sequence[torch.Tensor]) -> list[float
     return [round(float(f), 6) for f in found] if close else None
 
 
-def _ordered(x: torch.Tensor, within: Sequence[Call], some: Sequence[Call], factors: Sequence[float]) -> list[Part]:
+def _ordered(
+    plain: Plain, x: torch.Tensor, within: Sequence[Call], some: Sequence[Call], factors: Sequence[float]
+) -> list[Part]:
     parts: list[Part] = []
     reads = [c.read.double() for c in within if c.read is not None and c.read.shape == x.shape]
     so_far = x
     for call, factor in zip(some, factors, strict=True):
         serial = bool(parts) and any(same(read, so_far) for read in reads)
-        base = tuple(part.name for part in parts) if serial else ()
-        parts.append(Part(call.name, _component(call.name, last=call is some[-1]), factor, base))
+        base = tuple(part.name for part in parts) if serial else parts[-1].base if len(parts) > 1 else ()
+        part = Part(call.name, _component(plain, within, call, last=call is some[-1]), factor, base)
+        if parts and parts[-1].component == part.component and not serial:
+            parts[-1] = replace(parts[-1], beside=part)
+        else:
+            parts.append(part)
         so_far = so_far + factor * call.written.double()
     return parts
 
 
-def _component(name: str, *, last: bool) -> str:
-    tail = ".".join(name.split(".")[-3:]).lower()
-    if any(word in tail for word in ("mamba", "mixer", "linear_attn", "conv", "recurrent", "temporal", "ssm", "xlstm")):
-        return "mixer"
-    if any(
-        word in tail for word in ("mlp", "ffn", "feed_forward", "feedforward", "ff", "moe", "expert", "fc", "dense_4h")
-    ):
-        return "ffn"
-    if "attn" in tail or "attention" in tail or not last:
-        return "attn"
-    return "ffn"
+_MIXERS = ("mamba", "mixer", "linearattn", "linearattention", "conv", "recurrent", "ssm", "delta", "lightning", "lstm")
+_FFNS = ("mlp", "ffn", "feedforward", "moe", "expert", "fc2", "fcout", "dense4h")
+
+
+def _component(plain: Plain, within: Sequence[Call], call: Call, *, last: bool) -> str:
+    """Tell what a module is part of, by the names of the modules around it and of their classes."""
+    if "norm" in type(call.module).__name__.lower() and call.read is not None:
+        before = [c for c in within if c.written is not None and c is not call and same(c.written, call.read)]
+        call = before[-1] if before else call
+    block = max((name for name in plain.blocks if call.name.startswith(f"{name}.")), key=len)
+    path = call.name.removeprefix(f"{block}.").split(".")
+    model = type(plain.model.config.get_text_config()).__name__.replace("TextConfig", "").replace("Config", "")
+    owners = [plain.model.get_submodule(".".join([block, *path[:n]])) for n in range(1, len(path) + 1)]
+    classes = [type(owner).__name__.replace(model, "").lower() for owner in owners]
+    # Nemotron-H calls all its parts mixer, so only a class of that name is one.
+    for words in (classes, [name.replace("_", "") for name in path if name != "mixer"]):
+        for word in words:
+            if any(name in word for name in _MIXERS):
+                return "mixer"
+            if "attn" in word or "attention" in word:
+                return "attn"
+            if any(name in word for name in _FFNS):
+                return "ffn"
+    return "ffn" if last else "attn"
 
 
 # Readout ---------------------------------------------------------------------------------------------------------
@@ -238,21 +279,24 @@ class Readout:
         for call in plain.calls:
             if call.read is not None and call.written is not None and not call.name.startswith(inside):
                 if same(call.read, end) and call.name not in plain.blocks and call.written.shape == end.shape:
-                    if same(call.written[-len(fed) :], fed, 0.05):
+                    if _parallel(call.written[-len(fed) :], fed):
                         return call.module
         raise NoReferenceError("no norm is between the last block and the unembedding")
 
     def _scale_and_cap(self, plain: Plain, end: torch.Tensor) -> None:
         """Find the factor of the logits, and their soft cap."""
         z = self.rows @ self.norm(end) + self.constant
-        caps = {k: v for k, v in vars(plain.model.config.get_text_config()).items() if "cap" in k and v}
-        for cap in (None, *(v for v in caps.values() if isinstance(v, int | float))):
+        settings = plain.model.config.get_text_config().to_dict()
+        caps = [v for k, v in settings.items() if "cap" in k and isinstance(v, int | float) and v > 0]
+        fits = []
+        for cap in (None, *caps):
             own = plain.logits if cap is None else cap * (plain.logits / cap).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
             factor = float((own @ z) / (z @ z))
-            if (own - factor * z).norm() <= 5e-2 * own.norm():
-                self.factor, self.cap, self.real = factor, cap, factor * z
-                return
-        raise NoReferenceError("the logits are no multiple of the unembedding's output")
+            fits.append((float((own - factor * z).norm() / own.norm()), factor, cap))
+        off, self.factor, self.cap = min(fits, key=lambda fit: fit[0])
+        self.real = self.factor * z
+        if not off <= 5e-2:
+            raise NoReferenceError("the logits are no multiple of the unembedding's output")
 
     def log_p(self, x: torch.Tensor, target: int) -> torch.Tensor:
         """Log-probability of the target at residuals (…, hidden)."""
@@ -267,10 +311,14 @@ class Readout:
 
 @dataclass(frozen=True)
 class Projection:
-    """The linear map that writes a part: its input (entry) at the last position, and what each entry contributes."""
+    """The linear map that writes a part: its input (entry) at the last position, and what each entry contributes.
+
+    ``bias`` (hidden) is what it contributes without any input.
+    """
 
     entries: torch.Tensor
     columns: torch.Tensor
+    bias: torch.Tensor
 
 
 class Scores:
@@ -288,7 +336,8 @@ class Scores:
         return found[0]
 
     def _vector(self, part: Part) -> torch.Tensor:
-        return part.factor * self.plain.call(part.name).written[-1].double()
+        own: torch.Tensor = part.factor * self.plain.call(part.name).written[-1].double()
+        return own if part.beside is None else own + self._vector(part.beside)
 
     def base(self, layer: int, part: Part) -> torch.Tensor:
         """Residual (hidden) to which a part is added, at the last position."""
@@ -310,18 +359,28 @@ class Scores:
     def projection(self, layer: int, component: str) -> Projection:
         """Find the linear map whose output, perhaps through a norm, is a part."""
         part = self.part(layer, component)
-        whole = self.plain.call(part.name)
-        within = [c for c in self.plain.calls if c.name.startswith(f"{self.plain.blocks[layer]}.")]
-        linear = [c for c in within if _matrix(c.module) is not None and c.read is not None and c.written is not None]
-        norm, written = None, whole.written
-        if not any(same(c.written, written, 1e-3) for c in linear) and whole.read is not None:
-            norm, written = FrozenNorm(whole.module, whole.read[-1].double()), whole.read
-        found = [c for c in linear if same(c.written, written, 1e-3)]
+        written, through = self._before_norm(layer, part)
+        found = [c for c in self._within(layer) if _is_linear(c) and same(c.written, written, 1e-3)]
         if not found:
             raise NoReferenceError(f"layer {layer} has no linear map that writes {component}")
-        columns = _matrix(found[-1].module).double()
-        columns = columns if norm is None else norm(columns, bias=False)
-        return Projection(found[-1].read[-1].double(), columns * part.factor)
+        return _projection(found[-1], lambda x: through(x) * part.factor)
+
+    def _within(self, layer: int) -> list[Call]:
+        return [c for c in self.plain.calls if c.name.startswith(f"{self.plain.blocks[layer]}.")]
+
+    def _before_norm(self, layer: int, part: Part) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+        """Return what a part is before a norm after it, (token, hidden), and the norm with its scale frozen."""
+        whole = self.plain.call(part.name)
+        inner = [c for c in self._within(layer) if c.name.startswith(f"{part.name}.") or _is_linear(c)]
+        if (
+            whole.read is None
+            or whole.read.shape != whole.written.shape
+            or "norm" not in part.name.lower()
+            or any(same(c.written, whole.written, 1e-3) for c in inner if c.written is not None and c is not whole)
+        ):
+            return whole.written, lambda x: x
+        norm = FrozenNorm(whole.module, whole.read[-1].double())
+        return whole.read, functools.partial(norm, bias=False)
 
     def heads(self, layer: int, n_heads: int) -> torch.Tensor:
         """Scores (head) of a layer's heads."""
@@ -329,10 +388,117 @@ class Scores:
         per_head = (of.entries[:, None] * of.columns).unflatten(0, (n_heads, -1)).sum(1)
         return self.of(layer, self.part(layer, "attn"), per_head)
 
-    def neurons(self, layer: int, component: str, entries: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """Scores (n) of entries (n) of the projection's input, with these coefficients (n)."""
-        vectors = self.projection(layer, component).columns[entries] * coefficients.double()[:, None]
-        return self.of(layer, self.part(layer, component), vectors)
+    @functools.cache  # noqa: B019  (as long as the prompt)
+    def experts(self, layer: int) -> dict[int, Projection]:
+        """Projections of the experts that the last token uses, by number; shared ones follow the routed ones."""
+        part = self.part(layer, "ffn")
+        routed = next((c for c in self._within(layer) if c.routed), None)
+        if routed is None:
+            raise NoReferenceError(f"layer {layer} has experts of another form")
+        written, through = self._before_norm(layer, part)
+        if part.beside is None:
+            factor, shared = self._shared(layer, written[-1].double(), routed)
+        else:
+            factor = 1.0
+            shared = [(self.plain.call(part.beside.name), part.beside.factor / part.factor)]
+        found = _routed(routed, lambda x: through(x * factor) * part.factor)
+        first = max(routed.module.down_proj.shape[0], 0)
+        for i, (call, share) in enumerate(shared):
+            found[first + i] = _projection(call, lambda x: through(x) * part.factor, share)
+        return found
+
+    def _shared(self, layer: int, written: torch.Tensor, routed: Call) -> tuple[float, list[tuple[Call, float]]]:
+        """Find the factor of the routed experts in the FFN's output, and the shared experts with theirs."""
+        own = routed.written[-1].double()
+        linear = [c for c in self._within(layer) if _is_linear(c) and c.written.shape[-1] == len(written)]
+        for some in [[], *([c] for c in linear)]:
+            columns = torch.stack([own, *(c.written[-1].double() for c in some)], dim=1)
+            factors = torch.linalg.lstsq(columns, written[:, None]).solution[:, 0]
+            if (columns @ factors - written).norm() <= 1e-3 * columns.norm() and factors.abs().min() > 1e-6:
+                return float(factors[0]), [(c, float(f)) for c, f in zip(some, factors[1:], strict=True)]
+        raise NoReferenceError(f"the FFN of layer {layer} is no sum of routed and shared experts")
+
+    def expert(self, layer: int, number: int) -> float:
+        """Score of an expert's output."""
+        of = self._expert(layer, number)
+        vector = of.entries @ of.columns + of.bias
+        return float(self.of(layer, self.part(layer, "ffn"), vector))
+
+    def _expert(self, layer: int, number: int) -> Projection:
+        experts = self.experts(layer)
+        if number not in experts:
+            raise WrongRowError(f"layer {layer} does not use expert {number}")
+        return experts[number]
+
+    def linear(self, layer: int, component: str, expert: int | None) -> Projection:
+        """Return the projection that a neuron is an input of."""
+        return self.projection(layer, component) if expert is None else self._expert(layer, expert)
+
+    def neurons(self, layer: int, component: str, columns: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """Scores (n) of columns (n, hidden) of a component's projection, with these coefficients (n)."""
+        return self.of(layer, self.part(layer, component), columns * coefficients.double()[:, None])
+
+
+def _is_linear(call: Call) -> bool:
+    """Whether a call is one of a linear map."""
+    return _matrix(call.module) is not None and call.read is not None and call.written is not None
+
+
+def _projection(call: Call, through: Callable[..., torch.Tensor], share: float = 1.0) -> Projection:
+    """Read a linear map; ``through`` takes its output to the residual, ``share`` is a factor of its input."""
+    matrix = _matrix(call.module)
+    assert matrix is not None and call.read is not None
+    bias = getattr(call.module, "bias", None)
+    bias = torch.zeros(matrix.shape[1]) if bias is None else bias.detach()
+    return Projection(call.read[-1].double() * share, through(matrix.double()), through(bias.double() * share))
+
+
+def _routed(call: Call, through: Callable[..., torch.Tensor]) -> dict[int, Projection]:
+    """Projections of the routed experts that the last token uses; a neuron's entry is weight × activation.
+
+    The activations are read from a copy of the module, whose down projections hand through its neurons.
+    """
+    states, chosen, weights = (x[-1:] if x.dim() == 2 else x[:, -1] for x in call.routed)
+    experts = copy.deepcopy(call.module).double()
+    if hasattr(experts, "config"):
+        experts.config._experts_implementation = "eager"  # others have no kernel for float64
+    down = experts.down_proj.detach()  # expert, then hidden and neuron in either order
+    hidden = states.shape[-1]
+    if down.shape[1] != hidden or getattr(experts, "is_transposed", False):
+        down = down.transpose(1, 2)
+    found = {}
+    for place, number in enumerate(chosen[0].tolist()):
+        if number >= len(down):
+            continue  # an expert that hands its input through, or none
+        index, weight = chosen[:, place : place + 1], weights[:, place : place + 1].double()
+        bias = _expert_output(experts, states, index, weight, torch.zeros_like(down))
+        entries = [
+            _expert_output(experts, states, index, weight, _handing_through(down, first)) - bias
+            for first in range(0, down.shape[2], hidden)
+        ]
+        found[number] = Projection(torch.cat(entries)[: down.shape[2]], through(down[number].T), through(bias))
+    together = sum(of.entries @ of.columns + of.bias for of in found.values())
+    if not same(together, through(call.written[-1].double()), 5e-2):
+        raise NoReferenceError(f"{call.name} is no sum of its experts")
+    return found
+
+
+def _handing_through(down: torch.Tensor, first: int) -> torch.Tensor:
+    """Return down projections (expert, hidden, neuron) whose outputs are the neurons from ``first`` on."""
+    n = min(down.shape[1], down.shape[2] - first)
+    made = torch.zeros_like(down)
+    made[:, torch.arange(n), first + torch.arange(n)] = 1
+    return made
+
+
+def _expert_output(
+    experts: Any, states: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Output (hidden) of one expert with another down projection."""
+    same_order = experts.down_proj.shape == down.shape and not getattr(experts, "is_transposed", False)
+    experts.down_proj = nn.Parameter(down if same_order else down.transpose(1, 2).contiguous())
+    with torch.no_grad():
+        return experts(states.double(), index, weight)[0].double()
 
 
 def _matrix(module: nn.Module) -> torch.Tensor | None:

@@ -47,6 +47,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "granitemoehybrid": {"layer_types": _MIXED},
+    "granitemoeshared": {"shared_intermediate_size": 16},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
