@@ -165,7 +165,9 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
         if kind in NOT_DECODERS:
             run = Run("fault", f"measured, although its kind is {kind}")
     except KdbError as error:
-        run = Run("refused", " ".join(str(error).split()))
+        # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
+        mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)
+        run = Run("fault" if mistake else "refused", " ".join(str(error).split()))
     except Exception as error:
         traceback.print_exc()
         run = Run("fault", last_line(error))

@@ -14,6 +14,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from kdb.errors import ModelError
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import architectures
@@ -130,6 +132,17 @@ def test_an_unexpected_error_is_a_fault_in_one_line(llama: TinyModel, monkeypatc
     run = measure_architecture.measure(llama, "concept", "dense")
     assert run.status == "fault"
     assert run.message.startswith("ValueError: two lines (test_architectures.py:")
+
+
+@pytest.mark.parametrize(("cause", "status"), [(None, "refused"), (OSError(), "refused"), (TypeError(), "fault")])
+def test_a_refusal_is_a_fault_if_a_mistake_is_behind_it(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, cause: Exception | None, status: str
+) -> None:
+    def refuses(*_args: Any) -> None:
+        raise ModelError("tiny cannot be run: why") from cause
+
+    monkeypatch.setattr(measure_architecture, "ingested", refuses)
+    assert measure_architecture.measure(llama, "concept", "dense").status == status
 
 
 def crashes(pipe: Any, _studies: Any, _dtypes: Any) -> None:
