@@ -88,7 +88,12 @@ def ablate(
     """
     storage.inspect([source], vectors=False)
     stored, wanted = _first(source, "models"), asked.wanted
-    shape = Shape(stored["n_layers"], stored["n_heads"], stored["head_dim"], stored["intermediate_size"])
+    shape = Shape(
+        stored["n_layers"],
+        stored["n_heads"] or 0,
+        stored.get("value_head_dim") or stored["head_dim"] or 0,
+        stored["intermediate_size"] or 0,
+    )
     units = read_units(asked.rows, shape)
     _check(asked, units, shape)
     kept = _kept(source)

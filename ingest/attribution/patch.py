@@ -204,6 +204,8 @@ def read_part(name: str, model: Mapping[str, Any]) -> Part:
     layer = next(number[key] for key in ("attn", "ffn", "resid") if key in number)
     component = next(c for c, key in _KEY_OF.items() if key in number)
     for what, key, size in (("head", "head", "n_heads"), ("FFN neuron", "neuron", "intermediate_size")):
+        if key in number and not model[size]:
+            raise QueryError(f"{name} does not exist: this model has no {what}s.")
         if key in number and number[key] >= model[size]:
             raise QueryError(f"{name} does not exist: {what}s 0 to {model[size] - 1} do.")
     if layer >= model["n_layers"]:
@@ -275,7 +277,7 @@ def patch(
 def _flops(wanted: Patching, parts: Sequence[Part] | None, model: Mapping[str, Any], n_tokens: int) -> float:
     """Operations for one prompt, roughly: some whole passes, and one of the patched tokens for each exact patch."""
     layers = model["n_layers"]
-    every = sum(layers * (model["n_heads"] if component == "head" else 1) for component in wanted.components)
+    every = sum(layers * ((model["n_heads"] or 0) if component == "head" else 1) for component in wanted.components)
     n_patches = (every if parts is None else len(parts)) * len(wanted.replacements) * len(wanted.directions)
     behind = sum(1 if role == "last" else n_tokens for role in wanted.roles)
     exact = n_patches * behind if "exact" in wanted.methods else 0
