@@ -120,14 +120,15 @@ def check_length(
 
     Raise ModelError for a tokenizer of another model, which gives tokens that this model does not have.
     """
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
-    largest = max((max(ids) for ids in token_ids if ids), default=0)
-    if largest >= text.vocab_size:
-        raise ModelError(
-            f"The tokenizer of {job.source.name} does not belong to its weights: it gives token {largest:,}, and the "
-            f"model has {text.vocab_size:,} tokens, numbered from 0. Use the tokenizer files of this model."
-        )
+    for number, ids in enumerate(token_ids):
+        if ids and max(ids) >= text.vocab_size:
+            raise ModelError(
+                f"{_named(job, number)} has token {max(ids):,}, and the embedding of {job.source.name} has "
+                f"{text.vocab_size:,} rows, numbered from 0. Its tokenizer is of another model, or tokens were added "
+                "to it and not to the weights."
+            )
     for number, ids in enumerate(token_ids):
         if limit is not None and len(ids) + n_cue + n_answer > limit:
             cue = f" and {n_cue} of its cue" if n_cue else f" and up to {n_answer:,} of an answer" if n_answer else ""

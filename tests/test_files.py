@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -289,7 +290,21 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused(folder: Path, i
     path.write_text(json.dumps(content))
     refused = ingest(folder)
     assert refused.exit_code == 2
-    assert "The tokenizer of mine does not belong to its weights" in refused.stderr
+    assert "and the embedding of mine has 256 rows, numbered from 0. Its tokenizer is of another" in refused.stderr
+
+
+def test_a_token_beyond_the_embedding_is_named_with_its_prompt_before_anything_is_measured(
+    folder: Path, ingest: Callable[..., Result], tmp_path: Path
+) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    token = {"id": 300, "content": "sun", "special": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append(token | {"single_word": False, "normalized": False})
+    path.write_text(json.dumps(content))
+    refused = ingest(folder)
+    assert refused.exit_code == 2
+    assert re.search(r"Prompt \d+ of .*sun.* has token 300, and the embedding of mine has 256 rows", refused.stderr)
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_tokenizer_of_one_letter_is_refused(folder: Path, ingest: Callable[..., Result]) -> None:

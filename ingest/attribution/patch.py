@@ -228,7 +228,10 @@ def read_part(name: str, model: Mapping[str, Any], experts: Sequence[Mapping[str
     component = next(c for c, key in _KEY_OF.items() if key in number)
     if layer >= model["n_layers"]:
         raise QueryError(f"{name} does not exist: layers 0 to {model['n_layers'] - 1} do.")
-    if number.get("head", -1) >= model["n_heads"]:
+    for what, key, size in (("head", "head", "n_heads"), ("FFN neuron", "neuron", "intermediate_size")):
+        if key in number and not model[size]:
+            raise QueryError(f"{name} does not exist: this model has no {what}s.")
+    if "head" in number and number["head"] >= model["n_heads"]:
         raise QueryError(f"{name} does not exist: heads 0 to {model['n_heads'] - 1} do.")
     slot = -1
     if "neuron" in number:
@@ -322,7 +325,7 @@ def patch(
 def _flops(wanted: Patching, parts: Sequence[Part] | None, model: Mapping[str, Any], n_tokens: int) -> float:
     """Operations for one prompt, roughly: some whole passes, and one of the patched tokens for each exact patch."""
     layers = model["n_layers"]
-    every = sum(layers * (model["n_heads"] if component == "head" else 1) for component in wanted.components)
+    every = sum(layers * ((model["n_heads"] or 0) if component == "head" else 1) for component in wanted.components)
     n_patches = (every if parts is None else len(parts)) * len(wanted.replacements) * len(wanted.directions)
     behind = sum(1 if role == "last" else n_tokens for role in wanted.roles)
     exact = n_patches * behind if "exact" in wanted.methods else 0

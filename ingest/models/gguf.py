@@ -31,11 +31,16 @@ from kdb.ingest.models.structure import ffn_width
 
 log = logging.getLogger(__name__)
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Version of the unpacked copies. Raise it by hand when this module or ``rope.py`` reads files in another way."""
 
 STAMP = "kdb.json"
 """File beside the unpacked weights with the versions that unpacked them and the description of the GGUF file."""
+
+_COMPARED_ROWS = 512
+
+_SAME_ROW = 0.97
+"""Cosine of two copies of a row, quantized to 2 bits or more in different ways."""
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -156,7 +161,8 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
     with model_errors(f"Cannot unpack {files[0].name!r} into {str(folder.parent)!r}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / STAMP).write_text(json.dumps({"read_by": _read_by(), "says": _says(says)}))
+        says_of_weights = _says(says) | {"tied": _is_tied(model)}
+        (folder / STAMP).write_text(json.dumps({"read_by": _read_by(), "says": says_of_weights}))
 
 
 def _contents(file: Path) -> Contents:
@@ -179,6 +185,21 @@ def _says(says: Contents) -> dict[str, Any]:
         sizes[kind] += size if name != FACTORS else 0
     named = {k: v for k, v in says.metadata.items() if k.startswith("general.") and isinstance(v, str)}
     return {"types": dict(sizes.most_common()), "metadata": named}
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether unembedding and embedding are one matrix of which the file has two copies, quantized in different ways.
+
+    llama.cpp keeps the copy that is read last in a finer format. Rows of two matrices would not point the same way.
+    """
+    import torch
+
+    embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding is unembedding or embedding.shape != unembedding.shape:
+        return False
+    rows = slice(0, None, max(1, len(embedding) // _COMPARED_ROWS))
+    cosines = torch.nn.functional.cosine_similarity(embedding[rows], unembedding[rows])
+    return bool(cosines.median() > _SAME_ROW)
 
 
 def _refuse_kind(says: Contents, name: str) -> None:
