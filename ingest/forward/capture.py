@@ -93,6 +93,11 @@ class Capture:
         """Shape of one prompt's vectors: (layer, site, hidden)."""
         return len(self.structure.blocks), len(SITES), self.structure.hidden_size
 
+    @property
+    def lacking(self) -> set[tuple[int, str]]:
+        """Layers and sites whose vectors are NaN, because the block has no FFN whose input could be read."""
+        return {(layer, "ffn_norm") for layer, ffn in enumerate(self.structure.ffns) if ffn is None}
+
     @functools.cached_property
     def caches_prefixes(self) -> bool:
         """Whether a prefix can be run once: not in models that keep a state instead of keys and values of each token."""

@@ -153,7 +153,13 @@ def ffn_width(text: Any) -> int:
     """Number of FFN neurons per layer, from a text config, whatever the architecture calls it."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
     # GPT-2's n_inner is null if the width is four times the hidden size.
-    return int(next(filter(None, (getattr(text, name, None) for name in names)), 4 * text.hidden_size))
+    return next(filter(None, (largest(getattr(text, name, None)) for name in names)), 4 * int(text.hidden_size))
+
+
+def largest(value: Any) -> int:
+    """Return a number of a config, or the largest of a list with one for each layer; 0 for anything else."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return max((int(number) for number in numbers if isinstance(number, int)), default=0)
 
 
 def _logit_scale(config: Any) -> float:
