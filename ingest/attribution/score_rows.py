@@ -101,10 +101,11 @@ def router_rows(ids: Any, a: Attribution) -> tuple[pa.Table, pa.Table]:
     cache = a.cache
     if cache.router_weight is None or cache.router_probs is None or cache.chosen is None:
         return arrow_schema("router").empty_table(), arrow_schema("routing").empty_table()
-    routers = [_router_of_layer(ids, a, layer, of.n_routed) for layer, of in enumerate(layouts_of(a.decomposition))]
+    layouts = layouts_of(a.decomposition)
+    routers = [_router_of_layer(ids, a, layer, of.n_routed) for layer, of in enumerate(layouts) if of.n_routed]
     entropies = [
         arrow_rows("routing", {"prompt_id": ids, "layer": layer, "entropy": _entropy(cache.router_probs[layer, :, :n])})
-        for layer, n in enumerate(of.n_routed for of in layouts_of(a.decomposition))
+        for layer, n in enumerate(of.n_routed for of in layouts)
         if n
     ]
     return pa.concat_tables(routers), pa.concat_tables(entropies)

@@ -152,7 +152,7 @@ class _Recorder:
                 for module, read, written in (
                     (block.attn_out, "heads", "attn"),
                     (block.mixer, None, "mixer"),
-                    (block.attn_post and block.attn_post.module, None, "attn_post"),
+                    (None if block.attn_post is None else block.attn_post.module, None, "attn_post"),
                 ):
                     if module is not None:
                         hooks.enter_context(self._record(module, i, read=read, written=written))
@@ -186,7 +186,7 @@ class _Recorder:
         return one.module.register_forward_hook(hook, with_kwargs=True)
 
     def _states(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(*self.shape, x.shape[-1]).float()
+        return x.reshape(*self.shape, x.shape[-1]).float().clone()  # some blocks add to their states in place
 
     def cache(self) -> ActivationCache:
         """Assemble the activation cache."""
@@ -255,7 +255,7 @@ class _Recorder:
                 read = one.summed()
                 written = read if one.normed is None else one.normed
                 written = written if multiplier == 1 else written * multiplier
-                scale = scale if one.post is None else one.post.scale(read, one.normed)
+                scale = scale if one.post is None or one.normed is None else one.post.scale(read, one.normed)
             added.append(self._by_prompt(written) if multiplier is not None else written)
             scales.append(self._by_prompt(scale))
         return torch.stack(added), torch.stack(scales)
@@ -323,7 +323,7 @@ class _Recorder:
     def _by_head(self, layer: int, entries: torch.Tensor | None, otherwise: float = 0.0) -> torch.Tensor:
         """Entries (b, heads · size of the layer) as (b, h, entry); ``otherwise`` where the layer has none."""
         n, size = self.decomposition.n_heads, self.decomposition.head_size
-        out = self.recorded["resid"][0].new_full((self.shape[0], n, size), otherwise)
+        out: torch.Tensor = self.recorded["resid"][0].new_full((self.shape[0], n, size), otherwise)
         if entries is not None:
             own = entries.unflatten(-1, (self.decomposition.heads_in(layer), -1))
             out[:, : own.shape[1], : own.shape[2]] = own
@@ -332,7 +332,7 @@ class _Recorder:
     def _weights(self, layer: int) -> torch.Tensor:
         """Weights (b, h, t) of the last query, 0 for heads that the layer lacks."""
         b, t = self.shape
-        out = self.recorded["resid"][0].new_zeros(b, self.decomposition.n_heads, t)
+        out: torch.Tensor = self.recorded["resid"][0].new_zeros(b, self.decomposition.n_heads, t)
         if (weights := self.recorded["weights"][layer]) is not None:
             out[:, : weights.shape[1]] = weights
         return out
@@ -341,7 +341,7 @@ class _Recorder:
         """Values (b, h, t, entry) of each head, 0 for those that the layer lacks."""
         b, t = self.shape
         n, size = self.decomposition.n_heads, self.decomposition.head_size
-        out = self.recorded["resid"][0].new_zeros(b, n, t, size)
+        out: torch.Tensor = self.recorded["resid"][0].new_zeros(b, n, t, size)
         heads = self.decomposition.blocks[layer].heads
         if heads is None:
             return out
@@ -515,7 +515,7 @@ def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
             entries = entries / r.gates[layer][:, None].where(r.gates[layer][:, None] != 0, 1.0)
         norm, arguments = decomposition.blocks[source].attn_norm, (decomposition, r, r.resid_pre[source])
         this = _off_its_keys(*arguments, norm, keys, entries.flatten(2))
-        if inner_norms(decomposition.blocks[source].heads.module):
+        if inner_norms(block.heads.module):
             # A norm on the way to the values has a scale of its own.
             this = torch.minimum(this, _off_scaled_keys(*arguments, keys, entries))
         off.append(this)

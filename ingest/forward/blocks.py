@@ -154,7 +154,9 @@ class _Finder:
         first = find_added(replace(whole, written=middle), known, (), self.outside[:begun], self.multiplier)
         late = self.outside[begun:] if first.mixer is None else ()
         second = self._with_ffn(replace(whole, read=middle), {}, late)
-        return Added(first.multipliers | second.multipliers, first.mixer or second.mixer, second.ffn)
+        is_exact = first.is_exact and second.is_exact
+        both = {**first.multipliers, **second.multipliers}
+        return Added(both, first.mixer or second.mixer, second.ffn, is_exact)
 
     def _with_ffn(self, sum_: Call, known: Mapping[str, torch.Tensor], others: Sequence[Call]) -> Added:
         """What is added in a part of the block that has the FFN. With experts, it is all that attention leaves."""
