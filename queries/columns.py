@@ -27,7 +27,7 @@ MEANINGS: Mapping[str, str] = {
     "method": "for an effect: exact, atp or relp; for a set of neurons or heads: its label or its method",
     "name": "name of the part: a layer, a head, a neuron or a position",
     "neuron": "FFN neuron, or dimension within the attention head, numbered from 0",
-    "neuron_name": "layer and neuron: f29_1234 in an FFN, f29.3_45 in expert 3 of an FFN, a23.12_45 in an attention head",
+    "neuron_name": "layer and neuron: f29_1234 in an FFN, f29.3_45 in its expert 3, a23.12_45 in an attention head",
     "part": "kind of part that the row is about",
     "place": "place within the block: resid_pre (before it), resid_mid (after attention) or resid_post (after the FFN)",
     "point": "J (jump point) or C (converging point)",

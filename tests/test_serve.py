@@ -118,8 +118,8 @@ def test_sql_answers_by_post_and_by_link(client: httpx.Client) -> None:
     assert float(posted.headers["x-kdb-seconds"]) > 0
 
 
-WITHOUT_ROWS = {"depth-by-step", "scores-by-step", "lens-fits"}
-"""Queries that the demonstration, of models without checkpoints and without a tuned lens, has no rows for."""
+WITHOUT_ROWS = {"depth-by-step", "scores-by-step", "lens-fits", "expert-scores", "top-experts", "router-by-category"}
+"""Queries that the demonstration, of models without checkpoints, tuned lens and experts, has no rows for."""
 
 
 @pytest.mark.parametrize("name", sorted(load_catalogue()))

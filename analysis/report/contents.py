@@ -290,8 +290,8 @@ _SETTLED = (
 def _experts(wh: Warehouse, params: dict[str, Any]) -> Contents:
     yield Tabled(
         "The ten best experts",
-        "By the mean over the n_prompts kept prompts of each dataset, with its 95 % interval. An expert counts as 0 in a "
-        f"prompt in which it is not chosen; {FEW}.",
+        "By the mean over the n_prompts kept prompts of each dataset, with its 95 % interval. An expert counts as 0 "
+        f"in a prompt in which it is not chosen; {FEW}.",
         "top-experts",
         params,
         lambda: importance.expert_means(wh, **params).with_columns(score=_with_ends("score")).drop("low", "high"),

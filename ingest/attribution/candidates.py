@@ -71,8 +71,8 @@ def further_candidates(run: RunInProgress) -> dict[Key, list[int]]:
 
 
 def _largest(most: np.ndarray) -> list[int]:
-    largest = np.argsort(-most, kind="stable")[:FIRST]
-    return sorted(largest[most[largest] != -np.inf].tolist())  # −∞: there is no such neuron
+    best = np.argsort(-most, kind="stable")[:FIRST]
+    return sorted(best[most[best] > -np.inf].tolist())
 
 
 def _bounds(run: RunInProgress) -> dict[Key, np.ndarray]:

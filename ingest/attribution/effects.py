@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from kdb.ingest.forward.gradients import gradients
+from kdb.ingest.forward.layout import named_slot
 from kdb.ingest.forward.patching import Part, Pass, Patch, entries, patched, recorded
 from kdb.ingest.settings import Patching
 from kdb.warehouse.schema import arrow_schema
@@ -235,7 +236,7 @@ def _key(category: Category, case: _Case, part: Part, by: str, method: str) -> d
         "component": part.component,
         "layer": part.layer,
         "head": None if part.head < 0 else part.head,
-        "neuron": None if part.neuron < 0 else part.neuron,
+        **({} if part.neuron < 0 else named_slot(category.decomposition.ffn_layout(part.layer), part.neuron)),
         "role": case.role,
         "replacement": by,
         "method": method,

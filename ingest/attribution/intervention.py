@@ -20,7 +20,7 @@ import pyarrow as pa
 from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.controls import check_controls, controls, measured_sizes, size_ratio, unit_size
 from kdb.ingest.attribution.effects import Known
-from kdb.ingest.attribution.patch import Patched, by_category, known, shards_of
+from kdb.ingest.attribution.patch import Patched, by_category, known, shards_of, stored_experts
 from kdb.ingest.attribution.rankings import METHODS
 from kdb.ingest.attribution.sets import set_rows
 from kdb.ingest.attribution.units import Shape, Unit, read_units, silenced, unit_of
@@ -192,8 +192,8 @@ def source_options(source: RunFolder) -> dict[str, Any]:
 
 
 def _shape(source: RunFolder, model: Mapping[str, Any]) -> Shape:
-    experts = table_files(source.path, "experts")
-    layouts = stored_layouts(model, read_parts(experts).to_pylist()) if experts else ()
+    experts = stored_experts(source)
+    layouts = stored_layouts(model, experts) if experts else ()
     return Shape(model["n_layers"], model["n_heads"], model["head_dim"], model["intermediate_size"], layouts)
 
 

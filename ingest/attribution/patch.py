@@ -21,6 +21,7 @@ from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.effects import Category, Known, Parts, effect_rows, every_part
 from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.execution.local import LocalEngine
+from kdb.ingest.forward.layout import FfnLayout, stored_layouts
 from kdb.ingest.forward.memory import most_per_shard
 from kdb.ingest.forward.patching import Part, can_be_replaced
 from kdb.ingest.job import derived_identity
@@ -205,29 +206,48 @@ def _subject_end(tokenizer: Any, text: str, subject: str | None, ids: Sequence[i
 
 # Derived runs ----------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"(?:a(?P<attn>\d+)(?:\.(?P<head>\d+))?|f(?P<ffn>\d+)(?:_(?P<neuron>\d+))?|r(?P<resid>\d+))")
+_NAME = re.compile(
+    r"(?:a(?P<attn>\d+)(?:\.(?P<head>\d+))?|f(?P<ffn>\d+)(?:(?:\.(?P<expert>\d+))?_(?P<neuron>\d+))?|r(?P<resid>\d+))"
+)
 
 
-def read_part(name: str, model: Mapping[str, Any]) -> Part:
+def read_part(name: str, model: Mapping[str, Any], experts: Sequence[Mapping[str, Any]] = ()) -> Part:
     """Read a part's name: a5.2 (head), a5 (attention layer), f5 (FFN layer), f5_123 (FFN neuron) or r5 (residual).
 
-    ``model`` is the run's row of ``models``. Raises QueryError for other names, and for parts that do not exist.
+    f5.3_123 is a neuron of an expert. ``model`` is the run's row of ``models``, and ``experts`` are its rows of the
+    table of that name. Raises QueryError for other names, and for parts that do not exist.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         raise QueryError(
             f"Unknown part {name!r}: write a5.2 for a head, a5 or f5 for an attention or FFN layer, f5_123 for an FFN "
-            "neuron, r5 for the residual stream after block 5."
+            "neuron, f5.3_123 for that of an expert, r5 for the residual stream after block 5."
         )
     number = {key: int(value) for key, value in match.groupdict().items() if value is not None}
     layer = next(number[key] for key in ("attn", "ffn", "resid") if key in number)
     component = next(c for c, key in _KEY_OF.items() if key in number)
-    for what, key, size in (("head", "head", "n_heads"), ("FFN neuron", "neuron", "intermediate_size")):
-        if key in number and number[key] >= model[size]:
-            raise QueryError(f"{name} does not exist: {what}s 0 to {model[size] - 1} do.")
     if layer >= model["n_layers"]:
         raise QueryError(f"{name} does not exist: layers 0 to {model['n_layers'] - 1} do.")
-    return Part(component, layer, number.get("head", -1), number.get("neuron", -1))
+    if number.get("head", -1) >= model["n_heads"]:
+        raise QueryError(f"{name} does not exist: heads 0 to {model['n_heads'] - 1} do.")
+    slot = -1
+    if "neuron" in number:
+        slot = _slot(name, stored_layouts(model, experts)[layer], number.get("expert"), number["neuron"])
+    return Part(component, layer, number.get("head", -1), slot)
+
+
+def _slot(name: str, layout: FfnLayout, expert: int | None, neuron: int) -> int:
+    """Return the slot of a neuron; raise QueryError if it does not exist."""
+    n_experts = len(layout.starts)
+    if n_experts and expert is None:
+        raise QueryError(f"{name} names no expert: write {name.replace('_', '.0_')} for expert 0 of {n_experts}.")
+    if expert is not None and expert >= n_experts:
+        there = f"experts 0 to {n_experts - 1} do" if n_experts else "the layer has no experts"
+        raise QueryError(f"{name} does not exist: {there}.")
+    width = len(layout.slots(expert or 0))
+    if neuron >= width:
+        raise QueryError(f"{name} does not exist: FFN neurons 0 to {width - 1} do.")
+    return layout.slot(expert, neuron)
 
 
 _KEY_OF = {"head": "head", "ffn_neuron": "neuron", "attn": "attn", "ffn": "ffn", "resid": "resid"}
@@ -246,6 +266,13 @@ class ToPatch:
 
         with model_errors(f"{loaded.source.name} cannot be run"):
             return Patched(decompose(loaded))
+
+
+def stored_experts(source: RunFolder) -> list[dict[str, Any]]:
+    """Return a run's rows of ``experts``; a model without experts has none."""
+    files = table_files(source.path, "experts")
+    rows: list[dict[str, Any]] = read_parts(files).to_pylist() if files else []
+    return rows
 
 
 def patch(
@@ -269,7 +296,8 @@ def patch(
     if not kept:
         raise WarehouseError(f"Run {source.run} has no kept prompt, so there is nothing to patch.")
     check_revision(model, source.run, stored["revision"])
-    parts = tuple(sorted({read_part(name, stored) for name in only})) or None
+    experts = stored_experts(source)
+    parts = tuple(sorted({read_part(name, stored, experts) for name in only})) or None
     _check(wanted, parts)
     prompts = [known(r, tokenizer) for r in kept]
     _check_prompts(wanted, prompts)

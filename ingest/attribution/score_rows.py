@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kdb.ingest.forward.layout import FfnLayout, named_slots
+from kdb.ingest.forward.layout import FfnLayout, named_slot, named_slots
 from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.schema import arrow_schema
@@ -101,12 +101,11 @@ def router_rows(ids: Any, a: Attribution) -> tuple[pa.Table, pa.Table]:
     cache = a.cache
     if cache.router_weight is None or cache.router_probs is None or cache.chosen is None:
         return arrow_schema("router").empty_table(), arrow_schema("routing").empty_table()
-    layouts = layouts_of(a.decomposition)
-    routers = [_router_of_layer(ids, a, layer, of.n_routed) for layer, of in enumerate(layouts) if of.n_routed]
+    n_routed = {layer: of.n_routed for layer, of in enumerate(layouts_of(a.decomposition)) if of.n_routed}
+    routers = [_router_of_layer(ids, a, layer, n) for layer, n in n_routed.items()]
     entropies = [
         arrow_rows("routing", {"prompt_id": ids, "layer": layer, "entropy": _entropy(cache.router_probs[layer, :, :n])})
-        for layer, n in enumerate(of.n_routed for of in layouts)
-        if n
+        for layer, n in n_routed.items()
     ]
     return pa.concat_tables(routers), pa.concat_tables(entropies)
 
@@ -164,12 +163,8 @@ def neuron_rows(ids: Any, layouts: Sequence[FfnLayout], n: Neurons) -> pa.Table:
 
 def query_neuron_rows(ids: Any, layouts: Sequence[FfnLayout], activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_neuron_scores``; ``activates`` is the component of the value neurons that they activate."""
-    import torch
-
     n = q.neurons.shape[2]
-    there = torch.arange(n) < torch.tensor([of.size for of in layouts])[:, None]
-    scores = q.neurons.masked_fill(~there.to(q.neurons.device), -torch.inf)
-    best = scores.flatten(1).topk(min(QUERY_NEURONS, int(there.sum())), dim=1)
+    best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
     table = arrow_rows(
         "query_neuron_scores",
         {
@@ -182,7 +177,7 @@ def query_neuron_rows(ids: Any, layouts: Sequence[FfnLayout], activates: str, q:
             "total_share": q.total_share.double()[:, None],
         },
     )
-    return table.filter(pa.array((best.values != -torch.inf).cpu().numpy().ravel()))  # −∞: no neuron fires there
+    return table.filter(_mask(best.values > -float("inf")))  # −∞: no further neuron fires
 
 
 def query_layer_rows(ids: Any, a: Attribution, activates: str, q: QueryScores) -> pa.Table:
@@ -209,8 +204,7 @@ def method_rows(
     from kdb.ingest.forward.ablation import Chosen, Intervention, intervene
 
     n, layouts = a.ffn_coefficients.shape[2], layouts_of(a.decomposition)
-    found = best_neurons(a, k, top).items()
-    best = {method: [[i for i in row if i >= 0] for row in indices.tolist()] for method, indices in found}
+    best = {method: _listed(indices) for method, indices in best_neurons(a, k, top).items()}
     interventions = [
         Intervention(
             prompt.number,
@@ -230,7 +224,7 @@ def method_rows(
             "rank": rank,
             "layer": index // n,
             "component": "ffn",
-            **_named_slot(layouts[index // n], index % n),
+            **named_slot(layouts[index // n], index % n),
         }
         for method, indices in best.items()
         for i, prompt in enumerate(chunk)
@@ -240,11 +234,9 @@ def method_rows(
     return pa.Table.from_pylist(chosen, arrow_schema("ablated_parts")), zeroed
 
 
-def _named_slot(layout: FfnLayout, slot: int) -> dict[str, int | None]:
-    return {
-        "expert": int(layout.experts([slot])[0]) if layout.starts else None,
-        "neuron": int(layout.neurons([slot])[0]),
-    }
+def _listed(indices: torch.Tensor) -> list[list[int]]:
+    """The neurons of each prompt, of which some may have fewer than others."""
+    return [[index for index in row if index >= 0] for row in indices.tolist()]
 
 
 def silenced_ffn(indices: Sequence[int], n: int) -> Any:

@@ -83,7 +83,8 @@ def method_shards(run: RunInProgress) -> list[Shard]:
     if not kept or not run.files("ablated_parts"):
         return []
     [model] = run.table("models").to_pylist()
-    chosen = _methods_by_prompt(run.table("ablated_parts").to_pylist(), stored_layouts(model, stored_experts(run)))
+    experts = run.table("experts").to_pylist() if run.files("experts") else []
+    chosen = _methods_by_prompt(run.table("ablated_parts").to_pylist(), stored_layouts(model, experts))
     most = max(len(some) for some in chosen.values())
     flops = 2 * model["n_params"] * (2 * max(row["n_tokens"] for row in kept) + most)
     size = run.remembered("method means", lambda: most_per_shard(run.device, flops))
@@ -94,12 +95,6 @@ def method_shards(run: RunInProgress) -> list[Shard]:
     return shards_of(
         [known(row) for row in kept], size, lambda category: {n: chosen[n] for n in numbers[category]}, name="mean"
     )
-
-
-def stored_experts(run: RunInProgress) -> list[dict[str, Any]]:
-    """Return the rows of ``experts``; a model without experts has none."""
-    rows: list[dict[str, Any]] = run.table("experts").to_pylist() if run.files("experts") else []
-    return rows
 
 
 def _methods_by_prompt(rows: Sequence[Mapping[str, Any]], layouts: Sequence[FfnLayout]) -> dict[int, list[Chosen]]:

@@ -72,6 +72,12 @@ def stored_layouts(model: Mapping[str, Any], experts: Sequence[Mapping[str, Any]
     return tuple(layouts)
 
 
+def named_slot(layout: FfnLayout, slot: int) -> dict[str, int | None]:
+    """Return the expert, None in a dense layer, and the neuron of a slot."""
+    [expert], [neuron] = layout.experts([slot]), layout.neurons([slot])
+    return {"expert": int(expert) if layout.starts else None, "neuron": int(neuron)}
+
+
 def named_slots(layouts: Sequence[FfnLayout], layer: Any, slot: Any) -> dict[str, Any]:
     """Return the expert and the neuron of FFN slots, given by layer and slot in arrays or tensors of one shape.
 

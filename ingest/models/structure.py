@@ -104,7 +104,7 @@ def find_structure(model: Any) -> ModelStructure:
     softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     last_state, after = _norms(model, blocks[-1], unembed, seen)
     return ModelStructure(
-        decoder=model.base_model,
+        decoder=_decoder(model, blocks[0]),
         blocks=blocks,
         ffns=tuple(ffn if seen.reads_state(ffn) else None for ffn in ffns),
         final_norm=_chained(last_state, after),
@@ -118,6 +118,12 @@ def find_structure(model: Any) -> ModelStructure:
         first_state=seen.first_state,
         can_pad=can_pad(model, blocks, seen),
     )
+
+
+def _decoder(model: Any, block: nn.Module) -> nn.Module:
+    """The module that runs everything except the unembedding. Llama 4 names no base model."""
+    base: nn.Module = model.base_model
+    return next(m for m in model.children() if block in set(m.modules())) if base is model else base
 
 
 def _norms(model: Any, block: nn.Module, unembed: nn.Module, seen: Trace) -> tuple[nn.Module, nn.Module]:

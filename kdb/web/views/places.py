@@ -51,7 +51,7 @@ def neuron(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
 
 
 def _place(name: str) -> dict[str, int | None]:
-    """Return the numbers in the name of a neuron; its head is None in an FFN, its expert elsewhere than in an expert."""
+    """Return the numbers in the name of a neuron; its head is None in an FFN, its expert unless it is in one."""
     part, _, neuron = name[1:].partition("_")
     layer, _, within = part.partition(".")
     found = {"layer": int(layer), "head": None, "expert": None, "neuron": int(neuron)}

@@ -91,7 +91,9 @@ def _parts(wh: Warehouse, wanted: str) -> list[Found]:
 
 
 _BY_TOKEN = f"""
-SELECT model, neuron_name(component, layer, head, expert, neuron) AS name, arg_min(token, rank) AS token, min(rank) AS rank
+SELECT
+    model, neuron_name(component, layer, head, expert, neuron) AS name, arg_min(token, rank) AS token,
+    min(rank) AS rank
 FROM neuron_tokens
 JOIN current_runs USING (model, dataset, run)
 WHERE table_name = 'neuron_tokens' AND variant = 'default' AND sign = 'top' AND contains(lower(token), lower($wanted))
