@@ -67,7 +67,7 @@ class Decomposition:
         heads = [block.heads for block in blocks if block.heads is not None]
         self.n_heads = max((one.n_heads for one in heads), default=0)
         self.head_size = max((one.head_size for one in heads), default=0)
-        self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
+        self.hidden_size = structure.hidden_size
         self.has_positions = all(one.positions for one in heads)
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
@@ -232,7 +232,7 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             "--quantize int8, --dtype bfloat16, or a device with more memory."
         )
     structure = find_structure(loaded.model)
-    size = int(loaded.model.config.get_text_config().hidden_size)
+    size = structure.hidden_size
     if getattr(structure.unembed, "in_features", None) != size:
         raise ModelError(
             f"{loaded.source.name} cannot be decomposed: the unembedding of {type(loaded.model).__name__} is not "

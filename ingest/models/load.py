@@ -20,7 +20,7 @@ from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.models.gguf import unpacked, what_it_says
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
-from kdb.ingest.models.shape import N_EXPERTS, TOP_K, shape_of
+from kdb.ingest.models.shape import N_EXPERTS, TOP_K, first_number, shape_of
 from kdb.ingest.models.tensors import Tensor, tensors_of
 from kdb.ingest.settings import Measuring
 
@@ -240,13 +240,10 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
 
 def _check_experts(source: ModelSource, text: Any) -> None:
     """Raise ModelError for a config whose router chooses more experts than there are."""
-    counts, chosen = (
-        next(((name, getattr(text, name)) for name in names if isinstance(getattr(text, name, None), int)), None)
-        for names in (N_EXPERTS, TOP_K)
-    )
-    if counts and chosen and 0 < counts[1] < chosen[1]:
+    n_experts, chosen = (first_number(text, names, 0) for names in (N_EXPERTS, TOP_K))
+    if 0 < n_experts < chosen:
         raise ModelError(
-            f"The config of {source.name} has {chosen[0]} = {chosen[1]}, and only {counts[1]} experts ({counts[0]})."
+            f"The config of {source.name} chooses {chosen} experts per token, and has only {n_experts:,} experts."
         )
 
 

@@ -32,8 +32,8 @@ class ModelStructure:
     normalised state before the FFN, or None. ``final_norm`` is all that stands between the last block and the
     unembedding; an identity if there is nothing. ``last_state`` is the part of it that the last hidden state which
     transformers reports has been through, ``after_last_state`` the rest. ``hidden_size`` is the width of the residual
-    stream; ``layout`` finds the states in a block's output, and ``first_state`` is the number of the first block's output
-    among the reported ones. ``can_pad``: whether tokens after a text leave its states as they are.
+    stream. ``layout`` finds the states in a block's output; ``first_state`` is the place of the first block's output
+    among the states that transformers reports. ``can_pad``: whether tokens after a text leave its states as they are.
     """
 
     decoder: nn.Module

@@ -72,7 +72,8 @@ class BlockOutput:
 class Trace:
     """Tensors of a short forward pass: of every module outside the blocks, in the order in which they finished.
 
-    ``outputs`` are those of the blocks, ``fed`` the FFNs that ran and the widths of their inputs. ``read`` and ``written`` are the unembedding's input and output.
+    ``outputs`` are those of the blocks, ``fed`` the FFNs that ran and the widths of their inputs. ``read`` and
+    ``written`` are the unembedding's input and output, ``last_state`` is the last hidden state that the model reports.
     """
 
     name: str
@@ -167,7 +168,8 @@ def trace(model: Any, blocks: Sequence[nn.Module], ffns: Sequence[nn.Module | No
     """Run ``N_TOKENS`` tokens. Raises ModelError if the blocks do not run one after the other, once each."""
     import torch
 
-    seen, order = Trace(type(model).__name__), []
+    seen = Trace(type(model).__name__)
+    order: list[int] = []
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for handle in _hooks(model, blocks, ffns, unembed, seen, order):
             hooks.enter_context(handle)
@@ -227,7 +229,7 @@ def without_cache(module: Any) -> dict[str, bool]:
     return {"use_cache": False} if takes else {}
 
 
-def first_tensor(value: Any) -> torch.Tensor | None:
+def first_tensor(value: Any) -> Any:
     """Return a tensor, or the first of a tuple or a model's output; None if there is none."""
     import torch
 
