@@ -17,7 +17,7 @@ import numpy as np
 
 from kdb.ingest.forward.attention import is_asked_again, states_of, watched_attention, weights_returned
 from kdb.ingest.forward.capture import batches, padded
-from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
+from kdb.ingest.forward.checks import DETAIL, check_row, kl_divergence, untouched
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.experts import Experts
 from kdb.ingest.forward.ffn_activations import FfnActivations
@@ -122,7 +122,7 @@ class _Recorder:
         self.recorded: dict[str, list[Any]] = {
             k: [None] * n
             for k in (
-                *("resid", "attn", "mixer", "attn_post", "out"),
+                *("resid", "begun", "attn", "mixer", "attn_post", "out"),
                 *("weights", "values", "heads", "gates", "read"),
             )
         }
@@ -148,6 +148,8 @@ class _Recorder:
         with contextlib.ExitStack() as hooks:
             for i, block in enumerate(blocks):
                 hooks.enter_context(self._record(block.module, i, read="resid", written="out"))
+                if block.begins is not None:
+                    hooks.enter_context(self._record(block.begins, i, written="begun"))
                 hooks.enter_context(self.ffns[i].running())
                 for module, read, written in (
                     (block.attn_out, "heads", "attn"),
@@ -193,6 +195,7 @@ class _Recorder:
         import torch
 
         recorded, decomposition, rows = self.recorded, self.decomposition, range(self.shape[0])
+        recorded["resid"] = [a if b is None else b for a, b in zip(recorded["resid"], recorded["begun"], strict=True)]
         blocks = decomposition.blocks
         attn, attn_scale = self._contributions("attn", [b.attn_post for b in blocks])
         mixer = self._contributions("mixer", [None] * len(blocks))[0] if decomposition.with_mixer else None
@@ -392,6 +395,20 @@ class _Recorder:
 # Checks ----------------------------------------------------------------------------------------------------------
 
 
+def said_of(decomposition: Decomposition) -> list[dict[str, Any]]:
+    """Rows of ``checks`` that say what the tables of a model cannot have; none for most models."""
+    blocks = decomposition.blocks
+    lacking = {
+        "head_positions": sum(b.heads is not None and not decomposition.has_positions for b in blocks),
+        "ffn_neurons": sum(b.has("ffn") and not b.ffn.sources for b in blocks),
+    }
+    return [
+        {"check": name, "value": float(n), "tolerance": float(len(blocks)), "passed": True, "detail": DETAIL[name]}
+        for name, n in lacking.items()
+        if n
+    ]
+
+
 Further = Callable[[ActivationCache, Sequence[Sequence[int]]], dict[str, float]]
 """Further values to check, by their name, of a cache and the prompts in it."""
 
@@ -409,7 +426,8 @@ def check_decomposition(
     """
     loaded = decomposition.loaded
     errors = [_off(decomposition, group, further) for group in _together(decomposition, token_ids, at_most)]
-    return [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
+    rows = [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
+    return [*rows, *said_of(decomposition)]
 
 
 def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor) -> None:

@@ -71,9 +71,9 @@ def _batch(
     shape, kept = (ids.shape[0], ids.shape[1]), list[tuple[str, int, "torch.Tensor"]]()
 
     def keep(component: str, layer: int, states: torch.Tensor) -> torch.Tensor:
-        # Returned, so that the model continues with this tensor: else it would have no gradient.
+        # The model continues with a copy, which it may change in place: else this tensor would have no gradient.
         kept.append((component, layer, states))
-        return states
+        return states.clone()
 
     forget_longest(decomposition.loaded)
     with (

@@ -64,6 +64,9 @@ def residuals(
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         first = structure.blocks[0].register_forward_pre_hook(_before(seen, tuple(ids.shape)), with_kwargs=True)
         hooks.enter_context(first)
+        begins = None if blocks is None else blocks[0].begins
+        if begins is not None:
+            hooks.enter_context(begins.register_forward_hook(_after(seen, (0, "resid_pre"), tuple(ids.shape))))
         for layer, module in enumerate(structure.blocks):
             hooks.enter_context(module.register_forward_hook(_after(seen, (layer, "resid_post"), tuple(ids.shape))))
             block = None if blocks is None else blocks[layer]
