@@ -173,7 +173,7 @@ class _Recorder:
             if read is not None:
                 self.recorded[read][layer] = self._states(states_of(args, kwargs))
             if written is not None:
-                self.recorded[written][layer] = self._states(output[0] if isinstance(output, tuple) else output)
+                self.recorded[written][layer] = self._states(output[0] if isinstance(output, tuple | list) else output)
 
         return module.register_forward_hook(hook, with_kwargs=True)
 

@@ -277,7 +277,7 @@ def _attention_of(
 
 def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     read = states_of(args, kwargs)
-    written = output[0] if isinstance(output, tuple) else output
+    written = output[0] if isinstance(output, tuple | list) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
         # Cloned, since some modules add to what others returned (the experts of Llama 4).
         calls.append(Call(module, flat(read).clone(), flat(written).clone(), args, kwargs, output))
