@@ -56,7 +56,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     | {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "gemma4_text": LLAMA
     | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
-    | {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},
+    | {"global_head_dim": 16, "num_kv_shared_layers": 2}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
 }
 """Attention with sinks, with gates, and with head sizes by layer and shared values."""
 
@@ -197,8 +198,9 @@ def test_the_query_side_reads_the_layer_that_the_values_come_from() -> None:
     assert bool((top.neuron < torch.tensor([8, 16, 8, 16])[top.layer]).all())
     queries = a.attn_queries(top)
     # Everything that a shared value depends on lies before its own layer: nothing from there on has a score.
-    assert not queries.ffn[:, 1:].any() and not queries.attn[:, 1:].any()
-    total = queries.embed + queries.attn.sum(1) + queries.ffn.sum(1)
+    assert queries.mixer is not None  # what Gemma 4 adds for each token and layer
+    assert not any(of[:, 1:].any() for of in (queries.attn, queries.ffn, queries.mixer))
+    total = queries.embed + queries.attn.sum(1) + queries.ffn.sum(1) + queries.mixer.sum(1)
     assert torch.allclose(total, top.score.sum(1), rtol=1e-3)
     assert r.gates is None
 
