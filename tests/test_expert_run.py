@@ -19,6 +19,7 @@ from kdb.warehouse.store import Warehouse
 pytestmark = pytest.mark.slow
 
 N_EXPERTS, WIDTH, DENSE_WIDTH, CHOSEN = 6, 8, 32, 2
+VARIANT = "top-k=40 ablate-k=3 no-effects"
 TEXTS = {"sky": ["The sky of Rome is", "The sky of Bern is", "The sky is"], "sea": ["The sea of Oslo is", "The sea is"]}
 
 
@@ -70,7 +71,7 @@ def measured(
 
 
 def kept_prompts(measured: Warehouse) -> list[dict[str, Any]]:
-    rows = measured.sql("SELECT prompt_id, token_ids, target_token_id FROM current.prompts WHERE kept ORDER BY ALL")
+    rows = measured.sql("SELECT prompt_id, token_ids, target_token_id FROM prompts WHERE kept ORDER BY ALL")
     assert len(rows) > 2
     return rows.to_dicts()
 
@@ -82,7 +83,7 @@ def routed(plain: Any, token_ids: list[int]) -> list[torch.Tensor]:
 
 
 def test_the_layout_of_the_layers_is_stored(measured: Warehouse) -> None:
-    rows = measured.sql("SELECT layer, expert, shared, n_neurons FROM current.experts ORDER BY ALL").rows()
+    rows = measured.sql("SELECT layer, expert, shared, n_neurons FROM experts ORDER BY ALL").rows()
     of_experts = [(layer, expert, False, WIDTH) for layer in (1, 2) for expert in range(N_EXPERTS)]
     assert rows == [(0, None, None, DENSE_WIDTH), *of_experts]
 
@@ -90,8 +91,8 @@ def test_the_layout_of_the_layers_is_stored(measured: Warehouse) -> None:
 def test_the_stored_routing_is_that_of_transformers(measured: Warehouse, plain: Any) -> None:
     for one in kept_prompts(measured):
         of_prompt = pl.col("prompt_id") == one["prompt_id"]
-        router = measured.sql("SELECT * FROM current.router ORDER BY layer, rank").filter(of_prompt)
-        entropies = measured.sql("SELECT * FROM current.routing ORDER BY layer").filter(of_prompt)["entropy"].to_list()
+        router = measured.sql("SELECT * FROM router ORDER BY layer, rank").filter(of_prompt)
+        entropies = measured.sql("SELECT * FROM routing ORDER BY layer").filter(of_prompt)["entropy"].to_list()
         assert set(router["layer"]) == {1, 2}
         for layer, p, entropy in zip((1, 2), routed(plain, one["token_ids"]), entropies, strict=True):
             stored = router.filter(layer=layer)
@@ -107,9 +108,9 @@ def test_the_stored_routing_is_that_of_transformers(measured: Warehouse, plain: 
 
 
 def test_only_chosen_experts_and_their_neurons_have_scores(measured: Warehouse) -> None:
-    chosen = set(measured.sql("SELECT prompt_id, layer, expert FROM current.router WHERE chosen").rows())
-    assert set(measured.sql("SELECT prompt_id, layer, expert FROM current.expert_scores").rows()) == chosen
-    neurons = measured.sql("SELECT * FROM current.neuron_scores WHERE component = 'ffn'")
+    chosen = set(measured.sql("SELECT prompt_id, layer, expert FROM router WHERE chosen").rows())
+    assert set(measured.sql("SELECT prompt_id, layer, expert FROM expert_scores").rows()) == chosen
+    neurons = measured.sql("SELECT * FROM neuron_scores WHERE component = 'ffn'")
     assert set(neurons.filter(pl.col("layer") > 0).select("prompt_id", "layer", "expert").rows()) <= chosen
     assert neurons.filter(layer=0)["expert"].null_count() == neurons.filter(layer=0).height > 0
     assert neurons.filter(pl.col("layer") > 0)["neuron"].max() < WIDTH
@@ -119,7 +120,7 @@ def test_the_tokens_of_an_experts_neuron_are_those_of_its_column(
     measured: Warehouse, plain: Any, tokenizer: Any
 ) -> None:
     rows = measured.sql(
-        "SELECT layer, expert, neuron, token_id, logit FROM current.neuron_tokens "
+        "SELECT layer, expert, neuron, token_id, logit FROM neuron_tokens "
         "WHERE component = 'ffn' AND sign = 'top' AND rank = 1 ORDER BY ALL"
     )
     assert rows["expert"].n_unique() > 2
@@ -132,31 +133,33 @@ def test_the_tokens_of_an_experts_neuron_are_those_of_its_column(
 
 
 def test_saved_queries_answer_about_experts(measured: Warehouse) -> None:
-    best = measured.query("top-experts", k=1_000)
+    best = measured.query("top-experts", k=1_000, variant=VARIANT)
     assert best["expert_name"].str.contains(r"^f[12]\.\d$").all()
     assert (best["n_used"] <= best["n_prompts"]).all()
     means = measured.sql(
-        "SELECT category, layer, expert, sum(score) / any_value(n) AS score FROM current.expert_scores "
-        "JOIN current.prompts USING (prompt_id) "
-        "JOIN (SELECT category, count(*) AS n FROM current.prompts WHERE kept GROUP BY ALL) USING (category) "
+        "SELECT category, layer, expert, sum(score) / any_value(n) AS score FROM expert_scores "
+        "JOIN prompts USING (prompt_id) "
+        "JOIN (SELECT category, count(*) AS n FROM prompts WHERE kept GROUP BY ALL) USING (category) "
         "GROUP BY ALL"
     )
     assert best.join(means, on=["category", "layer", "expert"]).height == len(best) == len(means)
     found = best.join(means, on=["category", "layer", "expert"])
     assert found["score"].to_list() == pytest.approx(found["score_right"].to_list())
-    name = measured.query("top-neurons", component="ffn").filter(pl.col("expert").is_not_null())["neuron_name"][0]
-    assert len(measured.query("neuron-tokens", neuron=name)) == 20
+    name = measured.query("top-neurons", component="ffn", variant=VARIANT).filter(pl.col("expert").is_not_null())[
+        "neuron_name"
+    ][0]
+    assert len(measured.query("neuron-tokens", neuron=name, variant=VARIANT)) == 20
 
 
 @pytest.mark.parametrize("what", ["an expert", "a neuron of an expert"])
 def test_an_ablation_of_an_expert_is_that_of_its_weights(
     measured: Warehouse, run_kdb: Callable[..., Result], mixture: Path, plain: Any, what: str
 ) -> None:
-    layer, expert = measured.query("top-experts", k=1).select("layer", "expert").row(0)
+    layer, expert = measured.query("top-experts", k=1, variant=VARIANT).select("layer", "expert").row(0)
     neuron = "NULL" if what == "an expert" else "2"
     query = f"SELECT {layer} AS layer, 'ffn' AS component, NULL AS head, {expert} AS expert, {neuron} AS neuron"
     label = what.replace(" ", "-")
-    given = ("--model", mixture, "--dataset", "facts", "--variant", "ablate-k=3 no-effects top-k=40", "--label", label)
+    given = ("--model", mixture, "--dataset", "facts", "--variant", VARIANT, "--label", label)
     options = ("--mode", "zero", "--positions", "all", "--no-held-out", "--controls", "2", "--device", "cpu")
     folder = measured.storage.local.path
     result = run_kdb("ablate", *given, *options, "--query", query, "--warehouse", folder)
@@ -179,7 +182,7 @@ def test_an_ablation_of_an_expert_is_that_of_its_weights(
 def test_a_neuron_without_its_expert_is_refused(
     measured: Warehouse, run_kdb: Callable[..., Result], mixture: Path
 ) -> None:
-    given = ("--model", mixture, "--dataset", "facts", "--variant", "ablate-k=3 no-effects top-k=40", "--no-held-out")
+    given = ("--model", mixture, "--dataset", "facts", "--variant", VARIANT, "--no-held-out")
     cases = {
         "1 AS layer, NULL AS expert, 2 AS neuron": "names no expert (0 to 5 exist)",
         "0 AS layer, 1 AS expert, 2 AS neuron": "names expert 1 of layer 0, which has none (use NULL)",

@@ -132,7 +132,8 @@ def _entropy(probability: torch.Tensor) -> torch.Tensor:
     import torch
 
     p = probability.double() / probability.double().sum(1, keepdim=True)
-    return torch.special.entr(p).sum(1)
+    entropy: torch.Tensor = torch.special.entr(p).sum(1)
+    return entropy
 
 
 def _mask(wanted: torch.Tensor) -> pa.Array:

@@ -92,8 +92,10 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
     config, tokenizer = load_config(job.source), load_tokenizer(job.source)
     posed = PosedFacts(job, pose(job, tokenizer))
     check_length(job, posed.token_ids, config)
-    scores = ("layer_scores", "head_scores", "head_position_scores", "expert_scores", "router", "routing")
-    scores += ("lens_readouts", "neuron_scores")
+    scores = (
+        *("layer_scores", "head_scores", "head_position_scores", "expert_scores", "router", "routing"),
+        *("lens_readouts", "neuron_scores"),
+    )
     methods = ("ablated_parts", "ablations") if job.attributing.ablate_k else ()
     if job.attributing.answer_tokens == "all":
         longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
