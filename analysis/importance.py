@@ -12,7 +12,17 @@ import altair as alt
 import polars as pl
 
 from kdb.analysis.prompt_means import with_intervals
-from kdb.analysis.style import ATTN, FFN, Chart, Look, component_points, components, depth_axis, upright
+from kdb.analysis.style import (
+    ATTN,
+    FFN,
+    Chart,
+    Look,
+    component_points,
+    components,
+    depth_axis,
+    layer_components,
+    upright,
+)
 from kdb.errors import QueryError
 
 if TYPE_CHECKING:
@@ -111,7 +121,8 @@ def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
     panel = ["model", "dataset", "category"]
     long = pl.concat(
         sums.select(*panel, "n_prompts", component=pl.lit(c), score=f"{c}_score", percent=f"{c}_percent")
-        for c in ("attn", "ffn")
+        for c in ("attn", "ffn", "mixer")
+        if sums[f"{c}_score"].is_not_null().any()
     )
     by_prompt = scores.group_by(*panel, "prompt_id", "component").agg(pl.col("score").sum())
     return with_intervals(long, by_prompt, keys_of(params, "category"), "component", ranks=False)
@@ -164,7 +175,7 @@ def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the log-probability increase by layer: a panel for each dataset and category."""
     base = alt.Chart().encode(x=depth_axis(frame))
     title = INCREASE
-    encodings = components()
+    encodings = components(names=layer_components(frame))
     band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), encodings["color"])
     line = base.mark_line(strokeWidth=1.6).encode(
         alt.Y("score:Q", title=title),
@@ -178,7 +189,7 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
     """Draw the best items with their intervals, the best on top: a panel for each dataset and category."""
     rule, dot = alt.Chart().mark_rule(strokeWidth=2.5, opacity=0.45), alt.Chart().mark_point(filled=True, size=45)
     if "component" in frame.columns:
-        color, shape = component_points()
+        color, shape = component_points(layer_components(frame))
         rule, dot = rule.encode(color), dot.encode(color, shape)
     else:
         rule, dot = rule.encode(color=alt.value(ATTN)), dot.encode(color=alt.value(ATTN))
@@ -285,7 +296,7 @@ def overlap(frame: pl.DataFrame, look: Look) -> Chart:
 def shares(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the total contributions of attention and FFN layers: a panel for each model and dataset."""
     names = look.order("category", frame["category"])
-    color = components()["color"]
+    color = components(names=layer_components(frame))["color"]
     color.legend = alt.Legend(title=None, symbolType="square")
     y = alt.Y("category:N", sort=names, title=None, axis=alt.Axis(labelLimit=200))
     base = alt.Chart().encode(y=y, yOffset="component:N")

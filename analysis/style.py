@@ -32,8 +32,8 @@ PAPER_DATASETS = (
 _PALETTE = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),)
 _DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 
-ATTN, FFN = "#0072b2", "#e69f00"
-"""Colours of attention (blue) and FFN (orange) in all figures that show both."""
+ATTN, FFN, MIXER = "#0072b2", "#e69f00", "#009e73"
+"""Colours of attention (blue), FFN (orange) and mixers (green) in all figures that show several of them."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def depth_axis(frame: pl.DataFrame, **options: Any) -> alt.X:
 
 
 def components(field: str = "component", names: Sequence[str] = ("attn", "ffn")) -> dict[str, Any]:
-    """Return encodings that distinguish attention from FFN by colour and dashes."""
+    """Return encodings that distinguish attention, FFN and mixers by colour and dashes."""
     legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, symbolOpacity=1)
-    colors = {"attn": ATTN, "ffn": FFN}
-    scale = alt.Scale(domain=list(names), range=[colors["attn" if "attn" in name else "ffn"] for name in names])
+    colors = {"attn": ATTN, "ffn": FFN, "mixer": MIXER}
+    scale = alt.Scale(domain=list(names), range=[colors[next(c for c in colors if c in name)] for name in names])
     dashes = alt.Scale(domain=list(names), range=[_DASHES["query" in name] for name in names])
     return {
         "color": alt.Color(f"{field}:N", scale=scale, legend=legend),
@@ -95,10 +95,16 @@ def components(field: str = "component", names: Sequence[str] = ("attn", "ffn"))
     }
 
 
-def component_points() -> tuple[alt.Color, alt.Shape]:
-    """Return encodings that distinguish points of attention from those of FFN by colour and shape."""
-    names, legend = ["attn", "ffn"], alt.Legend(title=None, symbolOpacity=1)
-    colors, shapes = alt.Scale(domain=names, range=[ATTN, FFN]), alt.Scale(domain=names, range=["circle", "square"])
+def layer_components(frame: pl.DataFrame) -> list[str]:
+    """Return the components to distinguish in a figure of layers: attention and FFN, and mixers if there are any."""
+    return ["attn", "ffn", *(["mixer"] if "mixer" in frame["component"] else [])]
+
+
+def component_points(names: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+    """Return encodings that distinguish points of these components by colour and shape."""
+    legend, n = alt.Legend(title=None, symbolOpacity=1), len(names)
+    colors = alt.Scale(domain=list(names), range=[ATTN, FFN, MIXER][:n])
+    shapes = alt.Scale(domain=list(names), range=["circle", "square", "diamond"][:n])
     return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
 
 

@@ -95,8 +95,9 @@ def _knowledge(wh: Warehouse, chosen: dict[str, Any]) -> Iterator[str]:
         share = shares[row["dataset"], row["category"]]
         text = f"    {visible(row['category'])} ({visible(row['dataset'])}, {row['n_prompts']} prompts): "
         text += f"head {row['head_name']} adds {shown('score', row['score'])} nat"
-        if share["attn_percent"] is not None:
-            text += "; attention {attn_percent:.0f} %, FFN {ffn_percent:.0f} %".format(**share)
+        parts = (("attention", "attn_percent"), ("FFN", "ffn_percent"), ("mixers", "mixer_percent"))
+        known = [f"{name} {share[column]:.0f} %" for name, column in parts if share[column] is not None]
+        text += f"; {', '.join(known)}" if known else ""
         yield text
 
 

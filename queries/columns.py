@@ -83,6 +83,8 @@ MEANINGS: Mapping[str, str] = {
     # Knowledge
     "attn_percent": "share of attention in the sum of all layers' scores",
     "attn_score": "sum of the scores of all attention layers",
+    "mixer_percent": "share of the mixers in the sum of all layers' scores",
+    "mixer_score": "sum of the scores of all mixers",
     "beaten_by_another_answer": "prompts in which another answer of the category is more probable",
     "best_score": "score of the layer with the largest score",
     "chosen_percent": "share of the prompts in which the router chooses the expert",
@@ -140,6 +142,7 @@ UNITS: Mapping[str, str] = {
     "best_score": "nat",
     "attn_score": "nat",
     "ffn_score": "nat",
+    "mixer_score": "nat",
     "gain": "nat",
     "entropy": "nat",
     "kl": "nat",

@@ -386,9 +386,11 @@ CREATE MACRO category_order(category) AS (
 );
 
 -- Names as in the paper's tables: a23 and f29 for layers, a23.12 for heads, f29_1234 and a23.12_45 for neurons. f29.3 is
--- expert 3 of FFN layer 29, and f29.3_45 its neuron 45.
+-- expert 3 of FFN layer 29, and f29.3_45 its neuron 45. m5 is the mixer of layer 5.
 CREATE MACRO layer_name(component, layer) AS
-    CASE component WHEN 'attn' THEN 'a' || layer WHEN 'ffn' THEN 'f' || layer ELSE component END;
+    CASE component
+        WHEN 'attn' THEN 'a' || layer WHEN 'ffn' THEN 'f' || layer WHEN 'mixer' THEN 'm' || layer ELSE component
+    END;
 
 CREATE MACRO head_name(layer, head) AS layer_name('attn', layer) || '.' || head;
 

@@ -278,25 +278,6 @@ def refusal(model: Any, dtype: str = "float32") -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [
-        ("bloom", {}),
-        ("codegen", {"rotary_dim": 4}),
-        ("falcon", {}),
-        ("gpt_neo", {"attention_types": [[["global"], 3]]}),
-        ("gptj", {"rotary_dim": 4}),
-        ("mpt", {}),
-    ],
-)
-def test_a_model_that_goes_on_with_its_own_attention_is_refused(architecture: str, changes: dict[str, Any]) -> None:
-    model = tiny_model(architecture, **changes)
-    assert refusal(model) == (
-        f"tiny cannot be decomposed: block 0 of {type(model).__name__} has its own attention, which "
-        "transformers' AttentionInterface does not reach."
-    )
-
-
 @pytest.mark.parametrize("architecture", ["mixtral", "granitemoe", "olmoe", "qwen3_moe"])
 def test_experts_are_refused(architecture: str) -> None:
     model = tiny_model(architecture, num_key_value_heads=2)

@@ -555,7 +555,7 @@ layer_scores = _table(
     "prompt × layer × component",
     _prompt_id(),
     _layer(),
-    _component(),
+    _column("component", Text(), "attn, ffn or mixer (a state-space layer and the like); a layer has what it adds"),
     _column("score", Double(), "log-probability increase of the target", unit="nat"),
     key=("prompt_id", "layer", "component"),
 )
@@ -707,7 +707,7 @@ query_layer_scores = _table(
     _prompt_id(),
     _activates(),
     _column("layer", SmallInteger(), "transformer block, numbered from 0; NULL for embed", symbol="i, l"),
-    _column("component", Text(), "embed, attn or ffn"),
+    _column("component", Text(), "embed, attn, ffn or mixer"),
     _column("score", Double(), "share of the value neurons' activation, weighted by their scores"),
     _total_share(),
     key=("prompt_id", "activates", "layer", "component"),

@@ -630,7 +630,8 @@ class Attribution:
         embed = (keys * cache.resid_pre[0, prompt, position]).sum(-1)
         size = embed.abs()
         components = ("attn", "ffn") if cache.mixer is None else COMPONENTS
-        neurons, layers = [], dict[str, list[torch.Tensor]]((c, []) for c in components)
+        neurons: list[torch.Tensor] = []
+        layers = dict[str, list["torch.Tensor"]]((c, []) for c in components)
         for i, block in enumerate(self.decomposition.blocks):
             earlier = share * (values.layer > i)
             for component, scores in layers.items():
@@ -646,14 +647,14 @@ class Attribution:
                 continue
             fired = cache.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
-            scores = torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T))
+            of_neurons = torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T))
             if self.fires is not None:  # the neurons of experts that were not chosen, and slots without a neuron
-                scores = scores.masked_fill((fired == 0).all(1), -torch.inf)
-            neurons.append(scores)
+                of_neurons = of_neurons.masked_fill((fired == 0).all(1), -torch.inf)
+            neurons.append(of_neurons)
         left = torch.where(values.layer >= 0, total.abs() / size, 1.0).clamp(max=1).amin(1)
         by_layer = {component: torch.stack(parts, dim=1) for component, parts in layers.items()}
-        of_neurons, of_embed = torch.stack(neurons, dim=1), (share * embed).sum(1)
-        return QueryScores(of_neurons, of_embed, by_layer["attn"], by_layer["ffn"], by_layer.get("mixer"), left)
+        total_of = torch.stack(neurons, dim=1), (share * embed).sum(1)
+        return QueryScores(*total_of, by_layer["attn"], by_layer["ffn"], by_layer.get("mixer"), left)
 
     @cached_property
     def layer_components(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from kdb.ingest.forward.attention import is_asked_again, states_of, watched_attention, weights_returned
 from kdb.ingest.forward.capture import batches, padded
-from kdb.ingest.forward.checks import check_row, kl_divergence, untouched
+from kdb.ingest.forward.checks import DETAIL, check_row, kl_divergence, untouched
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.experts import Experts
 from kdb.ingest.forward.ffn_activations import FfnActivations
@@ -122,7 +122,7 @@ class _Recorder:
         self.recorded: dict[str, list[Any]] = {
             k: [None] * n
             for k in (
-                *("resid", "attn", "mixer", "attn_post", "out"),
+                *("resid", "begun", "attn", "mixer", "attn_post", "out"),
                 *("weights", "values", "heads", "gates", "read"),
             )
         }
@@ -148,11 +148,13 @@ class _Recorder:
         with contextlib.ExitStack() as hooks:
             for i, block in enumerate(blocks):
                 hooks.enter_context(self._record(block.module, i, read="resid", written="out"))
+                if block.begins is not None:
+                    hooks.enter_context(self._record(block.begins, i, written="begun"))
                 hooks.enter_context(self.ffns[i].running())
                 for module, read, written in (
                     (block.attn_out, "heads", "attn"),
                     (block.mixer, None, "mixer"),
-                    (block.attn_post and block.attn_post.module, None, "attn_post"),
+                    (None if block.attn_post is None else block.attn_post.module, None, "attn_post"),
                 ):
                     if module is not None:
                         hooks.enter_context(self._record(module, i, read=read, written=written))
@@ -171,7 +173,7 @@ class _Recorder:
             if read is not None:
                 self.recorded[read][layer] = self._states(states_of(args, kwargs))
             if written is not None:
-                self.recorded[written][layer] = self._states(output[0] if isinstance(output, tuple) else output)
+                self.recorded[written][layer] = self._states(output[0] if isinstance(output, tuple | list) else output)
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
@@ -186,13 +188,14 @@ class _Recorder:
         return one.module.register_forward_hook(hook, with_kwargs=True)
 
     def _states(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(*self.shape, x.shape[-1]).float()
+        return x.reshape(*self.shape, x.shape[-1]).float().clone()  # some blocks add to their states in place
 
     def cache(self) -> ActivationCache:
         """Assemble the activation cache."""
         import torch
 
         recorded, decomposition, rows = self.recorded, self.decomposition, range(self.shape[0])
+        recorded["resid"] = [a if b is None else b for a, b in zip(recorded["resid"], recorded["begun"], strict=True)]
         blocks = decomposition.blocks
         attn, attn_scale = self._contributions("attn", [b.attn_post for b in blocks])
         mixer = self._contributions("mixer", [None] * len(blocks))[0] if decomposition.with_mixer else None
@@ -255,7 +258,7 @@ class _Recorder:
                 read = one.summed()
                 written = read if one.normed is None else one.normed
                 written = written if multiplier == 1 else written * multiplier
-                scale = scale if one.post is None else one.post.scale(read, one.normed)
+                scale = scale if one.post is None or one.normed is None else one.post.scale(read, one.normed)
             added.append(self._by_prompt(written) if multiplier is not None else written)
             scales.append(self._by_prompt(scale))
         return torch.stack(added), torch.stack(scales)
@@ -323,7 +326,7 @@ class _Recorder:
     def _by_head(self, layer: int, entries: torch.Tensor | None, otherwise: float = 0.0) -> torch.Tensor:
         """Entries (b, heads · size of the layer) as (b, h, entry); ``otherwise`` where the layer has none."""
         n, size = self.decomposition.n_heads, self.decomposition.head_size
-        out = self.recorded["resid"][0].new_full((self.shape[0], n, size), otherwise)
+        out: torch.Tensor = self.recorded["resid"][0].new_full((self.shape[0], n, size), otherwise)
         if entries is not None:
             own = entries.unflatten(-1, (self.decomposition.heads_in(layer), -1))
             out[:, : own.shape[1], : own.shape[2]] = own
@@ -332,7 +335,7 @@ class _Recorder:
     def _weights(self, layer: int) -> torch.Tensor:
         """Weights (b, h, t) of the last query, 0 for heads that the layer lacks."""
         b, t = self.shape
-        out = self.recorded["resid"][0].new_zeros(b, self.decomposition.n_heads, t)
+        out: torch.Tensor = self.recorded["resid"][0].new_zeros(b, self.decomposition.n_heads, t)
         if (weights := self.recorded["weights"][layer]) is not None:
             out[:, : weights.shape[1]] = weights
         return out
@@ -341,7 +344,7 @@ class _Recorder:
         """Values (b, h, t, entry) of each head, 0 for those that the layer lacks."""
         b, t = self.shape
         n, size = self.decomposition.n_heads, self.decomposition.head_size
-        out = self.recorded["resid"][0].new_zeros(b, n, t, size)
+        out: torch.Tensor = self.recorded["resid"][0].new_zeros(b, n, t, size)
         heads = self.decomposition.blocks[layer].heads
         if heads is None:
             return out
@@ -392,6 +395,20 @@ class _Recorder:
 # Checks ----------------------------------------------------------------------------------------------------------
 
 
+def said_of(decomposition: Decomposition) -> list[dict[str, Any]]:
+    """Rows of ``checks`` that say what the tables of a model cannot have; none for most models."""
+    blocks = decomposition.blocks
+    lacking = {
+        "head_positions": sum(b.heads is not None and not decomposition.has_positions for b in blocks),
+        "ffn_neurons": sum(b.has("ffn") and not b.ffn.sources for b in blocks),
+    }
+    return [
+        {"check": name, "value": float(n), "tolerance": float(len(blocks)), "passed": True, "detail": DETAIL[name]}
+        for name, n in lacking.items()
+        if n
+    ]
+
+
 Further = Callable[[ActivationCache, Sequence[Sequence[int]]], dict[str, float]]
 """Further values to check, by their name, of a cache and the prompts in it."""
 
@@ -409,7 +426,8 @@ def check_decomposition(
     """
     loaded = decomposition.loaded
     errors = [_off(decomposition, group, further) for group in _together(decomposition, token_ids, at_most)]
-    return [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
+    rows = [check_row(name, [of[name] for of in errors], loaded, len(token_ids)) for name in errors[0]]
+    return [*rows, *said_of(decomposition)]
 
 
 def check_logits(loaded: LoadedModel, recorded: torch.Tensor, own: torch.Tensor) -> None:
@@ -515,7 +533,7 @@ def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:
             entries = entries / r.gates[layer][:, None].where(r.gates[layer][:, None] != 0, 1.0)
         norm, arguments = decomposition.blocks[source].attn_norm, (decomposition, r, r.resid_pre[source])
         this = _off_its_keys(*arguments, norm, keys, entries.flatten(2))
-        if inner_norms(decomposition.blocks[source].heads.module):
+        if inner_norms(block.heads.module):
             # A norm on the way to the values has a scale of its own.
             this = torch.minimum(this, _off_scaled_keys(*arguments, keys, entries))
         off.append(this)

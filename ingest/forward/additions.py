@@ -78,8 +78,8 @@ def find_added(
         for found, rest in (_usual(delta, parts, multiplier), _fitted(delta, parts)):
             left = rest if left is None else left
             if rest < rounding and (rest < _BETTER * left or not best.is_exact):
-                own = (one if name in found else None for name, one in (("mixer", mixer), ("ffn", ffn)))
-                best, left = Added(found, *own, is_exact=True), rest
+                own = {name: one if name in found else None for name, one in (("mixer", mixer), ("ffn", ffn))}
+                best, left = Added(found, own["mixer"], own["ffn"], is_exact=True), rest
     return best
 
 

@@ -192,7 +192,7 @@ def weights_returned(output: Any) -> Any:
     """The first output of a module, after its states, that has the shape (batch, heads, position, position)."""
     import torch
 
-    every = [one for one in (output[1:] if isinstance(output, tuple) else ()) if isinstance(one, torch.Tensor)]
+    every = [one for one in (output[1:] if isinstance(output, tuple | list) else ()) if isinstance(one, torch.Tensor)]
     return next((one for one in every if one.ndim == 4 and one.shape[2] == one.shape[3]), None)
 
 

@@ -25,10 +25,12 @@ class Block:
     ``heads`` describes the attention, ``attn_out`` is the linear map that reads the heads. ``mixer`` is the module that
     writes what the block adds beside attention and FFN: a state-space model, linear attention, a convolution.
     ``ffn_norm`` is the norm before the FFN's first module, ``ffn_post`` the one behind the whole FFN. ``additions`` are
-    the multipliers and the order of what is added.
+    the multipliers and the order of what is added. ``begins`` is the norm that the block first applies to the residual
+    stream itself (RWKV's first block): what it writes is the block's input.
     """
 
     module: nn.Module
+    begins: nn.Module | None
     heads: Attention | None
     attn_out: nn.Module | None
     mixer: nn.Module | None
@@ -112,6 +114,22 @@ class _Finder:
         return read if before is None else before.read
 
     def block(self) -> Block:
+        """The parts of the block, whose stream may begin behind a norm."""
+        if self.attn_out is not None and self.attn_out.written.shape != self.whole.written.shape:
+            raise ModelError(f"{self.where} adds to several residual streams, or to a stream of another width.")
+        found, is_exact = self._block(None)
+        for norm in self._first_norms() if not is_exact else ():
+            self.whole = replace(self.whole, read=norm.written)
+            other, is_exact = self._block(norm.module)
+            if is_exact:
+                return other
+        return found
+
+    def _first_norms(self) -> list[Call]:
+        return [c for c in self.outside if is_norm(c.module) and same(c.read, self.whole.read)]
+
+    def _block(self, begins: nn.Module | None) -> tuple[Block, bool]:
+        """The parts, and whether they add up."""
         written: dict[str, torch.Tensor] = {}
         sources: dict[str, torch.Tensor] = {}
         post = None
@@ -129,8 +147,9 @@ class _Finder:
         present = {c: written[c] * a for c, a in added.multipliers.items()}
         order = find_order(self.whole.read, {c: sources[c] for c in present}, present)
         attention = self.attention if "attn" in present else None
-        return Block(
+        block = Block(
             module=self.module,
+            begins=begins,
             heads=attention,
             attn_out=None if attention is None else attention.out,
             mixer=None if added.mixer is None else added.mixer.module,
@@ -141,6 +160,7 @@ class _Finder:
             ffn_post=None if total is None else self._norm(read=total),
             additions=Additions(added.multipliers, order),
         )
+        return block, added.is_exact
 
     def _added(self, known: Mapping[str, torch.Tensor]) -> Added:
         """What the block adds. The residual that the norm before the FFN reads tells what is added before it."""
@@ -154,7 +174,9 @@ class _Finder:
         first = find_added(replace(whole, written=middle), known, (), self.outside[:begun], self.multiplier)
         late = self.outside[begun:] if first.mixer is None else ()
         second = self._with_ffn(replace(whole, read=middle), {}, late)
-        return Added(first.multipliers | second.multipliers, first.mixer or second.mixer, second.ffn)
+        is_exact = first.is_exact and second.is_exact
+        both = {**first.multipliers, **second.multipliers}
+        return Added(both, first.mixer or second.mixer, second.ffn, is_exact)
 
     def _with_ffn(self, sum_: Call, known: Mapping[str, torch.Tensor], others: Sequence[Call]) -> Added:
         """What is added in a part of the block that has the FFN. With experts, it is all that attention leaves."""
@@ -164,7 +186,8 @@ class _Finder:
             rest = (sum_.written - sum_.read) / self.multiplier
             for own in known.values():
                 rest = rest - own
-            return Added(dict.fromkeys((*known, "ffn"), self.multiplier), None, replace(self.ffn, written=rest))
+            added = replace(self.ffn, written=rest)
+            return Added(dict.fromkeys((*known, "ffn"), self.multiplier), None, added, is_exact=self.experts)
         return find_added(sum_, known, options, others, self.multiplier)
 
     def _outputs(self) -> list[Call]:
@@ -197,7 +220,7 @@ class _Finder:
         try:
             parts, total = find_ffn(self.where, self.module, calls, self.ffn.read, self._before, added.ffn.written)
         except ModelError:
-            if self.experts or not added.is_exact:
+            if self.experts:
                 raise
             return Ffn((), added.ffn.module), added.ffn.written
         post = self._normed(read=total)

@@ -59,13 +59,18 @@ DETAIL = {
     "prompt at a time",
     "logits": "largest |logit − the model's own| / spread of the model's own logits",
     "logits_kl": "KL divergence, in nats, of the recorded logits from the model's own",
-    "residual_sum": "‖block output − (input + attention + FFN)‖ / ‖block output‖, largest over blocks and positions",
+    "residual_sum": "‖block output − (input + attention + FFN + mixer)‖ / ‖block output‖, largest over blocks and "
+    "positions",
     "head_sum": "‖attention contribution − (heads + biases)‖ / ‖heads and biases, norms added‖, largest over layers",
     "ffn_sum": "‖FFN contribution − (neurons + biases)‖ / ‖neurons and biases, norms added‖, largest over layers",
     "value_keys": "the same for a head's values, read through the value projection found",
     "ffn_keys": "the same for what the projection that makes the FFN's neurons fire gives",
     "frozen_readout": "largest |logit of the frozen, linear readout − recorded logit| / spread of the logits",
     "frozen_readout_kl": "KL divergence, in nats, of the frozen, linear readout from the recorded logits",
+    "head_positions": "layers whose attention weights cannot be read: their heads have scores, but none by position, "
+    "and no attention neurons",
+    "ffn_neurons": "layers whose FFN is no activation times linear maps of its input: they have a layer score, and no "
+    "FFN neurons",
     "layer_score_sum": "largest |log p(target) − sum of layer scores − log p(target) at the embedding|, in nats",
 }
 """Definition of each check, as it is stored."""

@@ -67,7 +67,7 @@ class Decomposition:
         heads = [block.heads for block in blocks if block.heads is not None]
         self.n_heads = max((one.n_heads for one in heads), default=0)
         self.head_size = max((one.head_size for one in heads), default=0)
-        self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
+        self.hidden_size = structure.hidden_size
         self.has_positions = all(one.positions for one in heads)
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
@@ -232,7 +232,7 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             "--quantize int8, --dtype bfloat16, or a device with more memory."
         )
     structure = find_structure(loaded.model)
-    size = int(loaded.model.config.get_text_config().hidden_size)
+    size = structure.hidden_size
     if getattr(structure.unembed, "in_features", None) != size:
         raise ModelError(
             f"{loaded.source.name} cannot be decomposed: the unembedding of {type(loaded.model).__name__} is not "
@@ -277,7 +277,7 @@ def _attention_of(
 
 def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     read = states_of(args, kwargs)
-    written = output[0] if isinstance(output, tuple) else output
+    written = output[0] if isinstance(output, tuple | list) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
         # Cloned, since some modules add to what others returned (the experts of Llama 4).
         calls.append(Call(module, flat(read).clone(), flat(written).clone(), args, kwargs, output))

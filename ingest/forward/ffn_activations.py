@@ -72,7 +72,7 @@ class FfnActivations:
         written = output[0] if isinstance(output, tuple) else output
         part = next((s.part for s in self.ffn.sources if s.part.module is self.ffn.total), None)
         total = args[0] if self.ffn.is_read else written if part is None else part.output(written)
-        self.total = flat(total).float()
+        self.total = flat(total).float().clone()  # Falcon adds to it in place
 
     def _normed(self, _module: Any, _args: Any, output: torch.Tensor) -> None:
         self.normed = flat(output).float()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.attention import watched_attention
-from kdb.ingest.forward.decomposition import Block, Decomposition
+from kdb.ingest.forward.blocks import Block
+from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.ffn import Dense
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.linear import Norm
@@ -70,9 +71,9 @@ def _batch(
     shape, kept = (ids.shape[0], ids.shape[1]), list[tuple[str, int, "torch.Tensor"]]()
 
     def keep(component: str, layer: int, states: torch.Tensor) -> torch.Tensor:
-        # Returned, so that the model continues with this tensor: else it would have no gradient.
+        # The model continues with a copy, which it may change in place: else this tensor would have no gradient.
         kept.append((component, layer, states))
-        return states
+        return states.clone()
 
     forget_longest(decomposition.loaded)
     with (

@@ -158,8 +158,8 @@ def _explained(
     """Heads (token, entries of all heads) by the weights that a module returned, and the values of its projection."""
     rows, bias = decomposition.value_rows[layer]
     values = (_read(one.module, calls).float() @ rows.float().T + bias).unflatten(-1, (one.n_heads, -1))
-    weights = attended.weights[one.module].float()
-    return (weights @ values.transpose(0, 1)).transpose(0, 1).flatten(1)
+    mixed: torch.Tensor = attended.weights[one.module].float() @ values.transpose(0, 1)
+    return mixed.transpose(0, 1).flatten(1)
 
 
 def _gates_hold(decomposition: Decomposition, heads: Mapping[int, Attention]) -> bool:

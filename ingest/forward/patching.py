@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.decomposition import Block, Decomposition
+from kdb.ingest.forward.blocks import Block
+from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
 
@@ -145,7 +146,8 @@ def touched(
 
     ``shape`` is the shape (row, position) of the input. What ``touch`` returns, if not None, takes the states' place.
     A layer's FFN neurons may come in several calls, one for each projection, with zeros for the others. Heads are those
-    of the layer that has most and largest, with zeros for what a layer lacks. A layer without the component is left out.
+    of the layer that has most and largest, with zeros for what a layer lacks. Layers without the component are left
+    out.
     """
     with contextlib.ExitStack() as hooks:
         for layer in range(len(decomposition.blocks)) if layers is None else layers:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kdb.ingest.forward.decomposition import Block
+    from kdb.ingest.forward.blocks import Block
     from kdb.ingest.models.find import LoadedModel
     from kdb.ingest.models.structure import ModelStructure
 
@@ -52,7 +52,10 @@ def residuals(
     token_ids: Sequence[Sequence[int]],
     blocks: Sequence[Block] | None = None,
 ) -> torch.Tensor:
-    """Run prompts of one length; return the residual stream (place, prompt, position, hidden) at all `places`, float32."""
+    """Run prompts of one length; return the residual stream (place, prompt, position, hidden) at all `places`.
+
+    It is float32.
+    """
     import torch
 
     ids = torch.tensor([list(tokens) for tokens in token_ids], device=loaded.device)
@@ -61,10 +64,15 @@ def residuals(
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         first = structure.blocks[0].register_forward_pre_hook(_before(seen, tuple(ids.shape)), with_kwargs=True)
         hooks.enter_context(first)
+        begins = None if blocks is None else blocks[0].begins
+        if begins is not None:
+            hooks.enter_context(begins.register_forward_hook(_after(seen, (0, "resid_pre"), tuple(ids.shape))))
         for layer, module in enumerate(structure.blocks):
             hooks.enter_context(module.register_forward_hook(_after(seen, (layer, "resid_post"), tuple(ids.shape))))
-            for component in () if blocks is None else blocks[layer].middle:
-                written, _is_input = place(blocks[layer], component)
+            block = None if blocks is None else blocks[layer]
+            for component in () if block is None else block.middle:
+                assert block is not None
+                written, _is_input = place(block, component)
                 hooks.enter_context(written.register_forward_hook(_after(seen, (layer, component), tuple(ids.shape))))
         structure.decoder(ids, use_cache=False)
         return torch.stack(list(_in_order(seen, places(len(structure.blocks), blocks), blocks)))
