@@ -2,6 +2,7 @@
 # make test       the whole test suite
 # make test-fast  the tests of a second or two, without real models, browsers and clusters: under two minutes
 # make browser    Chromium, for the tests of pages, which are skipped without it
+# make architectures  docs/architectures.md: every architecture is measured, in half an hour
 # make gallery    all figures of the demo's warehouse on one page, gallery.html
 # make site       docs/ as web pages, in site/; a broken link is an error
 # demo, test and site make what they need in .venv, and install nothing twice. Only browser installs a package of the system.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := kdb-warehouse
 
-.PHONY: demo test test-fast browser lint types bench docs gallery site
+.PHONY: demo test test-fast browser lint types bench docs architectures gallery site
 
 demo: .venv/.demo
 	$(BIN)/kdb ingest --model smollm2-135m --dataset world-cities --dataset coinflip-synthetic --warehouse $(DEMO)
@@ -64,7 +65,9 @@ bench: .venv/.test
 
 docs: .venv/.test
 	$(BIN)/kdb schema > docs/schema.md
-	$(BIN)/python tests/test_decomposition.py > docs/architectures.md
+
+architectures: .venv/.test
+	$(BIN)/python benchmarks/architectures.py --write docs/architectures.md
 
 gallery: .venv/.demo
 	$(BIN)/python benchmarks/gallery.py $(DEMO) -o gallery.html

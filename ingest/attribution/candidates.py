@@ -105,13 +105,13 @@ def candidate_rows(decomposition: Decomposition, chunk: Sequence[Prompt], wanted
     from kdb.ingest.attribution.scores import Attribution
 
     device = decomposition.loaded.device
-    widths = {"attn": len(decomposition.attn_columns(0)), "ffn": len(decomposition.ffn_columns(0))}
+    widths = {"attn": decomposition.n_heads * decomposition.head_size, "ffn": len(decomposition.ffn_columns(0))}
     layers = {c: sorted({i // width for i in wanted.get(c, ())}) for c, width in widths.items()}
     cache = run_with_cache(decomposition, [p.token_ids for p in chunk])
     target = torch.tensor([p.target for p in chunk], device=device)
     a = Attribution(decomposition, cache, target, layers)
     ids = np.array([p.number for p in chunk], dtype=np.int32)
-    entries = widths["attn"] // decomposition.n_heads
+    entries = decomposition.head_size
     with torch.inference_mode():
         return pa.concat_tables(
             _rows(ids, a, component, torch.tensor(neurons, device=device), widths[component], entries)

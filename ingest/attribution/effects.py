@@ -166,7 +166,7 @@ def effect_rows(
     ``parts`` are the parts of each component of ``wanted``. A prompt has no row for a replacement that it lacks: a mean
     or a resample if it is the only one of its category, a pair, a subject.
     """
-    cases = list(_cases(category, indices, wanted))
+    cases = list(_cases(category, indices, wanted)) if wanted.components else []
     rows = [
         row
         for method in wanted.methods
@@ -252,5 +252,5 @@ def every_part(decomposition: Decomposition, component: str) -> list[Part]:
     """All parts of a component but FFN neurons, of which there are too many to replace each."""
     layers = range(len(decomposition.blocks))
     if component == "head":
-        return [Part("head", layer, head) for layer in layers for head in range(decomposition.n_heads)]
-    return [Part(component, layer) for layer in layers]
+        return [Part("head", layer, head) for layer in layers for head in range(decomposition.heads_in(layer))]
+    return [Part(component, i) for i in layers if component == "resid" or decomposition.blocks[i].has(component)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.execution.local import LocalEngine
 from kdb.ingest.forward.layout import FfnLayout, stored_layouts
 from kdb.ingest.forward.memory import most_per_shard
-from kdb.ingest.forward.patching import Part
+from kdb.ingest.forward.patching import Part, can_be_replaced
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
 from kdb.ingest.models.guard import model_errors
@@ -37,6 +38,8 @@ from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
     from kdb.ingest.forward.decomposition import Decomposition
+
+log = logging.getLogger(__name__)
 
 BEST_HEADS = 10
 """Number of heads of each category whose effect every knowledge run measures exactly."""
@@ -86,11 +89,25 @@ def rows(subject: Patched, shard: Shard, advance: Advance) -> Iterator[Rows]:
     category = subject.category(some.prompts)
     with model_errors(f"{subject.loaded.source.name} cannot be patched"):
         tables = [
-            effect_rows(category, some.indices, wanted, _parts(subject.decomposition, wanted, parts))
+            effect_rows(category, some.indices, _possible(subject.decomposition, wanted, found), found)
             for wanted, parts in some.wanted
+            for found in [_parts(subject.decomposition, wanted, parts)]
         ]
     yield timed("effects", [pa.concat_tables(tables)], begun)
     advance(len(some.indices))
+
+
+def _possible(decomposition: Decomposition, wanted: Patching, parts: Parts) -> Patching:
+    """The settings without the components that the model lacks, and those that no module computes."""
+    present = [c for c in wanted.components if parts[c]]
+    left_out = [c for c in present if not can_be_replaced(decomposition, c)]
+    if left_out:
+        log.warning(
+            "%s: effects of %s are left out: what they add is a sum that no module computes.",
+            decomposition.loaded.source.name,
+            " and ".join(left_out),
+        )
+    return replace(wanted, components=tuple(c for c in present if c not in left_out))
 
 
 def _parts(decomposition: Decomposition, wanted: Patching, parts: Sequence[Part] | None) -> Parts:
@@ -104,12 +121,14 @@ def default_shards(run: RunInProgress) -> list[Shard]:
     kept = [row for row in run.table("prompts").to_pylist() if row["kept"]]
     if not kept:
         return []
-    best = _best_heads(run.table("head_scores"), {row["prompt_id"]: row["category"] for row in kept})
+    categories = {row["prompt_id"]: row["category"] for row in kept}
+    has_heads = bool(run.files("head_scores"))
+    best = _best_heads(run.table("head_scores"), categories) if has_heads else {}
     n_params = run.table("models").to_pylist()[0]["n_params"]
     flops = _PASSES * 2 * n_params * max(row["n_tokens"] for row in kept)
     prompts = [known(row) for row in kept]
     size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
-    return shards_of(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best[category])))
+    return shards_of(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best.get(category, ()))))
 
 
 def by_category(prompts: Sequence[Known]) -> dict[str, tuple[Known, ...]]:

@@ -102,7 +102,8 @@ def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
     import torch
 
     n = a.ffn_coefficients.shape[2]
-    before = a.at.log_p[a.n_layers * a.n_prompts :].view(a.n_layers, a.n_prompts).T.double().exp()
+    of_ffn = slice(a.n_layers * a.n_prompts, 2 * a.n_layers * a.n_prompts)
+    before = a.at.log_p[of_ffn].view(a.n_layers, a.n_prompts).T.double().exp()
     before = before.repeat_interleave(n, dim=1)
     upper, slack = a.ffn_bounds
 

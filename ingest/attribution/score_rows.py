@@ -40,18 +40,28 @@ def layouts_of(decomposition: Decomposition) -> list[FfnLayout]:
 
 def layer_rows(ids: Any, a: Attribution) -> pa.Table:
     """Rows of ``layer_scores``; ``ids`` (prompt,) number the prompts of the chunk."""
-    layers = np.arange(a.n_layers)
-    return pa.concat_tables(
-        arrow_rows("layer_scores", {"prompt_id": ids[:, None], "layer": layers, "component": c, "score": score})
-        for c, score in a.layer_scores.items()
-    )
+    rows = []
+    for component in a.layer_components:
+        layers = _with(a, component)
+        keys = {"prompt_id": ids[:, None], "layer": np.array(layers), "component": component}
+        rows.append(arrow_rows("layer_scores", keys | {"score": a.layer_scores[component][:, layers]}))
+    return pa.concat_tables(rows)
+
+
+def _with(a: Attribution, component: str) -> list[int]:
+    """The layers that add something of this component."""
+    return [i for i, block in enumerate(a.decomposition.blocks) if block.has(component)]
 
 
 def head_rows(ids: Any, a: Attribution) -> pa.Table:
     """Rows of ``head_scores``."""
     _b, n_layers, n_heads = a.head_scores.shape
     keys = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
-    return arrow_rows("head_scores", keys | {"score": a.head_scores})
+    rows = arrow_rows("head_scores", keys | {"score": a.head_scores})
+    if a.lacking is None:
+        return rows
+    exists = np.broadcast_to((~a.lacking.all(2)).cpu().numpy(), a.head_scores.shape)
+    return rows.filter(pa.array(exists.ravel()))
 
 
 def head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
@@ -171,13 +181,14 @@ def query_neuron_rows(ids: Any, layouts: Sequence[FfnLayout], activates: str, q:
     return table.filter(_mask(best.values > -float("inf")))  # −∞: no further neuron fires
 
 
-def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
+def query_layer_rows(ids: Any, a: Attribution, activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_layer_scores``."""
     keys = {"prompt_id": ids[:, None], "activates": activates, "total_share": q.total_share.double()[:, None]}
-    rows = [
-        arrow_rows("query_layer_scores", keys | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
-        for c, score in (("attn", q.attn), ("ffn", q.ffn))
-    ]
+    rows = []
+    for component in a.layer_components:
+        layers = _with(a, component)
+        of = keys | {"component": component, "layer": np.array(layers)}
+        rows.append(arrow_rows("query_layer_scores", of | {"score": getattr(q, component)[:, layers]}))
     return pa.concat_tables(
         [arrow_rows("query_layer_scores", keys | {"component": "embed", "score": q.embed[:, None]}), *rows]
     )
@@ -249,7 +260,7 @@ def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callab
     text = functools.cache(lambda token: tokenizer.decode([token]))
     for (component, layer), group in _by(neurons.to_pylist(), "component", "layer"):
         columns = decomposition.ffn_columns(layer) if component == "ffn" else decomposition.attn_columns(layer)
-        width = columns.shape[0] // decomposition.n_heads
+        width = decomposition.head_size
         for start in range(0, len(group), 256):
             some = group[start : start + 256]
             slot = decomposition.ffn_layout(layer).slot

@@ -80,7 +80,7 @@ def _answers(logits: torch.Tensor, target: torch.Tensor) -> list[Answer]:
 def method_shards(run: RunInProgress) -> list[Shard]:
     """The kept prompts of a knowledge run by category, with each method's best neurons of each prompt."""
     kept = [row for row in run.table("prompts").to_pylist() if row["kept"]]
-    if not kept:
+    if not kept or not run.files("ablated_parts"):
         return []
     [model] = run.table("models").to_pylist()
     experts = run.table("experts").to_pylist() if run.files("experts") else []

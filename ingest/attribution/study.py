@@ -58,7 +58,7 @@ from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.prompts import Posed, Prompt, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
-from kdb.warehouse.schema import NEURON
+from kdb.warehouse.schema import NEURON, arrow_schema
 from kdb.warehouse.sums import sum_neurons
 
 if TYPE_CHECKING:
@@ -381,31 +381,38 @@ def _scores(
     a = Attribution(decomposition, cache, target)
     ids = np.array([p.number for p in chunk], dtype=np.int32)
     yield "layer_scores", layer_rows(ids, a)
-    yield "head_scores", head_rows(ids, a)
-    yield "head_position_scores", head_position_rows(ids, a, subject.loaded.tokenizer, chunk)
+    has_values = decomposition.n_heads > 0 and decomposition.has_positions
+    if decomposition.n_heads:
+        yield "head_scores", head_rows(ids, a)
+    if has_values:
+        yield "head_position_scores", head_position_rows(ids, a, subject.loaded.tokenizer, chunk)
     if cache.chosen is not None:
         yield "expert_scores", expert_rows(ids, a)
         yield from zip(("router", "routing"), router_rows(ids, a), strict=True)
     yield "lens_readouts", lens_rows(ids, decomposition, cache, chunk)
     k, layouts = max(wanted.top_k, wanted.query_values, wanted.ablate_k), layouts_of(decomposition)
-    ffn, attn = a.ffn_top(k), a.attn_top(k)
+    ffn = a.ffn_top(k) if decomposition.n_slots else None
+    attn = a.attn_top(k) if has_values else None
+    best = {name: of for name, of in (("ffn", ffn), ("attn", attn)) if of is not None}
+    if not best:
+        yield "query_layer_scores", arrow_schema("query_layer_scores").empty_table()
+        return
     if wanted.all_neurons:
-        stored = [a.ffn_every(ffn), a.attn_every(attn)]
+        every = {"ffn": a.ffn_every, "attn": a.attn_every}
+        stored = [every[name](of) for name, of in best.items()]
     else:
-        stored = [ffn.first(wanted.top_k), attn.first(wanted.top_k)]
+        stored = [of.first(wanted.top_k) for of in best.values()]
     yield "neuron_scores", pa.concat_tables(neuron_rows(ids, layouts, n) for n in stored)
     categories = [subject.job.dataset.examples[p.number].category or "" for p in chunk]
-    yield BOUNDS, bound_rows(categories, {"ffn": ffn, "attn": attn})
-    if wanted.ablate_k:
+    yield BOUNDS, bound_rows(categories, best)
+    if wanted.ablate_k and ffn is not None:
         chosen, zeroed = method_rows(a, ffn, chunk, wanted.ablate_k, subject.batch_tokens)
         yield "ablated_parts", chosen
         yield "ablations", zeroed
-    queries = {
-        "attn": a.attn_queries(attn.first(wanted.query_values)),
-        "ffn": a.ffn_queries(ffn.first(wanted.query_values)),
-    }
+    sources = {"attn": a.attn_queries, "ffn": a.ffn_queries}
+    queries = {name: sources[name](best[name].first(wanted.query_values)) for name in sources if name in best}
     yield "query_neuron_scores", pa.concat_tables(query_neuron_rows(ids, layouts, k, q) for k, q in queries.items())
-    yield "query_layer_scores", pa.concat_tables(query_layer_rows(ids, k, q) for k, q in queries.items())
+    yield "query_layer_scores", pa.concat_tables(query_layer_rows(ids, a, k, q) for k, q in queries.items())
 
 
 def _candidate_shards(posed: PosedFacts, length_class: LengthClasses, which: str, run: RunInProgress) -> list[Shard]:

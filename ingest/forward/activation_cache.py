@@ -91,7 +91,7 @@ class ActivationCache:
 def bytes_per_token(decomposition: Decomposition) -> int:
     """Largest number of bytes for one token of a prompt: its cache, and the bounds of its attention neurons."""
     n_neurons = decomposition.n_slots
-    n_values = decomposition.attn_columns(0).shape[0]
+    n_values = decomposition.n_heads * decomposition.head_size
     recorded = 4 * (n_neurons + 4 * decomposition.hidden_size + n_values + 8)
     bounds = 6 * 8 * n_values
     return len(decomposition.blocks) * (recorded + bounds)
@@ -471,24 +471,28 @@ def _residual_sum(r: ActivationCache) -> float:
 def _head_sum(decomposition: Decomposition, r: ActivationCache) -> float:
     import torch
 
-    off, rows = [], torch.arange(len(r.last), device=r.last.device)
-    for layer in range(len(decomposition.blocks)):
+    off, rows = [r.last.new_zeros(1, dtype=torch.float32)], torch.arange(len(r.last), device=r.last.device)
+    for layer, block in enumerate(decomposition.blocks):
+        if block.heads is None:
+            continue
         heads = head_vectors(decomposition, r, layer)
         scale = (heads.norm(dim=-1).sum(1) + r.attn_bias[layer].norm(dim=-1)).clamp_min(1e-30)
         off.append((heads.sum(1) + r.attn_bias[layer] - r.attn[layer, rows, r.last]).norm(dim=-1) / scale)
-    return _largest(torch.stack(off))
+    return _largest(torch.cat(off))
 
 
 def _ffn_sum(decomposition: Decomposition, r: ActivationCache) -> float:
     import torch
 
-    off, rows = [], torch.arange(len(r.last), device=r.last.device)
-    for layer in range(len(decomposition.blocks)):
+    off, rows = [r.last.new_zeros(1, dtype=torch.float32)], torch.arange(len(r.last), device=r.last.device)
+    for layer, block in enumerate(decomposition.blocks):
+        if not block.ffn.sources:
+            continue
         columns = decomposition.ffn_columns(layer)
         m = r.coefficients[layer, rows, r.last] * r.ffn_scale[layer, rows, r.last, None]
         scale = (m.abs() @ columns.norm(dim=-1) + r.ffn_bias[layer].norm(dim=-1)).clamp_min(1e-30)
         off.append((m @ columns + r.ffn_bias[layer] - r.ffn[layer, rows, r.last]).norm(dim=-1) / scale)
-    return _largest(torch.stack(off))
+    return _largest(torch.cat(off))
 
 
 def _value_keys(decomposition: Decomposition, r: ActivationCache) -> float:

@@ -93,9 +93,14 @@ class Capture:
         """Shape of one prompt's vectors: (layer, site, hidden)."""
         return len(self.structure.blocks), len(SITES), self.structure.hidden_size
 
+    @property
+    def lacking(self) -> set[tuple[int, str]]:
+        """Layers and sites whose vectors are NaN, because the block has no FFN whose input could be read."""
+        return {(layer, "ffn_norm") for layer, ffn in enumerate(self.structure.ffns) if ffn is None}
+
     @functools.cached_property
     def caches_prefixes(self) -> bool:
-        """Whether a prefix can be run once: not in models that keep a state instead of keys and values of each token."""
+        """Whether a prefix can be run once; not in models that keep a state instead of each token's keys and values."""
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -236,7 +241,10 @@ class Capture:
                     continue
                 hooks.enter_context(
                     ffn.register_forward_pre_hook(
-                        lambda _m, args, kwargs, out=normed: keep(out, _read(args, kwargs), last), with_kwargs=True
+                        lambda _m, args, kwargs, out=normed: keep(
+                            out, first_tensor(args or tuple(kwargs.values())), last
+                        ),
+                        with_kwargs=True,
                     )
                 )
             hooks.enter_context(self.structure.blocks[-1].register_forward_hook(output(ends, end)))
@@ -272,7 +280,3 @@ def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
         torch.nn.functional.linear(a, b).sum().item()  # .item() waits for an asynchronous device
         times.append(time.perf_counter() - begun)
     return 2 * 512 * k * n / min(times)
-
-
-def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return first_tensor(args or tuple(kwargs.values()))

@@ -21,7 +21,7 @@ from kdb.ingest.forward.ffn import Dense
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.linear import Norm
 from kdb.ingest.forward.memory import tokens_at_once
-from kdb.ingest.forward.patching import Pass, same_length, touched
+from kdb.ingest.forward.patching import Pass, same_length, touched, width
 
 if TYPE_CHECKING:
     import torch
@@ -99,11 +99,13 @@ def _by_layer(decomposition: Decomposition, component: str, kept: Sequence[Any],
     """Gradients (layer, row, position, width) of one component, from those of all states; 0 where it has none."""
     import torch
 
-    found: list[Any] = [0.0] * len(decomposition.blocks)
+    found: list[Any] = [None] * len(decomposition.blocks)
     for (own, layer, _states), grad in zip(kept, grads, strict=True):
         if own == component:
-            found[layer] = found[layer] + grad
-    return torch.stack(found).float().cpu()
+            found[layer] = grad if found[layer] is None else found[layer] + grad
+    rows, positions = kept[0][2].shape[:2]
+    zeros = torch.zeros(rows, positions, width(decomposition, component), device=kept[0][2].device)
+    return torch.stack([zeros if grad is None else grad.float() for grad in found]).cpu()
 
 
 def _as_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -122,6 +124,7 @@ def _linear(decomposition: Decomposition, method: str) -> Iterator[None]:
     if method == "atp":
         yield
         return
+    _check_rules(decomposition)
     with contextlib.ExitStack() as hooks:
         for block in decomposition.blocks:
             for norm in (block.attn_norm, block.ffn_norm, block.attn_post, block.ffn_post):
@@ -138,13 +141,29 @@ def _linear(decomposition: Decomposition, method: str) -> Iterator[None]:
         yield
 
 
+def _check_rules(decomposition: Decomposition) -> None:
+    """Raise ModelError for parts that no rule of RelP covers."""
+    heads = [block.heads for block in decomposition.blocks if block.heads is not None]
+    lacks = {
+        "a mixer": bool(decomposition.with_mixer),
+        "an attention of its own": any(not one.watched for one in heads),
+        "gates on its heads": any(one.gated for one in heads),
+    }
+    if any(lacks.values()):
+        what = next(name for name, is_so in lacks.items() if is_so)
+        raise ModelError(
+            f"{decomposition.loaded.source.name}: this model has {what}, which RelP has no rule for. Use --method atp "
+            "or exact."
+        )
+
+
 def _dense(decomposition: Decomposition, block: Block) -> Dense:
     dense = block.ffn.dense
     if dense is None or dense.activation is None:
         lacks = "a dense FFN" if dense is None else "the activation function of the FFN as a module"
         raise ModelError(
             f"{decomposition.loaded.source.name}: RelP needs {lacks}, and this model has none. Use --method atp or "
-            "exact."
+            "or exact."
         )
     return dense
 

@@ -37,6 +37,9 @@ CACHE_BYTES = 512 * 2**20
 """Memory for the cached keys and values of one batch."""
 
 
+_NOTHING = 0.0
+"""What a layer writes without the component: zeros of its width."""
+
 SMALL_ROWS = 64
 """Rows of a batch below which patches of several layers share it."""
 
@@ -96,14 +99,14 @@ class Changes:
 
 def width(decomposition: Decomposition, component: str) -> int:
     """Number of entries that all parts of one component write in a layer."""
-    heads, neurons = decomposition.attn_columns(0).shape[0], decomposition.n_slots
+    heads, neurons = decomposition.n_heads * decomposition.head_size, decomposition.n_slots
     return {"head": heads, "ffn_neuron": neurons}.get(component, decomposition.hidden_size)
 
 
 def entries(decomposition: Decomposition, part: Part) -> slice:
     """The entries of a layer that one part writes."""
     if part.component == "head":
-        size = width(decomposition, "head") // decomposition.n_heads
+        size = decomposition.head_size
         return slice(part.head * size, (part.head + 1) * size)
     return slice(part.neuron, part.neuron + 1) if part.component == "ffn_neuron" else slice(None)
 
@@ -111,11 +114,16 @@ def entries(decomposition: Decomposition, part: Part) -> slice:
 def place(block: Block, component: str) -> tuple[nn.Module, bool]:
     """The module at which a component is read and replaced, and whether it is there the module's input."""
     if component == "head":
+        assert block.attn_out is not None
         return block.attn_out, True
     if component == "resid":
         return block.module, False
     # A norm behind attention or FFN (Gemma 2 and 3) is part of what is added.
-    post, out = (block.attn_post, block.attn_out) if component == "attn" else (block.ffn_post, block.ffn.total)
+    post, out = {
+        "attn": (block.attn_post, block.attn_out),
+        "ffn": (block.ffn_post, block.ffn.total),
+        "mixer": (None, block.mixer),
+    }[component]
     module = out if post is None else post.module
     if module is None:
         raise ModelError("The FFN of this model is a sum that no module computes, so that it cannot be replaced.")
@@ -136,7 +144,8 @@ def touched(
     """Call ``touch(component, layer, states)`` with the states (row, position, width) of each component in a pass.
 
     ``shape`` is the shape (row, position) of the input. What ``touch`` returns, if not None, takes the states' place.
-    A layer's FFN neurons may come in several calls, one for each projection, with zeros for the others.
+    A layer's FFN neurons may come in several calls, one for each projection, with zeros for the others. Heads are those
+    of the layer that has most and largest, with zeros for what a layer lacks. A layer without the component is left out.
     """
     with contextlib.ExitStack() as hooks:
         for layer in range(len(decomposition.blocks)) if layers is None else layers:
@@ -144,10 +153,41 @@ def touched(
                 if component == "ffn_neuron":
                     for watched in _touching_neurons(decomposition, layer, shape, touch):
                         hooks.enter_context(watched)
-                else:
+                elif _has(decomposition.blocks[layer], component):
                     module, is_input = place(decomposition.blocks[layer], component)
-                    hooks.enter_context(_touching(module, is_input, component, layer, shape, touch))
+                    watch = _padding_heads(decomposition, layer, touch) if component == "head" else touch
+                    hooks.enter_context(_touching(module, is_input, component, layer, shape, watch))
         yield
+
+
+def can_be_replaced(decomposition: Decomposition, component: str) -> bool:
+    """Whether a module computes what each layer writes of a component, so that it can be replaced there."""
+    if component != "ffn":
+        return True
+    blocks = [block for block in decomposition.blocks if block.has("ffn")]
+    return all((block.ffn.total if block.ffn_post is None else block.ffn_post.module) is not None for block in blocks)
+
+
+def _has(block: Block, component: str) -> bool:
+    """Whether the block writes something of a component of `kdb.queries.domains.PARTS`."""
+    return component == "resid" or block.has({"head": "attn", "ffn_neuron": "ffn"}.get(component, component))
+
+
+def _padding_heads(decomposition: Decomposition, layer: int, touch: Touch) -> Touch:
+    """Let ``touch`` see the heads of a layer among those of the layer that has most and largest."""
+    import torch
+
+    n, size = decomposition.heads_in(layer), decomposition.head_size_in(layer)
+    more_heads, more_entries = decomposition.n_heads - n, decomposition.head_size - size
+    if not (more_heads or more_entries):
+        return touch
+
+    def padded_touch(component: str, layer: int, states: torch.Tensor) -> torch.Tensor | None:
+        padded = torch.nn.functional.pad(states.unflatten(-1, (n, size)), (0, more_entries, 0, more_heads))
+        new = touch(component, layer, padded.flatten(-2))
+        return None if new is None else new.unflatten(-1, padded.shape[-2:])[..., :n, :size].flatten(-2)
+
+    return padded_touch
 
 
 def _touching_neurons(decomposition: Decomposition, layer: int, shape: tuple[int, int], touch: Touch) -> Iterator[Any]:
@@ -200,7 +240,7 @@ def recorded(
     import torch
 
     n_layers = len(decomposition.blocks)
-    found: list[dict[str, list[Any]]] = [{c: [0.0] * n_layers for c in components} for _ in token_ids]
+    found: list[dict[str, list[Any]]] = [{c: [_NOTHING] * n_layers for c in components} for _ in token_ids]
     device = decomposition.loaded.device
     most = tokens_at_once(decomposition.loaded)
     for rows in same_length(token_ids, most):
@@ -214,7 +254,11 @@ def recorded(
         forget_longest(decomposition.loaded)
         with torch.inference_mode(), touched(decomposition, components, (ids.shape[0], ids.shape[1]), keep):
             decomposition.structure.decoder(ids, use_cache=False)
-    return [{c: torch.stack(values) for c, values in one.items()} for one in found]
+    none = [{c: torch.zeros(len(at), width(decomposition, c)) for c in components} for at in positions]
+    return [
+        {c: torch.stack([zeros[c] if value is _NOTHING else value for value in values]) for c, values in one.items()}
+        for one, zeros in zip(found, none, strict=True)
+    ]
 
 
 def same_length(token_ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
@@ -281,7 +325,7 @@ class Prompts:
         import torch
 
         self.decomposition, self.passes, device = decomposition, passes, decomposition.loaded.device
-        self.start = min(passes[0].positions)
+        self.start = min(passes[0].positions) if decomposition.can_resume else 0
         ids = torch.tensor([list(p.token_ids) for p in passes], device=device)
         self.ids, self.target = ids[:, self.start :], torch.tensor([p.target for p in passes], device=device)
         self.rival = torch.tensor([p.rival for p in passes], device=device)
@@ -338,6 +382,8 @@ class Prompts:
         if self.cache is not None:
             kept = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in self.cache.layers)
             most = min(most, max(1, CACHE_BYTES // max(1, kept)))
+        if not self.decomposition.can_resume:  # no row can skip a block
+            layers = [0] * len(numbers)
         start = 0
         while start < len(numbers):
             stop = next((i for i in range(start, len(numbers)) if layers[i] != layers[start]), len(numbers))
@@ -369,7 +415,7 @@ class Prompts:
         components, layers = sorted({c for c, _layer in by_place}), sorted({layer for _c, layer in by_place})
         with (
             torch.inference_mode(),
-            self._from(layers[0], rows),
+            self._from(layers[0] if self.decomposition.can_resume else 0, rows),
             touched(self.decomposition, components, (len(rows), self.ids.shape[1]), replace, layers),
         ):
             return self._last_logits(self.ids[list(rows)], self._rows(rows))

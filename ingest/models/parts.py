@@ -1,4 +1,4 @@
-"""Find a model's blocks, and the FFN of a block, by how the modules are nested; nothing is run, no weights are needed.
+"""Find a model's blocks and their parts by how the modules are nested; nothing is run, and no weights are needed.
 
 blocks = text_blocks(model)
 ffn_of(blocks[0])
@@ -23,7 +23,7 @@ _FFN = (
 _FFN_CLASS = re.compile(r"mlp|moe|ffn|feedforward", re.IGNORECASE)
 
 _MIXER_CLASS = re.compile(
-    r"mamba|ssm|rwkv|lru|recurrent|lstm|delta|linear_?attention|lightning|conv(?!1D$)|simple_?gla", re.IGNORECASE
+    r"mamba|mixer|rwkv|lru|recurrent|lstm|delta|linear_?attention|lightning|shortconv", re.IGNORECASE
 )
 """Classes of modules that mix tokens without attention: state-space models, linear attention, convolutions."""
 
@@ -66,7 +66,7 @@ def ffn_of(block: nn.Module) -> nn.Module | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, by its class."""
-    return "norm" in type(module).__name__.lower()
+    return type(module).__name__.lower().endswith(("norm", "normgated"))
 
 
 def is_mixture_or_mlp(module: nn.Module) -> bool:
@@ -84,6 +84,15 @@ def attention_of(block: nn.Module) -> nn.Module | None:
     return next(
         (m for m in block.modules() if _is(m, _ATTENTION_CLASS) and not _is(m, _MIXER_CLASS) and m is not block), None
     )
+
+
+def experts_of(block: nn.Module) -> nn.Module | None:
+    """Return the module that holds the routed experts of a block, or None: a list of FFNs, or stacks of matrices."""
+    return next((m for name, m in block.named_modules() if name.endswith("experts") and _has_weights(m)), None)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _is(module: nn.Module, pattern: re.Pattern[str]) -> bool:

@@ -21,28 +21,28 @@ class Rerun(nn.Module):
 
     def __init__(self, model: Any, block: nn.Module, unembed: nn.Module, layout: BlockOutput) -> None:
         super().__init__()
-        self.run, self.block, self.unembed, self.layout = (lambda: model), (lambda: block), (lambda: unembed), layout
+        # In a tuple, so that the model's modules do not become parts of this one.
+        self.parts, self.layout = (model, block, unembed), layout
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Convert states (…, hidden) after the last block into what the unembedding reads (…, width)."""
-        import torch
-
-        rows, read = states.reshape(-1, states.shape[-1]), []
-        embedding = self.run().get_input_embeddings().weight
-        ids = torch.ones(len(rows), 1, dtype=torch.long, device=embedding.device)
+        model, block, unembed = self.parts
+        rows = states.reshape(-1, states.shape[-1])
+        read: list[torch.Tensor] = []
+        ids = torch.ones(len(rows), 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(self.block().register_forward_hook(functools.partial(self._replace, rows)))
-            hooks.enter_context(self.unembed().register_forward_pre_hook(lambda _m, args: read.append(args[0])))
-            self.run()(ids, **without_cache(self.run()))
+            hooks.enter_context(block.register_forward_hook(functools.partial(self._replace, rows)))
+            hooks.enter_context(unembed.register_forward_pre_hook(lambda _m, args: read.append(args[0])))
+            model(ids, **without_cache(model))
         normed = read[0].reshape(len(rows), -1, read[0].shape[-1])[:, -1]
         return normed.reshape(*states.shape[:-1], -1)
 
     def _replace(self, rows: torch.Tensor, _block: nn.Module, _args: Any, output: Any) -> Any:
-        if type(output) not in (tuple, list) and not isinstance(output, torch.Tensor):
-            raise ModelError(
-                f"{type(self.run()).__name__}: its blocks pass on more than one vector per token, and kdb does not know "
-                "which of them the logits are made of, so it cannot measure it."
-            )
         first = first_tensor(output)
+        if first is None or not (type(output) in (tuple, list) or output is first):
+            raise ModelError(
+                f"{type(self.parts[0]).__name__}: its blocks pass on more than one vector per token, and kdb does not "
+                "know which of them the logits are made of, so it cannot measure it."
+            )
         new = self.layout.replaced(first, rows.to(first.device))
-        return (new, *output[1:]) if isinstance(output, tuple | list) else new
+        return new if output is first else (new, *output[1:])

@@ -32,8 +32,8 @@ class ModelStructure:
     normalised state before the FFN, or None. ``final_norm`` is all that stands between the last block and the
     unembedding; an identity if there is nothing. ``last_state`` is the part of it that the last hidden state which
     transformers reports has been through, ``after_last_state`` the rest. ``hidden_size`` is the width of the residual
-    stream; ``layout`` finds the states in a block's output, and ``first_state`` is the number of the first block's output
-    among the reported ones. ``can_pad``: whether tokens after a text leave its states as they are.
+    stream. ``layout`` finds the states in a block's output; ``first_state`` is the place of the first block's output
+    among the states that transformers reports. ``can_pad``: whether tokens after a text leave its states as they are.
     """
 
     decoder: nn.Module
@@ -104,7 +104,7 @@ def find_structure(model: Any) -> ModelStructure:
     softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     last_state, after = _norms(model, blocks[-1], unembed, seen)
     return ModelStructure(
-        decoder=model.base_model,
+        decoder=_decoder(model, blocks[0]),
         blocks=blocks,
         ffns=tuple(ffn if seen.reads_state(ffn) else None for ffn in ffns),
         final_norm=_chained(last_state, after),
@@ -118,6 +118,12 @@ def find_structure(model: Any) -> ModelStructure:
         first_state=seen.first_state,
         can_pad=can_pad(model, blocks, seen),
     )
+
+
+def _decoder(model: Any, block: nn.Module) -> nn.Module:
+    """The module that runs everything except the unembedding. Llama 4 names no base model."""
+    base: nn.Module = model.base_model
+    return next(m for m in model.children() if block in set(m.modules())) if base is model else base
 
 
 def _norms(model: Any, block: nn.Module, unembed: nn.Module, seen: Trace) -> tuple[nn.Module, nn.Module]:
@@ -147,7 +153,13 @@ def ffn_width(text: Any) -> int:
     """Number of FFN neurons per layer, from a text config, whatever the architecture calls it."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
     # GPT-2's n_inner is null if the width is four times the hidden size.
-    return int(next(filter(None, (getattr(text, name, None) for name in names)), 4 * text.hidden_size))
+    return next(filter(None, (largest(getattr(text, name, None)) for name in names)), 4 * int(text.hidden_size))
+
+
+def largest(value: Any) -> int:
+    """Return a number of a config, or the largest of a list with one for each layer; 0 for anything else."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return max((int(number) for number in numbers if isinstance(number, int)), default=0)
 
 
 def _logit_scale(config: Any) -> float:
