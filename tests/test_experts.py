@@ -37,7 +37,9 @@ def mixture(number: int) -> dict[str, Rows]:
     some = list(enumerate(neurons(number), start=1))
     key = {"role": "last", "replacement": "mean", "method": "exact", "direction": "noising"}
     return {
-        "models": [{"n_layers": 2, "n_heads": 1, "head_dim": 1, "intermediate_size": 8, "dtype": "float32"}],
+        "models": [
+            {"n_layers": 2, "n_heads": 1, "n_experts": 2, "head_dim": 1, "intermediate_size": 8, "dtype": "float32"}
+        ],
         "experts": [
             *({"layer": 0, "expert": expert, "shared": False, "n_neurons": 8} for expert in (0, 1)),
             {"layer": 1, "n_neurons": 8},
