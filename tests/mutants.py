@@ -52,9 +52,68 @@ STAGES, WRITER = "ingest/stages.py", "ingest/execution/writer.py"
 JOINING, WHOLE = "ingest/datasets/joining.py", "ingest/attribution/whole_answers.py"
 KNOWLEDGE, CONCEPT = "ingest/attribution/study.py", "ingest/concept/study.py"
 RUNS = "tests/test_knowledge_run.py"
+OF_EXPERTS = "tests/test_experts.py"
 PROVED = "tests/test_bounds.py tests/test_attribution.py"
 
 MUTANTS = [
+    # Neurons of experts
+    Mutant(
+        MACROS,
+        "coalesce(expert_name(layer, expert), layer_name(component, layer))",
+        "layer_name(component, layer)",
+        OF_EXPERTS,
+    ),
+    Mutant(
+        MACROS,
+        "kind, component, layer, head, expert, neuron, sum",
+        "kind, component, layer, head, min(expert) AS expert, neuron, sum",
+        OF_EXPERTS,
+    ),
+    Mutant(MACROS, " AND named.expert IS NOT DISTINCT FROM wanted.expert", "", OF_EXPERTS),
+    Mutant(MACROS, " AND scores.expert IS NOT DISTINCT FROM named.expert", "", OF_EXPERTS),
+    Mutant(MACROS, "    AND query_neuron_scores.expert IS NOT DISTINCT FROM named.expert\n", "", OF_EXPERTS),
+    Mutant(
+        MACROS,
+        "prompts_run, prompt_id, component, layer, head, expert, neuron",
+        "prompts_run, prompt_id, component, layer, head, neuron",
+        OF_EXPERTS,
+    ),
+    Mutant(
+        MACROS,
+        "coalesce(n_of_experts, n_layers::BIGINT * intermediate_size)",
+        "n_layers::BIGINT * intermediate_size",
+        OF_EXPERTS,
+    ),
+    Mutant(
+        "queries/neuron_sums.sql",
+        "head, expert, neuron, sum(score)",
+        "head, min(expert) AS expert, neuron, sum(score)",
+        OF_EXPERTS,
+    ),
+    Mutant(
+        "queries/exact_sums.sql",
+        "head, expert, neuron, NULL AS total",
+        "head, min(expert) AS expert, neuron, NULL AS total",
+        OF_EXPERTS,
+    ),
+    Mutant(
+        "queries/knowledge/neuron-tokens.sql",
+        " AND neuron_tokens.expert IS NOT DISTINCT FROM named.expert",
+        "",
+        OF_EXPERTS,
+    ),
+    Mutant(
+        "ingest/forward/layout.py",
+        "layouts[i].experts(neuron[here]), layouts[i].neurons(neuron[here])",
+        "layouts[i].experts(neuron[here]), neuron[here]",
+        "tests/test_expert_run.py",
+    ),
+    Mutant(
+        "ingest/attribution/score_rows.py",
+        "chosen.sum(1, keepdim=True) + NEXT_EXPERTS",
+        "NEXT_EXPERTS",
+        "tests/test_expert_run.py",
+    ),
     # Files
     Mutant("warehouse/files.py", "        sync(partial)\n", "", "tests/test_lake.py"),
     # The probe's solver

@@ -8,12 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from click.testing import Result
+from helpers.tiny_models import loaded, prompts, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from kdb.ingest.attribution.score_rows import expert_rows, layouts_of, neuron_rows, router_rows
+from kdb.ingest.attribution.scores import Attribution
+from kdb.ingest.forward.activation_cache import run_with_cache
+from kdb.ingest.forward.decomposition import decompose
 from kdb.warehouse.store import Warehouse
 
 pytestmark = pytest.mark.slow
@@ -194,3 +200,39 @@ def test_a_neuron_without_its_expert_is_refused(
         query = f"SELECT 'ffn' AS component, NULL AS head, {columns}"
         result = run_kdb("ablate", *given, "--query", query, "--warehouse", measured.storage.local.path)
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    | {"shared_expert_intermediate_size": 12},
+    "deepseek_v3": {"num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 2}
+    | {"topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_a_shared_expert_has_a_score_and_is_not_routed(architecture: str) -> None:
+    decomposition = decompose(loaded(tiny_model(architecture, **OTHERS[architecture])))
+    cache = run_with_cache(decomposition, prompts([7, 7]))
+    a, ids = Attribution(decomposition, cache, torch.tensor([3, 4])), np.array([5, 9])
+    with torch.inference_mode():
+        router, _routing = (pl.DataFrame(rows) for rows in router_rows(ids, a))
+        scores = pl.DataFrame(expert_rows(ids, a))
+        every = pl.DataFrame(neuron_rows(ids, layouts_of(decomposition), a.ffn_every(a.ffn_top(20))))
+    n_routed = max(of.n_routed for of in layouts_of(decomposition))
+    place = ["prompt_id", "layer", "expert"]
+    chosen = router.filter("chosen").select(place).rows()
+    shared = scores.filter(pl.col("expert") >= n_routed).select(place).rows()
+    assert router["expert"].max() < n_routed
+    assert len(shared) == len(scores.unique(["prompt_id", "layer"]))
+    assert sorted(scores.select(place).rows()) == sorted([*chosen, *shared])
+    # Every neuron that fires has a row, and ranks have no gaps.
+    fires = every.drop_nulls("expert").select(place).unique().rows()
+    assert sorted(fires) == sorted([*chosen, *shared])
+    for _id, rows in every.group_by("prompt_id"):
+        assert rows["rank"].to_list() == list(range(1, len(rows) + 1))
+    # Chosen experts come first, even if groups or a bias preferred them to more probable ones.
+    for _place, rows in router.group_by("prompt_id", "layer"):
+        assert rows["chosen"].to_list() == [True] * 2 + [False] * 4
+        assert rows["probability"].tail(4).is_sorted(descending=True)

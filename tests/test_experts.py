@@ -10,8 +10,13 @@ import pytest
 from helpers.knowledge_rows import add_knowledge, prompt
 from helpers.stored import Rows, create_lake
 
+from kdb.analysis import figures
 from kdb.queries.catalogue import load_catalogue
 from kdb.warehouse.database import Database
+from kdb.warehouse.folder_storage import FolderStorage
+from kdb.warehouse.store import Warehouse
+from kdb.warehouse.sums import write_neuron_sums
+from kdb.web.views import render
 
 KNOWLEDGE = [name for name, query in load_catalogue().items() if query.group == "knowledge"]
 CATEGORIES = ("language", "capital")
@@ -32,12 +37,17 @@ def mixture(number: int) -> dict[str, Rows]:
     some = list(enumerate(neurons(number), start=1))
     key = {"role": "last", "replacement": "mean", "method": "exact", "direction": "noising"}
     return {
-        "models": [{"n_layers": 2, "n_heads": 1, "head_dim": 1, "intermediate_size": 8, "dtype": "float32"}],
+        "models": [
+            {"n_layers": 2, "n_heads": 1, "n_experts": 2, "head_dim": 1, "intermediate_size": 8, "dtype": "float32"}
+        ],
         "experts": [
             *({"layer": 0, "expert": expert, "shared": False, "n_neurons": 8} for expert in (0, 1)),
             {"layer": 1, "n_neurons": 8},
         ],
-        "prompts": [prompt(i, category) | {"token_ids": [1]} for i, category in PROMPTS.items()],
+        "prompts": [
+            prompt(i, category) | {"text": "The sky is", "target_token": " blue", "target_prob": 0.5}
+            for i, category in PROMPTS.items()
+        ],
         "layer_scores": [{"prompt_id": 0, "layer": 0, "component": "ffn", "score": 1.0}],
         "neuron_scores": [
             {"prompt_id": i, "component": "ffn", **one, "score": rank + 0.1 * i, "rank": rank}
@@ -64,6 +74,16 @@ def mixture(number: int) -> dict[str, Rows]:
             {"prompt_id": i, "layer": 0, "expert": expert, "score": 1.0 + expert} for i in PROMPTS for expert in (0, 1)
         ],
     }
+
+
+ROUTED: dict[str, Rows] = {
+    "router": [
+        {"prompt_id": 0, "layer": 0, "expert": expert, "chosen": True, "weight": weight, "probability": weight}
+        | {"rank": rank}
+        for rank, (expert, weight) in enumerate([(1, 0.75), (0, 0.25)], start=1)
+    ],
+    "routing": [{"prompt_id": 0, "layer": 0, "entropy": 0.5}],
+}
 
 
 def mixed(folder: Path, number: int) -> Database:
@@ -100,8 +120,12 @@ def asked(database: Database, name: str, neuron: str) -> pl.DataFrame:
     return database.query(name, **given)
 
 
-@pytest.mark.parametrize("neuron", ["f0.0_3", "f0.1_3", "f1_3"])
-@pytest.mark.parametrize("name", KNOWLEDGE)
+OF_ONE_NEURON = [name for name in KNOWLEDGE if "neuron" in [param.name for param in load_catalogue()[name].params]]
+ASKED = [(name, neuron) for name in OF_ONE_NEURON for neuron in ("f0.0_3", "f0.1_3", "f1_3")]
+ASKED += [(name, "") for name in KNOWLEDGE if name not in OF_ONE_NEURON]
+
+
+@pytest.mark.parametrize(("name", "neuron"), ASKED)
 def test_an_answer_does_not_depend_on_whether_two_experts_have_a_neuron_of_the_same_number(
     alike: Database, apart: Database, name: str, neuron: str
 ) -> None:
@@ -133,3 +157,46 @@ def test_neurons_of_experts_have_names_of_their_own(alike: Database) -> None:
 def test_the_neurons_of_all_experts_are_counted_for_what_is_shared_by_chance(alike: Database) -> None:
     sizes = alike.sql("SELECT n_ffn_neurons FROM sizes_of_models('neuron_sums', 'default', NULL)")
     assert sizes.item() == 8 + 8 + 8
+
+
+# Pages and figures -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    folder = tmp_path_factory.mktemp("shown") / "w"
+    with FolderStorage.create(folder).stage("a" * 16, "mix", "facts") as staged:
+        for table, rows in (mixture(3) | ROUTED).items():
+            staged.write_rows(table, "part", rows)
+        write_neuron_sums(staged)
+        staged.commit({"study": "knowledge", "variant": "default", "settings": "{}"})
+    return Warehouse(folder)
+
+
+def page(wh: Warehouse, name: str, **params: str) -> str:
+    return render(wh, name, {key: [value] for key, value in params.items()})
+
+
+def test_pages_show_experts(shown: Warehouse) -> None:
+    neuron = page(shown, "neuron", model="mix", neuron="f0.1_3")
+    assert "layer 0</a>, expert 1" in neuron
+    assert "token 2" in neuron and "token 1" not in neuron
+    assert "-2.0" in neuron and "-1.0" not in neuron and "Effect of replacing the neuron" in neuron
+    prompt_page = page(shown, "prompt", model="mix", dataset="facts", prompt="0")
+    assert "router chooses" in prompt_page and "f0.1" in prompt_page
+    model = page(shown, "model", model="mix")
+    assert "/charts/expert-map" in model and "experts per layer" in model
+    assert "How often each expert is chosen" in page(shown, "layer", model="mix", layer="0")
+    assert "/neuron?model=mix&amp;neuron=f0.1_3" in page(shown, "search", q="token 2")
+    assert "/neuron?model=mix&amp;neuron=f0.1_3" in page(shown, "search", q="f0.1_3")
+    assert "/neuron?model=mix" not in page(shown, "search", q="f0.2_3")
+    assert "/layer?model=mix&amp;layer=0" in page(shown, "search", q="f0.1")
+
+
+def test_every_expert_is_on_the_map(shown: Warehouse) -> None:
+    numbers = figures.frame(shown, "expert-map", category=["language"])
+    assert numbers.select("expert_name", "score", "n_used", "n_prompts").rows() == [
+        ("f0.1", 2, 2, 2),
+        ("f0.0", 1, 2, 2),
+    ]
+    assert figures.chart(shown, "expert-map").to_dict()

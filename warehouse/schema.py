@@ -210,7 +210,7 @@ models = _table(
 
 experts = _table(
     "experts",
-    "layer × expert, of a model with experts",
+    "layer × expert, of a model with experts or with layers of different widths",
     _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
     _expert("expert, numbered from 0; shared ones follow those that the router chooses; NULL if the layer is dense"),
     _column(

@@ -42,7 +42,7 @@ class Unit:
 class Shape:
     """Numbers of layers, heads, head entries and FFN neurons; a unit's numbers must be smaller.
 
-    ``layouts`` are those of the layers of a model with experts.
+    ``layouts`` are those of the layers of a model with experts, or with layers of different widths.
     """
 
     n_layers: int
@@ -115,7 +115,8 @@ def read_units(rows: Sequence[dict[str, Any]], shape: Shape) -> list[Unit]:
     """
     if not rows:
         raise QueryError("The query returned no rows, so it names no neuron: change its condition.")
-    columns = (*_COLUMNS, "expert") if shape.layouts or "expert" in rows[0] else _COLUMNS
+    has_experts = any(layout.starts for layout in shape.layouts)
+    columns = (*_COLUMNS, "expert") if has_experts or "expert" in rows[0] else _COLUMNS
     missing = [c for c in columns if c not in rows[0]]
     if missing:
         raise QueryError(f"The query must return the columns {', '.join(columns)}; it lacks {', '.join(missing)}.")

@@ -50,8 +50,8 @@ class FfnLayout:
 
 
 def layout_rows(layouts: Sequence[FfnLayout]) -> list[dict[str, Any]]:
-    """Return rows of the table ``experts``; none for a model without experts."""
-    if not any(layout.starts for layout in layouts):
+    """Return rows of the table ``experts``; none for a model without experts whose layers are equally wide."""
+    if not any(layout.starts for layout in layouts) and len({layout.size for layout in layouts}) == 1:
         return []
     return [
         {"layer": layer, "expert": expert, "shared": expert >= layout.n_routed, "n_neurons": len(layout.slots(expert))}

@@ -27,7 +27,6 @@ def model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "model": name,
         "structure": structure,
         "anatomy": _anatomy(structure),
-        "n_experts": wh.sql("SELECT max(expert) + 1 AS n FROM experts WHERE model = ?", [name])["n"].item(),
         "choices": {
             "dataset": measured["concept"],
             "category": categories(wh) if measured["knowledge"] else [],

@@ -59,10 +59,10 @@ def _datasets(wh: Warehouse) -> list[str]:
 
 _PART = re.compile(r"(?P<kind>[af]?)(?P<layer>\d{1,4})(\.(?P<within>\d{1,4}))?(_(?P<neuron>\d{1,7}))?")
 _SIZES = """
-SELECT model, max(n_layers) AS n_layers, max(n_heads) AS a, max(n_experts) AS f
+SELECT model, max(n_layers) AS n_layers, max(n_heads) AS a, max(n_in_layer) AS f
 FROM models
 LEFT JOIN (
-    SELECT model, dataset, run, max(expert) + 1 AS n_experts FROM experts GROUP BY ALL
+    SELECT model, dataset, run, max(expert) + 1 AS n_in_layer FROM experts GROUP BY ALL
 ) USING (model, dataset, run)
 GROUP BY model
 ORDER BY model
