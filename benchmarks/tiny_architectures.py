@@ -243,7 +243,7 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 0.3)
+                weight.normal_(0, 0.2)
             else:  # a norm's scale or a bias stays near what it is
                 weight.nan_to_num_(0, 0, 0).add_(torch.randn_like(weight), alpha=0.1)
     return model.eval().requires_grad_(False)
