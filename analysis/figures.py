@@ -202,8 +202,21 @@ _ALL = (
         f"mean over the kept prompts; its 95 % interval over prompts is in the tooltip and in the numbers\n{FEW}",
         query="top-heads",
         numbers="importance.head_means",
-        draw="importance.head_map",
+        draw="importance.part_map",
         defaults={"k": 1_000_000},
+        fixed={"part": "head"},
+    ),
+    Figure(
+        "expert-map",
+        "How much does every expert add to the answer?",
+        "no cell: not used in any prompt; where the router does not choose an expert, it counts as 0\n"
+        f"mean over the kept prompts; its 95 % interval over prompts is in the tooltip and in the numbers\n{FEW}",
+        query="top-experts",
+        numbers="importance.expert_means",
+        draw="importance.part_map",
+        defaults={"k": 1_000_000},
+        fixed={"part": "expert"},
+        hint="Only a mixture of experts has experts; `kdb runs` lists what was measured.",
     ),
     Figure(
         "effect-map",

@@ -122,6 +122,11 @@ def head_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
     return _ranking(wh, "top-heads", "head-scores", "head_name", params, ranks=False)
 
 
+def expert_means(wh: Warehouse, **params: Any) -> pl.DataFrame:
+    """Return rows of ``top-experts`` with the 95 % interval of each score over the kept prompts; ranks have none."""
+    return _ranking(wh, "top-experts", "expert-scores", "expert_name", params, ranks=False)
+
+
 def neurons_by_layer(wh: Warehouse, **params: Any) -> pl.DataFrame:
     """Return ``value-neurons-by-layer`` and ``query-neurons-by-layer`` together, distinguished by the column kind."""
     values = wh.query("value-neurons-by-layer", **params)
@@ -190,10 +195,10 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
     return grid(drawn, frame, look).resolve_scale(y="independent")
 
 
-def head_map(frame: pl.DataFrame, look: Look) -> Chart:
-    """Draw every head of every layer, coloured by its mean score: a panel for each dataset and category."""
-    n_layers, n_heads = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1  # type: ignore[arg-type]  # numbers
-    side = max(3, min(14, 260 // max(n_layers, n_heads)))
+def part_map(frame: pl.DataFrame, look: Look, *, part: str) -> Chart:
+    """Draw every head or expert of every layer, coloured by its mean score: a panel for each dataset and category."""
+    n_layers, n_parts = (int(frame[name].max()) + 1 for name in ("layer", part))  # type: ignore[arg-type]  # numbers
+    side = max(3, min(14, 260 // max(n_layers, n_parts)))
     axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
     legend = alt.Legend(title=INCREASE, gradientLength=200)
     drawn = (
@@ -201,12 +206,12 @@ def head_map(frame: pl.DataFrame, look: Look) -> Chart:
         .mark_rect()
         .encode(
             alt.X("layer:O", title="layer", axis=axis),
-            alt.Y("head:O", title="head", axis=alt.Axis(values=list(range(0, n_heads, 4)), grid=False)),
+            alt.Y(f"{part}:O", title=part, axis=alt.Axis(values=list(range(0, n_parts, 4)), grid=False)),
             # The positive end is darker than the negative one, so that both differ in a grey print.
             alt.Color("score:Q", scale=alt.Scale(domainMid=0, range=["#e69f00", "#f7f7f7", "#08306b"]), legend=legend),
-            tooltip=["head_name", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in _ENDS), "rank", "n_prompts"],
+            tooltip=[f"{part}_name", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in _ENDS), "rank", "n_prompts"],
         )
-        .properties(width=side * n_layers, height=max(side * n_heads, 40))
+        .properties(width=side * n_layers, height=max(side * n_parts, 40))
     )
     return grid(drawn, frame, look).resolve_scale(x="independent", y="independent")
 

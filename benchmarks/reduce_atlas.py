@@ -1,11 +1,13 @@
 """Reduce a measured warehouse to what fits into the package: the warehouse that ``kdb serve --demo`` serves.
 
     python benchmarks/reduce_atlas.py atlas kdb/web/demo.zip
+    python benchmarks/reduce_atlas.py --refresh kdb/web/demo.zip
 
 Every number is a measured one. Left out are hidden states and probe weights, all but the best neurons of each prompt
 and category, and most projected prompts and lens readouts before the last token (`KEPT`). Texts are kept of the
 datasets that come with kdb only: of the others, no licence is stated, and prompts have ids and scores. A run's id is
-not that of the run that it was cut from, since its content differs.
+not that of the run that it was cut from, since its content differs. With ``--refresh``, the warehouse stays as it is,
+but for columns and tables that were declared since, which are empty.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from kdb.errors import KdbError
 from kdb.ingest.datasets.builtin import BUILT_IN
 from kdb.ingest.datasets.ioi import IOI
 from kdb.ingest.datasets.knowledge import KNOWLEDGE
+from kdb.warehouse.compaction import rewriting
 from kdb.warehouse.folder_storage import FolderStorage
 from kdb.warehouse.manifest import run_id
+from kdb.warehouse.migration import upgraded
+from kdb.warehouse.parquet import read_parts
 from kdb.warehouse.schema import TABLES, arrow_schema
 from kdb.warehouse.store import Warehouse
 
@@ -42,22 +47,25 @@ WITHOUT_TEXT = "[text left out: no licence is stated]"
 """Text that replaces each text that may not be published."""
 
 _BEST = """IN (
-    SELECT neuron_name(component, layer, head, neuron) FROM neuron_scores WHERE run = $run AND rank <= 10
-    UNION SELECT neuron_name(component, layer, head, neuron) FROM neuron_sums WHERE run = $run AND rank <= 20
-    UNION SELECT neuron_name('ffn', layer, NULL, neuron) FROM query_neuron_scores WHERE run = $run AND rank <= 10
+    SELECT neuron_name(component, layer, head, expert, neuron) FROM neuron_scores WHERE run = $run AND rank <= 10
+    UNION SELECT neuron_name(component, layer, head, expert, neuron) FROM neuron_sums WHERE run = $run AND rank <= 20
+    UNION SELECT neuron_name('ffn', layer, NULL, expert, neuron) FROM query_neuron_scores
+    WHERE run = $run AND rank <= 10
 )"""
 
-_RANKED = "IN (SELECT neuron_name(component, layer, head, neuron) FROM neuron_sums WHERE run = $run AND rank <= 50)"
+_RANKED = (
+    "IN (SELECT neuron_name(component, layer, head, expert, neuron) FROM neuron_sums WHERE run = $run AND rank <= 50)"
+)
 
 KEPT = {
     "activations": "false",
     "probe_weights": "false",
-    "candidate_scores": f"neuron_name(component, layer, head, neuron) {_RANKED}",
+    "candidate_scores": f"neuron_name(component, layer, head, expert, neuron) {_RANKED}",
     "probe_transfer": "classifier = 'logistic'",
     "neuron_scores": "rank <= 10",
-    "neuron_sums": f"neuron_name(component, layer, head, neuron) {_RANKED}",
+    "neuron_sums": f"neuron_name(component, layer, head, expert, neuron) {_RANKED}",
     "query_neuron_scores": "rank <= 10",
-    "neuron_tokens": f"rank <= 10 AND neuron_name(component, layer, head, neuron) {_BEST}",
+    "neuron_tokens": f"rank <= 10 AND neuron_name(component, layer, head, expert, neuron) {_BEST}",
     "projections": "prompt_id % 5 = 0 AND site = 'resid_post'",
     "head_position_scores": "score > 0.02",
     "lens_readouts": "prompt_id % 6 = 0 OR position = max(position) OVER (PARTITION BY prompt_id)",
@@ -106,6 +114,26 @@ def without_texts(prompts: pl.DataFrame) -> pl.DataFrame:
     return prompts.with_columns(pl.lit(WITHOUT_TEXT).alias("text"), group.alias("group_id"), *nothing)
 
 
+def refresh(target: Path) -> None:
+    """Add the columns that were declared since to the warehouse in a zip file, with NULL in every row."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(target) as packed:
+            packed.extractall(folder)
+        storage = FolderStorage(Path(folder))
+        for run in storage.run_folders():
+            with rewriting(storage, run) as files:
+                old = [name for name, [path, *_] in files.paths.items() if _lacks_columns(name, path)]
+                if old:
+                    files.write({name: [upgraded(name, read_parts(files.paths[name]), run.dataset)] for name in old})
+                    files.commit()
+        storage.local.restore_empty_tables()
+        pack(Path(folder), target)
+
+
+def _lacks_columns(table: str, path: Path) -> bool:
+    return not set(arrow_schema(table).names) <= set(pq.read_schema(path).names)
+
+
 def pack(folder: Path, target: Path) -> None:
     """Write the folder as a zip whose bytes depend on its contents alone."""
     with zipfile.ZipFile(target, "w") as packed:
@@ -126,9 +154,13 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("full", help="Folder of the measured warehouse.")
+    parser.add_argument("full", nargs="?", help="Folder of the measured warehouse.")
+    parser.add_argument("--refresh", action="store_true", help="Add new columns to the zip file instead.")
     parser.add_argument("target", type=Path, help="Zip file to write.")
     options = parser.parse_args()
+    if options.refresh:
+        refresh(options.target)
+        return
     try:
         with tempfile.TemporaryDirectory() as folder:
             small = Path(folder) / "demo"

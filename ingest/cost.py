@@ -15,7 +15,7 @@ from kdb.ingest.forward.capture import gemm_rate, shared_prefix
 from kdb.ingest.forward.memory import CHUNK_BYTES, CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.job import Job
 from kdb.ingest.models.guard import model_errors
-from kdb.ingest.models.load import count_params, load_config, load_tokenizer, model_row
+from kdb.ingest.models.load import load_config, load_tokenizer, model_row
 from kdb.ingest.prompts import pose
 from kdb.numbers import data_size, duration
 from kdb.queries.domains import SITES
@@ -87,21 +87,20 @@ def cost(job: Job, device: str) -> Cost:
 def attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str) -> Cost:
     """Estimate the cost of a knowledge run from the lengths of its kept prompts: its readouts and forward passes."""
     m, wanted = job.measuring, job.attributing
-    row = model_row(job.source, config, count_params(config), m.dtype)
+    row = model_row(job.source, config, m.dtype)
     layers, hidden, vocab = row["n_layers"], row["hidden_size"], row["vocab_size"]
+    n_heads, n_neurons = row["n_heads"] or 0, (row["intermediate_size"] or 0) * (row["n_experts"] or 1)
     trials = 2 + (2 * len(METHODS) + 1 if wanted.ablate_k else 0)
     lens = 1 + 2 * layers
     candidates = layers + 2 * FIRST  # the distributions of about half of the residuals, and a score of each
-    readouts = (
-        6 * layers + lens + layers * row["n_heads"] + 2 * wanted.top_k + candidates + _RANKED * bool(wanted.ablate_k)
-    )
+    readouts = 6 * layers + lens + layers * n_heads + 2 * wanted.top_k + candidates + _RANKED * bool(wanted.ablate_k)
     passes, patches = (_EFFECT_PASSES, BEST_HEADS) if wanted.effects else (0, 0)
     if wanted.ablate_k:  # each method's neurons at their mean: what they write, the untouched prompt, and a patch each
         passes, patches = passes + 2, patches + len(METHODS)
-    entries = row["n_heads"] * row["head_dim"]
-    every = layers * (len(lengths) * row["intermediate_size"] + sum(lengths) * entries)
+    entries = n_heads * (row["value_head_dim"] or 0)
+    every = layers * (len(lengths) * n_neurons + sum(lengths) * entries)
     stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)
-    rate = _CAPTURE_SHARE * gemm_rate(hidden, row["intermediate_size"], m.dtype, device)
+    rate = _CAPTURE_SHARE * gemm_rate(hidden, row["intermediate_size"] or hidden, m.dtype, device)
     # A patch replaces the last token, and the tokens before it are cached.
     tokens = sum(lengths) * (1 + trials + passes) + patches * len(lengths)
     flops = 2 * (row["n_params"] - vocab * hidden) * tokens + 2 * vocab * hidden * (
@@ -117,23 +116,24 @@ def attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str)
         disk_bytes=_NEURON_BYTES * (stored + 2 * FIRST * len(lengths)) + _LENS_BYTES * lens * len(lengths),
         memory_bytes=weights + 4 * vocab * hidden + 2 * BASES_BYTES + 2 * CHUNK_BYTES,
         seconds=flops / rate,
-        what=f"{row['n_heads']} heads and {row['intermediate_size']:,} FFN neurons",
+        what=f"{n_heads} heads and {n_neurons:,} FFN neurons",
     )
 
 
 def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], device: str, *, n_cue: int) -> Cost:
     """Estimate the cost of a concept run from a config and token ids; ``n_cue`` tokens follow each prompt."""
-    row = model_row(job.source, config, count_params(config), job.measuring.dtype)
+    row = model_row(job.source, config, job.measuring.dtype)
     prefix = shared_prefix(token_ids)
     n_tokens = sum(len(ids) - prefix + n_cue for ids in token_ids)
     floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]
     tied = 1 if config.get_text_config().tie_word_embeddings else 2
+    width = row["intermediate_size"] or row["hidden_size"]
     unembedding = row["vocab_size"] * row["hidden_size"]
     block_params = row["n_params"] - tied * unembedding
     weight_bytes = _DTYPE_BYTES[job.measuring.dtype]
     batch = CPU_TOKENS if device == "cpu" else GPU_TOKENS
-    working = 4 * batch * (4 * row["intermediate_size"] + 8 * row["hidden_size"])
-    rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], row["intermediate_size"], job.measuring.dtype, device)
+    working = 4 * batch * (4 * width + 8 * row["hidden_size"])
+    rate = _CAPTURE_SHARE * gemm_rate(row["hidden_size"], width, job.measuring.dtype, device)
     return Cost(
         kind=_kind(job, device),
         model=job.source.revision,

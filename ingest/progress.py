@@ -1,4 +1,4 @@
-"""Progress of long work: on a terminal a line that moves, in a log a line for each phase and one a minute.
+"""Progress of long work: on a terminal or in a notebook a line that moves, in a log a line a phase and one a minute.
 
 with phase("Loading smollm2-135m"): ...
 with progress("Attributing", 319, "prompts") as shown: shown.advance(1)
@@ -6,6 +6,7 @@ with progress("Attributing", 319, "prompts") as shown: shown.advance(1)
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import threading
@@ -32,7 +33,7 @@ _BAR = 20
 """Columns of a bar."""
 
 _displays: list[Display] = []
-"""The display of the terminal, while a phase is in progress; phases inside a phase add lines to it."""
+"""The display, while a phase is in progress; phases inside a phase add lines to it."""
 
 
 class Progress:
@@ -62,7 +63,7 @@ class Progress:
 def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
     """Show the progress of ``what`` while the block runs; ``done`` is the part that was finished before."""
     shown = Progress(what, total, unit, done)
-    with _on_terminal(shown) if sys.stderr.isatty() else _in_log(shown):
+    with _moving(shown) if sys.stderr.isatty() or _in_notebook() else _in_log(shown):
         yield shown
 
 
@@ -71,7 +72,12 @@ def phase(what: str) -> AbstractContextManager[Progress]:
     return progress(what, None, "")
 
 
-# On a terminal ---------------------------------------------------------------------------------------------------
+# On a terminal, in a notebook ------------------------------------------------------------------------------------
+
+
+def _in_notebook() -> bool:
+    """Whether rich can draw in a notebook, for which it needs ipywidgets."""
+    return Console().is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 class _What(ProgressColumn):
@@ -97,7 +103,7 @@ class _State(ProgressColumn):
 
 
 @contextmanager
-def _on_terminal(shown: Progress) -> Iterator[None]:
+def _moving(shown: Progress) -> Iterator[None]:
     """Draw a line that is drawn anew ten times a second, by a thread, and removed in the end."""
     if _displays:
         task = _displays[0].add_task("", shown=shown)

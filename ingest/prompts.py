@@ -16,7 +16,7 @@ from kdb.ingest.datasets.rows import excerpt
 from kdb.ingest.job import Job
 from kdb.ingest.models.find import ModelSource
 from kdb.ingest.models.guard import model_errors
-from kdb.ingest.models.load import count_params, model_row
+from kdb.ingest.models.load import model_row
 from kdb.ingest.models.provenance import provenance
 from kdb.ingest.models.tokens import count_spelled, read_texts
 from kdb.ingest.rows import Rows, rows_of
@@ -150,7 +150,7 @@ def description(posed: Posed, tokenizer: Any, config: Any) -> StoredStage:
     def rows(_inputs: RunInProgress, _shard: Shard) -> list[Rows]:
         job, spelled = posed.job, count_spelled(tokenizer, posed.token_ids)
         spelled.warn(job.dataset.name)
-        shape = model_row(job.source, config, count_params(config), job.measuring.dtype)
+        shape = model_row(job.source, config, job.measuring.dtype) | {"n_tokens": len(tokenizer)}
         dataset = {
             "study": job.study,
             "source": job.dataset.source,

@@ -35,21 +35,26 @@ def rows_of(table: str, rows: Sequence[Mapping[str, Any]], begun: float | None =
 
 
 def arrow_rows(table: str, columns: dict[str, Any]) -> pa.Table:
-    """Build rows of a table from arrays of one shape, or of shapes that broadcast; absent columns are NULL."""
+    """Build rows of a table from arrays of one shape, or of shapes that broadcast; absent columns are NULL.
+
+    So are the masked entries of a NumPy array that has the shape of the whole.
+    """
     _check_columns(table, set(columns))
-    arrays = {k: np.asarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
+    arrays = {k: np.asanyarray(v.cpu() if hasattr(v, "cpu") else v) for k, v in columns.items() if v is not None}
     shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
     n = int(np.prod(shape))
     schema = arrow_schema(table)
     return pa.table(
         [
-            pa.array(np.broadcast_to(arrays[f.name], shape).ravel()).cast(f.type)
-            if f.name in arrays
-            else pa.nulls(n, f.type)
+            pa.array(_filling(arrays[f.name], shape).ravel()).cast(f.type) if f.name in arrays else pa.nulls(n, f.type)
             for f in schema
         ],
         schema=schema,
     )
+
+
+def _filling(array: Any, shape: tuple[int, ...]) -> Any:
+    return array if array.shape == shape else np.broadcast_to(array, shape)
 
 
 def _check_columns(table: str, names: set[str]) -> None:

@@ -39,6 +39,11 @@ class OpenWarehouse(Warehouse):
     kept_with: Any = None
     """The temporary folder of the demo."""
 
+    query = python_words()(Warehouse.query)
+    sql = python_words()(Warehouse.sql)
+    table = python_words()(Warehouse.table)
+    scan = python_words()(Warehouse.scan)
+
     def __enter__(self) -> Self:
         return self
 

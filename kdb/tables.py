@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LEFT_OUT_FIRST = (
     # The name of a part says what these say.
-    *("component", "head", "neuron", "layer", "n_layers"),
+    *("component", "head", "expert", "neuron", "layer", "n_layers"),
     # Where a number comes from.
     *("run", "source_run", "revision", "classifier", "split", "family", "finished_utc"),
     # A second measure of the same thing.
@@ -37,9 +37,9 @@ LEFT_OUT_FIRST = (
 )
 """Columns that a table leaves out before all others, in this order, if not all fit. Others follow from the last on."""
 
-_NAMED = {"head_name", "layer_name", "neuron_name", "name"}
+_NAMED = {"head_name", "expert_name", "layer_name", "neuron_name", "name"}
 """Columns that make those of `_OF_NAMES` superfluous."""
-_OF_NAMES = {"component", "head", "neuron", "layer"}
+_OF_NAMES = {"component", "head", "expert", "neuron", "layer"}
 
 _N = re.compile(r"n(_prompts|_test)?(_[ab])?")
 """Columns that are never left out: the number of prompts that a number was measured on."""

@@ -17,6 +17,7 @@ _COMMANDS = {
     "`kdb queries`": "`Warehouse.queries()`",
     "`kdb plot --help`": "`Warehouse.figures()`",
     "`kdb runs`": "`Warehouse.query('runs')`",
+    "`kdb schema`": "`Warehouse.tables()`",
     "`kdb ingest`": "`kdb.ingest()`",
 }
 """Commands that have a function of their own."""
@@ -28,6 +29,8 @@ _VALUES = (
 """Values of options: quoted ones, and words that are one in every message."""
 
 _QUOTE = "'"
+
+_QUERY = re.compile(r"`kdb query ([a-z-]+)`")
 
 _OPTION = re.compile(
     r"(?P<code>`[^`]*`)"
@@ -56,7 +59,7 @@ def python_words() -> Iterator[None]:
 
 def in_python(message: str) -> str:
     """Return a message with its options as keywords: "--answer-tokens all" is "`answer_tokens='all'`"."""
-    return _OPTION.sub(_keyword, message)
+    return _OPTION.sub(_keyword, _QUERY.sub(r"`Warehouse.query('\1')`", message))
 
 
 def _keyword(match: re.Match[str]) -> str:

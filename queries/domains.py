@@ -150,7 +150,8 @@ DOMAINS: Mapping[str, Domain] = {
     "effect_method": _one_of(*EFFECT_METHODS),
     "direction": _one_of(*DIRECTIONS),
     "neuron": Spelled(
-        re.compile(r"(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}"), "f29_1234, or a23.12_45 in an attention head"
+        re.compile(r"(f\d{1,5}(\.\d{1,5})?|a\d{1,5}\.\d{1,5})_\d{1,8}"),
+        "f29_1234, f29.3_45 in an expert, or a23.12_45 in an attention head",
     ),
     "layer": Numbers(0, most=f"SELECT max(n_layers) - 1 {_OF_MODELS}"),
     "head": Numbers(0, most=f"SELECT max(n_heads) - 1 {_OF_MODELS}"),

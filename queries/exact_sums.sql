@@ -5,18 +5,20 @@ SELECT
     category, component, layer, head, neuron, coalesce(max(exact_total), max(total)) AS total,
     max(n_prompts)::INTEGER AS n_prompts, max(exact_total) IS NOT NULL AS exact,
     CASE WHEN max(exact_total) IS NOT NULL THEN nullif(least(row_number() OVER by_total, $n_proved + 1), $n_proved + 1) END AS rank,
-    NULL::SMALLINT AS expert -- of a dense FFN
+    expert
 FROM (
-    SELECT category, component, layer, head, neuron, total, NULL AS exact_total, n_prompts FROM summed
+    SELECT category, component, layer, head, expert, neuron, total, NULL AS exact_total, n_prompts FROM summed
     UNION ALL
-    SELECT category, component, layer, head, neuron, NULL AS total, sum(score) AS exact_total, count(*) AS n_prompts
+    SELECT
+        category, component, layer, head, expert, neuron, NULL AS total, sum(score) AS exact_total,
+        count(*) AS n_prompts
     FROM read_parquet($candidates) AS candidates
     JOIN read_parquet($prompts) AS prompts USING (prompt_id)
     WHERE kept
     GROUP BY ALL
 )
-GROUP BY category, component, layer, head, neuron
+GROUP BY category, component, layer, head, expert, neuron
 WINDOW by_total AS (
-    PARTITION BY category, component ORDER BY max(exact_total) DESC NULLS LAST, layer, head, neuron
+    PARTITION BY category, component ORDER BY max(exact_total) DESC NULLS LAST, layer, head, expert, neuron
 )
-ORDER BY category, component, layer, head, neuron;
+ORDER BY category, component, layer, head, expert, neuron;

@@ -385,14 +385,18 @@ CREATE MACRO category_order(category) AS (
     coalesce(list_position(['language', 'color', 'number', 'capital', 'country', 'month'], category), 7), category
 );
 
--- Names as in the paper's tables: a23 and f29 for layers, a23.12 for heads, f29_1234 and a23.12_45 for neurons.
+-- Names as in the paper's tables: a23 and f29 for layers, a23.12 for heads, f29_1234 and a23.12_45 for neurons. f29.3 is
+-- expert 3 of FFN layer 29, and f29.3_45 its neuron 45.
 CREATE MACRO layer_name(component, layer) AS
     CASE component WHEN 'attn' THEN 'a' || layer WHEN 'ffn' THEN 'f' || layer ELSE component END;
 
 CREATE MACRO head_name(layer, head) AS layer_name('attn', layer) || '.' || head;
 
-CREATE MACRO neuron_name(component, layer, head, neuron) AS
-    CASE component WHEN 'attn' THEN head_name(layer, head) ELSE layer_name(component, layer) END || '_' || neuron;
+CREATE MACRO expert_name(layer, expert) AS layer_name('ffn', layer) || '.' || expert;
+
+CREATE MACRO neuron_name(component, layer, head, expert, neuron) AS
+    CASE component WHEN 'attn' THEN head_name(layer, head)
+        ELSE coalesce(expert_name(layer, expert), layer_name(component, layer)) END || '_' || neuron;
 
 -- The neuron with such a name.
 CREATE MACRO named_neuron(name) AS TABLE
@@ -400,8 +404,9 @@ SELECT
     CASE name[1] WHEN 'a' THEN 'attn' ELSE 'ffn' END AS component,
     regexp_extract(name, '^[af](\d+)', 1)::INTEGER AS layer,
     nullif(regexp_extract(name, '^a\d+\.(\d+)_', 1), '')::INTEGER AS head,
+    nullif(regexp_extract(name, '^f\d+\.(\d+)_', 1), '')::INTEGER AS expert,
     regexp_extract(name, '_(\d+)$', 1)::INTEGER AS neuron
-WHERE regexp_full_match(name, '(f\d{1,5}|a\d{1,5}\.\d{1,5})_\d{1,8}');
+WHERE regexp_full_match(name, '(f\d{1,5}(\.\d{1,5})?|a\d{1,5}\.\d{1,5})_\d{1,8}');
 
 -- The number of members that two lists share, and their Jaccard index |a ∩ b| / |a ∪ b|.
 CREATE MACRO n_shared(a, b) AS len(list_intersect(a, b));
@@ -491,6 +496,24 @@ FROM (
     GROUP BY model, shown_dataset, category, layer, head
 );
 
+-- Experts by mean score over the kept prompts. An expert counts as 0 in a prompt in which it is not used.
+CREATE MACRO ranked_experts(
+    wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_pool := false
+) AS TABLE
+SELECT *, row_number() OVER (PARTITION BY model, dataset, category ORDER BY score DESC, layer, expert) AS rank
+FROM (
+    SELECT
+        model, shown_dataset AS dataset, category, layer, expert,
+        mean_over(sum(score), n_kept) AS score, count(*) AS n_used, n_kept AS n_prompts
+    FROM expert_scores
+    JOIN _kept_prompts(
+        'expert_scores', wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run,
+        wanted_pool := wanted_pool
+    ) USING (model, dataset, run, prompt_id)
+    WHERE among(model, wanted_models)
+    GROUP BY model, shown_dataset, category, layer, expert, n_kept
+);
+
 -- The best k value neurons of each component, by mean score over the n_kept kept prompts. The scores of an attention
 -- neuron are summed over its positions. exact: all n_kept prompts are counted; otherwise only those n_prompts in whose
 -- lists it is, and it counts as 0 in the others. Neurons that a run proves to be its best come first; pooled runs prove
@@ -515,7 +538,7 @@ kinds AS (SELECT kind, n_kept, count(*) AS n_runs FROM kept GROUP BY ALL),
 
 sums AS (
     SELECT
-        kind, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::BIGINT AS n_prompts,
+        kind, component, layer, head, expert, neuron, sum(total) AS total, sum(n_prompts)::BIGINT AS n_prompts,
         min(number) AS number, bool_and(coalesce(exact, false)) AND count(*) = any_value(n_runs) AS exact,
         CASE WHEN any_value(n_runs) = 1 THEN any_value(rank) END AS proved
     FROM neuron_sums
@@ -528,41 +551,45 @@ sums AS (
 -- Ordered by one value, so that DuckDB keeps only the best k of each group, and does not sort the others.
 best AS (
     SELECT
-        component, layer, head, neuron, mean_over(total, n_kept) AS score, n_prompts, number, exact,
+        component, layer, head, expert, neuron, mean_over(total, n_kept) AS score, n_prompts, number, exact,
         coalesce(proved, 1_000_000) AS proved
     FROM sums
     JOIN kinds USING (kind)
-    QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY (proved, -score, layer, head, neuron)) <= wanted_k
+    QUALIFY row_number() OVER (PARTITION BY kind, component ORDER BY (proved, -score, layer, head, expert, neuron)) <= wanted_k
 )
 
 SELECT
-    model, shown_dataset AS dataset, category, component, layer, head, neuron, score, exact, n_prompts, n_kept,
-    kept.dataset AS dataset_of_run, run, neuron_name(component, layer, head, neuron) AS neuron_name,
+    model, shown_dataset AS dataset, category, component, layer, head, expert, neuron, score, exact, n_prompts, n_kept,
+    kept.dataset AS dataset_of_run, run, neuron_name(component, layer, head, expert, neuron) AS neuron_name,
     row_number() OVER (
-        PARTITION BY model, shown_dataset, category, component ORDER BY proved, score DESC, layer, head, neuron
+        PARTITION BY model, shown_dataset, category, component ORDER BY proved, score DESC, layer, head, expert, neuron
     ) AS rank
 FROM best
 JOIN kept USING (number);
 
--- The numbers of heads and of neurons of each component that a model has, from the chosen runs.
+-- The numbers of heads and of neurons of each component that a model has, from the chosen runs. Those of experts are
+-- listed one by one.
 CREATE MACRO sizes_of_models(wanted_table, wanted_variant, wanted_run) AS TABLE
 SELECT
     model,
     max(n_layers::BIGINT * n_heads) AS n_heads,
     max(n_layers::BIGINT * n_heads * head_dim) AS n_attn_neurons,
-    max(n_layers::BIGINT * intermediate_size) AS n_ffn_neurons
+    max(coalesce(n_of_experts, n_layers::BIGINT * intermediate_size)) AS n_ffn_neurons
 FROM models
 JOIN chosen_runs(wanted_table, wanted_variant, wanted_run) USING (model, dataset, run)
+LEFT JOIN (
+    SELECT model, dataset, run, sum(n_neurons)::BIGINT AS n_of_experts FROM experts GROUP BY ALL
+) USING (model, dataset, run)
 GROUP BY model;
 
 -- The ten tokens with the largest and smallest logits of some neurons, a list of {model, dataset, run, component,
--- layer, head, neuron}. Tokens are JSON strings, so that spaces are visible and line ends are escaped. No other runs'
+-- layer, head, expert, neuron}. Tokens are JSON strings, so that spaces are visible and line ends are escaped. No other runs'
 -- files are read.
 CREATE MACRO tokens_of_neurons(wanted_neurons) AS TABLE
 WITH wanted AS (SELECT DISTINCT * FROM (SELECT unnest(wanted_neurons, recursive := true)))
 
 SELECT
-    model, dataset, run, neuron_name(component, layer, head, neuron) AS neuron_name,
+    model, dataset, run, neuron_name(component, layer, head, expert, neuron) AS neuron_name,
     string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) FILTER (sign = 'top') AS top_tokens,
     string_agg(to_json(token)::VARCHAR, ', ' ORDER BY rank) FILTER (sign = 'bottom') AS bottom_tokens
 FROM (
@@ -571,9 +598,9 @@ FROM (
 SEMI JOIN wanted
     ON named.model = wanted.model AND named.dataset = wanted.dataset AND named.run = wanted.run
     AND named.component = wanted.component AND named.layer = wanted.layer AND named.neuron = wanted.neuron
-    AND named.head IS NOT DISTINCT FROM wanted.head
+    AND named.head IS NOT DISTINCT FROM wanted.head AND named.expert IS NOT DISTINCT FROM wanted.expert
 WHERE rank <= 10
-GROUP BY model, dataset, run, component, layer, head, neuron;
+GROUP BY model, dataset, run, component, layer, head, expert, neuron;
 
 -- Rank and probability of the right token in each kept prompt when a method's k best neurons are set to 0 (ibid., table
 -- 2); the unmodified model is the method none, with k = 0.
@@ -610,7 +637,7 @@ SELECT model, dataset, run, min(n_effective) AS n_independent
 FROM (
     SELECT model, dataset, run, any_value(n_controls) * sum(uses) / sum(uses * uses) AS n_effective
     FROM (
-        SELECT model, dataset, run, component, layer, neuron IS NULL AS whole, head, neuron, count(*) AS uses
+        SELECT model, dataset, run, component, layer, neuron IS NULL AS whole, head, expert, neuron, count(*) AS uses
         FROM ablated_parts
         WHERE prompt_id IS NULL AND starts_with("method", 'control-')
         GROUP BY ALL
@@ -664,14 +691,14 @@ newest AS (
     WHERE role = wanted_role AND replacement = wanted_replacement AND "method" = wanted_method
         AND direction = wanted_direction
     QUALIFY row_number() OVER (
-        PARTITION BY model, dataset, variant, prompts_run, prompt_id, component, layer, head, neuron
+        PARTITION BY model, dataset, variant, prompts_run, prompt_id, component, layer, head, expert, neuron
         ORDER BY standing, since DESC NULLS LAST, run DESC
     ) = 1
 )
 
 SELECT
     newest.model, newest.dataset, shown.name AS shown_dataset, prompts_run AS run,
-    newest.prompt_id, category, component, layer, head, neuron, logp, logit_diff, kl
+    newest.prompt_id, category, component, layer, head, expert, neuron, logp, logit_diff, kl
 FROM newest
 JOIN (
     SELECT model, dataset, shown_dataset(wanted_pool, model, dataset) AS name
@@ -688,14 +715,14 @@ CREATE MACRO mean_effects(
     wanted_method, wanted_direction, wanted_pool := false
 ) AS TABLE
 SELECT
-    model, shown_dataset AS dataset, category, component, layer, head, neuron,
+    model, shown_dataset AS dataset, category, component, layer, head, expert, neuron,
     mean_over(sum(logp), count(*)) AS logp, mean_over(sum(logit_diff), count(logit_diff)) AS logit_diff,
     mean_over(sum(kl), count(kl)) AS kl, count(*) AS n_prompts
 FROM _effects(
     wanted_models, wanted_categories, wanted_dataset, wanted_variant, wanted_run, wanted_role, wanted_replacement,
     wanted_method, wanted_direction, wanted_pool := wanted_pool
 )
-GROUP BY model, shown_dataset, category, component, layer, head, neuron;
+GROUP BY model, shown_dataset, category, component, layer, head, expert, neuron;
 
 -- What an effect is ranked by. A gradient does not see that another answer becomes probable, so estimates of log p are
 -- poor: estimates are ranked by the answer's logit minus the rival's, if the prompts have a rival.
@@ -762,10 +789,14 @@ JOIN named USING (model, dataset);
 -- Scores of value neurons in single prompts: listed is that of one position, from a prompt's list of its best neurons;
 -- candidate is the sum over all positions, of a neuron that is scored in every prompt of its category.
 CREATE MACRO listed_or_candidates() AS TABLE
-SELECT model, dataset, run, prompt_id, component, layer, head, neuron, score AS listed, NULL::DOUBLE AS candidate, rank
+SELECT
+    model, dataset, run, prompt_id, component, layer, head, expert, neuron, score AS listed, NULL::DOUBLE AS candidate,
+    rank
 FROM neuron_scores
 UNION ALL
-SELECT model, dataset, run, prompt_id, component, layer, head, neuron, NULL AS listed, score AS candidate, NULL AS rank
+SELECT
+    model, dataset, run, prompt_id, component, layer, head, expert, neuron, NULL AS listed, score AS candidate,
+    NULL AS rank
 FROM candidate_scores;
 
 -- A neuron's score in one prompt, from all its rows there.
@@ -777,10 +808,13 @@ SELECT model, dataset, run, prompt_id, 'value neuron' AS role, known_score(liste
 FROM listed_or_candidates() AS scores
 JOIN named_neuron(name) AS named
     ON scores.component = named.component AND scores.layer = named.layer
-    AND scores.head IS NOT DISTINCT FROM named.head AND scores.neuron = named.neuron
+    AND scores.head IS NOT DISTINCT FROM named.head AND scores.expert IS NOT DISTINCT FROM named.expert
+    AND scores.neuron = named.neuron
 GROUP BY model, dataset, run, prompt_id
 UNION ALL
 SELECT model, dataset, run, prompt_id, 'query neuron of ' || activates, score, rank
 FROM query_neuron_scores
-JOIN named_neuron(name) AS named ON query_neuron_scores.layer = named.layer AND query_neuron_scores.neuron = named.neuron
+JOIN named_neuron(name) AS named
+    ON query_neuron_scores.layer = named.layer AND query_neuron_scores.neuron = named.neuron
+    AND query_neuron_scores.expert IS NOT DISTINCT FROM named.expert
 WHERE named.component = 'ffn';

@@ -2,12 +2,12 @@
 -- run's prompts, and summed holds the previous rows. No prompt is in two parts, so prompts are counted within the part.
 SELECT
     category, component, layer, head, neuron, sum(total) AS total, sum(n_prompts)::INTEGER AS n_prompts,
-    false AS exact, NULL::INTEGER AS rank,
-    NULL::SMALLINT AS expert -- of a dense FFN
+    false AS exact, NULL::INTEGER AS rank, expert
 FROM (
-    SELECT category, component, layer, head, neuron, total, n_prompts FROM summed
+    SELECT category, component, layer, head, expert, neuron, total, n_prompts FROM summed
     UNION ALL
-    SELECT category, component, layer, head, neuron, sum(score) AS total, count(DISTINCT prompt_id) AS n_prompts
+    SELECT
+        category, component, layer, head, expert, neuron, sum(score) AS total, count(DISTINCT prompt_id) AS n_prompts
     FROM read_parquet($scores) AS scores
     JOIN read_parquet($prompts) AS prompts USING (prompt_id)
     WHERE kept

@@ -13,7 +13,7 @@
 --   run        text    = all              id of a single run to use, of any variant
 --   component  text    = all              component: attn or ffn
 --   activates  text    = all              component of the value neurons that are activated: attn or ffn
---   neuron     text    required           name of the neuron, such as f29_1234, or a23.12_45 in an attention head
+--   neuron     text    required           name of the neuron, such as f29_1234, f29.3_45 in an expert, or a23.12_45 in an attention head
 --   layer      integer required           layer of the head, from 0
 --   head       integer required           number of the head within its layer, from 0
 --   pool       boolean = no               add up the prompts of several datasets, which `dataset` then lists

@@ -224,7 +224,7 @@ MUTANTS = [
     Mutant(PATCHING, "new[row, at[row], which]", "new[row, :, which]", "tests/test_patching.py"),
     Mutant(
         GRADIENTS,
-        "hooks.enter_context(block.ffn_out.register_forward_pre_hook(_halved))",
+        "hooks.enter_context(dense.module.register_forward_pre_hook(_halved))",
         "pass",
         "tests/test_patching.py",
     ),

@@ -104,11 +104,11 @@ SHAPE = Shape(n_layers=3, n_heads=9, head_dim=4, n_neurons=400)
 def sizes_of(shape: Shape, seed: int = 0) -> dict[tuple[str, int], Any]:
     rng = np.random.default_rng(seed)
     places = [(kind, layer) for kind in ("head", "attn", "ffn") for layer in range(shape.n_layers)]
-    return {place: rng.lognormal(size=shape.count(place[0])) for place in places}
+    return {place: rng.lognormal(size=shape.count(*place)) for place in places}
 
 
 units_of = st.builds(
-    lambda numbers: sorted({SHAPE.unit(kind, layer, n % SHAPE.count(kind)) for kind, layer, n in numbers}),
+    lambda numbers: sorted({SHAPE.unit(kind, layer, n % SHAPE.count(kind, layer)) for kind, layer, n in numbers}),
     st.lists(
         st.tuples(st.sampled_from(["head", "attn", "ffn"]), st.integers(0, 2), st.integers(0, 10**6)),
         min_size=1,
@@ -193,13 +193,13 @@ def test_the_rank_p_of_a_random_set_is_at_most_as_often_small_as_it_says(
     tmp_path: Path, shape: Shape, kind: str, k: int
 ) -> None:
     rng = np.random.default_rng(0)
-    places = [(layer, i) for layer in range(shape.n_layers) for i in range(shape.count(kind))]
+    places = [(layer, i) for layer in range(shape.n_layers) for i in range(shape.count(kind, layer))]
     found = []
     for number in range(400):
         some = [places[i] for i in rng.choice(len(places), k, replace=False)]
         units = sorted(shape.unit(kind, *place) for place in some)
         if n_distinct(units, shape, 1):
-            sizes = {(kind, layer): rng.lognormal(size=shape.count(kind)) for layer in range(shape.n_layers)}
+            sizes = {(kind, layer): rng.lognormal(size=shape.count(kind, layer)) for layer in range(shape.n_layers)}
             sets = [units, *controls(units, shape, sizes, 19, number)]
             effect = {place: rng.normal() * sizes[kind, place[0]][place[1]] for place in places}
             mine, *others = [sum(effect[u.layer, shape.number(u)] for u in one) for one in sets]
@@ -387,7 +387,7 @@ BAD = {
     ),
     "a negative neuron": (
         ("--query", "SELECT 0 AS layer, 'attn' AS component, 0 AS head, -1 AS neuron"),
-        "Row 1 of the query names neuron -1 (use NULL for a whole head)",
+        "Row 1 of the query names neuron -1 (use NULL for a whole head or expert)",
     ),
     "a truth value": (
         ("--query", "SELECT true AS layer, 'attn' AS component, 0 AS head, NULL AS neuron"),

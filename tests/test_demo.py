@@ -10,6 +10,7 @@ import sys
 import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -26,6 +27,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo-warehouse"
     assert CliRunner().invoke(main, ["demo", "--save", str(folder)]).exit_code == 0
     return folder
+
+
+def test_the_atlas_counts_what_its_page_says(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo.parent)
+    page = (Path(__file__).parents[1] / "docs" / "atlas.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    *before, last = code.strip().splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(before), names)  # the code is ours
+    curves, bold, jumps, late = eval(last, names).row(0)
+    assert f"Of {curves} curves, {bold} are bold, but {jumps} have a jump point J" in " ".join(page.split())
+    assert f"C is one of the last two layers in {late} of them" in " ".join(page.split())
 
 
 def test_the_demo_serves_without_a_browser() -> None:

@@ -26,10 +26,11 @@ from helpers.knowledge_rows import (
     layer_rows,
     lens_rows,
     prompt,
+    router_rows,
     token_rows,
 )
 from helpers.stored import NOON, Rows, add_run, assert_same_in_the_shell, create_lake, needs_shell
-from scipy.stats import hypergeom
+from scipy.stats import binomtest, hypergeom
 
 import kdb
 from kdb.errors import QueryError, UnknownNameError
@@ -109,6 +110,26 @@ def test_top_heads(database: Database) -> None:
         ("capital", 3, "a0.0", 0, 0, 0.0, 1),
         ("capital", 4, "a1.1", 1, 1, 0.0, 1),
     ]
+
+
+def test_top_experts_count_as_0_where_they_are_not_used(database: Database) -> None:
+    rows = database.query("top-experts", model="alpha", category=["capital", "language"])
+    assert rows.select("category", "rank", "expert_name", "layer", "expert", "score", "n_used", "n_prompts").rows() == [
+        ("language", 1, "f2.0", 2, 0, 2.0, 2, 2),
+        ("language", 2, "f2.1", 2, 1, 1.0, 1, 2),
+        ("capital", 1, "f2.0", 2, 0, 0.5, 1, 1),
+        ("capital", 2, "f2.1", 2, 1, 0.25, 1, 1),
+    ]
+
+
+def test_the_share_of_prompts_in_which_an_expert_is_chosen_has_its_wilson_interval(database: Database) -> None:
+    rows = database.query("router-by-category", model="alpha", category="language")
+    ends = binomtest(1, 2).proportion_ci(method="wilson")
+    shares = [50.0, pytest.approx(100 * ends.low), pytest.approx(100 * ends.high)]
+    columns = ("layer", "rank", "expert_name", "expert", "weight", "entropy", "n_prompts")
+    assert rows.select(columns).rows() == [(2, 1, "f2.0", 0, 0.5, 0.125, 2), (2, 2, "f2.1", 1, 0.5, 0.125, 2)]
+    assert rows.select("chosen_percent", "chosen_percent_low", "chosen_percent_high").rows() == [tuple(shares)] * 2
+    assert database.query("router-by-category", model="alpha", k=1)["expert_name"].to_list() == ["f2.0", "f2.1", "f2.2"]
 
 
 def test_attribution_methods(database: Database) -> None:
@@ -242,7 +263,7 @@ def test_an_attention_neurons_positions_are_added_up(database: Database) -> None
     assert database.query("neuron-in-prompts", neuron="a1.0_5", model="alpha").is_empty()
 
 
-@pytest.mark.parametrize("name", ["", "f0", "f0_", "0_3", "f0_3; DROP", "a0_3", "f0.1_3", "f999999_0", "'", "é"])
+@pytest.mark.parametrize("name", ["", "f0", "f0_", "0_3", "f0_3; DROP", "a0_3", "f0.1.2_3", "f999999_0", "'", "é"])
 def test_what_names_no_neuron_is_refused(database: Database, name: str) -> None:
     for query in ("neuron-by-category", "neuron-in-prompts", "neuron-tokens"):
         with pytest.raises(QueryError, match="parameter neuron: expected a name such as f29_1234"):
@@ -415,6 +436,7 @@ def test_every_answer_is_in_the_papers_order_of_categories(tmp_path: Path, name:
     tables: dict[str, Rows] = dict.fromkeys((*scored, "ablations"), rows)
     tables["effects"] = [row for i in ids for row in effect_rows(i, 1.0, 2.0)]
     tables["lens_readouts"] = [row for i in ids for row in lens_rows(i, 1)]
+    tables["router"] = [row for i in ids for row in router_rows(i, 0, 0, 1.0)]
     tables["models"] = [{"n_layers": 1}]
     tables["prompts"] = [prompt(i, category) for i, category in zip(ids, reversed(order), strict=True)]
     lake = create_lake(tmp_path)
@@ -466,6 +488,7 @@ def test_datasets_with_the_same_category_are_added_up_only_with_pool(tmp_path: P
 POOLING = [name for name in KNOWLEDGE if "pool" in [param.name for param in load_catalogue()[name].params]]
 OF_SINGLE_PROMPTS = {
     "ablation-effects",
+    "expert-scores",
     "head-scores",
     "layer-scores",
     "neuron-scores",

@@ -27,7 +27,7 @@ from kdb.ingest.forward.capture import Capture
 from kdb.ingest.forward.checks import check_capture
 from kdb.ingest.models.files import fingerprint
 from kdb.ingest.models.find import REGISTRY, ModelSource, find_model
-from kdb.ingest.models.load import count_params, load_config, load_model, load_tokenizer, model_row, pick_device
+from kdb.ingest.models.load import load_config, load_model, load_tokenizer, model_row, pick_device
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed: pip install 'kdb-lm[int8]'"
@@ -408,6 +408,7 @@ ODD: dict[str, dict[str, Any]] = {
     "negative heads": {"num_attention_heads": -1},
     "heads that do not divide": {"num_key_value_heads": 3},
     "no vocabulary": {"vocab_size": 0},
+    "fewer experts than chosen": {"num_local_experts": 2, "num_experts_per_tok": 4},
     "a vocabulary without end": {"vocab_size": 10**12},
     "an infinite width": {"hidden_size": 1e308},
     "a text for a width": {"hidden_size": "x"},
@@ -442,7 +443,23 @@ def test_a_config_that_is_no_object_is_refused(folder: Path, content: str) -> No
 
 def test_an_encoder_decoder_is_refused(folder: Path) -> None:
     T5Config().save_pretrained(folder)
-    assert "T5Config" in refusal(load_model, find_model(str(folder)))
+    assert refusal(load_model, find_model(str(folder))) == (
+        "mine cannot be measured: it is an encoder-decoder (T5Config), and kdb measures causal language models."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "a classifier (LlamaForSequenceClassification)"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "a masked language model (BertForMaskedLM)"),
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, "of the type 'vit', which transformers does not list"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_named(folder: Path, changes: dict[str, Any], what: str) -> None:
+    change_config(folder, **changes)
+    message = refusal(load_model, find_model(str(folder)))
+    assert message.startswith(f"mine cannot be measured: it is {what}"), message
 
 
 # GGUF ------------------------------------------------------------------------------------------------------------
@@ -519,51 +536,70 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 # What a config says ----------------------------------------------------------------------------------------------
 
-ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama": (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        | {"intermediate_size": 100, "head_dim": 8},
-        {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_size": 64, "intermediate_size": 100},
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "value_head_dim", "hidden_size", "intermediate_size")
+TWO = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ROWS: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
+    "llama": (TWO | {"num_key_value_heads": 2, "intermediate_size": 100, "head_dim": 8}, (2, 4, 2, 8, 8, 64, 100)),
+    "gpt2": ({"n_embd": 64, "n_layer": 3, "n_head": 4}, (3, 4, 4, 16, 16, 64, 256)),
+    "opt": (TWO | {"ffn_dim": 96, "word_embed_proj_dim": 64}, (2, 4, 4, 16, 16, 64, 96)),
+    "ctrl": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 96}, (2, 4, 4, 16, 16, 64, 96)),
+    "falcon": (TWO | {"multi_query": True}, (2, 4, 1, 16, 16, 64, 256)),
+    "deepseek_v2": (
+        TWO
+        | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4, "v_head_dim": 6}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 80},
+        (2, 4, 4, 12, 6, 64, 24),
     ),
-    "gpt2": (
-        {"n_embd": 64, "n_layer": 3, "n_head": 4},
-        {"n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "head_dim": 16, "hidden_size": 64, "intermediate_size": 256},
-    ),
-    "opt": (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "ffn_dim": 96, "word_embed_proj_dim": 64},
-        {"n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "head_dim": 8, "hidden_size": 64, "intermediate_size": 96},
-    ),
+    "mamba": ({"hidden_size": 64, "num_hidden_layers": 2}, (2, None, None, None, None, 64, None)),
 }
 
 
+def row_of(config: Any) -> dict[str, Any]:
+    return model_row(ModelSource("mine", None, "owner/mine", "abc", Path()), config, "bfloat16")
+
+
 @pytest.mark.parametrize("kind", ROWS)
-def test_model_row_says_the_shape_whatever_a_config_calls_it(kind: str) -> None:
-    settings, shape = ROWS[kind]
-    source = ModelSource("mine", None, "owner/mine", "abc", Path())
-    row = model_row(source, AutoConfig.for_model(kind, vocab_size=40, **settings), 1234, "bfloat16")
-    architecture = {"llama": "LlamaConfig", "gpt2": "GPT2Config", "opt": "OPTConfig"}[kind]
-    assert row == shape | {
-        "family": kind,
-        "source": "owner/mine",
-        "revision": "abc",
-        "architecture": architecture,
-        "vocab_size": 40,
-        "n_params": 1234,
-        "dtype": "bfloat16",
-    }
+def test_model_row_says_the_sizes_whatever_a_config_calls_them(kind: str) -> None:
+    settings, sizes = ROWS[kind]
+    config = AutoConfig.for_model(kind, vocab_size=40, **settings)
+    row = row_of(config)
+    assert tuple(row[name] for name in SIZES) == sizes
+    assert row["n_params"] == AutoModelForCausalLM.from_config(config).num_parameters()
+    assert (row["family"], row["source"], row["revision"]) == (kind, "owner/mine", "abc")
+    assert (row["vocab_size"], row["dtype"]) == (40, "bfloat16")
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("dense", {}),
+    "mixtral": ("experts", {"num_local_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2}),
+    "mamba2": ("state-space", {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}),
+    "rwkv": ("state-space", {"attention_hidden_size": 64}),
+    "lfm2": ("hybrid", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": ("hybrid", {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_ssm": 128, "mamba_d_head": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_of_an_architecture_is_that_of_its_modules(kind: str) -> None:
+    expected, settings = KINDS[kind]
+    sizes = {name: n for name, n in TWO.items() if not (kind in ("mamba2", "rwkv") and "heads" in name)}
+    row = row_of(AutoConfig.for_model(kind, vocab_size=40, **sizes, **settings))
+    experts = (6, 3) if kind == "mixtral" else (None, None)
+    assert (row["architecture_kind"], row["n_experts"], row["experts_per_token"]) == (expected, *experts)
 
 
 def test_family_and_architecture_are_those_of_the_registry_and_the_file(folder: Path) -> None:
     source = ModelSource("llama-7b", "llama-1", "owner/mine", "abc", folder)
-    row = model_row(source, load_config(source), 0, "float32")
+    row = model_row(source, load_config(source), "float32")
     assert (row["family"], row["architecture"]) == ("llama-1", "LlamaForCausalLM")
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_count_params_is_the_loaded_models_own_count(kind: str, tied: bool) -> None:
+def test_parameters_are_counted_once(kind: str, tied: bool) -> None:
     config = AutoConfig.for_model(kind, vocab_size=40, tie_word_embeddings=tied, **ROWS[kind][0])
-    assert count_params(config) == AutoModelForCausalLM.from_config(config).num_parameters()
+    own = {id(weight): weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()}
+    assert row_of(config)["n_params"] == sum(own.values())
 
 
 # Weight-only int8 ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
 import sys
@@ -98,3 +99,11 @@ def test_the_remaining_time_is_that_of_work_done_now(monkeypatch: pytest.MonkeyP
     assert str(shown) == "9 of 12 prompts, 10.0 s each, 30 s left"
     shown.advance(3)
     assert str(shown) == "12 of 12 prompts, 5.0 s each, 0 s left"
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_has_a_line_that_moves_if_it_can_draw_one(monkeypatch: pytest.MonkeyPatch, widgets: bool) -> None:
+    assert not shown_progress._in_notebook()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object() if widgets else None)
+    assert shown_progress._in_notebook() is widgets

@@ -337,8 +337,14 @@ def test_names_of_models_and_figures_are_told_in_the_words_of_python(measured: P
         kdb.load_model("x.gguf")
     with pytest.raises(ModelError, match="leave `device` out"):
         kdb.load_model("smollm2-135m", device="nowhere")
+    wh = kdb.open(measured)
     with pytest.raises(UnknownNameError, match=r"`Warehouse.figures\(\)` lists them"):
-        kdb.open(measured).plot("depth")
+        wh.plot("depth")
+    with pytest.raises(UnknownNameError, match=r"`Warehouse.queries\(\)` lists them"):
+        wh.query("nope")
+    for read in (wh.table, wh.scan):
+        with pytest.raises(UnknownNameError, match=r"`Warehouse.tables\(\)` lists them"):
+            read("nope")
 
 
 @pytest.mark.parametrize(
@@ -349,6 +355,7 @@ def test_names_of_models_and_figures_are_told_in_the_words_of_python(measured: P
         ("give equal texts one group (--group-by).", "give equal texts one group (`group_by`)."),
         ("Run `kdb probe --model x` first.", "Run `kdb probe --model x` first."),
         ("Stored: --lens logit (--variant 'limit=20').", "Stored: `lens='logit'` (`variant='limit=20'`)."),
+        ("`kdb query kept-prompts` lists them.", "`Warehouse.query('kept-prompts')` lists them."),
         ("a--b 1 -- 2", "a--b 1 -- 2"),
     ],
 )

@@ -255,7 +255,12 @@ def test_a_study_without_a_plain_run_shows_its_newest_variant_and_says_so(
     assert "--variant noise" in curves.command
 
 
-MEASURED = ["gemma-3-270m", "qwen2.5-coder-0.5b-instruct-q4", "smollm2-135m"]
+MEASURED = [
+    "gemma-3-270m",
+    "qwen2.5-coder-0.5b-instruct-q4",
+    "qwen2.5-coder-1.5b-instruct-q4",
+    "smollm2-135m",
+]
 """Models of the demo warehouse."""
 
 

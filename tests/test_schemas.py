@@ -44,10 +44,15 @@ NEW_TABLES = (
     "candidate_scores",
     "lens_fits",
     "ablated_parts",
+    "experts",
+    "router",
+    "routing",
+    "expert_scores",
 )
 UNKNOWN_THEN = {
     *("depth-by-step", "scores-by-step", "families-at-size", "baselines", "probe-transfer"),
     *("head-effects", "layer-effects", "score-vs-effect", "answer-by-layer", "lens-story", "lens-fits"),
+    *("expert-scores", "top-experts", "router-by-category"),
     *(f"{kind}{table}" for kind in ("table ", "current ", "scan ") for table in NEW_TABLES),
 }
 """Questions for which an older warehouse has no rows."""

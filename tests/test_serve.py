@@ -113,13 +113,18 @@ def test_sql_answers_by_post_and_by_link(client: httpx.Client) -> None:
     text = "SELECT model, count(*) AS n FROM layer_scores GROUP BY model ORDER BY model"
     posted = client.post("/api/sql", json={"sql": text})
     assert posted.json() == client.get("/api/sql", params={"sql": text}).json()
-    assert [row["model"] for row in posted.json()] == ["gemma-3-270m", "qwen2.5-coder-0.5b-instruct-q4", "smollm2-135m"]
-    assert posted.headers["x-kdb-rows"] == "3"
+    assert [row["model"] for row in posted.json()] == [
+        "gemma-3-270m",
+        "qwen2.5-coder-0.5b-instruct-q4",
+        "qwen2.5-coder-1.5b-instruct-q4",
+        "smollm2-135m",
+    ]
+    assert posted.headers["x-kdb-rows"] == "4"
     assert float(posted.headers["x-kdb-seconds"]) > 0
 
 
-WITHOUT_ROWS = {"depth-by-step", "scores-by-step", "lens-fits"}
-"""Queries that the demonstration, of models without checkpoints and without a tuned lens, has no rows for."""
+WITHOUT_ROWS = {"depth-by-step", "scores-by-step", "lens-fits", "expert-scores", "top-experts", "router-by-category"}
+"""Queries that the demonstration, of models without checkpoints, tuned lens and experts, has no rows for."""
 
 
 @pytest.mark.parametrize("name", sorted(load_catalogue()))
@@ -290,6 +295,21 @@ def test_an_answer_is_filtered_and_ordered_by_its_address(client: httpx.Client) 
     assert heads == [row["head_name"] for row in sorted(rows, key=lambda row: -row["score"])]
     wrong = client.get("/queries/top-heads?filter=nothing%3D1").text
     assert "Unknown column" in html.unescape(wrong)
+    refused = client.get("/api/queries/top-heads?filter=nothing%3D1")
+    assert (refused.status_code, "Unknown column" in refused.text) == (404, True)
+
+
+@pytest.mark.parametrize("format_", ["csv", "json", "parquet"])
+def test_what_is_downloaded_of_an_answer_has_the_filters_and_the_order_of_its_page(
+    client: httpx.Client, format_: str
+) -> None:
+    page = html.unescape(client.get("/queries/top-heads?k=2&filter=category%3Dcapital&sort=score").text)
+    (address,) = re.findall(rf'href="(/api/queries/top-heads[^"]*format={format_})"', page)
+    read = {"csv": pl.read_csv, "json": pl.read_json, "parquet": pl.read_parquet}[format_]
+    rows = read(client.get(address).content)
+    assert set(rows["category"]) == {"capital"}
+    assert rows["score"].to_list() == rows["score"].sort().to_list()
+    assert len(rows) == len(client.get("/api/queries/top-heads?k=2&category=capital").json())
 
 
 def test_what_a_page_offers_to_copy_gives_the_same_answer(client: httpx.Client, demo: Warehouse) -> None:
@@ -544,7 +564,7 @@ def test_a_question_beyond_the_time_limit_is_refused_and_those_that_wait_are_bou
 
 def test_equal_questions_are_answered_once() -> None:
     text = "SELECT count(*) AS n FROM range(30000) a, range(30000) b WHERE a.range > b.range"
-    with served("--demo", "--workers", "2") as running, running.client() as asking:
+    with served("--demo", "--workers", "2", "--seconds", "3600") as running, running.client() as asking:
         answers: list[httpx.Response] = []
         ask = lambda: answers.append(running.client().post("/api/sql", json={"sql": text}))  # noqa: E731
         threads = [threading.Thread(target=ask) for _ in range(5)]
@@ -727,7 +747,8 @@ def test_the_description_names_every_saved_query_with_its_parameters(client: htt
     paths = client.get("/api/openapi.json").json()["paths"]
     for saved in load_catalogue().values():
         told = paths[f"/api/queries/{saved.name}"]["get"]["parameters"]
-        assert {param["name"] for param in told} == {*(param.name for param in saved.params), "format"}
+        also = {"filter", "sort", "format"}
+        assert {param["name"] for param in told} == {param.name for param in saved.params} | also
         assert {p["name"] for p in told if p["required"]} == {p.name for p in saved.params if p.required}
 
 

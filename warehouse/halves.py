@@ -22,11 +22,11 @@ from kdb.warehouse.migration import upgraded
 from kdb.warehouse.parquet import read_parts, write_parquet
 from kdb.warehouse.run_copy import copy_run
 from kdb.warehouse.run_folders import table_files
+from kdb.warehouse.schema import NEURON
 from kdb.warehouse.storage import Storage
 from kdb.warehouse.store import Warehouse
 from kdb.warehouse.sums import sum_neurons
 
-_NAMED = ("component", "layer", "head", "neuron")
 _CHOSEN = "ablated_parts"
 """Table of sets that were chosen before, perhaps in all prompts: runs with it are left out."""
 
@@ -86,8 +86,8 @@ def _of_shown_neurons(tables: Mapping[str, pa.Table]) -> pa.Table:
 
     rows = pl.DataFrame(tables["neuron_tokens"])
     queries = pl.DataFrame(tables["query_neuron_scores"]).select(
-        pl.lit("ffn").alias("component"), "layer", pl.lit(None, rows["head"].dtype).alias("head"), "neuron"
+        pl.lit("ffn").alias("component"), "layer", pl.lit(None, rows["head"].dtype).alias("head"), "expert", "neuron"
     )
-    named = pl.concat([pl.DataFrame(tables["neuron_scores"]).select(_NAMED), queries]).unique()
-    shown = rows.join(named, on=_NAMED, how="semi", nulls_equal=True)
+    named = pl.concat([pl.DataFrame(tables["neuron_scores"]).select(NEURON), queries]).unique()
+    shown = rows.join(named, on=NEURON, how="semi", nulls_equal=True)
     return shown.to_arrow().cast(tables["neuron_tokens"].schema)

@@ -34,6 +34,9 @@ SCHEMA_VERSION = 6
 OLDEST_SCHEMA = 3
 """Oldest schema version that is still read; columns that a run lacks are NULL."""
 
+NEURON = ("component", "layer", "head", "expert", "neuron")
+"""The columns that identify a neuron of a model: two experts of a layer have neurons of the same number."""
+
 PARTITIONS = {
     "model": "name of the model, as listed by `kdb models` or given by --name",
     "dataset": "name of the dataset, as listed by `kdb datasets` or given by --dataset-name",
@@ -111,13 +114,14 @@ def _neuron() -> Column[Any]:
     )
 
 
-def _expert() -> Column[Any]:
-    return _column(
-        "expert",
-        SmallInteger(),
-        "expert to which the FFN neuron belongs, numbered from 0; NULL in a dense FFN",
-        since=6,
-    )
+def _expert(
+    meaning: str = "expert to which the FFN neuron belongs, numbered from 0; NULL in a dense FFN",
+) -> Column[Any]:
+    return _column("expert", SmallInteger(), meaning, since=6)
+
+
+def _expert_of_layer() -> Column[Any]:
+    return _expert("expert of the layer's FFN, numbered from 0; shared experts follow those that the router chooses")
 
 
 def _total_share() -> Column[Any]:
@@ -153,13 +157,39 @@ models = _table(
         "commit on the hub, or sha256 of the files that determine the model: weights, config, tokenizer",
     ),
     _column("architecture", Text(), "model class of the transformers library"),
-    _column("n_layers", SmallInteger(), "transformer blocks", symbol="d, L"),
-    _column("n_heads", SmallInteger(), "attention heads per layer", symbol="H"),
+    _column(
+        "architecture_kind",
+        Text(),
+        "dense; experts (some FFNs are mixtures of experts); hybrid (attention, and layers or parts of layers that mix "
+        "tokens in another way, such as state-space models); state-space (no attention)",
+        since=6,
+    ),
+    _column("n_layers", SmallInteger(), "blocks that a text runs through", symbol="d, L"),
+    _column(
+        "n_heads",
+        SmallInteger(),
+        "attention heads per layer; the most of any layer; NULL without attention",
+        symbol="H",
+    ),
     _column("n_kv_heads", SmallInteger(), "key and value heads per layer"),
-    _column("head_dim", SmallInteger(), "entries of one head"),
+    _column("head_dim", SmallInteger(), "entries of a query or key of one head"),
+    _column(
+        "value_head_dim",
+        SmallInteger(),
+        "entries of a value of one head; equal to head_dim in most models",
+        since=6,
+    ),
     _column("hidden_size", Integer(), "entries of the residual stream"),
-    _column("intermediate_size", Integer(), "FFN neurons per layer", symbol="N"),
+    _column(
+        "intermediate_size",
+        Integer(),
+        "FFN neurons per layer; in a mixture of experts, per expert; NULL without FFNs",
+        symbol="N",
+    ),
+    _column("n_experts", SmallInteger(), "experts per layer that a router chooses from; NULL without", since=6),
+    _column("experts_per_token", SmallInteger(), "experts that the router chooses for a token", since=6),
     _column("vocab_size", Integer(), "rows of the unembedding", symbol="B"),
+    _column("n_tokens", Integer(), "tokens of the tokenizer; the unembedding may have more rows", since=6),
     _column("n_params", BigInteger(), "parameters, tied weights counted once"),
     _column("dtype", Text(), "number format of the weights in the forward pass"),
     _column(
@@ -176,6 +206,18 @@ models = _table(
         "whether the model was trained to follow instructions, if its files say so; otherwise NULL",
         since=4,
     ),
+)
+
+experts = _table(
+    "experts",
+    "layer × expert, of a model with experts",
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _expert("expert, numbered from 0; shared ones follow those that the router chooses; NULL if the layer is dense"),
+    _column(
+        "shared", Boolean(), "whether the expert is used at every token, rather than chosen by the router", since=6
+    ),
+    _column("n_neurons", Integer(), "number of the expert's FFN neurons, or of the dense layer's", since=6),
+    key=("layer", "expert"),
 )
 
 datasets = _table(
@@ -541,6 +583,45 @@ head_position_scores = _table(
     key=("prompt_id", "layer", "head", "position"),
 )
 
+router = _table(
+    "router",
+    "prompt × layer × expert, for the experts that are chosen at the last position and the next four",
+    _prompt_id(),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _expert_of_layer(),
+    _column("chosen", Boolean(), "whether the router chooses the expert", since=6),
+    _column("weight", Double(), "factor of the expert's output in the FFN's; 0 if it is not chosen", since=6),
+    _column("probability", Double(), "the router's probability of the expert", since=6),
+    _rank("rank among the layer's experts: those that are chosen first, then by probability"),
+    key=("prompt_id", "layer", "expert"),
+)
+
+routing = _table(
+    "routing",
+    "prompt × layer, for layers with a router",
+    _prompt_id(),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _column(
+        "entropy",
+        Double(),
+        "entropy of the router's probabilities at the last position, divided by their sum: ln(number of experts) if "
+        "all are equal, 0 if it is sure of one",
+        unit="nat",
+        since=6,
+    ),
+    key=("prompt_id", "layer"),
+)
+
+expert_scores = _table(
+    "expert_scores",
+    "prompt × layer × expert, for those that are used at the last position",
+    _prompt_id(),
+    _column("layer", SmallInteger(), "transformer block, numbered from 0", symbol="i, l", since=6),
+    _expert_of_layer(),
+    _column("score", Double(), "log-probability increase of the target by the expert's output", unit="nat", since=6),
+    key=("prompt_id", "layer", "expert"),
+)
+
 neuron_scores = _table(
     "neuron_scores",
     "prompt × neuron, for the best neurons or all",
@@ -561,7 +642,7 @@ neuron_scores = _table(
     ),
     _rank("rank among the prompt's neurons of this component"),
     _expert(),
-    key=("prompt_id", "component", "layer", "head", "neuron", "position"),
+    key=("prompt_id", *NEURON, "position"),
 )
 
 candidate_scores = _table(
@@ -576,7 +657,7 @@ candidate_scores = _table(
     _column("lower", Double(), "certified lower bound of score", unit="nat"),
     _column("upper", Double(), "certified upper bound of score", unit="nat"),
     _expert(),
-    key=("prompt_id", "component", "layer", "head", "neuron"),
+    key=("prompt_id", *NEURON),
 )
 
 neuron_sums = _table(
@@ -603,7 +684,7 @@ neuron_sums = _table(
         since=6,
     ),
     _expert(),
-    key=("category", "component", "layer", "head", "neuron"),
+    key=("category", *NEURON),
 )
 
 query_neuron_scores = _table(
@@ -617,7 +698,7 @@ query_neuron_scores = _table(
     _rank("rank among the prompt's query neurons"),
     _total_share(),
     _expert(),
-    key=("prompt_id", "activates", "layer", "neuron"),
+    key=("prompt_id", "activates", "layer", "expert", "neuron"),
 )
 
 query_layer_scores = _table(
@@ -637,7 +718,7 @@ ablations = _table(
     "prompt × set × positions × mode",
     _prompt_id(),
     _column("method", Text(), "name of the set: a label, control-N, or the attribution method that ranked its neurons"),
-    _column("k", Integer(), "number of neurons or heads in the set"),
+    _column("k", Integer(), "number of neurons, heads and experts in the set"),
     _column("positions", Text(), "token positions at which the set was replaced: last or all"),
     _column("rank_before", Integer(), "the target's rank in the unmodified model, from 1"),
     _column("rank_after", Integer(), "the target's rank with the set replaced, from 1"),
@@ -671,7 +752,7 @@ ablations = _table(
 
 ablated_parts = _table(
     "ablated_parts",
-    "set × neuron or head",
+    "set × neuron, head or expert",
     _column("prompt_id", Integer(), "prompt for which a method chose the set; NULL if it is the same in all", since=6),
     _column("method", Text(), "name of the set, as in ablations", since=6),
     _column("rank", Integer(), "rank by the method, from 1; number within a set that a query chose", since=6),
@@ -681,17 +762,18 @@ ablated_parts = _table(
     _column(
         "neuron",
         Integer(),
-        "FFN neuron, or dimension within the attention head, numbered from 0; NULL for a whole head",
+        "FFN neuron, or dimension within the attention head, numbered from 0; NULL for a whole head or expert",
         symbol="k",
         since=6,
     ),
     _column(
         "size",
         Double(),
-        "|coefficient| × length of the neuron's column, or length of the head's output, at the last position: mean "
-        "over the prompts measured; NULL for a method's neurons",
+        "|coefficient| × length of the neuron's column, or length of the output of the head or expert, at the last "
+        "position: mean over the prompts measured; NULL for a method's neurons",
         since=6,
     ),
+    _expert("expert, or that of the FFN neuron, numbered from 0; NULL in a dense FFN and in attention"),
     key=("prompt_id", "method", "rank"),
 )
 
@@ -708,7 +790,7 @@ neuron_tokens = _table(
     _column("token_id", Integer(), "id of the token", since=6),
     _column("logit", Double(), "the neuron's logit of that token", unit="logit"),
     _expert(),
-    key=("component", "layer", "head", "neuron", "sign", "rank"),
+    key=(*NEURON, "sign", "rank"),
 )
 
 effects = _table(
@@ -772,7 +854,8 @@ effects = _table(
         unit="nat",
         since=6,
     ),
-    key=("prompt_id", "component", "layer", "head", "neuron", "role", "replacement", "method", "direction"),
+    _expert(),
+    key=("prompt_id", *NEURON, "role", "replacement", "method", "direction"),
 )
 
 lens_readouts = _table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +25,33 @@ def prompts_per_part(n_layers: int, n_sites: int, hidden_size: int, part_bytes: 
 
 
 def activation_groups(
-    prompt_ids: Sequence[int], sites: Sequence[str], vectors: NDArray[np.float32], *, float16: bool = False
+    prompt_ids: Sequence[int],
+    sites: Sequence[str],
+    vectors: NDArray[np.float32],
+    *,
+    float16: bool = False,
+    lacking: Collection[tuple[int, str]] = (),
 ) -> Iterator[pa.Table]:
     """Convert vectors (prompt, layer, site, hidden) into Arrow tables, one per site and layer.
 
+    ``lacking`` are layers and sites that the model does not have: a block without an FFN has no input of one.
     Raises WarehouseError if ``float16`` is set and a value exceeds its range (65,504).
     """
     order = np.argsort(prompt_ids)
     ids = pa.array(np.asarray(prompt_ids, dtype=np.int32)[order])
     schema = arrow_schema("activations", vector_size=vectors.shape[-1], float16=float16)
     for s, site in enumerate(sites):
-        for layer in range(vectors.shape[1]):
+        for layer in (i for i in range(vectors.shape[1]) if (i, site) not in lacking):
             rows = _narrow(vectors[order, layer, s], layer, site) if float16 else vectors[order, layer, s]
             flat = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[-1])
             same = [pa.array([layer] * len(ids), pa.int16()), pa.array([site] * len(ids))]
             yield pa.table([ids, *same, flat], schema=schema)
+
+
+def stored_places(part: Path) -> set[tuple[int, str]]:
+    """Return the layers and sites of which a part has vectors: all of them, unless blocks lack an FFN."""
+    table = pq.read_table(part, columns=["layer", "site"]).group_by(["layer", "site"]).aggregate([])
+    return set(zip(table["layer"].to_pylist(), table["site"].to_pylist(), strict=True))
 
 
 def read_vectors(parts: Sequence[Path], layer: int, site: str) -> NDArray[np.float32]:

@@ -209,6 +209,8 @@ def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
         _ASKED,
     )
     yield from _layers_and_heads(wh, params)
+    if len(wh.query("top-experts", **params, k=1)):
+        yield from _experts(wh, params)
     yield from _neurons_and_methods(wh, params)
     for model, dataset, prompt in _examples(wh, params):
         named = params | {"model": [model], "dataset": dataset, "prompt": prompt}
@@ -282,6 +284,26 @@ def _effects_and_readouts(wh: Warehouse, params: dict[str, Any]) -> Contents:
 
 _SETTLED = (
     "Quartiles over the n_settled prompts whose answer is the first choice of the last layer, of n_prompts kept ones."
+)
+
+
+def _experts(wh: Warehouse, params: dict[str, Any]) -> Contents:
+    yield Tabled(
+        "The ten best experts",
+        "By the mean over the n_prompts kept prompts of each dataset, with its 95 % interval. An expert counts as 0 "
+        f"in a prompt in which it is not chosen; {FEW}.",
+        "top-experts",
+        params,
+        lambda: importance.expert_means(wh, **params).with_columns(score=_with_ends("score")).drop("low", "high"),
+        _ASKED,
+    )
+    yield Drawn("Every expert", "", "expert-map", params)
+    yield _asked(wh, "Experts that the routers choose most often", _ROUTED, "router-by-category", params, _ASKED)
+
+
+_ROUTED = (
+    "The three of each layer that are chosen in most of the n_prompts kept prompts, at the last token, with the 95 % "
+    "Wilson interval of their share. weight is a mean over the prompts in which the expert is chosen."
 )
 
 

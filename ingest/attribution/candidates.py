@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from kdb.ingest.attribution.score_rows import layouts_of
 from kdb.ingest.forward.activation_cache import run_with_cache
+from kdb.ingest.forward.layout import named_slots
 from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import arrow_rows
 from kdb.queries.domains import PROVED_RANKS
+from kdb.warehouse.schema import NEURON
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +71,8 @@ def further_candidates(run: RunInProgress) -> dict[Key, list[int]]:
 
 
 def _largest(most: np.ndarray) -> list[int]:
-    return sorted(np.argsort(-most, kind="stable")[:FIRST].tolist())
+    best = np.argsort(-most, kind="stable")[:FIRST]
+    return sorted(best[most[best] > -np.inf].tolist())
 
 
 def _bounds(run: RunInProgress) -> dict[Key, np.ndarray]:
@@ -77,14 +81,15 @@ def _bounds(run: RunInProgress) -> dict[Key, np.ndarray]:
     for row in run.table(BOUNDS).to_pylist():
         key = row["category"], row["component"]
         bounds[key] = bounds.get(key, 0.0) + np.array(row["most"])
-    return bounds
+    # A bound of exactly 0: the neuron wrote nothing in any prompt, such as those of experts that were never chosen.
+    return {key: np.where(most == 0, -np.inf, most) for key, most in bounds.items()}
 
 
 def _reached(run: RunInProgress) -> dict[Key, float]:
     """The sum that as many candidates as there are proved ranks certainly reach, by category and component."""
     import polars as pl
 
-    neuron = ["category", "component", "layer", "head", "neuron"]
+    neuron = ["category", *NEURON]
     scores = pl.DataFrame(run.table("candidate_scores"))
     prompts = pl.DataFrame(run.table("prompts").select(["prompt_id", "category"]))
     sums = scores.join(prompts, on="prompt_id").group_by(neuron).agg(pl.col("lower").sum())
@@ -100,13 +105,13 @@ def candidate_rows(decomposition: Decomposition, chunk: Sequence[Prompt], wanted
     from kdb.ingest.attribution.scores import Attribution
 
     device = decomposition.loaded.device
-    widths = {"attn": len(decomposition.attn_columns(0)), "ffn": len(decomposition.ffn_columns(0))}
+    widths = {"attn": decomposition.n_heads * decomposition.head_size, "ffn": len(decomposition.ffn_columns(0))}
     layers = {c: sorted({i // width for i in wanted.get(c, ())}) for c, width in widths.items()}
     cache = run_with_cache(decomposition, [p.token_ids for p in chunk])
     target = torch.tensor([p.target for p in chunk], device=device)
     a = Attribution(decomposition, cache, target, layers)
     ids = np.array([p.number for p in chunk], dtype=np.int32)
-    entries = widths["attn"] // decomposition.n_heads
+    entries = decomposition.head_size
     with torch.inference_mode():
         return pa.concat_tables(
             _rows(ids, a, component, torch.tensor(neurons, device=device), widths[component], entries)
@@ -117,14 +122,18 @@ def candidate_rows(decomposition: Decomposition, chunk: Sequence[Prompt], wanted
 def _rows(ids: Any, a: Attribution, component: str, neurons: torch.Tensor, width: int, entries: int) -> pa.Table:
     score, error = (a.ffn_nearly if component == "ffn" else a.attn_nearly)(neurons)
     within = neurons % width
+    if component == "ffn":
+        every = (x.expand(len(ids), -1) for x in (neurons // width, within))
+        named = named_slots(layouts_of(a.decomposition), *every)
+    else:
+        named = {"head": within // entries, "neuron": within % entries}
     return arrow_rows(
         "candidate_scores",
         {
             "prompt_id": ids[:, None],
             "component": component,
             "layer": neurons // width,
-            "head": None if component == "ffn" else within // entries,
-            "neuron": within if component == "ffn" else within % entries,
+            **named,
             "score": score,
             "lower": score - error,
             "upper": score + error,

@@ -2,8 +2,8 @@
 
     drawn = controls(units, shape, sizes, 19, seed=42)
 
-The size of a neuron is |coefficient| × length of its column, that of a head the length of its output: at the last
-position, as a mean over the prompts measured. Random neurons are no control, because most are close to 0.
+The size of a neuron is |coefficient| × length of its column, that of a head or expert the length of its output: at the
+last position, as a mean over the prompts measured. Random neurons are no control, because most are close to 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kdb.ingest.forward.decomposition import Decomposition
 
 Place = tuple[str, int]
-"""Kind of a unit (head, attn, ffn), and its layer."""
+"""Kind of a unit (head, attn, ffn, expert), and its layer."""
 
 Sizes = Mapping[Place, NDArray[np.float64]]
 """The size of every unit of a kind and layer."""
@@ -43,7 +43,7 @@ def controls(units: Sequence[Unit], shape: Shape, sizes: Sizes, n: int, seed: in
     """
     rng = random.Random(seed)
     places = _places(units, shape)
-    candidates = {p: sorted(set(range(shape.count(p[0]))) - set(some)) for p, some in places.items()}
+    candidates = {p: sorted(set(range(shape.count(*p))) - set(some)) for p, some in places.items()}
     if n and n_distinct(units, shape, n) < n:
         drawn = _all_sets(places, candidates)
     else:
@@ -55,7 +55,7 @@ def controls(units: Sequence[Unit], shape: Shape, sizes: Sizes, n: int, seed: in
 def check_controls(units: Sequence[Unit], shape: Shape) -> None:
     """Raise QueryError if a layer has too few other units for any control set."""
     for (kind, layer), some in _places(units, shape).items():
-        others = shape.count(kind) - len(some)
+        others = shape.count(kind, layer) - len(some)
         if others < len(some):
             raise QueryError(
                 f"Layer {layer} has {others} other {_NAMES[kind]}, too few for a control set of {len(some)}: name "
@@ -63,14 +63,14 @@ def check_controls(units: Sequence[Unit], shape: Shape) -> None:
             )
 
 
-_NAMES = {"head": "heads", "attn": "attention neurons", "ffn": "FFN neurons"}
+_NAMES = {"head": "heads", "attn": "attention neurons", "ffn": "FFN neurons", "expert": "experts"}
 
 
 def n_distinct(units: Sequence[Unit], shape: Shape, enough: int) -> int:
     """Return the number of distinct control sets, at most ``enough``."""
     n = 1
-    for (kind, _layer), some in _places(units, shape).items():
-        n = min(enough, n * math.comb(shape.count(kind) - len(some), len(some)))
+    for place, some in _places(units, shape).items():
+        n = min(enough, n * math.comb(shape.count(*place) - len(some), len(some)))
     return n
 
 
@@ -169,17 +169,22 @@ def _lengths(decomposition: Decomposition, category: Category, indices: Sequence
     import torch
 
     kind, layer = place
-    component, whole = ("ffn_neuron", "ffn") if kind == "ffn" else ("head", "attn")
-    columns = (decomposition.ffn_columns if kind == "ffn" else decomposition.attn_columns)(layer).cpu()
+    in_ffn = kind in ("ffn", "expert")
+    component, whole = ("ffn_neuron", "ffn") if in_ffn else ("head", "attn")
+    columns = (decomposition.ffn_columns if in_ffn else decomposition.attn_columns)(layer).cpu()
     values = category.values("last", component)
     m = torch.stack([values[i][layer, 0] for i in indices])
     if kind == "head":
         parts = columns.view(decomposition.n_heads, -1, columns.shape[1])
         lengths = torch.einsum("phe,hed->phd", m.view(len(m), *parts.shape[:2]), parts).norm(dim=2)
+    elif kind == "expert":
+        layout = decomposition.ffn_layout(layer)
+        experts = [list(layout.slots(e)) for e in range(len(layout.starts))]
+        lengths = torch.stack([(m[:, one] @ columns[one]).norm(dim=1) for one in experts], dim=1)
     else:
         lengths = m.abs() * columns.norm(dim=1)
     block = decomposition.blocks[layer]
-    if (block.ffn_post if kind == "ffn" else block.attn_post) is not None:  # a norm behind it scales all units alike
+    if (block.ffn_post if in_ffn else block.attn_post) is not None:  # a norm behind it scales all units alike
         written = category.values("last", whole)
         reached = torch.stack([written[i][layer, 0] for i in indices]).norm(dim=1)
         lengths = lengths * (reached / (m @ columns).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))[:, None]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from kdb.ingest.forward.gradients import gradients
+from kdb.ingest.forward.layout import named_slot
 from kdb.ingest.forward.patching import Part, Pass, Patch, entries, patched, recorded
 from kdb.ingest.settings import Patching
 from kdb.warehouse.schema import arrow_schema
@@ -165,7 +166,7 @@ def effect_rows(
     ``parts`` are the parts of each component of ``wanted``. A prompt has no row for a replacement that it lacks: a mean
     or a resample if it is the only one of its category, a pair, a subject.
     """
-    cases = list(_cases(category, indices, wanted))
+    cases = list(_cases(category, indices, wanted)) if wanted.components else []
     rows = [
         row
         for method in wanted.methods
@@ -235,7 +236,7 @@ def _key(category: Category, case: _Case, part: Part, by: str, method: str) -> d
         "component": part.component,
         "layer": part.layer,
         "head": None if part.head < 0 else part.head,
-        "neuron": None if part.neuron < 0 else part.neuron,
+        **({} if part.neuron < 0 else named_slot(category.decomposition.ffn_layout(part.layer), part.neuron)),
         "role": case.role,
         "replacement": by,
         "method": method,
@@ -251,5 +252,5 @@ def every_part(decomposition: Decomposition, component: str) -> list[Part]:
     """All parts of a component but FFN neurons, of which there are too many to replace each."""
     layers = range(len(decomposition.blocks))
     if component == "head":
-        return [Part("head", layer, head) for layer in layers for head in range(decomposition.n_heads)]
-    return [Part(component, layer) for layer in layers]
+        return [Part("head", layer, head) for layer in layers for head in range(decomposition.heads_in(layer))]
+    return [Part(component, i) for i in layers if component == "resid" or decomposition.blocks[i].has(component)]

@@ -1,4 +1,4 @@
-"""Replace a chosen set of neurons or heads, and control sets, in the kept prompts of a run.
+"""Replace a chosen set of neurons, heads or experts, and control sets, in the kept prompts of a run.
 
 The set is measured in the prompts that its query did not see (`halves`), or in all. Its controls are drawn when the
 sizes of all units in these prompts are known, and stored in ``ablated_parts``; the effects are in ``ablations``.
@@ -20,11 +20,12 @@ import pyarrow as pa
 from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.controls import check_controls, controls, measured_sizes, size_ratio, unit_size
 from kdb.ingest.attribution.effects import Known
-from kdb.ingest.attribution.patch import Patched, by_category, known, shards_of
+from kdb.ingest.attribution.patch import Patched, by_category, known, shards_of, stored_experts
 from kdb.ingest.attribution.rankings import METHODS
 from kdb.ingest.attribution.sets import set_rows
-from kdb.ingest.attribution.units import Shape, Unit, read_units, silenced
+from kdb.ingest.attribution.units import Shape, Unit, read_units, silenced, unit_of
 from kdb.ingest.execution.local import LocalEngine
+from kdb.ingest.forward.layout import stored_layouts
 from kdb.ingest.forward.memory import most_per_shard
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
@@ -88,7 +89,7 @@ def ablate(
     """
     storage.inspect([source], vectors=False)
     stored, wanted = _first(source, "models"), asked.wanted
-    shape = Shape(stored["n_layers"], stored["n_heads"], stored["head_dim"], stored["intermediate_size"])
+    shape = _shape(source, stored)
     units = read_units(asked.rows, shape)
     _check(asked, units, shape)
     kept = _kept(source)
@@ -102,7 +103,7 @@ def ablate(
     settings = {
         "source_run": source.run,
         "name": asked.name,
-        "units": [asdict(unit) for unit in units],
+        "units": [unit.described() for unit in units],
         **asdict(wanted),
         "measured": sorted(measured),
     }
@@ -190,6 +191,12 @@ def source_options(source: RunFolder) -> dict[str, Any]:
     return {"dtype": _first(source, "models")["dtype"], "quantize": settings.get("quantize")}
 
 
+def _shape(source: RunFolder, model: Mapping[str, Any]) -> Shape:
+    experts = stored_experts(source)
+    layouts = stored_layouts(model, experts) if experts else ()
+    return Shape(model["n_layers"], model["n_heads"], model["head_dim"], model["intermediate_size"], layouts)
+
+
 def _first(run: RunFolder, table: str) -> dict[str, Any]:
     row: dict[str, Any] = read_parts(table_files(run.path, table)).to_pylist()[0]
     return row
@@ -262,6 +269,7 @@ def _drawn(subject: Bound, _shard: Shard, _advance: Advance) -> Iterator[Rows]:
             "component": unit.component,
             "head": None if unit.head < 0 else unit.head,
             "neuron": None if unit.neuron < 0 else unit.neuron,
+            "expert": None if unit.expert < 0 else unit.expert,
             "size": unit_size(unit, asked.shape, sizes),
         }
         for method, units in sets.items()
@@ -283,8 +291,7 @@ def _chosen(asked: Ablated, rows: Sequence[Mapping[str, Any]]) -> list[Chosen]:
     units: dict[str, list[Unit]] = {}
     sizes: dict[str, float] = {}
     for row in rows:
-        head, neuron = (-1 if row[name] is None else row[name] for name in ("head", "neuron"))
-        units.setdefault(row["method"], []).append(Unit(row["layer"], row["component"], head, neuron))
+        units.setdefault(row["method"], []).append(unit_of(row))
         sizes[row["method"]] = sizes.get(row["method"], 0.0) + row["size"]
     return [
         Chosen(

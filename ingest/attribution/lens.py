@@ -70,7 +70,7 @@ def _residuals(decomposition: Decomposition, cache: ActivationCache) -> Iterator
         before = cache.resid_pre[layer, rows, cache.last]
         if layer == 0:
             yield (layer, "resid_pre"), before
-        if not block.parallel:  # attention and FFN of a parallel block add to the same residual: there is no middle
-            yield (layer, "resid_mid"), before + cache.attn[layer, rows, cache.last]
+        if block.middle:  # attention and FFN of a parallel block add to the same residual: there is no middle
+            yield (layer, "resid_mid"), before + sum(cache.added(c)[layer, rows, cache.last] for c in block.middle)
         after = cache.resid_post if layer == last else cache.resid_pre[layer + 1, rows, cache.last]
         yield (layer, "resid_post"), after

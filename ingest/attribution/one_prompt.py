@@ -33,11 +33,10 @@ from kdb.ingest.rows import Rows
 from kdb.ingest.settings import Attributing, Measuring, Patching, Probing
 from kdb.ingest.stages import Shard
 from kdb.text import in_line
+from kdb.warehouse.schema import NEURON
 
 _SHOWN = 5
 """Number of heads and neurons that a notebook shows."""
-
-_NEURON = ["component", "layer", "head", "neuron"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +112,7 @@ def attribute(
     [row] = tables["prompts"].to_dicts()
     some = Some((known(row),), [0], [(_wanted(target, exact), None)])
     tables |= _collected(effect_rows(subject.patched, Shard("prompt", some), _unseen))
-    neurons = tables["neuron_scores"].select(_NEURON).unique(maintain_order=True).to_arrow()
+    neurons = tables["neuron_scores"].select(NEURON).unique(maintain_order=True).to_arrow()
     tables |= _collected(study.tokens(subject, Shard("prompt", neurons), _unseen))
     return _result(job, row, tables)
 
@@ -194,11 +193,11 @@ def _neurons(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     A neuron with a negative coefficient promotes the tokens at the bottom of its logits.
     """
     rises = pl.col("coefficient") >= 0
-    ends = tables["neuron_tokens"].sort("rank").group_by(*_NEURON, "sign").agg("token")
+    ends = tables["neuron_tokens"].sort("rank").group_by(*NEURON, "sign").agg("token")
     named = tables["neuron_scores"]
     for sign in ("top", "bottom"):
-        own = ends.filter(sign=sign).select(*_NEURON, pl.col("token").alias(sign))
-        named = named.join(own, on=_NEURON, how="left", nulls_equal=True)
+        own = ends.filter(sign=sign).select(*NEURON, pl.col("token").alias(sign))
+        named = named.join(own, on=NEURON, how="left", nulls_equal=True)
     promotes = pl.when(rises).then("top").otherwise("bottom").alias("promotes")
     suppresses = pl.when(rises).then("bottom").otherwise("top").alias("suppresses")
     named = named.with_columns(promotes, suppresses).drop("top", "bottom").sort("score", descending=True)
@@ -206,8 +205,9 @@ def _neurons(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    layer = f"f{row['layer']}" if row["head"] is None else f"a{row['layer']}.{row['head']}"
-    return f"{layer}_{row['neuron']}"
+    layer = f"f{row['layer']}" if row["component"] == "ffn" else f"a{row['layer']}"
+    within = row["head"] if row.get("expert") is None else row["expert"]
+    return f"{layer}_{row['neuron']}" if within is None else f"{layer}.{within}_{row['neuron']}"
 
 
 def _code(text: str) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,8 +21,9 @@ from kdb.errors import QueryError, WarehouseError
 from kdb.ingest.attribution.effects import Category, Known, Parts, effect_rows, every_part
 from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.execution.local import LocalEngine
+from kdb.ingest.forward.layout import FfnLayout, stored_layouts
 from kdb.ingest.forward.memory import most_per_shard
-from kdb.ingest.forward.patching import Part
+from kdb.ingest.forward.patching import Part, can_be_replaced
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
 from kdb.ingest.models.guard import model_errors
@@ -36,6 +38,8 @@ from kdb.warehouse.storage import Storage
 
 if TYPE_CHECKING:
     from kdb.ingest.forward.decomposition import Decomposition
+
+log = logging.getLogger(__name__)
 
 BEST_HEADS = 10
 """Number of heads of each category whose effect every knowledge run measures exactly."""
@@ -85,11 +89,25 @@ def rows(subject: Patched, shard: Shard, advance: Advance) -> Iterator[Rows]:
     category = subject.category(some.prompts)
     with model_errors(f"{subject.loaded.source.name} cannot be patched"):
         tables = [
-            effect_rows(category, some.indices, wanted, _parts(subject.decomposition, wanted, parts))
+            effect_rows(category, some.indices, _possible(subject.decomposition, wanted, found), found)
             for wanted, parts in some.wanted
+            for found in [_parts(subject.decomposition, wanted, parts)]
         ]
     yield timed("effects", [pa.concat_tables(tables)], begun)
     advance(len(some.indices))
+
+
+def _possible(decomposition: Decomposition, wanted: Patching, parts: Parts) -> Patching:
+    """The settings without the components that the model lacks, and those that no module computes."""
+    present = [c for c in wanted.components if parts[c]]
+    left_out = [c for c in present if not can_be_replaced(decomposition, c)]
+    if left_out:
+        log.warning(
+            "%s: effects of %s are left out: what they add is a sum that no module computes.",
+            decomposition.loaded.source.name,
+            " and ".join(left_out),
+        )
+    return replace(wanted, components=tuple(c for c in present if c not in left_out))
 
 
 def _parts(decomposition: Decomposition, wanted: Patching, parts: Sequence[Part] | None) -> Parts:
@@ -103,12 +121,14 @@ def default_shards(run: RunInProgress) -> list[Shard]:
     kept = [row for row in run.table("prompts").to_pylist() if row["kept"]]
     if not kept:
         return []
-    best = _best_heads(run.table("head_scores"), {row["prompt_id"]: row["category"] for row in kept})
+    categories = {row["prompt_id"]: row["category"] for row in kept}
+    has_heads = bool(run.files("head_scores"))
+    best = _best_heads(run.table("head_scores"), categories) if has_heads else {}
     n_params = run.table("models").to_pylist()[0]["n_params"]
     flops = _PASSES * 2 * n_params * max(row["n_tokens"] for row in kept)
     prompts = [known(row) for row in kept]
     size = run.remembered("effects", lambda: most_per_shard(run.device, flops))
-    return shards_of(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best[category])))
+    return shards_of(prompts, size, lambda category: ((ESTIMATED, None), (MEASURED, best.get(category, ()))))
 
 
 def by_category(prompts: Sequence[Known]) -> dict[str, tuple[Known, ...]]:
@@ -186,29 +206,48 @@ def _subject_end(tokenizer: Any, text: str, subject: str | None, ids: Sequence[i
 
 # Derived runs ----------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"(?:a(?P<attn>\d+)(?:\.(?P<head>\d+))?|f(?P<ffn>\d+)(?:_(?P<neuron>\d+))?|r(?P<resid>\d+))")
+_NAME = re.compile(
+    r"(?:a(?P<attn>\d+)(?:\.(?P<head>\d+))?|f(?P<ffn>\d+)(?:(?:\.(?P<expert>\d+))?_(?P<neuron>\d+))?|r(?P<resid>\d+))"
+)
 
 
-def read_part(name: str, model: Mapping[str, Any]) -> Part:
+def read_part(name: str, model: Mapping[str, Any], experts: Sequence[Mapping[str, Any]] = ()) -> Part:
     """Read a part's name: a5.2 (head), a5 (attention layer), f5 (FFN layer), f5_123 (FFN neuron) or r5 (residual).
 
-    ``model`` is the run's row of ``models``. Raises QueryError for other names, and for parts that do not exist.
+    f5.3_123 is a neuron of an expert. ``model`` is the run's row of ``models``, and ``experts`` are its rows of the
+    table of that name. Raises QueryError for other names, and for parts that do not exist.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         raise QueryError(
             f"Unknown part {name!r}: write a5.2 for a head, a5 or f5 for an attention or FFN layer, f5_123 for an FFN "
-            "neuron, r5 for the residual stream after block 5."
+            "neuron, f5.3_123 for that of an expert, r5 for the residual stream after block 5."
         )
     number = {key: int(value) for key, value in match.groupdict().items() if value is not None}
     layer = next(number[key] for key in ("attn", "ffn", "resid") if key in number)
     component = next(c for c, key in _KEY_OF.items() if key in number)
-    for what, key, size in (("head", "head", "n_heads"), ("FFN neuron", "neuron", "intermediate_size")):
-        if key in number and number[key] >= model[size]:
-            raise QueryError(f"{name} does not exist: {what}s 0 to {model[size] - 1} do.")
     if layer >= model["n_layers"]:
         raise QueryError(f"{name} does not exist: layers 0 to {model['n_layers'] - 1} do.")
-    return Part(component, layer, number.get("head", -1), number.get("neuron", -1))
+    if number.get("head", -1) >= model["n_heads"]:
+        raise QueryError(f"{name} does not exist: heads 0 to {model['n_heads'] - 1} do.")
+    slot = -1
+    if "neuron" in number:
+        slot = _slot(name, stored_layouts(model, experts)[layer], number.get("expert"), number["neuron"])
+    return Part(component, layer, number.get("head", -1), slot)
+
+
+def _slot(name: str, layout: FfnLayout, expert: int | None, neuron: int) -> int:
+    """Return the slot of a neuron; raise QueryError if it does not exist."""
+    n_experts = len(layout.starts)
+    if n_experts and expert is None:
+        raise QueryError(f"{name} names no expert: write {name.replace('_', '.0_')} for expert 0 of {n_experts}.")
+    if expert is not None and expert >= n_experts:
+        there = f"experts 0 to {n_experts - 1} do" if n_experts else "the layer has no experts"
+        raise QueryError(f"{name} does not exist: {there}.")
+    width = len(layout.slots(expert or 0))
+    if neuron >= width:
+        raise QueryError(f"{name} does not exist: FFN neurons 0 to {width - 1} do.")
+    return layout.slot(expert, neuron)
 
 
 _KEY_OF = {"head": "head", "ffn_neuron": "neuron", "attn": "attn", "ffn": "ffn", "resid": "resid"}
@@ -227,6 +266,13 @@ class ToPatch:
 
         with model_errors(f"{loaded.source.name} cannot be run"):
             return Patched(decompose(loaded))
+
+
+def stored_experts(source: RunFolder) -> list[dict[str, Any]]:
+    """Return a run's rows of ``experts``; a model without experts has none."""
+    files = table_files(source.path, "experts")
+    rows: list[dict[str, Any]] = read_parts(files).to_pylist() if files else []
+    return rows
 
 
 def patch(
@@ -250,7 +296,8 @@ def patch(
     if not kept:
         raise WarehouseError(f"Run {source.run} has no kept prompt, so there is nothing to patch.")
     check_revision(model, source.run, stored["revision"])
-    parts = tuple(sorted({read_part(name, stored) for name in only})) or None
+    experts = stored_experts(source)
+    parts = tuple(sorted({read_part(name, stored, experts) for name in only})) or None
     _check(wanted, parts)
     prompts = [known(r, tokenizer) for r in kept]
     _check_prompts(wanted, prompts)

@@ -37,7 +37,7 @@ _BLOCK = 512
 
 
 def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -> dict[str, torch.Tensor]:
-    """Return the ``k`` best FFN neurons by each method, best first: (b, k) indices into (l · n).
+    """Return the ``k`` best FFN neurons by each method, best first: (b, k) indices into (l · n), −1 for none.
 
     ``top`` are the best by log-probability increase, at least ``k``, if they are known already.
     """
@@ -50,7 +50,7 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
     scale = a.cache.ffn_scale[:, torch.arange(a.n_prompts), a.cache.last].T  # b, l
     norm = (length * scale[..., None]).flatten(1).double()
     top = (top or a.ffn_top(k)).first(k)
-    at_least = _rank_bounds(a)
+    at_least, fires = _rank_bounds(a), None if a.fires is None else a.fires.flatten(1)
     n_tokens = a.decomposition.readout.table.shape[0]
 
     def by_rank(weight: torch.Tensor) -> torch.Tensor:
@@ -60,6 +60,7 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
         # Smaller than the difference of any two reciprocal ranks, so it only orders equal ones.
         tie = 0.4 / n_tokens**2 * coefficient / coefficient.amax(1, keepdim=True)
         upper = weight / at_least + tie
+        upper = upper if fires is None else upper.masked_fill(~fires, -torch.inf)
         tighter = [functools.partial(among, n) for n in _SAMPLES[1:] if n < n_tokens]
 
         def exact(prompt: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,13 +70,13 @@ def best_neurons(attribution: Attribution, k: int, top: Neurons | None = None) -
         return certified_top(upper, torch.zeros_like(upper), k, exact, tighter, step=2 * k).index
 
     return {
-        "log_prob_increase": top.layer * a.ffn_coefficients.shape[2] + top.neuron,
+        "log_prob_increase": torch.where(top.layer < 0, -1, top.layer * a.ffn_coefficients.shape[2] + top.neuron),
         "log_prob": _by_log_prob(a, k),
         "prob_increase": _by_prob_increase(a, k),
-        "norm": _largest(norm, coefficient, k),
-        "coefficient": _largest(coefficient, coefficient, k),
+        "norm": _largest(norm, coefficient, k, fires),
+        "coefficient": _largest(coefficient, coefficient, k, fires),
         "rank": by_rank(torch.ones_like(coefficient)),
-        "coefficient_norm": _largest(coefficient * norm, coefficient, k),
+        "coefficient_norm": _largest(coefficient * norm, coefficient, k, fires),
         "coefficient_rank": by_rank(coefficient),
     }
 
@@ -98,8 +99,11 @@ def _by_log_prob(a: Attribution, k: int) -> torch.Tensor:
 
 def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
     """Rank by p(w|x+v) − p(w|x) = p(w|x) · expm1(score), so bounds of the score give bounds of it."""
+    import torch
+
     n = a.ffn_coefficients.shape[2]
-    before = a.at.log_p[a.n_layers * a.n_prompts :].view(a.n_layers, a.n_prompts).T.double().exp()
+    of_ffn = slice(a.n_layers * a.n_prompts, 2 * a.n_layers * a.n_prompts)
+    before = a.at.log_p[of_ffn].view(a.n_layers, a.n_prompts).T.double().exp()
     before = before.repeat_interleave(n, dim=1)
     upper, slack = a.ffn_bounds
 
@@ -107,7 +111,7 @@ def _by_prob_increase(a: Attribution, k: int) -> torch.Tensor:
         score, error = a.ffn_exact(prompt, flat)
         return before[prompt, flat] * score.expm1(), before[prompt, flat] * (score + error).exp() * error
 
-    most = before * (upper + slack).expm1()
+    most = (before * (upper + slack).expm1()).masked_fill(upper == -torch.inf, -torch.inf)
     return certified_top(most, before * (upper + slack).exp() * slack, k, exact).index
 
 
@@ -121,9 +125,13 @@ def _rank_bounds(a: Attribution) -> torch.Tensor:
     counts = []
     for layer in range(a.n_layers):
         columns = a.decomposition.ffn_columns(layer)
+        every = torch.zeros(len(targets), len(columns), dtype=torch.long, device=columns.device)
+        counts.append(every)
+        fires = slice(None) if a.fires is None else a.fires[:, layer].any(0).nonzero()[:, 0]
+        columns = columns[fires]
         logits, own = columns @ sample.T, columns @ table[targets].T
         least = own + _rounding(columns.norm(dim=1, keepdim=True), table[targets].norm(dim=1))
-        counts.append(torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))]))
+        every[:, fires] = torch.stack([(logits > least[:, i, None]).sum(1) for i in range(len(targets))])
     return (1 + torch.cat(counts, dim=1)[which]).double()
 
 
@@ -162,14 +170,19 @@ def _ranks(a: Attribution, prompt: torch.Tensor, flat: torch.Tensor, n_tokens: i
     return rank[pair]
 
 
-def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the indices (b, k) of the largest values, ordered by value, then coefficient, then index."""
+def _largest(value: torch.Tensor, coefficient: torch.Tensor, k: int, fires: torch.Tensor | None) -> torch.Tensor:
+    """Return the indices (b, k) of the largest values, ordered by value, then coefficient, then index; −1 for none.
+
+    ``fires`` (b, n): which neurons are ranked; None for all.
+    """
     import numpy as np
     import torch
 
     rows = []
+    value = value if fires is None else value.masked_fill(~fires, -torch.inf)
     for row, tie in zip(value, coefficient, strict=True):
-        near = (row >= row.topk(k).values[-1]).nonzero()[:, 0]
+        near = ((row >= row.topk(k).values[-1]) & (row > -torch.inf)).nonzero()[:, 0]
         order = np.lexsort((near.cpu().numpy(), -tie[near].cpu().numpy(), -row[near].cpu().numpy()))
-        rows.append(near[torch.from_numpy(order[:k]).to(near.device)])
+        best = near[torch.from_numpy(order[:k]).to(near.device)]
+        rows.append(torch.nn.functional.pad(best, (0, k - len(best)), value=-1))
     return torch.stack(rows)

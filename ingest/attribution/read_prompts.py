@@ -45,7 +45,7 @@ def prompt_rows(
     for rows in same_length([p.token_ids for p in prompts], tokens_of_states(decomposition.loaded, len(every))):
         some = [prompts[i] for i in rows]
         loaded, structure = decomposition.loaded, decomposition.structure
-        states = residuals(loaded, structure, [p.token_ids for p in some], blocks, decomposition.multiplier)
+        states = residuals(loaded, structure, [p.token_ids for p in some], blocks)
         last = states.shape[2] - 1
         first = last if positions == "last" else 0
         at = [(i, p) for i in range(len(some)) for p in range(first, last + 1) if translators is None or p > 0]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from kdb.ingest.forward.layout import FfnLayout, named_slot, named_slots
 from kdb.ingest.prompts import Prompt
 from kdb.ingest.rows import arrow_rows
 from kdb.warehouse.schema import arrow_schema
@@ -28,21 +29,39 @@ QUERY_NEURONS = 100
 TOKENS_OF_A_NEURON = 10
 """Number of tokens to store from the top and from the bottom of a neuron's logits."""
 
+NEXT_EXPERTS = 4
+"""Number of experts to store of each layer besides those that the router chooses."""
+
+
+def layouts_of(decomposition: Decomposition) -> list[FfnLayout]:
+    """Return the layout of each layer's FFN."""
+    return [decomposition.ffn_layout(layer) for layer in range(len(decomposition.blocks))]
+
 
 def layer_rows(ids: Any, a: Attribution) -> pa.Table:
     """Rows of ``layer_scores``; ``ids`` (prompt,) number the prompts of the chunk."""
-    layers = np.arange(a.n_layers)
-    return pa.concat_tables(
-        arrow_rows("layer_scores", {"prompt_id": ids[:, None], "layer": layers, "component": c, "score": score})
-        for c, score in a.layer_scores.items()
-    )
+    rows = []
+    for component in a.layer_components:
+        layers = _with(a, component)
+        keys = {"prompt_id": ids[:, None], "layer": np.array(layers), "component": component}
+        rows.append(arrow_rows("layer_scores", keys | {"score": a.layer_scores[component][:, layers]}))
+    return pa.concat_tables(rows)
+
+
+def _with(a: Attribution, component: str) -> list[int]:
+    """The layers that add something of this component."""
+    return [i for i, block in enumerate(a.decomposition.blocks) if block.has(component)]
 
 
 def head_rows(ids: Any, a: Attribution) -> pa.Table:
     """Rows of ``head_scores``."""
     _b, n_layers, n_heads = a.head_scores.shape
     keys = {"prompt_id": ids[:, None, None], "layer": np.arange(n_layers)[:, None], "head": np.arange(n_heads)}
-    return arrow_rows("head_scores", keys | {"score": a.head_scores})
+    rows = arrow_rows("head_scores", keys | {"score": a.head_scores})
+    if a.lacking is None:
+        return rows
+    exists = np.broadcast_to((~a.lacking.all(2)).cpu().numpy(), a.head_scores.shape)
+    return rows.filter(pa.array(exists.ravel()))
 
 
 def head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence[Prompt]) -> pa.Table:
@@ -67,7 +86,61 @@ def head_position_rows(ids: Any, a: Attribution, tokenizer: Any, chunk: Sequence
     return table.filter(pa.array(real.ravel()))
 
 
-def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
+def expert_rows(ids: Any, a: Attribution) -> pa.Table:
+    """Rows of ``expert_scores``: the experts that are used at the last position."""
+    score, used = a.expert_scores, a.cache.chosen
+    if score is None or used is None:
+        return arrow_schema("expert_scores").empty_table()
+    layers, experts = np.arange(a.n_layers)[:, None], np.arange(score.shape[2])
+    keys = {"prompt_id": ids[:, None, None], "layer": layers, "expert": experts}
+    return arrow_rows("expert_scores", keys | {"score": score}).filter(_mask(used.transpose(0, 1)))
+
+
+def router_rows(ids: Any, a: Attribution) -> tuple[pa.Table, pa.Table]:
+    """Rows of ``router`` and ``routing``: what each layer's router chose at the last position, and how surely."""
+    cache = a.cache
+    if cache.router_weight is None or cache.router_probs is None or cache.chosen is None:
+        return arrow_schema("router").empty_table(), arrow_schema("routing").empty_table()
+    n_routed = {layer: of.n_routed for layer, of in enumerate(layouts_of(a.decomposition)) if of.n_routed}
+    routers = [_router_of_layer(ids, a, layer, n) for layer, n in n_routed.items()]
+    entropies = [
+        arrow_rows("routing", {"prompt_id": ids, "layer": layer, "entropy": _entropy(cache.router_probs[layer, :, :n])})
+        for layer, n in n_routed.items()
+    ]
+    return pa.concat_tables(routers), pa.concat_tables(entropies)
+
+
+def _router_of_layer(ids: Any, a: Attribution, layer: int, n_routed: int) -> pa.Table:
+    """The experts that are chosen in any way, and the most probable of the others, as rows of ``router``."""
+    import torch
+
+    assert a.cache.router_weight is not None and a.cache.router_probs is not None and a.cache.chosen is not None
+    arrays = (a.cache.router_weight, a.cache.router_probs, a.cache.chosen)
+    weight, probability, chosen = (x[layer, :, :n_routed] for x in arrays)
+    # Chosen ones first: a bias or groups of experts may have preferred them to more probable ones.
+    order = (probability.double() + chosen * (1 + probability.abs().max())).argsort(dim=1, descending=True, stable=True)
+    weight, probability, chosen = (x.gather(1, order) for x in (weight, probability, chosen))
+    rank = torch.arange(n_routed, device=order.device)
+    stored = rank < chosen.sum(1, keepdim=True) + NEXT_EXPERTS
+    columns = {"expert": order, "chosen": chosen, "weight": weight.double(), "probability": probability.double()}
+    keys = {"prompt_id": ids[:, None], "layer": layer, "rank": rank + 1}
+    return arrow_rows("router", keys | columns).filter(_mask(stored))
+
+
+def _entropy(probability: torch.Tensor) -> torch.Tensor:
+    """Entropy (b) of numbers (b, n), divided by their sum: the scores of a sigmoid do not add up to 1."""
+    import torch
+
+    p = probability.double() / probability.double().sum(1, keepdim=True)
+    entropy: torch.Tensor = torch.special.entr(p).sum(1)
+    return entropy
+
+
+def _mask(wanted: torch.Tensor) -> pa.Array:
+    return pa.array(wanted.cpu().numpy().ravel())
+
+
+def neuron_rows(ids: Any, layouts: Sequence[FfnLayout], n: Neurons) -> pa.Table:
     """Rows of ``neuron_scores``."""
     table = arrow_rows(
         "neuron_scores",
@@ -76,7 +149,7 @@ def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
             "component": "ffn" if n.head is None else "attn",
             "layer": n.layer,
             "head": n.head,
-            "neuron": n.neuron,
+            **(named_slots(layouts, n.layer, n.neuron) if n.head is None else {"neuron": n.neuron}),
             "position": n.position,
             "coefficient": n.coefficient.double(),
             "score": n.score,
@@ -86,34 +159,36 @@ def neuron_rows(ids: Any, n: Neurons) -> pa.Table:
             "rank": np.arange(1, n.layer.shape[1] + 1),
         },
     )
-    return table.filter(pa.array((n.layer >= 0).cpu().numpy().ravel()))
+    return table.filter(_mask(n.layer >= 0))
 
 
-def query_neuron_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
+def query_neuron_rows(ids: Any, layouts: Sequence[FfnLayout], activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_neuron_scores``; ``activates`` is the component of the value neurons that they activate."""
     n = q.neurons.shape[2]
     best = q.neurons.flatten(1).topk(min(QUERY_NEURONS, q.neurons[0].numel()), dim=1)
-    return arrow_rows(
+    table = arrow_rows(
         "query_neuron_scores",
         {
             "prompt_id": ids[:, None],
             "activates": activates,
             "layer": best.indices // n,
-            "neuron": best.indices % n,
+            **named_slots(layouts, best.indices // n, best.indices % n),
             "score": best.values.double(),
             "rank": np.arange(1, best.indices.shape[1] + 1),
             "total_share": q.total_share.double()[:, None],
         },
     )
+    return table.filter(_mask(best.values > -float("inf")))  # −∞: no further neuron fires
 
 
-def query_layer_rows(ids: Any, activates: str, q: QueryScores) -> pa.Table:
+def query_layer_rows(ids: Any, a: Attribution, activates: str, q: QueryScores) -> pa.Table:
     """Rows of ``query_layer_scores``."""
     keys = {"prompt_id": ids[:, None], "activates": activates, "total_share": q.total_share.double()[:, None]}
-    rows = [
-        arrow_rows("query_layer_scores", keys | {"component": c, "layer": np.arange(score.shape[1]), "score": score})
-        for c, score in (("attn", q.attn), ("ffn", q.ffn))
-    ]
+    rows = []
+    for component in a.layer_components:
+        layers = _with(a, component)
+        of = keys | {"component": component, "layer": np.array(layers)}
+        rows.append(arrow_rows("query_layer_scores", of | {"score": getattr(q, component)[:, layers]}))
     return pa.concat_tables(
         [arrow_rows("query_layer_scores", keys | {"component": "embed", "score": q.embed[:, None]}), *rows]
     )
@@ -129,8 +204,8 @@ def method_rows(
     from kdb.ingest.attribution.rankings import best_neurons
     from kdb.ingest.forward.ablation import Chosen, Intervention, intervene
 
-    n = a.ffn_coefficients.shape[2]
-    best = {method: indices.tolist() for method, indices in best_neurons(a, k, top).items()}
+    n, layouts = a.ffn_coefficients.shape[2], layouts_of(a.decomposition)
+    best = {method: _listed(indices) for method, indices in best_neurons(a, k, top).items()}
     interventions = [
         Intervention(
             prompt.number,
@@ -150,7 +225,7 @@ def method_rows(
             "rank": rank,
             "layer": index // n,
             "component": "ffn",
-            "neuron": index % n,
+            **named_slot(layouts[index // n], index % n),
         }
         for method, indices in best.items()
         for i, prompt in enumerate(chunk)
@@ -160,8 +235,13 @@ def method_rows(
     return pa.Table.from_pylist(chosen, arrow_schema("ablated_parts")), zeroed
 
 
+def _listed(indices: torch.Tensor) -> list[list[int]]:
+    """The neurons of each prompt, of which some may have fewer than others."""
+    return [[index for index in row if index >= 0] for row in indices.tolist()]
+
+
 def silenced_ffn(indices: Sequence[int], n: int) -> Any:
-    """Convert FFN neurons, given by index into (l · n), to the entries that an intervention sets to zero."""
+    """Convert FFN slots, given by index into (l · n), to the entries that an intervention sets to zero."""
     from kdb.ingest.forward.ablation import Silenced
 
     by_layer: dict[int, list[int]] = {}
@@ -171,7 +251,7 @@ def silenced_ffn(indices: Sequence[int], n: int) -> Any:
 
 
 def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callable[[int], None]) -> Iterator[pa.Table]:
-    """Rows of ``neuron_tokens`` for neurons given by component, layer, head and neuron."""
+    """Rows of ``neuron_tokens`` for neurons given by component, layer, head, expert and neuron."""
     import torch
 
     table, tokenizer = decomposition.readout.table, decomposition.loaded.tokenizer
@@ -180,10 +260,13 @@ def token_rows(decomposition: Decomposition, neurons: pa.Table, on_batch: Callab
     text = functools.cache(lambda token: tokenizer.decode([token]))
     for (component, layer), group in _by(neurons.to_pylist(), "component", "layer"):
         columns = decomposition.ffn_columns(layer) if component == "ffn" else decomposition.attn_columns(layer)
-        width = columns.shape[0] // decomposition.n_heads
+        width = decomposition.head_size
         for start in range(0, len(group), 256):
             some = group[start : start + 256]
-            rows = [r["neuron"] if component == "ffn" else r["head"] * width + r["neuron"] for r in some]
+            slot = decomposition.ffn_layout(layer).slot
+            rows = [
+                slot(r["expert"], r["neuron"]) if component == "ffn" else r["head"] * width + r["neuron"] for r in some
+            ]
             with torch.inference_mode():
                 logits = columns[rows] @ table.T
                 ends = []

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kdb.ingest.attribution.bounds import Best, Distributions, certified_top, distributions
-from kdb.ingest.forward.activation_cache import ActivationCache, head_coefficients, head_vectors
+from kdb.ingest.forward.activation_cache import ActivationCache, expert_vectors, head_coefficients, head_vectors
+from kdb.ingest.forward.additions import COMPONENTS
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.memory import room
 
@@ -31,7 +32,11 @@ WIDEST = 0.01
 def prompts_at_once(decomposition: Decomposition) -> int:
     """Number of prompts to attribute together: as many as have room in memory for their token probabilities."""
     memory = room(decomposition.loaded.device, BASES_BYTES)
-    return max(1, memory // (2 * len(decomposition.blocks) * decomposition.readout.table.shape[0] * 4))
+    return max(
+        1,
+        memory
+        // ((2 * len(decomposition.blocks) + len(decomposition.with_mixer)) * decomposition.readout.table.shape[0] * 4),
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class Neurons:
 class QueryScores:
     """Scores, in nats, of the sources that activate a prompt's value neurons.
 
-    Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn`` and ``ffn`` (b, l).
+    Sources are FFN neurons, ``neurons`` (b, l, n), and whole outputs: ``embed`` (b), ``attn``, ``ffn`` and ``mixer``
+    (b, l), which is None if no layer has a mixer. In a model with experts, ``neurons`` is −inf where no neuron fires.
     ``total_share`` (b) is the least part of the whole outputs' products with a key that is left when they are added:
     near 0, scores are shares of a total that cancels, so that single ones may be larger than the value neurons' score.
     """
@@ -75,6 +81,7 @@ class QueryScores:
     embed: torch.Tensor
     attn: torch.Tensor
     ffn: torch.Tensor
+    mixer: torch.Tensor | None
     total_share: torch.Tensor
 
 
@@ -113,7 +120,8 @@ class Attribution:
         self.target = target
         self.n_layers = len(decomposition.blocks)
         self.n_prompts = len(target)
-        self._layers = {"attn": range(self.n_layers), "ffn": range(self.n_layers)} if layers is None else layers
+        every = {"attn": range(self.n_layers), "ffn": range(self.n_layers), "mixer": decomposition.with_mixer}
+        self._layers: Mapping[str, Sequence[int]] = every if layers is None else {**layers, "mixer": ()}
 
     @cached_property
     def _rows(self) -> torch.Tensor:
@@ -124,22 +132,27 @@ class Attribution:
     @cached_property
     def _before_ffn(self) -> torch.Tensor:
         """The residual (l, b, d) that each FFN is added to, at the last position."""
+        return self._before("ffn", range(self.n_layers))
+
+    def _before(self, component: str, layers: Sequence[int]) -> torch.Tensor:
+        """The residual (layer, b, d) that a component of these layers is added to, at the last position."""
         import torch
 
-        cache = self.cache
-        before = cache.resid_pre[:, self._rows, cache.last]
-        after = before + cache.attn[:, self._rows, cache.last]
-        parallel = torch.tensor([block.parallel for block in self.decomposition.blocks], device=before.device)
-        return torch.where(parallel[:, None, None], before, after)
+        cache, found = self.cache, []
+        for layer in layers:
+            residual = cache.resid_pre[layer, self._rows, cache.last]
+            for other in self.decomposition.blocks[layer].before(component):
+                residual = residual + cache.added(other)[layer, self._rows, cache.last]
+            found.append(residual)
+        return torch.stack(found)
 
     @cached_property
     def at(self) -> Distributions:
-        """Token probabilities at every residual (2l · b): first the inputs of attention, then those of the FFNs."""
+        """Token probabilities at every residual: before attention (l · b), FFNs (l · b) and the mixers that exist."""
         import torch
 
         cache, readout = self.cache, self.decomposition.readout
-        before_attn = cache.resid_pre[:, self._rows, cache.last]
-        points = torch.cat([before_attn[list(self._layers["attn"])], self._before_ffn[list(self._layers["ffn"])]])
+        points = torch.cat([self._before(c, self._layers[c]) for c in COMPONENTS if self._layers[c]])
         n = len(points)
         return distributions(
             readout.table,
@@ -167,7 +180,7 @@ class Attribution:
         """Rows of :attr:`at` for the residuals that a component of this layer is added to."""
         import torch
 
-        first = len(self._layers["attn"]) if component == "ffn" else 0
+        first = sum(len(self._layers[c]) for c in COMPONENTS[: COMPONENTS.index(component)])
         place = torch.full((self.n_layers,), -1, device=layer.device)
         place[list(self._layers[component])] = torch.arange(len(self._layers[component]), device=layer.device)
         return (first + place[layer]) * self.n_prompts + prompt
@@ -176,7 +189,7 @@ class Attribution:
 
     @cached_property
     def layer_scores(self) -> dict[str, torch.Tensor]:
-        """Log-probability increase of each layer's output, (b, l) for 'attn' and 'ffn'."""
+        """Log-probability increase of each layer's output, (b, l) by component; 0 where a layer lacks it."""
         import torch
 
         cache, n = self.cache, self.n_layers * self.n_prompts
@@ -184,7 +197,20 @@ class Attribution:
         every = torch.arange(2 * n, device=added.device)
         scores = self.at.scores(every, added, every, torch.ones(2 * n, device=added.device))
         attn, ffn = scores.view(2, self.n_layers, self.n_prompts).transpose(1, 2)
-        return {"attn": attn, "ffn": ffn}
+        return {"attn": attn, "ffn": ffn} | ({} if cache.mixer is None else {"mixer": self._mixer_scores(cache.mixer)})
+
+    def _mixer_scores(self, mixer: torch.Tensor) -> torch.Tensor:
+        """Log-probability increase (b, l) of each mixer's output, given for all positions (l, b, t, d)."""
+        import torch
+
+        layers = list(self._layers["mixer"])
+        added = mixer[layers][:, self._rows, self.cache.last].flatten(0, 1)
+        every = torch.arange(len(added), device=added.device)
+        base = 2 * self.n_layers * self.n_prompts + every
+        scores = self.at.scores(base, added, every, torch.ones_like(added[:, 0]))
+        out = scores.new_zeros(self.n_prompts, self.n_layers)
+        out[:, layers] = scores.view(len(layers), self.n_prompts).T
+        return out
 
     @cached_property
     def unexplained(self) -> torch.Tensor | None:
@@ -205,7 +231,7 @@ class Attribution:
 
     @cached_property
     def head_scores(self) -> torch.Tensor:
-        """Log-probability increase of each head, summed over positions: (b, l, h)."""
+        """Log-probability increase of each head, summed over positions: (b, l, h); −inf for heads that do not exist."""
         import torch
 
         vectors = torch.stack([head_vectors(self.decomposition, self.cache, i) for i in range(self.n_layers)])
@@ -214,14 +240,34 @@ class Attribution:
         flat = vectors.flatten(0, 2)
         every = torch.arange(len(flat), device=flat.device)
         scores = self.at.scores(base, flat, every, torch.ones(len(flat), device=flat.device))
-        return scores.view(self.n_layers, self.n_prompts, n_heads).transpose(0, 1)
+        by_head = scores.view(self.n_layers, self.n_prompts, n_heads).transpose(0, 1)
+        return by_head if self.lacking is None else by_head.masked_fill(self.lacking.all(2), -torch.inf)
+
+    @cached_property
+    def lacking(self) -> torch.Tensor | None:
+        """Which entries (l, h, e) no head of the layer has; None if all layers have the same heads."""
+        import torch
+
+        decomposition = self.decomposition
+        if all(
+            (decomposition.heads_in(i), decomposition.head_size_in(i))
+            == (decomposition.n_heads, decomposition.head_size)
+            for i in range(self.n_layers)
+        ):
+            return None
+        shape = (self.n_layers, decomposition.n_heads, decomposition.head_size)
+        out = torch.ones(shape, dtype=torch.bool, device=self.target.device)
+        for layer in range(self.n_layers):
+            out[layer, : decomposition.heads_in(layer), : decomposition.head_size_in(layer)] = False
+        return out
 
     def head_positions(self, n_best: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores of the best heads' positions: layer and head (b, n), attention and score (b, n, t); 0 at padding."""
         import torch
 
         cache, n_heads = self.cache, self.head_scores.shape[2]
-        best = self.head_scores.flatten(1).topk(min(n_best, self.n_layers * n_heads), dim=1).indices
+        existing = sum(self.decomposition.heads_in(i) for i in range(self.n_layers))
+        best = self.head_scores.flatten(1).topk(min(n_best, existing), dim=1).indices
         layer, head = best // n_heads, best % n_heads
         prompt = self._rows[:, None].expand_as(layer)
         weights = cache.attention[layer, prompt, head]
@@ -242,7 +288,56 @@ class Attribution:
         score[real] = self.at.scores(base, vectors[real], every, torch.ones(len(base), device=base.device))
         return layer, head, weights, score
 
+    @cached_property
+    def expert_scores(self) -> torch.Tensor | None:
+        """Log-probability increase of each expert's whole output: (b, l, E); NaN where it was not chosen.
+
+        None if the model has no experts.
+        """
+        import torch
+
+        cache = self.cache
+        if cache.chosen is None:
+            return None
+        out = torch.full(cache.chosen.shape, torch.nan, dtype=torch.float64, device=cache.chosen.device)
+        first = self.n_layers * self.n_prompts
+        for layer, chosen in enumerate(cache.chosen):
+            prompt, expert = chosen.nonzero(as_tuple=True)
+            if len(prompt):
+                vectors = expert_vectors(self.decomposition, cache, layer)[prompt, expert]
+                every = torch.arange(len(prompt), device=prompt.device)
+                base = first + layer * self.n_prompts + prompt
+                out[layer, prompt, expert] = self.at.scores(base, vectors, every, torch.ones_like(vectors[:, 0]))
+        return out.transpose(0, 1)
+
     # Value neurons
+
+    @cached_property
+    def fires(self) -> torch.Tensor | None:
+        """Which FFN slots (b, l, n) have a neuron, and one of a chosen expert; None if all have."""
+        import torch
+
+        layouts = [self.decomposition.ffn_layout(i) for i in range(self.n_layers)]
+        n, device = self.decomposition.n_slots, self.target.device
+        if all(layout.size == n and not layout.starts for layout in layouts):
+            return None
+        slots, out = torch.arange(n), torch.zeros(self.n_prompts, self.n_layers, n, dtype=torch.bool, device=device)
+        for layer, layout in enumerate(layouts):
+            out[:, layer, : layout.size] = True
+            if layout.starts:
+                assert self.cache.chosen is not None
+                expert = torch.from_numpy(layout.experts(slots[: layout.size].numpy())).to(device)
+                out[:, layer, : layout.size] = self.cache.chosen[layer][:, expert]
+        return out
+
+    @cached_property
+    def exists(self) -> torch.Tensor:
+        """Which FFN slots (l · n) have a neuron."""
+        import torch
+
+        sizes = torch.tensor([self.decomposition.ffn_layout(i).size for i in range(self.n_layers)])
+        every: torch.Tensor = torch.arange(self.decomposition.n_slots) < sizes[:, None]
+        return every.flatten().to(self.target.device)
 
     @cached_property
     def ffn_coefficients(self) -> torch.Tensor:
@@ -262,7 +357,7 @@ class Attribution:
         return self.bounds_against(self.at, first=self.n_layers * self.n_prompts)
 
     def bounds_against(self, at: Distributions, first: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals.
+        """Upper bound and slack (b, l · n) of every FFN neuron's score at other residuals; −inf where none fires.
 
         ``at`` has one row per prompt or, from ``first`` on, one row per layer and prompt.
         """
@@ -275,7 +370,10 @@ class Attribution:
             columns, factor = self.decomposition.ffn_columns(layer), self._ffn_factor[:, layer]
             upper.append(factor * (at.slope[rows] @ columns.T))
             slack.append(factor.abs() * columns.norm(dim=1) * at.reach[rows, None])
-        return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
+        bound = torch.cat(upper, dim=1).double()
+        if self.fires is not None:
+            bound.masked_fill_(~self.fires.flatten(1), -torch.inf)
+        return bound, torch.cat(slack, dim=1).double()
 
     def ffn_columns(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) of FFN neurons given by index into (l · n), and each neuron's column (m)."""
@@ -302,11 +400,15 @@ class Attribution:
 
     def ffn_top(self, k: int) -> Neurons:
         """The k best FFN neurons of each prompt, proved complete."""
+        import torch
+
         n = self._ffn_factor.shape[2]
         best = certified_top(*self.ffn_bounds, k, self.ffn_exact)
         layer, neuron, exists = best.index // n, best.index % n, best.index >= 0
-        coefficient = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0))
-        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient, best.most)
+        coefficient, most = self.ffn_coefficients.flatten(1).gather(1, best.index.clamp_min(0)), best.most
+        if self.fires is not None:  # a neuron of an expert that was not chosen writes 0
+            most = most.masked_fill(~self.fires.flatten(1), 0.0).masked_fill(~self.exists, -torch.inf)
+        return _neurons(best, layer.masked_fill(~exists, -1), None, neuron, None, coefficient, most)
 
     def _columns(self, key: torch.Tensor, per_layer: int, component: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct columns (u, d) for ``key`` = layer · per_layer + column, and the index of each key's column."""
@@ -343,7 +445,10 @@ class Attribution:
             columns = self.decomposition.attn_columns(layer)
             gain = (slope[layer] @ columns.T).view(b, h, 1, e)
             length = columns.norm(dim=1).view(1, h, 1, e) * reach[layer].view(b, 1, 1, 1)
-            upper.append(torch.where(real[:, None, :, None], factor * gain, -torch.inf).flatten(1))
+            exists = real[:, None, :, None]
+            if self.lacking is not None:
+                exists = exists & ~self.lacking[layer][None, :, None]
+            upper.append(torch.where(exists, factor * gain, -torch.inf).flatten(1))
             slack.append((factor.abs() * length).flatten(1))
         return torch.cat(upper, dim=1).double(), torch.cat(slack, dim=1).double()
 
@@ -388,6 +493,8 @@ class Attribution:
         best = certified_top(*self.attn_bounds, k, self.attn_exact)
         # Padding has no score, and the bound −∞.
         most = best.most.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0.0).view(b, -1, t, e).sum(2).flatten(1)
+        if self.lacking is not None:
+            most = most.masked_fill(self.lacking.flatten(), -torch.inf)
         flat, exists = best.index.clamp_min(0), best.index >= 0
         coefficient = self._attn_coefficients.flatten(1).gather(1, flat)
         layer = (flat // (h * t * e)).masked_fill(~exists, -1)
@@ -398,8 +505,10 @@ class Attribution:
         n = self._ffn_factor.shape[2]
         known = (top.layer * n + top.neuron).masked_fill(top.layer < 0, -1)
         best, bounds = self._every("ffn", self._ffn_factor, self.ffn_bounds, top, known, self.ffn_exact)
-        coefficient = self.ffn_coefficients.flatten(1).gather(1, best)
-        return Neurons(best // n, None, best % n, None, coefficient, *bounds, top.n_scored, top.most)
+        coefficient, layer = self.ffn_coefficients.flatten(1).gather(1, best), best // n
+        if self.fires is not None:
+            layer = layer.masked_fill(~self.fires.flatten(1).gather(1, best), -1)
+        return Neurons(layer, None, best % n, None, coefficient, *bounds, top.n_scored, top.most)
 
     def attn_every(self, top: Neurons) -> Neurons:
         """Every attention neuron of each prompt, best first: ``top`` with exact scores, others with intervals."""
@@ -413,6 +522,8 @@ class Attribution:
         best, bounds = self._every("attn", factor, self.attn_bounds, top, known, self.attn_exact)
         coefficient = self._attn_coefficients.flatten(1).gather(1, best)
         padding = best // e % t > cache.last[:, None]
+        if self.lacking is not None:
+            padding = padding | self.lacking[best // (h * t * e), best // (t * e) % h, best % e]
         layer = (best // (h * t * e)).masked_fill(padding, -1)
         head, position = best // (t * e) % h, best // e % t
         return Neurons(layer, head, best % e, position, coefficient, *bounds, top.n_scored, top.most)
@@ -455,11 +566,13 @@ class Attribution:
         where = (row, known[row, index])
         score[where], lower[where], upper[where] = (x[row, index] for x in (top.score, top.lower, top.upper))
         exact[where] = True
-        wide = (~(upper - lower <= WIDEST) & ~exact).nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
+        wide = ~(upper - lower <= WIDEST) & ~exact & (bounds[0] > -torch.inf)
+        wide = wide.nonzero(as_tuple=True)  # or NaN, after an overflow of e⁷⁰⁰
         if len(wide[0]):
             (score[wide], error), exact[wide] = score_exactly(*wide), True
             lower[wide], upper[wide] = score[wide] - error, score[wide] + error
-        order = score.argsort(dim=1, descending=True, stable=True)
+        # Those that do not exist come last, so that ranks have no gaps.
+        order = score.where(bounds[0] > -torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order, (score.gather(1, order), lower.gather(1, order), upper.gather(1, order), exact.gather(1, order))
 
     # Query side
@@ -472,8 +585,17 @@ class Attribution:
         width = self._attn_coefficients.shape[-1]
         keys = self._keys(values.layer, values.head * width + values.neuron, self.decomposition.value_keys)
         layer = values.layer.clamp_min(0)
-        total = (keys * cache.resid_pre[layer, prompt, values.position]).sum(-1)
-        return self._queries(values, keys, total, values.position, own_attention=False)
+        read = self._values_of[layer]  # the layer whose input the values are computed from
+        total = (keys * cache.resid_pre[read, prompt, values.position]).sum(-1)
+        return self._queries(replace(values, layer=read.where(values.layer >= 0, -1)), keys, total, values.position)
+
+    @cached_property
+    def _values_of(self) -> torch.Tensor:
+        import torch
+
+        heads = [block.heads for block in self.decomposition.blocks]
+        own = [i if one is None else one.values_of for i, one in enumerate(heads)]
+        return torch.tensor(own, device=self.target.device)
 
     def ffn_queries(self, values: Neurons) -> QueryScores:
         """Score the sources that activate FFN value neurons: earlier layers, and the same block's attention."""
@@ -481,7 +603,7 @@ class Attribution:
         keys = self._keys(values.layer, values.neuron, self.decomposition.ffn_keys)
         total = (keys * self._before_ffn[values.layer.clamp_min(0), prompt]).sum(-1)
         last = self.cache.last[:, None].expand_as(values.layer)
-        return self._queries(values, keys, total, last, own_attention=True)
+        return self._queries(values, keys, total, last, own="ffn")
 
     def _keys(self, layer: torch.Tensor, row: torch.Tensor, keys: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The key (b, j, d) of each value neuron; zeros where there is no neuron."""
@@ -493,12 +615,12 @@ class Attribution:
         return out
 
     def _queries(
-        self, values: Neurons, keys: torch.Tensor, total: torch.Tensor, position: torch.Tensor, own_attention: bool
+        self, values: Neurons, keys: torch.Tensor, total: torch.Tensor, position: torch.Tensor, own: str = "attn"
     ) -> QueryScores:
         """Compute Σ over value neurons of score × (source · key) ÷ total, for every source (section 3.4).
 
-        ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own_attention``: value neurons read a residual that
-        contains the output of their own block's attention.
+        ``keys`` (b, j, d), ``total`` and ``position`` (b, j). ``own`` is the component of the value neurons: they read
+        a residual that contains the outputs of their own block which are added before it.
         """
         import torch
 
@@ -507,22 +629,34 @@ class Attribution:
         share = torch.where(values.layer >= 0, values.score / total.double(), 0.0)
         embed = (keys * cache.resid_pre[0, prompt, position]).sum(-1)
         size = embed.abs()
-        neurons, attn, ffn = [], [], []
+        components = ("attn", "ffn") if cache.mixer is None else COMPONENTS
+        neurons, layers = [], dict[str, list[torch.Tensor]]((c, []) for c in components)
         for i, block in enumerate(self.decomposition.blocks):
             earlier = share * (values.layer > i)
-            seen = share * (values.layer >= i) if own_attention and not block.parallel else earlier
-            by_attn, by_ffn = ((keys * x[i, prompt, position]).sum(-1) for x in (cache.attn, cache.ffn))
-            size = size + by_attn.abs() * (seen != 0) + by_ffn.abs() * (earlier != 0)
-            attn.append((seen * by_attn).sum(1))
-            ffn.append((earlier * by_ffn).sum(1))
+            for component, scores in layers.items():
+                seen = share * (values.layer >= i) if component in block.before(own) else earlier
+                product = (keys * cache.added(component)[i, prompt, position]).sum(-1)
+                size = size + product.abs() * (seen != 0)
+                scores.append((seen * product).sum(1))
             columns = self.decomposition.ffn_columns(i)
             used = earlier.any(0).nonzero()[:, 0]
             if not len(used):
-                neurons.append(torch.zeros(self.n_prompts, len(columns), device=share.device))
+                nothing = 0.0 if self.fires is None else -torch.inf
+                neurons.append(torch.full((self.n_prompts, len(columns)), nothing, device=share.device))
                 continue
             fired = cache.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
-            neurons.append(torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T)))
+            scores = torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T))
+            if self.fires is not None:  # the neurons of experts that were not chosen, and slots without a neuron
+                scores = scores.masked_fill((fired == 0).all(1), -torch.inf)
+            neurons.append(scores)
         left = torch.where(values.layer >= 0, total.abs() / size, 1.0).clamp(max=1).amin(1)
-        of_neurons, of_attn, of_ffn = (torch.stack(parts, dim=1) for parts in (neurons, attn, ffn))
-        return QueryScores(of_neurons, (share * embed).sum(1), of_attn, of_ffn, left)
+        by_layer = {component: torch.stack(parts, dim=1) for component, parts in layers.items()}
+        of_neurons, of_embed = torch.stack(neurons, dim=1), (share * embed).sum(1)
+        return QueryScores(of_neurons, of_embed, by_layer["attn"], by_layer["ffn"], by_layer.get("mixer"), left)
+
+    @cached_property
+    def layer_components(self) -> tuple[str, ...]:
+        """The components of which any layer adds something."""
+        blocks = self.decomposition.blocks
+        return tuple(c for c in COMPONENTS if any(block.has(c) for block in blocks))

@@ -17,6 +17,7 @@ import pyarrow as pa
 from kdb.ingest.attribution.effects import Category
 from kdb.ingest.attribution.patch import Patched, known, shards_of
 from kdb.ingest.forward.ablation import Answer, Chosen, Silenced, ablation_row, standing
+from kdb.ingest.forward.layout import FfnLayout, stored_layouts
 from kdb.ingest.forward.memory import most_per_shard
 from kdb.ingest.forward.patching import Pass, Together, run_patched
 from kdb.ingest.rows import Rows, timed
@@ -79,12 +80,13 @@ def _answers(logits: torch.Tensor, target: torch.Tensor) -> list[Answer]:
 def method_shards(run: RunInProgress) -> list[Shard]:
     """The kept prompts of a knowledge run by category, with each method's best neurons of each prompt."""
     kept = [row for row in run.table("prompts").to_pylist() if row["kept"]]
-    if not kept:
+    if not kept or not run.files("ablated_parts"):
         return []
-    n_params = run.table("models").to_pylist()[0]["n_params"]
-    chosen = _methods_by_prompt(run.table("ablated_parts").to_pylist())
+    [model] = run.table("models").to_pylist()
+    experts = run.table("experts").to_pylist() if run.files("experts") else []
+    chosen = _methods_by_prompt(run.table("ablated_parts").to_pylist(), stored_layouts(model, experts))
     most = max(len(some) for some in chosen.values())
-    flops = 2 * n_params * (2 * max(row["n_tokens"] for row in kept) + most)
+    flops = 2 * model["n_params"] * (2 * max(row["n_tokens"] for row in kept) + most)
     size = run.remembered("method means", lambda: most_per_shard(run.device, flops))
     numbers: dict[str, list[int]] = {}
     for row in kept:
@@ -95,11 +97,11 @@ def method_shards(run: RunInProgress) -> list[Shard]:
     )
 
 
-def _methods_by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Chosen]]:
+def _methods_by_prompt(rows: Sequence[Mapping[str, Any]], layouts: Sequence[FfnLayout]) -> dict[int, list[Chosen]]:
     ffn: dict[tuple[int, str], dict[int, list[int]]] = {}
     for row in rows:
         layers = ffn.setdefault((row["prompt_id"], row["method"]), {})
-        layers.setdefault(row["layer"], []).append(row["neuron"])
+        layers.setdefault(row["layer"], []).append(layouts[row["layer"]].slot(row["expert"], row["neuron"]))
     chosen: dict[int, list[Chosen]] = {}
     for (prompt, method), layers in ffn.items():
         k = sum(map(len, layers.values()))

@@ -31,13 +31,16 @@ from kdb.ingest.attribution.candidates import (
 from kdb.ingest.attribution.patch import Patched, default_shards
 from kdb.ingest.attribution.patch import rows as patch_rows
 from kdb.ingest.attribution.score_rows import (
+    expert_rows,
     head_position_rows,
     head_rows,
     layer_rows,
+    layouts_of,
     method_rows,
     neuron_rows,
     query_layer_rows,
     query_neuron_rows,
+    router_rows,
     token_rows,
 )
 from kdb.ingest.attribution.sets import mean_rows, method_shards
@@ -45,6 +48,7 @@ from kdb.ingest.attribution.targets import Target
 from kdb.ingest.attribution.whole_answers import whole_answers
 from kdb.ingest.forward.capture import batches
 from kdb.ingest.forward.checks import check_row, chosen_prompts, untouched_logits
+from kdb.ingest.forward.layout import layout_rows
 from kdb.ingest.forward.length_classes import LengthClasses
 from kdb.ingest.forward.memory import CHUNK_BYTES, most_per_shard, room
 from kdb.ingest.job import Job
@@ -54,6 +58,7 @@ from kdb.ingest.models.load import load_config, load_tokenizer
 from kdb.ingest.prompts import Posed, Prompt, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
+from kdb.warehouse.schema import NEURON, arrow_schema
 from kdb.warehouse.sums import sum_neurons
 
 if TYPE_CHECKING:
@@ -87,13 +92,16 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
     config, tokenizer = load_config(job.source), load_tokenizer(job.source)
     posed = PosedFacts(job, pose(job, tokenizer))
     check_length(job, posed.token_ids, config)
-    scores = ("layer_scores", "head_scores", "head_position_scores", "lens_readouts", "neuron_scores")
+    scores = (
+        *("layer_scores", "head_scores", "head_position_scores", "expert_scores", "router", "routing"),
+        *("lens_readouts", "neuron_scores"),
+    )
     methods = ("ablated_parts", "ablations") if job.attributing.ablate_k else ()
     if job.attributing.answer_tokens == "all":
         longest = max(len(_target(prompt).answer) for prompt in posed.prompts)
         check_length(job, posed.token_ids, config, n_answer=longest - 1)
     return posed, [
-        ModelStage(("checks",), single("model"), checked, shown=("Checking the model", None)),
+        ModelStage(("experts", "checks"), single("model"), checked, shown=("Checking the model", None)),
         description(posed, tokenizer, config),
         ModelStage(
             ("prompts",),
@@ -203,6 +211,9 @@ def checked(subject: Attributed, _shard: Shard, _advance: Advance) -> Iterator[R
             functools.partial(_unexplained, subject),
             prompts_at_once(subject.decomposition),
         )
+    experts = layout_rows(layouts_of(subject.decomposition))
+    if experts:
+        yield rows_of("experts", experts)
     yield rows_of("checks", rows, begun)
 
 
@@ -370,28 +381,38 @@ def _scores(
     a = Attribution(decomposition, cache, target)
     ids = np.array([p.number for p in chunk], dtype=np.int32)
     yield "layer_scores", layer_rows(ids, a)
-    yield "head_scores", head_rows(ids, a)
-    yield "head_position_scores", head_position_rows(ids, a, subject.loaded.tokenizer, chunk)
+    has_values = decomposition.n_heads > 0 and decomposition.has_positions
+    if decomposition.n_heads:
+        yield "head_scores", head_rows(ids, a)
+    if has_values:
+        yield "head_position_scores", head_position_rows(ids, a, subject.loaded.tokenizer, chunk)
+    if cache.chosen is not None:
+        yield "expert_scores", expert_rows(ids, a)
+        yield from zip(("router", "routing"), router_rows(ids, a), strict=True)
     yield "lens_readouts", lens_rows(ids, decomposition, cache, chunk)
-    k = max(wanted.top_k, wanted.query_values, wanted.ablate_k)
-    ffn, attn = a.ffn_top(k), a.attn_top(k)
+    k, layouts = max(wanted.top_k, wanted.query_values, wanted.ablate_k), layouts_of(decomposition)
+    ffn = a.ffn_top(k) if decomposition.n_slots else None
+    attn = a.attn_top(k) if has_values else None
+    best = {name: of for name, of in (("ffn", ffn), ("attn", attn)) if of is not None}
+    if not best:
+        yield "query_layer_scores", arrow_schema("query_layer_scores").empty_table()
+        return
     if wanted.all_neurons:
-        stored = [a.ffn_every(ffn), a.attn_every(attn)]
+        every = {"ffn": a.ffn_every, "attn": a.attn_every}
+        stored = [every[name](of) for name, of in best.items()]
     else:
-        stored = [ffn.first(wanted.top_k), attn.first(wanted.top_k)]
-    yield "neuron_scores", pa.concat_tables(neuron_rows(ids, n) for n in stored)
+        stored = [of.first(wanted.top_k) for of in best.values()]
+    yield "neuron_scores", pa.concat_tables(neuron_rows(ids, layouts, n) for n in stored)
     categories = [subject.job.dataset.examples[p.number].category or "" for p in chunk]
-    yield BOUNDS, bound_rows(categories, {"ffn": ffn, "attn": attn})
-    if wanted.ablate_k:
+    yield BOUNDS, bound_rows(categories, best)
+    if wanted.ablate_k and ffn is not None:
         chosen, zeroed = method_rows(a, ffn, chunk, wanted.ablate_k, subject.batch_tokens)
         yield "ablated_parts", chosen
         yield "ablations", zeroed
-    queries = {
-        "attn": a.attn_queries(attn.first(wanted.query_values)),
-        "ffn": a.ffn_queries(ffn.first(wanted.query_values)),
-    }
-    yield "query_neuron_scores", pa.concat_tables(query_neuron_rows(ids, k, q) for k, q in queries.items())
-    yield "query_layer_scores", pa.concat_tables(query_layer_rows(ids, k, q) for k, q in queries.items())
+    sources = {"attn": a.attn_queries, "ffn": a.ffn_queries}
+    queries = {name: sources[name](best[name].first(wanted.query_values)) for name in sources if name in best}
+    yield "query_neuron_scores", pa.concat_tables(query_neuron_rows(ids, layouts, k, q) for k, q in queries.items())
+    yield "query_layer_scores", pa.concat_tables(query_layer_rows(ids, a, k, q) for k, q in queries.items())
 
 
 def _candidate_shards(posed: PosedFacts, length_class: LengthClasses, which: str, run: RunInProgress) -> list[Shard]:
@@ -441,14 +462,13 @@ def _sums(run: RunInProgress, _shard: Shard) -> list[Rows]:
 
 
 def _named_neurons(top_k: int, run: RunInProgress) -> list[Shard]:
-    """Every neuron in a top list: component, layer, head and neuron."""
+    """Every neuron in a top list, by the columns that identify it."""
     if not run.files("neuron_scores"):
         return []
     scores = run.table("neuron_scores")
     best = scores.filter(pc.less_equal(scores["rank"], top_k))
-    names = ["component", "layer", "head", "neuron"]
-    neurons = pa.concat_tables([best.select(names), run.table("candidate_scores").select(names)])
-    queries = run.table("query_neuron_scores").select(["layer", "neuron"])
+    neurons = pa.concat_tables([best.select(NEURON), run.table("candidate_scores").select(NEURON)])
+    queries = run.table("query_neuron_scores").select(["layer", "expert", "neuron"])
     queries = queries.append_column("component", pa.array(["ffn"] * len(queries)))
     every = pa.concat_tables([neurons, queries], promote_options="default").group_by(neurons.column_names).aggregate([])
     every = every.sort_by([(c, "ascending") for c in neurons.column_names])

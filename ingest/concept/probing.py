@@ -23,7 +23,7 @@ from kdb.ingest.rows import Rows, arrow_rows, rows_of
 from kdb.ingest.settings import Probing
 from kdb.ingest.stages import RunInProgress, Shard, StoredStage, single
 from kdb.queries.domains import DEFAULT_CLASSIFIER, SITES
-from kdb.warehouse.vectors import read_vectors
+from kdb.warehouse.vectors import read_vectors, stored_places
 
 if TYPE_CHECKING:
     from kdb.ingest.concept.baselines import Baseline
@@ -110,9 +110,9 @@ def task_of_labels(
 
 
 def layer_shards(run: RunInProgress) -> list[Shard]:
-    """Return one shard for each layer and site of the model."""
-    n_layers = run.table("models").to_pylist()[0]["n_layers"]
-    return [Shard(f"{site}-{layer:04}", (layer, site)) for site in SITES for layer in range(n_layers)]
+    """Return one shard for each layer and site with stored vectors."""
+    keys = sorted(stored_places(run.files("activations")[0]), key=lambda key: (SITES.index(key[1]), key[0]))
+    return [Shard(f"{site}-{layer:04}", (layer, site)) for layer, site in keys]
 
 
 def read_layer(activations: Sequence[Path], key: Key) -> NDArray[np.float32]:

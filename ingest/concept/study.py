@@ -188,7 +188,8 @@ def _captured(subject: Captured, shard: Shard, advance: Advance) -> Iterator[Row
             "zero_shot",
             [zero_shot_rows(prompts, labels, answer_probabilities(subject.capture, ends, question), question)],
         )
-    groups = activation_groups(prompts, SITES, vectors, float16=subject.job.measuring.store == "float16")
+    narrow, lacking = subject.job.measuring.store == "float16", subject.capture.lacking
+    groups = activation_groups(prompts, SITES, vectors, float16=narrow, lacking=lacking)
     yield timed("activations", list(groups), begun)
 
 

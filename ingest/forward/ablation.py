@@ -19,11 +19,11 @@ from kdb.ingest.forward.capture import batches, padded
 from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
+from kdb.ingest.forward.patching import touched
 from kdb.warehouse.schema import arrow_schema
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 LOGITS_BYTES = 256 * 2**20
 """Memory for the logits of one batch."""
@@ -132,33 +132,44 @@ def standing(logits: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, tor
 @contextlib.contextmanager
 def _silencing(decomposition: Decomposition, trials: Sequence[Trial], last: torch.Tensor) -> Iterator[None]:
     """Set each trial's entries to zero, in the inputs of the projections that read them."""
-    with contextlib.ExitStack() as hooks:
-        for layer, block in enumerate(decomposition.blocks):
-            for module, part in ((block.ffn_out, "ffn"), (block.attn_out, "attn")):
-                entries = [getattr(t.silenced, part).get(layer, []) for t in trials]
-                if any(entries):
-                    hooks.enter_context(module.register_forward_pre_hook(_zero(entries, trials, last)))
+    shape = (len(trials), max(len(t.token_ids) for t in trials))
+    with contextlib.ExitStack() as stack:
+        for component, kind in (("ffn_neuron", "ffn"), ("head", "attn")):
+            zero = {
+                layer: _zero([getattr(t.silenced, kind).get(layer, []) for t in trials], trials, last)
+                for layer in sorted({layer for t in trials for layer in getattr(t.silenced, kind)})
+            }
+
+            def touch(
+                _component: str, layer: int, states: torch.Tensor, zero: dict[int, Any] = zero
+            ) -> torch.Tensor | None:
+                changed: torch.Tensor = zero[layer](states)
+                return changed
+
+            stack.enter_context(touched(decomposition, [component], shape, touch, list(zero)))
         yield
 
 
-def _zero(entries: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor) -> Callable[..., Any]:
+def _zero(
+    entries: Sequence[Sequence[int]], trials: Sequence[Trial], last: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
     import torch
 
     n = len(trials)
     everywhere = [(row, entry) for row in range(n) if trials[row].everywhere for entry in entries[row]]
     at_last = [(row, int(last[row]), entry) for row in range(n) if not trials[row].everywhere for entry in entries[row]]
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        states = args[0].reshape(n, -1, args[0].shape[-1]).clone()
+    def zeroed(states: torch.Tensor) -> torch.Tensor:
+        states = states.clone()
         if everywhere:
             row, entry = torch.tensor(everywhere, device=states.device).T
             states[row, :, entry] = 0
         if at_last:
             row, position, entry = torch.tensor(at_last, device=states.device).T
             states[row, position, entry] = 0
-        return (states.reshape(args[0].shape), *args[1:])
+        return states
 
-    return hook
+    return zeroed
 
 
 @dataclass(frozen=True)

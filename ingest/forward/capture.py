@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from kdb.ingest.forward.length_classes import LengthClasses, forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
+from kdb.ingest.models.trace import first_tensor, without_cache
 from kdb.queries.domains import SITES
 
 if TYPE_CHECKING:
@@ -80,15 +83,34 @@ class Capture:
         self.loaded = loaded
         self.structure: ModelStructure = find_structure(loaded.model)
         self.batch_tokens = batch_tokens or tokens_at_once(loaded)
-        self._length_class = LengthClasses(loaded.model.config)
+        # Where padding would change a state, only texts of one length share a pass.
+        self._length_class = LengthClasses(loaded.model.config) if self.structure.can_pad else int
         self._prefix: tuple[int, ...] = ()
         self._prefix_cache: Any = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one prompt's vectors: (layer, site, hidden)."""
-        hidden = int(self.loaded.model.config.get_text_config().hidden_size)
-        return len(self.structure.blocks), len(SITES), hidden
+        return len(self.structure.blocks), len(SITES), self.structure.hidden_size
+
+    @property
+    def lacking(self) -> set[tuple[int, str]]:
+        """Layers and sites whose vectors are NaN, because the block has no FFN whose input could be read."""
+        return {(layer, "ffn_norm") for layer, ffn in enumerate(self.structure.ffns) if ffn is None}
+
+    @functools.cached_property
+    def caches_prefixes(self) -> bool:
+        """Whether a prefix can be run once; not in models that keep a state instead of each token's keys and values."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+        model = self.loaded.model
+        takes = "past_key_values" in signature(self.structure.decoder.forward).parameters
+        if not takes or not self.structure.can_pad or model._is_stateful or self.structure.layout.n_before:
+            return False
+        layers = DynamicCache(config=model.config).layers
+        stateful = LinearAttentionCacheLayerMixin
+        return all(isinstance(layer, DynamicLayer) and not isinstance(layer, stateful) for layer in layers)
 
     def vectors(self, token_ids: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> NDArray[np.float32]:
         """Capture the hidden states (prompt, layer, site, hidden) of each prompt's last token, in the order given.
@@ -113,7 +135,8 @@ class Capture:
 
         vectors = np.empty((len(token_ids), *self.shape), dtype=np.float32)
         ends = np.empty((len(token_ids), self.shape[-1]), dtype=np.float32)
-        ways = self._ways([len(ids) for ids in token_ids], len(prefix), len(cue))
+        n_prefix = len(prefix) if prefix and self.caches_prefixes else 0
+        ways = self._ways([len(ids) for ids in token_ids], n_prefix, len(cue))
         with torch.inference_mode():
             for way, prompts in ways.items():
                 before, behind = tuple(prefix) if way.cached else (), tuple(cue) if way.cued else ()
@@ -182,12 +205,13 @@ class Capture:
         device = self.loaded.device
         ids = padded(token_ids)
         end = torch.tensor([len(tokens) - 1 for tokens in token_ids], device=device)
-        states = torch.empty(len(token_ids), *self.shape, device=device)
+        states = torch.full((len(token_ids), *self.shape), torch.nan, device=device)  # where a block has no FFN
         ends = torch.empty(len(token_ids), self.shape[-1], device=device)
         forget_longest(self.loaded)
         cache = self._expanded(prefix, len(token_ids))
         with self._recording(states, end - n_cue, ends, end):
-            self.structure.decoder(ids.to(device), past_key_values=cache, use_cache=cache is not None)
+            cached = {"past_key_values": cache, "use_cache": True} if cache else without_cache(self.structure.decoder)
+            self.structure.decoder(ids.to(device), **cached)
         return states.cpu().numpy(), ends.cpu().numpy()
 
     @contextlib.contextmanager
@@ -203,19 +227,25 @@ class Capture:
         rows = torch.arange(len(last), device=last.device)
 
         def keep(out: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> None:
-            # OPT flattens batch and position before its FFN.
             at = rows.to(hidden.device), positions.to(hidden.device)  # blocks may be on different GPUs
-            out[:] = hidden.reshape(len(rows), -1, hidden.shape[-1])[at].float()
+            out[:] = self.structure.layout.states(hidden, len(rows))[at].float()
 
         def output(out: torch.Tensor, positions: torch.Tensor) -> Callable[..., None]:
-            return lambda _module, _inputs, output: keep(out, _tensor(output), positions)
+            return lambda _module, _inputs, output: keep(out, first_tensor(output), positions)
 
         with contextlib.ExitStack() as hooks:
             for layer, (block, ffn) in enumerate(zip(self.structure.blocks, self.structure.ffns, strict=True)):
                 resid, normed = (states[:, layer, SITES.index(site)] for site in ("resid_post", "ffn_norm"))
                 hooks.enter_context(block.register_forward_hook(output(resid, last)))
+                if ffn is None:
+                    continue
                 hooks.enter_context(
-                    ffn.register_forward_pre_hook(lambda _m, inputs, out=normed: keep(out, inputs[0], last))
+                    ffn.register_forward_pre_hook(
+                        lambda _m, args, kwargs, out=normed: keep(
+                            out, first_tensor(args or tuple(kwargs.values())), last
+                        ),
+                        with_kwargs=True,
+                    )
                 )
             hooks.enter_context(self.structure.blocks[-1].register_forward_hook(output(ends, end)))
             yield
@@ -250,8 +280,3 @@ def gemm_rate(k: int, n: int, dtype: str, device: str) -> float:
         torch.nn.functional.linear(a, b).sum().item()  # .item() waits for an asynchronous device
         times.append(time.perf_counter() - begun)
     return 2 * 512 * k * n / min(times)
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.models.trace import without_cache
 
 if TYPE_CHECKING:
     import torch
@@ -105,10 +106,10 @@ def kl_divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).abs().max())
 
 
-def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one prompt alone and without hooks; return hidden states (layer + 1, hidden) and logits (vocab).
+def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Run one prompt alone and without hooks; return its hidden states, as the model reports them, and logits (vocab).
 
-    Both are those of the last token. transformers applies the final norm to the last of the states.
+    The logits are those of the last token. transformers applies the final norm to the last of the states.
     """
     import torch
 
@@ -117,18 +118,30 @@ def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tens
         ids = torch.tensor([list(token_ids)], device=loaded.device)
         # Logits of all positions would take a gigabyte for a thousand tokens and a vocabulary of 262,144.
         last = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
-        output = loaded.model(ids, output_hidden_states=True, use_cache=False, **last)
-    states = torch.stack([state[0, -1].float() for state in output.hidden_states])
-    return states, output.logits[0, -1].float()
+        output = loaded.model(ids, output_hidden_states=True, **without_cache(loaded.model), **last)
+    return tuple(output.hidden_states), output.logits[0, -1].float()
+
+
+def untouched_states(
+    loaded: LoadedModel, structure: ModelStructure, token_ids: Sequence[int]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Run one prompt as ``untouched`` does; return the last token's state (hidden) after each block, and its logits.
+
+    The last of the states has been through ``structure.last_state``.
+    """
+    states, logits = untouched(loaded, token_ids)
+    first, n = structure.first_state, len(structure.blocks)
+    ours = (*states[first : first + n - 1], states[-1])
+    return [structure.layout.reported(state)[0, -1].float() for state in ours], logits
 
 
 def untouched_logits(loaded: LoadedModel, structure: ModelStructure, token_ids: Sequence[int]) -> torch.Tensor:
     """Run one prompt alone and without hooks; return the logits (vocab) of its last state, read out in float32."""
     import torch
 
-    states, _own = untouched(loaded, token_ids)
+    states, _own = untouched_states(loaded, structure, token_ids)
     with torch.inference_mode():
-        return structure.unembed_normed(states[-1].to(getattr(torch, loaded.dtype)))
+        return structure.unembed_normed(structure.after_last_state(states[-1].to(getattr(torch, loaded.dtype))))
 
 
 def chosen_prompts(token_ids: Sequence[Sequence[int]]) -> list[int]:
@@ -158,7 +171,7 @@ def check_capture(
     vectors = torch.from_numpy(capture.vectors_and_ends(token_ids, prefix, cue)[0]).to(loaded.device)
     errors: dict[str, list[float]] = {"resid_post": [], "final_norm": [], "readout": [], "readout_kl": []}
     for resid, ids in zip(vectors[:, :, 0], token_ids, strict=True):
-        states, logits = untouched(loaded, ids)
+        states, logits = untouched_states(loaded, capture.structure, ids)
         off = _off(capture, resid, states)
         with torch.inference_mode():
             read = capture.structure.readout(resid[-1].to(dtype)).to(dtype).float()  # rounded as the model's own are
@@ -179,19 +192,19 @@ def check_stored(
     """
     import torch
 
-    alone = (untouched(capture.loaded, ids)[0] for ids in token_ids)
+    alone = (untouched_states(capture.loaded, capture.structure, ids)[0] for ids in token_ids)
     stored = torch.from_numpy(states).to(capture.loaded.device)
     off = [value for resid, own in zip(stored, alone, strict=True) for value in _off(capture, resid, own)]
     return [check_row("stored_states", off, capture.loaded, len(token_ids))]
 
 
-def _off(capture: Capture, resid: torch.Tensor, states: torch.Tensor) -> list[float]:
+def _off(capture: Capture, resid: torch.Tensor, states: Sequence[torch.Tensor]) -> list[float]:
     """Relative difference of each block output (layer, hidden) from the untouched model's, the last one normed."""
     import torch
 
     with torch.inference_mode():
-        normed = capture.structure.final_norm(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
-    return [*map(_relative, resid[:-1], states[1:-1]), _relative(normed, states[-1])]
+        last = capture.structure.last_state(resid[-1].to(getattr(torch, capture.loaded.dtype))).float()
+    return [*map(_relative, resid[:-1], states[:-1]), _relative(last, states[-1])]
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -9,13 +9,23 @@ matrices. So no other code depends on the architecture.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
+from kdb.ingest.forward.attention import (
+    Attended,
+    Attention,
+    find_attention,
+    states_of,
+    watched_attention,
+    with_sources,
+)
+from kdb.ingest.forward.blocks import Block, find_block
+from kdb.ingest.forward.head_values import measured_values, positions_known
+from kdb.ingest.forward.layout import FfnLayout
+from kdb.ingest.forward.linear import Call, Norm, flat, matrix, read_norm
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
@@ -23,66 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ATTENTION = "kdb"
-"""Name under which our attention function is registered in transformers."""
-
 _TRACE_TOKENS = 5
-_AMPLITUDE = 128.0
-"""Entries of the vectors that probe a norm: so large that its epsilon is negligible."""
-
-_UNIT_ROWS = 16
-"""Positions of one sequence of unit vectors: fewer than the context of any model."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm with its scale frozen: y = weight · (x − mean, if centred) · scale + bias."""
-
-    module: nn.Module
-    weight: torch.Tensor
-    bias: torch.Tensor
-    centred: bool
-
-    def before(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into the rows (…, hidden) of a projection that reads its output."""
-        return self._centre(rows * self.weight)
-
-    def after(self, columns: torch.Tensor) -> torch.Tensor:
-        """Fold the norm, without its scale, into vectors (…, hidden) that it reads."""
-        return self._centre(columns) * self.weight
-
-    def scale(self, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """Fit the scale (…) that maps ``read`` to ``written``, both (…, hidden), by least squares."""
-        shape = self.after(read)
-        return ((written - self.bias) * shape).sum(-1) / shape.square().sum(-1)
-
-    def _centre(self, x: torch.Tensor) -> torch.Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
-
-
-@dataclass(frozen=True)
-class Block:
-    """The parts of one block. A norm is None if the architecture has no norm there.
-
-    ``attention`` is the module that calls the attention function. ``key`` is the projection whose rows activate the FFN
-    neurons (the up projection if the FFN is gated), ``key_rows`` its rows within a fused projection. ``activation`` is
-    the module that computes the activation function, None if there is no such module. ``parallel``: attention and FFN
-    both read the block's input.
-    """
-
-    module: nn.Module
-    attention: nn.Module
-    attn_out: nn.Module
-    ffn_out: nn.Module
-    key: nn.Module
-    key_rows: slice
-    activation: nn.Module | None
-    gated: bool
-    attn_norm: Norm | None
-    ffn_norm: Norm | None
-    attn_post: Norm | None
-    ffn_post: Norm | None
-    parallel: bool
 
 
 @dataclass(frozen=True)
@@ -113,9 +64,11 @@ class Decomposition:
         self.structure = structure
         self.blocks = blocks
         self.multiplier = multiplier
-        text = loaded.model.config.get_text_config()
-        self.n_heads = int(text.num_attention_heads)
-        self.hidden_size = int(text.hidden_size)
+        heads = [block.heads for block in blocks if block.heads is not None]
+        self.n_heads = max((one.n_heads for one in heads), default=0)
+        self.head_size = max((one.head_size for one in heads), default=0)
+        self.hidden_size = int(loaded.model.config.get_text_config().hidden_size)
+        self.has_positions = all(one.positions for one in heads)
         self.final_norm = read_norm(structure.final_norm, self.hidden_size)
 
     @functools.cached_property
@@ -130,166 +83,139 @@ class Decomposition:
         table = norm.before(rows) * self.structure.logit_scale
         return Readout(table, constant * self.structure.logit_scale, self.structure.logit_softcap)
 
-    def attn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32."""
-        return self._columns(self.blocks[layer].attn_out, self.blocks[layer].attn_post)
+    def heads_in(self, layer: int) -> int:
+        """Number of heads of a layer's attention; 0 if it has none."""
+        heads = self.blocks[layer].heads
+        return 0 if heads is None else heads.n_heads
 
-    def ffn_columns(self, layer: int) -> torch.Tensor:
-        """Contribution of one unit of each FFN neuron to the residual: (neurons, hidden), float32."""
-        return self._columns(self.blocks[layer].ffn_out, self.blocks[layer].ffn_post)
-
-    def ffn_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that activates each FFN neuron: (neurons, hidden), float32."""
-        block = self.blocks[layer]
-        return _folded(matrix(block.key)[block.key_rows].float(), block.ffn_norm)
-
-    def value_keys(self, layer: int) -> torch.Tensor:
-        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32."""
-        return _folded(self._value_rows[layer].float(), self.blocks[layer].attn_norm)
-
-    def _columns(self, projection: nn.Module, post: Norm | None) -> torch.Tensor:
-        columns = matrix(projection).float().T
-        folded = post.after(columns) if post is not None else columns
-        return folded * self.multiplier if self.multiplier != 1 else folded
+    def head_size_in(self, layer: int) -> int:
+        """Number of entries of each head of a layer; 0 if it has none."""
+        heads = self.blocks[layer].heads
+        return 0 if heads is None else heads.head_size
 
     @functools.cached_property
-    def _value_rows(self) -> list[torch.Tensor]:
-        """The value projection of each layer, measured by unit vectors, so that it may be fused in any way."""
+    def with_mixer(self) -> tuple[int, ...]:
+        """The layers that have a mixer."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.has("mixer"))
+
+    @functools.cached_property
+    def is_uniform(self) -> bool:
+        """Whether all layers have attention with heads of one number and size, of which nothing must be computed."""
+        shapes = {None if b.heads is None else (b.heads.n_heads, b.heads.head_size) for b in self.blocks}
+        plain = all(b.heads is not None and b.heads.watched and not b.heads.gated for b in self.blocks)
+        return len(shapes) == 1 and plain and self.has_positions
+
+    @functools.cached_property
+    def can_resume(self) -> bool:
+        """Whether a pass may begin behind cached tokens and behind the first blocks: a block needs no more."""
+        heads = [b.heads for b in self.blocks]
+        return all(one is not None and one.watched and one.values_of == i for i, one in enumerate(heads)) and not (
+            self.with_mixer
+        )
+
+    def attn_columns(self, layer: int) -> torch.Tensor:
+        """Contribution of one unit of each head dimension to the residual: (heads · head size, hidden), float32.
+
+        Rows of heads and entries that the layer lacks are zero.
+        """
+        block = self.blocks[layer]
+        if block.attn_out is None:
+            return self.final_norm.weight.new_zeros(self.n_heads * self.head_size, self.hidden_size)
+        return self._padded(self._columns(block.attn_out, block.attn_post, block.additions.multipliers["attn"]), layer)
+
+    def _padded(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """Rows (heads · head size of the layer, …) with zeros for the heads and entries that the layer lacks."""
         import torch
 
-        device, dtype = self.loaded.device, getattr(torch, self.loaded.dtype)
-        units = torch.eye(self.hidden_size, device=device, dtype=dtype)
-        n = -(-(self.hidden_size + 1) // _UNIT_ROWS) * _UNIT_ROWS  # at least one row of zeros, which gives the bias
-        units = torch.nn.functional.pad(units, (0, 0, 0, n - self.hidden_size)).view(-1, _UNIT_ROWS, self.hidden_size)
-        heads = []
+        n, size = self.heads_in(layer), self.head_size_in(layer)
+        if (n, size) == (self.n_heads, self.head_size):
+            return rows
+        lacking = (0, 0, 0, self.head_size - size, 0, self.n_heads - n)
+        return torch.nn.functional.pad(rows.view(n, size, -1), lacking).flatten(0, 1)
 
-        def keep(_module: nn.Module, _query: torch.Tensor, value: torch.Tensor, _weights: torch.Tensor) -> None:
-            rows = value.transpose(1, 2).flatten(0, 1)[: self.hidden_size + 1].float()  # unit, kv head, entry
-            per_head = (rows[:-1] - rows[-1]).repeat_interleave(self.n_heads // value.shape[1], dim=1)
-            heads.append(per_head.flatten(1).T.to(dtype))
+    @functools.cached_property
+    def n_slots(self) -> int:
+        """Number of slots of every layer's FFN: the neurons of the widest layer."""
+        return max(block.ffn.layout.size for block in self.blocks)
 
-        ids = torch.zeros(units.shape[:2], dtype=torch.long, device=device)
-        with contextlib.ExitStack() as hooks, watched_attention(self.loaded.model, keep), torch.inference_mode():
-            for block in self.blocks:
-                hooks.enter_context(_feed(block.attention, units))
-            self.structure.decoder(ids, use_cache=False)
-        return heads
+    @functools.cached_property
+    def n_experts(self) -> int:
+        """Number of experts, shared ones included, of the layer that has most; 0 if all layers are dense."""
+        return max(len(block.ffn.layout.starts) for block in self.blocks)
+
+    def ffn_layout(self, layer: int) -> FfnLayout:
+        """Return which of a layer's slots are the neurons of which expert."""
+        return self.blocks[layer].ffn.layout
+
+    def ffn_columns(self, layer: int) -> torch.Tensor:
+        """Contribution of one unit of each FFN neuron to the residual: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [self._behind_ffn(layer, s.columns()) for s in self.blocks[layer].ffn.sources])
+
+    def ffn_keys(self, layer: int) -> torch.Tensor:
+        """Direction of the residual that activates each FFN neuron: (slots, hidden), float32; 0 without a neuron."""
+        return self._slots(layer, [source.keys() for source in self.blocks[layer].ffn.sources])
+
+    def expert_biases(self, layer: int) -> torch.Tensor | None:
+        """Contribution of each expert of weight 1 without its neurons: (experts, hidden), float32; None if all are 0.
+
+        A dense FFN counts as one expert.
+        """
+        import torch
+
+        sources = self.blocks[layer].ffn.sources
+        if all(source.biases() is None for source in sources):
+            return None
+        device = self.loaded.device
+        rows = [torch.zeros(s.part.n_experts, self.hidden_size, device=device) for s in sources]
+        own = [zeros if (bias := s.biases()) is None else bias for s, zeros in zip(sources, rows, strict=True)]
+        return self._behind_ffn(layer, torch.cat(own))
+
+    def _slots(self, layer: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The rows of all sources (slots, hidden), with zeros where the layer has no neuron."""
+        import torch
+
+        missing = self.n_slots - self.ffn_layout(layer).size
+        if missing or not parts:
+            parts = [*parts, torch.zeros(missing, self.hidden_size, device=self.loaded.device)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _behind_ffn(self, layer: int, vectors: torch.Tensor) -> torch.Tensor:
+        block = self.blocks[layer]
+        return self._behind(vectors, block.ffn_post, block.additions.multipliers.get("ffn", 0.0))
+
+    def value_keys(self, layer: int) -> torch.Tensor:
+        """Direction of the residual that produces each value entry: (heads · head size, hidden), float32.
+
+        The residual is the input of the layer whose values the layer uses: its own, unless layers share them.
+        """
+        heads = self.blocks[layer].heads
+        if heads is None:
+            return self.attn_columns(layer)  # zeros
+        rows = _folded(self.value_rows[layer][0].float(), self.blocks[heads.values_of].attn_norm)
+        return self._padded(rows, layer)
+
+    def _columns(self, projection: nn.Module, post: Norm | None, multiplier: float) -> torch.Tensor:
+        return self._behind(matrix(projection).float().T, post, multiplier)
+
+    def _behind(self, columns: torch.Tensor, post: Norm | None, multiplier: float) -> torch.Tensor:
+        folded = post.after(columns) if post is not None else columns
+        return folded * multiplier if multiplier != 1 else folded
+
+    @functools.cached_property
+    def value_rows(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Value projection of each layer with attention: rows (heads · head size, hidden), bias (heads · head size).
+
+        It is measured by unit vectors, so that it may be fused in any way. A norm within it counts without its scale.
+        """
+        heads = {i: block.heads for i, block in enumerate(self.blocks) if block.heads is not None}
+        return measured_values(self.loaded, self.structure.decoder, heads, self.hidden_size)
 
 
 def _folded(rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     return norm.before(rows) if norm is not None else rows
 
 
-def _feed(module: nn.Module, hidden: torch.Tensor) -> Any:
-    """Replace a module's input by these hidden states, positional or not."""
-
-    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": hidden}
-        return (hidden, *args[1:]), kwargs
-
-    return module.register_forward_pre_hook(replace, with_kwargs=True)
-
-
-def matrix(module: nn.Module) -> torch.Tensor:
-    """Matrix (out, in) of a linear module: its plain weight, or else measured by unit vectors."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    weight: Any = module.weight
-    if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
-        plain: torch.Tensor = weight.detach()
-        return plain.T if isinstance(module, Conv1D) else plain
-    with torch.inference_mode():
-        # A quantized weight of any kind: its outputs define the matrix.
-        units = torch.eye(cast(int, module.in_features), device=weight.device)
-        rows: torch.Tensor = (module(units) - module(torch.zeros_like(units[:1]))).T
-        return rows
-
-
-def read_norm(module: nn.Module, size: int) -> Norm:
-    """Measure a norm's weight and bias from its outputs, in float32, since architectures store them differently."""
-    import torch
-
-    twin = copy.deepcopy(module).float()
-    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    signs = torch.ones(size, device=device)
-    signs[1::2] = -1
-    x = signs * _AMPLITUDE
-    with torch.inference_mode():
-        up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
-    # Cloned, since some operations outside of inference mode refuse its tensors.
-    weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
-    return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))
-
-
-# Attention -------------------------------------------------------------------------------------------------------
-
-Watcher = Callable[..., None]
-_watching: list[Watcher] = []
-
-
-@contextlib.contextmanager
-def watched_attention(model: Any, watcher: Watcher, *, frozen: bool = False) -> Iterator[None]:
-    """Run ``model`` with our attention function, which calls ``watcher(module, query, value, weights)``.
-
-    ``frozen`` attention lets no gradient through its weights.
-
-    query and value (batch, heads or key-value heads, position, entry) are as the attention used them, after any
-    rotation; weights (batch, heads, position, position) are after softmax.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(ATTENTION, functools.partial(_attention, frozen=frozen))
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    _watching.append(watcher)
-    try:
-        yield
-    finally:
-        _watching.remove(watcher)
-        model.set_attn_implementation(before)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    *,
-    frozen: bool,
-    **_unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute softmax attention in plain steps, since a fused kernel would not return the weights that it used."""
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : keys.shape[-2]]
-    weights = scores.float().softmax(-1).to(query.dtype)
-    weights = weights.detach() if frozen else weights
-    for watcher in _watching:
-        watcher(module, query, value, weights)
-    return (weights @ values).transpose(1, 2).contiguous(), None
-
-
 # Decomposing -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Call:
-    """One call of a module: its input and its output, each (tokens, entries)."""
-
-    module: nn.Module
-    read: torch.Tensor
-    written: torch.Tensor
 
 
 def decompose(loaded: LoadedModel) -> Decomposition:
@@ -312,136 +238,46 @@ def decompose(loaded: LoadedModel) -> Decomposition:
             f"{loaded.source.name} cannot be decomposed: the unembedding of {type(loaded.model).__name__} is not "
             f"one linear map of its {size} hidden entries."
         )
-    calls: dict[int, list[_Call]] = {i: [] for i in range(len(structure.blocks))}
-    outputs: dict[nn.Module, torch.Tensor] = {}
-
-    def watch(module: nn.Module, _query: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
-        groups = weights.shape[1] // value.shape[1]
-        mixed = weights @ value.repeat_interleave(groups, dim=1)
-        outputs[module] = _flat(mixed.transpose(1, 2).flatten(2))
-
+    calls: dict[int, list[Call]] = {i: [] for i in range(len(structure.blocks))}
+    attended = Attended()
     ids = torch.arange(_TRACE_TOKENS, device=loaded.device)[None]
-    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, watch), torch.inference_mode():
+    with contextlib.ExitStack() as hooks, watched_attention(loaded.model, attended.watch), torch.inference_mode():
         for i, block in enumerate(structure.blocks):
             for module in block.modules():
                 hook = functools.partial(_note, calls[i])
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(attended.note))
         structure.decoder(ids, use_cache=False)
-    blocks = tuple(
-        _block(loaded, i, module, ffn, calls[i], outputs)
-        for i, (module, ffn) in enumerate(zip(structure.blocks, structure.ffns, strict=True))
-    )
     multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
-    return Decomposition(loaded, structure, blocks, multiplier)
+    attentions = [_attention_of(loaded, i, block, calls[i], attended) for i, block in enumerate(structure.blocks)]
+    blocks = tuple(
+        find_block(_where(loaded, i), module, ffn, calls[i], attention, multiplier)
+        for i, (module, ffn, attention) in enumerate(
+            zip(structure.blocks, structure.ffns, with_sources(attentions, attended), strict=True)
+        )
+    )
+    found = Decomposition(loaded, structure, blocks, multiplier)
+    known = positions_known(found, calls, attended)
+    return found if known else Decomposition(loaded, structure, tuple(map(_without_positions, blocks)), multiplier)
 
 
-def _note(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    read: Any = args[0] if args else kwargs.get("hidden_states")
+def _without_positions(block: Block) -> Block:
+    return block if block.heads is None else replace(block, heads=replace(block.heads, positions=False))
+
+
+def _where(loaded: LoadedModel, layer: int) -> str:
+    return f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
+
+
+def _attention_of(
+    loaded: LoadedModel, layer: int, block: nn.Module, calls: list[Call], attended: Attended
+) -> Attention | None:
+    return find_attention(_where(loaded, layer), set(block.modules()), calls, attended)
+
+
+def _note(calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    read = states_of(args, kwargs)
     written = output[0] if isinstance(output, tuple) else output
     if hasattr(read, "shape") and hasattr(written, "shape"):
-        calls.append(_Call(module, _flat(read), _flat(written)))
-
-
-def _block(
-    loaded: LoadedModel,
-    layer: int,
-    module: nn.Module,
-    ffn: nn.Module,
-    calls: list[_Call],
-    attended: dict[nn.Module, torch.Tensor],
-) -> Block:
-    """Find one block's parts among its calls, given in the order in which they ended."""
-    where = f"{loaded.source.name} cannot be decomposed: block {layer} of {type(loaded.model).__name__}"
-    inside = set(module.modules())
-    attention = next((m for m in attended if m in inside), None)
-    if attention is None:
-        raise ModelError(f"{where} has its own attention, which transformers' AttentionInterface does not reach.")
-    by_module = {call.module: call for call in calls}
-    norms = [call for call in calls if "norm" in type(call.module).__name__.lower()]
-    linear = [call for call in calls if _is_linear(call.module)]
-    of_attention = set(attention.modules())
-    attn_out = next((c for c in linear if c.module in of_attention and _same(c.read, attended[attention])), None)
-    if attn_out is None:
-        raise ModelError(f"{where} has no linear map that reads its heads.")
-    of_ffn = [c for c in linear if c.module not in of_attention]
-    if not of_ffn:
-        raise ModelError(f"{where} has no linear map in its FFN.")
-    size = loaded.model.config.get_text_config().hidden_size
-
-    def find(**wanted: torch.Tensor) -> Norm | None:
-        norm = next((c for c in norms if all(_same(getattr(c, k), v) for k, v in wanted.items())), None)
-        return read_norm(norm.module, size) if norm is not None else None
-
-    ffn_read = by_module[ffn].read
-    ffn_norm = find(written=ffn_read)
-    ffn_source = by_module[ffn_norm.module].read if ffn_norm is not None else ffn_read
-    outside = [c for c in calls if c.module not in of_attention]
-    key, rows, activation, gated = _key(where, of_ffn[:-1], outside, of_ffn[-1].read)
-    return Block(
-        module=module,
-        attention=attention,
-        attn_out=attn_out.module,
-        ffn_out=of_ffn[-1].module,
-        key=key,
-        key_rows=rows,
-        activation=activation,
-        gated=gated,
-        attn_norm=find(written=by_module[attention].read),
-        ffn_norm=ffn_norm,
-        attn_post=find(read=attn_out.written),
-        ffn_post=find(read=of_ffn[-1].written),
-        parallel=_same(ffn_source, by_module[module].read),
-    )
-
-
-def _key(
-    where: str, first: list[_Call], calls: list[_Call], coefficient: torch.Tensor
-) -> tuple[nn.Module, slice, nn.Module | None, bool]:
-    """Find the projection whose output gives the neurons' coefficients, by multiplication with a gate or by activation.
-
-    Return it, its rows, the module of the activation, and whether there is a gate.
-
-    The outputs of the first projections are split into pieces with one entry per neuron. The gate is the piece that the
-    activation reads; the other is the up projection. Without a gate, the only piece is the key.
-    """
-    import torch
-
-    n = coefficient.shape[-1]
-    pieces = [
-        (c.module, slice(i, i + n), c.written[:, i : i + n])
-        for c in first
-        for i in range(0, c.written.shape[-1], n)
-        if c.written.shape[-1] % n == 0
-    ]
-    functions = [c for c in calls if c.written.shape == coefficient.shape and _is_function(c.module)]
-    if len(pieces) == 1:
-        # A dropout, which changes nothing here, has the same output as the activation.
-        activation = next((c.module for c in functions if not _same(c.read, c.written)), None)
-        return *pieces[0][:2], activation, False
-    for call in functions:
-        for module, rows, piece in pieces:
-            if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
-                return module, rows, call.module, True
-    raise ModelError(f"{where} has an FFN whose neurons are not an activation times a linear map of its input.")
-
-
-def _is_function(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Reshape (batch, position, entries) to (tokens, entries), as OPT itself does before its FFN."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    import torch
-
-    return a.shape == b.shape and torch.equal(a, b)
+        # Cloned, since some modules add to what others returned (the experts of Llama 4).
+        calls.append(Call(module, flat(read).clone(), flat(written).clone(), args, kwargs, output))

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.decomposition import Block, Decomposition, Norm, watched_attention
+from kdb.ingest.forward.attention import watched_attention
+from kdb.ingest.forward.decomposition import Block, Decomposition
+from kdb.ingest.forward.ffn import Dense
 from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.forward.linear import Norm
 from kdb.ingest.forward.memory import tokens_at_once
-from kdb.ingest.forward.patching import Pass, same_length, touched
+from kdb.ingest.forward.patching import Pass, same_length, touched, width
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +67,11 @@ def _batch(
 
     device, structure = decomposition.loaded.device, decomposition.structure
     ids = torch.tensor([list(p.token_ids) for p in passes], device=device)
-    shape, kept = (ids.shape[0], ids.shape[1]), dict[str, list[torch.Tensor]]((c, []) for c in components)
+    shape, kept = (ids.shape[0], ids.shape[1]), list[tuple[str, int, "torch.Tensor"]]()
 
-    def keep(component: str, _layer: int, states: torch.Tensor) -> torch.Tensor:
+    def keep(component: str, layer: int, states: torch.Tensor) -> torch.Tensor:
         # Returned, so that the model continues with this tensor: else it would have no gradient.
-        kept[component].append(states)
+        kept.append((component, layer, states))
         return states
 
     forget_longest(decomposition.loaded)
@@ -81,7 +84,7 @@ def _batch(
     every = torch.arange(len(passes), device=device)
     own = log_p[every, torch.tensor([p.target for p in passes], device=device)]
     rival = log_p[every, torch.tensor([max(p.rival, 0) for p in passes], device=device)]
-    flat = [states for c in components for states in kept[c]]
+    flat = [states for _component, _layer, states in kept]
     try:
         both = [torch.autograd.grad(m.sum(), flat, retain_graph=m is own) for m in (own, own - rival)]
     except RuntimeError as error:
@@ -89,10 +92,20 @@ def _batch(
             f"{decomposition.loaded.source.name}: gradients of this model cannot be had ({error}). Use --method exact, "
             "or measure it without --quantize."
         ) from error
-    n = len(decomposition.blocks)
-    return {
-        c: [torch.stack(grads[i * n : (i + 1) * n]).float().cpu() for grads in both] for i, c in enumerate(components)
-    }
+    return {c: [_by_layer(decomposition, c, kept, grads) for grads in both] for c in components}
+
+
+def _by_layer(decomposition: Decomposition, component: str, kept: Sequence[Any], grads: Sequence[Any]) -> torch.Tensor:
+    """Gradients (layer, row, position, width) of one component, from those of all states; 0 where it has none."""
+    import torch
+
+    found: list[Any] = [None] * len(decomposition.blocks)
+    for (own, layer, _states), grad in zip(kept, grads, strict=True):
+        if own == component:
+            found[layer] = grad if found[layer] is None else found[layer] + grad
+    rows, positions = kept[0][2].shape[:2]
+    zeros = torch.zeros(rows, positions, width(decomposition, component), device=kept[0][2].device)
+    return torch.stack([zeros if grad is None else grad.float() for grad in found]).cpu()
 
 
 def _as_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -111,27 +124,48 @@ def _linear(decomposition: Decomposition, method: str) -> Iterator[None]:
     if method == "atp":
         yield
         return
+    _check_rules(decomposition)
     with contextlib.ExitStack() as hooks:
         for block in decomposition.blocks:
             for norm in (block.attn_norm, block.ffn_norm, block.attn_post, block.ffn_post):
                 if norm is not None:
                     hooks.enter_context(norm.module.register_forward_hook(_frozen_scale(norm)))
-            if block.gated:
-                hooks.enter_context(block.ffn_out.register_forward_pre_hook(_halved))
-            hooks.enter_context(_activation(decomposition, block).register_forward_hook(_fixed_factor))
+            dense = _dense(decomposition, block)
+            if dense.gated:
+                hooks.enter_context(dense.module.register_forward_pre_hook(_halved))
+            assert dense.activation is not None
+            hooks.enter_context(dense.activation.register_forward_hook(_fixed_factor))
         final = decomposition.final_norm
         hooks.enter_context(final.module.register_forward_hook(_frozen_scale(final)))
         hooks.enter_context(watched_attention(decomposition.loaded.model, lambda *_: None, frozen=True))
         yield
 
 
-def _activation(decomposition: Decomposition, block: Block) -> nn.Module:
-    if block.activation is None:
+def _check_rules(decomposition: Decomposition) -> None:
+    """Raise ModelError for parts that no rule of RelP covers."""
+    heads = [block.heads for block in decomposition.blocks if block.heads is not None]
+    lacks = {
+        "a mixer": bool(decomposition.with_mixer),
+        "an attention of its own": any(not one.watched for one in heads),
+        "gates on its heads": any(one.gated for one in heads),
+    }
+    if any(lacks.values()):
+        what = next(name for name, is_so in lacks.items() if is_so)
         raise ModelError(
-            f"{decomposition.loaded.source.name}: RelP needs the activation function of the FFN as a module, and this "
-            "model has none. Use --method atp or exact."
+            f"{decomposition.loaded.source.name}: this model has {what}, which RelP has no rule for. Use --method atp "
+            "or exact."
         )
-    return block.activation
+
+
+def _dense(decomposition: Decomposition, block: Block) -> Dense:
+    dense = block.ffn.dense
+    if dense is None or dense.activation is None:
+        lacks = "a dense FFN" if dense is None else "the activation function of the FFN as a module"
+        raise ModelError(
+            f"{decomposition.loaded.source.name}: RelP needs {lacks}, and this model has none. Use --method atp or "
+            "or exact."
+        )
+    return dense
 
 
 def _frozen_scale(norm: Norm) -> Callable[..., torch.Tensor]:

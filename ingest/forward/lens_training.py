@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdb.ingest.forward.decomposition import matrix
+from kdb.ingest.forward.linear import matrix
 from kdb.ingest.forward.readouts import Place, positions_at_once, read
 from kdb.ingest.progress import progress
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdb.errors import ModelError
 from kdb.ingest.forward.decomposition import Block, Decomposition
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
@@ -34,6 +36,9 @@ LOGITS_BYTES = 256 * 2**20
 CACHE_BYTES = 512 * 2**20
 """Memory for the cached keys and values of one batch."""
 
+
+_NOTHING = 0.0
+"""What a layer writes without the component: zeros of its width."""
 
 SMALL_ROWS = 64
 """Rows of a batch below which patches of several layers share it."""
@@ -94,14 +99,14 @@ class Changes:
 
 def width(decomposition: Decomposition, component: str) -> int:
     """Number of entries that all parts of one component write in a layer."""
-    heads, neurons = decomposition.attn_columns(0).shape[0], decomposition.ffn_columns(0).shape[0]
+    heads, neurons = decomposition.n_heads * decomposition.head_size, decomposition.n_slots
     return {"head": heads, "ffn_neuron": neurons}.get(component, decomposition.hidden_size)
 
 
 def entries(decomposition: Decomposition, part: Part) -> slice:
     """The entries of a layer that one part writes."""
     if part.component == "head":
-        size = width(decomposition, "head") // decomposition.n_heads
+        size = decomposition.head_size
         return slice(part.head * size, (part.head + 1) * size)
     return slice(part.neuron, part.neuron + 1) if part.component == "ffn_neuron" else slice(None)
 
@@ -109,14 +114,23 @@ def entries(decomposition: Decomposition, part: Part) -> slice:
 def place(block: Block, component: str) -> tuple[nn.Module, bool]:
     """The module at which a component is read and replaced, and whether it is there the module's input."""
     if component == "head":
+        assert block.attn_out is not None
         return block.attn_out, True
-    if component == "ffn_neuron":
-        return block.ffn_out, True
     if component == "resid":
         return block.module, False
     # A norm behind attention or FFN (Gemma 2 and 3) is part of what is added.
-    post, out = (block.attn_post, block.attn_out) if component == "attn" else (block.ffn_post, block.ffn_out)
-    return (out if post is None else post.module), False
+    post, out = {
+        "attn": (block.attn_post, block.attn_out),
+        "ffn": (block.ffn_post, block.ffn.total),
+        "mixer": (None, block.mixer),
+    }[component]
+    module = out if post is None else post.module
+    if module is None:
+        raise ModelError("The FFN of this model is a sum that no module computes, so that it cannot be replaced.")
+    return module, False
+
+
+Touch = Callable[[str, int, "torch.Tensor"], "torch.Tensor | None"]
 
 
 @contextlib.contextmanager
@@ -124,19 +138,77 @@ def touched(
     decomposition: Decomposition,
     components: Sequence[str],
     shape: tuple[int, int],
-    touch: Callable[[str, int, torch.Tensor], torch.Tensor | None],
+    touch: Touch,
     layers: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Call ``touch(component, layer, states)`` with the states (row, position, width) of each component in a pass.
 
     ``shape`` is the shape (row, position) of the input. What ``touch`` returns, if not None, takes the states' place.
+    A layer's FFN neurons may come in several calls, one for each projection, with zeros for the others. Heads are those
+    of the layer that has most and largest, with zeros for what a layer lacks. A layer without the component is left out.
     """
     with contextlib.ExitStack() as hooks:
         for layer in range(len(decomposition.blocks)) if layers is None else layers:
             for component in components:
-                module, is_input = place(decomposition.blocks[layer], component)
-                hooks.enter_context(_touching(module, is_input, component, layer, shape, touch))
+                if component == "ffn_neuron":
+                    for watched in _touching_neurons(decomposition, layer, shape, touch):
+                        hooks.enter_context(watched)
+                elif _has(decomposition.blocks[layer], component):
+                    module, is_input = place(decomposition.blocks[layer], component)
+                    watch = _padding_heads(decomposition, layer, touch) if component == "head" else touch
+                    hooks.enter_context(_touching(module, is_input, component, layer, shape, watch))
         yield
+
+
+def can_be_replaced(decomposition: Decomposition, component: str) -> bool:
+    """Whether a module computes what each layer writes of a component, so that it can be replaced there."""
+    if component != "ffn":
+        return True
+    blocks = [block for block in decomposition.blocks if block.has("ffn")]
+    return all((block.ffn.total if block.ffn_post is None else block.ffn_post.module) is not None for block in blocks)
+
+
+def _has(block: Block, component: str) -> bool:
+    """Whether the block writes something of a component of `kdb.queries.domains.PARTS`."""
+    return component == "resid" or block.has({"head": "attn", "ffn_neuron": "ffn"}.get(component, component))
+
+
+def _padding_heads(decomposition: Decomposition, layer: int, touch: Touch) -> Touch:
+    """Let ``touch`` see the heads of a layer among those of the layer that has most and largest."""
+    import torch
+
+    n, size = decomposition.heads_in(layer), decomposition.head_size_in(layer)
+    more_heads, more_entries = decomposition.n_heads - n, decomposition.head_size - size
+    if not (more_heads or more_entries):
+        return touch
+
+    def padded_touch(component: str, layer: int, states: torch.Tensor) -> torch.Tensor | None:
+        padded = torch.nn.functional.pad(states.unflatten(-1, (n, size)), (0, more_entries, 0, more_heads))
+        new = touch(component, layer, padded.flatten(-2))
+        return None if new is None else new.unflatten(-1, padded.shape[-2:])[..., :n, :size].flatten(-2)
+
+    return padded_touch
+
+
+def _touching_neurons(decomposition: Decomposition, layer: int, shape: tuple[int, int], touch: Touch) -> Iterator[Any]:
+    """Hooks on the sources of a layer's FFN."""
+    n, start = decomposition.n_slots, 0
+    for source in decomposition.blocks[layer].ffn.sources:
+        watch = functools.partial(_changed_slots, layer, start, n, shape, touch)
+        yield source.part.watched(watch)
+        start += source.part.size
+
+
+def _changed_slots(
+    layer: int, start: int, n_slots: int, shape: tuple[int, int], touch: Touch, fired: torch.Tensor
+) -> torch.Tensor | None:
+    """Let ``touch`` see the coefficients (token, neuron) of a source among all slots, and return those that it sets."""
+    import torch
+
+    size = fired.shape[-1]
+    every = fired if size == n_slots else torch.nn.functional.pad(fired, (start, n_slots - start - size))
+    new = touch("ffn_neuron", layer, every.reshape(*shape, n_slots))
+    return None if new is None else new.reshape(-1, n_slots)[:, start : start + size]
 
 
 def _touching(module: nn.Module, is_input: bool, component: str, layer: int, shape: tuple[int, int], touch: Any) -> Any:
@@ -167,21 +239,26 @@ def recorded(
     """
     import torch
 
-    found: list[dict[str, list[torch.Tensor]]] = [{c: [] for c in components} for _ in token_ids]
+    n_layers = len(decomposition.blocks)
+    found: list[dict[str, list[Any]]] = [{c: [_NOTHING] * n_layers for c in components} for _ in token_ids]
     device = decomposition.loaded.device
     most = tokens_at_once(decomposition.loaded)
     for rows in same_length(token_ids, most):
         ids = torch.tensor([token_ids[i] for i in rows], device=device)
 
-        def keep(component: str, _layer: int, states: torch.Tensor, rows: list[int] = rows) -> None:
+        def keep(component: str, layer: int, states: torch.Tensor, rows: list[int] = rows) -> None:
             values = states.float().cpu()
             for row, i in enumerate(rows):
-                found[i][component].append(values[row, list(positions[i])])
+                found[i][component][layer] = found[i][component][layer] + values[row, list(positions[i])]
 
         forget_longest(decomposition.loaded)
         with torch.inference_mode(), touched(decomposition, components, (ids.shape[0], ids.shape[1]), keep):
             decomposition.structure.decoder(ids, use_cache=False)
-    return [{c: torch.stack(values) for c, values in one.items()} for one in found]
+    none = [{c: torch.zeros(len(at), width(decomposition, c)) for c in components} for at in positions]
+    return [
+        {c: torch.stack([zeros[c] if value is _NOTHING else value for value in values]) for c, values in one.items()}
+        for one, zeros in zip(found, none, strict=True)
+    ]
 
 
 def same_length(token_ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
@@ -248,7 +325,7 @@ class Prompts:
         import torch
 
         self.decomposition, self.passes, device = decomposition, passes, decomposition.loaded.device
-        self.start = min(passes[0].positions)
+        self.start = min(passes[0].positions) if decomposition.can_resume else 0
         ids = torch.tensor([list(p.token_ids) for p in passes], device=device)
         self.ids, self.target = ids[:, self.start :], torch.tensor([p.target for p in passes], device=device)
         self.rival = torch.tensor([p.rival for p in passes], device=device)
@@ -305,6 +382,8 @@ class Prompts:
         if self.cache is not None:
             kept = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in self.cache.layers)
             most = min(most, max(1, CACHE_BYTES // max(1, kept)))
+        if not self.decomposition.can_resume:  # no row can skip a block
+            layers = [0] * len(numbers)
         start = 0
         while start < len(numbers):
             stop = next((i for i in range(start, len(numbers)) if layers[i] != layers[start]), len(numbers))
@@ -336,7 +415,7 @@ class Prompts:
         components, layers = sorted({c for c, _layer in by_place}), sorted({layer for _c, layer in by_place})
         with (
             torch.inference_mode(),
-            self._from(layers[0], rows),
+            self._from(layers[0] if self.decomposition.can_resume else 0, rows),
             touched(self.decomposition, components, (len(rows), self.ids.shape[1]), replace, layers),
         ):
             return self._last_logits(self.ids[list(rows)], self._rows(rows))

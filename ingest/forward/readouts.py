@@ -36,11 +36,11 @@ Place = tuple[int, str]
 def places(n_layers: int, blocks: Sequence[Block] | None = None) -> list[Place]:
     """List the places of a model, in its order; those between attention and FFN only if its blocks are given.
 
-    Attention and FFN of a parallel block add to the same residual, so it has no middle.
+    Attention and FFN of a parallel block add to the same residual, so it has no middle; nor has a block without FFN.
     """
     found: list[Place] = [(0, "resid_pre")]
     for layer in range(n_layers):
-        if blocks is not None and not blocks[layer].parallel:
+        if blocks is not None and blocks[layer].middle:
             found.append((layer, "resid_mid"))
         found.append((layer, "resid_post"))
     return found
@@ -51,12 +51,8 @@ def residuals(
     structure: ModelStructure,
     token_ids: Sequence[Sequence[int]],
     blocks: Sequence[Block] | None = None,
-    multiplier: float = 1.0,
 ) -> torch.Tensor:
-    """Run prompts of one length; return the residual stream (place, prompt, position, hidden) at all `places`, float32.
-
-    ``multiplier`` is that of what a block's attention adds.
-    """
+    """Run prompts of one length; return the residual stream (place, prompt, position, hidden) at all `places`, float32."""
     import torch
 
     ids = torch.tensor([list(tokens) for tokens in token_ids], device=loaded.device)
@@ -67,11 +63,11 @@ def residuals(
         hooks.enter_context(first)
         for layer, module in enumerate(structure.blocks):
             hooks.enter_context(module.register_forward_hook(_after(seen, (layer, "resid_post"), tuple(ids.shape))))
-            if blocks is not None and not blocks[layer].parallel:
-                written, _is_input = place(blocks[layer], "attn")
-                hooks.enter_context(written.register_forward_hook(_after(seen, (layer, "attn"), tuple(ids.shape))))
+            for component in () if blocks is None else blocks[layer].middle:
+                written, _is_input = place(blocks[layer], component)
+                hooks.enter_context(written.register_forward_hook(_after(seen, (layer, component), tuple(ids.shape))))
         structure.decoder(ids, use_cache=False)
-        return torch.stack(list(_in_order(seen, places(len(structure.blocks), blocks), multiplier)))
+        return torch.stack(list(_in_order(seen, places(len(structure.blocks), blocks), blocks)))
 
 
 def _before(seen: dict[Place, torch.Tensor], shape: tuple[int, ...]) -> Callable[..., None]:
@@ -90,11 +86,15 @@ def _after(seen: dict[Place, torch.Tensor], at: Place, shape: tuple[int, ...]) -
     return keep
 
 
-def _in_order(seen: dict[Place, torch.Tensor], wanted: Sequence[Place], multiplier: float) -> Iterator[torch.Tensor]:
+def _in_order(
+    seen: dict[Place, torch.Tensor], wanted: Sequence[Place], blocks: Sequence[Block] | None
+) -> Iterator[torch.Tensor]:
     for layer, where in wanted:
-        if where == "resid_mid":
-            before = seen[(layer - 1, "resid_post") if layer else (0, "resid_pre")]
-            yield before + seen[layer, "attn"] * multiplier
+        if where == "resid_mid" and blocks is not None:
+            residual = seen[(layer - 1, "resid_post") if layer else (0, "resid_pre")]
+            for component in blocks[layer].middle:
+                residual = residual + seen[layer, component] * blocks[layer].additions.multipliers[component]
+            yield residual
         else:
             yield seen[layer, where]
 

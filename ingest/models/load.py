@@ -17,10 +17,10 @@ from kdb.errors import ModelError
 from kdb.ingest.models.adapters import check_adapter, merged
 from kdb.ingest.models.files import CONFIG, adapter_files, model_files, only, read_json
 from kdb.ingest.models.find import LoadedModel, ModelSource
-from kdb.ingest.models.gguf import unpacked
+from kdb.ingest.models.gguf import unpacked, what_it_says
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
-from kdb.ingest.models.structure import ffn_width
+from kdb.ingest.models.shape import N_EXPERTS, TOP_K, first_number, shape_of
 from kdb.ingest.models.tensors import Tensor, tensors_of
 from kdb.ingest.settings import Measuring
 
@@ -65,7 +65,8 @@ def load_config(source: ModelSource) -> Any:
 
     with _seen(source, f"Cannot read the config of {source.name}") as folder:
         config = AutoConfig.from_pretrained(folder, **_OURS_ALONE)
-        config._attn_implementation = _ATTENTION
+        _refuse_kind(source, config)
+        config._attn_implementation = _attention(config)
         _check_sizes(source, config, _tensors(folder))
     return config
 
@@ -80,13 +81,12 @@ def load_model(
     merged into them.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     pick_device(device)
     adapter = [] if source.is_gguf else adapter_files(source.path)
     check_adapter(adapter, quantize, device)
     tokenizer, config = load_tokenizer(source), load_config(source)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": _ATTENTION}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": _attention(config)}
     on_cuda = device.startswith("cuda") or device == "auto"
     if on_cuda:
         # Bounds need float32 products with float32 rounding, whatever the process had set before.
@@ -96,7 +96,7 @@ def load_model(
     if device == "auto" or (quantize and on_cuda):
         options["device_map"] = device
     with _seen(source, f"Cannot load {source.name}") as folder:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _class_for(config).from_pretrained(
             folder, config=config, use_safetensors=True, **_TELL_MISFITS, **_OURS_ALONE, **options
         )
         _refuse_misfit(source, model, info, _tensors(folder))
@@ -109,6 +109,45 @@ def load_model(
     model.eval().requires_grad_(False)
     first = next(model.parameters()).device if device == "auto" else torch.device(device)
     return LoadedModel(source, model, tokenizer, dtype, first, quantize)
+
+
+# Kinds of models ------------------------------------------------------------------------------------------------
+
+_OTHER_KINDS = {
+    "ForSequenceClassification": "a classifier",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForMultipleChoice": "a classifier",
+    "ForQuestionAnswering": "a model that marks answers in a text",
+    "ForMaskedLM": "a masked language model",
+    "ForImageClassification": "a vision model",
+    "ForObjectDetection": "a vision model",
+    "ForCTC": "a speech recognizer",
+}
+"""Endings of model classes that are no causal language models, with what they are."""
+
+
+def _refuse_kind(source: ModelSource, config: Any) -> None:
+    """Raise ModelError for a model that is no causal language model, by its config; say what it is."""
+    named = (config.architectures or [type(config).__name__])[0]
+    kinds = (kind for ending, kind in _OTHER_KINDS.items() if named.endswith(ending))
+    kind = "an encoder-decoder" if config.is_encoder_decoder else next(kinds, None)
+    if kind is None and _class_for(config) is None:
+        kind = f"of the type {config.model_type!r}, which transformers does not list as one"
+    if kind is not None:
+        raise ModelError(
+            f"{source.name} cannot be measured: it is {kind} ({named}), and kdb measures causal language models."
+        )
+
+
+def _class_for(config: Any) -> Any:
+    """Return the class of transformers that loads a model with this config; None for one that generates no text.
+
+    A wrapper that also reads images or sound is listed as such, not among causal language models.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    several = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    return next((one for one in several if type(config) in one._model_mapping), None)
 
 
 # Misfits ---------------------------------------------------------------------------------------------------------
@@ -177,17 +216,18 @@ def _check_counts(source: ModelSource, content: Any, n_weights: int) -> None:
 
 def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raise ModelError for a config whose sizes are impossible, or far too large for the files."""
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        value = getattr(text, name, None)
+        value = getattr(text, name, 1)  # a state-space model has no heads
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"The config of {source.name} has {name} = {value!r}: expected a whole number from 1.")
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if not isinstance(kv_heads, int) or kv_heads < 1 or text.num_attention_heads % kv_heads:
+    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if heads and kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads):
         raise ModelError(
             f"The config of {source.name} has num_key_value_heads = {kv_heads!r}, which does not divide its "
-            f"{text.num_attention_heads} heads."
+            f"{heads} heads."
         )
+    _check_experts(source, text)
     held = sum(tensor.n_bytes for tensor in tensors.values())
     with model_errors(f"Cannot load {source.name}"):
         n_params = count_params(config)
@@ -198,42 +238,44 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
         )
 
 
+def _check_experts(source: ModelSource, text: Any) -> None:
+    """Raise ModelError for a config whose router chooses more experts than there are."""
+    n_experts, chosen = (first_number(text, names, 0) for names in (N_EXPERTS, TOP_K))
+    if 0 < n_experts < chosen:
+        raise ModelError(
+            f"The config of {source.name} chooses {chosen} experts per token, and has only {n_experts:,} experts."
+        )
+
+
 # Shape -----------------------------------------------------------------------------------------------------------
 
 
-def model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> dict[str, Any]:
-    """Build the row of ``models`` with a model's shape, from its config."""
+def model_row(source: ModelSource, config: Any, dtype: str) -> dict[str, Any]:
+    """Build the row of ``models`` with a model's sizes, from its modules; allocates no memory for weights."""
     with model_errors(f"Cannot read the config of {source.name}"):
-        return _model_row(source, config, n_params, dtype)
-
-
-def _model_row(source: ModelSource, config: Any, n_params: int, dtype: str) -> dict[str, Any]:
-    text = config.get_text_config()
-    n_heads = text.num_attention_heads
-    return {
+        shape = shape_of(skeleton(config))
+    if source.is_gguf and what_it_says(folder_of(source)).get("tied"):
+        shape["n_params"] -= shape["vocab_size"] * shape["hidden_size"]
+    return shape | {
         "family": source.family or config.model_type,
         "source": source.source,
         "revision": source.revision,
         "architecture": (config.architectures or [type(config).__name__])[0],
-        "n_layers": text.num_hidden_layers,
-        "n_heads": n_heads,
-        "n_kv_heads": getattr(text, "num_key_value_heads", None) or n_heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": ffn_width(text),
-        "vocab_size": text.vocab_size,
-        "n_params": n_params,
         "dtype": dtype,
     }
 
 
 def count_params(config: Any) -> int:
     """Count the parameters of a model with this config, tied weights once; allocates no memory for them."""
+    return int(skeleton(config).num_parameters())
+
+
+def skeleton(config: Any) -> Any:
+    """Build the modules of a model with this config, without weights: every tensor is on the device ``meta``."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
+        return _class_for(config).from_config(config, trust_remote_code=False, attn_implementation=_attention(config))
 
 
 @contextlib.contextmanager
@@ -263,7 +305,15 @@ def _quieten() -> None:
 _OURS_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options with which transformers downloads nothing and runs no code from a model's folder."""
 
-_ATTENTION = "sdpa"
-"""Attention of any model, whatever its config names: hidden states are the same, and others may need downloads."""
+
+def _attention(config: Any) -> str:
+    """Attention of a model, whatever its config names: SDPA if its class has it, otherwise eager.
+
+    Hidden states are the same, and other kinds may need downloads.
+    """
+    own = _class_for(config)._model_mapping[type(config)]
+    classes = own if isinstance(own, tuple) else (own,)
+    return "sdpa" if all(one._supports_sdpa for one in classes) else "eager"
+
 
 _TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}

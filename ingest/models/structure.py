@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
+from kdb.ingest.models.parts import ffn_of, text_blocks
+from kdb.ingest.models.trace import BlockOutput, Trace, can_pad, trace
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 _ROWS = 8192
 """Rows of the unembedding that are converted at once: few enough for a copy of any width."""
 
-_FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the soft cap of logits in configs."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,26 @@ class ModelStructure:
     """The modules of a decoder that a measurement reads.
 
     ``decoder`` runs everything except the unembedding; ``ffns[i]`` is the module of block i whose input is the
-    normalised state before the FFN.
+    normalised state before the FFN, or None. ``final_norm`` is all that stands between the last block and the
+    unembedding; an identity if there is nothing. ``last_state`` is the part of it that the last hidden state which
+    transformers reports has been through, ``after_last_state`` the rest. ``hidden_size`` is the width of the residual
+    stream. ``layout`` finds the states in a block's output; ``first_state`` is the place of the first block's output
+    among the states that transformers reports. ``can_pad``: whether tokens after a text leave its states as they are.
     """
 
     decoder: nn.Module
     blocks: tuple[nn.Module, ...]
-    ffns: tuple[nn.Module, ...]
+    ffns: tuple[nn.Module | None, ...]
     final_norm: nn.Module
     unembed: nn.Module
     logit_scale: float
     logit_softcap: float | None
+    hidden_size: int
+    layout: BlockOutput
+    last_state: nn.Module
+    after_last_state: nn.Module
+    first_state: int
+    can_pad: bool
 
     def readout(self, resid_post: torch.Tensor) -> torch.Tensor:
         """Compute logits (…, vocab) from the last block's output (…, hidden): norm, unembedding, scale, soft cap."""
@@ -73,52 +87,73 @@ def _is_half(weight: torch.Tensor, normed: torch.Tensor) -> bool:
 
 
 def find_structure(model: Any) -> ModelStructure:
-    """Find the modules of a causal language model; raise ModelError, naming the part, if one is not found."""
+    """Find the modules of a causal language model, by one short forward pass.
+
+    Raises ModelError, naming the part, if one is not found.
+    """
     from torch import nn
 
-    config = model.config.get_text_config()
-    name = type(model).__name__
+    name, unembed = type(model).__name__, model.get_output_embeddings()
     if model.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder: kdb measures causal language models.")
-    stack = _find_blocks(model.base_model, config.num_hidden_layers)
-    if stack is None:
-        raise ModelError(f"{name}: kdb found no list of {config.num_hidden_layers} blocks, so it cannot measure it.")
-    parent, blocks = stack
-    ffns = [next((block.get_submodule(n) for n in _FFN_NAMES if hasattr(block, n)), None) for block in blocks]
-    if any(ffn is None for ffn in ffns):
-        raise ModelError(f"{name}: block {ffns.index(None)} has no FFN called any of {', '.join(_FFN_NAMES)}.")
-    norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
-    if not norms:
-        raise ModelError(f"{name}: kdb found no norm after the last block, so it cannot compute logits.")
-    unembed = model.get_output_embeddings()
     if not isinstance(unembed, nn.Module):
         raise ModelError(f"{name} has no unembedding: kdb measures causal language models.")
+    config, blocks = model.config.get_text_config(decoder=True), text_blocks(model)
+    ffns = tuple(map(ffn_of, blocks))
+    seen = trace(model, blocks, ffns, unembed)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    last_state, after = _norms(model, blocks[-1], unembed, seen)
     return ModelStructure(
-        decoder=model.base_model,
-        blocks=tuple(blocks),
-        ffns=tuple(ffn for ffn in ffns if ffn is not None),
-        final_norm=norms[-1],  # BLOOM has one before the first block too
+        decoder=model.get_decoder() if model.base_model is model else model.base_model,  # Llama 4
+        blocks=blocks,
+        ffns=tuple(ffn if seen.reads_state(ffn) else None for ffn in ffns),
+        final_norm=_chained(last_state, after),
         unembed=unembed,
-        logit_scale=_logit_scale(config),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=seen.logit_scale(_logit_scale(config), softcap),
+        logit_softcap=softcap,
+        hidden_size=seen.hidden_size,
+        layout=seen.layout,
+        last_state=last_state,
+        after_last_state=after,
+        first_state=seen.first_state,
+        can_pad=can_pad(model, blocks, seen),
     )
+
+
+def _norms(model: Any, block: nn.Module, unembed: nn.Module, seen: Trace) -> tuple[nn.Module, nn.Module]:
+    """Return what stands between the last block and the last state that the model reports, and what stands after it."""
+    from torch import nn
+
+    if seen.path is None:
+        from kdb.ingest.models.rerun import Rerun
+
+        whole = Rerun(model, block, unembed, seen.layout)
+        raw = seen.last_state is not None and seen.is_raw
+        return (nn.Identity(), whole) if raw else (whole, nn.Identity())
+    modules = [module for module, _read, _written in seen.path]
+    n = len(modules) if seen.n_reported is None else seen.n_reported
+    return _chained(*modules[:n]), _chained(*modules[n:])
+
+
+def _chained(*modules: nn.Module) -> nn.Module:
+    """Return modules as one: none as an identity, one as itself."""
+    from torch import nn
+
+    some = [module for module in modules if not isinstance(module, nn.Identity)]
+    return some[0] if len(some) == 1 else nn.Sequential(*some) if some else nn.Identity()
 
 
 def ffn_width(text: Any) -> int:
     """Number of FFN neurons per layer, from a text config, whatever the architecture calls it."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
     # GPT-2's n_inner is null if the width is four times the hidden size.
-    return int(next(filter(None, (getattr(text, name, None) for name in names)), 4 * text.hidden_size))
+    return next(filter(None, (largest(getattr(text, name, None)) for name in names)), 4 * int(text.hidden_size))
 
 
-def _find_blocks(base: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleList] | None:
-    from torch import nn
-
-    for parent in base.modules():
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len(child) == n_layers:
-                return parent, child
-    return None
+def largest(value: Any) -> int:
+    """Return a number of a config, or the largest of a list with one for each layer; 0 for anything else."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return max((int(number) for number in numbers if isinstance(number, int)), default=0)
 
 
 def _logit_scale(config: Any) -> float:

@@ -1,4 +1,4 @@
-"""The command `kdb ablate`: replace a set of neurons or heads that a SQL query chooses."""
+"""The command `kdb ablate`: replace a set of neurons, heads or experts that a SQL query chooses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kdb.cli.settings import knowledge_run_options
 from kdb.errors import QueryError
 from kdb.ingest.settings import Ablating, settings_from
 from kdb.queries.domains import MODES
+from kdb.warehouse.schema import NEURON
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
@@ -26,7 +27,9 @@ _MOST_NAMES = 10
 
 @click.command()
 @knowledge_run_options
-@click.option("--query", "query_", required=True, help="SQL query that returns layer, component, head and neuron.")
+@click.option(
+    "--query", "query_", required=True, help="SQL query that returns layer, component, head, expert and neuron."
+)
 @click.option("--label", default="custom", show_default=True, help="Name under which the effect is stored.")
 @click.option(
     "--mode",
@@ -48,7 +51,8 @@ _MOST_NAMES = 10
     type=click.IntRange(0),
     default=Ablating.n_controls,
     show_default=True,
-    help="Number of control sets: other neurons or heads of the same layers, the nearest in |coefficient| × norm.",
+    help="Number of control sets: other neurons, heads or experts of the same layers, the nearest in |coefficient| × "
+    "norm.",
 )
 @click.option(
     "--held-out/--no-held-out",
@@ -77,11 +81,11 @@ def ablate(
     warehouse: Path | str,
     **options: Any,
 ) -> None:
-    """Replace a set of neurons or heads in prompts that pass the filter, and store the effect beside control sets.
+    """Replace a set of neurons, heads or experts in prompts that pass the filter, and store the effect and controls.
 
-    The SQL query returns the columns layer, component (attn or ffn), head and neuron. If neuron is NULL, the whole head
-    is replaced. The effect is stored as a new run of the variant 'ablate=LABEL'; `kdb query attribution-methods` shows
-    it with its controls.
+    The SQL query returns the columns layer, component (attn or ffn), head and neuron, and for a model with experts also
+    expert. If neuron is NULL, the whole head or expert is replaced. The effect is stored as a new run of the variant
+    'ablate=LABEL'; `kdb query attribution-methods` shows it with its controls.
 
     By default, the query sees the run without one half of its kept prompts, and the effect is measured in that half.
     With --no-held-out, it sees the whole warehouse, and all kept prompts are measured.
@@ -114,11 +118,12 @@ def ablate(
 
 
 def _names(opened: Warehouse, run: str, label: str) -> str:
-    """Return the names of the neurons and heads of a stored set, or of its first ones."""
+    """Return the names of the parts of a stored set, or of its first ones."""
+    neuron = ", ".join(NEURON)
     named = (
-        "SELECT DISTINCT ON (component, layer, head, neuron) coalesce(neuron_name(component, layer, head, neuron), "
-        "head_name(layer, head)) AS name "
-        'FROM ablated_parts WHERE run = ? AND "method" = ? ORDER BY component, layer, head, neuron'
+        f"SELECT DISTINCT ON ({neuron}) coalesce(neuron_name({neuron}), head_name(layer, head), "
+        "expert_name(layer, expert)) AS name "
+        f'FROM ablated_parts WHERE run = ? AND "method" = ? ORDER BY {neuron}'
     )
     names = opened.sql(named, [run, label])["name"].to_list()
     return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")

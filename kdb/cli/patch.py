@@ -70,8 +70,8 @@ def _choices(command: Any) -> Any:
 @click.option(
     "--only",
     multiple=True,
-    help="Part to replace, such as a5.2 (head), a5, f5 (layers), f5_123 (FFN neuron) or r5 (residual stream); "
-    "repeatable.  [default: all]",
+    help="Part to replace, such as a5.2 (head), a5, f5 (layers), f5_123 (FFN neuron), f5.3_123 (that of an expert) or "
+    "r5 (residual stream); repeatable.  [default: all]",
 )
 @click.option("--device", help="Device: cpu, cuda, cuda:1, ….  [default: cuda if available, else cpu]")
 @warehouse_option

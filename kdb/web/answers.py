@@ -16,9 +16,11 @@ import pyarrow as pa
 from kdb.analysis import figures
 from kdb.errors import NothingFoundError, QueryError
 from kdb.formats import MEDIA_TYPES, encode, read
+from kdb.warehouse.frames import to_frame
 from kdb.warehouse.notes import noted
 from kdb.warehouse.paging import Page
 from kdb.web import views
+from kdb.web.facets import filtered, ordered
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -41,11 +43,16 @@ def sql(wh: Warehouse, text: str, format_: str) -> Answer:
     return _noted(head, notes), body
 
 
-def query(wh: Warehouse, name: str, params: dict[str, Any], format_: str) -> Answer:
-    """Answer a saved query."""
+def query(
+    wh: Warehouse, name: str, params: dict[str, Any], filters: list[str], sort: str | None, format_: str
+) -> Answer:
+    """Answer a saved query with the rows for which the filters hold."""
     begun, notes = time.perf_counter(), list[str]()
     with noted(notes):
         reader = wh.opened.public_query(name, **params)
+    if filters or sort:
+        rows = to_frame(pa.Table.from_batches(read(_limited(reader)), reader.schema))
+        reader = ordered(filtered(rows, filters), sort).to_arrow().to_reader()
     head, body = _whole(reader, format_, begun, stem=name)
     return _noted(head, notes), body
 
@@ -106,13 +113,8 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
 
     def counted() -> Iterator[pa.RecordBatch]:
         nonlocal rows
-        for batch in reader:
+        for batch in _limited(reader):
             rows += batch.num_rows
-            if rows > MAX_ROWS:
-                raise QueryError(
-                    f"The answer has more than {MAX_ROWS:,} rows. Add LIMIT or aggregate; "
-                    "/api/tables/NAME streams a table of any size."
-                )
             yield batch
 
     file = tempfile.SpooledTemporaryFile(max_size=2**24)  # noqa: SIM115  (closed when it has been sent)
@@ -128,6 +130,19 @@ def _whole(reader: pa.RecordBatchReader, format_: str, begun: float, stem: str =
             yield from iter(lambda: file.read(_COPY), b"")
 
     return head, sent()
+
+
+def _limited(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an answer. Raises QueryError if there are too many rows."""
+    rows = 0
+    for batch in reader:
+        rows += batch.num_rows
+        if rows > MAX_ROWS:
+            raise QueryError(
+                f"The answer has more than {MAX_ROWS:,} rows. Add LIMIT or aggregate; "
+                "/api/tables/NAME streams a table of any size."
+            )
+        yield batch
 
 
 def catalogue_json() -> str:

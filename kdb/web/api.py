@@ -119,6 +119,12 @@ def _quality(part: str) -> float:
 
 _Chosen = Annotated[str, Depends(_format)]
 
+_Equal = Annotated[
+    list[str], Query(description="Rows to return: COLUMN=VALUE, or COLUMN is null; repeatable, all must hold")
+]
+
+_Sort = Annotated[str | None, Query(description="Column to sort by; put - before it for descending order")]
+
 
 _router = APIRouter(prefix="/api")
 
@@ -200,12 +206,11 @@ def add_routes(app: FastAPI) -> None:
 def _endpoint(saved: SavedQuery) -> Any:
     """Return a function with the parameters of the saved query as its signature, for FastAPI to check and describe."""
 
-    async def endpoint(request: Request, format: str, **params: Any) -> Response:  # noqa: A002  (its name in the URL)
-        _refuse_unknown(request, [*(param.name for param in saved.params), "format"], saved.name)
+    async def endpoint(request: Request, format: str, filter: list[str], sort: str | None, **params: Any) -> Response:  # noqa: A002  (their names in the URL)
+        _refuse_unknown(request, [*(param.name for param in saved.params), "filter", "sort", "format"], saved.name)
         chosen = {name: value for name, value in params.items() if value not in (None, [])}
-        answered: Response = await request.app.state.ask(
-            request, "query", name=saved.name, params=chosen, format_=format
-        )
+        asked = {"name": saved.name, "params": chosen, "filters": filter, "sort": sort, "format_": format}
+        answered: Response = await request.app.state.ask(request, "query", **asked)
         return answered
 
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -213,6 +218,8 @@ def _endpoint(saved: SavedQuery) -> Any:
         [
             inspect.Parameter("request", kind, annotation=Request),
             *(inspect.Parameter(p.name, kind, **_declared(p)) for p in saved.params),
+            inspect.Parameter("filter", kind, annotation=_Equal, default=[]),
+            inspect.Parameter("sort", kind, annotation=_Sort, default=None),
             inspect.Parameter("format", kind, annotation=_Chosen),
         ]
     )

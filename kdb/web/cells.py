@@ -111,7 +111,9 @@ _OF_QUERIES = {
     "kept_percent": "prompts that pass the filter (%)",
     "head_name": "a23.12 is head 12 of layer 23, both from 0",
     "layer_name": "a23 is the attention of layer 23, f23 its FFN, both from 0",
-    "neuron_name": "f23_45 is FFN neuron 45 of layer 23; a23.12_45 is dimension 45 of head 12 in layer 23",
+    "expert_name": "f23.3 is expert 3 of FFN layer 23, both from 0",
+    "neuron_name": "f23_45 is FFN neuron 45 of layer 23, f23.3_45 that of its expert 3; a23.12_45 is dimension 45 of "
+    "head 12 in layer 23",
     "best_layer": "first layer with the best accuracy",
     "best_accuracy": "accuracy of the best layer",
     "best_percent": "depth of the best layer (%)",

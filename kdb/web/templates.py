@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kdb.web.cells import cell, meaning, shade
 
-_NEURON = re.compile(r"(f\d+|a\d+\.\d+)_\d+")
+_NEURON = re.compile(r"(f\d+(\.\d+)?|a\d+\.\d+)_\d+")
 _HEAD = re.compile(r"a(\d+)\.(\d+)")
-_LAYER = re.compile(r"[af](\d+)")
+_LAYER = re.compile(r"a(\d+)|f(\d+)(\.\d+)?")
+"""A layer, or an expert of one: it is on the page of its layer."""
 
 
 def render_template(name: str, /, **context: Any) -> str:
@@ -79,14 +80,14 @@ def link(column: str, row: Mapping[str, Any]) -> str | None:
 
 
 def _link_of_part(column: str, name: str, model: str) -> str | None:
-    """Return the link of a neuron, head or layer by its name, or of a layer by its number."""
+    """Return the link of a neuron, head, expert or layer by its name, or of a layer by its number."""
     if column == "layer" and name.isdigit():
         return url("/layer", model=model, layer=name)
-    if column not in ("name", "neuron_name", "head_name", "layer_name"):
+    if column not in ("name", "neuron_name", "head_name", "expert_name", "layer_name"):
         return None
     if _NEURON.fullmatch(name):
         return url("/neuron", model=model, neuron=name)
     if match := _HEAD.fullmatch(name):
         return url("/head", model=model, layer=match[1], head=match[2])
     match = _LAYER.fullmatch(name)
-    return url("/layer", model=model, layer=match[1]) if match else None
+    return url("/layer", model=model, layer=match[1] or match[2]) if match else None

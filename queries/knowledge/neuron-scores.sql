@@ -15,7 +15,8 @@
 SELECT *
 FROM (
     SELECT
-        model, category, dataset, prompt_id, component, neuron_name(component, layer, head, neuron) AS neuron_name,
+        model, category, dataset, prompt_id, component,
+        neuron_name(component, layer, head, expert, neuron) AS neuron_name,
         steady(known_score(listed, candidate)) AS score
     FROM listed_or_candidates()
     JOIN _kept_prompts(

@@ -14,7 +14,8 @@ SELECT
 FROM neuron_tokens
 JOIN named_neuron(getvariable('neuron')) AS named
     ON neuron_tokens.component = named.component AND neuron_tokens.layer = named.layer
-    AND neuron_tokens.head IS NOT DISTINCT FROM named.head AND neuron_tokens.neuron = named.neuron
+    AND neuron_tokens.head IS NOT DISTINCT FROM named.head AND neuron_tokens.expert IS NOT DISTINCT FROM named.expert
+    AND neuron_tokens.neuron = named.neuron
 JOIN chosen_runs('neuron_tokens', getvariable('variant'), getvariable('run')) USING (model, dataset, run)
 WHERE among(model, getvariable('model'))
 GROUP BY model, sign, rank

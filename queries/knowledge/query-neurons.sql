@@ -16,8 +16,8 @@
 --   k          integer = 10    number of neurons per category, dataset and kind
 WITH scores AS (
     SELECT
-        model, shown_dataset AS dataset, category, activates, layer, neuron,
-        neuron_name('ffn', layer, NULL, neuron) AS neuron_name,
+        model, shown_dataset AS dataset, category, activates, layer, expert, neuron,
+        neuron_name('ffn', layer, NULL, expert, neuron) AS neuron_name,
         mean_over(sum(score), n_kept) AS score, count(*) AS n_prompts, n_kept,
         min({run: run, dataset: dataset}).dataset AS dataset_of_run, min({run: run, dataset: dataset}).run AS run
     FROM query_neuron_scores
@@ -27,27 +27,27 @@ WITH scores AS (
     ) USING (model, dataset, run, prompt_id)
     WHERE among(model, getvariable('model'))
         AND (getvariable('activates') IS NULL OR activates = getvariable('activates'))
-    GROUP BY model, shown_dataset, category, activates, layer, neuron, n_kept
+    GROUP BY model, shown_dataset, category, activates, layer, expert, neuron, n_kept
 ),
 
 best AS MATERIALIZED (
     SELECT
         *, row_number() OVER (
-            PARTITION BY model, dataset, category, activates ORDER BY score DESC, layer, neuron
+            PARTITION BY model, dataset, category, activates ORDER BY score DESC, layer, expert, neuron
         ) AS rank
     FROM scores
     QUALIFY rank <= getvariable('k')
 )
 
 SELECT
-    best.model, best.dataset, category, activates, rank, best.neuron_name, layer, neuron, score, n_prompts, n_kept,
-    top_tokens, bottom_tokens
+    best.model, best.dataset, category, activates, rank, best.neuron_name, layer, expert, neuron, score, n_prompts,
+    n_kept, top_tokens, bottom_tokens
 FROM best
 LEFT JOIN tokens_of_neurons(
     (
         SELECT list({
             model: model, dataset: dataset_of_run, run: run, component: 'ffn', layer: layer,
-            head: NULL::SMALLINT, neuron: neuron
+            head: NULL::SMALLINT, expert: expert, neuron: neuron
         })
         FROM best
     )

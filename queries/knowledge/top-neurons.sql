@@ -5,8 +5,8 @@
 -- of the right token over the n_kept kept prompts. Ranks 1 to 50 of a run are proved: no other neuron has a larger mean.
 -- Beyond them, and in pooled runs, exact says whether the mean counts all prompts; if not, the neuron counts as 0 in the
 -- prompts that do not list it among their best, and n_prompts is the number of the others. f29_1234 is neuron 1234 of FFN
--- layer 29; a23.12_45 is dimension 45 of head 12 in layer 23, summed over positions. The tokens are the ten that the
--- neuron raises most, and least.
+-- layer 29, f29.3_45 is neuron 45 of its expert 3; a23.12_45 is dimension 45 of head 12 in layer 23, summed over
+-- positions. The tokens are the ten that the neuron raises most, and least.
 --
 -- Parameters:
 --   model
@@ -27,14 +27,14 @@ WITH best AS MATERIALIZED (
 )
 
 SELECT
-    best.model, best.dataset, category, component, rank, best.neuron_name, layer, head, neuron, score, exact,
-    n_prompts, n_kept, top_tokens, bottom_tokens
+    best.model, best.dataset, category, component, rank, best.neuron_name, layer, head, expert, neuron,
+    score, exact, n_prompts, n_kept, top_tokens, bottom_tokens
 FROM best
 LEFT JOIN tokens_of_neurons(
     (
         SELECT list({
             model: model, dataset: dataset_of_run, run: run, component: component, layer: layer, head: head,
-            neuron: neuron
+            expert: expert, neuron: neuron
         })
         FROM best
     )

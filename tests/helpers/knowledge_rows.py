@@ -92,6 +92,24 @@ def effect_rows(prompt_id: int, *heads: float) -> Rows:
     return [*measured, *estimated, *layers]
 
 
+def expert_rows(prompt_id: int, layer: int, *scores: float) -> Rows:
+    """expert_scores of one prompt and layer: a score for each expert that is used, the first ones."""
+    return [
+        {"prompt_id": prompt_id, "layer": layer, "expert": expert, "score": score}
+        for expert, score in enumerate(scores)
+    ]
+
+
+def router_rows(prompt_id: int, layer: int, chosen: int, *probabilities: float) -> Rows:
+    """router of one prompt and layer, which chooses one expert with the weight 0.5, and a probability for each."""
+    order = sorted(range(len(probabilities)), key=lambda expert: (expert != chosen, -probabilities[expert]))
+    return [
+        {"prompt_id": prompt_id, "layer": layer, "expert": expert, "chosen": expert == chosen, "rank": rank}
+        | {"weight": 0.5 * (expert == chosen), "probability": probabilities[expert]}
+        for rank, expert in enumerate(order, start=1)
+    ]
+
+
 def lens_rows(prompt_id: int, *ranks: int) -> Rows:
     """lens_readouts of one prompt after each block: the answer's rank."""
     return [
@@ -142,6 +160,21 @@ ALPHA: dict[str, Rows] = {
         *position_rows(0, 0, 0, (" the", 1.0, 1.0)),
         *position_rows(2, 1, 0, (" the", 1.0, 100.0)),
     ],
+    "expert_scores": [
+        *expert_rows(0, 2, 1.0, 2.0),
+        *expert_rows(1, 2, 3.0),
+        *expert_rows(3, 2, 0.5, 0.25),
+        *expert_rows(6, 2, 0.0, 1.0),
+        *(row for i in (2, 4, 5) for row in expert_rows(i, 2, 100.0)),
+    ],
+    "router": [
+        *router_rows(0, 2, 0, 0.5, 0.25, 0.25),
+        *router_rows(1, 2, 1, 0.25, 0.5, 0.25),
+        *router_rows(3, 2, 1, 0.0, 0.75, 0.25),
+        *router_rows(6, 2, 2, 0.0, 0.25, 0.75),
+        *(row for i in (2, 4, 5) for row in router_rows(i, 2, 2, 0.0, 0.0, 1.0)),
+    ],
+    "routing": [{"prompt_id": i, "layer": 2, "entropy": 0.25 * i} for i in range(7)],
     "effects": [
         *effect_rows(0, 1.0, 0.25, 2.0, 0.0),
         *effect_rows(1, 0.0, 0.5, 3.0, 1.0),

@@ -258,6 +258,7 @@ def _knowledge_tables(model: Model, per_category: int, top_k: int) -> Iterator[t
     yield "prompts", arrow_rows("prompts", known)
     ids = ids[kept]
     yield "layer_scores", _layer_scores(model, ids, rng)
+    yield "expert_scores", _expert_scores(model, ids)
     yield "head_scores", _head_scores(model, ids, rng)
     yield "head_position_scores", _head_positions(model, ids, rng)
     yield "neuron_scores", pa.concat_tables(_neurons(model, ids, top_k, c, rng) for c in ("attn", "ffn"))
@@ -274,6 +275,14 @@ def _late(model: Model, rng: np.random.Generator, *shape: int) -> NDArray[np.flo
     peak = np.exp(-0.5 * ((np.arange(model.n_layers) / model.n_layers - 0.75) / 0.1) ** 2)
     carried: NDArray[np.float64] = rng.gamma(2.0, 0.5, (*shape, model.n_layers)) * peak
     return carried
+
+
+def _expert_scores(model: Model, ids: NDArray[Any]) -> pa.Table:
+    """Scores of two of four experts in the last layer."""
+    experts = (ids[:, None] + np.arange(2)) % 4
+    scores = rng_of(model.name, "experts").normal(0.5, 0.2, experts.shape)
+    places = {"prompt_id": ids[:, None], "layer": model.n_layers - 1, "expert": experts}
+    return arrow_rows("expert_scores", places | {"score": scores})
 
 
 def _layer_scores(model: Model, ids: NDArray[Any], rng: np.random.Generator) -> pa.Table:

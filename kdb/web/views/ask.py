@@ -74,9 +74,10 @@ def query(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     # A figure with its own defaults shows other rows than these.
     fitting = [figure for figure in FIGURES.values() if figure.query == saved.name and not figure.defaults]
     drawn = fitting if context["answer"].rows else []
+    asked = {**chosen, **url_params.only("filter"), "sort": url_params.one("sort")}
     return context | {
         "charts": [chart(figure.name, chosen) for figure in drawn],
-        "downloads": [(f, url(f"/api/queries/{saved.name}", chosen, format=f)) for f in DOWNLOADS],
+        "downloads": [(f, url(f"/api/queries/{saved.name}", asked, format=f)) for f in DOWNLOADS],
         "ways": [*ways_to_ask(saved.name, chosen), Way("SQL", saved.shell_script(chosen))],
     }
 

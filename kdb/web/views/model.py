@@ -27,6 +27,7 @@ def model(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "model": name,
         "structure": structure,
         "anatomy": _anatomy(structure),
+        "n_experts": wh.sql("SELECT max(expert) + 1 AS n FROM experts WHERE model = ?", [name])["n"].item(),
         "choices": {
             "dataset": measured["concept"],
             "category": categories(wh) if measured["knowledge"] else [],
@@ -69,8 +70,12 @@ def _knowledge(wh: Warehouse, name: str, wanted: list[str]) -> dict[str, Any]:
     figures = ["layer-scores", "head-map", *["effect-map"] * effects]
     further = ["top-layers", "top-heads", "neurons-by-layer", *["layer-effect-map", "score-vs-effect"] * effects]
     further += ["answer-by-layer"] * has(wh, "lens_readouts", model=name)
+    experts = has(wh, "expert_scores", model=name)
+    figures += ["expert-map"] * experts
     tables = [asked(wh, "head-effects", {**about, "k": 5}, drop=["model"], folded=True)] if effects else []
     tables.append(asked(wh, "top-neurons", {**about, "k": 3}, drop=["model", "bottom_tokens", *IN_NAME]))
+    if experts:
+        tables.append(asked(wh, "top-experts", {**about, "k": 3}, drop=["model", *IN_NAME]))
     tables.append(asked(wh, "prompts", {**about, "k": 3}, drop=["model", "answer"]))
     charts, more = ([chart(one, about) for one in names] for names in (figures, further))
     return {"charts": charts, "further": more, "tables": tables}
@@ -96,6 +101,10 @@ def layer(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         tables.append(shown("top-layers", about, scores, ["model", "layer", "component"], _OF_LAYER))
         heads = _heads(wh, name, number)
         tables.append(_neurons(wh, name, number))
+        about = {"model": [name], "k": 3}
+        routed = wh.query("router-by-category", **about).filter(here)
+        if len(routed):
+            tables.append(shown("router-by-category", about, routed, ["model", *IN_NAME]))
     if measured["concept"]:
         accuracy = wh.query("layer-accuracy", model=[name]).filter(here)
         tables.append(shown("layer-accuracy", {"model": [name]}, accuracy.select(_ACCURACY), title=_AT_ITS_END))

@@ -14,6 +14,7 @@ from kdb.analysis.style import look_of
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import find_query
 from kdb.queries.domains import CLASSIFIERS, DOMAINS, Names
+from kdb.warehouse.schema import NEURON
 from kdb.web.cells import without_ends
 from kdb.web.templates import url
 from kdb.web.ways import Way, ways_to_ask, ways_to_draw
@@ -147,12 +148,23 @@ def table(title: str, frame: pl.DataFrame, columns: Sequence[str] | None = None,
     return Shown(title, [name for name in without_ends(names) if name not in shared], rows, shared=above, **more)
 
 
-IN_NAME = ("component", "layer", "head", "neuron")
+IN_NAME = NEURON
 """Columns that the name of a part says as well."""
 
 _MAY_BE_ABOVE = (
     *("model", "dataset", "variant", "run", "category", "site", "classifier", "split", "n_layers", "component", "lens"),
-    *("effect_method", "replacement", "role", "direction", "pool", "study", "neuron_name", "head_name", "method"),
+    *(
+        "effect_method",
+        "replacement",
+        "role",
+        "direction",
+        "pool",
+        "study",
+        "neuron_name",
+        "head_name",
+        "expert_name",
+        "method",
+    ),
 )
 """Columns that stand above a table if they are equal in all rows."""
 

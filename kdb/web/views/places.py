@@ -36,7 +36,9 @@ def neuron(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
     chosen = {key: value for key, value in about.items() if key in ("neuron", "model", "variant", "run")}
     found = wh.query("neuron-tokens", **chosen).to_dicts()
     if not found and not any(one.rows for one in (*tables, prompts)):
-        raise QueryError(f"{name}: not stored with any prompt. Names of neurons are like f29_1234 or a23.12_45.")
+        raise QueryError(
+            f"{name}: not stored with any prompt. Names of neurons are like f29_1234, f29.3_45 or a23.12_45."
+        )
     return {
         "title": f"Neuron {name}",
         "name": name,
@@ -49,9 +51,11 @@ def neuron(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
 
 
 def _place(name: str) -> dict[str, int | None]:
-    """Return the numbers in the name of a neuron: its layer, and its head if it is one of attention."""
-    layer, _, head = name[1:].partition("_")[0].partition(".")
-    return {"layer": int(layer), "head": int(head) if head else None}
+    """Return the numbers in the name of a neuron; its head is None in an FFN, its expert unless it is in one."""
+    part, _, neuron = name[1:].partition("_")
+    layer, _, within = part.partition(".")
+    found = {"layer": int(layer), "head": None, "expert": None, "neuron": int(neuron)}
+    return found | ({"head" if name.startswith("a") else "expert": int(within)} if within else {})
 
 
 def _by_sign(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -76,8 +80,7 @@ def _read_by_neuron(wh: Warehouse, about: dict[str, Any]) -> dict[tuple[Any, ...
     place = _place(about["neuron"])
     if place["head"] is None:
         return {}
-    number = int(about["neuron"].rpartition("_")[2])
-    rows = wh.sql(_READ_BY_NEURON, {**place, "neuron": number})
+    rows = wh.sql(_READ_BY_NEURON, {name: place[name] for name in ("layer", "head", "neuron")})
     return {_of_prompt(row): row["token"] for row in rows.to_dicts()}
 
 
@@ -107,14 +110,19 @@ def _three(text: str, token: str | None) -> tuple[str, str, str]:
 
 def _effects_of_neuron(wh: Warehouse, about: dict[str, Any], drop: Sequence[str]) -> list[Shown]:
     """Return the mean effects of an FFN neuron by category; nothing if it was never replaced."""
-    layer, _, number = about["neuron"].removeprefix("f").partition("_")
-    if not about["neuron"].startswith("f"):
+    place = _place(about["neuron"])
+    if place["head"] is not None:
         return []
     chosen = {name: value for name, value in about.items() if name != "neuron"}
     columns = ("model", "dataset", "category", "logp", "logit_diff", "kl", "n_prompts")
     frames = [
         mean_effects(wh, **chosen, effect_method=method)
-        .filter(component="ffn_neuron", layer=int(layer), neuron=int(number))
+        .filter(
+            pl.col("expert").eq_missing(place["expert"]),
+            component="ffn_neuron",
+            layer=place["layer"],
+            neuron=place["neuron"],
+        )
         .select(*columns, effect_method=pl.lit(method))
         for method in EFFECT_METHODS
     ]

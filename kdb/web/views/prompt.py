@@ -75,6 +75,7 @@ _PARTS = {
     "layer": "Layers",
     "head": "Heads",
     "head reads": "Tokens that heads read",
+    "expert": "Experts",
     "ffn value neuron": "FFN neurons that add to the answer",
     "attn value neuron": "Attention neurons that add to the answer",
     "query neuron of attn": "FFN neurons that activate those in attention",
@@ -99,6 +100,7 @@ def _story(wh: Warehouse, url_params: UrlParams, about: dict[str, Any], story: l
         "strip": _strip(_reads(wh, about), story[0]["text"]),
         "parts_": _parts(story, ways_to_ask("prompt-story", about), url("/queries/prompt-story", about)),
         "effects": MEAN_EFFECT if measured else EFFECTS,
+        "routers": _routers(wh, about),
         "charts": [chart("lens-map", about, "First choice after each part of each block")] if len(lens) else [],
         "lens": _lens(about, lens),
         **_neighbours(url_params, number),
@@ -122,6 +124,22 @@ def _parts(story: list[dict[str, Any]], ways: Any, address: str) -> list[Shown]:
         if rows:
             found.append(Shown(title, own, rows, address=address, ways=ways))
     return found
+
+
+_ROUTERS = """
+SELECT layer, expert_name(layer, expert) AS expert_name, weight, probability, entropy
+FROM router
+JOIN routing USING (model, dataset, run, prompt_id, layer)
+JOIN chosen_runs('router', $variant, $run) USING (model, dataset, run)
+WHERE chosen AND model = $model AND dataset = $dataset AND prompt_id = $prompt
+ORDER BY layer, rank
+"""
+
+
+def _routers(wh: Warehouse, about: Mapping[str, Any]) -> Shown | None:
+    """Return the experts that the routers choose in a prompt; None in a model without experts."""
+    rows = wh.sql(_ROUTERS, _of_story(about))
+    return table("Experts that each layer's router chooses at the last token", rows, folded=True) if len(rows) else None
 
 
 def _lens(about: Mapping[str, Any], lens: pl.DataFrame) -> Shown:
@@ -149,10 +167,12 @@ def _add_effects(wh: Warehouse, story: list[dict[str, Any]], about: Mapping[str,
     for method in _EFFECT_COLUMNS:
         rows = effects_by_prompt(wh, **chosen, effect_method=method).filter(prompt_id=about["prompt"])
         for row in rows.iter_rows(named=True):
-            found[(method, row["model"], row["component"], row["layer"], row["head"], row["neuron"])] = row["logp"]
+            found[(method, row["model"], row["component"], row["layer"], row["head"], row["expert"], row["neuron"])] = (
+                row["logp"]
+            )
     for row in story:
         part = {"head": "head", "layer": row["component"], "ffn value neuron": "ffn_neuron"}.get(row["part"])
-        key = (row["model"], part, row["layer"], row["head"], row["neuron"])
+        key = (row["model"], part, row["layer"], row["head"], row["expert"], row["neuron"])
         row |= {column: found.get((method, *key)) for method, column in _EFFECT_COLUMNS.items()}
     return bool(found)
 
@@ -190,9 +210,12 @@ ORDER BY position, score DESC
 
 def _reads(wh: Warehouse, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what each stored head reads at each position of a prompt."""
+    return wh.sql(_READS, _of_story(about)).to_dicts()
+
+
+def _of_story(about: Mapping[str, Any]) -> dict[str, Any]:
     params = {"model": about["model"][0], "dataset": about["dataset"], "prompt": about["prompt"]}
-    params |= {"variant": about.get("variant", "default"), "run": about.get("run")}
-    return wh.sql(_READS, params).to_dicts()
+    return params | {"variant": about.get("variant", "default"), "run": about.get("run")}
 
 
 def _strip(reads: list[dict[str, Any]], text: str) -> Strip:

@@ -57,24 +57,33 @@ def _datasets(wh: Warehouse) -> list[str]:
     return wh.sql("SELECT DISTINCT dataset FROM runs ORDER BY dataset")["dataset"].to_list()
 
 
-_PART = re.compile(r"(?P<kind>[af]?)(?P<layer>\d{1,4})(\.(?P<head>\d{1,4}))?(_(?P<neuron>\d{1,7}))?")
+_PART = re.compile(r"(?P<kind>[af]?)(?P<layer>\d{1,4})(\.(?P<within>\d{1,4}))?(_(?P<neuron>\d{1,7}))?")
+_SIZES = """
+SELECT model, max(n_layers) AS n_layers, max(n_heads) AS a, max(n_experts) AS f
+FROM models
+LEFT JOIN (
+    SELECT model, dataset, run, max(expert) + 1 AS n_experts FROM experts GROUP BY ALL
+) USING (model, dataset, run)
+GROUP BY model
+ORDER BY model
+"""
+"""Numbers of layers of each model, and of heads in its attention (a) and of experts in its FFN (f)."""
 
 
 def _parts(wh: Warehouse, wanted: str) -> list[Found]:
     """Return the part of each model that has this name, if the model is large enough."""
     match = _PART.fullmatch(wanted.lower())
-    if match is None or not (match["kind"] or match["head"]):
+    if match is None or not (match["kind"] or match["within"]):
         return []
-    rows = wh.sql("SELECT model, max(n_layers) AS n_layers, max(n_heads) AS n_heads FROM models GROUP BY model")
-    head, neuron = match["head"], match["neuron"]
+    kind, within, neuron = match["kind"] or "a", match["within"], match["neuron"]
     found = []
-    for row in rows.sort("model").to_dicts():
-        if int(match["layer"]) >= row["n_layers"] or int(head or 0) >= (row["n_heads"] or 0):
+    for row in wh.sql(_SIZES).to_dicts():
+        if int(match["layer"]) >= row["n_layers"] or (within is not None and int(within) >= (row[kind] or 0)):
             continue
         if neuron is not None:
             address = url("/neuron", model=row["model"], neuron=wanted.lower())
-        elif head is not None:
-            address = url("/head", model=row["model"], layer=match["layer"], head=head)
+        elif within is not None and kind == "a":
+            address = url("/head", model=row["model"], layer=match["layer"], head=within)
         else:
             address = url("/layer", model=row["model"], layer=match["layer"])
         found.append(Found(wanted.lower(), address, row["model"]))
@@ -82,7 +91,9 @@ def _parts(wh: Warehouse, wanted: str) -> list[Found]:
 
 
 _BY_TOKEN = f"""
-SELECT model, neuron_name(component, layer, head, neuron) AS name, arg_min(token, rank) AS token, min(rank) AS rank
+SELECT
+    model, neuron_name(component, layer, head, expert, neuron) AS name, arg_min(token, rank) AS token,
+    min(rank) AS rank
 FROM neuron_tokens
 JOIN current_runs USING (model, dataset, run)
 WHERE table_name = 'neuron_tokens' AND variant = 'default' AND sign = 'top' AND contains(lower(token), lower($wanted))
