@@ -22,7 +22,6 @@ from tiny_architectures import CANNOT_BE_BUILT, is_encoder_decoder, save_model
 
 import kdb
 from kdb.errors import KdbError
-from kdb.warehouse.schema import TABLES
 
 ALLOWED = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest difference that rounding explains: of states and coefficients, relative; of scores, in nats."""
@@ -162,8 +161,7 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
         with tempfile.TemporaryDirectory() as place:
             stored = ingested(tiny, study, Path(place))
             run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
-        if kind in NOT_DECODERS:
-            run = Run("fault", f"measured, although its kind is {kind}")
+            run = _wrong_sizes(stored, tiny, kind) or run
     except KdbError as error:
         # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
         mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)
@@ -197,6 +195,18 @@ def ingested(tiny: TinyModel, study: str, place: Path) -> Any:
     where = place / "warehouse"
     kdb.ingest(tiny.folder, place / "texts.csv", warehouse=where, dtype=tiny.dtype, name="tiny", **options)
     return kdb.open(where)
+
+
+def _wrong_sizes(stored: Any, tiny: TinyModel, kind: str) -> Run | None:
+    """Return a fault if a model is stored as what it is not, or with another number of parameters."""
+    found, n_params = stored.sql("SELECT architecture_kind, n_params FROM models").row(0)
+    expected = next(one for one in (*NOT_DECODERS, "state-space", "hybrid", "experts", "dense") if one in kind)
+    own = sum(weight.numel() for weight in tiny.plain().parameters())
+    if found != expected:
+        return Run("fault", f"its kind is stored as {found}, expected {expected}")
+    if n_params != own and "wrapper" not in kind:  # of a wrapper, only the text model counts
+        return Run("fault", f"{n_params:,} parameters are stored, expected {own:,}")
+    return None
 
 
 # Comparing -------------------------------------------------------------------------------------------------------
@@ -305,8 +315,6 @@ def _coefficients(stored: Any, scores: Scores, prompt: int) -> Iterator[float]:
 
 def _experts(stored: Any, scores: Scores, prompt: int) -> Iterator[float]:
     """Differences of the scores of whole experts."""
-    if "expert_scores" not in TABLES:
-        return
     query = f"SELECT layer, expert, score FROM expert_scores WHERE prompt_id = {prompt}"
     for layer, expert, score in stored.sql(query).rows():
         yield abs(score - scores.expert(layer, expert))
