@@ -110,8 +110,9 @@ def kind_of(name: str, model: Any, *, causal: bool) -> str:
     text = model.config.get_text_config()
     prefix = type(text).__name__.replace("TextConfig", "").replace("Config", "")
     classes = {type(module).__name__.replace(prefix, "").lower() for module in model.modules()}
-    mixer = any(word in one for one in classes for word in _MIXERS) or prefix.lower() in ("mamba", "mamba2", "rwkv")
-    attention = any("attention" in one and not any(word in one for word in _MIXERS) for one in classes)
+    rwkv = prefix == "Rwkv"  # which calls its mixer attention
+    mixer = rwkv or any(word in one for one in classes for word in _MIXERS)
+    attention = not rwkv and any("attention" in x and not any(word in x for word in _MIXERS) for x in classes)
     experts = any("expert" in one or "moe" in one for one in classes)
     own = attention and not getattr(model, "_supports_sdpa", True)
     kinds = ["hybrid" if mixer and attention else "state-space" if mixer else "", "experts" if experts else ""]
@@ -159,9 +160,9 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
     begun = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as place:
-            stored = ingested(tiny, study, Path(place))
-            run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
-            run = _wrong_sizes(stored, tiny, kind) or run
+            with ingested(tiny, study, Path(place)).snapshot() as stored:  # one connection for all questions
+                run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
+                run = _wrong_sizes(stored, tiny, kind) or run
     except KdbError as error:
         # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
         mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)
