@@ -22,7 +22,6 @@ from tiny_architectures import CANNOT_BE_BUILT, is_encoder_decoder, save_model
 
 import kdb
 from kdb.errors import KdbError
-from kdb.warehouse.schema import TABLES
 
 ALLOWED = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest difference that rounding explains: of states and coefficients, relative; of scores, in nats."""
@@ -111,8 +110,9 @@ def kind_of(name: str, model: Any, *, causal: bool) -> str:
     text = model.config.get_text_config()
     prefix = type(text).__name__.replace("TextConfig", "").replace("Config", "")
     classes = {type(module).__name__.replace(prefix, "").lower() for module in model.modules()}
-    mixer = any(word in one for one in classes for word in _MIXERS) or prefix.lower() in ("mamba", "mamba2", "rwkv")
-    attention = any("attention" in one and not any(word in one for word in _MIXERS) for one in classes)
+    rwkv = prefix == "Rwkv"  # which calls its mixer attention
+    mixer = rwkv or any(word in one for one in classes for word in _MIXERS)
+    attention = not rwkv and any("attention" in x and not any(word in x for word in _MIXERS) for x in classes)
     experts = any("expert" in one or "moe" in one for one in classes)
     own = attention and not getattr(model, "_supports_sdpa", True)
     kinds = ["hybrid" if mixer and attention else "state-space" if mixer else "", "experts" if experts else ""]
@@ -160,10 +160,9 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
     begun = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as place:
-            stored = ingested(tiny, study, Path(place))
-            run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
-        if kind in NOT_DECODERS:
-            run = Run("fault", f"measured, although its kind is {kind}")
+            with ingested(tiny, study, Path(place)).snapshot() as stored:  # one connection for all questions
+                run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
+                run = _wrong_sizes(stored, tiny, kind) or run
     except KdbError as error:
         # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
         mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)
@@ -197,6 +196,18 @@ def ingested(tiny: TinyModel, study: str, place: Path) -> Any:
     where = place / "warehouse"
     kdb.ingest(tiny.folder, place / "texts.csv", warehouse=where, dtype=tiny.dtype, name="tiny", **options)
     return kdb.open(where)
+
+
+def _wrong_sizes(stored: Any, tiny: TinyModel, kind: str) -> Run | None:
+    """Return a fault if a model is stored as what it is not, or with another number of parameters."""
+    found, n_params = stored.sql("SELECT architecture_kind, n_params FROM models").row(0)
+    expected = next(one for one in (*NOT_DECODERS, "state-space", "hybrid", "experts", "dense") if one in kind)
+    own = sum(weight.numel() for weight in tiny.plain().parameters())
+    if found != expected:
+        return Run("fault", f"its kind is stored as {found}, expected {expected}")
+    if n_params != own and "wrapper" not in kind:  # of a wrapper, only the text model counts
+        return Run("fault", f"{n_params:,} parameters are stored, expected {own:,}")
+    return None
 
 
 # Comparing -------------------------------------------------------------------------------------------------------
@@ -305,8 +316,6 @@ def _coefficients(stored: Any, scores: Scores, prompt: int) -> Iterator[float]:
 
 def _experts(stored: Any, scores: Scores, prompt: int) -> Iterator[float]:
     """Differences of the scores of whole experts."""
-    if "expert_scores" not in TABLES:
-        return
     query = f"SELECT layer, expert, score FROM expert_scores WHERE prompt_id = {prompt}"
     for layer, expert, score in stored.sql(query).rows():
         yield abs(score - scores.expert(layer, expert))

@@ -217,12 +217,13 @@ def _component(plain: Plain, within: Sequence[Call], call: Call, *, last: bool) 
     owners = [plain.model.get_submodule(".".join([block, *path[:n]])) for n in range(1, len(path) + 1)]
     classes = [type(owner).__name__.replace(model, "").lower() for owner in owners]
     # Nemotron-H calls all its parts mixer, so only a class of that name is one.
-    for words in (classes, [name.replace("_", "") for name in path if name != "mixer"]):
-        for word in words:
-            if any(name in word for name in _MIXERS):
-                return "mixer"
-            if "attn" in word or "attention" in word:
-                return "attn"
-            if any(name in word for name in _FFNS):
-                return "ffn"
-    return "ffn" if last else "attn"
+    names = [name.replace("_", "") for name in path if name != "mixer"]
+    return next(filter(None, map(_part_by_name, [*classes, *names])), "ffn" if last else "attn")
+
+
+def _part_by_name(name: str) -> str | None:
+    if any(word in name for word in _MIXERS):
+        return "mixer"
+    if "attn" in name or "attention" in name:
+        return "attn"
+    return "ffn" if any(word in name for word in _FFNS) else None

@@ -95,7 +95,6 @@ _SIZES: Sequence[tuple[str, int]] = (
         16,
     ),
     (r"keep_window_size|index_topk|floor_scale", 256),
-    (r".*vocab_size.*|.*vocab|num_embeddings", 0),  # see below
     (r"(ssm_|mamba_d_)?state(_size)?|time_step_rank|mamba_dt_rank", 8),
     (r"image_size|crop_size", 28),
     (r".*patch_size", 14),
@@ -156,18 +155,22 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 def _shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make the settings of a config, or of a part of it, small."""
-    places = _chosen_layers(settings)
-    found, used = {}, 0
+    places, n = _chosen_layers(settings), _n_layers(settings)
+    tokens = [name for name in settings if re.fullmatch(r".*(token_id|token_index)", name)]
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             found[name] = _shrunk(value) if all(isinstance(key, str) for key in value) else value
-        elif re.fullmatch(r".*(token_id|token_index)", name):
-            found[name] = _token(name, value, used)
-            used += 1
         elif isinstance(value, list):
-            found[name] = _short(name, value, places if len(value) == _n_layers(settings) else ())
+            found[name] = _short(name, value, places if len(value) == n else ())
         else:
-            found[name] = _small(name, value)
+            found[name] = _token(name, value, tokens.index(name)) if name in tokens else _small(name, value)
+    return found | _tied(settings, found, places)
+
+
+def _tied(settings: Mapping[str, Any], small: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """Settings that others determine."""
+    found: dict[str, Any] = {}
     if settings.get("head_dim", 0) is None:
         found["head_dim"] = HIDDEN // HEADS
     if settings.get("num_key_value_heads", 0) is None:
@@ -175,7 +178,7 @@ def _shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("kv_lora_rank"):  # latent attention has no groups
         found["num_key_value_heads"] = HEADS
     if settings.get("per_layer_config"):
-        found["per_layer_config"] = _layer_settings(settings, found, places)
+        found["per_layer_config"] = _layer_settings(settings, {**small, **found}, places)
     return found
 
 
@@ -197,8 +200,9 @@ def _token(name: str, value: Any, used: int) -> Any:
 def _small(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
-    small = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), value)
-    return len(letters()) if re.fullmatch(r".*vocab(_size.*)?|num_embeddings", name) else min(small, value)
+    if re.fullmatch(r".*vocab(_size.*)?|num_embeddings", name):
+        return len(letters())
+    return min(value, next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), value))
 
 
 def _n_layers(settings: Mapping[str, Any]) -> int:
@@ -240,13 +244,12 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     config = tiny_config(kind)
     listed = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     model = (AutoModelForCausalLM if listed else AutoModelForImageTextToText).from_config(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.3)
-            else:  # a norm's scale or a bias stays near what it is
-                weight.nan_to_num_(0, 0, 0).add_(torch.randn_like(weight), alpha=0.1)
-    return model.eval().requires_grad_(False)
+    for weight in model.eval().requires_grad_(False).parameters():
+        if weight.dim() > 1:
+            weight.normal_(0, 0.2)
+        else:  # a norm's scale or a bias stays near what it is
+            weight.nan_to_num_(0, 0, 0).add_(torch.randn_like(weight), alpha=0.1)
+    return model
 
 
 def is_encoder_decoder(kind: str) -> bool:

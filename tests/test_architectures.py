@@ -6,6 +6,7 @@ benchmarks/architectures.py does the same with every architecture, and writes do
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -47,9 +48,12 @@ def test_a_model_of_each_kind_is_measured_as_the_page_says(name: str) -> None:
     measure_type(name, STUDIES, ["float32"], found.append)
     assert found[-1].kind == KINDS[name]
     assert not faults(found)
-    documented = PAGE.read_text()
-    for cell in line(found[-1], STUDIES, ["float32"]).split(" | ")[2:]:
-        assert cell.strip(" |") in documented
+    documented = next(row for row in PAGE.read_text().splitlines() if row.startswith(f"| {name} |"))
+    for run, cell in zip(found[-1].runs.values(), documented.split(" | ")[2:], strict=True):
+        bounds = re.match(r"< (1e-\d+), ", cell)
+        assert bounds, f"{name} was measured, and {PAGE.name} says {cell!r}: run `make architectures`"
+        assert max(run.differences.values()) < float(bounds[1])
+        assert not run.missing
 
 
 @pytest.mark.slow
