@@ -159,10 +159,12 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
     """Measure a model; anything that is raised except kdb's own errors is a fault."""
     begun = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as place:
-            with ingested(tiny, study, Path(place)).snapshot() as stored:  # one connection for all questions
-                run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
-                run = _wrong_sizes(stored, tiny, kind) or run
+        with (
+            tempfile.TemporaryDirectory() as place,
+            ingested(tiny, study, Path(place)).snapshot() as stored,  # one connection for all questions
+        ):
+            run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
+            run = _wrong_sizes(stored, tiny, kind) or run
     except KdbError as error:
         # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
         mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)

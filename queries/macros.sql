@@ -369,11 +369,12 @@ CREATE MACRO check_order("check") AS (
             [
                 'resid_post', 'final_norm', 'readout', 'readout_kl', 'stored_states', 'stored_answers', 'stored_probs',
                 'logits', 'logits_kl', 'residual_sum', 'head_sum', 'ffn_sum', 'value_keys', 'ffn_keys',
-                'frozen_readout', 'frozen_readout_kl', 'layer_score_sum'
+                'frozen_readout', 'frozen_readout_kl', 'head_positions',
+                'ffn_neurons', 'layer_score_sum'
             ],
             "check"
         ),
-        18
+        20
     ),
     "check"
 );

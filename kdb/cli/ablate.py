@@ -15,7 +15,6 @@ from kdb.cli.settings import knowledge_run_options
 from kdb.errors import QueryError
 from kdb.ingest.settings import Ablating, settings_from
 from kdb.queries.domains import MODES
-from kdb.warehouse.schema import NEURON
 
 if TYPE_CHECKING:
     from kdb.ingest.models.find import LoadedModel
@@ -119,6 +118,8 @@ def ablate(
 
 def _names(opened: Warehouse, run: str, label: str) -> str:
     """Return the names of the parts of a stored set, or of its first ones."""
+    from kdb.warehouse.schema import NEURON
+
     neuron = ", ".join(NEURON)
     named = (
         f"SELECT DISTINCT ON ({neuron}) coalesce(neuron_name({neuron}), head_name(layer, head), "
