@@ -159,12 +159,8 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
     """Measure a model; anything that is raised except kdb's own errors is a fault."""
     begun = time.monotonic()
     try:
-        with (
-            tempfile.TemporaryDirectory() as place,
-            ingested(tiny, study, Path(place)).snapshot() as stored,  # one connection for all questions
-        ):
-            run = compare_concept(stored, tiny) if study == "concept" else compare_knowledge(stored, tiny)
-            run = _wrong_sizes(stored, tiny, kind) or run
+        with tempfile.TemporaryDirectory() as place:
+            run = _compared(ingested(tiny, study, Path(place)), tiny, study, kind)
     except KdbError as error:
         # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
         mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)
@@ -174,6 +170,13 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
         run = Run("fault", last_line(error))
     run.seconds = round(time.monotonic() - begun, 1)
     return run
+
+
+def _compared(warehouse: Any, tiny: TinyModel, study: str, kind: str) -> Run:
+    compare = compare_concept if study == "concept" else compare_knowledge
+    with warehouse.snapshot() as stored:  # one connection for all questions
+        run = compare(stored, tiny)
+        return _wrong_sizes(stored, tiny, kind) or run
 
 
 def last_line(error: Exception) -> str:
