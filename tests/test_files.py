@@ -298,12 +298,12 @@ def test_a_token_beyond_the_embedding_is_named_with_its_prompt_before_anything_i
 ) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    token = {"id": 300, "content": "sun", "special": False, "lstrip": False, "rstrip": False}
+    token = {"id": 300, "content": "Day 39", "special": False, "lstrip": False, "rstrip": False}
     content["added_tokens"].append(token | {"single_word": False, "normalized": False})
     path.write_text(json.dumps(content))
     refused = ingest(folder)
     assert refused.exit_code == 2
-    assert re.search(r"Prompt \d+ of .*sun.* has token 300, and the embedding of mine has 256 rows", refused.stderr)
+    assert re.search(r"Prompt 39 of .*Day 39.* has token 256, and the embedding of mine has 256 rows", refused.stderr)
     assert "Traceback" not in refused.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kdb.ingest.models.parts import setting
 from kdb.ingest.models.structure import ffn_width, largest
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def token_bytes(config: Any, size: int) -> int:
     ``size`` is the bytes of one number. Copies of a shared prefix are not counted; ``SHARE`` leaves room for them.
     """
     text = config.get_text_config(decoder=True)
-    heads = largest(getattr(text, "num_attention_heads", None)) or 1
-    head_dim = largest(getattr(text, "head_dim", None)) or text.hidden_size // heads
-    kv_heads = largest(getattr(text, "num_key_value_heads", None)) or heads
+    heads = largest(setting(text, "num_attention_heads")) or 1
+    head_dim = largest(setting(text, "head_dim")) or text.hidden_size // heads
+    kv_heads = largest(setting(text, "num_key_value_heads")) or heads
     kept = 2 * text.num_hidden_layers * kv_heads * head_dim
     return int(size * (kept + 3 * ffn_width(text) + 6 * text.hidden_size + 4 * heads * head_dim))

@@ -19,6 +19,7 @@ from kdb.ingest.models.files import CONFIG, adapter_files, model_files, only, re
 from kdb.ingest.models.find import LoadedModel, ModelSource
 from kdb.ingest.models.gguf import unpacked, what_it_says
 from kdb.ingest.models.guard import model_errors
+from kdb.ingest.models.parts import setting
 from kdb.ingest.models.quantize import bitsandbytes_config, quantize_on_cpu
 from kdb.ingest.models.shape import N_EXPERTS, TOP_K, first_number, shape_of
 from kdb.ingest.models.tensors import Tensor, tensors_of
@@ -218,10 +219,10 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
     """Raise ModelError for a config whose sizes are impossible, or far too large for the files."""
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        value = getattr(text, name, 1)  # a state-space model has no heads
+        value = setting(text, name, 1)  # a state-space model has no heads
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"The config of {source.name} has {name} = {value!r}: expected a whole number from 1.")
-    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    heads, kv_heads = setting(text, "num_attention_heads"), setting(text, "num_key_value_heads")
     if heads and kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads):
         raise ModelError(
             f"The config of {source.name} has num_key_value_heads = {kv_heads!r}, which does not divide its "

@@ -30,6 +30,16 @@ _MIXER_CLASS = re.compile(
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
 
 
+def setting(config: Any, name: str, otherwise: Any = None) -> Any:
+    """Return a setting of a config; ``otherwise`` if it has none of that name, or another one for each layer."""
+    from transformers.integrations.heterogeneity import configuration_utils as by_layer
+
+    try:
+        return getattr(config, name, otherwise)
+    except by_layer.AmbiguousGlobalPerLayerAttributeError:
+        return otherwise
+
+
 def text_blocks(model: Any) -> tuple[nn.Module, ...]:
     """Return the blocks of the text model, in order; raise ModelError if they are not found.
 

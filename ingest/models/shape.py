@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdb.ingest.models.parts import attention_of, experts_of, ffn_of, mixer_of, text_blocks
+from kdb.ingest.models.parts import attention_of, experts_of, ffn_of, mixer_of, setting, text_blocks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +163,7 @@ def first_number(holder: Any, names: Sequence[str], otherwise: int) -> int:
 
 def _numbers(holder: Any, names: Sequence[str]) -> Iterator[int]:
     for name in names:
-        value = getattr(holder, name, None)
+        value = setting(holder, name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             yield value
 

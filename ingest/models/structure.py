@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
-from kdb.ingest.models.parts import ffn_of, text_blocks
+from kdb.ingest.models.parts import ffn_of, setting, text_blocks
 from kdb.ingest.models.trace import BlockOutput, Trace, can_pad, trace
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def ffn_width(text: Any) -> int:
     """Number of FFN neurons per layer, from a text config, whatever the architecture calls it."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
     # GPT-2's n_inner is null if the width is four times the hidden size.
-    return next(filter(None, (largest(getattr(text, name, None)) for name in names)), 4 * int(text.hidden_size))
+    return next(filter(None, (largest(setting(text, name)) for name in names)), 4 * int(text.hidden_size))
 
 
 def largest(value: Any) -> int:
