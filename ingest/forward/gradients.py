@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.attention import watched_attention
-from kdb.ingest.forward.decomposition import Block, Decomposition
+from kdb.ingest.forward.blocks import Block
+from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.ffn import Dense
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.linear import Norm

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdb.errors import ModelError
-from kdb.ingest.forward.decomposition import Block, Decomposition
+from kdb.ingest.forward.blocks import Block
+from kdb.ingest.forward.decomposition import Decomposition
 from kdb.ingest.forward.length_classes import forget_longest
 from kdb.ingest.forward.memory import tokens_at_once
 

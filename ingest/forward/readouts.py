@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kdb.ingest.forward.decomposition import Block
+    from kdb.ingest.forward.blocks import Block
     from kdb.ingest.models.find import LoadedModel
     from kdb.ingest.models.structure import ModelStructure
 
