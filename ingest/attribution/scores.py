@@ -647,10 +647,10 @@ class Attribution:
                 continue
             fired = cache.coefficients[i, prompt[:, used], position[:, used]]
             weight = earlier[:, used] * cache.ffn_scale[i, prompt[:, used], position[:, used]]
-            of_neurons = torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T))
+            of_slots = torch.einsum("bj,bjn->bn", weight.float(), fired * (keys[:, used] @ columns.T))
             if self.fires is not None:  # the neurons of experts that were not chosen, and slots without a neuron
-                of_neurons = of_neurons.masked_fill((fired == 0).all(1), -torch.inf)
-            neurons.append(of_neurons)
+                of_slots = of_slots.masked_fill((fired == 0).all(1), -torch.inf)
+            neurons.append(of_slots)
         left = torch.where(values.layer >= 0, total.abs() / size, 1.0).clamp(max=1).amin(1)
         by_layer = {component: torch.stack(parts, dim=1) for component, parts in layers.items()}
         total_of = torch.stack(neurons, dim=1), (share * embed).sum(1)

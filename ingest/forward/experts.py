@@ -47,7 +47,10 @@ class Experts:
     def __init__(self, module: Any) -> None:
         """Raises ModelError for experts that are not two projections with an activation between them."""
         self.module = module
-        self.first, self.down, self.first_bias, self.down_bias, self.activate = _parts(module)
+        parts = _parts(module)
+        self.first: torch.Tensor = parts.first
+        self.down: torch.Tensor = parts.down
+        self.first_bias, self.down_bias, self.activate = parts.first_bias, parts.down_bias, parts.activate
         self.n_experts, self.width = len(self.down), self.down.shape[2]
         self.key_rows = self._key_rows()
 
@@ -141,8 +144,7 @@ class Experts:
     def _fired(self, states: torch.Tensor, expert: int) -> torch.Tensor:
         """Activations (token, neuron) of one expert."""
         first = states @ self.first[expert].T
-        fired: torch.Tensor = self.activate(first if self.first_bias is None else first + self.first_bias[expert])
-        return fired
+        return self.activate(first if self.first_bias is None else first + self.first_bias[expert])
 
     def _project(self, fired: torch.Tensor, expert: int) -> torch.Tensor:
         return fired @ self.down[expert].T
@@ -220,8 +222,18 @@ def experts(module: Any) -> Experts:
     return ScaledInputs(module) if n_inputs == 1 else Experts(module)
 
 
-def _parts(module: Any) -> tuple[Any, ...]:
-    """The first projections (expert, row, entry), the last ones (expert, entry, neuron), biases, and the activation."""
+@dataclass(frozen=True)
+class _Parts:
+    """First projections (expert, row, entry), last ones (expert, entry, neuron), their biases, and the activation."""
+
+    first: torch.Tensor
+    down: torch.Tensor
+    first_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    activate: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _parts(module: Any) -> _Parts:
     if getattr(module, "has_post_expert_norm", False) or not hasattr(module, "down_proj"):
         return _stacked(module)
     gated = hasattr(module, "gate_up_proj")
@@ -232,21 +244,21 @@ def _parts(module: Any) -> tuple[Any, ...]:
         first, down = first.detach(), down.detach()
     else:
         first, down = first.detach().transpose(1, 2), down.detach().transpose(1, 2)
-    act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+    act: Callable[[torch.Tensor], torch.Tensor] = getattr(module, "act_fn", None) or module.activation_fn
 
     def gate(x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, dim=-1)
         return act(a) * b
 
-    activate = getattr(module, "_apply_gate", gate) if gated else act
-    return first, down, getattr(module, f"{name}_bias", None), getattr(module, "down_proj_bias", None), activate
+    biases = getattr(module, f"{name}_bias", None), getattr(module, "down_proj_bias", None)
+    return _Parts(first, down, *biases, getattr(module, "_apply_gate", gate) if gated else act)
 
 
-def _stacked(module: Any) -> tuple[Any, ...]:
+def _stacked(module: Any) -> _Parts:
     """The parts of experts whose rows stand one expert after another in one matrix (DBRX)."""
     import torch
 
-    mlp = getattr(module, "mlp", None)
+    mlp: Any = getattr(module, "mlp", None)
     if not all(hasattr(mlp, name) for name in ("w1", "v1", "w2")):
         raise ModelError(f"{type(module).__name__} has experts of a form that kdb does not know.")
     n = module.num_experts
@@ -257,4 +269,4 @@ def _stacked(module: Any) -> tuple[Any, ...]:
         product: torch.Tensor = mlp.activation_fn(a) * b
         return product
 
-    return torch.cat([w1, v1], dim=1), w2.transpose(1, 2), None, None, gate
+    return _Parts(torch.cat([w1, v1], dim=1), w2.transpose(1, 2), None, None, gate)

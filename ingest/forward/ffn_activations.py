@@ -144,7 +144,8 @@ class FfnActivations:
         if routing is not None:
             return routing.spread(part.n_experts)[1][tokens]
         if isinstance(part, ScaledInputs):
-            return self.fired[i][tokens].view(len(tokens), part.n_experts, -1).any(2)
+            fired: torch.Tensor = self.fired[i][tokens]
+            return fired.view(len(tokens), part.n_experts, -1).any(2)
         return torch.ones(len(tokens), part.n_experts, dtype=torch.bool, device=tokens.device)
 
     def router_probs(self, i: int, tokens: torch.Tensor) -> torch.Tensor:
