@@ -38,7 +38,8 @@ class FfnLayout:
     def neurons(self, slots: Slots) -> NDArray[np.int64]:
         """Return the number of each slot's neuron within its expert; in a dense FFN, within the layer."""
         first = np.asarray((*self.starts, 0))[self.experts(slots)]  # the last is that of no expert, −1
-        return np.asarray(slots) - first
+        within: NDArray[np.int64] = np.asarray(slots) - first
+        return within
 
     def slot(self, expert: int | None, neuron: int) -> int:
         """Return the slot of an expert's neuron; ``expert`` is None in a dense FFN."""
