@@ -194,7 +194,8 @@ def source_options(source: RunFolder) -> dict[str, Any]:
 def _shape(source: RunFolder, model: Mapping[str, Any]) -> Shape:
     experts = stored_experts(source)
     layouts = stored_layouts(model, experts) if experts else ()
-    return Shape(model["n_layers"], model["n_heads"], model["head_dim"], model["intermediate_size"], layouts)
+    entries = model.get("value_head_dim") or model["head_dim"] or 0  # runs of schema 5 and older have no value_head_dim
+    return Shape(model["n_layers"], model["n_heads"] or 0, entries, model["intermediate_size"] or 0, layouts)
 
 
 def _first(run: RunFolder, table: str) -> dict[str, Any]:
