@@ -194,8 +194,8 @@ def source_options(source: RunFolder) -> dict[str, Any]:
 def _shape(source: RunFolder, model: Mapping[str, Any]) -> Shape:
     experts = stored_experts(source)
     layouts = stored_layouts(model, experts) if experts else ()
-    head_size = model.get("value_head_dim") or model["head_dim"] or 0
-    return Shape(model["n_layers"], model["n_heads"] or 0, head_size, model["intermediate_size"] or 0, layouts)
+    entries = model.get("value_head_dim") or model["head_dim"] or 0  # runs of schema 5 and older have no value_head_dim
+    return Shape(model["n_layers"], model["n_heads"] or 0, entries, model["intermediate_size"] or 0, layouts)
 
 
 def _first(run: RunFolder, table: str) -> dict[str, Any]:

@@ -33,7 +33,10 @@ from kdb.ingest.rows import Rows
 from kdb.ingest.settings import Attributing, Measuring, Patching, Probing
 from kdb.ingest.stages import Shard
 from kdb.text import in_line
-from kdb.warehouse.schema import NEURON
+from kdb.warehouse.schema import NEURON, arrow_schema
+
+_OF_PARTS = ("head_scores", "head_position_scores", "neuron_scores")
+"""Tables that a model without heads or neurons has no rows of."""
 
 _SHOWN = 5
 """Number of heads and neurons that a notebook shows."""
@@ -109,11 +112,17 @@ def attribute(
     every = Shard("prompt", [0])
     _collected(study.checked(subject, every, _unseen))
     tables = _collected([*study.kept(subject, every, _unseen), *study.attributed(subject, every, _unseen)])
+    empty = {name: pl.from_arrow(arrow_schema(name).empty_table()) for name in _OF_PARTS if name not in tables}
+    tables |= {name: frame for name, frame in empty.items() if isinstance(frame, pl.DataFrame)}
     [row] = tables["prompts"].to_dicts()
     some = Some((known(row),), [0], [(_wanted(target, exact), None)])
     tables |= _collected(effect_rows(subject.patched, Shard("prompt", some), _unseen))
     neurons = tables["neuron_scores"].select(NEURON).unique(maintain_order=True).to_arrow()
-    tables |= _collected(study.tokens(subject, Shard("prompt", neurons), _unseen))
+    named = arrow_schema("neuron_tokens").empty_table() if not len(neurons) else None
+    tokens = (
+        study.tokens(subject, Shard("prompt", neurons), _unseen) if named is None else [Rows("neuron_tokens", [named])]
+    )
+    tables |= _collected(tokens)
     return _result(job, row, tables)
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from kdb.errors import QueryError, WarehouseError
+from kdb.errors import ModelError, QueryError, WarehouseError
 from kdb.ingest.attribution.effects import Category, Known, Parts, effect_rows, every_part
 from kdb.ingest.attribution.targets import target_token
 from kdb.ingest.execution.local import LocalEngine
 from kdb.ingest.forward.layout import FfnLayout, stored_layouts
 from kdb.ingest.forward.memory import most_per_shard
-from kdb.ingest.forward.patching import Part, can_be_replaced
+from kdb.ingest.forward.patching import Part, can_be_replaced, has_part
 from kdb.ingest.job import derived_identity
 from kdb.ingest.models.find import LoadedModel, ModelSource, check_revision
 from kdb.ingest.models.guard import model_errors
@@ -113,6 +113,11 @@ def _possible(decomposition: Decomposition, wanted: Patching, parts: Parts) -> P
 def _parts(decomposition: Decomposition, wanted: Patching, parts: Sequence[Part] | None) -> Parts:
     if parts is None:
         return {component: every_part(decomposition, component) for component in wanted.components}
+    for part in parts:
+        if not has_part(decomposition, part):
+            raise ModelError(
+                f"{decomposition.loaded.source.name} has no {_NOUN[part.component]} in its layer {part.layer}."
+            )
     return {component: [p for p in parts if p.component == component] for component in wanted.components}
 
 
@@ -228,11 +233,9 @@ def read_part(name: str, model: Mapping[str, Any], experts: Sequence[Mapping[str
     component = next(c for c, key in _KEY_OF.items() if key in number)
     if layer >= model["n_layers"]:
         raise QueryError(f"{name} does not exist: layers 0 to {model['n_layers'] - 1} do.")
-    for what, key, size in (("head", "head", "n_heads"), ("FFN neuron", "neuron", "intermediate_size")):
-        if key in number and not model[size]:
-            raise QueryError(f"{name} does not exist: this model has no {what}s.")
-    if "head" in number and number["head"] >= model["n_heads"]:
-        raise QueryError(f"{name} does not exist: heads 0 to {model['n_heads'] - 1} do.")
+    if number.get("head", -1) >= (n_heads := model["n_heads"] or 0):
+        exist = f"heads 0 to {n_heads - 1} do" if n_heads else "the model has no heads"
+        raise QueryError(f"{name} does not exist: {exist}.")
     slot = -1
     if "neuron" in number:
         slot = _slot(name, stored_layouts(model, experts)[layer], number.get("expert"), number["neuron"])
@@ -248,10 +251,14 @@ def _slot(name: str, layout: FfnLayout, expert: int | None, neuron: int) -> int:
         there = f"experts 0 to {n_experts - 1} do" if n_experts else "the layer has no experts"
         raise QueryError(f"{name} does not exist: {there}.")
     width = len(layout.slots(expert or 0))
+    if not width:
+        raise QueryError(f"{name} does not exist: the layer has no FFN neurons.")
     if neuron >= width:
         raise QueryError(f"{name} does not exist: FFN neurons 0 to {width - 1} do.")
     return layout.slot(expert, neuron)
 
+
+_NOUN = {"head": "such head", "attn": "attention", "ffn": "FFN", "ffn_neuron": "such FFN neuron"}
 
 _KEY_OF = {"head": "head", "ffn_neuron": "neuron", "attn": "attn", "ffn": "ffn", "resid": "resid"}
 """The group of ``_NAME`` that tells each component, in the order in which they are looked for."""
@@ -325,7 +332,7 @@ def patch(
 def _flops(wanted: Patching, parts: Sequence[Part] | None, model: Mapping[str, Any], n_tokens: int) -> float:
     """Operations for one prompt, roughly: some whole passes, and one of the patched tokens for each exact patch."""
     layers = model["n_layers"]
-    every = sum(layers * ((model["n_heads"] or 0) if component == "head" else 1) for component in wanted.components)
+    every = sum(layers * (model["n_heads"] or 0 if component == "head" else 1) for component in wanted.components)
     n_patches = (every if parts is None else len(parts)) * len(wanted.replacements) * len(wanted.directions)
     behind = sum(1 if role == "last" else n_tokens for role in wanted.roles)
     exact = n_patches * behind if "exact" in wanted.methods else 0

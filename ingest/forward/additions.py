@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("attn", "ffn", "mixer")
 
-_BETTER = 0.5
-"""A part or multiplier is accepted if it leaves less than this share of what was unexplained before."""
-
 _ROUNDING = 4
 """Largest difference of a block's output from a sum that is accepted, in units of the dtype's rounding."""
 
@@ -65,10 +62,6 @@ def find_added(
 
     delta = (total.written.double() - total.read.double()).flatten()
     rounding = _ROUNDING * torch.finfo(total.written.dtype).eps * float(total.written.double().norm())
-    best, left = (
-        Added(dict.fromkeys((*known, *(["ffn"] if ffns else [])), multiplier), None, next(iter(ffns), None)),
-        None,
-    )
     for ffn, mixer in _choices(total, known, ffns, others):
         parts = {**known}
         if ffn is not None:
@@ -76,11 +69,11 @@ def find_added(
         if mixer is not None:
             parts["mixer"] = mixer.written
         for found, rest in (_usual(delta, parts, multiplier), _fitted(delta, parts)):
-            left = rest if left is None else left
-            if rest < rounding and (rest < _BETTER * left or not best.is_exact):
+            if rest < rounding:  # the first sum that is exact, without a mixer if there is one
                 own = {name: one if name in found else None for name, one in (("mixer", mixer), ("ffn", ffn))}
-                best, left = Added(found, own["mixer"], own["ffn"], is_exact=True), rest
-    return best
+                return Added(found, own["mixer"], own["ffn"], is_exact=True)
+    usual = dict.fromkeys((*known, *(["ffn"] if ffns else [])), multiplier)
+    return Added(usual, None, next(iter(ffns), None))
 
 
 def _choices(

@@ -170,6 +170,12 @@ def can_be_replaced(decomposition: Decomposition, component: str) -> bool:
     return all((block.ffn.total if block.ffn_post is None else block.ffn_post.module) is not None for block in blocks)
 
 
+def has_part(decomposition: Decomposition, part: Part) -> bool:
+    """Whether the model has this part: the component in its layer, with so many heads or slots."""
+    few = part.head < decomposition.heads_in(part.layer) and part.neuron < decomposition.ffn_layout(part.layer).size
+    return _has(decomposition.blocks[part.layer], part.component) and few
+
+
 def _has(block: Block, component: str) -> bool:
     """Whether the block writes something of a component of `kdb.queries.domains.PARTS`."""
     return component == "resid" or block.has({"head": "attn", "ffn_neuron": "ffn"}.get(component, component))
