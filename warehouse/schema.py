@@ -96,7 +96,8 @@ def _site() -> Column[Any]:
     return _column(
         "site",
         Text(),
-        "where the hidden state is read: resid_post (the block's output) or ffn_norm (the FFN's input)",
+        "where the hidden state is read: resid_post (the block's output) or ffn_norm (the FFN's input; no rows for a "
+        "block without an FFN)",
     )
 
 

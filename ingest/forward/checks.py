@@ -111,11 +111,20 @@ def kl_divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).abs().max())
 
 
-def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Run one prompt alone and without hooks; return its hidden states, as the model reports them, and logits (vocab).
+def untouched(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one prompt alone and without hooks; return hidden states (layer + 1, hidden) and logits (vocab).
 
-    The logits are those of the last token. transformers applies the final norm to the last of the states.
+    Both are those of the last token. transformers applies the final norm to the last of the states. Models with several
+    residual streams report states of several shapes, which only ``untouched_states`` reads.
     """
+    import torch
+
+    states, logits = _reported(loaded, token_ids)
+    return torch.stack([state[0, -1].float() for state in states]), logits
+
+
+def _reported(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Run one prompt alone; return its hidden states, as transformers reports them, and the last token's logits."""
     import torch
 
     forget_longest(loaded)
@@ -134,7 +143,7 @@ def untouched_states(
 
     The last of the states has been through ``structure.last_state``.
     """
-    states, logits = untouched(loaded, token_ids)
+    states, logits = _reported(loaded, token_ids)
     first, n = structure.first_state, len(structure.blocks)
     ours = (*states[first : first + n - 1], states[-1])
     return [structure.layout.reported(state)[0, -1].float() for state in ours], logits
