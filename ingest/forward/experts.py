@@ -244,11 +244,12 @@ def _parts(module: Any) -> _Parts:
         first, down = first.detach(), down.detach()
     else:
         first, down = first.detach().transpose(1, 2), down.detach().transpose(1, 2)
-    act: Callable[[torch.Tensor], torch.Tensor] = getattr(module, "act_fn", None) or module.activation_fn
+    act: Any = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)  # gpt-oss has none
 
     def gate(x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, dim=-1)
-        return act(a) * b
+        product: torch.Tensor = act(a) * b
+        return product
 
     biases = getattr(module, f"{name}_bias", None), getattr(module, "down_proj_bias", None)
     return _Parts(first, down, *biases, getattr(module, "_apply_gate", gate) if gated else act)
