@@ -61,7 +61,9 @@ def find_added(
     import torch
 
     delta = (total.written.double() - total.read.double()).flatten()
-    rounding = _ROUNDING * torch.finfo(total.written.dtype).eps * float(total.written.double().norm())
+    states = (total.read, total.written, *known.values(), *(call.written for call in ffns))
+    largest = max(float(state.double().norm()) for state in states)
+    rounding = _ROUNDING * torch.finfo(total.written.dtype).eps * largest
     for ffn, mixer in _choices(total, known, ffns, others):
         parts = {**known}
         if ffn is not None:
