@@ -50,12 +50,16 @@ def watched_attention(model: Any, watcher: Watcher, *, frozen: bool = False) -> 
     AttentionMaskInterface.register(ATTENTION, eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        # Falcon has its own attention, and asks the config whether to use a fused kernel, which shows no weights.
+        model.config._attn_implementation = "eager"
     _watching.append(watcher)
     try:
         yield
     finally:
         _watching.remove(watcher)
         model.set_attn_implementation(before)
+        model.config._attn_implementation = before
 
 
 @contextlib.contextmanager
