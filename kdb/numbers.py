@@ -101,6 +101,11 @@ def _without_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
+def count_of(n: int) -> str:
+    """Return a large count, such as that of parameters, in millions or billions: 135 M, 1.54 B."""
+    return f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
+
+
 def duration(seconds: float) -> str:
     """Return a time in the unit that a reader expects, such as 8 s, 12 min or 3.5 h."""
     if seconds < 120:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdb.analysis.variants import PLAIN, shown_variant
-from kdb.numbers import shown
+from kdb.numbers import shown, with_interval
 from kdb.text import visible
 from kdb.warehouse.values import check_known
 
@@ -77,8 +77,9 @@ _HEADINGS = {
 def _depth(wh: Warehouse, chosen: dict[str, Any]) -> Iterator[str]:
     for row in wh.query("concept-depth", site="resid_post", **chosen).iter_rows(named=True):
         n, last = row["n_test"], row["n_layers"] - 1
+        ends = (row["best_accuracy"], row["best_accuracy_low"], row["best_accuracy_high"])
         text = f"    {visible(row['dataset'])}: layer {row['best_layer']} of 0 to {last}, accuracy "
-        text += f"{shown('accuracy', row['best_accuracy'], n)} on {n} test prompts"
+        text += f"{with_interval('accuracy', *ends, n)} on {n} test prompts"
         if row["baseline_accuracy"] is not None:
             text += f"; without the model {shown('accuracy', row['baseline_accuracy'], n)} ({row['baseline']})"
             reached = row["depth_90_layer"]

@@ -55,6 +55,8 @@ MEANINGS: Mapping[str, str] = {
     "baseline_accuracy": "accuracy of the best baseline on the same test prompts",
     "best": "whether the layer is the best layer",
     "best_accuracy": "accuracy at the best layer",
+    "best_accuracy_low": "lower end of the 95 % interval of this accuracy, as if the layer had not been chosen",
+    "best_accuracy_high": "upper end of the 95 % interval of this accuracy, as if the layer had not been chosen",
     "best_layer": "first layer with the largest value: the accuracy of a probe, or a score",
     "best_percent": "depth of the best layer, in percent of the layers",
     "best_probe_accuracy": "accuracy of the probe at its best layer",

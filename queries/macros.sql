@@ -216,7 +216,9 @@ CREATE MACRO _measures_of_all() AS TABLE
 WITH best AS (
     SELECT
         model, dataset, run, site, classifier, split, max(accuracy) AS best_accuracy,
-        arg_max(layer, (accuracy, -layer)) AS best_layer, max(n_test) AS n_test,
+        arg_max(layer, (accuracy, -layer)) AS best_layer,
+        arg_max(accuracy_low, (accuracy, -layer)) AS best_accuracy_low,
+        arg_max(accuracy_high, (accuracy, -layer)) AS best_accuracy_high, max(n_test) AS n_test,
         mean_over(sum(accuracy), count(*)) AS mean_accuracy
     FROM probe_scores
     GROUP BY ALL
@@ -233,7 +235,8 @@ beside AS (
 )
 
 SELECT
-    model, dataset, run, site, classifier, split, beside.n_test, best_layer, best_accuracy,
+    model, dataset, run, site, classifier, split, beside.n_test, best_layer,
+    best_accuracy, best_accuracy_low, best_accuracy_high,
     min(layer) FILTER (round(accuracy, 12) >= round(within, 12)) AS first_within_one_se,
     baseline, baseline_accuracy,
     min(layer) FILTER (round(accuracy - threshold, 12) >= 0) AS depth_90_layer,
@@ -251,8 +254,8 @@ CREATE MACRO concept_depth(
 ) AS TABLE
 SELECT
     model, dataset, site, classifier, split, n_layers, n_test,
-    best_layer, 100 * best_layer / n_layers::DOUBLE AS best_percent, best_accuracy,
-    baseline, baseline_accuracy, area,
+    best_layer, 100 * best_layer / n_layers::DOUBLE AS best_percent,
+    best_accuracy, best_accuracy_low, best_accuracy_high, baseline, baseline_accuracy, area,
     depth_90_layer, 100 * depth_90_layer / n_layers::DOUBLE AS depth_90_percent, first_within_one_se,
     jump_layer, jump_percent, converging_layer, converging_percent
 FROM _measures_of_all()

@@ -45,6 +45,8 @@ def run(
 
     Raises WarehouseError if there is no such warehouse, and KdbError if the server cannot listen on the address.
     """
+    if sys.stderr.isatty():
+        click.echo("Starting kdb …", err=True)
     with contextlib.nullcontext(warehouse) if warehouse else unpack_demo() as folder:
         settings = Settings(workers=workers, memory=memory, threads=threads, seconds=seconds, queue=queue)
         app = create_app(folder, Access(hosts_of(names), token), settings, prepare=warehouse is None)

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from kdb.numbers import count_of
 from kdb.web.cells import cell, meaning, shade
 
 _NEURON = re.compile(r"(f\d+(\.\d+)?|a\d+\.\d+)_\d+")
@@ -35,7 +36,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=cell, token=token, tokens=tokens)
+    environment.filters.update(cell=cell, token=token, tokens=tokens, count_of=count_of)
     environment.globals.update(
         url=url, link=link, meaning=meaning, shade=shade, version=importlib.metadata.version("kdb-lm")
     )

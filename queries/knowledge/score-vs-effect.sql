@@ -3,10 +3,10 @@
 --
 -- One row per model, dataset, category and component (head, attn, ffn): spearman is the rank correlation, over all n_parts
 -- parts with an effect, of the mean score and the mean loss when the part is replaced: of the answer's log-probability
--- (measured, logp) or of its logit minus the rival's (estimates, logit_diff), as ranked_by says. shared
--- of the ten best by score are among the ten best by effect; shared_by_chance would be without any relation. An effect is
--- what the model needs the part for; a score is what the part adds directly. With `--effect-method exact`, only parts that
--- were measured count: after `kdb patch --component head`, all heads.
+-- (measured, logp) or of its logit minus the rival's (estimates, logit_diff), as ranked_by says. shared of the ten best by
+-- score are among the ten best by effect; shared_by_chance would be without any relation. Both are NULL unless there are
+-- more than ten parts. An effect is what the model needs the part for; a score is what the part adds directly. With
+-- `--effect-method exact`, only parts that were measured count: after `kdb patch --component head`, all heads.
 --
 -- Parameters:
 --   model
@@ -62,8 +62,8 @@ ranked AS (
 
 SELECT
     model, dataset, category, component, nullif(steady(corr(score_rank, effect_rank)), 'nan'::DOUBLE) AS spearman,
-    count(*) FILTER (score_rank <= 10 AND effect_rank <= 10) AS shared,
-    shared_by_chance(least(10, count(*)), least(10, count(*)), count(*)) AS shared_by_chance,
+    CASE WHEN count(*) > 10 THEN count(*) FILTER (score_rank <= 10 AND effect_rank <= 10) END AS shared,
+    CASE WHEN count(*) > 10 THEN shared_by_chance(10, 10, count(*)) END AS shared_by_chance,
     getvariable('effect_method') AS method, any_value(ranked_by) AS ranked_by,
     count(*) AS n_parts, max(n_prompts) AS n_prompts
 FROM ranked

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
-    """Return the newest comparison of each study, a matrix of models and datasets, and what is stored."""
+    """Return the largest comparison of each study, a matrix of models and datasets, and what is stored."""
     look, kinds = look_of(wh), categories(wh)
     measured = wh.sql(_MEASURED)
     depth = wh.query("concept-depth", site="resid_post") if len(measured.filter(study="concept")) else pl.DataFrame()
@@ -29,7 +29,7 @@ def home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
         "n_tested": _equal(depth.to_dicts()),
         "kept": _kept(wh) if len(measured.filter(study="knowledge")) else {},
         "heads": _heads(wh, kinds) if len(measured.filter(study="knowledge")) else None,
-        "depth_chart": _newest_depth(measured),
+        "depth_chart": _comparison(measured),
         "n_runs": int(measured["n_runs"].sum() or 0),
         "newest": str(measured["finished"].max())[:10],
         "runs": asked(wh, "runs", {}, title="Runs"),
@@ -54,16 +54,17 @@ def _datasets(measured: pl.DataFrame, order: tuple[str, ...], study: str) -> lis
     return [name for name in order if name in stored]
 
 
-def _newest_depth(measured: pl.DataFrame) -> tuple[str, Charted] | None:
-    """Return the dataset of the newest comparison: of those measured on most models, the one measured last."""
+def _comparison(measured: pl.DataFrame) -> tuple[str, Charted] | None:
+    """Return the dataset that compares most: measured on most models, with most prompts; the newest of equals."""
     concept = measured.filter(study="concept")
     if concept.is_empty():
         return None
-    by_dataset = concept.group_by("dataset").agg(models=pl.len(), finished=pl.col("finished").max())
-    newest = by_dataset.sort("models", "finished", "dataset", descending=[True, True, False])["dataset"][0]
+    by_dataset = concept.group_by("dataset").agg(pl.col("n_prompts", "finished").max(), models=pl.len())
+    order = ("models", "n_prompts", "finished", "dataset")
+    largest = by_dataset.sort(order, descending=[True, True, True, False])["dataset"][0]
     # All models in one panel, whatever their size.
-    params = {"dataset": [newest], "size": 1, "within": 1e6}
-    return newest, chart("depth-by-family", params, f"How deep does each model know it? {newest}")
+    params = {"dataset": [largest], "size": 1, "within": 1_000_000}
+    return largest, chart("depth-by-family", params, f"How deep does each model know it? {largest}")
 
 
 def _kept(wh: Warehouse) -> dict[tuple[str, str], dict[str, Any]]:
