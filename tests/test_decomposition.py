@@ -278,20 +278,6 @@ def refusal(model: Any, dtype: str = "float32") -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "granitemoe", "olmoe", "qwen3_moe"])
-def test_experts_are_refused(architecture: str) -> None:
-    model = tiny_model(architecture, num_key_value_heads=2)
-    assert refusal(model) == (
-        f"tiny cannot be decomposed: block 0 of {type(model).__name__} has no linear map in its FFN."
-    )
-
-
-def test_experts_beside_a_shared_one_are_refused() -> None:
-    assert "an FFN whose neurons are not an activation times a linear map of its input" in refusal(
-        tiny_model("qwen2_moe", num_key_value_heads=2)
-    )
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_block_that_adds_something_else_is_refused(architecture: str, dtype: str) -> None:
