@@ -111,7 +111,7 @@ def kind_of(name: str, model: Any, *, causal: bool) -> str:
     prefix = type(text).__name__.replace("TextConfig", "").replace("Config", "")
     classes = {type(module).__name__.replace(prefix, "").lower() for module in model.modules()}
     rwkv = prefix == "Rwkv"  # which calls its mixer attention
-    mixer = rwkv or any(word in one for one in classes for word in _MIXERS)
+    mixer = rwkv or prefix == "xLSTM" or any(word in one for one in classes for word in _MIXERS)
     attention = not rwkv and any("attention" in x and not any(word in x for word in _MIXERS) for x in classes)
     experts = any("expert" in one or "moe" in one for one in classes)
     own = attention and not getattr(model, "_supports_sdpa", True)

@@ -83,6 +83,8 @@ class Plain:
         first = x[0] if isinstance(x, tuple | list) and x else x
         if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.numel() % self.n_tokens:
             return None
+        if first.ndim == 4 and first.shape[:3] == (len(first), 1, self.n_tokens):  # Gemma 3n's streams come first
+            first = first.permute(1, 2, 0, 3)
         return first.detach().reshape(self.n_tokens, -1).clone()
 
     def call(self, name: str) -> Call:

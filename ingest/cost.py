@@ -126,7 +126,7 @@ def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], devi
     prefix = shared_prefix(token_ids)
     n_tokens = sum(len(ids) - prefix + n_cue for ids in token_ids)
     floats = len(token_ids) * row["n_layers"] * len(SITES) * row["hidden_size"]
-    tied = 1 if config.get_text_config().tie_word_embeddings else 2
+    tied = 1 if getattr(config.get_text_config(), "tie_word_embeddings", True) else 2
     width = row["intermediate_size"] or row["hidden_size"]
     unembedding = row["vocab_size"] * row["hidden_size"]
     block_params = row["n_params"] - tied * unembedding

@@ -130,7 +130,7 @@ def check_length(
                 "to it and not to the weights."
             )
     for number, ids in enumerate(token_ids):
-        if limit is not None and len(ids) + n_cue + n_answer > limit:
+        if limit is not None and 0 <= limit < len(ids) + n_cue + n_answer:  # XLNet's is −1: there is none
             cue = f" and {n_cue} of its cue" if n_cue else f" and up to {n_answer:,} of an answer" if n_answer else ""
             raise DatasetError(
                 f"{_named(job, number)} has {len(ids):,} tokens{cue}, and {job.source.name} reads at most {limit:,}: "

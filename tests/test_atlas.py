@@ -145,6 +145,9 @@ def test_every_saved_query_answers_on_the_reduced_atlas(reduced: Path) -> None:
         required = {param.name: one[param.name] for param in saved.params if param.required}
         rows = wh.query(name, **required)
         assert not rows.is_empty() or name in {"depth-by-step", "scores-by-step", "families-at-size", "lens-fits"} | {
+            "expert-scores",
+            "router-by-category",
+            "top-experts",
             "neuron-by-category",
             "neuron-in-prompts",
             "neuron-tokens",

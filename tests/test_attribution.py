@@ -664,7 +664,9 @@ def test_rows_of_the_unembedding_that_are_no_token_are_no_neurons_tokens(known: 
     decomposition = decompose(loaded(tiny_model("llama", std=0.2)))
     tokenizer = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in known}, decode=lambda ids: f"t{ids[0]}")
     decomposition.loaded = replace(decomposition.loaded, tokenizer=tokenizer)
-    neurons = pa.Table.from_pylist([{"component": "ffn", "layer": 1, "head": None, "neuron": i} for i in (3, 8)])
+    neurons = pa.Table.from_pylist(
+        [{"component": "ffn", "layer": 1, "head": None, "expert": None, "neuron": i} for i in (3, 8)]
+    )
     found = pa.concat_tables(token_rows(decomposition, neurons, lambda _n: None)).to_pylist()
     assert {row["token_id"] for row in found} <= set(known)
     for neuron in (3, 8):
@@ -683,7 +685,7 @@ def test_rows_of_the_unembedding_that_are_no_token_are_no_neurons_tokens(known: 
 def test_equal_values_are_ranked_by_larger_coefficient_and_then_by_place() -> None:
     value = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0]]).double()
     coefficient = torch.tensor([[1.0, 3.0, 2.0, 9.0, 3.0]]).double()
-    assert ranking._largest(value, coefficient, 4).tolist() == [[1, 4, 2, 0]]
+    assert ranking._largest(value, coefficient, 4, None).tolist() == [[1, 4, 2, 0]]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -296,7 +296,7 @@ class _Recorder:
         import torch
 
         decomposition, rows = self.decomposition, range(self.shape[0])
-        if decomposition.is_uniform:
+        if decomposition.is_uniform and len({values.shape for values in self.recorded["values"]}) == 1:
             return {
                 "attention": torch.stack(self.recorded["weights"]),
                 "values": torch.stack(self.recorded["values"]),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdb.ingest.forward.attention import Attended, Attention, attending_ones, feed, watched_attention
-from kdb.ingest.forward.linear import Call, flat, is_norm, read_norm
+from kdb.ingest.forward.linear import Call, flat, is_norm, n_required, read_norm
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def _unscaled(twin: nn.Module, _module: nn.Module, args: tuple[Any, ...], output
 
 def inner_norms(attention: nn.Module) -> list[nn.Module]:
     """The norms within an attention: of queries and keys, or on the way to its values."""
-    return [m for m in attention.modules() if is_norm(m)]
+    return [m for m in attention.modules() if is_norm(m) and n_required(m) == 1]
 
 
 # Gates -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,6 +126,12 @@ def is_linear(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, by the name of its class."""
     return "norm" in type(module).__name__.lower()
+
+
+def n_required(module: nn.Module) -> int:
+    """Number of arguments without which a module cannot be called; Zaya's norm of queries and keys takes both."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD for one in parameters)
 
 
 def n_inputs(linear: Any) -> int:

@@ -23,9 +23,12 @@ _FFN = (
 _FFN_CLASS = re.compile(r"mlp|moe|ffn|feedforward", re.IGNORECASE)
 
 _MIXER_CLASS = re.compile(
-    r"mamba|mixer|rwkv|lru|recurrent|lstm|delta|linear_?attention|lightning|shortconv", re.IGNORECASE
+    r"mamba|mixer|rwkv|lru|recurrentblock|lstm|delta|(?<!kimi)linear_?attention|lightning|shortconv", re.IGNORECASE
 )
-"""Classes of modules that mix tokens without attention: state-space models, linear attention, convolutions."""
+"""Classes of modules that mix tokens without attention: state-space models, linear attention, convolutions.
+
+The names of RecurrentGemma and Kimi Linear are in the classes of their attention, too.
+"""
 
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
 
