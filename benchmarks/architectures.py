@@ -153,11 +153,12 @@ ABOVE = """\
 
 A tiny random model of every architecture that transformers {version} lists was measured in both studies, and what was
 stored was compared with plain transformers, one prompt at a time: hidden states, and scores of layers, heads, neurons
-and experts by their definition in float64. The table gives the largest difference in float32 and in bfloat16: of
-hidden states relative to their length, of scores in nats, of coefficients relative to the largest.
+and experts by their definition in float64. The table gives the largest difference in {dtypes}: of hidden states
+relative to their length, of scores in nats, of coefficients relative to the largest.
 
 A model that is not listed is checked in the same way before it is measured, and is refused if a sum is off by more
-than rounding explains. `python benchmarks/architectures.py` prints this page; `--only TYPE` measures one architecture.
+than rounding explains. `python benchmarks/architectures.py{options}` prints this page; `--only TYPE` measures one
+architecture.
 
 """
 
@@ -166,9 +167,12 @@ def page(outcomes: Sequence[Outcome], studies: Sequence[str], dtypes: Sequence[s
     """Return docs/architectures.md."""
     import transformers
 
+    options = "".join(f" --dtype {dtype}" for dtype in dtypes) if tuple(dtypes) != DTYPES else ""
     return "\n".join(
         [
-            ABOVE.format(version=transformers.__version__) + summary(outcomes, studies, dtypes) + "\n",
+            ABOVE.format(version=transformers.__version__, dtypes=" and in ".join(dtypes), options=options)
+            + summary(outcomes, studies, dtypes)
+            + "\n",
             f"| type | kind | {' | '.join(f'{study} study' for study in studies)} |",
             "| --- " * (2 + len(studies)) + "|",
             *(line(outcome, studies, dtypes) for outcome in outcomes),
