@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 
 from kdb.faults import explain
-from kdb.warehouse.store import Warehouse
+from kdb.opened import OpenWarehouse
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def failing(measured: Path, run_kdb: RunKdb, monkeypatch: pytest.MonkeyPatch) ->
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(Warehouse, "query", fail)
+        monkeypatch.setattr(OpenWarehouse, "query", fail)
         return run_kdb("query", "runs", "--warehouse", measured)
 
     return run
