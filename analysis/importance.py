@@ -122,8 +122,7 @@ def attention_and_ffn(wh: Warehouse, **params: Any) -> pl.DataFrame:
     long = pl.concat(
         sums.select(*panel, "n_prompts", component=pl.lit(c), score=f"{c}_score", percent=f"{c}_percent")
         for c in ("attn", "ffn", "mixer")
-        if sums[f"{c}_score"].is_not_null().any()
-    )
+    ).filter(pl.col("score").is_not_null())  # a model has no row for what it lacks
     by_prompt = scores.group_by(*panel, "prompt_id", "component").agg(pl.col("score").sum())
     return with_intervals(long, by_prompt, keys_of(params, "category"), "component", ranks=False)
 

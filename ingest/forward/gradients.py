@@ -164,7 +164,7 @@ def _dense(decomposition: Decomposition, block: Block) -> Dense:
         lacks = "a dense FFN" if dense is None else "the activation function of the FFN as a module"
         raise ModelError(
             f"{decomposition.loaded.source.name}: RelP needs {lacks}, and this model has none. Use --method atp or "
-            "or exact."
+            "exact."
         )
     return dense
 
