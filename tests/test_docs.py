@@ -140,7 +140,7 @@ def with_few_facts(command: str) -> str:
     if command.startswith("kdb compare"):
         pair = "SELECT unnest([min(run), max(run)]) FROM runs WHERE study = 'concept' AND source_run IS NULL"
         return f'kdb compare $(duckdb -csv -noheader kdb-warehouse/kdb.duckdb "{pair} GROUP BY dataset LIMIT 2")'
-    if command.startswith("kdb query") and "--warehouse demo-warehouse" in command:
+    if command.startswith(("kdb query", "kdb plot")) and "--warehouse demo-warehouse" in command:
         return command
     command = command.replace("--dataset cities", "--dataset cities --limit 12").replace("--limit 100", "--limit 12")
     few = "facts.csv" if command.startswith("kdb ingest") else "facts"

@@ -321,10 +321,10 @@ def test_neuron_overlap(database: Database) -> None:
 
 def test_attention_vs_ffn(database: Database) -> None:
     assert database.query("attention-vs-ffn").rows() == [
-        ("alpha", "facts", "language", 3.0, 2.0, 60.0, 40.0, 2),
-        ("alpha", "facts", "capital", 2.0, 2.0, 50.0, 50.0, 1),
-        ("alpha", "facts", "zoo", 1.0, -1.0, None, None, 1),
-        ("beta", "facts", "language", 2.0, 3.0, 40.0, 60.0, 1),
+        ("alpha", "facts", "language", 3.0, 2.0, None, 60.0, 40.0, None, 2),
+        ("alpha", "facts", "capital", 2.0, 2.0, None, 50.0, 50.0, None, 1),
+        ("alpha", "facts", "zoo", 1.0, -1.0, None, None, None, None, 1),
+        ("beta", "facts", "language", 2.0, 3.0, None, 40.0, 60.0, None, 1),
     ]
 
 
