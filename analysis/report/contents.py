@@ -298,7 +298,8 @@ def _experts(wh: Warehouse, params: dict[str, Any]) -> Contents:
         _ASKED,
     )
     yield Drawn("Every expert", "", "expert-map", params)
-    yield _asked(wh, "Experts that the routers choose most often", _ROUTED, "router-by-category", params, _ASKED)
+    if len(wh.query("router-by-category", **params, k=1)):
+        yield _asked(wh, "Experts that the routers choose most often", _ROUTED, "router-by-category", params, _ASKED)
 
 
 _ROUTED = (
