@@ -36,7 +36,7 @@ Tokens = Callable[[str], list[int]]
 
 @dataclass
 class Run:
-    """What became of one study in one dtype: ``status`` is measured, refused or fault.
+    """Outcome of one study in one dtype: ``status`` is measured, refused or fault.
 
     ``differences`` are the largest ones by what was compared; ``missing`` says what could not be compared, and why.
     """
@@ -50,7 +50,7 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What became of one type: ``runs`` by study and dtype. ``message`` says why there are none."""
+    """Outcome of one type: ``runs`` by study and dtype. ``message`` says why there are none."""
 
     type: str
     kind: str = ""
@@ -333,4 +333,4 @@ COMPARED: dict[str, Callable[[Any, Scores, int], Iterator[float]]] = {
     "coefficients": _coefficients,
     "experts": _experts,
 }
-"""What the knowledge study's comparison covers."""
+"""Quantities that the comparison of the knowledge study covers."""

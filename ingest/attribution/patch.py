@@ -103,7 +103,7 @@ def _possible(decomposition: Decomposition, wanted: Patching, parts: Parts) -> P
     left_out = [c for c in present if not can_be_replaced(decomposition, c)]
     if left_out:
         log.warning(
-            "%s: effects of %s are left out: what they add is a sum that no module computes.",
+            "%s: effects of %s are left out, because no single module computes their output.",
             decomposition.loaded.source.name,
             " and ".join(left_out),
         )

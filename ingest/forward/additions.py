@@ -1,4 +1,4 @@
-"""What a block adds to the residual stream: which components, with which multipliers, and in which order.
+"""Contributions of a block to the residual stream: which components, with which multipliers, and in which order.
 
 A block's output minus its input is a sum of what its attention, its FFN and its mixer write (a mixer is any other part:
 a state-space model, linear attention, a convolution). The sum is solved for the multipliers by least squares. So a
@@ -28,7 +28,7 @@ _NOTHING = 1e-3
 
 @dataclass(frozen=True)
 class Additions:
-    """What a block adds: the multiplier of each component, and what each is added to.
+    """Contributions of a block: the multiplier of each component, and what each is added to.
 
     ``before``: for each component, those that the residual which it is added to contains already.
     """

@@ -167,7 +167,7 @@ class Attention:
 
 @dataclass
 class Attended:
-    """What the attentions of all blocks did in the trace, by module.
+    """Records of the attentions of all blocks in the trace, by module.
 
     ``mixed`` (tokens, heads · head size) is what the attention function returned, ``values`` its values, ``heads`` the
     number of heads, and ``weights`` (heads, token, token) what modules with an attention of their own returned.

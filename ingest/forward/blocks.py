@@ -109,7 +109,7 @@ class _Finder:
         return None if found is None else read_norm(found.module, self.size)
 
     def _source(self, read: torch.Tensor) -> torch.Tensor:
-        """What a component reads, before the norm in front of it."""
+        """Input of a component, before the norm in front of it."""
         before = self._normed(written=read)
         return read if before is None else before.read
 
@@ -163,7 +163,7 @@ class _Finder:
         return block, added.is_exact
 
     def _added(self, known: Mapping[str, torch.Tensor]) -> Added:
-        """What the block adds. The residual that the norm before the FFN reads tells what is added before it."""
+        """Contributions of the block. The residual that the norm before the FFN reads tells what is added before it."""
         whole = self.whole
         if self.ffn is None:
             return find_added(whole, known, (), self.outside, self.multiplier)
@@ -179,7 +179,7 @@ class _Finder:
         return Added(both, first.mixer or second.mixer, second.ffn, is_exact)
 
     def _with_ffn(self, sum_: Call, known: Mapping[str, torch.Tensor], others: Sequence[Call]) -> Added:
-        """What is added in a part of the block that has the FFN. With experts, it is all that attention leaves."""
+        """Contributions in a part of the block that has the FFN. With experts, it is all that attention leaves."""
         assert self.ffn is not None
         options = self._outputs()
         if self.experts or not options:

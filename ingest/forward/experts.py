@@ -72,7 +72,7 @@ class Experts:
         return None if self.down_bias is None else self.down_bias.float()
 
     def read(self, states: torch.Tensor, expert: int) -> torch.Tensor:
-        """What one expert's keys read from states (…, entries): (…, neurons of the expert)."""
+        """Products (…, neurons of the expert) of one expert's keys with states (…, entries)."""
         rows = states @ self.first[expert].T
         return (rows if self.first_bias is None else rows + self.first_bias[expert])[..., self.key_rows].float()
 
@@ -150,7 +150,7 @@ class Experts:
         return fired @ self.down[expert].T
 
     def _change(self, difference: torch.Tensor) -> torch.Tensor:
-        """What a change (token, neuron) of coefficients changes in the output: exactly 0 where there is no change."""
+        """Change of the output that a change (token, neuron) of coefficients causes; exactly 0 without one."""
         import torch
 
         parts = difference.view(len(difference), self.n_experts, self.width)

@@ -63,7 +63,7 @@ class Dense:
         return None if bias is None else bias.float()[None]
 
     def read(self, states: torch.Tensor, _expert: int) -> torch.Tensor:
-        """What the keys read from states (…, entries): (…, neurons)."""
+        """Products (…, neurons) of the keys with states (…, entries)."""
         rows: torch.Tensor = self.key(states)[..., self.key_rows].float()
         return rows
 

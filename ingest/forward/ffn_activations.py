@@ -1,4 +1,4 @@
-"""What the FFN of one layer does in a forward pass: coefficients, outputs, and the routing of its experts."""
+"""Activations of the FFN of one layer in a forward pass: coefficients, outputs, and the routing of its experts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class FfnActivations:
 
     @functools.cached_property
     def factors(self) -> torch.Tensor | None:
-        """What multiplies each source (token, source) when they are added up; None if nothing does."""
+        """Factor of each source (token, source) when they are added up; None if nothing does."""
         if not any(source.is_scaled for source in self.ffn.sources):
             return None
         assert self.total is not None
@@ -94,7 +94,7 @@ class FfnActivations:
         return torch.stack(self.outputs).sum(0) if self.total is None else self.total
 
     def gain(self, i: int) -> torch.Tensor | None:
-        """What multiplies the output (token) of a source's projection; None if nothing does."""
+        """Factor (token) of the output of a source's projection; None if nothing does."""
         factor, scale = None if self.factors is None else self.factors[:, i], self.own_scales[i]
         return factor if scale is None else scale if factor is None else factor * scale
 
@@ -125,7 +125,7 @@ class FfnActivations:
         return out
 
     def expert_scale(self, i: int, tokens: torch.Tensor) -> torch.Tensor:
-        """What multiplies the output (token, expert) of each expert of a source; a dense one counts as one expert."""
+        """Factor (token, expert) of the output of each expert of a source; a dense one counts as one expert."""
         return self._weighed(self._weight(i, tokens), self.gain(i), tokens)
 
     def router_weight(self, i: int, tokens: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ CACHE_BYTES = 512 * 2**20
 
 
 _NOTHING = 0.0
-"""What a layer writes without the component: zeros of its width."""
+"""Output of a layer without the component: zeros of its width."""
 
 SMALL_ROWS = 64
 """Rows of a batch below which patches of several layers share it."""

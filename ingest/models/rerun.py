@@ -14,7 +14,7 @@ from kdb.ingest.models.trace import BlockOutput, first_tensor, without_cache
 
 
 class Rerun(nn.Module):
-    """What a model does between its last block and its unembedding, where no module does all of it.
+    """The part of a model between its last block and its unembedding, where no module does all of it.
 
     The model reads a token, and the given states replace the output of the last block.
     """
