@@ -47,6 +47,7 @@ from kdb.ingest.measure import ingest_on
 from kdb.ingest.models.find import LoadedModel, ModelSource, find_model
 from kdb.ingest.models.load import load_model, pick_device
 from kdb.ingest.settings import Attributing, Measuring, Probing
+from kdb.ingest.speed import calibrated
 from kdb.warehouse.store import Warehouse
 
 PROMPTS = 200
@@ -64,12 +65,6 @@ MINUTES = 140.0
 HEADS = 5
 """Heads that are ablated together: those with the largest mean score, at most one of a layer, so that the others of the
 same layers can be their controls."""
-
-FACTORS = {"concept": 0.8, "knowledge": 1.7}
-"""Measured time of a run over kdb's estimate, by study."""
-
-OVERHEAD = 5.0
-"""Seconds that a run takes for each GiB of its estimated memory, however few prompts it has: loading and checks."""
 
 DERIVED_SHARE = 0.2
 """Time of a model's derived runs over that of its knowledge run."""
@@ -242,8 +237,7 @@ class Measurement:
 
 
 def _seconds(job: Job) -> float:
-    expected = cost(job, pick_device(None))
-    return FACTORS[job.study] * expected.seconds + OVERHEAD * expected.memory_bytes / 2**30
+    return calibrated(cost(job, pick_device(None))).seconds
 
 
 def measure(

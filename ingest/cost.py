@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdb.ingest.attribution.candidates import FIRST
@@ -16,6 +16,7 @@ from kdb.ingest.forward.memory import CHUNK_BYTES, CPU_TOKENS, GPU_TOKENS
 from kdb.ingest.job import Job
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer, model_row
+from kdb.ingest.progress import ATTRIBUTING, CAPTURING, FITTING, LOADING
 from kdb.ingest.prompts import pose
 from kdb.numbers import data_size, duration
 from kdb.queries.domains import SITES
@@ -26,8 +27,17 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CAPTURE_SHARE = 0.7
 """Share of a plain matrix product's speed that capture reaches; `benchmarks/capture.py` measures it."""
 
-_PROBE_SECONDS = 4e-7
-"""Seconds to probe one float of activations, and its control task, with both logistic probes on one core."""
+_ATTRIBUTION_SHARE = 0.35
+"""Share of that speed that a knowledge run reaches, over all its phases."""
+
+_PROBE_SECONDS = 2e-6
+"""Seconds to probe one float of activations, and its control task, with both logistic probes on one core.
+
+With fewer prompts than the states have entries, the probes are fitted in the space of the prompts, and it is less.
+"""
+
+_FIRST_SECONDS, _PARAMS_PER_SECOND = 6.0, 3e7
+"""Seconds to import the libraries, and parameters that are read, unpacked and checked in a second."""
 
 _RANKED = 600
 """Typical number of neurons per prompt whose rank of the target is counted, for two of the methods."""
@@ -59,10 +69,20 @@ class Cost:
     n_layers: int
     disk_bytes: int
     memory_bytes: int
-    seconds: float
+    phases: Mapping[str, float]
+    """Seconds from the beginning of each of these phases to that of the next one, or to the end."""
     what: str = f"{len(SITES)} sites"
     is_calibrated: bool = False
-    """Whether ``seconds`` are corrected by the time that another run took on this machine."""
+    """Whether ``phases`` are corrected by the time that another run took on this machine."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
+        return sum(self.phases.values())
+
+    def after(self, phase: str) -> Cost:
+        """Return the cost of what follows a phase."""
+        return replace(self, phases={name: seconds for name, seconds in self.phases.items() if name != phase})
 
     def __str__(self) -> str:
         """One line for the terminal."""
@@ -100,7 +120,7 @@ def attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str)
     entries = n_heads * (row["value_head_dim"] or 0)
     every = layers * (len(lengths) * n_neurons + sum(lengths) * entries)
     stored = every if wanted.all_neurons else 2 * wanted.top_k * len(lengths)
-    rate = _CAPTURE_SHARE * gemm_rate(hidden, row["intermediate_size"] or hidden, m.dtype, device)
+    rate = _ATTRIBUTION_SHARE * gemm_rate(hidden, row["intermediate_size"] or hidden, m.dtype, device)
     # A patch replaces the last token, and the tokens before it are cached.
     tokens = sum(lengths) * (1 + trials + passes) + patches * len(lengths)
     flops = 2 * (row["n_params"] - vocab * hidden) * tokens + 2 * vocab * hidden * (
@@ -115,7 +135,7 @@ def attribution_cost(job: Job, config: Any, lengths: Sequence[int], device: str)
         n_layers=layers,
         disk_bytes=_NEURON_BYTES * (stored + 2 * FIRST * len(lengths)) + _LENS_BYTES * lens * len(lengths),
         memory_bytes=weights + 4 * vocab * hidden + 2 * BASES_BYTES + 2 * CHUNK_BYTES,
-        seconds=flops / rate,
+        phases=_loading(row) | {ATTRIBUTING: flops / rate},
         what=f"{n_heads} heads and {n_neurons:,} FFN neurons",
     )
 
@@ -142,9 +162,16 @@ def concept_cost(job: Job, config: Any, token_ids: Sequence[Sequence[int]], devi
         n_layers=row["n_layers"],
         disk_bytes=floats * (2 if job.measuring.store == "float16" else 4),
         memory_bytes=row["n_params"] * (1 if job.measuring.quantize else weight_bytes) + working + _PART_MEMORY,
-        seconds=2 * (block_params * n_tokens + unembedding * len(token_ids)) / rate
-        + _PROBE_SECONDS * floats * job.probing.splits,
+        phases=_loading(row)
+        | {
+            CAPTURING: 2 * (block_params * n_tokens + unembedding * len(token_ids)) / rate,
+            FITTING: _PROBE_SECONDS * floats * job.probing.splits * min(1.0, len(token_ids) / row["hidden_size"]),
+        },
     )
+
+
+def _loading(row: Mapping[str, Any]) -> dict[str, float]:
+    return {LOADING: _FIRST_SECONDS + row["n_params"] / _PARAMS_PER_SECOND}
 
 
 def _kind(job: Job, device: str) -> str:

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 LOG_EVERY = 60.0
 """Seconds between two lines about a phase in a log."""
 
+LOADING, CAPTURING, FITTING, ATTRIBUTING = "Loading", "Capturing activations", "Fitting probes", "Attributing"
+"""Titles of the phases whose time is estimated; all that comes before the second one of a run belongs to the first."""
+
 _BAR = 20
 """Columns of a bar."""
 

@@ -1,6 +1,6 @@
 """Measured speed of this machine: how long its finished runs took, over their estimates.
 
-The ratios are stored in the user's cache, by host and by kind of run; estimates of later runs are multiplied by them.
+The ratios are stored in the user's cache, by host, kind of run and phase; later estimates are multiplied by them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,33 +20,40 @@ from kdb.warehouse.files import write_json
 if TYPE_CHECKING:
     from kdb.ingest.cost import Cost
 
-SHORTEST = 2.0
-"""Seconds, estimated or measured, below which a run says nothing of others: too much of its time does not grow with its
-prompts."""
+SHORTEST = 1.0
+"""Seconds, estimated or measured, below which a phase says nothing of others: too much of its time does not grow with
+its prompts."""
 
 
 def calibrated(cost: Cost) -> Cost:
-    """Return a cost whose time is corrected by the last run of its model, or else of its kind, on this machine."""
+    """Return a cost whose phases are corrected by the last run of its model, or else of its kind, on this machine."""
     ratios = _ratios()
-    found = [ratios[key] for key in _keys(cost) if key in ratios]
-    return replace(cost, seconds=cost.seconds * found[0], is_calibrated=True) if found else cost
+    found = {name: next((ratios[key] for key in _keys(cost, name) if key in ratios), None) for name in cost.phases}
+    phases = {name: seconds * (found[name] or 1.0) for name, seconds in cost.phases.items()}
+    return replace(cost, phases=phases, is_calibrated=any(found.values()))
 
 
-def learn(cost: Cost, took: float) -> None:
-    """Store the ratio of the time that a run took, in seconds, to its estimate before `calibrated`.
+def learn(cost: Cost, took: Mapping[str, float]) -> None:
+    """Store the ratio of the time that each phase took, in seconds, to its estimate before `calibrated`.
 
     If the cache cannot be written, nothing is stored.
     """
-    if min(took, cost.seconds) < SHORTEST:
-        return
-    with contextlib.suppress(OSError):
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_path(), _ratios() | dict.fromkeys(_keys(cost), took / cost.seconds))
+    new = {
+        key: took[name] / seconds
+        for name, seconds in cost.phases.items()
+        if name in took and min(took[name], seconds) >= SHORTEST
+        for key in _keys(cost, name)
+    }
+    if new:
+        with contextlib.suppress(OSError):
+            _path().parent.mkdir(parents=True, exist_ok=True)
+            write_json(_path(), _ratios() | new)
 
 
-def _keys(cost: Cost) -> Iterable[str]:
-    """Yield the names of a cost's ratio, the most specific one first."""
-    return [f"{platform.node()} {cost.kind} {cost.model}", f"{platform.node()} {cost.kind}"]
+def _keys(cost: Cost, phase: str) -> Iterable[str]:
+    """Yield the names of a phase's ratio, the most specific one first."""
+    kind = f"{platform.node()} {cost.kind} {phase}"
+    return [f"{kind} {cost.model}", kind]
 
 
 def _path() -> Path:

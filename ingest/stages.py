@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import pyarrow as pa
 
 from kdb.ingest.execution.writer import write_behind
-from kdb.ingest.progress import phase, progress
+from kdb.ingest.progress import LOADING, phase, progress
 from kdb.ingest.rows import Rows
 from kdb.ingest.speed import calibrated, learn
 from kdb.warehouse.manifest import RunFolder, run_id
@@ -165,7 +165,7 @@ def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = Non
 
     Raises DatasetError, ModelError or WarehouseError. Finished shards stay in staging, and the same run resumes there.
     """
-    run = run_id(planned.identity)
+    begun, run = time.monotonic(), run_id(planned.identity)
     with storage.stage(run, planned.model, planned.dataset, identity=planned.identity) as staged:
         if staged.committed:
             return Outcome(run, "exists")
@@ -173,7 +173,7 @@ def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = Non
             staged.restart(layout=LAYOUT)
         with phase("Preparing the run"):
             subject, stages = planned.prepare()
-        in_progress = RunInProgress(staged, subject, engine, planned.source)
+        in_progress = RunInProgress(staged, subject, engine, planned.source, begun)
         for stage in [*map(_copying, planned.copied), *stages]:
             in_progress.complete(stage)
         in_progress.learn()
@@ -200,10 +200,18 @@ class RunInProgress:
     """A staged run, its subject, the engine that runs its model, and its source run, if it has one."""
 
     def __init__(
-        self, staged: StagedRun, subject: Subject[Any] | None, engine: Engine | None, source: RunFolder | None
+        self,
+        staged: StagedRun,
+        subject: Subject[Any] | None,
+        engine: Engine | None,
+        source: RunFolder | None,
+        begun: float,
     ) -> None:
+        """``begun``: when the run began, on the monotonic clock, in seconds."""
         self.staged, self._subject, self._engine, self._source = staged, subject, engine, source
-        self._expected: tuple[Cost, float] | None = None
+        self._expected: Cost | None = None
+        self._begun = {LOADING: begun}
+        """When each phase began whose time is estimated, in the order of the phases."""
 
     def files(self, table: str) -> list[Path]:
         """The files of a table from earlier stages; if there are none, those of the source run."""
@@ -248,6 +256,8 @@ class RunInProgress:
             self._write(stage, self._measured(stage, missing, lambda _n: None))
             return
         what, unit = stage.shown
+        if self._expected and what in self._expected.phases:
+            self._begun.setdefault(what, time.monotonic())
         total, left = (sum(shard.size for shard in some) for some in (shards, missing))
         with phase(what) if unit is None else progress(what, total, unit, done=total - left) as shown:
             self._write(stage, self._measured(stage, missing, shown.advance))
@@ -255,14 +265,15 @@ class RunInProgress:
     def _expect(self, cost: Cost | None, *, resumed: bool) -> None:
         """Print the estimated cost of the stages that follow."""
         if cost is not None:
-            log.info("%s on %s: %s", self.staged.model, self.staged.dataset, calibrated(cost))
-            self._expected = None if resumed else (cost, time.monotonic())
+            log.info("%s on %s: %s", self.staged.model, self.staged.dataset, calibrated(cost).after(LOADING))
+            self._expected = None if resumed else cost
 
     def learn(self) -> None:
-        """Compare the time that the run took with its estimate, for the estimates of later runs."""
+        """Compare the time that each phase took with its estimate, for the estimates of later runs."""
         if self._expected:
-            cost, begun = self._expected
-            learn(cost, time.monotonic() - begun)
+            ends = [*list(self._begun.values())[1:], time.monotonic()]
+            took = {name: end - begun for (name, begun), end in zip(self._begun.items(), ends, strict=True)}
+            learn(self._expected, took)
 
     def _write(self, stage: Stage, measured: Iterator[tuple[str, Rows]]) -> None:
         n_writers = 4 if str(self.staged.facts.get("device")).startswith("cuda") else 1

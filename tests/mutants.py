@@ -167,7 +167,12 @@ MUTANTS = [
     Mutant(CANDIDATES, "~(most <= reached.get(key, -np.inf))", "most > np.inf", RUNS),
     # Scores and rankings
     Mutant(SCORES, "return (first + place[layer]) * self", "return place[layer] * self", PROVED),
-    Mutant(SCORES, "return torch.where(parallel[:, None, None], before, after)", "return after", PROVED),
+    Mutant(
+        SCORES,
+        "in self.decomposition.blocks[layer].before(component)",
+        'in ({"ffn": ["attn"]}.get(component, []))',
+        PROVED,
+    ),
     Mutant(SCORES, "return torch.where(logits == 0, 1.0, slope)", "return torch.ones_like(slope)", PROVED),
     Mutant(SCORES, "upper.append(factor * (at.slope[rows]", "upper.append(0.9 * factor * (at.slope[rows]", PROVED),
     Mutant(RANKINGS, "-tie[near].cpu().numpy(), -row", "tie[near].cpu().numpy(), -row", "tests/test_attribution.py"),
@@ -197,8 +202,8 @@ MUTANTS = [
     ),
     Mutant(
         KNOWLEDGE,
-        "k = max(wanted.top_k, wanted.query_values",
-        "k = max(1, wanted.query_values",
+        "k, layouts = max(wanted.top_k, wanted.query_values",
+        "k, layouts = max(1, wanted.query_values",
         "tests/test_knowledge_run.py",
     ),
     Mutant(
@@ -296,7 +301,12 @@ MUTANTS = [
         'yield (layer, "resid_post"), before',
         "tests/test_effects.py",
     ),
-    Mutant(READOUTS, 'seen[layer, "attn"] * multiplier', 'seen[layer, "attn"]', "tests/test_lens.py"),
+    Mutant(
+        READOUTS,
+        "seen[layer, component] * blocks[layer].additions.multipliers[component]",
+        "seen[layer, component]",
+        "tests/test_lens.py",
+    ),
     Mutant(
         READOUTS, '(layer - 1, "resid_post") if layer else', '(layer, "resid_post") if layer else', "tests/test_lens.py"
     ),

@@ -11,7 +11,7 @@ from kdb.ingest import speed
 from kdb.ingest.cost import Cost
 from kdb.ingest.speed import calibrated, learn
 
-ESTIMATE = Cost("knowledge cpu float32", "a", 10, 100, 2, 1000, 1000, seconds=20.0)
+ESTIMATE = Cost("knowledge cpu float32", "a", 10, 100, 2, 1000, 1000, {"Loading": 4.0, "Attributing": 20.0})
 
 
 @pytest.fixture(autouse=True)
@@ -22,26 +22,28 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_estimate_is_a_first_guess_until_a_run_has_ended() -> None:
     assert calibrated(ESTIMATE) == ESTIMATE
-    assert "about 20 s (a first guess)" in str(ESTIMATE)
+    assert "about 24 s (a first guess)" in str(ESTIMATE)
 
 
-def test_the_ratio_of_a_run_corrects_the_next_estimate() -> None:
-    learn(ESTIMATE, 50.0)
-    assert calibrated(ESTIMATE).seconds == 50.0
-    assert "about 100 s, at most" in str(calibrated(replace(ESTIMATE, seconds=40.0)))
+def test_the_ratio_of_a_phase_corrects_its_next_estimate() -> None:
+    learn(ESTIMATE, {"Loading": 2.0, "Attributing": 50.0})
+    assert calibrated(ESTIMATE).phases == {"Loading": 2.0, "Attributing": 50.0}
+    later = calibrated(replace(ESTIMATE, phases={"Loading": 4.0, "Attributing": 40.0}))
+    assert "about 102 s, at most" in str(later)
+    assert "about 100 s, at most" in str(later.after("Loading"))
 
 
 def test_a_model_that_was_never_measured_is_corrected_by_the_last_run_of_its_kind() -> None:
-    learn(ESTIMATE, 50.0)
-    learn(replace(ESTIMATE, model="b"), 80.0)
-    assert calibrated(ESTIMATE).seconds == 50.0
-    assert calibrated(replace(ESTIMATE, model="c")).seconds == 80.0
+    learn(ESTIMATE, {"Attributing": 50.0})
+    learn(replace(ESTIMATE, model="b"), {"Attributing": 80.0})
+    assert calibrated(ESTIMATE).seconds == 54.0
+    assert calibrated(replace(ESTIMATE, model="c")).seconds == 84.0
     assert not calibrated(replace(ESTIMATE, kind="concept cpu float32")).is_calibrated
 
 
-def test_a_short_run_corrects_nothing() -> None:
-    learn(ESTIMATE, speed.SHORTEST / 2)
-    learn(replace(ESTIMATE, seconds=0.01), 20.0)
+def test_a_short_phase_corrects_nothing() -> None:
+    learn(ESTIMATE, {"Loading": speed.SHORTEST / 2, "Attributing": speed.SHORTEST / 2})
+    learn(replace(ESTIMATE, phases={"Attributing": 0.01}), {"Attributing": 20.0})
     assert not calibrated(ESTIMATE).is_calibrated
 
 
@@ -50,11 +52,11 @@ def test_a_damaged_cache_is_ignored_and_replaced(cache: Path, content: str) -> N
     cache.parent.mkdir()
     cache.write_text(content)
     assert calibrated(ESTIMATE) == ESTIMATE
-    learn(ESTIMATE, 50.0)
-    assert calibrated(ESTIMATE).seconds == 50.0
+    learn(ESTIMATE, {"Attributing": 50.0})
+    assert calibrated(ESTIMATE).seconds == 54.0
 
 
 def test_a_cache_that_cannot_be_written_stops_no_run(cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
-    learn(ESTIMATE, 50.0)
+    learn(ESTIMATE, {"Attributing": 50.0})
     assert calibrated(ESTIMATE) == ESTIMATE

@@ -117,7 +117,7 @@ def test_what_a_write_raises_ends_the_run(lake: FolderStorage, monkeypatch: pyte
 
 def test_a_plan_is_remembered_whatever_fits_later(lake: FolderStorage) -> None:
     with lake.stage("0" * 16, "m", "d") as staged:
-        run = RunInProgress(staged, None, None, None)
+        run = RunInProgress(staged, None, None, None, time.monotonic())
         assert run.remembered("chunks", lambda: [[0, 1], [2]]) == [[0, 1], [2]]
         assert run.remembered("chunks", lambda: [[0], [1], [2]]) == [[0, 1], [2]]
 

@@ -55,6 +55,7 @@ from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
+from kdb.ingest.progress import ATTRIBUTING
 from kdb.ingest.prompts import Posed, Prompt, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
@@ -114,7 +115,7 @@ def prepare(job: Job) -> tuple[PosedFacts, list[Stage]]:
             (*scores, BOUNDS, *methods, "query_neuron_scores", "query_layer_scores"),
             functools.partial(_chunks, posed, LengthClasses(config)),
             attributed,
-            shown=("Attributing", "prompts"),
+            shown=(ATTRIBUTING, "prompts"),
             announce=functools.partial(_announce, posed),
         ),
         *(

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from kdb.ingest.datasets.paper import PAPER_DATASETS
+from kdb.ingest.progress import FITTING
 from kdb.ingest.rows import Rows, arrow_rows, rows_of
 from kdb.ingest.settings import Probing
 from kdb.ingest.stages import RunInProgress, Shard, StoredStage, single
@@ -71,7 +72,7 @@ def probing(wanted: Probing, seed: int) -> list[StoredStage]:
             _probed,
             read=functools.partial(_fits, wanted, seed),
             n_jobs=lambda fits: _n_jobs(len(fits.task.labels), fits.n_layers, fits.hidden_size),
-            shown=("Fitting probes", "layers"),
+            shown=(FITTING, "layers"),
         ),
     ]
 

@@ -27,6 +27,7 @@ from kdb.ingest.job import Job
 from kdb.ingest.models.find import LoadedModel
 from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_tokenizer
+from kdb.ingest.progress import CAPTURING
 from kdb.ingest.prompts import Posed, check_length, description, pose
 from kdb.ingest.rows import Rows, rows_of, timed
 from kdb.ingest.stages import Advance, ModelStage, RunInProgress, Shard, Stage, StoredStage, single
@@ -66,7 +67,7 @@ def prepare(job: Job) -> tuple[PosedQuestion, list[Stage]]:
             (*(["zero_shot"] if posed.question.separates else []), "activations"),
             functools.partial(_capture_shards, posed),
             _captured,
-            shown=("Capturing activations", "tokens"),
+            shown=(CAPTURING, "tokens"),
             announce=functools.partial(_announce, posed),
         ),
         ModelStage(("checks",), functools.partial(_stored_shards, posed), _check_stored),
