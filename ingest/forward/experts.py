@@ -111,6 +111,11 @@ class Experts:
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The hidden states, experts and weights of a call, by position or by name."""
         names = list(inspect.signature(type(self.module).forward).parameters)[1:4]
+        if len(names) < 3:
+            raise ModelError(
+                f"{type(self.module).__name__} takes {' and '.join(names)}, and kdb measures experts that take hidden "
+                "states, chosen experts and their weights."
+            )
         given = dict(zip(names, args, strict=False)) | kwargs
         return tuple(given[name] for name in names)
 

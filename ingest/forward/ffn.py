@@ -363,9 +363,9 @@ def find_key(
     """
     import torch
 
-    n = coefficient.shape[-1]
+    n, coefficient = coefficient.shape[-1], coefficient.float()
     pieces = [
-        (c.module, slice(i, i + n), c.written[:, i : i + n])
+        (c.module, slice(i, i + n), c.written[:, i : i + n].float())
         for c in first
         for i in range(0, c.written.shape[-1], n)
         if c.written.shape[-1] % n == 0
@@ -377,7 +377,7 @@ def find_key(
         return *pieces[0][:2], activation, False
     for call in functions:
         for module, rows, piece in pieces:
-            if torch.allclose(call.written * piece, coefficient, rtol=1e-2, atol=1e-5):
+            if torch.allclose(call.written.float() * piece, coefficient, rtol=1e-2, atol=1e-5):
                 return module, rows, call.module, True
     for (_gate, _rows, gate), (module, rows, piece) in itertools.permutations(pieces, 2):
         if any(torch.allclose(f(gate) * piece, coefficient, rtol=1e-2, atol=1e-5) for f in _functions()):

@@ -143,12 +143,20 @@ def _refuse_kind(source: ModelSource, config: Any) -> None:
 def _class_for(config: Any) -> Any:
     """Return the class of transformers that loads a model with this config; None for one that generates no text.
 
-    A wrapper that also reads images or sound is listed as such, not among causal language models.
+    A wrapper that also reads images or sound is listed as such, not among causal language models. The text model of some
+    wrappers is not listed at all, and is found by the name in its config.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    several = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-    return next((one for one in several if type(config) in one._model_mapping), None)
+    named, kind = config.architectures or [], type(config)
+    for several in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if kind in several._model_mapping:
+            listed = several._model_mapping[kind]
+            classes = listed if isinstance(listed, tuple) else (listed,)
+            return next((one for one in classes if one.__name__ in named), classes[0])
+    found = getattr(transformers, next((name for name in named if name.endswith("ForCausalLM")), ""), None)
+    return found if getattr(found, "config_class", None) is kind else None
 
 
 # Misfits ---------------------------------------------------------------------------------------------------------
@@ -276,7 +284,7 @@ def skeleton(config: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        return _class_for(config).from_config(config, trust_remote_code=False, attn_implementation=_attention(config))
+        return _class_for(config)._from_config(config, attn_implementation=_attention(config))
 
 
 @contextlib.contextmanager
@@ -312,9 +320,7 @@ def _attention(config: Any) -> str:
 
     Hidden states are the same, and other kinds may need downloads.
     """
-    own = _class_for(config)._model_mapping[type(config)]
-    classes = own if isinstance(own, tuple) else (own,)
-    return "sdpa" if all(one._supports_sdpa for one in classes) else "eager"
+    return "sdpa" if _class_for(config)._supports_sdpa else "eager"
 
 
 _TELL_MISFITS: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
