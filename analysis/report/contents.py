@@ -84,7 +84,9 @@ def models_and_runs(wh: Warehouse, models: Sequence[str]) -> Contents:
 
 def concept_depth(wh: Warehouse, models: Sequence[str]) -> Contents:
     """Yield the first study: Jin et al., arXiv 2404.07066."""
-    params = yield from _asked_for(wh, models, "concept")
+    params = yield from _asked_for(wh, models, "concept", _PROBED)
+    if params is None:
+        return
     curves = wh.query("layer-accuracy", **params)
     yield Drawn("Experiment 1: datasets within each model", "", "depth-curves", params)
     yield _measures(wh, params)
@@ -190,7 +192,9 @@ def _side_by_side(curves: pl.DataFrame, params: dict[str, Any]) -> Contents:
 
 def knowledge(wh: Warehouse, models: Sequence[str]) -> Contents:
     """Yield the second study: Yu and Ananiadou, arXiv 2312.12141."""
-    params = yield from _asked_for(wh, models, "knowledge")
+    params = yield from _asked_for(wh, models, "knowledge", _ASKED)
+    if params is None:
+        return
     yield _asked(
         wh,
         "Prompts that pass the filter",
@@ -351,10 +355,18 @@ CHAPTERS = {
 }
 
 
-def _asked_for(wh: Warehouse, models: Sequence[str], study: str) -> Generator[Remark, None, dict[str, Any]]:
-    """Return the models, and the newest variant if none of them has a run of the study with the variant 'default'."""
+def _asked_for(
+    wh: Warehouse, models: Sequence[str], study: str, hint: str
+) -> Generator[Remark, None, dict[str, Any] | None]:
+    """Return the models, and the newest variant if none of them has a run of the study with the variant 'default'.
+
+    None if no run of the study is stored: one remark with the hint stands for the whole chapter.
+    """
     params: dict[str, Any] = {"model": list(models)}
     variant = shown_variant(wh, models, study)
+    if variant is None:
+        yield Remark(f"Study {study}", hint)
+        return None
     if variant not in (None, PLAIN):
         yield Remark(f"Study {study}", f"there is no run of the variant 'default'; the variant {variant!r} is shown.")
         params["variant"] = variant

@@ -128,7 +128,9 @@ def demo(browser: bool, port: int, folder: Path | None) -> None:
         from kdb.demo import save_demo
 
         save_demo(folder)
-        click.echo(f"Wrote {folder}. To query it: kdb summary --warehouse {shlex.quote(str(folder))}")
+        where = shlex.quote(str(folder))
+        click.echo(f"Wrote {folder}. To query it: kdb summary --warehouse {where}")
+        click.echo(f"For the DuckDB shell, kdb rebuild --warehouse {where} writes {folder / 'kdb.duckdb'}.")
         return
     _run(None, port=port, names=_LOCAL, in_browser=browser)
 
