@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from kdb.analysis.style import Chart, Look, depth_axis
+from kdb.analysis.style import Chart, Look, depth_axis, full_rows
 from kdb.errors import QueryError
 
 METRICS = {
@@ -31,17 +31,30 @@ _WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auc")
 # Accuracy by depth -----------------------------------------------------------------------------------------------
 
 
+_MOST_LINES = 6
+"""Lines with intervals that one panel can show, and be read."""
+
+
 def depth_curves(frame: pl.DataFrame, look: Look, *, metric: str) -> Chart:
-    """Experiment 1: a panel for each model, a line for each dataset."""
+    """Experiment 1: a panel for each model, a line for each dataset.
+
+    With many datasets of few models, their lines could not be told apart: a panel for each dataset.
+    """
+    if frame["model"].n_unique() <= _MOST_LINES < frame["dataset"].n_unique():
+        return _by_dataset(frame, look, metric, _own_answers(frame, look, "model", metric))
     panels = look.order("model", frame["model"])
-    drawn = alt.layer(*_curve(frame, look, "dataset", metric), *_own_answers(frame, look, metric))
+    drawn = alt.layer(*_curve(frame, look, "dataset", metric), *_own_answers(frame, look, "dataset", metric))
     return _panels(drawn.properties(width=300, height=220), frame, "model", panels, columns=3)
 
 
 def curves_by_model(frame: pl.DataFrame, look: Look, *, metric: str) -> Chart:
     """Experiment 2: a panel for each dataset, a line for each model."""
+    return _by_dataset(frame, look, metric, [])
+
+
+def _by_dataset(frame: pl.DataFrame, look: Look, metric: str, beside: list[Any]) -> Chart:
     panels = look.order("dataset", frame["dataset"])
-    drawn = alt.layer(*_curve(frame, look, "model", metric)).properties(width=240, height=170)
+    drawn = alt.layer(*_curve(frame, look, "model", metric), *beside).properties(width=240, height=170)
     return _panels(drawn, frame, "dataset", panels, columns=3)
 
 
@@ -65,7 +78,7 @@ def curves_by_variant(frame: pl.DataFrame, look: Look, *, metric: str) -> Chart:
 
 def _panels(drawn: Any, frame: pl.DataFrame, field: str, names: list[str], columns: int) -> Chart:
     facet = alt.Facet(f"{field}:N", title=None, sort=names)
-    chart: Chart = drawn.properties(data=frame).facet(facet, columns=min(columns, len(names)))
+    chart: Chart = drawn.properties(data=frame).facet(facet, columns=full_rows(len(names), columns))
     return chart
 
 
@@ -127,12 +140,12 @@ def _readable(frame: pl.DataFrame, metric: str) -> alt.Y:
     return alt.Y(f"{metric}:Q", title=METRICS[metric], scale=scale)
 
 
-def _own_answers(frame: pl.DataFrame, look: Look, metric: str) -> list[Any]:
-    """Draw the accuracy of the model's own answers as a tick at the right edge of each line's panel."""
+def _own_answers(frame: pl.DataFrame, look: Look, line: str, metric: str) -> list[Any]:
+    """Draw the accuracy of the model's own answers as a cross at the right edge of each line's panel."""
     if metric != "accuracy" or frame["zero_shot"].null_count() == len(frame):
         return []
     ticks = alt.Chart().transform_filter("datum.layer == datum.n_layers - 1 && isValid(datum.zero_shot)")
-    color = look.lines("dataset", frame["dataset"])["color"]
+    color = look.lines(line, frame[line])["color"]
     y = alt.Y("zero_shot:Q", title=METRICS[metric])
     return [ticks.mark_point(shape="cross", filled=True, size=90, opacity=1).encode(depth_axis(frame), y, color)]
 

@@ -20,6 +20,7 @@ from kdb.analysis.style import (
     component_points,
     components,
     depth_axis,
+    full_rows,
     layer_components,
     upright,
 )
@@ -390,4 +391,4 @@ def _faceted(drawn: Any, frame: pl.DataFrame, look: Look, name: pl.Expr, columns
     panels = list(dict.fromkeys(row[-1] for row in rows))
     header = alt.Header(labelExpr="split(datum.label, '\\n')")
     facet = alt.Facet("panel:N", title=None, sort=panels, header=header)
-    return drawn.properties(data=frame).facet(facet, columns=min(columns, len(panels)))
+    return drawn.properties(data=frame).facet(facet, columns=full_rows(len(panels), columns))

@@ -108,6 +108,15 @@ def component_points(names: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
     return alt.Color("component:N", scale=colors, legend=legend), alt.Shape("component:N", scale=shapes, legend=legend)
 
 
+def full_rows(n_panels: int, most: int) -> int:
+    """Return how many panels stand in a row, at most ``most``: one fewer if that fills every row.
+
+    Vega-Lite draws an axis below a place that no panel fills.
+    """
+    most = min(most, n_panels)
+    return most - 1 if most > 2 and n_panels % most and not n_panels % (most - 1) else most
+
+
 def upright(names: Iterable[str], characters: int, **options: Any) -> alt.Axis:
     """Return an axis whose names are not rotated: they are broken into lines of so many characters."""
     lines = {name: _broken(name, characters) for name in names}

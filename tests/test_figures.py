@@ -601,6 +601,25 @@ def test_plot_writes_the_numbers_beside_the_picture(
     assert picture.read_text().startswith("<svg")
 
 
+def test_a_figure_without_title_prints_its_words_for_a_caption(
+    small: Warehouse, tmp_path: Path, run_kdb: Callable[..., Result]
+) -> None:
+    bare = tmp_path / "bare.json"
+    result = run_kdb("plot", "top-heads", "--no-title", "-o", bare, "--warehouse", small.storage.local.path)
+    words = spec(figures.chart(small, "top-heads"))["title"]
+    assert result.stdout.splitlines() == [words["text"], *words["subtitle"]]
+    assert words["text"] not in bare.read_text()
+
+
+def test_many_datasets_of_one_model_have_a_panel_each(tmp_path: Path) -> None:
+    concepts = [Concept(f"set-{i}", 40, 0.9) for i in range(8)]
+    wh = build(tmp_path / "w", [Model("one", "tiny", 10**8, 4, 2)], concepts, prompts_per_category=0)
+    drawn = spec(figures.chart(wh, "depth-curves"))
+    assert (drawn["facet"]["field"], drawn["columns"]) == ("dataset", 2)  # eight panels fill rows of two
+    few = spec(figures.chart(wh, "depth-curves", dataset=["set-0", "set-1"]))
+    assert few["facet"]["field"] == "model"
+
+
 def test_the_gallery_names_every_figure_and_its_script_draws_all(small: Warehouse, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     commands = re.findall(r"`kdb plot ([a-z-]+) ", (root / "docs/gallery.md").read_text())

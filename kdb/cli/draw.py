@@ -61,6 +61,11 @@ _LOOKS = (
         type=click.Path(dir_okay=False, path_type=Path),
         help="File for the figure's numbers beside it: .csv or .parquet.",
     ),
+    click.Option(
+        ["--title/--no-title"],
+        default=True,
+        help="Title and notes in the picture; else they are printed, for a caption.",
+    ),
 )
 
 
@@ -76,6 +81,7 @@ def _command(name: str) -> click.Command:
         height: int | None,
         theme: str,
         data: Path | None,
+        title: bool,
         **params: Any,
     ) -> None:
         from kdb.analysis import figures, save, themes
@@ -87,9 +93,14 @@ def _command(name: str) -> click.Command:
         as_numbers = output.suffix.lower() in _NUMBERS
         with notes_shown(), kdb.open(warehouse).snapshot() as opened:  # opened once for all queries of a figure
             if not as_numbers:
-                drawn = themes.resized(figures.chart(opened, name, **values), width=width, height=height, theme=theme)
-                save.save(drawn, output)
+                drawn = figures.chart(opened, name, **values)
+                words = [] if title else [drawn.title.text, *drawn.title.subtitle]
+                if not title:
+                    drawn = drawn.properties(title="")
+                save.save(themes.resized(drawn, width=width, height=height, theme=theme), output)
                 say(f"Wrote {output}.", err=True)
+                for line in words:
+                    say(line)
             for path in filter(None, [output if as_numbers else None, data]):
                 show(figures.frame(opened, name, **values), None, path)
 
