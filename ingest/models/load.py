@@ -143,8 +143,8 @@ def _refuse_kind(source: ModelSource, config: Any) -> None:
 def _class_for(config: Any) -> Any:
     """Return the class of transformers that loads a model with this config; None for one that generates no text.
 
-    A wrapper that also reads images or sound is listed as such, not among causal language models. The text model of some
-    wrappers is not listed at all, and is found by the name in its config.
+    A wrapper that also reads images or sound is listed as such, not among causal language models. The text model of
+    some wrappers is not listed at all, and is found by the name in its config.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM

@@ -64,7 +64,7 @@ _LOOKS = (
     click.Option(
         ["--title/--no-title"],
         default=True,
-        help="Title and notes in the picture; else they are printed, for a caption.",
+        help="Title and notes in the picture, or printed for a caption.",
     ),
 )
 
