@@ -29,7 +29,9 @@ PAPER_DATASETS = (
     *("cities", "common_claim", "counterfact", "hateeval", "stsa", "imdb", "sarcasm", "strategyqa", "coinflip"),
 )
 
-_PALETTE = (*("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499"),)
+_PALETTE = (*("#332288", "#cc6677", "#117733", "#44aa99", "#aa4499", "#999933", "#882255", "#88ccee", "#ddcc77"),)
+"""The pale ones are last: a line in them is hard to see."""
+
 _DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 
 ATTN, FFN, MIXER = "#0072b2", "#e69f00", "#009e73"
