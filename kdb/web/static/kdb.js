@@ -89,6 +89,26 @@ function narrowLegend(spec, width) {
   legend.columns = Math.max(1, Math.min(6, Math.floor(width / 190)));
 }
 
+async function rendered(spec) {
+  const quiet = vega.logger(vega.Error);
+  // With ast and the interpreter, because Vega otherwise compiles expressions by eval, which this site's policy forbids.
+  const runtime = vega.parse(vegaLite.compile(spec, { logger: quiet }).spec, null, { ast: true });
+  const canvas = document.createElement("div");
+  const view = new vega.View(runtime, { expr: vega.expressionInterpreter, renderer: "svg", container: canvas, hover: true });
+  await view.runAsync();
+  return canvas;
+}
+
+// Takes away from the panels what long names beside them need, where that leaves enough.
+function narrower(spec, over) {
+  const inner = spec.spec || spec;
+  if (typeof inner.width !== "number") return false;
+  const width = inner.width - Math.ceil(over / (spec.columns || 1));
+  if (width < 100) return false;
+  inner.width = width;
+  return true;
+}
+
 async function show(place, spec) {
   spec = structuredClone(spec);
   const width = place.clientWidth || 600;
@@ -96,12 +116,9 @@ async function show(place, spec) {
   stack(spec, width);
   fit(spec, width);
   narrowLegend(spec, width);
-  const quiet = vega.logger(vega.Error);
-  // With ast and the interpreter, because Vega otherwise compiles expressions by eval, which this site's policy forbids.
-  const runtime = vega.parse(vegaLite.compile(spec, { logger: quiet }).spec, null, { ast: true });
-  const canvas = document.createElement("div");
-  const view = new vega.View(runtime, { expr: vega.expressionInterpreter, renderer: "svg", container: canvas, hover: true });
-  await view.runAsync();
+  let canvas = await rendered(spec);
+  const over = canvas.querySelector("svg").width.baseVal.value - width;
+  if (over > 0 && narrower(spec, over)) canvas = await rendered(spec);
   // A panel without marks of some kind has an empty group, which Vega tells a screen reader is a picture.
   for (const group of canvas.querySelectorAll("g[role=graphics-symbol]:empty")) group.setAttribute("aria-hidden", "true");
   place.replaceChildren(canvas);
