@@ -7,6 +7,7 @@ scores are computed there by their definition in float64 (plain_scores.py).
 from __future__ import annotations
 
 import csv
+import functools
 import tempfile
 import time
 import traceback
@@ -95,6 +96,17 @@ class TinyModel:
         """Load it by plain transformers."""
         return self.model_class.from_pretrained(self.folder, dtype=getattr(torch, dtype or self.dtype)).eval()
 
+    @functools.cached_property
+    def runs(self) -> bool:
+        """Whether plain transformers runs it in this dtype: some models' code mixes number formats."""
+        plain, tokens = self.plain(), tokens_of(self.folder)
+        try:
+            for text in texts()[:3]:  # one of each length
+                plain(input_ids=torch.tensor([tokens(text)]), use_cache=False)
+        except RuntimeError:
+            return False
+        return True
+
 
 # Kinds -----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +148,10 @@ def tokens_of(folder: Path) -> Tokens:
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+ANY_FACTS = [(texts()[0], "a", "c"), (texts()[1], "b", "c")]
+"""Prompts for a model that gives no answer."""
+
+
 def facts(plain: Any, tokens: Tokens) -> list[tuple[str, str, str]]:
     """Prompts with an answer that the model gives: a letter or digit among its five likeliest tokens.
 
@@ -149,7 +165,7 @@ def facts(plain: Any, tokens: Tokens) -> list[tuple[str, str, str]]:
         if best and len(found) < 2 * N_PROMPTS:
             rival = min(letters, key=lambda t: float(logits[t]))
             found += [(text, best[0], f"c{i}"), (f"No {text}", letters[rival], f"c{i}")]
-    return found or [(texts()[0], "a", "c"), (texts()[1], "b", "c")]
+    return found or ANY_FACTS
 
 
 # Measuring -------------------------------------------------------------------------------------------------------
@@ -164,6 +180,7 @@ def measure(tiny: TinyModel, study: str, kind: str) -> Run:
     except KdbError as error:
         # A library's own error may be the reason; one of these is a mistake of kdb's, since the model runs.
         mistake = isinstance(error.__cause__, TypeError | AttributeError | LookupError | RuntimeError | AssertionError)
+        mistake = mistake and tiny.runs
         run = Run("fault" if mistake else "refused", " ".join(str(error).split()))
     except Exception as error:
         traceback.print_exc()
@@ -195,7 +212,10 @@ def ingested(tiny: TinyModel, study: str, place: Path) -> Any:
         rows = [("text", "label"), *((text, i % 2) for i, text in enumerate(texts()))]
     else:
         options = {"answer_prefix": "", "top_k": 30, "query_values": 5, "ablate_k": 3}
-        rows = [("prompt", "answer", "category"), *facts(tiny.plain(), tokens_of(tiny.folder))]
+        rows = [
+            ("prompt", "answer", "category"),
+            *(facts(tiny.plain(), tokens_of(tiny.folder)) if tiny.runs else ANY_FACTS),
+        ]
     with (place / "texts.csv").open("w", newline="") as out:
         csv.writer(out).writerows(rows)
     where = place / "warehouse"

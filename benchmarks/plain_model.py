@@ -97,13 +97,14 @@ class Plain:
     @functools.cached_property
     def blocks(self) -> list[str]:
         """Names of the blocks: the longest list of modules whose outputs are the hidden states of transformers."""
-        lists = [
-            [f"{name}.{i}" for i in range(len(module))]
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) > 1
-        ]
         called = {call.name for call in self.calls}
-        found = [names for names in lists if set(names) <= called and self._are_states(names)]
+        lists = [
+            # Mllama calls some of its blocks only for images.
+            [one for i in range(len(module)) if (one := f"{name}.{i}") in called]
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList)
+        ]
+        found = [names for names in lists if len(names) > 1 and self._are_states(names)]
         if not found:
             raise NoReferenceError("no list of blocks writes the hidden states")
         return max(found, key=len)

@@ -27,6 +27,7 @@ from kdb.ingest.forward.capture import Capture
 from kdb.ingest.forward.checks import check_capture
 from kdb.ingest.models.files import fingerprint
 from kdb.ingest.models.find import REGISTRY, ModelSource, find_model
+from kdb.ingest.models.guard import model_errors
 from kdb.ingest.models.load import load_config, load_model, load_tokenizer, model_row, pick_device
 
 needs_torchao = pytest.mark.skipif(
@@ -460,6 +461,12 @@ def test_what_is_no_causal_language_model_is_named(folder: Path, changes: dict[s
     change_config(folder, **changes)
     message = refusal(load_model, find_model(str(folder)))
     assert message.startswith(f"mine cannot be measured: it is {what}"), message
+
+
+def test_an_error_of_number_formats_says_which_one_works() -> None:
+    said = r"mine cannot be run: expected .* `--dtype float32` avoids that\.$"
+    with pytest.raises(ModelError, match=said), model_errors("mine cannot be run"):
+        _ = torch.ones(2, 2) @ torch.ones(2, 2, dtype=torch.bfloat16)
 
 
 # GGUF ------------------------------------------------------------------------------------------------------------

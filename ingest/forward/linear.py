@@ -109,7 +109,7 @@ def read_norm(module: nn.Module, *shape: int) -> Norm:
     signs[..., 1::2] = -1
     x = signs * _AMPLITUDE
     with torch.inference_mode():
-        up, down, shifted = twin(x), twin(-x), twin(x + _AMPLITUDE)
+        up, down, shifted = (twin(y).float() for y in (x, -x, x + _AMPLITUDE))
     # Cloned, since some operations outside of inference mode refuse its tensors.
     weight, bias = ((up - down) / 2 * signs).clone(), ((up + down) / 2).clone()
     return Norm(module, weight, bias, centred=bool(torch.allclose(up, shifted, rtol=1e-3, atol=1e-5)))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import textwrap
 from collections.abc import Iterator
 
 from kdb.errors import KdbError, ModelError
+
+_MIXED = re.compile(r"same dtype|mixed dtype|scalar type|did not match (Float|BFloat16|Half)")
+"""Messages of torch about tensors of two number formats, as the code of some models makes in half precision."""
 
 
 @contextlib.contextmanager
@@ -23,6 +27,9 @@ def model_errors(what: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             advice = "Use a model whose class is part of transformers"
             raise ModelError(f"{what}: it needs custom code, which kdb does not run. {advice}.") from error
+        if isinstance(error, RuntimeError) and _MIXED.search(str(error)):
+            advice = "Its code mixes number formats; `--dtype float32` avoids that"
+            raise ModelError(f"{what}: {brief(error)}. {advice}.") from error
         raise ModelError(f"{what}: {brief(error)}") from error
 
 
