@@ -159,18 +159,40 @@ def test_the_neurons_of_all_experts_are_counted_for_what_is_shared_by_chance(ali
     assert sizes.item() == 8 + 8 + 8
 
 
+def test_sums_of_two_experts_neurons_of_the_same_number_are_apart(tmp_path: Path) -> None:
+    rows = mixture(3)
+    del rows["candidate_scores"]  # of which exact sums would be computed
+    wh = Warehouse(stored(tmp_path / "w", rows))
+    sums = wh.sql(
+        "SELECT expert, neuron, round(sum(total), 6) FROM neuron_sums WHERE layer = 0 GROUP BY ALL ORDER BY 1"
+    )
+    expected = [sum(rank + 0.1 * i for i in PROMPTS) for rank in (1, 2)]
+    assert sums.rows() == [(0, 3, pytest.approx(expected[0])), (1, 3, pytest.approx(expected[1]))]
+
+
+def test_tokens_are_those_of_the_neurons_that_are_asked_for(alike: Database) -> None:
+    wanted = "SELECT {'model': 'mix', 'dataset': 'facts', 'run': 'aaaaaaaaaaaaaaaa', 'component': 'ffn', 'layer': 0, "
+    wanted += "'head': NULL::INTEGER, 'expert': 1, 'neuron': 3}"
+    found = alike.sql(f"SELECT neuron_name, top_tokens FROM tokens_of_neurons([({wanted})])")
+    assert found.rows() == [("f0.1_3", '"token 2"')]
+
+
 # Pages and figures -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
-    folder = tmp_path_factory.mktemp("shown") / "w"
+    return Warehouse(stored(tmp_path_factory.mktemp("shown") / "w", mixture(3) | ROUTED))
+
+
+def stored(folder: Path, tables: dict[str, Rows]) -> Path:
+    """Store the tables as a run, with its sums."""
     with FolderStorage.create(folder).stage("a" * 16, "mix", "facts") as staged:
-        for table, rows in (mixture(3) | ROUTED).items():
+        for table, rows in tables.items():
             staged.write_rows(table, "part", rows)
         write_neuron_sums(staged)
         staged.commit({"study": "knowledge", "variant": "default", "settings": "{}"})
-    return Warehouse(folder)
+    return folder
 
 
 def page(wh: Warehouse, name: str, **params: str) -> str:
