@@ -11,6 +11,7 @@ import torch
 from helpers.tiny_models import HIDDEN, LAYERS, VOCAB, loaded, prompts
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdb.errors import ModelError
 from kdb.ingest.attribution.score_rows import head_rows, layer_rows, query_layer_rows
 from kdb.ingest.attribution.scores import Attribution
 from kdb.ingest.forward.activation_cache import ActivationCache, check_decomposition, head_vectors, run_with_cache
@@ -222,3 +223,11 @@ def test_heads_without_weights_have_scores_without_positions() -> None:
         a = Attribution(decomposition, r, r.logits.argmax(1))
         assert a.head_scores.isfinite().all()
     assert r.attention.shape[-1] == 0
+
+
+def test_attention_that_is_not_known_as_such_is_not_called_a_mixer() -> None:
+    model = model_of("gptj")  # whose attention is found by its class alone
+    attention = model.transformer.h[1].attn
+    attention.__class__ = type("Peculiar", (type(attention),), {})
+    with pytest.raises(ModelError, match="block 1 of .* adds the output of a Peculiar, which kdb does not know"):
+        decompose(loaded(model))

@@ -12,6 +12,7 @@ from kdb.ingest.forward.attention import Attention
 from kdb.ingest.forward.experts import is_experts
 from kdb.ingest.forward.ffn import Ffn, find_ffn
 from kdb.ingest.forward.linear import Call, Linear, Norm, is_linear, is_norm, read_norm, same
+from kdb.ingest.models.parts import mixer_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +74,13 @@ def find_block(
     """Find the parts of a block among its calls, given in the order in which they ended.
 
     ``multiplier`` is the config's, for what is added to the residual stream. Raises ModelError, with ``where``, if a
-    part is not found.
+    part is not found, and for a part of an unknown kind: it may be attention, whose heads would be missing.
     """
-    return _Finder(where, module, ffn, calls, attention, multiplier).block()
+    found = _Finder(where, module, ffn, calls, attention, multiplier).block()
+    # A norm that is added after all parts gives what Gemma 4 adds for the token itself.
+    if found.mixer is not None and not is_norm(found.mixer) and mixer_of(module) is None:
+        raise ModelError(f"{where} adds the output of a {type(found.mixer).__name__}, which kdb does not know.")
+    return found
 
 
 class _Finder:
