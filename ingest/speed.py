@@ -25,6 +25,10 @@ SHORTEST = 1.0
 its prompts."""
 
 
+_MOST = 1e4
+"""Largest ratio that is believed."""
+
+
 def calibrated(cost: Cost) -> Cost:
     """Return a cost whose phases are corrected by the last run of its model, or else of its kind, on this machine."""
     ratios = _ratios()
@@ -63,6 +67,6 @@ def _path() -> Path:
 def _ratios() -> dict[str, float]:
     try:
         found: Any = json.loads(_path().read_text())
-        return {str(key): float(ratio) for key, ratio in found.items() if 0 < float(ratio) < float("inf")}
+        return {str(key): float(ratio) for key, ratio in found.items() if 0 < float(ratio) <= _MOST}
     except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: what follows replaces it
         return {}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import pyarrow as pa
 
+from kdb.errors import KdbError
 from kdb.ingest.execution.writer import write_behind
 from kdb.ingest.progress import LOADING, phase, progress
 from kdb.ingest.rows import Rows
@@ -174,8 +175,13 @@ def carry_out(storage: Storage, planned: PlannedRun, engine: Engine | None = Non
         with phase("Preparing the run"):
             subject, stages = planned.prepare()
         in_progress = RunInProgress(staged, subject, engine, planned.source, begun)
-        for stage in [*map(_copying, planned.copied), *stages]:
-            in_progress.complete(stage)
+        try:
+            for stage in [*map(_copying, planned.copied), *stages]:
+                in_progress.complete(stage)
+        except KdbError:
+            if {part.parent.name for part in staged.path.rglob("*.parquet")} <= set(planned.copied):
+                staged.restart()  # nothing is measured, so nothing was interrupted
+            raise
         in_progress.learn()
         with phase("Storing the run"):
             staged.commit({**planned.columns, **_versions(staged, with_model=subject is not None)})

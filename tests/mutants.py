@@ -257,8 +257,8 @@ MUTANTS = [
     # Costs
     Mutant(
         "ingest/cost.py",
-        "seconds=flops / rate,",
-        "seconds=10 * flops / rate,",
+        "ATTRIBUTING: flops / rate",
+        "ATTRIBUTING: 10 * flops / rate",
         "tests/test_cost.py",
     ),
     Mutant("ingest/cost.py", "_NEURON_BYTES = 80", "_NEURON_BYTES = 800", "tests/test_cost.py"),

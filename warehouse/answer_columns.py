@@ -51,12 +51,12 @@ def _columns(connection: duckdb.DuckDBPyConnection, saved: SavedQuery) -> Iterat
         value = _EXAMPLES[param.type] if param.required else param.default
         connection.execute(f"SET VARIABLE {param.name} = {literal(value)}")
     for name, type_, *_ in connection.execute(f"DESCRIBE {saved.sql}").fetchall():
-        unit, meaning = _declared(name)
+        unit, meaning = declared(name)
         yield AnswerColumn(name, type_, unit, meaning)
 
 
-def _declared(name: str) -> tuple[str, str]:
-    """Return unit and meaning of a column."""
+def declared(name: str) -> tuple[str, str]:
+    """Return unit and meaning of a column of an answer; each is empty if it is unknown, or differs among tables."""
     stored = [column for table in TABLES.values() for column in table.columns if column.name == name]
     comments = {str(column.comment) for column in stored} | ({PARTITIONS[name]} if name in PARTITIONS else set())
     meaning = MEANINGS.get(name) or (comments.pop() if len(comments) == 1 else "")

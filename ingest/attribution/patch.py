@@ -70,6 +70,8 @@ class Patched:
     def __init__(self, decomposition: Decomposition) -> None:
         self.decomposition = decomposition
         self._category: Category | None = None
+        self.told = False
+        """Whether a warning has said which effects are left out."""
 
     @property
     def loaded(self) -> LoadedModel:
@@ -89,7 +91,7 @@ def rows(subject: Patched, shard: Shard, advance: Advance) -> Iterator[Rows]:
     category = subject.category(some.prompts)
     with model_errors(f"{subject.loaded.source.name} cannot be patched"):
         tables = [
-            effect_rows(category, some.indices, _possible(subject.decomposition, wanted, found), found)
+            effect_rows(category, some.indices, _possible(subject, wanted, found), found)
             for wanted, parts in some.wanted
             for found in [_parts(subject.decomposition, wanted, parts)]
         ]
@@ -97,17 +99,27 @@ def rows(subject: Patched, shard: Shard, advance: Advance) -> Iterator[Rows]:
     advance(len(some.indices))
 
 
-def _possible(decomposition: Decomposition, wanted: Patching, parts: Parts) -> Patching:
-    """The settings without the components that the model lacks, and those that no module computes."""
+def _possible(subject: Patched, wanted: Patching, parts: Parts) -> Patching:
+    """The settings without the components that the model lacks, and those that no module computes.
+
+    Raises ModelError if nothing is left of what a user asked for.
+    """
+    name = subject.loaded.source.name
     present = [c for c in wanted.components if parts[c]]
-    left_out = [c for c in present if not can_be_replaced(decomposition, c)]
-    if left_out:
+    left_out = [c for c in present if not can_be_replaced(subject.decomposition, c)]
+    possible = tuple(c for c in present if c not in left_out)
+    asked = " and ".join(wanted.components)
+    if not possible and wanted not in (ESTIMATED, MEASURED):
+        why = "no single module computes the output" if left_out else "no layer has one"
+        raise ModelError(f"{name} has nothing to replace of the component {asked}: {why}.")
+    if left_out and not subject.told:
+        subject.told = True
         log.warning(
             "%s: effects of %s are left out, because no single module computes their output.",
-            decomposition.loaded.source.name,
+            name,
             " and ".join(left_out),
         )
-    return replace(wanted, components=tuple(c for c in present if c not in left_out))
+    return replace(wanted, components=possible)
 
 
 def _parts(decomposition: Decomposition, wanted: Patching, parts: Sequence[Part] | None) -> Parts:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdb.errors import ModelError
 from kdb.ingest.forward.length_classes import forget_longest
+from kdb.ingest.models.guard import not_finite
 from kdb.ingest.models.trace import without_cache
 
 if TYPE_CHECKING:
@@ -84,10 +85,7 @@ def check_row(check: str, values: Sequence[float], loaded: LoadedModel, n_prompt
     value = float(np.max(values, initial=0))  # unlike Python's max, NumPy's keeps a NaN
     tolerance = _tolerance(check, loaded.dtype)
     if not np.isfinite(value):
-        raise ModelError(
-            f"{loaded.source.name} cannot be measured: it computes values that are not finite numbers (found by the "
-            f"check {check}). Its weights may be damaged or empty; {loaded.dtype} may be too small for its values."
-        )
+        raise not_finite(loaded.source.name, loaded.dtype, f"the check {check}")
     if not value <= tolerance:
         off = f"{check} is off by {value:.2g}, and {loaded.dtype} explains {tolerance:.2g} ({DETAIL[check]})."
         if check not in _NEVER_REFUSED:

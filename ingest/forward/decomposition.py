@@ -27,6 +27,7 @@ from kdb.ingest.forward.head_values import measured_values, positions_known
 from kdb.ingest.forward.layout import FfnLayout
 from kdb.ingest.forward.linear import Call, Norm, flat, matrix, read_norm
 from kdb.ingest.models.find import LoadedModel
+from kdb.ingest.models.guard import not_finite
 from kdb.ingest.models.structure import ModelStructure, find_structure
 
 if TYPE_CHECKING:
@@ -247,7 +248,9 @@ def decompose(loaded: LoadedModel) -> Decomposition:
                 hook = functools.partial(_note, calls[i])
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(attended.note))
-        structure.decoder(ids, use_cache=False)
+        states = structure.decoder(ids, use_cache=False)[0]
+    if not states.isfinite().all():
+        raise not_finite(loaded.source.name, loaded.dtype, "the first pass")
     multiplier = float(getattr(loaded.model.config.get_text_config(), "residual_multiplier", None) or 1.0)
     attentions = [_attention_of(loaded, i, block, calls[i], attended) for i, block in enumerate(structure.blocks)]
     blocks = tuple(

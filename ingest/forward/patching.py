@@ -388,7 +388,8 @@ class Prompts:
         most = max(1, tokens_at_once(self.decomposition.loaded) // self.ids.shape[1])
         most = min(most, max(1, LOGITS_BYTES // (16 * self.logits.shape[1])))
         if self.cache is not None:
-            kept = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in self.cache.layers)
+            used = [layer for layer in self.cache.layers if layer.keys is not None]  # Mllama skips some without images
+            kept = sum(layer.keys[0].nbytes + layer.values[0].nbytes for layer in used)
             most = min(most, max(1, CACHE_BYTES // max(1, kept)))
         if not self.decomposition.can_resume:  # no row can skip a block
             layers = [0] * len(numbers)

@@ -168,7 +168,12 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
 def _contents(file: Path) -> Contents:
     import gguf
 
-    reader = gguf.GGUFReader(file)
+    try:
+        reader = gguf.GGUFReader(file)
+    except (ValueError, IndexError) as error:
+        if "magic" in str(error):  # it never was one
+            raise
+        raise ModelError(f"{file.name!r} ends too early, or is damaged: copy or download it again.") from error
     metadata = {
         # Reading a vocabulary takes seconds, and only its size is needed.
         key: len(field.data) if key.startswith("tokenizer.ggml.") and len(field.data) > 1 else field.contents()

@@ -33,6 +33,14 @@ def model_errors(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {brief(error)}") from error
 
 
+def not_finite(name: str, dtype: str, found_by: str) -> ModelError:
+    """Return the error about a model whose values are infinite or no numbers."""
+    return ModelError(
+        f"{name} cannot be measured: it computes values that are not finite numbers (found by {found_by}). Its weights "
+        f"may be damaged or empty; {dtype} may be too small for its values."
+    )
+
+
 def brief(error: BaseException) -> str:
     """Describe an error in one line; with its type if the message alone is not clear."""
     text = textwrap.shorten(str(error), 240, placeholder=" …")

@@ -101,7 +101,7 @@ def ablate(
     log_to_stderr()
     opened, wanted = kdb.open(warehouse), settings_from(Ablating, options)
     source = find_model(model, name=model_name, revision=revision)
-    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
+    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "layer_scores"))
     rows, measured = _chosen(opened, run, query_, wanted)
 
     def load() -> LoadedModel:

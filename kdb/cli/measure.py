@@ -262,9 +262,9 @@ _ABSENT = {
         "The vectors of {0} on {1}, variant {2}, are not stored: a reduced copy has none, and `kdb runs keep-vectors` "
         "deletes them. Remove the run, and measure it again with `kdb ingest`.",
     ),
-    "head_scores": (
+    "layer_scores": (
         "prompts",
-        "The run of {0} on {1}, variant {2}, has no head scores. Either no prompt is kept (`kdb query kept-prompts`), "
+        "The run of {0} on {1}, variant {2}, has no scores. Either no prompt is kept (`kdb query kept-prompts`), "
         "or the dataset has texts with labels. Use a run with kept prompts.",
     ),
 }

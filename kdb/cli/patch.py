@@ -105,7 +105,7 @@ def patch(
     log_to_stderr()
     opened = kdb.open(warehouse)
     source = find_model(model, name=model_name, revision=revision)
-    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "head_scores"))
+    run = opened.storage.find(stored_run(opened.sql, source.name, dataset, variant, "layer_scores"))
 
     def load() -> LoadedModel:
         return loading.load_model(source, device=loading.pick_device(device), **source_options(run))

@@ -14,6 +14,7 @@ import pyarrow as pa
 from kdb.errors import QueryError
 from kdb.formats import read
 from kdb.numbers import is_symmetric, shown, with_interval
+from kdb.warehouse.answer_columns import declared
 from kdb.warehouse.frames import CAST, first_line
 from kdb.warehouse.schema import PARTITIONS, TABLES
 
@@ -94,41 +95,15 @@ def _list(values: Sequence[Any], name: str) -> str:
 
 @functools.cache
 def meaning(column: str, table_name: str | None = None) -> str:
-    """Return the meaning and unit of a column, in a certain table or the first that has it; empty if it is unknown."""
+    """Return the meaning and unit of a column of a table, or of an answer; empty if it is unknown."""
     if column in PARTITIONS:
         return PARTITIONS[column]
-    for table in TABLES.values() if table_name is None else [TABLES[table_name]]:
-        if column in table.columns:
-            found = table.columns[column]
-            unit = found.info["unit"]
-            return f"{found.comment}{f' ({unit})' if unit else ''}"
-    return _OF_QUERIES.get(column, "")
-
-
-_OF_QUERIES = {
-    "n_prompts": "number of prompts behind the number",
-    "n_kept": "number of prompts that pass the filter",
-    "kept_percent": "prompts that pass the filter (%)",
-    "head_name": "a23.12 is head 12 of layer 23, both from 0",
-    "layer_name": "a23 is the attention of layer 23, f23 its FFN, both from 0",
-    "expert_name": "f23.3 is expert 3 of FFN layer 23, both from 0",
-    "neuron_name": "f23_45 is FFN neuron 45 of layer 23, f23.3_45 that of its expert 3; a23.12_45 is dimension 45 of "
-    "head 12 in layer 23",
-    "best_layer": "first layer with the best accuracy",
-    "best_accuracy": "accuracy of the best layer",
-    "best_percent": "depth of the best layer (%)",
-    "baseline": "best predictor that needs no model",
-    "baseline_accuracy": "accuracy of that baseline",
-    "area": "mean over layers of the accuracy minus the baseline's",
-    "depth_90_layer": "first layer at which 90 % of the way from the baseline to the best layer is made",
-    "depth_90_percent": "depth at which 90 % of the way from the baseline to the best layer is made (%)",
-    "jump_percent": "jump point J of the paper (%)",
-    "converging_percent": "converging point C of the paper (%)",
-    "top_tokens": "tokens whose logits the neuron raises most",
-    "bottom_tokens": "tokens whose logits the neuron lowers most",
-    "role": "value neuron: adds to the answer; query neuron: activates value neurons",
-}
-"""Meaning of columns that queries compute."""
+    if table_name is None:
+        unit, about = declared(column)
+    else:
+        found = TABLES[table_name].columns.get(column)
+        unit, about = ("", "") if found is None else (found.info["unit"], str(found.comment))
+    return f"{about} ({unit})" if about and unit else about
 
 
 def shade(value: float | None, most: float) -> str:
