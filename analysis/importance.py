@@ -209,15 +209,17 @@ def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:
 def part_map(frame: pl.DataFrame, look: Look, *, part: str) -> Chart:
     """Draw every head or expert of every layer, coloured by its mean score: a panel for each dataset and category."""
     n_layers, n_parts = (int(frame[name].max()) + 1 for name in ("layer", part))  # type: ignore[arg-type]  # numbers
-    side = max(3, min(14, 260 // max(n_layers, n_parts)))
-    axis = alt.Axis(values=list(range(0, n_layers, 5)), grid=False)
+    side, step = max(3, min(14, 260 // max(n_layers, n_parts))), 4 if n_parts > 12 else 1
+    # In a panel of its own size, layers without such a part have their place, too.
+    places = list(range(n_layers)) if frame["model"].n_unique() == 1 else alt.Undefined
+    axis = alt.Axis(values=list(range(0, n_layers, 5 if n_layers > 12 else 1)), grid=False)
     legend = alt.Legend(title=INCREASE, gradientLength=200)
     drawn = (
         alt.Chart(frame)
         .mark_rect()
         .encode(
-            alt.X("layer:O", title="layer", axis=axis),
-            alt.Y(f"{part}:O", title=part, axis=alt.Axis(values=list(range(0, n_parts, 4)), grid=False)),
+            alt.X("layer:O", title="layer", axis=axis, scale=alt.Scale(domain=places)),
+            alt.Y(f"{part}:O", title=part, axis=alt.Axis(values=list(range(0, n_parts, step)), grid=False)),
             # The positive end is darker than the negative one, so that both differ in a grey print.
             alt.Color("score:Q", scale=alt.Scale(domainMid=0, range=["#e69f00", "#f7f7f7", "#08306b"]), legend=legend),
             tooltip=[f"{part}_name", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in _ENDS), "rank", "n_prompts"],

@@ -428,6 +428,15 @@ def test_a_patch_that_cannot_be_measured_is_refused_and_stores_nothing(
     assert storage.local.staging.unfinished_runs() == []
 
 
+def test_a_patch_that_is_refused_by_the_loaded_model_leaves_nothing_in_staging(
+    plain: Path, patch: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdb.ingest.attribution.patch.can_be_replaced", lambda *_: False)
+    message = refusal(patch(plain, "--component", "ffn", "--replacement", "zero"))
+    assert message.endswith("has nothing to replace of the component ffn: no single module computes the output.")
+    assert Warehouse(plain).storage.local.staging.unfinished_runs() == []
+
+
 def test_a_dataset_without_subjects_and_relations_has_no_pairs_and_no_role_subject(
     tmp_path: Path, run_kdb: RunKdb, tiny_model: Path, facts: Path, patch: Callable[..., Result]
 ) -> None:

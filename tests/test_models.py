@@ -531,7 +531,9 @@ def test_a_gguf_file_that_lacks_weights_is_refused_and_leaves_nothing(
 def test_a_gguf_file_that_was_cut_off_is_refused(tmp_path: Path, qwen2: Any, keep: int) -> None:
     path = write_gguf(tmp_path / "small.gguf", qwen2)
     path.write_bytes(path.read_bytes()[:keep])
-    assert refusal(load_config, find_model(str(path))).startswith("Cannot read the GGUF file 'small.gguf': ")
+    assert refusal(load_config, find_model(str(path))) == (
+        "Cannot read the GGUF file 'small.gguf': it ends too early, or is damaged. Copy or download it again."
+    )
 
 
 @pytest.mark.usefixtures("user_cache")

@@ -12,6 +12,7 @@ from helpers.tiny_models import HIDDEN, LAYERS, VOCAB, loaded, prompts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdb.errors import ModelError
+from kdb.ingest.attribution.patch import ESTIMATED, Patched, Patching, _possible
 from kdb.ingest.attribution.score_rows import head_rows, layer_rows, query_layer_rows
 from kdb.ingest.attribution.scores import Attribution
 from kdb.ingest.forward.activation_cache import ActivationCache, check_decomposition, head_vectors, run_with_cache
@@ -235,3 +236,20 @@ def test_attention_that_is_not_known_as_such_is_not_called_a_mixer() -> None:
     attention.__class__ = type("Peculiar", (type(attention),), {"forward": without_weights})
     with pytest.raises(ModelError, match=r"block 1 of .* adds the output of a Peculiar, which kdb does not know"):
         decompose(loaded(model))
+
+
+def test_weights_that_are_no_numbers_are_named_before_parts_are_looked_for() -> None:
+    model = model_of("lfm2")
+    model.model.layers[1].feed_forward.w2.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"computes values that are not finite numbers \(found by the first pass\)"):
+        decompose(loaded(model))
+
+
+def test_a_component_that_a_model_lacks_is_not_patched_in_silence() -> None:
+    subject = Patched(decompose(loaded(model_of("mamba"))))
+    asked = Patching(components=("head",), replacements=("zero",), methods=("exact",))
+    with pytest.raises(ModelError, match="has nothing to replace of the component head: no layer has one"):
+        _possible(subject, asked, {"head": []})
+    assert (
+        _possible(subject, ESTIMATED, dict.fromkeys(ESTIMATED.components, ())).components == ()
+    )  # a run's own effects

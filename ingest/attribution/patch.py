@@ -238,7 +238,8 @@ def read_part(name: str, model: Mapping[str, Any], experts: Sequence[Mapping[str
     if match is None:
         raise QueryError(
             f"Unknown part {name!r}: write a5.2 for a head, a5 or f5 for an attention or FFN layer, f5_123 for an FFN "
-            "neuron, f5.3_123 for that of an expert, r5 for the residual stream after block 5."
+            "neuron, f5.3_123 for that of an expert, r5 for the residual stream after block 5. `kdb ablate` replaces "
+            "whole experts."
         )
     number = {key: int(value) for key, value in match.groupdict().items() if value is not None}
     layer = next(number[key] for key in ("attn", "ffn", "resid") if key in number)

@@ -173,7 +173,9 @@ def _contents(file: Path) -> Contents:
     except (ValueError, IndexError) as error:
         if "magic" in str(error):  # it never was one
             raise
-        raise ModelError(f"{file.name!r} ends too early, or is damaged: copy or download it again.") from error
+        raise ModelError(
+            f"Cannot read the GGUF file {file.name!r}: it ends too early, or is damaged. Copy or download it again."
+        ) from error
     metadata = {
         # Reading a vocabulary takes seconds, and only its size is needed.
         key: len(field.data) if key.startswith("tokenizer.ggml.") and len(field.data) > 1 else field.contents()

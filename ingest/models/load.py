@@ -249,11 +249,10 @@ def _check_sizes(source: ModelSource, config: Any, tensors: Mapping[str, Tensor]
 
 def _check_experts(source: ModelSource, text: Any) -> None:
     """Raise ModelError for a config whose router chooses more experts than there are."""
-    n_experts, chosen = first_number(text, N_EXPERTS, 0), first_number(text, TOP_K, 1)
-    if n_experts and not 1 <= chosen <= n_experts:
+    n_experts, chosen = (first_number(text, names, 0) for names in (N_EXPERTS, TOP_K))
+    if 0 < n_experts < chosen:
         raise ModelError(
-            f"The config of {source.name} chooses {chosen} experts per token, and has {n_experts:,} experts: expected 1 "
-            f"to {n_experts:,}."
+            f"The config of {source.name} chooses {chosen} experts per token, and has only {n_experts:,} experts."
         )
 
 

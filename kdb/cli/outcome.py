@@ -23,10 +23,18 @@ NOT_KEPT = {
 """Columns of the query ``kept-prompts`` that count prompts that are not kept, in words."""
 
 NEXT = {
-    "concept": ("kdb query concept-depth --model {model} --dataset {dataset}", "kdb plot depth-curves -o depth.html"),
-    "knowledge": ("kdb query top-heads --model {model}", "kdb query head-effects --model {model}"),
+    "concept": (
+        ("probe_scores", "kdb query concept-depth --model {model} --dataset {dataset}"),
+        ("probe_scores", "kdb plot depth-curves -o depth.html"),
+    ),
+    "knowledge": (
+        ("head_scores", "kdb query top-heads --model {model}"),
+        ("expert_scores", "kdb query top-experts --model {model}"),
+        ("head_scores", "kdb query head-effects --model {model}"),
+        ("layer_scores", "kdb query top-layers --model {model}"),
+    ),
 }
-"""Commands to continue with after a run of each study."""
+"""Commands to continue with after a run of each study, with the table that each asks; two of them are shown."""
 
 
 def report_outcome(outcome: Any, model: str, dataset: str) -> None:
@@ -63,14 +71,14 @@ def counted(opened: Warehouse, run: str) -> Iterator[str]:
 
 def say_next(opened: Warehouse, run: str) -> None:
     """Print commands that show what a run holds."""
-    rows = opened.sql("SELECT model, dataset, study, variant FROM runs WHERE run = ?", [run]).to_dicts()
+    rows = opened.sql("SELECT model, dataset, study, variant, tables FROM runs WHERE run = ?", [run]).to_dicts()
     where = str(opened.storage.location)
     here = "" if Path(where).resolve() == Path(DEFAULT_WAREHOUSE).resolve() else f" --warehouse {shlex.quote(where)}"
     say("Next:")
     for row in rows:
         quoted = {name: shlex.quote(str(value)) for name, value in row.items()}
         variant = "" if row["variant"] == PLAIN else f" --variant {quoted['variant']}"
-        for command in NEXT[row["study"]]:
+        for command in [command for table, command in NEXT[row["study"]] if table in row["tables"]][:2]:
             say(f"  {command.format(**quoted)}{variant}{here}")
     say(f"  kdb serve{here}")
 
