@@ -16,6 +16,7 @@ from click.testing import Result
 from helpers.tiny_models import loaded, prompts, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import kdb
 from kdb.ingest.attribution.score_rows import expert_rows, layouts_of, neuron_rows, router_rows
 from kdb.ingest.attribution.scores import Attribution
 from kdb.ingest.forward.activation_cache import run_with_cache
@@ -236,3 +237,12 @@ def test_a_shared_expert_has_a_score_and_is_not_routed(architecture: str) -> Non
     for _place, rows in router.group_by("prompt_id", "layer"):
         assert rows["chosen"].to_list() == [True] * 2 + [False] * 4
         assert rows["probability"].tail(4).is_sorted(descending=True)
+
+
+def test_one_prompt_has_the_scores_and_weights_of_the_experts_that_are_used(mixture: Path) -> None:
+    found = kdb.attribute(mixture, "The sky of Rome is", "a")
+    assert found.experts["score"].is_sorted(descending=True)
+    by_layer = found.experts.group_by("layer").agg(pl.len(), pl.col("weight").sum()).sort("layer")
+    assert by_layer["layer"].to_list() == [1, 2] and set(by_layer["len"]) == {CHOSEN}
+    assert by_layer["weight"].to_list() == pytest.approx([1, 1], abs=1e-6)
+    assert "<th>expert</th>" in found._repr_html_()

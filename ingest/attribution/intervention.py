@@ -170,7 +170,12 @@ def notes(storage: Storage, run: str) -> list[str]:
     found = []
     if len(ratios) < settings["n_controls"]:
         found.append(f"Only {len(ratios)} of {settings['n_controls']} controls: no more distinct sets exist.")
-    far = [ratio for ratio in ratios.values() if not 1 / FAR <= ratio <= FAR]
+    idle = sum(ratio == float("inf") for ratio in ratios.values())
+    if idle:
+        found.append(
+            f"{idle} of {len(ratios)} controls replace what is 0 in these prompts, such as experts not chosen."
+        )
+    far = [ratio for ratio in ratios.values() if not 1 / FAR <= ratio <= FAR and ratio != float("inf")]
     if far:
         found.append(
             f"In {len(far)} of {len(ratios)} controls the set is {min(far):.2f} to {max(far):.2f} times as large as "

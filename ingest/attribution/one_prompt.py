@@ -35,8 +35,8 @@ from kdb.ingest.stages import Shard
 from kdb.text import in_line
 from kdb.warehouse.schema import NEURON, arrow_schema
 
-_OF_PARTS = ("head_scores", "head_position_scores", "neuron_scores")
-"""Tables that a model without heads or neurons has no rows of."""
+_OF_PARTS = ("head_scores", "head_position_scores", "neuron_scores", "expert_scores", "router")
+"""Tables that a model without heads, neurons or experts has no rows of."""
 
 _SHOWN = 5
 """Number of heads and neurons that a notebook shows."""
@@ -49,6 +49,7 @@ class PromptAttribution:
     ``target`` is the answer's first token, which is explained; ``logp`` and ``rank`` are its log-probability and its
     rank among all tokens, from 1. ``layers``, ``heads`` and ``neurons`` have the direct contributions of attention and
     FFN layers, of all heads, and of the best neurons with the tokens that they promote; the largest come first.
+    ``experts`` has those of the experts that are used, with their routing weights; it has no rows for a dense model.
     ``lens`` has what the model would say after each part of each block, ``effects`` what the answer loses or gains when
     a head or layer is replaced; the largest effects come first. docs/schema.md explains the columns.
     """
@@ -62,6 +63,7 @@ class PromptAttribution:
     layers: pl.DataFrame = field(repr=False)
     heads: pl.DataFrame = field(repr=False)
     neurons: pl.DataFrame = field(repr=False)
+    experts: pl.DataFrame = field(repr=False)
     lens: pl.DataFrame = field(repr=False)
     effects: pl.DataFrame = field(repr=False)
 
@@ -77,6 +79,14 @@ class PromptAttribution:
             (f"a{row['layer']}.{row['head']}", f"{row['score']:+.3f}", _code(row["reads"] or ""))
             for row in self.heads.head(_SHOWN).to_dicts()
         ]
+        experts = [
+            (
+                f"f{row['layer']}.{row['expert']}",
+                f"{row['score']:+.3f}",
+                "" if row["weight"] is None else f"{row['weight']:.3f}",
+            )
+            for row in self.experts.head(_SHOWN).to_dicts()
+        ]
         neurons = [
             (_name(row), f"{row['score']:+.3f}", " ".join(map(_code, row["promotes"][:_SHOWN])))
             for row in self.neurons.head(_SHOWN).to_dicts()
@@ -84,6 +94,7 @@ class PromptAttribution:
         return (
             f"<p>{html.escape(in_line(self.model))}: {_code(self.prompt)} → {said}</p>"
             + _table(("head", "score", "reads"), heads)
+            + _table(("expert", "score", "weight"), experts)
             + _table(("neuron", "score", "promotes"), neurons)
         )
 
@@ -185,6 +196,7 @@ def _result(job: Job, row: Mapping[str, Any], tables: Mapping[str, pl.DataFrame]
         layers=tables["layer_scores"].sort("score", descending=True),
         heads=_heads(tables),
         neurons=_neurons(tables),
+        experts=_experts(tables),
         lens=lens,
         effects=tables["effects"].drop("neuron", "role", "direction").sort(pl.col("logp").abs(), descending=True),
     )
@@ -194,6 +206,12 @@ def _heads(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """Return all heads, and of the best ones also the token that they read most."""
     reads = tables["head_position_scores"].group_by("layer", "head").agg(reads=pl.col("token").sort_by("score").last())
     return tables["head_scores"].join(reads, on=["layer", "head"], how="left").sort("score", descending=True)
+
+
+def _experts(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Return the experts that are used, with their routing weights; those of shared ones are NULL."""
+    weights = tables["router"].filter("chosen").select("layer", "expert", "weight")
+    return tables["expert_scores"].join(weights, on=["layer", "expert"], how="left").sort("score", descending=True)
 
 
 def _neurons(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -225,7 +243,10 @@ def _code(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an HTML table of cells that are HTML already."""
+    """Return an HTML table of cells that are HTML already; nothing without rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
     cells = [[f"<th>{one}</th>" for one in head], *([f"<td>{one}</td>" for one in row] for row in rows)]
     lines = [f"<tr>{''.join(line)}</tr>" for line in cells]
     return f"<table>{''.join(lines)}</table>"

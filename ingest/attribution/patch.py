@@ -109,7 +109,7 @@ def _possible(subject: Patched, wanted: Patching, parts: Parts) -> Patching:
     left_out = [c for c in present if not can_be_replaced(subject.decomposition, c)]
     possible = tuple(c for c in present if c not in left_out)
     asked = " and ".join(wanted.components)
-    if not possible and wanted not in (ESTIMATED, MEASURED):
+    if not possible and wanted != MEASURED and wanted.components != ESTIMATED.components:
         why = "no single module computes the output" if left_out else "no layer has one"
         raise ModelError(f"{name} has nothing to replace of the component {asked}: {why}.")
     if left_out and not subject.told:
