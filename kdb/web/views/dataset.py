@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from kdb.analysis.style import look_of
+from kdb.analysis.variants import PLAIN
 from kdb.errors import UnknownNameError
-from kdb.web.views.parts import IN_NAME, UrlParams, asked, categories, chart, has, known, table
+from kdb.web.views.parts import IN_NAME, UrlParams, asked, categories, chart, has, known, table, variant_of
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -20,7 +22,7 @@ _ABOUT = (
 _EXAMPLES = (
     "SELECT min(model) AS model, dataset, prompt_id, text, any_value(label) AS label, "
     "any_value(target_token) AS target_token, any_value(category) AS category "
-    "FROM prompts JOIN runs USING (model, dataset, run) WHERE dataset = $dataset AND variant = 'default' "
+    "FROM prompts JOIN runs USING (model, dataset, run) WHERE dataset = $dataset AND variant = $variant "
     "GROUP BY dataset, prompt_id, text ORDER BY prompt_id LIMIT 12"
 )
 
@@ -33,7 +35,8 @@ def dataset(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         stored = wh.sql("SELECT DISTINCT dataset FROM datasets")["dataset"].to_list()
         raise UnknownNameError("dataset", name, stored, "The home page lists all stored datasets.")
     models = set(wh.sql("SELECT DISTINCT model FROM runs WHERE dataset = $dataset", {"dataset": name})["model"])
-    examples = wh.sql(_EXAMPLES, {"dataset": name})
+    variant = variant_of(wh, models, about[0]["study"])
+    examples = wh.sql(_EXAMPLES, {"dataset": name, "variant": variant.get("variant", PLAIN)})
     context = {
         "title": f"Dataset {name}",
         "dataset": name,
@@ -45,7 +48,7 @@ def dataset(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         "tables": [],
         "kept": None,
     }
-    return context | (_concept(wh, name) if about[0]["study"] == "concept" else _knowledge(wh, name))
+    return context | (_concept(wh, name, variant) if about[0]["study"] == "concept" else _knowledge(wh, name, variant))
 
 
 def _with_values(frame: pl.DataFrame) -> list[str]:
@@ -53,8 +56,8 @@ def _with_values(frame: pl.DataFrame) -> list[str]:
     return [name for name in shown if frame[name].null_count() < len(frame)]
 
 
-def _concept(wh: Warehouse, name: str) -> dict[str, Any]:
-    about = {"dataset": [name]}
+def _concept(wh: Warehouse, name: str, variant: Mapping[str, str]) -> dict[str, Any]:
+    about = {"dataset": [name], **variant}
     charts = [chart("depth-by-family", {**about, "size": 1, "within": 1e6}, f"How deep does each model know {name}?")]
     charts.append(chart("depth-measures", about))
     models = [one for one in look_of(wh).models if has(wh, "projections", dataset=name, model=one)]
@@ -64,8 +67,8 @@ def _concept(wh: Warehouse, name: str) -> dict[str, Any]:
     return {"charts": charts, "further": hidden, "tables": [one for one in tables if one.rows]}
 
 
-def _knowledge(wh: Warehouse, name: str) -> dict[str, Any]:
-    about = {"dataset": name}
+def _knowledge(wh: Warehouse, name: str, variant: Mapping[str, str]) -> dict[str, Any]:
+    about = {"dataset": name, **variant}
     return {
         "kept": {
             "categories": categories(wh),
@@ -82,7 +85,7 @@ def category(wh: Warehouse, url_params: UrlParams) -> dict[str, Any]:
         raise UnknownNameError("category", name, stored, "The home page lists all stored categories.")
     models = url_params.many("model")
     known(wh, models)
-    about = {"category": [name], "model": models}
+    about = {"category": [name], "model": models, **variant_of(wh, models or look_of(wh).models, "knowledge")}
     figures = ["layer-scores", "top-heads", "head-map"]
     figures += ["answer-by-layer"] if has(wh, "lens_readouts") else []
     figures += ["effect-map"] if has(wh, "effects") else []

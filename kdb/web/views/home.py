@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from kdb.analysis.style import look_of
 from kdb.web.templates import url
-from kdb.web.views.parts import Charted, UrlParams, asked, categories, chart
+from kdb.web.views.parts import Charted, UrlParams, asked, categories, chart, variant_of
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -18,7 +19,12 @@ def home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
     """Return the largest comparison of each study, a matrix of models and datasets, and what is stored."""
     look, kinds = look_of(wh), categories(wh)
     measured = wh.sql(_MEASURED)
-    depth = wh.query("concept-depth", site="resid_post") if len(measured.filter(study="concept")) else pl.DataFrame()
+    concept, knowledge = (variant_of(wh, look.models, study) for study in ("concept", "knowledge"))
+    depth = (
+        wh.query("concept-depth", site="resid_post", **concept)
+        if len(measured.filter(study="concept"))
+        else pl.DataFrame()
+    )
     return {
         "title": "Home",
         "models": look.models,
@@ -27,9 +33,9 @@ def home(wh: Warehouse, _: UrlParams) -> dict[str, Any]:
         "datasets": {study: _datasets(measured, look.datasets, study) for study in ("concept", "knowledge")},
         "depth": {(row["dataset"], row["model"]): row for row in depth.to_dicts()},
         "n_tested": _equal(depth.to_dicts()),
-        "kept": _kept(wh) if len(measured.filter(study="knowledge")) else {},
-        "heads": _heads(wh, kinds) if len(measured.filter(study="knowledge")) else None,
-        "depth_chart": _comparison(measured),
+        "kept": _kept(wh, knowledge) if len(measured.filter(study="knowledge")) else {},
+        "heads": _heads(wh, kinds, knowledge) if len(measured.filter(study="knowledge")) else None,
+        "depth_chart": _comparison(measured, concept),
         "n_runs": int(measured["n_runs"].sum() or 0),
         "newest": str(measured["finished"].max())[:10],
         "runs": asked(wh, "runs", {}, title="Runs"),
@@ -54,7 +60,7 @@ def _datasets(measured: pl.DataFrame, order: tuple[str, ...], study: str) -> lis
     return [name for name in order if name in stored]
 
 
-def _comparison(measured: pl.DataFrame) -> tuple[str, Charted] | None:
+def _comparison(measured: pl.DataFrame, variant: Mapping[str, str]) -> tuple[str, Charted] | None:
     """Return the dataset that compares most: measured on most models, with most prompts; the newest of equals."""
     concept = measured.filter(study="concept")
     if concept.is_empty():
@@ -63,13 +69,13 @@ def _comparison(measured: pl.DataFrame) -> tuple[str, Charted] | None:
     order = ("models", "n_prompts", "finished", "dataset")
     largest = by_dataset.sort(order, descending=[True, True, True, False])["dataset"][0]
     # All models in one panel, whatever their size.
-    params = {"dataset": [largest], "size": 1, "within": 1_000_000}
+    params = {"dataset": [largest], "size": 1, "within": 1_000_000, **variant}
     return largest, chart("depth-by-family", params, f"How deep does each model know it? {largest}")
 
 
-def _kept(wh: Warehouse) -> dict[tuple[str, str], dict[str, Any]]:
+def _kept(wh: Warehouse, variant: Mapping[str, str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the number of prompts that pass the filter, by dataset and model."""
-    rows = wh.query("kept-prompts").group_by("dataset", "model").agg(pl.col("n_prompts", "kept").sum())
+    rows = wh.query("kept-prompts", **variant).group_by("dataset", "model").agg(pl.col("n_prompts", "kept").sum())
     return {(row["dataset"], row["model"]): row for row in rows.to_dicts()}
 
 
@@ -81,11 +87,13 @@ def _equal(depth: list[dict[str, Any]]) -> dict[str, int]:
     return {dataset: next(iter(counts)) for dataset, counts in found.items() if len(counts) == 1}
 
 
-def _heads(wh: Warehouse, kinds: list[str]) -> dict[str, Any]:
+def _heads(wh: Warehouse, kinds: list[str], variant: Mapping[str, str]) -> dict[str, Any]:
     """Return the best head of each category and model, of the model's first dataset of the study."""
-    rows = wh.query("top-heads", k=1).unique(["model", "category"], keep="first", maintain_order=True)
+    rows = wh.query("top-heads", k=1, **variant).unique(["model", "category"], keep="first", maintain_order=True)
     found = {(row["category"], row["model"]): row for row in rows.to_dicts()}
-    return {"categories": kinds, "best": found, "most": rows["score"].max() or 0.0, "address": _HEADS}
-
-
-_HEADS = url("/queries/top-heads", k=1)
+    return {
+        "categories": kinds,
+        "best": found,
+        "most": rows["score"].max() or 0.0,
+        "address": url("/queries/top-heads", {"k": 1, **variant}),
+    }

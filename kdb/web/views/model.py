@@ -8,7 +8,19 @@ import polars as pl
 
 from kdb.errors import QueryError
 from kdb.warehouse.schema import TABLES
-from kdb.web.views.parts import IN_NAME, Shown, UrlParams, asked, categories, chart, has, known, shown, studies
+from kdb.web.views.parts import (
+    IN_NAME,
+    Shown,
+    UrlParams,
+    asked,
+    categories,
+    chart,
+    has,
+    known,
+    shown,
+    studies,
+    variant_of,
+)
 
 if TYPE_CHECKING:
     from kdb.warehouse.store import Warehouse
@@ -51,12 +63,15 @@ def _anatomy(structure: dict[str, Any]) -> list[tuple[str, Any, str, str]]:
 
 
 def _concept(wh: Warehouse, name: str, datasets: list[str]) -> dict[str, Any]:
-    about = {"model": [name], "dataset": datasets}
+    variant = variant_of(wh, [name], "concept")
+    about = {"model": [name], "dataset": datasets, **variant}
     projected = [one for one in datasets if has(wh, "projections", model=name, dataset=one)]
     return {
         "charts": [chart(one, about) for one in ("depth-curves", "depth-measures")],
         "hidden": [
-            chart("hidden-states", {"model": [name], "dataset": [one]}, f"Positions of {one}, layer by layer")
+            chart(
+                "hidden-states", {"model": [name], "dataset": [one], **variant}, f"Positions of {one}, layer by layer"
+            )
             for one in projected
         ],
         "table": asked(wh, "concept-depth", {**about, "site": "resid_post"}, drop=["model"], folded=True),
@@ -64,7 +79,7 @@ def _concept(wh: Warehouse, name: str, datasets: list[str]) -> dict[str, Any]:
 
 
 def _knowledge(wh: Warehouse, name: str, wanted: list[str]) -> dict[str, Any]:
-    about = {"model": [name], "category": wanted}
+    about = {"model": [name], "category": wanted, **variant_of(wh, [name], "knowledge")}
     effects = has(wh, "effects", model=name)
     figures = ["layer-scores", "head-map", *["effect-map"] * effects]
     further = ["top-layers", "top-heads", "neurons-by-layer", *["layer-effect-map", "score-vs-effect"] * effects]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import polars as pl
 from kdb.analysis.captions import CAVEAT, FEW, MEANS
 from kdb.analysis.figures import FIGURES
 from kdb.analysis.style import look_of
+from kdb.analysis.variants import PLAIN, shown_variant
 from kdb.errors import QueryError, UnknownNameError
 from kdb.queries.catalogue import find_query
 from kdb.queries.domains import CLASSIFIERS, DOMAINS, Names
@@ -96,6 +97,12 @@ class Charted:
 
 
 # Tables and charts -----------------------------------------------------------------------------------------------
+
+
+def variant_of(wh: Warehouse, models: Iterable[str], study: str) -> dict[str, str]:
+    """Return the newest variant, as a parameter, if none of the models has a plain run of the study; else nothing."""
+    variant = shown_variant(wh, list(models), study)
+    return {} if variant in (None, PLAIN) else {"variant": str(variant)}
 
 
 def asked(
