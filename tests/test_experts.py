@@ -185,18 +185,24 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     return Warehouse(stored(tmp_path_factory.mktemp("shown") / "w", mixture(3) | ROUTED))
 
 
-def stored(folder: Path, tables: dict[str, Rows]) -> Path:
+def stored(folder: Path, tables: dict[str, Rows], variant: str = "default") -> Path:
     """Store the tables as a run, with its sums."""
     with FolderStorage.create(folder).stage("a" * 16, "mix", "facts") as staged:
         for table, rows in tables.items():
             staged.write_rows(table, "part", rows)
         write_neuron_sums(staged)
-        staged.commit({"study": "knowledge", "variant": "default", "settings": "{}"})
+        staged.commit({"study": "knowledge", "variant": variant, "settings": "{}"})
     return folder
 
 
 def page(wh: Warehouse, name: str, **params: str) -> str:
     return render(wh, name, {key: [value] for key, value in params.items()})
+
+
+def test_pages_show_the_newest_variant_where_there_is_no_plain_run(tmp_path: Path) -> None:
+    wh = Warehouse(stored(tmp_path / "w", mixture(3), variant="limit=20"))
+    assert "f0.1_3" in page(wh, "model", model="mix")
+    assert "variant=limit%3D20" in page(wh, "category", category="capital")
 
 
 def test_pages_show_experts(shown: Warehouse) -> None:
