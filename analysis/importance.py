@@ -173,16 +173,28 @@ def with_depth(wh: Warehouse, table: str, frame: pl.DataFrame, params: dict[str,
 
 def layer_scores(frame: pl.DataFrame, look: Look) -> Chart:
     """Draw the log-probability increase by layer: a panel for each dataset and category."""
+    frame = _with_gaps(frame)
     base = alt.Chart().encode(x=depth_axis(frame))
     title = INCREASE
     encodings = components(names=layer_components(frame))
     band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"), encodings["color"])
-    line = base.mark_line(strokeWidth=1.6).encode(
+    alone = {"filled": True, "size": 14} if frame["score"].null_count() else False  # no line ends at a layer alone
+    line = base.mark_line(strokeWidth=1.6, point=alone).encode(
         alt.Y("score:Q", title=title),
         tooltip=["layer_name", alt.Tooltip("score:Q", format=".3f"), "n_prompts"],
         **encodings,
     )
     return grid(alt.layer(band, line).properties(width=210, height=130), frame, look)
+
+
+def _with_gaps(frame: pl.DataFrame) -> pl.DataFrame:
+    """Add rows without a score for layers that lack a part, such as attention, so that no line crosses them."""
+    parts = frame.select("model", "dataset", "category", "component", "n_layers").unique(maintain_order=True)
+    every = parts.with_columns(layer=pl.int_ranges("n_layers")).explode("layer")
+    every = every.with_columns(pl.col("layer").cast(frame["layer"].dtype))
+    every = every.with_columns(depth_percent=100 * pl.col("layer") / pl.col("n_layers"))
+    found = frame.drop("n_layers", "depth_percent")
+    return every.join(found, on=["model", "dataset", "category", "component", "layer"], how="left")
 
 
 def ranking(frame: pl.DataFrame, look: Look, *, item: str) -> Chart:

@@ -27,6 +27,7 @@ from kdb.analysis import figures
 from kdb.analysis.captions import CAVEAT
 from kdb.analysis.effects import agreement
 from kdb.analysis.figures import FIGURES
+from kdb.analysis.importance import _with_gaps
 from kdb.analysis.lens import _best
 from kdb.analysis.save import save
 from kdb.analysis.style import ATTN, FFN, Look, look_of, upright
@@ -609,6 +610,18 @@ def test_a_figure_without_title_prints_its_words_for_a_caption(
     words = spec(figures.chart(small, "top-heads"))["title"]
     assert result.stdout.splitlines() == [words["text"], *words["subtitle"]]
     assert words["text"] not in bare.read_text()
+
+
+def test_no_line_crosses_a_layer_that_lacks_the_part() -> None:
+    row = {"model": "m", "dataset": "d", "category": "c", "component": "attn", "n_layers": 4}
+    scores = [{**row, "layer": i, "score": float(i), "depth_percent": 25.0 * i} for i in (1, 3)]
+    found = _with_gaps(pl.DataFrame(scores).with_columns(pl.col("layer").cast(pl.Int16)))
+    assert found.select("layer", "score", "depth_percent").rows() == [
+        (0, None, 0.0),
+        (1, 1.0, 25.0),
+        (2, None, 50.0),
+        (3, 3.0, 75.0),
+    ]
 
 
 def test_many_datasets_of_one_model_have_a_panel_each(tmp_path: Path) -> None:
