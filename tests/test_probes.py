@@ -519,7 +519,7 @@ def test_the_grouped_split_keeps_a_group_on_one_side():
     ("labels", "groups", "message"),
     [
         ([1] * 10, None, "at least 6 prompts of each label, .*; label 0 has 0"),
-        ([0] * 40 + [1] * 3, None, "label 1 has 3. Add prompts of this label."),
+        ([0] * 40 + [1] * 3, None, "label 1 has 3. Add prompts of this label: 20 of each"),
         ([0, 1, 2] * 5, None, "labels 0 and 1 only"),
         ([0, 1] * 6, None, "'paper' needs at least 5 prompts of label . in its training part, and has .: add prompts"),
         ([0, 1] * 10, ["same"] * 20, "at least two groups"),

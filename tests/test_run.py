@@ -524,7 +524,7 @@ def csv(path: Path, rows: list[tuple[str, int]]) -> Path:
             [("Rain.", 0), ("Rain!", 1)],
             (
                 "Probing needs at least 6 prompts of each label, 5 to train on and one to test on; label 0 has 1. "
-                "Add prompts of this label."
+                "Add prompts of this label: 20 of each are enough for most splits."
             ),
         ),
         (

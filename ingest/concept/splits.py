@@ -97,7 +97,7 @@ def _check_labels(y: NDArray[Any]) -> None:
         if (count := int(np.sum(y == label))) <= N_FOLDS:
             raise DatasetError(
                 f"Probing needs at least {N_FOLDS + 1} prompts of each label, {N_FOLDS} to train on and one to test "
-                f"on; label {label} has {count}. Add prompts of this label."
+                f"on; label {label} has {count}. Add prompts of this label: 20 of each are enough for most splits."
             )
 
 
