@@ -85,6 +85,7 @@ MEANINGS: Mapping[str, str] = {
     # Knowledge
     "attn_percent": "share of attention in the sum of all layers' scores",
     "attn_score": "sum of the scores of all attention layers",
+    "layers_percent": "score in percent of the sum of all layers' scores; scores of neurons do not add up to it",
     "mixer_percent": "share of the mixers in the sum of all layers' scores",
     "mixer_score": "sum of the scores of all mixers",
     "beaten_by_another_answer": "prompts in which another answer of the category is more probable",

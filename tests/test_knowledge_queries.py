@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from click.testing import Result
 from helpers.knowledge_rows import (
@@ -248,6 +249,12 @@ def test_one_neuron_by_category_and_prompt(database: Database) -> None:
         ("capital", "value neuron", 1.0, 1, 1),
         ("language", "query neuron of attn", 0.25, 1, 2),
     ]
+    whole = database.query("attention-vs-ffn", model="alpha").select("category", sums=pl.sum_horizontal("^.*_score$"))
+    shares = rows.join(whole, on="category", how="left", maintain_order="left").to_dicts()
+    assert [row["layers_percent"] for row in shares[:2]] == pytest.approx(
+        [100 * row["score"] / row["sums"] for row in shares[:2]]
+    )
+    assert shares[2]["layers_percent"] is None
     rows = database.query("neuron-in-prompts", neuron="f0_3", model="alpha")
     assert rows.select("role", "prompt_id", "score", "rank").rows() == [
         ("value neuron", 1, 4.0, 1),
