@@ -108,7 +108,7 @@ def test_a_model_and_a_dataset_are_stored_under_the_names_given(
 
 def test_a_dry_run_says_the_cost_and_stores_nothing(tmp_path: Path, ingest_tiny: Callable[..., Result]) -> None:
     said = answer(ingest_tiny(tmp_path / "new", "--dry-run"))
-    assert said.startswith("tiny on weather: 40 prompts, 2 layers, 2 sites: about 0 s")
+    assert said.startswith("tiny on weather: 40 prompts, 2 layers, 2 sites: about 6 s (a first guess)")
     assert " at most 0 MiB on disk, " in said
     assert not (tmp_path / "new").exists()
 
