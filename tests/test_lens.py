@@ -254,7 +254,7 @@ def test_a_run_without_a_kept_prompt_has_nothing_to_read_or_patch(
     assert "has no kept prompt, so there is nothing to read." in refusal(lens(tmp_path / "w"))
     named = ("--dataset", "facts", "--variant", "ablate-k=0 no-effects", "--warehouse", tmp_path / "w")
     message = refusal(run_kdb("patch", "--model", tiny_model, *named))
-    assert "has no head scores. Either no prompt is kept" in message
+    assert "has no scores. Either no prompt is kept" in message
 
 
 # Stored vectors --------------------------------------------------------------------------------------------------

@@ -76,11 +76,7 @@ def find_block(
     ``multiplier`` is the config's, for what is added to the residual stream. Raises ModelError, with ``where``, if a
     part is not found, and for a part of an unknown kind: it may be attention, whose heads would be missing.
     """
-    found = _Finder(where, module, ffn, calls, attention, multiplier).block()
-    # A norm that is added after all parts gives what Gemma 4 adds for the token itself.
-    if found.mixer is not None and not is_norm(found.mixer) and mixer_of(module) is None:
-        raise ModelError(f"{where} adds the output of a {type(found.mixer).__name__}, which kdb does not know.")
-    return found
+    return _Finder(where, module, ffn, calls, attention, multiplier).block()
 
 
 class _Finder:
@@ -127,7 +123,15 @@ class _Finder:
             self.whole = replace(self.whole, read=norm.written)
             other, is_exact = self._block(norm.module)
             if is_exact:
-                return other
+                return self._known(other)
+        return self._known(found) if is_exact else found  # of parts that do not add up, a check says so
+
+    def _known(self, found: Block) -> Block:
+        # A norm that is added after all parts gives what Gemma 4 adds for the token itself.
+        if found.mixer is not None and not is_norm(found.mixer) and mixer_of(self.module) is None:
+            raise ModelError(
+                f"{self.where} adds the output of a {type(found.mixer).__name__}, which kdb does not know."
+            )
         return found
 
     def _first_norms(self) -> list[Call]:
