@@ -32,13 +32,13 @@ _WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auc")
 
 
 _MOST_LINES = 6
-"""Lines with intervals that one panel can show, and be read."""
+"""Largest number of lines with intervals that can be told apart in one panel."""
 
 
 def depth_curves(frame: pl.DataFrame, look: Look, *, metric: str) -> Chart:
     """Experiment 1: a panel for each model, a line for each dataset.
 
-    With many datasets of few models, their lines could not be told apart: a panel for each dataset.
+    With many datasets of few models, it is a panel for each dataset and a line for each model.
     """
     if frame["model"].n_unique() <= _MOST_LINES < frame["dataset"].n_unique():
         return _by_dataset(frame, look, metric, _own_answers(frame, look, "model", metric))

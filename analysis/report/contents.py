@@ -360,14 +360,14 @@ def _asked_for(
 ) -> Generator[Remark, None, dict[str, Any] | None]:
     """Return the models, and the newest variant if none of them has a run of the study with the variant 'default'.
 
-    None if no run of the study is stored: one remark with the hint stands for the whole chapter.
+    Returns None if no run of the study is stored. Then the chapter is one remark, which says how to measure it.
     """
     params: dict[str, Any] = {"model": list(models)}
     variant = shown_variant(wh, models, study)
     if variant is None:
         yield Remark(f"Study {study}", hint)
         return None
-    if variant not in (None, PLAIN):
+    if variant != PLAIN:
         yield Remark(f"Study {study}", f"there is no run of the variant 'default'; the variant {variant!r} is shown.")
         params["variant"] = variant
     return params
